@@ -193,7 +193,7 @@ PYBIND11_MODULE(_native, module) {
            py::kw_only(), py::arg("at"), py::arg("bytes"));
   module.def("posterior_mean_cuda", &posterior_mean_cuda, released);
   module.def("posterior_mean_backward_cuda", &posterior_mean_backward_cuda, released);
-  module.def("cuda_problem", &cuda_problem);
+  module.def("cuda_problem", &cuda_problem, released);
   module.def("ode_step_cuda", &ode_step_cuda, released);
   module.def("normalised_field_cuda", &normalised_field_cuda, released);
   // For tests: smaller blocks and chunks.

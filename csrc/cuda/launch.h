@@ -31,6 +31,7 @@ class Stream {
       : current_(place.device),
         stream_(reinterpret_cast<cudaStream_t>(place.stream)),
         device_(place.device) {
+    capturing_ = is_capturing(stream_);
     check_runtime("cudaThreadExchangeStreamCaptureMode",
                   cudaThreadExchangeStreamCaptureMode(&mode_));
   }
@@ -64,9 +65,12 @@ class Stream {
     if (shape.shared > kUnasked) allow_shared_memory(shape.kernel, code, device_, shape.shared);
     cudaLaunchConfig_t config = configuration(shape);
     cudaLaunchAttribute overlap = overlapping();
-    if (may_overlap(shape.kernel, code, device_)) config.attrs = &overlap, config.numAttrs = 1;
+    if ((!capturing_ || may_overlap_in_graphs()) && may_overlap(shape.kernel, code, device_))
+      config.attrs = &overlap, config.numAttrs = 1;
     check_runtime(shape.kernel,
                   cudaLaunchKernelEx(&config, kernel, static_cast<Parameters>(arguments)...));
+    if (checks_launches() && !capturing_)
+      check_runtime(shape.kernel, cudaStreamSynchronize(stream_));
   }
 
  private:
@@ -98,6 +102,7 @@ class Stream {
   const cudaStream_t stream_;
   const int device_;
   cudaStreamCaptureMode mode_ = cudaStreamCaptureModeRelaxed;
+  bool capturing_ = false;
 };
 
 }  // namespace pfgm

@@ -427,7 +427,7 @@ class Calculation {
   }
   Tiling tiling(Index queries, Index references, bool aligned, Index room) const {
     const bool small = queries * center_.width < Index{1} << 31;  // 32 bits count its values
-    const bool large = !is_asynchronous() || (aligned && small);
+    const bool large = !is_asynchronous() || (aligned && small && takes_warpgroups());
     const int most_queries = large ? kLargestTile : 64;
     return tiling_of(queries, references, features_, stream_.multiprocessors(), kRounded<R>,
                      costs(), most_queries, room);
@@ -485,7 +485,7 @@ class Calculation {
   template <bool HALVES>
   void sum(bool first_chunk, float divisor) {
     if constexpr (HALVES && kLargeGroups<R>) {
-      const int shared = y().aligned ? partition_.shares.rows : 0;
+      const int shared = y().aligned && takes_warpgroups() ? partition_.shares.rows : 0;
       if (shared == kLargestSumRows) return sum_shares<kLargestSumRows>(first_chunk, divisor);
       if (shared == kLargeSumRows) return sum_shares<kLargeSumRows>(first_chunk, divisor);
       if (partition_.rows == kLargeSumRows)

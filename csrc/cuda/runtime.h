@@ -5,6 +5,8 @@
 #include <array>
 #include <atomic>
 #include <cstddef>
+#include <cstdlib>
+#include <cstring>
 #include <map>
 #include <mutex>
 #include <stdexcept>
@@ -17,6 +19,11 @@ inline void check_runtime(const char* what, cudaError_t error) {
   if (error == cudaSuccess) return;
   cudaGetLastError();  // the runtime keeps it; a later launch must not report it
   throw std::runtime_error(std::string(what) + ": " + cudaGetErrorString(error));
+}
+
+inline bool environment_is(const char* name, const char* value) {
+  const char* const found = std::getenv(name);
+  return found != nullptr && std::strcmp(found, value) == 0;
 }
 
 // A number of each device that is not negative, asked for once.
@@ -98,6 +105,7 @@ inline bool may_overlap([[maybe_unused]] const char* name, [[maybe_unused]] cons
 #if CUDART_VERSION >= 12030
   static OfDevices known;
   return known.get(device, [=] {
+    if (environment_is("PFGM_CUDA_OVERLAP", "0")) return false;
     int driver = 0;
     check_runtime("cudaDriverGetVersion", cudaDriverGetVersion(&driver));
     return driver >= 12030 && architecture_of(name, kernel) >= 90;
@@ -105,6 +113,29 @@ inline bool may_overlap([[maybe_unused]] const char* name, [[maybe_unused]] cons
 #else
   return false;
 #endif
+}
+
+// Whether warpgroups multiply where they can. Where not, tiles are as small as for references that
+// are not aligned: code for sm_90a has large tiles for warpgroups alone.
+inline bool takes_warpgroups() { return !environment_is("PFGM_CUDA_WARPGROUPS", "0"); }
+
+// Whether launches may overlap in graphs, too. No GPU has shown yet that they may.
+inline bool may_overlap_in_graphs() {
+  static const bool may = environment_is("PFGM_CUDA_OVERLAP", "graphs");
+  return may;
+}
+
+// Whether each launch is waited for, so that an error names its kernel.
+inline bool checks_launches() {
+  static const bool checks = environment_is("PFGM_CUDA_CHECK", "1");
+  return checks;
+}
+
+// Whether a graph captures the launches on a stream.
+inline bool is_capturing(cudaStream_t stream) {
+  cudaStreamCaptureStatus status = cudaStreamCaptureStatusNone;
+  check_runtime("cudaStreamIsCapturing", cudaStreamIsCapturing(stream, &status));
+  return status != cudaStreamCaptureStatusNone;
 }
 
 // Lets a kernel have so many bytes of dynamic shared memory on the device, which is the current

@@ -86,6 +86,10 @@ cudaError_t cudaFuncSetAttribute(const void*, cudaFuncAttribute attribute, int) 
   ++(attribute == cudaFuncAttributePreferredSharedMemoryCarveout ? preferred : allowed);
   return refuses ? cudaErrorInvalidValue : cudaSuccess;
 }
+cudaError_t cudaStreamIsCapturing(cudaStream_t stream, cudaStreamCaptureStatus* status) {
+  *status = stream == nullptr ? cudaStreamCaptureStatusNone : cudaStreamCaptureStatusActive;
+  return refuses ? cudaErrorStreamCaptureImplicit : cudaSuccess;
+}
 cudaError_t cudaGetLastError() { return cudaSuccess; }
 const char* cudaGetErrorString(cudaError_t) { return "refused"; }
 }
@@ -202,6 +206,25 @@ void check_warpgroups() {
   require(has(0), "another device changed the answer");
 }
 
+// Each case has a device of its own.
+void check_switches() {
+  const char kernel = 0;
+  driver = 13000, compiled_for = 90, major = 9;
+  setenv("PFGM_CUDA_OVERLAP", "0", 1);
+  setenv("PFGM_CUDA_WARPGROUPS", "0", 1);
+  require(!takes_warpgroups(), "warpgroups multiply that were told not to");
+  require(!may_overlap("kernel", &kernel, 10), "launches overlap that were told not to");
+  setenv("PFGM_CUDA_OVERLAP", "graphs", 1);
+  setenv("PFGM_CUDA_WARPGROUPS", "", 1);
+  require(may_overlap("kernel", &kernel, 11) == (CUDART_VERSION >= 12030), "no launches overlap");
+  require(takes_warpgroups(), "an empty variable turns warpgroups off");
+  require(!is_capturing(nullptr), "a stream is captured that is not");
+  require(is_capturing(reinterpret_cast<cudaStream_t>(&driver)), "a captured stream is not");
+  refuses = true;
+  require(throws([] { is_capturing(nullptr); }), "a stream that may not be asked is no error");
+  refuses = false;
+}
+
 }  // namespace
 
 int main() {
@@ -209,5 +232,6 @@ int main() {
   check_attributes();
   check_overlap();
   check_warpgroups();
+  check_switches();
   std::printf("devices and attributes are as they should be\n");
 }

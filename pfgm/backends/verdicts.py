@@ -266,5 +266,6 @@ def title(device: torch.device) -> str:
     """A device and what else results depend on, in a line."""
     kind = _kind(device)
     name = platform.machine() if kind is None else f"{kind}, driver {_driver()}"
-    threads = f", {torch.get_num_threads()} threads" if device.type == "cpu" else ""
+    count = torch.get_num_threads()
+    threads = f", {count} thread{'s' * (count > 1)}" if device.type == "cpu" else ""
     return f"{device}: {name}{threads}, torch {torch.__version__}, Triton {triton.installed()}"

@@ -97,7 +97,7 @@ def test_config_is_the_whole_flow():
     assert "restrict_M=False" in lines[0]
     assert lines[1:] == [
         f"  levels {flow.z_max:.4g} to 0.001, N = 6, D = 1",
-        "  samples by multistep in 10 steps on 'rho'",
+        "  samples by multistep in 40 steps on 'rho'",
     ]
     flow = PoissonFlow((2, 3), spread=2.0, center=torch.arange(6.0).view(2, 3), z_min=0.1)
     assert PoissonFlow(**json.loads(json.dumps(flow.config))) == flow

@@ -3,6 +3,7 @@ import json
 import re
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
@@ -301,19 +302,33 @@ def test_the_published_losses_of_the_page_are_stored():
         assert f"| {' | '.join(cells)} |" in page
 
 
-def test_the_command_of_readme_draws_its_picture(tmp_path, monkeypatch):
+SAMPLES_OF_README = re.findall(
+    r"^    \.venv/bin/pfgm (sample --pretrained .*)$", PAGES[0].read_text(), flags=re.MULTILINE
+)
+
+
+@pytest.mark.parametrize(
+    ("command", "written", "picture"),
+    [
+        (SAMPLES_OF_README[0], "samples.png", "fashion-mnist.png"),
+        (SAMPLES_OF_README[1], "digits.gif", "digits.gif"),
+    ],
+)
+def test_the_commands_of_readme_draw_its_pictures(tmp_path, monkeypatch, command, written, picture):
     """Within 2 grey levels in 99 % of the pixels."""
-    image = pytest.importorskip("matplotlib.image")
-    readme = (ROOT / "README.md").read_text()
-    command = re.search(r"^    \.venv/bin/pfgm (sample --pretrained .*)$", readme, flags=re.M)[1]
+    image = pytest.importorskip("PIL.Image")
     monkeypatch.chdir(tmp_path)
     assert cli.main(command.split()) == 0
-    drawn, shown = (
-        255 * torch.from_numpy(image.imread(path)[..., :3])
-        for path in (tmp_path / "samples.png", DOCS / "images" / "fashion-mnist.png")
-    )
-    assert drawn.shape == shown.shape
-    assert float(((drawn - shown).abs().amax(2) <= 2).double().mean()) >= 0.99
+    assert f"docs/images/{picture}" in PAGES[0].read_text()
+    with image.open(written) as drawn, image.open(DOCS / "images" / picture) as shown:
+        frames = getattr(shown, "n_frames", 1)
+        assert getattr(drawn, "n_frames", 1) == frames
+        for frame in range(frames):
+            drawn.seek(frame)
+            shown.seek(frame)
+            a, b = (np.asarray(each.convert("RGB")).astype(int) for each in (drawn, shown))
+            assert a.shape == b.shape
+            assert (np.abs(a - b).max(2) <= 2).mean() >= 0.99
 
 
 def test_the_tables_of_sampling_have_the_stored_figures():
@@ -335,6 +350,13 @@ def test_the_tables_of_sampling_have_the_stored_figures():
     text = " ".join(page.split())
     assert f"has a distance of {few[0]:.1f} on digits, with 19 it has {more[0]:.2f}" in text
     assert f"`multistep` has {multistep[0]:.2f} with 10" in text
+
+
+def test_the_page_of_plusplus_has_the_stored_figures():
+    one, four = (distances(means("dimensions-means.csv", D=D, error="none")) for D in "14")
+    expected = f"is {one[0]:.2f} at D = 1 and {four[0]:.2f} at D = 4, in features {one[1]:.1f} and"
+    text = " ".join((DOCS / "howto" / "plusplus.md").read_text().split())
+    assert f"{expected} {four[1]:.1f} (" in text
 
 
 def test_quick_start_has_the_stored_figures():

@@ -134,6 +134,21 @@ def test_a_run_is_resumed_with_its_own_settings(tmp_path):
         run(tmp_path / "shared", shared=True)
 
 
+def test_a_run_from_before_there_were_layouts_reads_images(tmp_path):
+    path = tmp_path / "config.json"
+    RunConfig(data=str(tmp_path / "grey.npy")).save(path)
+    content = json.loads(path.read_text())
+    del content["layout"], content["resize"]
+    path.write_text(json.dumps(content))
+    assert RunConfig.load(tmp_path).layout == "images"
+    assert RunConfig.load(path).layout == "auto"  # a recipe
+    assert RunConfig.load(tmp_path).reading == {
+        "value_range": None,
+        "layout": "images",
+        "resize": None,
+    }
+
+
 def test_a_run_without_a_weighting_goes_on_with_the_published_one(tmp_path):
     losses = {}
     for weighting in ("auto", "balanced", "published"):

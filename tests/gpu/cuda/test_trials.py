@@ -1,0 +1,44 @@
+"""Trials of pfgm check by the CUDA kernels, and what the environment turns off."""
+
+from __future__ import annotations
+
+import pytest
+
+from pfgm.backends.trials import EXACT, TRIALS, Place, errors
+
+FAST = [
+    "few points, 5 × 70 × 37",
+    "bytes, 5 × 70 × 37",
+    "ties and limits",
+    "field",
+    "steps, 37",
+    "normalised field, 37",
+    "in small chunks",
+]
+
+
+@pytest.fixture(autouse=True)
+def _on_a_gpu(session_executor, monkeypatch):
+    """The memory of the CPU is that of a GPU, but for the exact results."""
+    if session_executor is not None:
+        monkeypatch.setattr(Place, "on_gpu", property(lambda place: place is not EXACT))
+
+
+@pytest.mark.parametrize("name", FAST)
+def test_a_trial_passes(device, name):
+    found = errors(name, "native", device)
+    trial = TRIALS[name]
+    assert {each: error for each, error in found.items() if not error <= trial.allowed(each)} == {}
+
+
+@pytest.mark.parametrize("backend", ["native"])
+def test_warpgroups_can_be_turned_off(op, executor, monkeypatch):
+    executor.device(90, 1)
+    x, references, sigma = op.problem(100, 129, 36)
+    used = []
+    for value in ("1", "0"):
+        monkeypatch.setenv("PFGM_CUDA_WARPGROUPS", value)
+        executor.launches()
+        op.check(x, references, sigma, 1.0)
+        used.append(any("warpgroup" in launch.kernel for launch in executor.launches()))
+    assert used == [True, False]
