@@ -259,11 +259,10 @@ def sum_configs(shape: Shape) -> list[Config]:
 @functools.cache
 def merge_config(features: int) -> Config:
     """Features for a program of ``merge``, and references whose differences it sums at a time. No
-    two warps have the same feature."""
-    block = min(1024, max(16, power_of_two(features)))
-    warps = 8 if block >= 256 else 1
-    sizes = {"BLOCK": block, "TILE": 256 * warps // block}
-    return Config(sizes, num_warps=warps, maxnreg=MAX_REGISTERS)
+    two threads have the same feature."""
+    block = min(1024, max(256, power_of_two(features)))
+    sizes = {"BLOCK": block, "TILE": 2048 // block}
+    return Config(sizes, num_warps=8, maxnreg=MAX_REGISTERS)
 
 
 SUMS = Choice(sum_configs)
@@ -442,5 +441,6 @@ def variants() -> list[Variant]:
         for dtype, features in itertools.product(REFERENCES, (16, 1024)):
             constants = {"FIRST": first, "LAST": True, "GAUSSIAN": False, "DIFFERENCE": True}
             constants |= {"PIECES": PIECES, "SIZE": WEIGH["BLOCK"]} | merge_config(features).options
-            found.append(variant(merge, constants, dtype))
+            wide = features > 16 or dtype != torch.uint8
+            found.append(variant(merge, constants, dtype, wide_loads=wide))
     return list({each.name: each for each in found}.values())

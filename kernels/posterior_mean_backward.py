@@ -488,7 +488,8 @@ def variants() -> list[Variant]:
         for first, features in itertools.product((False, True), (16, 1024)):
             constants = {"FIRST": first, "LAST": not first, "SIZE": PER_QUERY["BLOCK"]}
             constants |= merge_config(features).options
-            found.append(variant(merge_gradient, constants, dtype))
+            wide = features > 16 or dtype != torch.uint8
+            found.append(variant(merge_gradient, constants, dtype, wide_loads=wide))
         constants = {"FIRST": False, "PRECISION": input_precision("high")}
         constants |= REFERENCE_GRADIENT.options
         found.append(variant(reference_gradient, constants, dtype, products=True))

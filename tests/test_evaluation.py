@@ -480,9 +480,11 @@ def test_one_sentence_for_bad_input(model: Path, tmp_path: Path, fails: Callable
     assert "no.npy does not exist" in fails("--samples", tmp_path / "no.npy")
     shape = fails("--samples", tmp_path / "wide.npy")
     assert (
-        "samples has shape (1, 4, 4); allowed is (1, 8, 8), the shape of the data digits; give the "
+        "samples has shape (4, 4); allowed is (1, 8, 8), the shape of the data digits; give the "
         "data with --data." in shape
     )
-    assert "samples has 5 rows" in fails("--samples", tmp_path / "few.npy")
-    np.save(tmp_path / "nan.npy", np.full((9, 8, 8), np.nan, np.float32))
+    assert "give --layout images" in fails("--samples", tmp_path / "few.npy")
+    few = fails("--samples", tmp_path / "few.npy", "--layout", "images")
+    assert "samples has 5 rows" in few
+    np.save(tmp_path / "nan.npy", np.full((9, 1, 8, 8), np.nan, np.float32))
     assert "NaN or infinity" in fails("--samples", tmp_path / "nan.npy")

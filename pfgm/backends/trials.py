@@ -460,7 +460,7 @@ def _error(name: str, result: Tensor, exact: Tensor) -> float:
         return math.nan
     difference, exact = (t.reshape(len(t), -1) for t in (result - exact, exact))
     difference = torch.where(result.reshape(exact.shape) == exact, 0.0, difference)  # of infinities
-    size = torch.ones(len(exact), dtype=torch.float64)
+    size = exact.new_ones(len(exact))
     if name == "log-sum-exp":
         size = exact.abs().amax(1).clamp(min=1)
     elif not name.startswith(("mean", "field")):

@@ -257,9 +257,12 @@ class Evaluate:
         shape = source.flow.shape if isinstance(source, Loaded) else tuple(source.shape[1:])
         expected = tuple(data.train.shape[1:])
         if shape != expected:
+            remedy = "." if self.data is not None else "; give the data with --data."
+            if shape == expected[1:]:
+                remedy = "; for images without channels give --layout images."
             raise ValueError(
                 f"samples has shape {shape}; allowed is {expected}, the shape of the data {name}"
-                + ("; give the data with --data." if self.data is None else ".")
+                + remedy
             )
         if self.fid and (len(expected) != 3 or expected[0] not in (1, 3)):
             raise ValueError(

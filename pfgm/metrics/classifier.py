@@ -169,7 +169,7 @@ def train_classifier(
     batches = [
         rows
         for _ in range(epochs)
-        for rows in torch.randperm(len(images), generator=order).split(_BATCH)
+        for rows in torch.randperm(len(images), generator=order, device=order.device).split(_BATCH)
     ]
     bar = progress_bar(batches, desc="classifier", unit="batch", disable=not progress)
     for step, rows in enumerate(bar):

@@ -98,7 +98,7 @@ def test_the_mean_of_the_exact_field_has_no_error_of_the_field(N):
 def test_samples_are_those_in_float64(N, solver):
     data = rows_of(N)
     flow = PoissonFlow.from_data(data)
-    x, grid = starts(flow), flow.grid()
+    x, grid = starts(flow), flow.grid(solver=solver)
     expected, _ = SOLVERS[solver](lambda x, z: mean64(x, z, data), x.double(), grid)
     exact = flow.empirical(data)
     found = flow.sample(exact, len(x), x_init=x, solver=solver)

@@ -51,9 +51,7 @@ def test_near_ties_far_from_the_origin(op, backend, N, offset):
     assert op.mean_error(x, references, radius, 1.0) <= bound
 
 
-@pytest.mark.parametrize(
-    ("nats", "D"), [(6.0, 1.0), (9.0, math.inf), (13.0, 1.0), (18.0, math.inf)]
-)
+@pytest.mark.parametrize(("nats", "D"), [(9.0, math.inf), (13.0, 1.0)])
 def test_many_small_weights(op, nats, D):
     """One reference is near, others have a weight e^-nats times as large. The centre is far away,
     so distances have large errors before they are refined."""

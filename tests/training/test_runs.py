@@ -121,7 +121,7 @@ def test_hyper_parameters_of_the_flow(tmp_path):
     run(tmp_path, flow={"M": 200, "z_max": 30.0, "gamma": 2.0})
     flow, network = pfgm.load(tmp_path)
     assert (flow.M, flow.z_max, flow.gamma, network.gamma) == (200, 30.0, 2.0, 2.0)
-    with pytest.raises(TypeError, match="'zmax'"):
+    with pytest.raises(ValueError, match="'zmax'"):
         run(tmp_path / "other", flow={"zmax": 30.0})
 
 
