@@ -13,14 +13,16 @@ from __future__ import annotations
 import os
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from typing import NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from . import reference, verdicts
 from .backend import BACKENDS, Backend
-from .checking import Report, Row, check
+
+if TYPE_CHECKING:
+    from .checking import Report, Row, check
 
 __all__ = [
     "Availability",
@@ -39,6 +41,15 @@ __all__ = [
 
 
 _requested: str | None = None
+
+
+def __getattr__(name: str) -> Any:
+    """The check is imported when it is asked for: most processes never do."""
+    if name not in ("Report", "Row", "check"):
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    from . import checking
+
+    return getattr(checking, name)
 
 
 class Unavailable(RuntimeError):
