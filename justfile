@@ -18,6 +18,10 @@ build:
 test *args="-n auto":
     pytest {{args}}
 
+# Run some quick tests of each layer.
+smoke:
+    pytest -m smoke
+
 # Run the slow tests: examples, killed runs, sanitizers, mixtures in many dimensions.
 slow:
     pytest -n auto -m slow

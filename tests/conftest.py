@@ -29,6 +29,19 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.append(str(ROOT))
 # The slowest files. Workers start with them.
 LONG = ("test_triton_codegen", "test_triton", "test_cuda", "test_native", "test_processes")
+# Quick files of each layer, for the loop of a developer.
+SMOKE = (
+    "backends/test_verdicts.py",
+    "common/test_files.py",
+    "data/test_images.py",
+    "flows/test_inpainting.py",
+    "flows/test_plusplus.py",
+    "functional/test_field.py",
+    "networks/test_wrapped.py",
+    "ops/test_eager.py",
+    "pretrained/test_pretrained.py",
+    "training/test_checkpoint.py",
+)
 NATIVE = os.environ.get("PFGM_NATIVE") != "0"
 source_digest = runpy.run_path(str(ROOT / "csrc" / "source_digest.py"))["source_digest"]
 
@@ -50,7 +63,20 @@ def pytest_configure(config: pytest.Config) -> None:
         raise pytest.UsageError(f"{problem}; run pip install -e '.[test]'.")
 
 
+def is_smoke(path: Path) -> bool:
+    return path.is_relative_to(ROOT / "tests") and str(path.relative_to(ROOT / "tests")) in SMOKE
+
+
+def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool | None:
+    """With ``-m smoke`` other files are not imported, which would take most of the time."""
+    other = collection_path.suffix == ".py" and not is_smoke(collection_path)
+    return True if config.option.markexpr == "smoke" and other else None
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    for item in items:
+        if is_smoke(item.path):
+            item.add_marker(pytest.mark.smoke)
     items.sort(key=lambda item: item.path.stem not in LONG)
 
 
