@@ -317,8 +317,8 @@ def reference_gradient(
     total = tl.sum(of_c, 1)
     gradient += total[:, None] * b
     # Sums of numbers of both signs have errors relative to the root of the sum of their squares.
-    of_c = tl.maximum(tl.abs(total), tl.sqrt(tl.sum(size, 1)) * tl.sqrt(tl.max(largest, 1)))
-    scaled = of_c[:, None] * b
+    spread = tl.sqrt(tl.sum(size, 1)) * tl.sqrt(tl.max(largest, 1))  # at least √(Σ c²)
+    scaled = tl.maximum(tl.abs(total), spread)[:, None] * b
     again = (tl.sum(gradient * gradient, 1) >= ENOUGH * tl.sum(scaled * scaled, 1)) == 0
     if tl.max(again.to(tl.int32), 0) > 0:
         exact = tl.zeros([TILE, FEATURES], tl.float32)

@@ -145,8 +145,6 @@ class Executor:
             getattr(self.library, name).restype = ctypes.c_char_p
         # Without that library the bounds of memory are not known.
         self.set(anywhere="libptx_memory" not in os.environ.get("LD_PRELOAD", ""))
-        # Sums of matrix units are cut in all tests.
-        self.set(truncate="PFGM_PTX_TRUNCATE" in os.environ)
 
     def set(self, **options: int) -> None:
         """Sets options of the machine (``machine.h``) and of its device."""

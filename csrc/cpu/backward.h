@@ -1,7 +1,6 @@
 // The gradients of blocks of queries (cpu/gradients.h has the formulas).
 #pragma once
 #include "cpu/blocks.h"
-#include "cpu/dense_rows.h"
 #include "cpu/gradients.h"
 #include "cpu/weighted_sums.h"
 

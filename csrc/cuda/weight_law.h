@@ -12,11 +12,11 @@ namespace {
 constexpr double kNear = 20, kRoundedNear = 10;
 // nats: weights that are smaller than one by log M and so much count e^-kOthers of it together.
 constexpr double kOthers = 2;
-// How much larger distances are through the cuts of matrix units, relative to 2|x||y| + |y|², where
-// x is close to y. With the units of the executor (tests/ptx) products over 256 and 3072 features
-// are 2^-24 of them too small, up to 1.9·2^-24 if most of them is in one panel. Before sm_90 units
-// add up half of the terms at a time and keep a digit less: there it is 2.2·2^-24 and 4.4·2^-24. A
-// product counts twice, of three.
+// How much larger distances |x|² + |y|² − 2 x·y are through the cuts of matrix units, relative to
+// 2|x||y| + |y|², where x is close to y. In the executor (tests/ptx) x·y over 256 and 3072 features
+// is too small by 2^-24 of it, and by up to 1.9·2^-24 if most of it is in one panel. Units before
+// sm_90 add up half as many terms at a time and keep a digit less: 2.2·2^-24 and 4.4·2^-24. Two
+// thirds of that are the bias here, because 2 x·y is two thirds of 2|x||y| + |y|².
 constexpr double kBias = 0x1.4p-24, kEarlierBias = 0x1.8p-23;
 // Relative error of a weight that needs no refinement. That of the smallest distance and of scores
 // is kDigits of it.

@@ -575,6 +575,7 @@ __global__ void __launch_bounds__(kSumThreads)
           weights += __shfl_xor_sync(kAll, weights, apart);
           most = fmaxf(most, __shfl_xor_sync(kAll, most, apart));
         }
+        // Sums of numbers of both signs have errors relative to √(Σ w²), which is at most this.
         const float of_weights = fmaxf(fabsf(total), square_root(weights) * square_root(most));
         float of_result = 0, of_sums = 0;  // squares
         each_result(n, odd, [&](Index j, int feature, float& result) {

@@ -85,7 +85,8 @@ class Evaluate:
     """What arrays in files are, as for train. The default is that of the training run if its data
     are used, else auto."""
     resize: int | None = None
-    """Height and width to which images are scaled, likewise."""
+    """Height and width to which images are scaled, likewise, and those of --samples in a folder or
+    archive too."""
     features: str | None = None
     """Compare in the features of a classifier as well: digits, fashion-mnist, a file of pfgm
     features, or none. The default is the classifier of the data, if one comes with the package."""
@@ -231,7 +232,13 @@ class Evaluate:
 
     def _open(self, device: torch.device) -> Loaded | ReferenceSet:
         if self.samples is not None:
-            return open_samples(self.samples, layout=self.layout or "auto", progress=True)
+            images = self.samples.is_dir() or self.samples.suffix == ".zip"
+            return open_samples(
+                self.samples,
+                layout=self.layout or "auto",
+                resize=self.resize if images else None,
+                progress=True,
+            )
         weights = self.checkpoint
         if self.pretrained is not None:
             weights = pretrained_path(self.pretrained)

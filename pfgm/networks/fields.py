@@ -102,6 +102,14 @@ class FieldNetwork(nn.Module):
     config: dict[str, Any]
     center: Tensor
 
+    def __init_subclass__(cls, **options: Any) -> None:
+        super().__init_subclass__(**options)
+        if "mean" in vars(cls) and "forward" not in vars(cls):
+            raise TypeError(
+                f"{cls.__name__} defines mean, which forward does not call; allowed is backbone, "
+                "or forward as well."
+            )
+
     def __init__(
         self,
         shape: Sequence[int],

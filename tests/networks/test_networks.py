@@ -405,6 +405,12 @@ def test_bad_denoisers() -> None:
         Denoiser("mlp", {"shape": (2,)}, sigma_data=0.0)
 
 
+def test_a_mean_that_the_field_would_ignore_is_refused() -> None:
+    with pytest.raises(TypeError, match=r"^Own defines mean, which forward does not call"):
+        type("Own", (MLP,), {"mean": lambda self, x, z, labels=None: x})
+    type("Own", (MLP,), {"mean": MLP.mean, "forward": MLP.forward})
+
+
 @pytest.mark.parametrize("shape", [(2, 64), (1, 5), (2, 4, 7), (1, 5, 4, 6)])
 def test_unet_of_signals_images_and_volumes(shape: tuple[int, ...]) -> None:
     """Odd lengths, gradients in all parameters, and refused shapes."""
