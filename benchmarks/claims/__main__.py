@@ -38,7 +38,7 @@ from benchmarks.common.build import (
     environment_with,
     found_tool,
 )
-from benchmarks.common.commands import new_parser
+from benchmarks.common.commands import name_backend, new_parser
 from benchmarks.common.folders import DOCS
 from pfgm.common.files import check_folder
 
@@ -89,7 +89,8 @@ def check_packages() -> None:
 
 def run(options: argparse.Namespace, preset: Preset, folder: Path) -> None:
     """Examines the chosen claims."""
-
+    # No kernel of the library has proved itself on every GPU; torch's have.
+    name_backend("torch" if preset.device == "cuda" else "native")
     if preset.device == "cuda":
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         torch.use_deterministic_algorithms(True, warn_only=True)
@@ -126,6 +127,8 @@ def run_assembled(arguments: Sequence[str]) -> int:
             print("The package runs without its extension, which could not be built here.")
             package = assemble(folder / "pure")
         environment = environment_with(package, dry=False, native=status == 0)
+        if status != 0:
+            environment.setdefault("PFGM_BACKEND", "torch")
         command = [sys.executable, str(Path(__file__).resolve()), *arguments]
         with subprocess.Popen(command, env=environment) as process:
             try:

@@ -6,6 +6,7 @@ import datetime
 import functools
 import importlib.metadata
 import json
+import os
 import platform
 import statistics
 import subprocess
@@ -28,6 +29,7 @@ def describe() -> dict[str, Any]:
         "python": platform.python_version(),
         "versions": {name: version for name in packages if (version := _version(name))},
         "backends": {name: detail for name, (usable, detail) in available().items() if usable},
+        "PFGM_BACKEND": os.environ.get("PFGM_BACKEND"),
         "commit": _commit(),
     }
 

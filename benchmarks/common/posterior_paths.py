@@ -64,7 +64,7 @@ def native_set(case: Case) -> Forward:
     held = pfgm.ReferenceSet(case.references)
 
     def run() -> Result:
-        return pfgm.posterior_mean(case.x, held, r=case.z, return_logsumexp=True)
+        return pfgm.posterior_mean(case.x, held, r=case.z, return_logsumexp=True, backend="native")
 
     for _ in range(2):
         run()

@@ -9,6 +9,7 @@ import statistics
 import tempfile
 from typing import Any
 
+from benchmarks.common.commands import name_backend
 from benchmarks.common.machine import store
 from pfgm.cli import demo
 
@@ -17,6 +18,7 @@ TARGETS = {"frechet_distance": "<= 0.75", "precision": ">= 0.80", "recall": ">= 
 
 
 def main() -> None:
+    name_backend()
     runs: list[dict[str, Any]] = []
     for seed in SEEDS:
         with tempfile.TemporaryDirectory() as folder:

@@ -23,7 +23,7 @@ import torch
 from torch import Tensor, nn
 
 import pfgm
-from benchmarks.common.commands import new_parser
+from benchmarks.common.commands import name_backend, new_parser
 from benchmarks.common.folders import DOCS
 from benchmarks.common.machine import store
 from benchmarks.common.tables import table
@@ -126,6 +126,7 @@ def compare(method: str, folder: Path, steps: int) -> tuple[dict[str, Any], list
 
 
 def main() -> None:
+    name_backend()
     parser = new_parser(__doc__)
     parser.add_argument("--steps", type=int, default=1500, help="of each student")
     parser.add_argument("--methods", nargs="+", default=METHODS, choices=METHODS)

@@ -21,7 +21,7 @@ from typing import Any
 import torch
 
 import pfgm
-from benchmarks.common.commands import new_parser
+from benchmarks.common.commands import name_backend, new_parser
 from benchmarks.common.folders import RESULTS
 from benchmarks.common.machine import store
 from benchmarks.common.tables import table
@@ -107,6 +107,7 @@ def means(known: dict[str, Any], steps: Sequence[int]) -> Iterator[dict[str, Any
 
 
 def main() -> None:
+    name_backend()
     parser = new_parser(__doc__)
     parser.add_argument("--model", type=Path, required=True, help="weights or folder of a run")
     parser.add_argument("--data", default="digits", help="the data that it was trained on")

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 import pfgm
-from benchmarks.common.commands import new_parser
+from benchmarks.common.commands import name_backend, new_parser
 from benchmarks.common.folders import RESULTS
 from benchmarks.common.machine import store
 from benchmarks.common.tables import table
@@ -88,6 +88,7 @@ def measure(name: str) -> list[dict[str, Any]]:
 
 
 def main() -> None:
+    name_backend()
     parser = new_parser(__doc__)
     parser.add_argument("--only", choices=list(PRETRAINED), help="measure this network alone")
     parser.add_argument("--store", action="store_true", help="write the results")

@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from benchmarks.common.commands import new_parser
+from benchmarks.common.commands import name_backend, new_parser
 from benchmarks.common.folders import DOCS
 from benchmarks.common.machine import store
 from benchmarks.common.subjects import fashion_mnist
@@ -96,6 +96,7 @@ def measure(title: str, before: str, after: str, images: Tensor) -> dict[str, An
 
 
 def main() -> None:
+    name_backend()
     parser = new_parser(__doc__)
     parser.add_argument("--store", action="store_true", help="write the results")
     options = parser.parse_args()

@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 import torch
 
 import pfgm
-from benchmarks.common.commands import new_parser
+from benchmarks.common.commands import name_backend, new_parser
 from benchmarks.common.folders import DOCS
 from benchmarks.common.machine import store
 from benchmarks.common.tables import table
@@ -87,6 +87,7 @@ def draw(found: list[Point]) -> None:
 
 
 def main() -> None:
+    name_backend()
     parser = new_parser(__doc__)
     parser.add_argument("--model", type=Path, help="weights of a demo; trains one unless given")
     parser.add_argument("--store", action="store_true", help="write the results and the picture")

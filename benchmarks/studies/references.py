@@ -36,7 +36,7 @@ from torch import Tensor, multiprocessing
 from torch.multiprocessing.spawn import spawn
 
 import pfgm
-from benchmarks.common.commands import new_parser
+from benchmarks.common.commands import name_backend, new_parser
 from benchmarks.common.machine import store
 from benchmarks.common.subjects import fashion_mnist, perturbed, photograph_crops
 from benchmarks.common.tables import table
@@ -270,6 +270,7 @@ def shared(folder: Path, B: int = 256) -> dict[str, Any]:
 
 
 def main() -> None:
+    name_backend()
     parser = new_parser(__doc__)
     parser.add_argument("--store", action="store_true", help="write results/references.json")
     parser.add_argument("--rows", type=int, default=1_000_000, help="of the large file; 0 is none")

@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 
 import pfgm
-from benchmarks.common.commands import new_parser
+from benchmarks.common.commands import name_backend, new_parser
 from benchmarks.common.machine import store
 from benchmarks.common.tables import table
 from pfgm.cli import demo
@@ -99,6 +99,7 @@ def measure(loaded: Any, steps: int, fitted: list[float]) -> list[dict[str, Any]
 
 
 def main() -> None:
+    name_backend()
     parser = new_parser(__doc__)
     parser.add_argument("--model", type=Path, required=True, help="weights of the demo")
     parser.add_argument("--steps", type=int, nargs="+", default=STEPS)

@@ -31,7 +31,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import pfgm
-from benchmarks.common.commands import new_parser
+from benchmarks.common.commands import name_backend, new_parser
 from benchmarks.common.machine import store
 from benchmarks.common.tables import table
 from pfgm.common.files import write_json
@@ -158,6 +158,7 @@ def shown(rows: Sequence[Row]) -> str:
 
 
 def main() -> None:
+    name_backend()
     parser = new_parser(__doc__)
     parser.add_argument("--out", type=Path, required=True, help="folder of the rows")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
