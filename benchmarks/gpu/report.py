@@ -11,7 +11,7 @@ from benchmarks.common.build import nvidia_smi
 from benchmarks.common.tables import format_seconds, table
 from benchmarks.gpu.clock import Device
 from benchmarks.gpu.measure import Row, implementation, lost
-from benchmarks.gpu.subjects import BACKENDS, PLAIN_COPY
+from benchmarks.gpu.subjects import BACKENDS, CONTENDER, PLAIN_COPY
 
 OURS = tuple(BACKENDS)
 TORCH = ("torch", "torch, tf32", "compiled", "compiled, tf32", "published")
@@ -90,8 +90,9 @@ def tally(found: Faster) -> str:
 # ---- the tables -------------------------------------------------------------------------------
 
 
-HEADER = ["", *OURS, "best torch", "copy"]
-GRAPH_HEADER = [*(f"{name} in a graph" for name in OURS), "best torch", "copy"]
+OTHERS = {"best torch": TORCH, CONTENDER: (CONTENDER,), "copy": ("copy",)}
+HEADER = ["", *OURS, *OTHERS]
+GRAPH_HEADER = [*(f"{name} in a graph" for name in OURS), *OTHERS]
 
 
 def summary(rows: list[Row]) -> str:
@@ -108,7 +109,7 @@ def summary(rows: list[Row]) -> str:
         for kind in KINDS:
             line += [_own(part, own, kind) for own in OURS]
             least = best(part, OURS, kind)
-            line += [ratio(best(part, names, kind), least) for names in (TORCH, ("copy",))]
+            line += [ratio(best(part, names, kind), least) for names in OTHERS.values()]
         as_published = best(part, ("published formula",), "seconds")
         line.append(ratio(as_published, best(part, OURS, "seconds")))
         lines.append([*line, *(_worst(part, own) for own in OURS)])

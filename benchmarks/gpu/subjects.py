@@ -16,12 +16,15 @@ from benchmarks.common import posterior_paths, published_ode, subjects
 from benchmarks.common.posterior_paths import GAMMA
 from benchmarks.common.subjects import Case
 from benchmarks.common.turns import Call
+from benchmarks.gpu import contender
 from benchmarks.gpu.clock import Device
 from pfgm.backends.reference import normalised_field
 
 COMPARED_ROWS = 256  # at most, of a result, with float64
 BACKENDS = {"triton": "triton", "cuda": "native"}
 """The library's paths → the backend of each."""
+CONTENDER = "contender"
+"""The path of :mod:`benchmarks.gpu.contender`."""
 PLAIN_COPY = "a copy"
 """The subject whose rate the memory floors are computed with."""
 
@@ -237,6 +240,8 @@ def posterior_subject(
         medium = functools.partial(our_mean, BACKENDS[name], precision="medium")
         paths[f"{name}, medium"] = functools.partial(way_on, cases, medium, forward_errors)
     paths |= torch_paths(cases, device, gemm_formula, forward_errors)
+    rival = contender.path(device.compiled)
+    paths[CONTENDER] = functools.partial(way_on, cases, rival, forward_errors)
     if published_fits(cases[0], device):
         # A graph would hold its temporaries a second time.
         paths["published formula"] = lambda: way_on(cases[:1], published, forward_errors)._replace(

@@ -1,0 +1,90 @@
+"""benchmarks/gpu/contender.py: its arithmetic on the CPU, where its products are emulated."""
+
+import pytest
+import torch
+
+from benchmarks.common import posterior_paths, subjects
+from benchmarks.gpu import contender
+from benchmarks.gpu.contender import AGAIN, Halves, halves
+
+prepare = contender.path(lambda function: function)
+
+
+def errors(case):
+    exact = posterior_paths.exact_result(case)
+    return posterior_paths.errors(case, prepare(case)(), exact)
+
+
+def photographs():
+    return subjects.perturbed(subjects.photograph_crops(300, 16), 24)
+
+
+def digits():
+    return subjects.digits_shape(32, 200)
+
+
+def moved(by):
+    case = photographs()
+    return case._replace(x=case.x + by, references=case.references + by)
+
+
+def scaled(by):
+    case = photographs()
+    return subjects.Case(*(values * by for values in case))
+
+
+def at_references():
+    """Points on references, which are there twice, and more than once in pairs that are close."""
+    generator = torch.Generator().manual_seed(0)
+    y = torch.rand(64, 96, generator=generator)
+    y[32:40] = y[:8]
+    x = y[:24] + 1e-4 * torch.randn(24, 96, generator=generator)
+    x[:12] = y[:12]
+    return subjects.Case(x, torch.full((24,), 1e-3), y)
+
+
+@pytest.mark.parametrize(
+    "make",
+    [photographs, digits, lambda: moved(3.0), lambda: scaled(1e-4), lambda: scaled(1e3),
+     at_references],
+    ids=["photographs", "digits", "moved", "small", "large", "at references"],
+)  # fmt: skip
+def test_it_keeps_the_contract(make):
+    found = errors(make())
+    assert found["mean"] < 2e-5
+    assert found["field"] < 2e-5
+    assert found["logsumexp"] < 1e-6
+
+
+def test_without_the_second_look_it_would_not(monkeypatch):
+    monkeypatch.setattr(
+        contender,
+        "distances",
+        lambda case, parts, products: (
+            parts.x_squared + parts.y_squared - 2 * products / (parts.x.scale * parts.y.scale)
+        ).clamp(min=0),
+    )
+    assert errors(at_references())["logsumexp"] > 1e-3
+
+
+def test_halves_have_22_bits():
+    values = torch.randn(50, 60, generator=torch.Generator().manual_seed(0)) * 1e4
+    parts = halves(values, values.abs().amax(1, keepdim=True))
+    sums = (parts.high.double() + parts.low.double()) / parts.scale.double()
+    assert ((sums - values).abs().amax(1) / values.abs().amax(1)).max() < 2.0**-22
+    assert parts.high.abs().max() <= 2**8
+
+
+def test_a_gpu_multiplies_in_float16_with_sums_in_float32():
+    a, b = (torch.empty(shape, dtype=torch.float16, device="meta") for shape in ((3, 5), (5, 7)))
+    one = torch.ones(())
+    found = contender.product(Halves(a, a, one), Halves(b, b, one))
+    assert (found.dtype, found.shape) == (torch.float32, (3, 7))
+
+
+def test_more_near_references_than_are_computed_again():
+    case = at_references()
+    copies = AGAIN + 9
+    y = case.references[:1].repeat(copies, 1)
+    found, _ = prepare(subjects.Case(case.references[:1], torch.tensor([0.1]), y))()
+    torch.testing.assert_close(found, y[:1], rtol=1e-6, atol=1e-6)
