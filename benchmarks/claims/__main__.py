@@ -36,7 +36,7 @@ from benchmarks.common.build import (
     assemble,
     assemble_with_cuda,
     environment_with,
-    found_tool,
+    has_nvcc,
 )
 from benchmarks.common.commands import name_backend, new_parser
 from benchmarks.common.folders import DOCS
@@ -118,11 +118,10 @@ def run_assembled(arguments: Sequence[str]) -> int:
     from there."""
 
     with ended_by_sigterm(), tempfile.TemporaryDirectory() as name:
-        folder, nvcc = Path(name), found_tool("nvcc", "CUDACXX")
-        status = 1
-        if nvcc is not None and torch.cuda.is_available():
+        folder, status = Path(name), 1
+        if has_nvcc() and torch.cuda.is_available():
             log = folder / "build.log"
-            package, status = assemble_with_cuda(folder / "cuda", nvcc, log, BUILD_SECONDS)
+            package, status = assemble_with_cuda(folder / "cuda", log, BUILD_SECONDS)
         if status != 0:
             print("The package runs without its extension, which could not be built here.")
             package = assemble(folder / "pure")

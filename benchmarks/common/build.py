@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import runpy
 import shutil
 import signal
 import subprocess
@@ -25,14 +26,15 @@ class Outcome(NamedTuple):
     text: str
 
 
-def found_tool(name: str, variable: str = "") -> str | None:
-    """The path of a tool of the CUDA toolkit, or None if it is not found.
-
-    Looks at the environment variable ``variable``, then at PATH, then at the usual folder.
-    """
+def found_tool(name: str) -> str | None:
+    """The path of a tool of the CUDA toolkit on PATH or in the usual folder; None without one."""
     usual = Path(os.environ.get("CUDA_HOME", "/usr/local/cuda")) / "bin" / name
-    found = os.environ.get(variable) or shutil.which(name)
-    return found or (str(usual) if usual.exists() else None)
+    return shutil.which(name) or (str(usual) if usual.exists() else None)
+
+
+def has_nvcc() -> bool:
+    """Whether setup.py finds nvcc: in a toolkit, or among the packages of this environment."""
+    return bool(runpy.run_path(str(ROOT / "csrc" / "nvcc.py"))["settings"]())
 
 
 def nvidia_smi(field: str) -> str:
@@ -58,10 +60,12 @@ def assemble(folder: Path) -> Path:
     return folder / "lib"
 
 
-def assemble_with_cuda(folder: Path, nvcc: str, log: Path, limit: float) -> tuple[Path, int]:
-    """Builds the package with its extension and CUDA kernels for the GPUs of this machine; returns
-    its folder and the status."""
-    environment = {**os.environ, "PFGM_NATIVE": "1", "PFGM_CUDA": "1", "CUDACXX": nvcc}
+def assemble_with_cuda(
+    folder: Path, log: Path, limit: float, dry: bool = False
+) -> tuple[Path, int]:
+    """Builds the package with its extension and CUDA kernels for the GPUs of this machine, in a dry
+    run without CUDA; returns its folder and the status."""
+    environment = {**os.environ, "PFGM_NATIVE": "1", "PFGM_CUDA": "0" if dry else "1"}
     status = run_logged(setup_command(folder), log, environment, limit, ROOT)
     return folder / "lib", status
 

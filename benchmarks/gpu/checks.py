@@ -1,26 +1,70 @@
-"""Checks the kernels on this device: their tests, and compute-sanitizer."""
+"""Checks the kernels on this device: ``pfgm check``, their tests, and compute-sanitizer.
+
+    python -m benchmarks.gpu.checks DEVICE SECONDS FILE
+
+runs ``pfgm check --quick`` on a device for some seconds, and writes what follows to a file.
+"""
 
 from __future__ import annotations
 
+import functools
+import json
 import re
 import sys
 from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import NamedTuple
 
 from benchmarks.common.build import STOPPED, Outcome, found_tool, last_line, run_logged
 from benchmarks.common.folders import ROOT
+from pfgm import backends
 
 Environment = Mapping[str, str]
 SMOKE = [sys.executable, "-m", "benchmarks.gpu.smoke"]
 TOOLS = ("memcheck", "racecheck")
-TOOL_SECONDS = 60.0
+TOOL_SECONDS, SPARE_SECONDS = 60.0, 30.0
 ERROR_STATUS = 86  # of compute-sanitizer, if it found an error
 _ERRORS = re.compile(r"ERROR SUMMARY: (?P<summary>(?P<errors>\d+) errors?)")
 _HAZARDS = re.compile(
     r"RACECHECK SUMMARY: "
     r"(?P<summary>\d+ hazards? displayed \((?P<errors>\d+) errors?, \d+ warnings?\))"
 )
+
+
+class Checked(NamedTuple):
+    """The result of ``pfgm check``."""
+
+    outcome: Outcome
+    able: list[str]
+    """The backends that can be measured: they run here, and did not end their processes."""
+
+
+def check(device: str, seconds: float, file: Path) -> int:
+    """Runs the check in this process."""
+    say = functools.partial(print, flush=True)
+    report = backends.check(device, quick=True, seconds=seconds, report=say)
+    lost = {row.backend for row in report.failures if "lost processes" in str(row.failure)}
+    able = [name for name, why in report.backends.items() if why is None and name not in lost]
+    passed = f"passed: {', '.join(report.passed) or 'none'}"
+    content = {"able": able, "text": passed, "rows": [row._asdict() for row in report.rows]}
+    file.write_text(json.dumps(content, indent=2) + "\n")
+    print(report)
+    return int(bool(report.failures))
+
+
+def run_check(name: str, device: str, out: Path, environment: Environment, limit: float) -> Checked:
+    """Runs the check in a process of its own."""
+    log, file = out / f"check_{name}.log", out / f"check_{name}.json"
+    file.unlink(missing_ok=True)
+    command = [sys.executable, "-m", "benchmarks.gpu.checks", device, str(limit), str(file)]
+    # Its verdict is kept beside the results: it may be of a check that had too little time.
+    own = {**environment, "XDG_CACHE_HOME": str(out), "TRITON_INTERPRET": "0"}
+    status, title = run_logged(command, log, own, limit + SPARE_SECONDS), f"pfgm check, {name}"
+    if not file.exists():
+        return Checked(Outcome(title, abs(status) or 1, last_line(log)), [])
+    content = json.loads(file.read_text())
+    return Checked(Outcome(title, abs(status), content["text"]), content["able"])
 
 
 def side_by_side(run: Callable[[Path], Outcome], files: list[Path]) -> list[Outcome]:
@@ -31,11 +75,16 @@ def side_by_side(run: Callable[[Path], Outcome], files: list[Path]) -> list[Outc
         return list(pool.map(run, files))
 
 
-def run_tests(kind: str, out: Path, environment: Environment, limit: float) -> Outcome:
-    """Runs the files of tests/gpu and tests/gpu/KIND at once: each keeps mostly one core busy."""
+def run_tests(
+    kind: str, out: Path, environment: Environment, limit: float, dry: bool = False
+) -> Outcome:
+    """Runs the files of tests/gpu and tests/gpu/KIND at once: each keeps mostly one core busy.
+
+    A dry run only collects them.
+    """
     folder, name = ROOT / "tests" / "gpu", f"tests/gpu, {kind}"
     start = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider"]
-    start += ["-c", str(ROOT / "pyproject.toml")]
+    start += ["-c", str(ROOT / "pyproject.toml"), *["--collect-only"] * dry]
 
     def run(file: Path) -> Outcome:
         log = out / f"{kind}_{file.stem}.log"
@@ -46,14 +95,6 @@ def run_tests(kind: str, out: Path, environment: Environment, limit: float) -> O
     found = side_by_side(run, sorted(files))
     text = "; ".join(each.text for each in found) or "no files"
     return Outcome(name, max((each.status for each in found), default=0), text)
-
-
-def run_smoke(out: Path, environment: Environment) -> Outcome:
-    """Runs every CUDA kernel once, to find a kernel that never ends before it blocks everything
-    else."""
-    log = out / "smoke.log"
-    status = run_logged(SMOKE, log, environment, TOOL_SECONDS)
-    return Outcome("every CUDA kernel once", abs(status), last_line(log))
 
 
 def run_sanitizer(tool: str, command: str, out: Path, environment: Environment) -> Outcome:
@@ -100,3 +141,7 @@ def run_sanitizers(out: Path, environment: Environment) -> list[Outcome]:
     with ThreadPoolExecutor(len(TOOLS)) as pool:
         running = [pool.submit(run_sanitizer, tool, command, out, environment) for tool in TOOLS]
         return [run.result() for run in running]
+
+
+if __name__ == "__main__":
+    sys.exit(check(sys.argv[1], float(sys.argv[2]), Path(sys.argv[3])))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import statistics
 import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
@@ -15,13 +16,20 @@ CYCLES = 2e9  # of the device in a second, at least
 
 
 class Budget:
-    """A number of seconds from now on."""
+    """A number of seconds from now on, or less: until there is a file."""
 
-    def __init__(self, seconds: float, clock: Callable[[], float] = time.monotonic) -> None:
-        self._clock = clock
+    def __init__(
+        self,
+        seconds: float,
+        clock: Callable[[], float] = time.monotonic,
+        until: Path | None = None,
+    ) -> None:
+        self._clock, self._until = clock, until
         self._end = clock() + seconds
 
     def left(self) -> float:
+        if self._until is not None and self._until.exists():
+            return 0.0
         return self._end - self._clock()
 
     def allows(self, estimate: float) -> bool:

@@ -32,8 +32,9 @@ def halves(values: Tensor, most: Tensor) -> Halves:
     """Splits values, of which none is larger than ``most``, to 22 bits."""
     scale = torch.exp2(torch.floor(torch.log2(_LARGEST / most.clamp(min=1e-30))))
     scaled = values * scale
-    high = scaled.half()
-    return Halves(high, (scaled - high.float()).half(), scale)
+    # Rounded to 11 bits as an integer: torch.compile takes scaled.half().float() for scaled.
+    high = ((scaled.view(torch.int32) + 0x1000) & -0x2000).view(torch.float32)
+    return Halves(high.half(), (scaled - high).half(), scale)
 
 
 def product(a: Halves, b: Halves) -> Tensor:

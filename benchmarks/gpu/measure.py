@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import functools
 import math
+import os
 import statistics
-from collections.abc import Callable
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import torch
@@ -19,6 +22,9 @@ from benchmarks.gpu.clock import (
     quantiles,
 )
 from benchmarks.gpu.subjects import Paths, Subject, Way
+
+LOST = 3  # status of a process that lost the device; another process can continue
+PATIENCE = 60.0  # seconds beyond twice its estimate after which a subject hangs
 
 
 class Row(NamedTuple):
@@ -145,10 +151,23 @@ def run_subjects(
         print(f"{subject.name} ({budget.left():.0f} s left)", flush=True)
         failures: list[str] = []
         run = functools.partial(measure, subject, device, rounds or subject.rounds)
-        found = attempt(run, failures)
+        with ended_after(2 * subject.estimate + PATIENCE):
+            found = attempt(run, failures)
         rows += found or [Row(subject.name, "all", {}, {}, math.nan, {}, "; ".join(failures))]
         keep(rows, left_out)
     return rows, left_out
+
+
+@contextmanager
+def ended_after(seconds: float) -> Iterator[None]:
+    """Ends this process if the block takes longer, as with a kernel that never ends."""
+    timer = threading.Timer(seconds, os._exit, [LOST])
+    timer.daemon = True
+    timer.start()
+    try:
+        yield
+    finally:
+        timer.cancel()
 
 
 def lost(device: Device) -> bool:
@@ -168,4 +187,4 @@ def suspect(rows: list[Row], ours: tuple[str, ...]) -> str:
     for row in rows:
         if row.subject == rows[-1].subject and row.failure and implementation(row.path) in ours:
             return implementation(row.path)
-    return ours[-1]
+    return ours[-1] if ours else "torch"

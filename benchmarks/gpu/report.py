@@ -12,6 +12,7 @@ from benchmarks.common.tables import format_seconds, table
 from benchmarks.gpu.clock import Device
 from benchmarks.gpu.measure import Row, implementation, lost
 from benchmarks.gpu.subjects import BACKENDS, CONTENDER, PLAIN_COPY
+from pfgm.backends import triton
 
 OURS = tuple(BACKENDS)
 TORCH = ("torch", "torch, tf32", "compiled", "compiled, tf32", "published")
@@ -186,11 +187,9 @@ def report(rows: list[Row], left_out: list[str], device: Device) -> str:
 
 def circumstances(device: Device) -> dict[str, Any]:
     """The machine, the device and the versions."""
-    import triton
-
     return {
         **machine.describe(),
         "device": torch.cuda.get_device_name() if device.real else "none (dry run)",
         "driver": nvidia_smi("driver_version") if device.real else "",
-        "triton": triton.__version__,
+        "triton": triton.installed(),
     }

@@ -453,18 +453,17 @@ def all_subjects(dry: bool, fashion: bool, ours: tuple[str, ...]) -> list[Subjec
     build = functools.partial(cifar, B, M)
     field = functools.partial(field_subject, build, ours=ours)
     backward = functools.partial(backward_subject, build, ours=ours)
-    first = [
-        plain_copy(1 << 12 if dry else 1 << 30),
-        forward("CIFAR-10 shape", cifar, B, M, 60, True),
-        Subject("field_fn, CIFAR-10 shape", field, 30),
-        Subject("forward and backward, CIFAR-10 shape", backward, 40),
-    ]
-    small = [forward("CIFAR-10 shape", cifar, B // 4, M, 40, False)]
-    last = [
-        forward("digits", digits, B, 64 if dry else 1437, 30, False),
-        forward(name, large, B if dry else 2 * B, 70 if dry else 60000, 50, not dry),
-        forward(name, large, 4 if dry else 4096, 70 if dry else 60000, 60, False),
-    ]
     steps = step_subjects(dry, ours)
     middle = len(steps) // 2  # the Euler steps
-    return [*first, *steps[:middle], *small, *last, *steps[middle:]]
+    return [
+        plain_copy(1 << 12 if dry else 1 << 30),
+        forward("CIFAR-10 shape", cifar, B, M, 60, True),
+        forward(name, large, B if dry else 2 * B, 70 if dry else 60000, 50, not dry),
+        forward("digits", digits, B, 64 if dry else 1437, 30, False),
+        Subject("field_fn, CIFAR-10 shape", field, 30),
+        Subject("forward and backward, CIFAR-10 shape", backward, 40),
+        *steps[:middle],
+        forward(name, large, 4 if dry else 4096, 70 if dry else 60000, 60, False),
+        forward("CIFAR-10 shape", cifar, B // 4, M, 40, False),
+        *steps[middle:],
+    ]

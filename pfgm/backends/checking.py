@@ -26,7 +26,6 @@ __all__ = ["Report", "Row", "check"]
 # What is proven comes first, so that nothing of an earlier backend is in its process.
 _ORDER = ("torch", "reference", "triton", "native")
 _LIMIT = 120.0  # seconds for a task, in which many kernels may be compiled
-_MOST = 300.0  # seconds in all
 _LOSSES = 2  # processes that a backend may lose
 _TURNS = {True: 0.5, False: 3.0}  # seconds for a timing, in a quick check and in a whole one
 
@@ -154,14 +153,16 @@ def _code(device: torch.device) -> str:
 class _Asker:
     """Asks for one backend, until it has lost too many processes or time is up."""
 
-    def __init__(self, worker: Worker, backend: str, device: torch.device, end: float) -> None:
+    def __init__(
+        self, worker: Worker, backend: str, device: torch.device, seconds: float, end: float
+    ) -> None:
         self._ask, self._backend, self._device = worker.ask, backend, str(device)
-        self._end, self._losses = end, 0
+        self._seconds, self._end, self._losses = seconds, end, 0
 
     def __call__(self, kind: str, name: str, *rest: float) -> Answer:
         left = self._end - time.monotonic()
         if left <= 0:
-            return Answer(problem=f"{_NOT_RUN}: the check has taken {_MOST:.0f} s")
+            return Answer(problem=f"{_NOT_RUN}: the check has taken {self._seconds:.0f} s")
         if self._losses >= _LOSSES:
             return Answer(problem=f"{_NOT_RUN}, after {_LOSSES} lost processes")
         found = self._ask([kind, name, self._backend, self._device, *rest], min(_LIMIT, left))
@@ -195,13 +196,17 @@ def _timing_row(ask: _Asker, backend: str, name: str, quick: bool) -> Row:
 
 
 def _rows(
-    names: list[str], device: torch.device, quick: bool, report: Callable[[str], None]
+    names: list[str],
+    device: torch.device,
+    quick: bool,
+    seconds: float,
+    report: Callable[[str], None],
 ) -> Iterator[Row]:
-    end = time.monotonic() + _MOST
+    end = time.monotonic() + seconds
     trials = [name for name, trial in TRIALS.items() if trial.quick or not quick]
     sizes = [name for name in SIZES if not (quick and name == "Fashion-MNIST")]
     with Worker(_code(device)) as worker:
-        askers = {name: _Asker(worker, name, device, end) for name in names}
+        askers = {name: _Asker(worker, name, device, seconds, end) for name in names}
         failed = set()
         for backend, ask in askers.items():
             report(f"{backend} on {device}: results")
@@ -221,6 +226,7 @@ def check(
     device: torch.device | str = "auto",
     *,
     quick: bool = False,
+    seconds: float = 300.0,
     report: Callable[[str], None] = lambda line: None,
 ) -> Report:
     """Runs a fixed set of problems through each backend that can compute on a device.
@@ -232,7 +238,8 @@ def check(
     Args:
         device: the device; "auto" is cuda if there is a GPU, else cpu.
         quick: fewer problems.
-        report: called with lines of text about the progress.
+        seconds: after which what is left is not run, and has not passed.
+        report: called with lines of text about the progress, failures and times.
 
     Raises:
         ValueError: there is no such device, or it cannot be used.
@@ -242,7 +249,14 @@ def check(
     place = torch.empty(0, device=usable_device(str(device))).device  # with an index
     reasons = {name: BACKENDS[name].supports(place, torch.float32) for name in _ORDER}
     able = [name for name, reason in reasons.items() if reason is None]
-    result = Report(verdicts.title(place), reasons, list(_rows(able, place, quick, report)), quick)
+    rows = []
+    for row in _rows(able, place, quick, seconds, report):
+        rows.append(row)
+        if row.failure is not None and not row.failure.startswith(_NOT_RUN):
+            report(f"FAILED: {row.backend}, {row.problem}: {row.failure}")
+        elif row.seconds is not None:
+            report(f"{row.backend}, {name_of(SIZES[row.problem])}: {_cell(row)}")
+    result = Report(verdicts.title(place), reasons, rows, quick)
     if place.type != "cuda":
         return result
     torch_is_wrong = any(row.failure and row.error for row in result.rows if row.backend == "torch")

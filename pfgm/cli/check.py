@@ -66,6 +66,4 @@ def proven_device(name: str) -> torch.device:
 def _check_first(device: torch.device) -> None:
     _print(f"the kernels have not proved themselves on {device}, so they are checked first")
     report = backends.check(device, quick=True, report=_print)
-    for row in report.failures:
-        _print(f"FAILED: {row.backend}, {row.problem}: {row.failure}")
     _print(f"passed: {', '.join(report.passed) or 'none'}. {report.kept}")

@@ -156,7 +156,11 @@ def test_what_is_proven_comes_first_and_a_failed_backend_is_not_timed(asked, mon
         )
 
     monkeypatch.setattr(asked.worker, "reply", staticmethod(reply))
-    report = checking.check("cpu")
+    said = []
+    report = checking.check("cpu", report=said.append)
+    assert "torch, 128 × 1437 × 64: 1000 ms, 1.00×" in said
+    failed = "FAILED: native, few points, 5 × 70 × 37: mean is off by 1.0e+00; allowed is 2.0e-05"
+    assert (failed in said) == ("native" in report.verdict.failures)
     assert asked.tasks[0][2] == "torch"
     timed = [(task[2], task[1]) for task in asked.tasks if task[0] == "timing"]
     assert timed == [*(("torch", size) for size in verdicts.SIZES), ("reference", "digits")]
@@ -165,9 +169,8 @@ def test_what_is_proven_comes_first_and_a_failed_backend_is_not_timed(asked, mon
     assert "native" in report.verdict.failures or os.environ.get("PFGM_NATIVE") == "0"
 
 
-def test_after_its_time_nothing_more_is_run(asked, monkeypatch):
-    monkeypatch.setattr(checking, "_MOST", 0.0)
-    report = checking.check("cpu", quick=True)
+def test_after_its_time_nothing_more_is_run(asked):
+    report = checking.check("cpu", quick=True, seconds=0)
     assert asked.tasks == []
     assert report.passed == ()
     assert all(row.failure == "not run: the check has taken 0 s" for row in report.rows)

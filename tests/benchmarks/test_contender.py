@@ -88,3 +88,12 @@ def test_more_near_references_than_are_computed_again():
     y = case.references[:1].repeat(copies, 1)
     found, _ = prepare(subjects.Case(case.references[:1], torch.tensor([0.1]), y))()
     torch.testing.assert_close(found, y[:1], rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.slow
+def test_compiled_it_keeps_the_same_digits():
+    """Compilers leave out conversions to float16 and back, on which a split must not rest."""
+    case = digits()
+    compiled = contender.path(lambda function: torch.compile(function, dynamic=False))(case)
+    exact = posterior_paths.exact_result(case)
+    assert posterior_paths.errors(case, compiled(), exact)["mean"] < 2e-6

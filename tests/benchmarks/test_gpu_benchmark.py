@@ -8,6 +8,7 @@ import math
 import os
 import subprocess
 import sys
+import threading
 from pathlib import Path
 
 import pytest
@@ -23,6 +24,7 @@ from benchmarks.gpu import measure as gpu_measure
 from benchmarks.gpu import report as gpu_report
 from benchmarks.gpu import smoke
 from benchmarks.gpu import subjects as gpu_subjects
+from pfgm.backends.checking import Report, Row
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -280,13 +282,44 @@ def test_the_forward_pass_is_compared_with_the_memory_floor():
 # ---- the build and the checks -----------------------------------------------------------------
 
 
-def test_the_extension_is_built_with_cuda(monkeypatch, tmp_path):
-    names = ["PFGM_NATIVE", "PFGM_CUDA", "CUDACXX"]
+@pytest.mark.parametrize("dry", [False, True])
+def test_the_extension_is_built_with_cuda(monkeypatch, tmp_path, dry):
+    names = ["PFGM_NATIVE", "PFGM_CUDA"]
     program = f"import os; print([os.environ.get(name) for name in {names}])"
     monkeypatch.setattr(build, "setup_command", lambda to: [sys.executable, "-c", program])
     log = tmp_path / "build.log"
-    assert build.assemble_with_cuda(tmp_path, "/bin/nvcc", log, 60) == (tmp_path / "lib", 0)
-    assert ast.literal_eval(log.read_text()) == ["1", "1", "/bin/nvcc"]
+    assert build.assemble_with_cuda(tmp_path, log, 60, dry) == (tmp_path / "lib", 0)
+    assert ast.literal_eval(log.read_text()) == ["1", "0" if dry else "1"]
+
+
+def test_a_check_says_what_can_be_measured(monkeypatch, tmp_path):
+    """What failed can be measured, what ended its processes cannot."""
+    lost = "not run, after 2 lost processes"
+    wrong = "mean is off by 1.0e-03; allowed is 2.0e-05"
+    rows = [Row("torch", "field", 1e-7), Row("triton", "field", 1e-3, failure=wrong)]
+    rows += [Row("native", "field", failure=lost)]
+    backends = {"torch": None, "triton": None, "native": None, "other": "it needs another device"}
+    report = Report("a device", backends, rows, True)
+    monkeypatch.setattr(gpu_checks.backends, "check", lambda *a, **o: report)
+    assert gpu_checks.check("cuda", 60, tmp_path / "check_all.json") == 1
+
+    def run(command, log, environment, limit):
+        assert environment["XDG_CACHE_HOME"] == str(tmp_path)
+        assert command[1:] == ["-m", "benchmarks.gpu.checks", "cuda", "60", str(file)]
+        log.write_text("begun\nstopped after 90 s")
+        if content is not None:
+            file.write_text(content)
+        return 1
+
+    file = tmp_path / "check_all.json"
+    monkeypatch.setattr(gpu_checks, "run_logged", run)
+    content = file.read_text()
+    outcome, able = gpu_checks.run_check("all", "cuda", tmp_path, {}, 60)
+    assert outcome == ("pfgm check, all", 1, "passed: torch")
+    assert able == ["torch", "triton"]
+    content = None
+    outcome, able = gpu_checks.run_check("all", "cuda", tmp_path, {}, 60)
+    assert (outcome, able) == (("pfgm check, all", 1, "stopped after 90 s"), [])
 
 
 CLEAN = "========= COMPUTE-SANITIZER\ndone: a\ndone: b\n"
@@ -395,15 +428,16 @@ def test_the_smoke_test_ends(capsys):
 class Stage:
     """Replaces the slow parts of the command. Each ends with the given status."""
 
-    def __init__(self, monkeypatch, out, nvcc="nvcc", **statuses):
+    def __init__(self, monkeypatch, out, nvcc=True, crashed=(), **statuses):
         self.out, self._statuses, self.measured = out, statuses, []
+        self._crashed, self.checked = crashed, threading.Event()
         out.mkdir()
         parts = {
-            "found_tool": lambda name, variable="": nvcc,
+            "has_nvcc": lambda: nvcc,
             "assemble": lambda folder: folder / "lib",
             "assemble_with_cuda": self._build,
+            "run_check": self._check,
             "run_tests": lambda kind, *rest: self._outcome(f"tests/{kind}"),
-            "run_smoke": lambda *rest: self._outcome("small"),
             "run_sanitizers": lambda *rest: [self._outcome("memcheck")],
             "run_measurements": self._measure,
         }
@@ -413,30 +447,47 @@ class Stage:
     def _outcome(self, name):
         return build.Outcome(name, self._statuses.get(name.removeprefix("tests/"), 0), "said")
 
-    def _build(self, folder, nvcc, log, limit):
+    def _check(self, name, device, out, environment, limit):
+        native = environment["PFGM_NATIVE"] == "1"
+        able = ["torch", "triton", *["native"] * native]
+        able = [each for each in able if each not in self._crashed]
+        return gpu_checks.Checked(self._outcome(f"check {name}"), able)
+
+    def _build(self, folder, log, limit, dry):
+        assert self.checked.wait(60), "it builds while the first check and times run"
         log.write_text("nvcc: error: no such luck\n")
         return folder / "lib", self._statuses.get("build", 0)
 
-    def _measure(self, options, environment, ours, seconds):
-        self.measured.append((list(ours), environment["PFGM_NATIVE"]))
+    def _measure(self, options, environment, ours, seconds, until=None):
+        self.measured.append((list(ours), environment["PFGM_NATIVE"], until is not None))
+        self.checked.set()
         (self.out / "measure.log").write_text("last\n")
-        (self.out / "results.json").write_text(json.dumps({"suspect": ours[-1], "ours": ours}))
-        (self.out / "table.md").write_text("the table\n")
+        content = {"suspect": None, "ours": ours, "rows": []}
         broken = self._statuses.get("broken")
+        if broken in ours:
+            content["suspect"] = broken
+        (self.out / "results.json").write_text(json.dumps(content))
+        (self.out / "table.md").write_text("the table\n")
         return gpu.LOST if broken in ours else 0
 
     def run(self):
         status = gpu.orchestrate(gpu.parse(["--out", str(self.out)]))
-        return status, json.loads((self.out / "results.json").read_text())["checks"]
+        return status, json.loads((self.out / "checks.json").read_text())
 
 
-def test_triton_and_cuda_are_measured_if_all_checks_pass(monkeypatch, tmp_path, capsys):
+FIRST, WHOLE = (["triton"], "0", True), (["triton", "cuda"], "1", False)
+
+
+def test_triton_is_measured_while_nvcc_builds_and_all_after_their_checks(
+    monkeypatch, tmp_path, capsys
+):
     stage = Stage(monkeypatch, tmp_path / "out")
     status, checks = stage.run()
     assert status == 0
-    assert stage.measured == [(["triton", "cuda"], "1")]
+    assert stage.measured == [FIRST, WHOLE, WHOLE]
     assert list(checks) == [
-        "build with CUDA", "small", "memcheck", "tests/cuda", "tests/triton", "measurements"
+        "check first", "first times of torch, triton", "build with CUDA", "check all",
+        "first times of torch, triton, cuda", "memcheck", "tests/triton", "tests/cuda", "times",
     ]  # fmt: skip
     assert capsys.readouterr().out.rstrip().endswith("the table")
 
@@ -445,8 +496,10 @@ def test_a_failed_build_is_reported_and_the_rest_is_measured(monkeypatch, tmp_pa
     stage = Stage(monkeypatch, tmp_path / "out", build=2)
     status, checks = stage.run()
     assert status == 2
-    assert stage.measured == [(["triton"], "0")]
-    assert list(checks) == ["build with CUDA", "tests/triton", "measurements"]
+    assert stage.measured == [FIRST, (["triton"], "0", False)]
+    assert list(checks) == [
+        "check first", "first times of torch, triton", "build with CUDA", "tests/triton", "times"
+    ]  # fmt: skip
     table = (stage.out / "table.md").read_text()
     assert "build with CUDA (status 2): FAILED" in table
     assert "no such luck" in table
@@ -454,18 +507,22 @@ def test_a_failed_build_is_reported_and_the_rest_is_measured(monkeypatch, tmp_pa
 
 
 def test_without_nvcc_triton_alone_is_measured(monkeypatch, tmp_path):
-    stage = Stage(monkeypatch, tmp_path / "out", nvcc=None)
+    stage = Stage(monkeypatch, tmp_path / "out", nvcc=False)
     status, checks = stage.run()
     assert status == 0
-    assert stage.measured == [(["triton"], "0")]
+    assert [ours for ours, *_ in stage.measured] == [["triton"], ["triton"]]
     assert "no nvcc is found" in checks["build with CUDA"][1]
 
 
-def test_kernels_that_do_not_run_are_not_measured(monkeypatch, tmp_path):
-    stage = Stage(monkeypatch, tmp_path / "out", small=124)
+@pytest.mark.parametrize(
+    ("crashed", "ours"),
+    [(["native"], ["triton"]), (["triton"], ["cuda"]), (["native", "triton"], [])],
+)
+def test_kernels_that_ended_their_checks_are_not_measured(monkeypatch, tmp_path, crashed, ours):
+    stage = Stage(monkeypatch, tmp_path / "out", crashed=crashed, **{"check all": 1})
     status, checks = stage.run()
-    assert status == 124
-    assert stage.measured == [(["triton"], "1")]
+    assert status == 1
+    assert stage.measured[-1] == (ours, "1", False)
     assert checks["memcheck"] == [0, "said"]
 
 
@@ -473,17 +530,42 @@ def test_kernels_that_do_not_run_are_not_measured(monkeypatch, tmp_path):
 def test_a_failed_check_sets_the_status(part, monkeypatch, tmp_path):
     stage = Stage(monkeypatch, tmp_path / "out", **{part: 1})
     assert stage.run()[0] == 1
-    assert stage.measured == [(["triton", "cuda"], "1")]
+    assert stage.measured == [FIRST, WHOLE, WHOLE]
 
 
 def test_measuring_is_repeated_without_the_kernels_that_broke_the_device(monkeypatch, tmp_path):
     stage = Stage(monkeypatch, tmp_path / "out", broken="cuda")
     status, checks = stage.run()
     assert status == gpu.LOST
-    assert checks["measurements with cuda"][0] == gpu.LOST
-    assert [ours for ours, _ in stage.measured] == [["triton", "cuda"], ["triton"]]
+    assert checks["times with cuda"][0] == gpu.LOST
+    assert [ours for ours, *_ in stage.measured[-2:]] == [["triton", "cuda"], ["triton"]]
     assert json.loads((stage.out / "lost_cuda.json").read_text())["ours"] == ["triton", "cuda"]
     assert json.loads((stage.out / "results.json").read_text())["ours"] == ["triton"]
+
+
+def test_later_times_replace_earlier_ones_and_the_others_stay(monkeypatch, tmp_path):
+    def subjects_of(*names):
+        return [subject(Ticking(), name, 1, triton=lambda: None) for name in names]
+
+    def measured(*names, until=None):
+        monkeypatch.setattr(gpu, "all_subjects", lambda *rest: subjects_of(*names))
+        arguments = ["--out", str(tmp_path), "--dry", "--measure"]
+        gpu.measure(gpu.parse(arguments + ([] if until is None else ["--until", str(until)])))
+        return json.loads((tmp_path / "results.json").read_text())
+
+    measured("a", "b")
+    content = measured("b", "c")
+    assert [row["subject"] for row in content["rows"]] == ["b", "c", "a"]
+    content = measured("d", until=tmp_path / "results.json")  # which is there
+    assert content["left out"] == ["d"]
+    assert [row["subject"] for row in content["rows"]] == ["b", "c", "a"]
+
+
+def test_a_subject_that_never_ends_ends_the_process(tmp_path):
+    program = "import time; from benchmarks.gpu.measure import ended_after\n"
+    program += "with ended_after(0.1): time.sleep(60)"
+    done = subprocess.run([sys.executable, "-c", program], cwd=ROOT)
+    assert done.returncode == gpu.LOST
 
 
 # ---- what is computed -------------------------------------------------------------------------
