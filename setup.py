@@ -2,7 +2,8 @@
 
 Environment variables:
     PFGM_NATIVE=0     install pure Python, without the extension
-    PFGM_CUDA=auto    compile the CUDA sources if nvcc is found (1: always, 0: never)
+    PFGM_CUDA=auto    compile the CUDA sources if nvcc is found (1: always, 0: never); csrc/nvcc.py
+                      says where it is looked for, and when pip brings it
     CXX, CMAKE_ARGS, CMAKE_CUDA_ARCHITECTURES    passed to CMake
 """
 
@@ -15,12 +16,14 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 from setuptools import Extension, find_packages, setup
 from setuptools.command.build_ext import build_ext
 
 ROOT = Path(__file__).resolve().parent
 source_digest = runpy.run_path(str(ROOT / "csrc" / "source_digest.py"))["source_digest"]
+nvcc = SimpleNamespace(**runpy.run_path(str(ROOT / "csrc" / "nvcc.py")))
 
 
 def require_compiler() -> None:
@@ -51,12 +54,16 @@ class CMakeBuild(build_ext):
         target = Path(self.get_ext_fullpath(ext.name)).resolve()
         build = Path(self.build_temp).resolve() / "native"
         build.mkdir(parents=True, exist_ok=True)
+        cuda = environment_choice("PFGM_CUDA", ("auto", "0", "1"), "auto")
+        environment = os.environ | (nvcc.settings() if cuda != "0" else {})
         configure = [
+            f"-DPFGM_CUDA={cuda}",
             f"-DPython_EXECUTABLE={sys.executable}",
             f"-DCMAKE_LIBRARY_OUTPUT_DIRECTORY={target.parent}",
-            f"-DPFGM_CUDA={environment_choice('PFGM_CUDA', ('auto', '0', '1'), 'auto')}",
             f"-DPFGM_SOURCE_DIGEST={source_digest()}",
         ]
+        if cuda != "0" and "CUDACXX" not in environment:
+            configure.append(f"-DPFGM_NO_NVCC={nvcc.why_none()}")
         if architectures := os.environ.get("CMAKE_CUDA_ARCHITECTURES"):
             configure.append(f"-DCMAKE_CUDA_ARCHITECTURES={architectures}")
         configure += shlex.split(os.environ.get("CMAKE_ARGS", ""))
@@ -64,8 +71,9 @@ class CMakeBuild(build_ext):
         subprocess.run(
             ["cmake", "--fresh", "-S", str(ROOT), "-B", str(build), "-G", "Ninja", *configure],
             check=True,
+            env=environment,
         )
-        subprocess.run(["cmake", "--build", str(build)], check=True)
+        subprocess.run(["cmake", "--build", str(build)], check=True, env=environment)
 
 
 native = environment_choice("PFGM_NATIVE", ("0", "1"), "1") == "1"

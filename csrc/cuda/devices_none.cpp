@@ -2,7 +2,7 @@
 
 namespace pfgm {
 
-CudaDevices cuda_devices() { return {{}, "the extension was built without CUDA"}; }
+CudaDevices cuda_devices() { return {{}, "not built: " PFGM_WITHOUT_CUDA}; }
 
 CudaVersions cuda_versions() { return {}; }
 

@@ -137,8 +137,9 @@ def on_gpu(value: Tensor) -> bool:
 def _cuda_supports(
     device: torch.device, dtype: torch.dtype, references: torch.dtype | None
 ) -> str | None:
-    if extension().build_info()["cuda_architectures"] is None:
-        return "its extension was built without CUDA (no nvcc was found, or PFGM_CUDA=0)"
+    info = extension().build_info()
+    if info["cuda_architectures"] is None:
+        return f"its extension was built without CUDA: {info['without_cuda']}"
     if torch.version.hip is not None:
         return "its GPU kernels are for NVIDIA GPUs"
     if dtype != torch.float32:
