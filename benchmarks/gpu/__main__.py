@@ -67,7 +67,7 @@ from pfgm.common.files import write_json
 RESULTS, TABLE, CHECKS = "results.json", "table.md", "checks.json"
 BUILT, MEASURE_LOG = "built", "measure.log"
 FIRST_SECONDS = 75.0  # for the copy and the forward pass on photographs
-LEAST_SECONDS = 60.0  # with less time left, no other measuring process is started
+LEAST_SECONDS = 60.0  # for tests; with less time left, no other measuring process is started
 
 
 # ---- measuring, in a process of its own, which imports the package that was built --------------
@@ -165,7 +165,7 @@ class Run:
         """Runs the tests of some paths at once, and beside those of CUDA the sanitizers."""
         out, dry = self.options.out, self.options.dry
         with ThreadPoolExecutor(len(kinds)) as pool:
-            limit = self.checking.left()
+            limit = max(self.checking.left(), LEAST_SECONDS)
             tests = [pool.submit(run_tests, kind, out, environment, limit, dry) for kind in kinds]
             if "cuda" in kinds and not dry:
                 for outcome in run_sanitizers(out, environment):

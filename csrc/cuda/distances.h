@@ -662,8 +662,8 @@ __device__ inline void finish_tile(Memory& shared, Total total, Rest rest, const
         for (int s = 0; s < kSlabs; ++s) {
           const unsigned place = static_cast<unsigned>(query0 + column) * stride +
                                  static_cast<unsigned>(reference0 + row_of(s));
-          const ReferenceNorms<GEFORCE> of_references(squared[s]);
-          const DistanceOfQuery<GEFORCE> distance_of(norm, unit, of_references);
+          const ReferenceNorms<kSlowFloat64<GEFORCE>> of_references(squared[s]);
+          const DistanceOfQuery<kSlowFloat64<GEFORCE>> distance_of(norm, unit, of_references);
           for (int e = 0; e < 2; ++e) {
             float2 product = {total.at(s, j, 2 * e + odd), rest.at(s, j, 2 * e + odd)};
             if constexpr (kParts > 1)
@@ -913,7 +913,7 @@ __global__ void __launch_bounds__(kFinishThreads)
     squared[e] = scaled[e] * per_scale * per_scale;
     farthest = fmax(farthest, reach_of(scaled[e], squared[e], center.features, known[e]));
   }
-  const ReferenceNorms<GEFORCE> of_references(squared);
+  const ReferenceNorms<kSlowFloat64<GEFORCE>> of_references(squared);
   if constexpr (!PROJECT)
     if (query0 == 0) {
       farthest = over_warp(farthest, Most());
@@ -935,7 +935,8 @@ __global__ void __launch_bounds__(kFinishThreads)
         out.projected[place] = both.x;
       all_finite = all_finite && fabsf(both.x) < INFINITY && fabsf(both.y) < INFINITY;
     } else {
-      const DistanceOfQuery<GEFORCE> distance_of(out.norms[query], unit, of_references);
+      const DistanceOfQuery<kSlowFloat64<GEFORCE>> distance_of(out.norms[query], unit,
+                                                               of_references);
       std::uint64_t distance[2], low = kInfiniteBits;
       bool infinite = false;
       for (int e = 0; e < 2; ++e) {

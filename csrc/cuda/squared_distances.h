@@ -1,7 +1,7 @@
 // Squared distances |x|² + |y|² − 2 x·y from norms and products, on CUDA devices.
 //
-// They are float64. On GeForce cards, where float64 is slow, they are computed in two floats, to
-// about 2^-45 of the norms, and become float64 by their bits.
+// They are float64. Where float64 is slow, they are computed in two floats, to about 2^-45 of the
+// norms, and become float64 by their bits.
 #pragma once
 #include "cuda/tiles.h"
 
@@ -12,6 +12,16 @@ namespace {
 // float64 instructions.
 constexpr std::uint64_t kInfiniteBits = 0x7ffull << 52;
 
+// Whether float64 runs at 1/64 of the rate of float32: on GeForce cards, and with code for compute
+// capability 10.3. Code for 10.0 runs there too, with the float64 that is fast on 10.0.
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ == 1030
+template <bool GEFORCE>
+constexpr bool kSlowFloat64 = true;
+#else
+template <bool GEFORCE>
+constexpr bool kSlowFloat64 = GEFORCE;
+#endif
+
 // The sum of two sums of two floats each.
 __device__ inline float2 add_sums(const float2& a, const float2& b) {
   const TwoFloats sum = sum_of({a.x, a.y}, {b.x, b.y});
@@ -19,7 +29,7 @@ __device__ inline float2 add_sums(const float2& a, const float2& b) {
 }
 
 // |y|² of two references.
-template <bool GEFORCE>
+template <bool TWO_FLOATS>
 struct ReferenceNorms {
   double squared[2];
 
@@ -28,10 +38,10 @@ struct ReferenceNorms {
 
 // The distances of a query to two references, as bits of float64. Products are sums of two floats,
 // in the query's unit.
-template <bool GEFORCE>
+template <bool TWO_FLOATS>
 class DistanceOfQuery {
  public:
-  __device__ DistanceOfQuery(double norm, double unit, const ReferenceNorms<GEFORCE>& y)
+  __device__ DistanceOfQuery(double norm, double unit, const ReferenceNorms<TWO_FLOATS>& y)
       : norm_(norm), unit_(unit), y_(y) {}
 
   __device__ std::uint64_t operator()(int reference, float2 product) const {
@@ -42,10 +52,10 @@ class DistanceOfQuery {
 
  private:
   const double norm_, unit_;
-  const ReferenceNorms<GEFORCE>& y_;
+  const ReferenceNorms<TWO_FLOATS>& y_;
 };
 
-// ---- GeForce cards ---------------------------------------------------------------------------
+// ---- in two floats ---------------------------------------------------------------------------
 
 // The exponent of v ≥ 0 in the bits of float64. Those of squares of float32 are larger than 512;
 // that of 0 counts as 512.

@@ -52,6 +52,34 @@ SHAPES = {
     "slices, 64 points a tile": (40, 1500, 2070),
     "slices, 128 points a tile": (97, 2100, 3076),
 }
+# Sizes at which an A100, an H100, an RTX 3090 and an RTX 4090 take all kernels that they can choose
+# for a type of references (tests/kernels/launched.py).
+_MANY_SIZES = (
+    (20, 40, 2070),
+    (3, 2100, 31),
+    (40, 300, 36),
+    (300, 1100, 36),
+    (300, 2100, 36),
+    (300, 4100, 36),
+    (590, 1200, 36),
+    (590, 4100, 36),
+    (590, 5000, 36),
+    (300, 4100, 484),
+    (1020, 2100, 484),
+    (66, 4100, 1030),
+    (40, 4100, 2070),
+    (97, 4100, 2070),
+    (130, 1100, 2070),
+    (300, 1100, 2070),
+    (40, 1100, 3076),
+    (66, 300, 3076),
+    (97, 2100, 3076),
+    (130, 2100, 3076),
+    (300, 300, 3076),
+    (1020, 300, 3076),
+    (590, 40, 3076),
+    (590, 1100, 3076),
+)
 _TYPES = {
     "float64": torch.float64,
     "bfloat16": torch.bfloat16,
@@ -59,7 +87,7 @@ _TYPES = {
     "bytes": torch.uint8,
 }
 # Rows for part of a warp, a block, and longer ones. Odd lengths are read value by value.
-_WIDTHS = (36, 37, 1041, 8200)
+_WIDTHS = (36, 37, 1041, 6150, 8200)
 _ROWS = 5
 _GAMMA = 5.0
 _IN_A_ROW = 20
@@ -327,9 +355,28 @@ def _in_each_tile(place: Place) -> Results:
 def _at_many_sizes(
     place: Place, dtype: torch.dtype = torch.float32, precision: str = "high"
 ) -> Results:
-    """From few blocks to many, so that a GPU takes each size of tiles that is best somewhere."""
-    pairs = itertools.product((40, 590), (300, 1200, 5000))
-    return _stacked(_shape(place, (B, M, 36), 1.0, dtype, precision) for B, M in pairs)
+    """From few blocks to many, so that a GPU takes each kernel that is best somewhere. Some points
+    are compared."""
+    results: dict[str, Tensor | None] = {}
+    for k, sizes in enumerate(_MANY_SIZES):
+        B, _, N = sizes
+        D = (1.0, math.inf)[k % 2]
+        x, references, radius, (G, g) = _data(*sizes, D, dtype, seed=k)
+        step = max(B // _ROWS_OF_SIZES, 1)
+        if place is EXACT:
+            x, radius, G, g, step = x[::step], radius[::step], G[::step], g[::step], 1
+        x, references, radius, upstream = Data(x, references, radius, Upstream(G, g)).to(place)
+        problem = PosteriorMean(x, references, radius, D, precision)
+        mean, logsumexp, nearest, total = place.backend.posterior_mean(problem)
+        state, needs = State(mean, nearest, total), (True, False, True)
+        of_x, _, of_r = place.backend.posterior_mean_backward(problem, state, upstream, needs)
+        found = {"mean": mean / math.sqrt(N), "log-sum-exp": logsumexp}
+        found |= {"gradient of x": of_x, "gradient of r": of_r}  # type: ignore[dict-item]
+        if k == 0:
+            apart = problem._replace(difference=True)
+            found["difference x − mean"] = place.backend.posterior_mean(apart)[0]
+        results |= {f"{name} at {name_of(sizes)}": rows[::step] for name, rows in found.items()}
+    return results  # type: ignore[return-value]
 
 
 def _on_another_stream(place: Place) -> Results:
@@ -420,8 +467,10 @@ def _trials() -> Iterator[tuple[str, Trial]]:
         "many sizes, medium",
         Trial(part(_at_many_sizes, precision="medium"), medium=True, large=True),
     )
-    compute = part(_at_many_sizes, dtype=torch.uint8)
-    yield "many sizes, bytes", Trial(compute, references=torch.uint8, large=True)
+    for name, dtype in _TYPES.items():
+        if dtype != torch.float64:
+            compute = part(_at_many_sizes, dtype=dtype)
+            yield f"many sizes, {name}", Trial(compute, references=dtype, large=True)
     yield "another stream", Trial(_on_another_stream, quick=True, gpus=1)
     # Nothing promises that a graph can capture the backend reference.
     yield "a CUDA graph", Trial(_in_a_graph, quick=True, gpus=1, large=True)
@@ -461,7 +510,7 @@ def _error(name: str, result: Tensor, exact: Tensor) -> float:
     difference, exact = (t.reshape(len(t), -1) for t in (result - exact, exact))
     difference = torch.where(result.reshape(exact.shape) == exact, 0.0, difference)  # of infinities
     size = exact.new_ones(len(exact))
-    if name == "log-sum-exp":
+    if name.startswith("log-sum-exp"):
         size = exact.abs().amax(1).clamp(min=1)
     elif not name.startswith(("mean", "field")):
         rows = exact.norm(dim=1)

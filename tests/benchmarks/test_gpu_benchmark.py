@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import ast
+import contextlib
 import json
 import math
 import os
 import subprocess
 import sys
 import threading
+import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -588,6 +591,76 @@ def test_both_of_the_librarys_paths_are_in_every_subject(monkeypatch):
         assert (way.moved > 0) == (way.capturable and subject.name.startswith("forward"))
     types = [path for path in others[0].paths(gpu_clock.dry()) if path.startswith("cuda")]
     assert types == ["cuda", "cuda, uint8", "cuda, bfloat16", "cuda, medium"]
+
+
+class StandIn(gpu_clock.Device):
+    """The CPU in place of a GPU."""
+
+    @property
+    def real(self):
+        return True
+
+    def compiled(self, function):
+        return function
+
+
+class Now:
+    """An event, and a stream, of which nothing is left to wait for."""
+
+    def __init__(self, **options):
+        self._at = 0.0
+
+    def record(self):
+        self._at = time.perf_counter()
+
+    def elapsed_time(self, later):
+        return 1e3 * (later._at - self._at)
+
+    def synchronize(self):
+        pass
+
+    wait_stream = replay = lambda self, *_: None
+
+
+def test_events_and_graphs_with_stand_ins(monkeypatch):
+    """All that runs on a GPU alone: the clock, the flushed cache, graphs, the room in memory."""
+    asleep = []
+    nothing = contextlib.nullcontext
+    for name, value in {
+        "Event": Now,
+        "Stream": Now,
+        "CUDAGraph": Now,
+        "current_stream": Now,
+        "stream": nothing,
+        "graph": nothing,
+        "synchronize": lambda: None,
+        "empty_cache": lambda: None,
+        "mem_get_info": lambda: (1 << 34, 1 << 34),
+        "get_device_properties": lambda index: SimpleNamespace(L2_cache_size=1 << 12),
+        "get_device_name": lambda: "a GPU",
+        "_sleep": asleep.append,
+    }.items():
+        monkeypatch.setattr(torch.cuda, name, value)
+    real = torch.empty
+    with monkeypatch.context() as patch:
+        patch.setattr(torch, "empty", lambda *size, dtype, device: real(*size, dtype=dtype))
+        name, clock, cache = gpu_clock.gpu()
+    assert (name, cache) == ("cuda", 1 << 12)
+    device = StandIn("cpu", clock, cache)
+    monkeypatch.setattr(gpu_subjects, "BACKENDS", dict.fromkeys(("triton", "cuda"), "reference"))
+    chosen = gpu_subjects.all_subjects(dry=True, fashion=False, ours=("triton", "cuda"))
+    kinds = ("a copy", "forward, CIFAR", "forward and backward", "heun")
+    chosen = [subject for subject in chosen if subject.name.startswith(kinds)]
+    rows, left_out = gpu_measure.run_subjects(chosen, device, gpu_clock.Budget(600), rounds=2)
+    assert left_out == []
+    assert gpu_report.failures_of(rows) == []
+    assert all(row.seconds["median"] > 0 for row in rows)
+    assert min(asleep) >= 1e6
+    for row in rows:
+        captured = "backward" not in row.subject and row.path != "published formula"
+        assert bool(row.graph) == captured, row
+    assert gpu_report.circumstances(device)["device"] == "a GPU"
+    assert "Faster, of the subjects" in gpu_report.report(rows, left_out, device)
 
 
 def test_steps_in_torch_agree_with_the_library():

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import json
+import os
 import platform
+import subprocess
 import sys
 from pathlib import Path
 
@@ -50,3 +53,17 @@ def test_slow_tests_in_the_executor(folder, run_kernel_tests, name):
 def test_programs(folder, name):
     """What kernels compute in the executor, what it finds wrong, the arithmetic of the kernels."""
     executor.run(folder / "tests/ptx" / name)
+
+
+@pytest.mark.slow
+def test_the_trials_of_check_take_each_kernel_that_can_be_chosen(folder):
+    """On an A100, an H100, an RTX 3090 and an RTX 4090, by the plan's own choice. Nothing runs."""
+    program = Path(__file__).with_name("launched.py")
+    done = subprocess.run(
+        [sys.executable, program],
+        env=os.environ | {"PFGM_PTX": str(folder)},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert json.loads(done.stdout) == {name: [] for name in ("80", "86", "89", "90")}

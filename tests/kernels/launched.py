@@ -1,0 +1,99 @@
+"""Prints, as JSON, the CUDA kernels that problems of many sizes take on some GPUs, and no trial of
+pfgm check takes. Kernels are chosen and launched in the executor of PTX, but do not run.
+
+    PFGM_PTX=FOLDER python tests/kernels/launched.py
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+import math
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from unittest import mock
+
+import torch
+
+sys.path.append(str(Path(__file__).resolve().parents[2]))
+
+from benchmarks.common import executor
+from pfgm.backends import trials
+from pfgm.backends.backend import BACKENDS
+from pfgm.backends.problems import PosteriorMean, State, Upstream
+from pfgm.backends.trials import EXACT, TRIALS, Data, Place
+
+GPUS = {80: 108, 86: 84, 89: 128, 90: 132}  # capability → multiprocessors
+POINTS = (1, 3, 20, 40, 66, 97, 130, 300, 590, 1020)
+REFERENCES = (1, 40, 300, 1100, 2100, 4100, 20000)
+FEATURES = (1, 31, 36, 100, 484, 1030, 2070, 3076)
+WIDTHS = (1, 31, 36, 97, 784, 1040, 1041, 3072, 6150, 8200, 20000)
+MOST = 1 << 28  # values of references
+
+CPU = torch.device("cpu")
+PLACE = Place(BACKENDS["native"], CPU, torch.float32)
+
+
+def values(B: int, M: int, N: int, D: float = 1.0, dtype: torch.dtype = torch.float32) -> Data:
+    """Uninitialised: no kernel reads them."""
+    x, y, radius = torch.empty(B, N), torch.empty(M, N, dtype=dtype), torch.empty(B).double()
+    return Data(x, y, radius, Upstream(torch.empty(B, N), torch.empty(B).double()))
+
+
+def compute(B: int, M: int, N: int, dtype: torch.dtype, precision: str, D: float) -> None:
+    """A mean, also as a difference, and its gradients."""
+    x, references, radius, upstream = values(B, M, N, D, dtype)
+    for difference in (False, True):
+        problem = PosteriorMean(x, references, radius, D, precision, difference=difference)
+        mean, _, nearest, total = PLACE.backend.posterior_mean(problem)
+    problem = PosteriorMean(x, references, radius, D, precision)
+    needs = (True, dtype == torch.float32 and M * N < 1 << 24, True)
+    PLACE.backend.posterior_mean_backward(problem, State(mean, nearest, total), upstream, needs)
+
+
+def many_sizes() -> None:
+    types = [(torch.float32, "medium")]
+    types += [(t, "high") for t in (torch.float32, torch.bfloat16, torch.float16, torch.uint8)]
+    for B, M, N in itertools.product(POINTS, REFERENCES, FEATURES):
+        if M * N <= MOST and B * N <= MOST:
+            for (dtype, precision), D in itertools.product(types, (1.0, math.inf)):
+                compute(B, M, N, dtype, precision, D)
+    for features in WIDTHS:
+        trials._normalised(PLACE, features)
+        trials._steps(PLACE, features)
+
+
+def all_trials() -> None:
+    for trial in TRIALS.values():
+        if trial.applies("native", CPU):
+            trial.compute(PLACE)
+
+
+def kernels(machine: executor.Executor, run: Callable[[], None]) -> set[str]:
+    """The names, in the PTX, of the kernels that were launched."""
+    machine.launches()
+    run()
+    return {launch.entry for launch in machine.launches()}
+
+
+def main() -> None:
+    assert executor.FOLDER is not None
+    machine = executor.Executor(executor.FOLDER)
+    machine.set(skip=1)
+    missing = {}
+    with (
+        executor.in_place_of_a_gpu(executor.FOLDER),
+        mock.patch.object(Place, "on_gpu", property(lambda place: place is not EXACT)),
+        mock.patch.object(trials, "_data", lambda *sizes, seed=0, **rest: values(*sizes, **rest)),
+    ):
+        for capability, multiprocessors in GPUS.items():
+            machine.device(capability, multiprocessors)
+            reached = kernels(machine, all_trials)
+            assert reached, "nothing was launched"
+            missing[capability] = sorted(kernels(machine, many_sizes) - reached)
+    print(json.dumps(missing))
+
+
+if __name__ == "__main__":
+    main()
