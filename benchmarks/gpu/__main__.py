@@ -48,6 +48,7 @@ import torch
 
 from benchmarks.common import subjects
 from benchmarks.common.build import (
+    STOPPED,
     Outcome,
     assemble,
     assemble_with_cuda,
@@ -158,8 +159,9 @@ class Run:
         seconds = self.checking.left() if waits else FIRST_SECONDS
         until = built if waits else None
         status = run_measurements(self.options, environment, ours, seconds, until)
+        failed = abs(status) if status != STOPPED else 0  # what is missing is measured later
         text = last_line(self.options.out / MEASURE_LOG)
-        self.add(Outcome(f"first times of {', '.join(['torch', *ours])}", abs(status), text))
+        self.add(Outcome(f"first times of {', '.join(['torch', *ours])}", failed, text))
 
     def test(self, kinds: list[str], environment: Mapping[str, str]) -> None:
         """Runs the tests of some paths at once, and beside those of CUDA the sanitizers."""
