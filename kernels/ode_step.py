@@ -23,7 +23,7 @@ from .tuning import Config
 from .variant import Variant
 
 if TYPE_CHECKING:
-    from pfgm.backends.problems import OdeStep
+    from pfgm.core.problems import OdeStep
 
 _SMALLEST_FIELD_Z = tl.constexpr(1e-5)  # v_z is clamped to at most −_SMALLEST_FIELD_Z
 _LARGEST_NORM = tl.constexpr(1 - 1e-6)  # ‖v_x‖/√N is below 1 for a field, not for any network

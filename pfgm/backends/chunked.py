@@ -23,9 +23,9 @@ from ..common.checks import (
     underflow_message,
 )
 from ..common.tensors import dequantise, wide_dtype
-from .formulas import MAX_PAIRS, MAX_VALUES, chunks, squared_distances
-from .problems import Needs, PosteriorMean, State, Upstream
-from .weights import at_limit, check_singular, is_flat, log_sum_exp, log_weight
+from ..core.formulas import MAX_PAIRS, MAX_VALUES, chunks, squared_distances
+from ..core.problems import Needs, PosteriorMean, State, Upstream
+from ..core.weights import at_limit, check_singular, is_flat, log_sum_exp, log_weight
 
 
 class Chunk(NamedTuple):

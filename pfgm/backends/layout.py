@@ -5,7 +5,7 @@ from __future__ import annotations
 from torch import Tensor
 
 from ..common.tensors import contiguous, contiguous_features
-from .problems import OdeStep, PosteriorMean
+from ..core.problems import OdeStep, PosteriorMean
 
 
 def laid_out(problem: PosteriorMean) -> PosteriorMean:

@@ -28,11 +28,11 @@ from ..common.checks import (
     underflow_message,
 )
 from ..common.tensors import contiguous, contiguous_features, unfilled
-from . import formulas
+from ..core import formulas
+from ..core.problems import Needs, OdeStep, PosteriorMean, State, Upstream
+from ..core.weights import check_singular, is_flat, singular_message
 from .cuda_driver import CudaRuntime, cuda_lines
 from .layout import laid_out, laid_out_step, step_outputs
-from .problems import Needs, OdeStep, PosteriorMean, State, Upstream
-from .weights import check_singular, is_flat, singular_message
 
 __all__ = [
     "build_lines",

@@ -18,8 +18,8 @@ from torch import Tensor
 
 from ..common.checks import as_float
 from ..common.tensors import mark_written, unfilled
+from ..core.problems import PRECISIONS
 from . import native
-from .problems import PRECISIONS
 
 __all__ = ["EULER", "HEUN", "MULTISTEP", "all_finite", "field", "posterior_mean", "sample", "step"]
 
@@ -192,7 +192,7 @@ def step(
     """The next points (B, *S), and the mean (B, *S) if it is wanted.
 
     Args:
-        x, slope, field_z, history: those of :class:`~pfgm.backends.problems.OdeStep`, of shape
+        x, slope, field_z, history: those of :class:`~pfgm.core.problems.OdeStep`, of shape
             (B, *S) and (B,).
         out, mean_out: tensors to write to, or None.
         z, z_next, z_previous: levels, of which EULER and HEUN do not use the last.

@@ -14,10 +14,10 @@ import torch
 from torch import Tensor
 
 from ..common.tensors import contiguous
+from ..core.problems import PosteriorMean, RunningGradient, RunningMean, State, Upstream
 from . import choose, native
 from .layout import laid_out
 from .native import address
-from .problems import PosteriorMean, RunningGradient, RunningMean, State, Upstream
 
 __all__ = [
     "add",

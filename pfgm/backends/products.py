@@ -18,9 +18,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..common.tensors import dequantise, wide_dtype
-from . import chunked, formulas
+from ..core import formulas
+from ..core.problems import Needs, PosteriorMean, State, Upstream
+from . import chunked
 from .chunked import Arithmetic, Chunk
-from .problems import Needs, PosteriorMean, State, Upstream
 from .reference import (
     normalised_field,
     normalised_field_backward,

@@ -20,9 +20,9 @@ import torch
 from torch import Tensor
 
 from ..common.tensors import dequantise, wide_dtype
+from ..core.problems import OdeStep, PosteriorMean, State, Upstream
 from . import native, native_calls
 from .backend import BACKENDS, Backend
-from .problems import OdeStep, PosteriorMean, State, Upstream
 from .verdicts import SIZES
 
 __all__ = ["ALLOWED", "SHAPES", "TRIALS", "Trial", "errors", "name_of", "seconds_in_turns"]

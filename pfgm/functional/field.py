@@ -112,7 +112,7 @@ def _flat_mean(
     """Points (B, N) in float32 or float64, their mean (B, N), log-sum-exp, nearest and total (B,).
 
     With ``difference``, x − mean is in place of the mean. Nearest and total have no gradient
-    (:class:`~pfgm.backends.problems.State`).
+    (:class:`~pfgm.core.problems.State`).
     """
     check_choice("precision", precision, PRECISIONS)
     flat = _flatten(x)

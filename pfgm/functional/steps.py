@@ -287,7 +287,7 @@ def _step(
 def _coefficients(
     method: int, x: Tensor, z: Level, z_next: Level, z_previous: Level
 ) -> tuple[Any, Any, Any]:
-    """z, toward and blend of :class:`~pfgm.backends.problems.OdeStep`."""
+    """z, toward and blend of :class:`~pfgm.core.problems.OdeStep`."""
     if method == EULER:
         z, z_next = step_levels(x, z, z_next, next_may_be_zero=True)
         return z, (z - z_next) / z, 0.0

@@ -26,9 +26,9 @@ from torch.autograd import forward_ad
 
 from ..backends import Backend, choose_for, native, native_calls, requested, verdicts
 from ..backends.native_calls import EULER, HEUN, MULTISTEP
-from ..backends.problems import OdeStep, PosteriorMean, State, Upstream
 from ..common.checks import debugging
 from ..common.tensors import mark_written
+from ..core.problems import OdeStep, PosteriorMean, State, Upstream
 from . import normalised_field as field_operator
 from . import ode_step as step_operator
 from . import posterior_mean as mean_operator

@@ -12,10 +12,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..backends import choose_for, formulas, requested
+from ..backends import choose_for, requested
 from ..common import transforms
 from ..common.checks import is_symbolic
 from ..common.tensors import wide_dtype
+from ..core import formulas
 from .library import check_like, library, no_gradient, register
 
 _INPUTS = "Tensor difference, Tensor z, float gamma, str? backend=None"

@@ -14,11 +14,12 @@ from typing import Any, Concatenate, ParamSpec, TypeVar
 import torch
 from torch import Tensor
 
-from ..backends import choose_for, formulas, requested
-from ..backends.problems import OdeStep
+from ..backends import choose_for, requested
 from ..common import transforms
 from ..common.checks import is_symbolic
 from ..common.tensors import wide_dtype
+from ..core import formulas
+from ..core.problems import OdeStep
 from .library import check_like, library, no_gradient, register
 
 P = ParamSpec("P")

@@ -23,12 +23,13 @@ import torch
 from torch import Tensor
 from torch._subclasses import FakeTensor
 
-from ..backends import choose_for, formulas, requested
-from ..backends.problems import PRECISIONS, PosteriorMean, State, Tangents, Upstream
-from ..backends.weights import is_flat
+from ..backends import choose_for, requested
 from ..common import transforms
 from ..common.checks import is_symbolic
 from ..common.tensors import flat_rows, wide_dtype
+from ..core import formulas
+from ..core.problems import PRECISIONS, PosteriorMean, State, Tangents, Upstream
+from ..core.weights import is_flat
 from .library import library, no_gradient, register, save_nothing
 
 R = TypeVar("R")

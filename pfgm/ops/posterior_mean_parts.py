@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from ..backends import native_parts
-from ..backends.problems import PosteriorMean, RunningMean
 from ..common import transforms
+from ..core.problems import PosteriorMean, RunningMean
 from .library import check_like, library, register
 from .posterior_mean import check
 

@@ -16,8 +16,8 @@ import torch
 from torch import Tensor
 
 from ..backends import native_parts
-from ..backends.problems import PosteriorMean, RunningGradient, RunningMean, State
 from ..common.tensors import flat_rows
+from ..core.problems import PosteriorMean, RunningGradient, RunningMean, State
 from ..ops import eager, posterior_mean_parts
 from ..ops.posterior_mean import call, call_backward
 from .given import ChunkTotals, Given, Saved

@@ -8,8 +8,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ..backends.problems import PosteriorMean, State, Upstream
 from ..common.tensors import flat_rows
+from ..core.problems import PosteriorMean, State, Upstream
 from .part import Part
 from .ranks import Ranks
 

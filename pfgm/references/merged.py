@@ -1,6 +1,6 @@
 """Results over chunks that are computed on their own and merged, for every backend.
 
-The forward pass merges the states of the chunks (:mod:`pfgm.references.merging`). In the backward
+The forward pass merges the states of the chunks (:mod:`pfgm.core.merging`). In the backward
 pass, let q_i be the share of chunk i in the total weight, and G and g the upstream gradients of
 mean and log-sum-exp. The upstream gradients of the chunk are then
 
@@ -20,13 +20,13 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ..backends import formulas
-from ..backends.problems import PosteriorMean, State, Tangents, Upstream
-from ..backends.weights import is_flat
 from ..common.tensors import wide_dtype
+from ..core import formulas
+from ..core.merging import merge, relative_weight
+from ..core.problems import PosteriorMean, State, Tangents, Upstream
+from ..core.weights import is_flat
 from ..ops.posterior_mean import call, call_backward, tangent_dtype, tangent_from_gradients
 from .given import ChunkTotals, Given, Saved
-from .merging import merge, relative_weight
 
 _MIN_SHARE = 1e-18  # a chunk with a smaller share of the total weight is left out of the gradient
 _MAX_ERROR = 1e-5  # the rounding error of g_i/‖G‖ times (N + D) d/s; points above it are steep

@@ -14,14 +14,14 @@ import torch
 from torch import Tensor
 
 from ..backends import native_parts, requested
-from ..backends.weights import check_singular, is_flat, log_sum_exp
 from ..common.checks import check_range, check_underflow, checks_values
 from ..common.transforms import forward_mode, in_torch_func, map_rows
+from ..core.weights import check_singular, is_flat, log_sum_exp
 from ..ops.posterior_mean import OnceDifferentiable, mean_and_gradient, result_tangent
 from . import continued, merged
 from .given import ChunkTotals, Given, Saved
-from .merging import merge_over_ranks
 from .part import Part
+from .ranks import merge_over_ranks
 
 
 def compute(

@@ -11,7 +11,7 @@ import torch
 import pfgm
 from pfgm import Field, backends
 from pfgm.backends import native
-from pfgm.backends.problems import OdeStep
+from pfgm.core.problems import OdeStep
 from pfgm.functional.levels import step_levels
 from pfgm.ops import eager
 from pfgm.ops.ode_step import flat_arguments

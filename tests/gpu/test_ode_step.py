@@ -9,7 +9,7 @@ import torch
 from torch.utils._pytree import tree_map_only
 
 import pfgm
-from pfgm.backends.problems import OdeStep
+from pfgm.core.problems import OdeStep
 from pfgm.ops.ode_step import flat_arguments
 
 pytestmark = pytest.mark.usefixtures("way")

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 import pfgm
-from pfgm.backends.problems import PosteriorMean, State, Upstream
+from pfgm.core.problems import PosteriorMean, State, Upstream
 
 # Differences; products in matrix units; one pass over the references in CUDA.
 SIZES = [(3, 40, 33), (20, 40, 33), (20, 40, 512)]

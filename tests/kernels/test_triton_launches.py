@@ -42,7 +42,7 @@ if importlib.util.find_spec("triton") is not None:
     import pfgm
     from benchmarks.codegen import triton as codegen
     from pfgm.backends import triton as triton_backend
-    from pfgm.backends.problems import OdeStep
+    from pfgm.core.problems import OdeStep
     from pfgm.ops import normalised_field as normalised_field_op
     from pfgm.ops import posterior_mean as posterior_mean_op
 

@@ -11,7 +11,8 @@ from torch.fx.experimental import symbolic_shapes
 
 import pfgm
 from pfgm import field_fn, log_density, posterior_mean
-from pfgm.backends import formulas, native_parts
+from pfgm.backends import native_parts
+from pfgm.core import formulas
 
 OP = torch.ops.pfgm.posterior_mean
 BACKWARD = torch.ops.pfgm.posterior_mean_backward

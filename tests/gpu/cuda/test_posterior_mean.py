@@ -9,8 +9,8 @@ import torch
 
 import pfgm
 from pfgm.backends import native
-from pfgm.backends.problems import PosteriorMean, State, Upstream
 from pfgm.common.tensors import dequantise
+from pfgm.core.problems import PosteriorMean, State, Upstream
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.uint8]
 CENTERING = ("find_center", "split_rows")
