@@ -153,7 +153,7 @@ def posterior_mean_backward(
     x, references, radius, D = problem[:4]
     N, wide, r = x.shape[1], by.x, radius[:, None]
     center = state.mean.to(wide.dtype)
-    G, g = upstream.mean.to(wide.dtype), upstream.logsumexp.to(wide.dtype)[:, None]
+    G, g = upstream.grad_mean.to(wide.dtype), upstream.grad_logsumexp.to(wide.dtype)[:, None]
     nearest, total = state.nearest[:, None], state.total[:, None]
     regular = ~at_limit(nearest, r, D)
     flat = is_flat(nearest, r, D, N)

@@ -85,7 +85,7 @@ def _run(
         total=running.total.data_ptr(),
         sums=running.sums.data_ptr(),
     )
-    given = native.native_problem(problem, running.references)
+    given = native.native_problem(problem, running.all_references)
     status = native.extension().posterior_mean(given, io)
     native.check_status(status, *problem[:3])
 
@@ -114,7 +114,7 @@ def add_pulls(
     """Adds the references of a problem to the pulls. The state is that over all references."""
     problem = laid_out(problem)
     io, _kept = _backward(problem, state, upstream, running, None, None)
-    given = native.native_problem(problem, running.references)
+    given = native.native_problem(problem, running.all_references)
     status = native.extension().posterior_mean_pulls(given, io)
     native.check_status(status, *problem[:3])
 
@@ -147,7 +147,7 @@ def _run_backward(
 ) -> None:
     problem = laid_out(problem)
     io, _kept = _backward(problem, state, upstream, running, of_x, of_radius)
-    given = native.native_problem(problem, running.references)
+    given = native.native_problem(problem, running.all_references)
     status = native.extension().posterior_mean_backward(given, io)
     native.check_status(status, *problem[:3])
 

@@ -105,7 +105,7 @@ def posterior_mean_backward(
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
     kernels = _kernels("posterior_mean_backward")
     x, references, radius, D, precision, *_ = laid_out(problem)
-    check_singular(is_flat(state.nearest, radius, D, x.shape[1]), upstream.logsumexp)
+    check_singular(is_flat(state.nearest, radius, D, x.shape[1]), upstream.grad_logsumexp)
     with _current_device(x):
         grad_x, grad_references, grad_radius = kernels.posterior_mean_backward(
             *(gradient.contiguous() for gradient in upstream),

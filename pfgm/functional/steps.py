@@ -415,7 +415,7 @@ def _flat_step(
         slope=_flat(prediction.field_x if isinstance(prediction, Field) else prediction, dtype),
         field_z=None if field is None else _typed(field.field_z, dtype),
         history=None if history is None else _flat(history, dtype),
-        levels=_stacked(x, levels),
+        **_by_row(x, levels),
         gamma=5.0 if field is None else float(field.gamma),
         z_exp=0.0 if field is None else float(field.z_exp),
         exact=field is None or field.substitution == "exact",
@@ -448,10 +448,13 @@ def _compute_into(
     return out, mean_out
 
 
-def _stacked(x: Tensor, levels: tuple[Any, Any, Any]) -> tuple[float, float, float] | Tensor:
-    if not any(isinstance(level, Tensor) for level in levels):
-        return levels
-    return torch.stack([per_query("level", level, x) for level in levels])
+def _by_row(x: Tensor, levels: tuple[Any, Any, Any]) -> dict[str, Any]:
+    """The levels of the step, as numbers or, if one is a tensor, of each row."""
+    rows = None
+    if any(isinstance(level, Tensor) for level in levels):
+        rows = torch.stack([per_query("level", level, x) for level in levels])
+        levels = (0.0, 0.0, 0.0)
+    return dict(zip(("z", "toward", "blend", "row_levels"), (*levels, rows), strict=True))
 
 
 def _typed(values: Tensor, dtype: torch.dtype) -> Tensor:

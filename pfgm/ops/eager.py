@@ -140,10 +140,7 @@ def ode_step(
     backend: str | None,
 ) -> tuple[Tensor, Tensor | None]:
     """As :func:`pfgm.ops.ode_step.compute`; with ``out`` as ``compute_into``."""
-    x, slope, field_z, history, levels, gamma, z_exp, _ = step
-    rows = levels if isinstance(levels, Tensor) else None
-    given = (x, slope, field_z, history, rows, gamma, z_exp, out, mean_out)
-    if not passes(_gpu_of(x), *given):
+    if not passes(_gpu_of(step.x), *step[:-1], out, mean_out):
         if out is None:
             return step_operator.compute(step, with_mean, backend)
         step_operator.compute_into(step, out, mean_out, backend)
