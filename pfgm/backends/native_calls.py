@@ -263,8 +263,8 @@ def all_finite(values: Tensor) -> bool | None:
     kind = _POINTS.get(values.dtype)
     if kind is None or not available or not values.is_contiguous():
         return None
-    found: bool = _native.all_finite(kind, values.data_ptr(), values.numel())
-    return found
+    finite: bool = _native.all_finite(kind, values.data_ptr(), values.numel())
+    return finite
 
 
 def sample(rows: Tensor) -> int:
@@ -275,5 +275,5 @@ def sample(rows: Tensor) -> int:
     """
     if _native is None or not rows.is_cpu or not rows.is_contiguous():
         return 0
-    found: int = _native.sample(rows.data_ptr(), rows.nbytes)
-    return found
+    value: int = _native.sample(rows.data_ptr(), rows.nbytes)
+    return value

@@ -151,9 +151,9 @@ class _Products(Arithmetic):
             y = chunk.references
             if y.dtype != torch.float32:
                 y = dequantise(y, weights.dtype).float()
-            found = _sum_by_panels(weights, y)
-            if bool(found.isfinite().all()):
-                return found
+            sums = _sum_by_panels(weights, y)
+            if bool(sums.isfinite().all()):
+                return sums
         return super().average(weights, chunk)
 
 

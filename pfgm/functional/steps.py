@@ -272,16 +272,16 @@ def _step(
     In a Heun step x are the points at z_next, and history those at z.
     """
     arguments = (method, x, prediction, history, given, return_mean, out, mean_out, backend)
-    found = _step_directly(*arguments)
-    if found is None:
+    result = _step_directly(*arguments)
+    if result is None:
         levels = _coefficients(method, x, *given)
         _check(method, x, prediction, history)
         if mean_out is not None and not return_mean:
             raise ValueError("mean_out is given without return_mean; allowed is return_mean=True.")
         step = _flat_step(x, prediction, history, levels)
         with_mean = return_mean and isinstance(prediction, Field)
-        found = _compute(x, step, with_mean, out, mean_out, backend)
-    return (found[0], prediction) if return_mean and isinstance(prediction, Tensor) else found
+        result = _compute(x, step, with_mean, out, mean_out, backend)
+    return (result[0], prediction) if return_mean and isinstance(prediction, Tensor) else result
 
 
 def _coefficients(
@@ -381,9 +381,9 @@ def _step_directly(
     else:
         return None
     operands = (x, slope, field_z, history, out, mean_out, *given)
-    found: tuple[Tensor, Tensor | None] | None
-    found = eager.one_call("step", backend, operands, method, law, return_mean)
-    return found
+    result: tuple[Tensor, Tensor | None] | None
+    result = eager.one_call("step", backend, operands, method, law, return_mean)
+    return result
 
 
 # ---- steps on flat rows ----------------------------------------------------------------------

@@ -312,10 +312,10 @@ class _PosteriorMean(torch.autograd.Function):
     @staticmethod
     def jvp(ctx: Any, *tangents: Tensor | None) -> tuple[Tensor | None, ...]:
         inputs = (*ctx.saved_tensors[:3], *tangents[:3])
-        of_mean, of_lse = _Tangent.apply(  # type: ignore[no-untyped-call]
+        mean_tangent, lse_tangent = _Tangent.apply(  # type: ignore[no-untyped-call]
             *inputs, ctx.D, ctx.backend, ctx.precision
         )
-        return result_tangent(of_mean, tangents[0], ctx.difference), of_lse, None, None
+        return result_tangent(mean_tangent, tangents[0], ctx.difference), lse_tangent, None, None
 
     @staticmethod
     def vmap(info: Any, in_dims: tuple[int | None, ...], *arguments: Any) -> Any:
@@ -369,11 +369,13 @@ class _Tangent(OnceDifferentiable):
         center = mean.to(radius.dtype)
         if tangent_references is not None or (math.isinf(D) and tangent_radius is not None):
             state = State(center, nearest, total)
-            of_mean, of_lse = formulas.posterior_mean_tangent(problem, state, tangents)
+            mean_tangent, lse_tangent = formulas.posterior_mean_tangent(problem, state, tangents)
         else:
             state = State(mean, nearest, total)
-            of_mean, of_lse = tangent_from_gradients(problem, state, center, tangents, backend)
-        return of_mean.to(x.dtype), of_lse
+            mean_tangent, lse_tangent = tangent_from_gradients(
+                problem, state, center, tangents, backend
+            )
+        return mean_tangent.to(x.dtype), lse_tangent
 
     @staticmethod
     def vmap(info: Any, in_dims: tuple[int | None, ...], *arguments: Any) -> Any:
@@ -382,11 +384,11 @@ class _Tangent(OnceDifferentiable):
         )
 
 
-def result_tangent(of_mean: Tensor, of_x: Tensor | None, difference: bool) -> Tensor:
+def result_tangent(mean_tangent: Tensor, x_tangent: Tensor | None, difference: bool) -> Tensor:
     """The tangent of the result of a forward pass, from those of the mean and of x."""
     if not difference:
-        return of_mean
-    return -of_mean if of_x is None else of_x - of_mean
+        return mean_tangent
+    return -mean_tangent if x_tangent is None else x_tangent - mean_tangent
 
 
 def tangent_dtype(x: Tensor, references: Tensor, backend: str | None) -> torch.dtype:
@@ -437,8 +439,8 @@ def tangent_from_gradients(
         problem._replace(radius=radius), state, Upstream(moved, g), [True, False, finite], backend
     )
     sum_c = torch.where(is_fixed, 0.0, grad_radius / radius if finite else -g / radius / radius)
-    of_mean = grad_x.to(wide) + sum_c[:, None] * (center - x.to(wide))
-    return of_mean, torch.where(is_fixed, math.nan, -sum_c)
+    mean_tangent = grad_x.to(wide) + sum_c[:, None] * (center - x.to(wide))
+    return mean_tangent, torch.where(is_fixed, math.nan, -sum_c)
 
 
 def _transformed(problem: PosteriorMean, backend: str | None) -> tuple[Tensor, ...]:

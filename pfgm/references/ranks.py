@@ -54,9 +54,9 @@ class Ranks:
             )
 
     def _all_gather(self, values: Tensor) -> list[Tensor]:
-        found = [torch.empty_like(values) for _ in range(self.size)]
-        dist.all_gather(found, values.contiguous(), group=self._group)
-        return found
+        gathered = [torch.empty_like(values) for _ in range(self.size)]
+        dist.all_gather(gathered, values.contiguous(), group=self._group)
+        return gathered
 
     def gather(self, rows: Tensor) -> Tensor:
         """The rows (B, ...) of all processes, concatenated in the order of their ranks."""
@@ -64,7 +64,7 @@ class Ranks:
         padded = rows.new_zeros(max(self._counts), *rows.shape[1:])
         padded[: len(rows)] = rows
         pairs = zip(self._all_gather(padded), self._counts, strict=True)
-        return torch.cat([found[:count] for found, count in pairs])
+        return torch.cat([rows[:count] for rows, count in pairs])
 
     def own(self, rows: Tensor) -> Tensor:
         """The rows of this process among gathered rows."""

@@ -14,7 +14,7 @@ from .part import Part
 from .ranks import Ranks
 
 
-class Given(NamedTuple):
+class Settings(NamedTuple):
     """The references and options of one call, for its forward and backward passes."""
 
     part: Part
