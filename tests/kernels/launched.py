@@ -21,8 +21,8 @@ sys.path.append(str(Path(__file__).resolve().parents[2]))
 from benchmarks.common import executor
 from pfgm.backends import trials
 from pfgm.backends.backend import BACKENDS
-from pfgm.backends.problems import PosteriorMean, State, Upstream
 from pfgm.backends.trials import EXACT, TRIALS, Data, Place
+from pfgm.core.problems import PosteriorMean, State, Upstream
 
 GPUS = {80: 108, 86: 84, 89: 128, 90: 132}  # capability → multiprocessors
 POINTS = (1, 3, 20, 40, 66, 97, 130, 300, 590, 1020)
