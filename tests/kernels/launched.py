@@ -85,7 +85,9 @@ def main() -> None:
     with (
         executor.in_place_of_a_gpu(executor.FOLDER),
         mock.patch.object(Place, "on_gpu", property(lambda place: place is not EXACT)),
-        mock.patch.object(trials, "_data", lambda *sizes, seed=0, **rest: values(*sizes, **rest)),
+        mock.patch.object(
+            trials, "_data", lambda *sizes, seed=0, near=0, **rest: values(*sizes, **rest)
+        ),
     ):
         for capability, multiprocessors in GPUS.items():
             machine.device(capability, multiprocessors)
