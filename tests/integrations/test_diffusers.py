@@ -175,7 +175,7 @@ def test_what_a_function_as_solver_needs(schedulers, tmp_path):
         return denoise(x, grid[-1]), 1
 
     for solver in (solvers.rk45, to_0):
-        with pytest.raises(ValueError, match=r"depend on the points, or at 0; .*flow\.sample takes"):
+        with pytest.raises(ValueError, match=r"depend on the points, or at 0; .*flow\.sample"):
             schedulers.plus.from_flow(flow, solver=solver)
     scheduler = schedulers.plus.from_flow(flow, solver=restless, prediction_type="mean")
     scheduler.set_timesteps(3)

@@ -22,8 +22,9 @@ class _Evaluation(Exception):
 class SolverRun:
     """The steps between the evaluations of a solver function.
 
-    A solver cannot wait for the next mean. So it starts anew for each, and receives the means of its
-    earlier evaluations again. This keeps all means, and takes the steps of n evaluations n/2 times.
+    A solver cannot wait for the next mean. So it starts anew for each, and receives the means of
+    its earlier evaluations again. This keeps all means, and takes the steps of n evaluations n/2
+    times.
 
     Args:
         solver: the function, with the signature that :mod:`pfgm.solvers` describes.
