@@ -616,7 +616,7 @@ def test_noise_of_level_one_is_never_refused(schedulers):
 
 @pytest.mark.parametrize(("flow", "predicts"), PREDICTIONS[:4], ids=predictions)
 def test_the_pipeline_draws_the_samples_of_the_flow(
-    schedulers, unets, tmp_path, flow, predicts, same
+    diffusers, schedulers, unets, tmp_path, flow, predicts, same
 ):
     unet = unets(2 if predicts == "field" else 1)
     scheduler = scheduler_of(schedulers, flow, solver="multistep", prediction_type=predicts)
@@ -641,6 +641,9 @@ def test_the_pipeline_draws_the_samples_of_the_flow(
     assert again.scheduler.flow == flow
     (repeated,) = again(generator=seeded(), output_type="pt", return_dict=False, **options)
     assert torch.equal(images, repeated)
+    call = r"pfgm\.integrations\.diffusers\.PoissonFlowPipeline\.from_pretrained reads it"
+    with pytest.raises(AttributeError, match=call):
+        diffusers.DiffusionPipeline.from_pretrained(tmp_path)
 
 
 def test_what_the_pipeline_returns(schedulers, unets):

@@ -172,7 +172,8 @@ class FlowScheduler(SchedulerMixin, ConfigMixin):  # type: ignore[misc]
         return 1.0 if self._variance_preserving else self._flow.first_level
 
     def __repr__(self) -> str:
-        return f"{type(self).__name__} {dict(self.config)}"
+        settings = {name: value for name, value in self.config.items() if name[0] != "_"}
+        return f"{type(self).__name__} {settings}"
 
     def save_config(self, *arguments: Any, **options: Any) -> None:
         """Writes the configuration, as the class of diffusers does.
