@@ -1,8 +1,5 @@
 // The CPU kernels against plain formulas, for builds with a sanitizer: every instruction set of
 // this machine, several threads in a call, and several callers.
-//
-//     cpu_test [largest]: problems of at most so many values B·M·N; all without it
-#include <algorithm>
 #include <cstdlib>
 #include <memory>
 #include <stdexcept>
@@ -83,7 +80,7 @@ Implementation keeping(int threads) {
   return result;
 }
 
-std::vector<Case> cases(double largest) {
+std::vector<Case> cases() {
   // At the edges of tiles (queries 4, 6; references 64, 2048; features 16, 512), at blocks of 64
   // and 384 queries, and above 512 features, where 48 or more queries are screened.
   constexpr Index shapes[][3] = {
@@ -102,8 +99,6 @@ std::vector<Case> cases(double largest) {
       found.push_back({B, M, N, type, static_cast<Type>(seed % 5), D, seed % 4 < 2 ? 0 : 3, seed});
     }
   }
-  const auto beyond = [=](const Case& c) { return static_cast<double>(c.B * c.M * c.N) > largest; };
-  found.erase(std::remove_if(found.begin(), found.end(), beyond), found.end());
   return found;
 }
 
@@ -308,11 +303,11 @@ void check_fields(int threads) {
 
 }  // namespace
 
-int main(int count, char** arguments) {
+int main() {
   plain::check_screens();
   std::vector<std::string> isas;
   const std::string text = usable_isas(&isas);
-  const std::vector<Case> all = cases(count > 1 ? std::atof(arguments[1]) : kInfinity);
+  const std::vector<Case> all = cases();
   const std::vector<Step> all_steps = steps();
   std::vector<std::unique_ptr<Inputs>> inputs;
   for (const Case& c : all) inputs.push_back(std::make_unique<Inputs>(c));
