@@ -3,13 +3,14 @@
 // Products of centred data lose fewer digits. Two float16 numbers hold 22 bits of a value, and
 // matrix units multiply them at twice the rate of TF32.
 #pragma once
+#include "cuda/threads.h"
 #include "cuda/tiles.h"
 
 namespace pfgm {
 namespace {
 
 constexpr int kSamples = 16;  // references whose mean is the centre
-constexpr int kCenterThreads = 256, kSplitThreads = 256;
+constexpr int kSplitThreads = 256;
 constexpr int kHeld = 8;  // pairs of values in the registers of a thread of split_rows
 // Powers of two of the largest centred values as float16, which holds less than 2^16. References
 // outside of the sample may be larger by 2^11. Then sums of products with a low part, which are
@@ -18,34 +19,11 @@ constexpr int kQueryPower = 5, kReferencePower = 4;
 // The same of values that are not centred, in weighted sums. Others may be larger by 2^4.
 constexpr int kValuePower = 11;
 
-// The centre of the references. `spread` has the largest distance to it of the sample, `largest`
-// the largest value, in each group of kCenterThreads features.
-struct Center {
-  float* at;                // (width): zero from the last feature on
-  float *spread, *largest;  // (divide_up(width, kCenterThreads))
-  float* scale;             // (2): the power of two that centred references are multiplied by, and
-                            // 1 over it
-  float* value_scale;       // the same for references as they are
-  float* scaled;            // (width): `at` times `scale`
-  int features, width;
-  bool scattered;  // by `scatter`: because sums or differences to the centre are rounded to float16
-  float excess;    // distances are those of (1 + excess) x and (1 + excess) y
-};
-
 // In products the unit of bytes is 1/255 as float32 has it, so that they are a little too large.
 template <class R> constexpr float kExcess = 0;
 template <>
 constexpr float kExcess<std::uint8_t> =
     static_cast<float>(255 * static_cast<double>(kUnit<std::uint8_t>) - 1);
-
-// Rows times a power of two as high + low. If `rounded`, only high is multiplied.
-struct Halves {
-  std::uint16_t *high, *low;  // (rows, width)
-  double* units;              // (rows): turns a product with scaled references into the true one
-  int rows;
-  Rows<float> whole;  // the rows themselves
-  bool rounded;
-};
 
 // The power of two that brings `largest` > 0 to at least 2^power, below twice that. For 0 and
 // values that are not finite it is some power of two.
@@ -126,19 +104,6 @@ struct SplitMemory {
   float most[kSplitThreads / 32];
   TwoFloats squares[kSplitThreads / 32];
 };
-
-// Of the two halves of a word.
-__device__ inline float sum_of_squares(std::uint32_t halves) {
-  const float first = half_of_word(halves, 0), second = half_of_word(halves, 1);
-  return first * first + second * second;
-}
-
-// The largest of a warp's values, none of which is negative. Their bits have the order of the
-// values.
-__device__ inline float largest_of_warp(float value) {
-  return float_of(
-      static_cast<std::uint32_t>(-__reduce_min_sync(kAll, -static_cast<int>(bits_of(value)))));
-}
 
 // The largest value of all groups, found by a warp. `own` is that of the group with the lane's
 // number, or 0.
@@ -241,8 +206,7 @@ __global__ void __launch_bounds__(kSplitThreads, 1)
     center.scaled[i] = center.at[i] * of_y;
   TwoFloats norm[1] = {squares.result()};
   sum_over_block<kSplitThreads>(norm, shared.squares);
-  if (thread == 0)
-    norms[row] = (static_cast<double>(norm[0].high) + norm[0].low) * inverse_powers(of_x, of_x);
+  if (thread == 0) norms[row] = norm[0].sum() * inverse_powers(of_x, of_x);
 }
 
 }  // namespace

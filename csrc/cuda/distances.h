@@ -8,41 +8,12 @@
 // that float16 cannot hold has no products; its G·y is then found without them. If there are few
 // pairs, blocks of distances share out the features, and finish_distances adds up what they leave.
 #pragma once
-#include "cuda/centering.h"
 #include "cuda/squared_distances.h"
+#include "cuda/threads.h"
+#include "cuda/tiles.h"
 
 namespace pfgm {
 namespace {
-
-constexpr int kTileReferences = 64;  // references in a tile, whose smallest distance is kept
-
-constexpr Index kMostPairs = Index{1} << 31;  // of a block and a chunk, for places of 32 bits
-
-// Arrays in the workspace. Rows are `stride` apart.
-struct Pairs {
-  Index stride;
-  double* squared;   // (queries, stride)
-  float* projected;  // (queries, stride): G·y; may be null
-  double* lowest;    // (queries, tiles); negative if a distance of the tile, or of others of its
-                     // block, is not finite, until find_limits has looked at it
-  double* reach;     // (tiles): the largest |y − centre|²
-  double* norms;     // (queries): |x − centre|², or |x|² beside differences
-  unsigned* list;    // (queries · stride): places in `squared` of the pairs that refine takes
-  unsigned* listed;  // their number
-  int tiles;
-};
-
-// Sums over slices of the features. They take the place of the distances of blocks that have all
-// features.
-struct Slices {
-  Index stride;      // distance between rows
-  void* products;    // (slices, queries, stride) of SliceSum
-  double* squares;   // (slices, stride): of centred references, times the square of the scale
-  int count, trips;  // trips of a slice; the last slice may have fewer
-};
-
-// The sum of both floats. Products of Rounded references are added up in one float.
-template <class R> using SliceSum = std::conditional_t<kRounded<R>, float, float2>;
 
 // ---- what both do with a tile ----------------------------------------------------------------
 
@@ -51,16 +22,6 @@ __device__ inline void clear_list(const Pairs& out) {
   if (blockIdx.x == 0 && blockIdx.y == 0 && threadIdx.x == 0) *out.listed = 0;
 }
 
-// The smallest of 64-bit integers over a warp.
-__device__ inline std::int64_t least_of_warp(std::int64_t value) {
-  const int front = static_cast<int>(value >> 32);
-  const int least = __reduce_min_sync(kAll, front);
-  const auto rest = static_cast<std::uint32_t>(value);
-  const std::uint32_t least_rest = __reduce_min_sync(kAll, front == least ? rest : ~0u);
-  return static_cast<std::int64_t>(least) * (std::int64_t{1} << 32) + least_rest;
-}
-
-// The smallest finite distance; its sign is negative if a distance of the tile is not finite, so
 // that refine looks at the tile.
 struct LeastFinite {
   __device__ double operator()(double a, double b) const {
@@ -429,12 +390,6 @@ __device__ inline void add_rounded_products(float (&total)[SLABS][COLUMNS][4], i
   for (int s = 0; s < SLABS; ++s)
     for (int j = 0; j < TOGETHER; ++j)
       for (int e = 0; e < 4; ++e) total[s][first + j][e] += panel[s][j][e];
-}
-
-// Σ over the lanes t of a group of four.
-__device__ inline double over_quad(double value) {
-  value += __shfl_xor_sync(kAll, value, 1);
-  return value + __shfl_xor_sync(kAll, value, 2);
 }
 
 // Σ g (y − centre), computed by a warp; lane 0 gets the result.

@@ -5,18 +5,15 @@
 // A multiprocessor has room for one block. A block may add up the end of one list and the beginning
 // of another.
 #pragma once
-#include "cuda/weighted_sums.h"
+#include "cuda/threads.h"
+#include "cuda/tiles.h"
 
 namespace pfgm {
 namespace {
 
-constexpr int kSharePanels = 256;  // of a share, at most
-constexpr int kOfList = 6;         // panels that take as long as what a list takes once
-constexpr int kMostGroups = 32;    // of a block of queries, at most: a lane has one
-
 // Each group has a list for each slice of the features, with the same references. The work of a
-// list is counted in panels: kOfList unless it is empty, and then its own. Lists follow each other,
-// by groups.
+// list is counted in panels: kListPanels unless it is empty, and then its own. Lists follow each
+// other, by groups.
 struct Share {
   int first, end;  // of this block, in the work of all lists
   int each;        // of a block
@@ -38,7 +35,7 @@ struct GroupLists {
 
   __device__ GroupLists(const Lists& lists, const Parts& parts, int groups, const Lane& lane) {
     const int listed = lane.lane < groups ? lists.counts[lane.lane] : 0;
-    of_list = listed > 0 ? kOfList + divide_up32(listed, kPanel) : 0;
+    of_list = listed > 0 ? kListPanels + divide_up32(listed, kPanel) : 0;
     end = of_list * parts.slices;
     for (int apart = 1; apart < 32; apart *= 2) {
       const int lower = __shfl_sync(kAll, end, lane.lane - apart);
@@ -65,9 +62,9 @@ struct GroupLists {
     const int left = whole - done, of_share = share.end - at;
     found.is_last = left <= of_share;
     found.work = found.is_last ? left : of_share;
-    found.first = done < kOfList ? 0 : done - kOfList;
-    found.panels = done + found.work - kOfList - found.first;
-    found.part = static_cast<int>(blockIdx.x) - (list + kOfList) / share.each;
+    found.first = done < kListPanels ? 0 : done - kListPanels;
+    found.panels = done + found.work - kListPanels - found.first;
+    found.part = static_cast<int>(blockIdx.x) - (list + kListPanels) / share.each;
     return found;
   }
 };

@@ -8,23 +8,16 @@
 // A large group reads each reference half as often for a query as a small one does, but its list is
 // longer.
 #pragma once
-#include "cuda/weights.h"
+#include "cuda/threads.h"
+#include "cuda/tiles.h"
 
 namespace pfgm {
 namespace {
 
-// Queries of a small, a large and a very large group; features of a block that takes a share
-// of the lists.
-constexpr int kSumRows = 32, kLargeSumRows = 64, kLargestSumRows = 128;
-constexpr int kShareFeatures = 256;
-constexpr Index kMostReferences = 1 << 16;  // of a chunk, for places of 16 bits
-constexpr int kRankedQueries = 16;          // of a block of order_queries
-constexpr Index kLargeFrom = 256;           // queries of a block from which on groups are large
+constexpr int kRankedQueries = 16;  // of a block of order_queries
+
 template <int ROWS> constexpr int kListThreads = ROWS <= 64 ? 8 * ROWS : 512;
-// Panels of listed references that a block sums: kFewestPanels to kManyPanels if that leaves four
-// blocks a multiprocessor, up to kMostPanels if it leaves six. They are more, up to kPartPanels, if
-// the parts would not fit into memory.
-constexpr int kFewestPanels = 4, kManyPanels = 16, kMostPanels = 24, kPartPanels = 64;
+
 constexpr int kGatheredPanels = 192;  // of a block of list_references, at most
 
 // The place of the first of a thread's `own` things: `count` earlier ones and those of threads
@@ -72,25 +65,6 @@ __device__ inline int list(int* to, int* before, int words, Bits bits) {
   return count;
 }
 
-// For each group of queries: the references of a chunk that have a weight for any of them.
-struct Lists {
-  int* listed;  // (groups, stride): which they are, and the last one again up to a whole panel
-  int* counts;  // (groups): how many
-  // (groups, stride, queries of a group): their weights, in panels of pair_place or operand_place.
-  // Those of a reference that is there again, and of queries after the last one, are zero.
-  float* weights;
-  Index stride;
-};
-
-// Sums over parts of the lists, so that queries with many weights have more blocks than others.
-struct Parts {
-  float* sums;  // (parts, queries, features); only parts with a listed reference are written
-  int* counts;  // (slices, queries): how many are written
-  int queries;
-  int slices;  // of kShareFeatures features with parts of their own, or one of all features
-  int panels;  // of listed references in a part, or at least in a share (cuda/list_shares.h)
-};
-
 // How many weights of a query are not zero.
 __device__ inline int live_weights(const PieceSums& sums, int query) {
   int count = 0;
@@ -121,11 +95,6 @@ __global__ void __launch_bounds__(kQueryThreads)
     rank += counts[query] < mine || (counts[query] == mine && query < own);
   for (int apart = 1; apart < kSharers; apart *= 2) rank += __shfl_xor_sync(kAll, rank, apart);
   if (own < queries && thread % kSharers == 0) order[rank] = own;
-}
-
-// n/by, rounded up, of numbers ≥ 0. Dividing 64-bit numbers takes much longer.
-__device__ inline int divide_up32(int n, int by) {
-  return static_cast<int>(static_cast<unsigned>(n + by - 1) / static_cast<unsigned>(by));
 }
 
 // Of 32 references: a bit for each that the first half of the queries need, and one for the second

@@ -2,7 +2,7 @@
 // into tiles, slices of the features, and parts of lists.
 #pragma once
 #include "api/posterior_mean.h"
-#include "cuda/list_shares.h"
+#include "cuda/arrays.h"
 
 namespace pfgm {
 namespace {
@@ -76,6 +76,14 @@ Tiling tiling_of(Index queries, Index references, Index features, int multiproce
   }
   return best;
 }
+
+// ---- parts of lists ----------------------------------------------------------------------------
+
+constexpr Index kLargeFrom = 256;  // queries of a block from which on groups are large
+// Panels of listed references that a block sums: kFewestPanels to kManyPanels if that leaves four
+// blocks a multiprocessor, up to kMostPanels if it leaves six. They are more, up to kPartPanels, if
+// the parts would not fit into memory.
+constexpr int kFewestPanels = 4, kManyPanels = 16, kMostPanels = 24;
 
 // ---- blocks and chunks -------------------------------------------------------------------------
 
@@ -183,7 +191,7 @@ Shares shares_of(const Partition& partition, Index features, int rows, Index mos
   const Index groups = divide_up(partition.queries, rows), panels = partition.stride / kPanel;
   const Index lists = groups * slices;
   const bool enough = lists * panels >= kFewestPanels * kFewestPanels * multiprocessors;
-  const Index all = lists * (kOfList + panels);  // the work of the blocks, at most
+  const Index all = lists * (kListPanels + panels);  // the work of the blocks, at most
   const Index blocks = multiprocessors * divide_up(all, kSharePanels * multiprocessors);
   // All lists together have at least `slices` times the work of the longest one, so no more blocks
   // than these share that.

@@ -14,10 +14,19 @@
 #include <type_traits>
 
 #include "api/posterior_mean.h"
+#include "cuda/arrays.h"
+#include "cuda/centering.h"
+#include "cuda/coefficients.h"
 #include "cuda/launch.h"
+#include "cuda/lists.h"
+#include "cuda/merging.h"
 #include "cuda/partition.h"
+#include "cuda/reference_gradient.h"
+#include "cuda/refinement.h"
 #include "cuda/warpgroup_distances.h"
 #include "cuda/warpgroup_sums.h"
+#include "cuda/weighted_sums.h"
+#include "cuda/weights.h"
 
 namespace pfgm {
 namespace {
@@ -60,6 +69,12 @@ struct Lasting {
     center.value_scale = arena.take<float>(2);
   }
 };
+
+// A weight below e^-kWeightCutoff / M of the sum of weights becomes zero. M such weights together
+// are smaller than the rounding of a float32 result. So it does not matter that the sum has those
+// of some tiles, and not those of tiles that weigh leaves out. A gradient multiplies p_j by (y_j −
+// mean)²/s, which may be large; there the cutoff is kGradientCutoff nats lower.
+constexpr double kWeightCutoff = 16, kGradientCutoff = 8;
 
 double weight_floor(const Problem& problem, double extra_cutoff = 0) {
   return std::exp(-kWeightCutoff - extra_cutoff) / static_cast<double>(problem.references);
@@ -168,7 +183,7 @@ class Calculation {
     probability_ = arena_.take<float>(pairs);
     scaled_ = arena_.take<float>(pairs);
     for (double** each : {&moments_.projection, &moments_.mass, &moments_.moment, &moments_.sum,
-                          &moments_.of_chunk, &moments_.squares})
+                          &moments_.chunk_sum, &moments_.squares})
       *each = arena_.take<double>(queries * pieces);
     for (double** each : {&moments_.total, &moments_.exact_sum, &moments_.unit, &spare_})
       *each = arena_.take<double>(queries);

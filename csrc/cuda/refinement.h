@@ -4,7 +4,8 @@
 // find_limits decides from the error that would be left in the mean which distances of a query
 // matter, and lists them. refine computes these from differences in two floats, one warp for each.
 #pragma once
-#include "cuda/distances.h"
+#include "cuda/threads.h"
+#include "cuda/tiles.h"
 #include "cuda/weight_law.h"
 
 namespace pfgm {
@@ -19,19 +20,6 @@ constexpr int kRefineBlocks = 2;  // of a multiprocessor
 __device__ inline float relative_growth(float u) {
   const float series = 1 + u * (1 / 2.0f + u * (1 / 6.0f + u * (1 / 24.0f + u * (1 / 120.0f))));
   return u < 0.5f ? series : (exponential(u) - 1) * reciprocal(fmaxf(u, 0.5f));
-}
-
-// √v of finite v ≥ 0, to about 2^-22. It takes no float64, which is slow on GeForce cards. 0 has a
-// very small one.
-__device__ inline double square_root64(double v) {
-  const std::int64_t bits = bits_of(v);
-  const int power = static_cast<int>(bits >> 52) - 1023, half = power >> 1;
-  const auto digits = static_cast<std::uint32_t>(bits >> 29) & 0x7fffffu;
-  const float root =
-      square_root(float_of(digits | static_cast<std::uint32_t>(127 + (power & 1)) << 23));
-  // A float's bits, as those of the same float64, with more of the exponent.
-  return double_of((static_cast<std::int64_t>(bits_of(root)) << 29) +
-                   (static_cast<std::int64_t>(1023 - 127 + half) << 52));
 }
 
 // log a/b of positive numbers, to about 2^-20. Zero counts as a very small one.
@@ -341,20 +329,6 @@ __global__ void __launch_bounds__(32 * WARPS, 1)
 
 // ---- differences in two floats ---------------------------------------------------------------
 
-// A reference's value as high + low, exact.
-template <class R>
-__device__ inline TwoFloats two_floats(const R* from) {
-  return {load_float(from), 0};
-}
-__device__ inline TwoFloats two_floats(const std::uint8_t* from) {
-  const float whole = static_cast<float>(2 * static_cast<int>(*from) - 255);
-  const float high = rounded_product(whole, 1 / 255.0f);  // the same wherever it is used
-  // The remainder in products of few digits, which are exact without a fused operation.
-  const float front = float_of(bits_of(high) & 0xfffff000u);
-  return {high, ((whole - front * 255) - (high - front) * 255) * (1 / 255.0f)};
-}
-
-// This lane's part of Σ (unit (x − y))²; `unit` is a power of two. With CUT, differences count as
 // at most 2^55: such a reference is too far away to have a weight. Without it, a sum that is too
 // large is not finite.
 template <bool CUT, class R>
@@ -421,7 +395,7 @@ __device__ inline double squared_distance(const float* x, const R* y, int featur
   const std::int64_t power =
       127 - static_cast<std::int64_t>(bits_of(unit) >> 23);  // 1/unit = 2^power
   const double factor = double_of((1023 + 2 * power + 6) << 52);
-  const double sum = (static_cast<double>(part.high) + part.low) * factor;
+  const double sum = part.sum() * factor;
   // Rounding may leave less than 0, which would say that a distance is NaN.
   return is_finite(sum) ? (sum < 0 ? 0 : sum) : NAN;
 }

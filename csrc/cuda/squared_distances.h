@@ -3,20 +3,10 @@
 // They are float64. On GeForce cards, where float64 is slow, they are computed in two floats, to
 // about 2^-45 of the norms, and become float64 by their bits.
 #pragma once
-#include "cuda/tiles.h"
+#include "cuda/arithmetic.h"
 
 namespace pfgm {
 namespace {
-
-// Numbers ≥ 0 have the order of their bits; infinity and NaN follow. Comparing bits takes no
-// float64 instructions.
-constexpr std::uint64_t kInfiniteBits = 0x7ffull << 52;
-
-// The sum of two sums of two floats each.
-__device__ inline float2 add_sums(const float2& a, const float2& b) {
-  const TwoFloats sum = sum_of({a.x, a.y}, {b.x, b.y});
-  return {sum.high, sum.low};
-}
 
 // |y|² of two references.
 template <bool GEFORCE>

@@ -2,6 +2,7 @@
 // out the work of all lists (cuda/list_shares.h).
 #pragma once
 #include "cuda/list_shares.h"
+#include "cuda/warp_sums.h"
 
 namespace pfgm {
 namespace {
@@ -11,6 +12,17 @@ constexpr int kOfSumProduct = 64;  // queries that one instruction multiplies
 // A warp has 32 features, and all queries of a group. Lanes with the same g have features 2g,
 // 2g + 1, 16 + 2g and 17 + 2g of their warp.
 static_assert(sizeof(ShareMemory<float, kLargestSumRows>) <= 227 << 10, "it fits on sm_90");
+
+// The weight of a query and a reference of such a panel.
+template <int ROWS>
+__device__ inline float weight_of_operands(const float* weights, int query, int reference) {
+  const int i = reference / 4 % 4;
+  const auto of = [&](int part) {
+    const int at = operand_place<ROWS>(query, reference / 16, part) + i / 2 * kOperandStep<ROWS>;
+    return half_of_word(bits_of(weights[at + reference % 4]), i % 2);
+  };
+  return of(1) + of(0);
+}
 
 // ---- products of a panel -----------------------------------------------------------------------
 

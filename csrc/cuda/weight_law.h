@@ -3,7 +3,8 @@
 #include <cmath>
 
 #include "api/posterior_mean.h"
-#include "cuda/tiles.h"
+#include "cuda/arithmetic.h"
+#include "cuda/arrays.h"
 
 namespace pfgm {
 namespace {
