@@ -1,4 +1,5 @@
 // The arrays of the posterior mean in global memory: rows of the caller, and the workspace. Which
+// of them share memory is in cuda/workspace.h.
 #pragma once
 #include <cstddef>
 #include <cstdint>

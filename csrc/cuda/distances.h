@@ -22,6 +22,7 @@ __device__ inline void clear_list(const Pairs& out) {
   if (blockIdx.x == 0 && blockIdx.y == 0 && threadIdx.x == 0) *out.listed = 0;
 }
 
+// The smallest finite distance; its sign is negative if a distance of the tile is not finite, so
 // that refine looks at the tile.
 struct LeastFinite {
   __device__ double operator()(double a, double b) const {

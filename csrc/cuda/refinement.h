@@ -329,6 +329,7 @@ __global__ void __launch_bounds__(32 * WARPS, 1)
 
 // ---- differences in two floats ---------------------------------------------------------------
 
+// This lane's part of Σ (unit (x − y))²; `unit` is a power of two. With CUT, differences count as
 // at most 2^55: such a reference is too far away to have a weight. Without it, a sum that is too
 // large is not finite.
 template <bool CUT, class R>
