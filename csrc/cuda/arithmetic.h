@@ -129,8 +129,8 @@ struct TwoHalves {
 };
 __device__ inline TwoHalves split_halves(float first, float second) {
   const std::uint32_t high = halves_of(first, second);
-  const float of_first = half_of_word(high, 0), of_second = half_of_word(high, 1);
-  return {high, halves_of(first - of_first, second - of_second)};
+  const float first_high = half_of_word(high, 0), second_high = half_of_word(high, 1);
+  return {high, halves_of(first - first_high, second - second_high)};
 }
 
 // One value as high + low in a word, high in its lower half.
@@ -160,8 +160,8 @@ struct TwoFloats {
 };
 
 __device__ inline TwoFloats sum_of(const TwoFloats& a, const TwoFloats& b) {
-  const float high = a.high + b.high, of_b = high - a.high;
-  const float rest = (a.high - (high - of_b)) + (b.high - of_b);
+  const float high = a.high + b.high, b_part = high - a.high;
+  const float rest = (a.high - (high - b_part)) + (b.high - b_part);
   return {high, a.low + b.low + rest};
 }
 

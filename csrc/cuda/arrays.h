@@ -33,7 +33,7 @@ constexpr Index kMostReferences = 1 << 16;    // of a chunk, for places of 16 bi
 // blocks that sum.
 constexpr int kSumRows = 32, kLargeSumRows = 64, kLargestSumRows = 128;
 constexpr int kSumFeatures = 128, kShareFeatures = 256;
-// Panels of listed references that a block sums: of a part, and of a share (cuda/list_shares.h).
+// Panels of listed references that a block sums: of a part, and of a share (cuda/warpgroup_sums.h).
 constexpr int kPartPanels = 64, kSharePanels = 256;
 constexpr int kListPanels = 6;   // that take as long as what a list takes once
 constexpr int kMostGroups = 32;  // of a block of queries with shares: a lane has one
@@ -124,6 +124,10 @@ struct Pairs {
   unsigned* listed;  // their number
   int tiles;
 };
+
+// What a kernel makes of products: squared distances, G·y up to a number for each query, or sums
+// over a slice of the features, of which finish_distances makes either.
+enum class Target { distances, projections, slice };
 
 // Sums over slices of the features. They take the place of the distances of blocks that have all
 // features.
@@ -224,7 +228,7 @@ struct Parts {
   int* counts;  // (slices, queries): how many are written
   int queries;
   int slices;  // of kShareFeatures features with parts of their own, or one of all features
-  int panels;  // of listed references in a part, or at least in a share (cuda/list_shares.h)
+  int panels;  // of listed references in a part, or at least in a share (cuda/warpgroup_sums.h)
 };
 
 }  // namespace

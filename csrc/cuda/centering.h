@@ -107,11 +107,11 @@ struct SplitMemory {
 
 // The largest value of all groups, found by a warp. `own` is that of the group with the lane's
 // number, or 0.
-__device__ inline float largest_of(const float* of_groups, int groups, float own,
+__device__ inline float largest_of(const float* group_values, int groups, float own,
                                    const Lane& lane) {
   float largest = fmaxf(own, 0);
 #pragma unroll 1
-  for (int i = lane.lane + 32; i < groups; i += 32) largest = fmaxf(largest, of_groups[i]);
+  for (int i = lane.lane + 32; i < groups; i += 32) largest = fmaxf(largest, group_values[i]);
   return largest_of_warp(largest);
 }
 
@@ -134,23 +134,21 @@ __global__ void __launch_bounds__(kSplitThreads, 1)
       rows.aligned ? static_cast<int>(smaller(center.features / 2, kHeld * kSplitThreads)) : 0;
   const float own_spread = lane.lane < groups ? center.spread[lane.lane] : 0;
   const float own_largest = CENTERED && lane.lane < groups ? center.largest[lane.lane] : 0;
-  const auto centered = [&](float v, float of_center) {
-    return (v - of_center) + center.excess * v;
-  };
+  const auto centered = [&](float v, float origin) { return (v - origin) + center.excess * v; };
   float2 first[kHeld] = {};  // of the pairs
   if (held > 0) {
-    float2 of_center[kHeld];
+    float2 origin[kHeld];
 #pragma unroll
     for (int i = 0; i < kHeld; ++i) {
       // The last pair again, if there is no other, changes no largest value.
       const int pair = thread + i * kSplitThreads, known = pair < held ? pair : held - 1;
       first[i] = reinterpret_cast<const float2*>(x)[known];
-      if (CENTERED) of_center[i] = reinterpret_cast<const float2*>(center.at)[known];
+      if (CENTERED) origin[i] = reinterpret_cast<const float2*>(center.at)[known];
     }
     if (CENTERED)
       for (int i = 0; i < kHeld; ++i)
-        first[i].x = centered(first[i].x, of_center[i].x),
-        first[i].y = centered(first[i].y, of_center[i].y);
+        first[i].x = centered(first[i].x, origin[i].x),
+        first[i].y = centered(first[i].y, origin[i].y);
   }
   const auto value = [&](int feature) {
     if (feature >= center.features) return 0.0f;
@@ -168,19 +166,21 @@ __global__ void __launch_bounds__(kSplitThreads, 1)
   if (lane.lane == 0) shared.most[lane.warp] = largest;
   __syncthreads();
   for (const float most : shared.most) largest = fmaxf(largest, most);
-  const float of_y = scale_to(spread, kReferencePower), of_x = scale_to(largest, kQueryPower);
-  const float of_value = scale_to(largest_value, kValuePower);
+  const float y_scale = scale_to(spread, kReferencePower), x_scale = scale_to(largest, kQueryPower);
+  const float value_scale = scale_to(largest_value, kValuePower);
 
   auto* high = reinterpret_cast<std::uint32_t*>(out.high + row * center.width);
   auto* low = reinterpret_cast<std::uint32_t*>(out.low + row * center.width);
-  const float of_low = out.rounded ? 0 : 1;  // how often norms count what the high part leaves
+  const float low_count = out.rounded ? 0 : 1;  // how often norms count what the high part leaves
   CompensatedSum squares;
   const auto store = [&](int pair, float2 v) {
-    v.x *= of_x, v.y *= of_x;
+    v.x *= x_scale, v.y *= x_scale;
     const TwoHalves parts = split_halves(v.x, v.y);
     high[pair] = parts.high, low[pair] = parts.low;
     if (!CENTERED) return;
-    const auto counted = [&](float of_v, float front) { return front + of_low * (of_v - front); };
+    const auto counted = [&](float whole, float front) {
+      return front + low_count * (whole - front);
+    };
     const float a = counted(v.x, half_of_word(parts.high, 0));
     const float b = counted(v.y, half_of_word(parts.high, 1));
     squares.add(a * a + b * b);
@@ -193,20 +193,20 @@ __global__ void __launch_bounds__(kSplitThreads, 1)
 #pragma unroll 4
   for (int pair = held + thread; pair < pairs; pair += kSplitThreads) store(pair, values(pair));
   if (thread == 0) {
-    out.units[row] = inverse_powers(of_x, of_y);
+    out.units[row] = inverse_powers(x_scale, y_scale);
     if (CENTERED && row == 0) {
-      center.scale[0] = of_y, center.scale[1] = inverse_power(of_y);
-      center.value_scale[0] = of_value, center.value_scale[1] = inverse_power(of_value);
+      center.scale[0] = y_scale, center.scale[1] = inverse_power(y_scale);
+      center.value_scale[0] = value_scale, center.value_scale[1] = inverse_power(value_scale);
     }
   }
   if (!CENTERED) return;
   const int step = rows.count * kSplitThreads;
 #pragma unroll 1
   for (int i = static_cast<int>(row) * kSplitThreads + thread; i < center.width; i += step)
-    center.scaled[i] = center.at[i] * of_y;
+    center.scaled[i] = center.at[i] * y_scale;
   TwoFloats norm[1] = {squares.result()};
   sum_over_block<kSplitThreads>(norm, shared.squares);
-  if (thread == 0) norms[row] = norm[0].sum() * inverse_powers(of_x, of_x);
+  if (thread == 0) norms[row] = norm[0].sum() * inverse_powers(x_scale, x_scale);
 }
 
 }  // namespace

@@ -120,7 +120,7 @@ struct RowCoefficients {
                              const Moments& moments, Index query, double nearest, double r,
                              double g)
       : probabilities(probabilities), unit(unit_of(law, nearest, r)) {
-    const double found = moments.over_pieces(moments.mass, query), mass = found == 0 ? 1 : found;
+    const double total = moments.over_pieces(moments.mass, query), mass = total == 0 ? 1 : total;
     const double at = moments.over_pieces(moments.projection, query) / mass - g;
     per_mass = reciprocal(static_cast<float>(mass));
     center.high = static_cast<float>(at);

@@ -34,9 +34,9 @@ __device__ inline int place_of(int own, int& count, int* before) {
   __syncthreads();  // no thread uses the counts of an earlier call any more
   if (lane.lane == 31) before[lane.warp] = place;
   __syncthreads();
-  const int of_warp = lane.lane < THREADS / 32 ? before[lane.lane] : 0;
-  place += count - own + __reduce_add_sync(kAll, lane.lane < lane.warp ? of_warp : 0);
-  count += __reduce_add_sync(kAll, of_warp);
+  const int warp_count = lane.lane < THREADS / 32 ? before[lane.lane] : 0;
+  place += count - own + __reduce_add_sync(kAll, lane.lane < lane.warp ? warp_count : 0);
+  count += __reduce_add_sync(kAll, warp_count);
   return place;
 }
 
@@ -199,8 +199,8 @@ __device__ inline ListTask take_uneven_share(ListMemory<ROWS>& shared, const Pie
   __syncthreads();
   const int query = shared.order[known ? thread : queries - 1];
   const int live = known ? static_cast<int>(shared.keys[query] / kThreads) : 0;
-  const int of_warp = __reduce_add_sync(kAll, live);
-  if (lane.lane == 0) shared.live[lane.warp] = of_warp;
+  const int warp_count = __reduce_add_sync(kAll, live);
+  if (lane.lane == 0) shared.live[lane.warp] = warp_count;
   __syncthreads();
   int most = 0;  // listed references of the lane's group
   if (lane.lane < groups)
@@ -281,15 +281,15 @@ __device__ inline void gather_weights(const float* weights, const std::uint16_t*
       const float weight = weights[listed[place < count ? place : count - 1]];
       words[i] = known && place < count ? bits_of(weight) : 0;
     }
-    float* const of_panel = to + kPanel * ROWS * panel;
+    float* const panel_weights = to + kPanel * ROWS * panel;
     // Part s of the weights: halves that are low or high, or half of the references.
     const auto store = [&](int s, std::uint32_t first, std::uint32_t second) {
       if constexpr (OPERANDS) {
-        std::uint32_t* const at = reinterpret_cast<std::uint32_t*>(of_panel) +
+        std::uint32_t* const at = reinterpret_cast<std::uint32_t*>(panel_weights) +
                                   operand_place<ROWS>(8 * n + lane.g, step, s) + lane.t;
         at[0] = first, at[kOperandStep<ROWS>] = second;
       } else {
-        float* const pair = of_panel + pair_place(n, 2 * step + s, lane.lane);
+        float* const pair = panel_weights + pair_place(n, 2 * step + s, lane.lane);
         *reinterpret_cast<std::uint64_t*>(pair) = first | static_cast<std::uint64_t>(second) << 32;
       }
     };

@@ -32,16 +32,16 @@ struct MergedWeights {
   __device__ MergedWeights(const WeightLaw& law, double r, const PieceSums& sums,
                            const QueryStates& state) {
     const Index query = blockIdx.x;
-    const float* const of_pieces = sums.sum + query * sums.pieces;
+    const float* const piece_sums = sums.sum + query * sums.pieces;
     kept = static_cast<float>(sums.kept[query]), own = 0;
 #pragma unroll 4
-    for (int piece = 0; piece < sums.pieces; ++piece) own += of_pieces[piece];
+    for (int piece = 0; piece < sums.pieces; ++piece) own += piece_sums[piece];
     per_weight = reciprocal(kept + own);
     if (blockIdx.y > 0 || threadIdx.x > 0) return;
     const double nearest = sums.closest[query];
     double total = sums.kept[query];
 #pragma unroll 1
-    for (int piece = 0; piece < sums.pieces; ++piece) total += of_pieces[piece];
+    for (int piece = 0; piece < sums.pieces; ++piece) total += piece_sums[piece];
     state.nearest[query] = nearest;
     state.total[query] = total;
     state.logsumexp[query] = law.logsumexp(nearest, total, r);
@@ -151,8 +151,8 @@ __device__ inline void sum_differences(MergeMemory& shared, const QueryChunk<R>&
       const float w = chunk.halves ? half_of_word(word, 0) + half_of_word(word, 1) : float_of(word);
       const R* const row = chunk.y.row(j);
       each_feature([&](int k, int feature) {
-        const TwoFloats of_y = two_floats(row + feature);
-        sum[k] += w * ((point[k] - of_y.high) - of_y.low);
+        const TwoFloats y = two_floats(row + feature);
+        sum[k] += w * ((point[k] - y.high) - y.low);
       });
     }
     for (int k = 0; k < kHeldFeatures; ++k) value[k] += sum[k];
@@ -168,10 +168,10 @@ __device__ inline void sum_differences(MergeMemory& shared, const QueryChunk<R>&
 
 // The weights w_j that a sum of differences has of a chunk.
 struct DifferenceWeights {
-  float sum;        // Σ w_j
-  float size;       // of w_j, to which errors of sums over references are relative
-  float of_parts;   // w_j over the weights that parts.sums have
-  float of_stored;  // the same of those that are stored
+  float sum;         // Σ w_j
+  float size;        // of w_j, to which errors of sums over references are relative
+  float per_part;    // w_j over the weights that parts.sums have
+  float per_stored;  // the same of those that are stored
 };
 
 // value[k] = Σ_j w_j (x_i − y_ji) of a query, computed by a block. Sums over references lose digits
@@ -191,15 +191,15 @@ __device__ inline void find_differences(MergeMemory& shared, const QueryChunk<R>
   chunk.each_feature([&](int k, int feature) {
     float sum[1];
     sum_parts(parts, blockIdx.x, chunk.feature0 + feature, features, sum);
-    value[k] = w.sum * chunk.x[feature] - w.of_parts * sum[0];
-    const float scaled = (before[k] + value[k]) * per_size, of_x = chunk.x[feature] * per_reach;
-    apart += scaled * scaled, size += of_x * of_x;
+    value[k] = w.sum * chunk.x[feature] - w.per_part * sum[0];
+    const float scaled = (before[k] + value[k]) * per_size, scaled_x = chunk.x[feature] * per_reach;
+    apart += scaled * scaled, size += scaled_x * scaled_x;
   });
   apart = over_block<kMergeThreads>(apart, shared.scratch, Sum());
   size = over_block<kMergeThreads>(size, shared.scratch, Sum());
   if (apart >= kEnough * (1 + size)) return;  // no, if a number is out of range
   sum_differences(shared, chunk, value);
-  for (float& v : value) v *= w.of_stored;
+  for (float& v : value) v *= w.per_stored;
 }
 
 // The running x − mean, like the mean in `merge`. `unit` turns the stored weights into those of

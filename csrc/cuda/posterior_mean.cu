@@ -17,13 +17,13 @@
 #include "api/posterior_mean.h"
 #include "cuda/centering.h"
 #include "cuda/coefficients.h"
+#include "cuda/differences.h"
+#include "cuda/distances.h"
 #include "cuda/launch.h"
 #include "cuda/lists.h"
 #include "cuda/merging.h"
 #include "cuda/reference_gradient.h"
 #include "cuda/refinement.h"
-#include "cuda/warpgroup_distances.h"
-#include "cuda/warpgroup_sums.h"
 #include "cuda/weighted_sums.h"
 #include "cuda/weights.h"
 #include "cuda/workspace.h"
@@ -255,60 +255,51 @@ class Launches {
         differences<T, PROJECT>, rows, y(), plan_.features, arrays_.pairs);
   }
 
+  // By the tiles that the plan has for them.
   template <bool PROJECT>
   void find_products(const Halves& rows) const {
     const Tiling tiling = plan_.tiling(block_.count, chunk_.count, y().aligned, arrays_.room);
-    if (tiling.queries == 32) return find_products<PROJECT, 32, 64>(rows, tiling.slices);
-    if (tiling.references == 64) return find_products<PROJECT, 64, 64>(rows, tiling.slices);
-    if (tiling.queries == 64) return find_products<PROJECT, 64, 128>(rows, tiling.slices);
+    const Index slices = tiling.slices;
+    if (tiling.queries == 32) return find_in_warps<PROJECT, 32, 64>(rows, slices);
+    if (tiling.references == 64) return find_in_warps<PROJECT, 64, 64>(rows, slices);
+    if (tiling.queries == 64) return find_in_warps<PROJECT, 64, 128>(rows, slices);
     if constexpr (kWide<R>) {
       if (plan_.asynchronous) return find_in_warpgroups<PROJECT>(rows, tiling);
     }
-    find_products<PROJECT, 128, 128>(rows, tiling.slices);
+    find_in_warps<PROJECT, 128, 128>(rows, slices);
+  }
+
+  template <bool PROJECT, int QUERIES, int REFERENCES>
+  void find_in_warps(const Halves& rows, Index slices) const {
+    if (plan_.device.geforce)
+      find_with<WarpProducts<R, QUERIES, REFERENCES, true>, PROJECT>(rows, slices);
+    else
+      find_with<WarpProducts<R, QUERIES, REFERENCES, false>, PROJECT>(rows, slices);
   }
 
   template <bool PROJECT>
   void find_in_warpgroups(const Halves& rows, const Tiling& tiling) const {
+    const Index slices = tiling.slices;
     if constexpr (kRounded<R>) {
-      if (tiling.queries == 256) return find_in_warpgroups<PROJECT, 256, 128>(rows, tiling.slices);
+      if (tiling.queries == 256)
+        return find_with<WarpgroupProducts<R, 256, 128>, PROJECT>(rows, slices);
     } else {
       if (tiling.references == 192)
-        return find_in_warpgroups<PROJECT, 128, 192>(rows, tiling.slices);
+        return find_with<WarpgroupProducts<R, 128, 192>, PROJECT>(rows, slices);
     }
-    find_in_warpgroups<PROJECT, 128, 128>(rows, tiling.slices);
+    find_with<WarpgroupProducts<R, 128, 128>, PROJECT>(rows, slices);
   }
 
-  template <bool PROJECT, int QUERIES, int REFERENCES>
-  void find_in_warpgroups(const Halves& rows, Index slices) const {
-    find_products<PROJECT, WarpgroupMemory<R, QUERIES, REFERENCES>>(
-        rows, slices, warpgroup_distances<R, QUERIES, REFERENCES, PROJECT, false>,
-        warpgroup_distances<R, QUERIES, REFERENCES, false, true>);
-  }
-
-  template <bool PROJECT, int QUERIES, int REFERENCES>
-  void find_products(const Halves& rows, Index slices) const {
-    if (plan_.device.geforce)
-      find_products<PROJECT, QUERIES, REFERENCES, true>(rows, slices);
-    else
-      find_products<PROJECT, QUERIES, REFERENCES, false>(rows, slices);
-  }
-
-  template <bool PROJECT, int QUERIES, int REFERENCES, bool GEFORCE>
-  void find_products(const Halves& rows, Index slices) const {
-    find_products<PROJECT, DistanceMemory<R, QUERIES, REFERENCES>>(
-        rows, slices, distances<R, QUERIES, REFERENCES, GEFORCE, PROJECT, false>,
-        distances<R, QUERIES, REFERENCES, GEFORCE, false, true>);
-  }
-
-  template <bool PROJECT, class Memory, class Kernel>
-  void find_products(const Halves& rows, Index slices, Kernel* whole, Kernel* sliced) const {
-    Grid grid = tiles(Memory::kQueries, Memory::kReferences);
-    if (slices == 1) {
-      run("distances", grid, Memory::kThreads, sizeof(Memory), whole, rows, y<R>(), arrays_.center,
-          arrays_.pairs, Slices{});
-      return;
-    }
-    const Index trips = divide_up(plan_.features, Memory::kFeatures);
+  template <class Loop, bool PROJECT>
+  void find_with(const Halves& rows, Index slices) const {
+    Grid grid = tiles(Loop::kQueries, Loop::kReferences);
+    const auto find = [&](auto* kernel, const Slices& sums) {
+      run("distances", grid, Loop::kThreads, sizeof(TileMemory<Loop>), kernel, rows, y<R>(),
+          arrays_.center, arrays_.pairs, sums);
+    };
+    if (slices == 1)
+      return find(distances < Loop, PROJECT ? Target::projections : Target::distances >, Slices{});
+    const Index trips = divide_up(plan_.features, Loop::kFeatures);
     Slices sums = arrays_.slices;
     sums.stride = round_up(chunk_.count, kPanel);
     sums.trips = static_cast<int>(divide_up(trips, slices));
@@ -316,8 +307,7 @@ class Launches {
     sums.squares = reinterpret_cast<double*>(static_cast<SliceSum<R>*>(sums.products) +
                                              sums.count * block_.count * sums.stride);
     grid.z = sums.count;
-    run("distances", grid, Memory::kThreads, sizeof(Memory), sliced, rows, y<R>(), arrays_.center,
-        arrays_.pairs, sums);
+    find(distances<Loop, Target::slice>, sums);
     run("finish_distances", tiles(kFinishWarps * kFinishQueries, kTileReferences), kFinishThreads,
         0,
         plan_.device.geforce ? finish_distances<R, true, PROJECT>
@@ -398,9 +388,7 @@ class Launches {
     list<ROWS, HALVES, false>();
     const Grid grid = {divide_up(plan_.features, kSumFeatures), divide_up(block_.count, ROWS),
                        divide_up(divide_up(chunk_.count, kPanel), plan_.part_panels)};
-    run("weighted_sum", grid, kSumThreads, sizeof(SumMemory<T, ROWS>),
-        weighted_sum<T, ROWS, HALVES>, y<T>(), plan_.features, arrays_.center.value_scale,
-        1 / (kWeightUnit * divisor), order_of_groups<ROWS>(), arrays_.lists, arrays_.parts);
+    run_sums<WarpSums<T, ROWS, HALVES>>(grid, divisor);
   }
 
   template <int ROWS>
@@ -408,10 +396,14 @@ class Launches {
     arrays_.parts.slices = static_cast<int>(divide_up(plan_.features, kShareFeatures));
     arrays_.parts.panels = static_cast<int>(plan_.shares.least);
     list<ROWS, true, true>();
-    using Memory = ShareMemory<R, ROWS>;
-    run("weighted_sum", {plan_.shares.blocks}, Memory::kThreads, sizeof(Memory),
-        warpgroup_sum<R, ROWS>, y<R>(), plan_.features, arrays_.center.value_scale,
-        1 / (kWeightUnit * divisor), order_of_groups<ROWS>(), arrays_.lists, arrays_.parts);
+    run_sums<WarpgroupSums<R, ROWS>>({plan_.shares.blocks}, divisor);
+  }
+
+  template <class Loop>
+  void run_sums(Grid grid, float divisor) const {
+    run("weighted_sum", grid, Loop::kThreads, sizeof(typename Loop::Memory), weighted_sum<Loop>,
+        y<typename Loop::Reference>(), plan_.features, arrays_.center.value_scale,
+        1 / (kWeightUnit * divisor), order_of_groups<Loop::kRows>(), arrays_.lists, arrays_.parts);
   }
 
   // Merges the sums of the chunk with the result of earlier ones, which may not be aligned.

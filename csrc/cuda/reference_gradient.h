@@ -37,7 +37,7 @@ __global__ void __launch_bounds__(kSumThreads)
 
   constexpr int kListed = kPanel * kPartPanels;
   for (Index first = 0; first < x.count; first += kListed) {
-    float sum[2][kSumRows / 8][4] = {}, of_y[kSumRows / 8][2] = {};
+    float sum[2][kSumRows / 8][4] = {}, y_weights[kSumRows / 8][2] = {};
     float size[kSumRows / 8][2] = {}, largest[kSumRows / 8][2] = {};  // of −F c
     const Index left = x.count - first;
     const int words = static_cast<int>(divide_up(smaller(kListed, left), 32));
@@ -50,8 +50,8 @@ __global__ void __launch_bounds__(kSumThreads)
       return any;
     });
     const int panels = static_cast<int>(divide_up(count, kPanel));
-    const ListedCopy<Memory> of_upstream(shared, upstream, first, feature0, features);
-    const ListedCopy<Memory> of_x(shared, x, first, feature0, features);
+    const ListedCopy<Memory> upstream_copy(shared, upstream, first, feature0, features);
+    const ListedCopy<Memory> x_copy(shared, x, first, feature0, features);
     // The first half of the panels has G and p, the second half x and −F c.
     pipeline<Memory::kStages>(
         2 * panels,
@@ -59,9 +59,9 @@ __global__ void __launch_bounds__(kSumThreads)
           const bool second = p >= panels;
           const int listed = (second ? p - panels : p) * kPanel;
           if (second)
-            of_x.panel(shared, slot, shared.listed + listed);
+            x_copy.panel(shared, slot, shared.listed + listed);
           else
-            of_upstream.panel(shared, slot, shared.listed + listed);
+            upstream_copy.panel(shared, slot, shared.listed + listed);
           const float* weights = second ? coefficients.scaled : coefficients.probability;
           for (int i = thread; i < kSumRows * kPanel; i += kSumThreads) {
             const int k = i / kSumRows, j = i % kSumRows;
@@ -79,7 +79,7 @@ __global__ void __launch_bounds__(kSumThreads)
               for (int odd = 0; odd < 2; ++odd)
                 for (int k = lane.g; k < kPanel; k += 8) {
                   const float w = weights[k * (kSumRows + 8) + 8 * n + 2 * lane.t + odd];
-                  of_y[n][odd] -= w, size[n][odd] += fabsf(w);
+                  y_weights[n][odd] -= w, size[n][odd] += fabsf(w);
                   largest[n][odd] = fmaxf(largest[n][odd], fabsf(w));
                 }
           add_weighted<kPanel, kSumRows / 8, kSumPitch<float>>(
@@ -108,32 +108,33 @@ __global__ void __launch_bounds__(kSumThreads)
 #pragma unroll
     for (int n = 0; n < kSumRows / 8; ++n)
       for (int odd = 0; odd < 2; ++odd) {
-        float total = of_y[n][odd], weights = size[n][odd], most = largest[n][odd];
+        float total = y_weights[n][odd], weights = size[n][odd], most = largest[n][odd];
         for (int apart = 4; apart < 32; apart *= 2) {
           total += __shfl_xor_sync(kAll, total, apart);
           weights += __shfl_xor_sync(kAll, weights, apart);
           most = fmaxf(most, __shfl_xor_sync(kAll, most, apart));
         }
         // Sums of numbers of both signs have errors relative to √(Σ w²), which is at most this.
-        const float of_weights = fmaxf(fabsf(total), square_root(weights) * square_root(most));
-        float of_result = 0, of_sums = 0;  // squares
+        const float weight_size = fmaxf(fabsf(total), square_root(weights) * square_root(most));
+        float result_squares = 0, sum_squares = 0;  // squares
         each_result(n, odd, [&](Index j, int feature, float& result) {
-          const float v = load_float(y.row(j) + feature), scaled = of_weights * v;
+          const float v = load_float(y.row(j) + feature), scaled = weight_size * v;
           result += total * v;
-          of_result += result * result, of_sums += scaled * scaled;
+          result_squares += result * result, sum_squares += scaled * scaled;
         });
         for (int apart = 4; apart < 32; apart *= 2) {
-          of_result += __shfl_xor_sync(kAll, of_result, apart);
-          of_sums += __shfl_xor_sync(kAll, of_sums, apart);
+          result_squares += __shfl_xor_sync(kAll, result_squares, apart);
+          sum_squares += __shfl_xor_sync(kAll, sum_squares, apart);
         }
-        if (lane.g == 0) shared.squares[lane.warp][8 * n + 2 * lane.t + odd] = {of_result, of_sums};
+        if (lane.g == 0)
+          shared.squares[lane.warp][8 * n + 2 * lane.t + odd] = {result_squares, sum_squares};
       }
     __syncthreads();
-    float of_result = 0, of_sums = 0;  // of the reference with the lane's number
+    float result_squares = 0, sum_squares = 0;  // of the reference with the lane's number
     for (const auto& row : shared.squares)
-      of_result += row[lane.lane].x, of_sums += row[lane.lane].y;
-    unsigned again =
-        __ballot_sync(kAll, reference0 + lane.lane < y.count && !(of_result >= kEnough * of_sums));
+      result_squares += row[lane.lane].x, sum_squares += row[lane.lane].y;
+    unsigned again = __ballot_sync(
+        kAll, reference0 + lane.lane < y.count && !(result_squares >= kEnough * sum_squares));
 #pragma unroll
     for (int n = 0; n < kSumRows / 8; ++n)
       for (int odd = 0; odd < 2; ++odd)
@@ -144,12 +145,12 @@ __global__ void __launch_bounds__(kSumThreads)
     for (const int feature = feature0 + thread; again != 0; again &= again - 1) {
       if (feature >= features) break;
       const Index j = reference0 + __ffs(static_cast<int>(again)) - 1;
-      const TwoFloats of_y = two_floats(y.row(j) + feature);
+      const TwoFloats y_value = two_floats(y.row(j) + feature);
       float result = 0;
 #pragma unroll 4
       for (int i = 0; i < count; ++i) {
         const Index query = first + shared.listed[i], place = query * stride + j;
-        const float apart = (x.row(query)[feature] - of_y.high) - of_y.low;
+        const float apart = (x.row(query)[feature] - y_value.high) - y_value.low;
         result += coefficients.probability[place] * upstream.row(query)[feature] +
                   coefficients.scaled[place] * apart;
       }

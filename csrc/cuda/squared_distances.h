@@ -61,8 +61,8 @@ __device__ inline TwoFloats times(const TwoFloats& v, float power) {
 // The bits of v times the power of two that has this exponent in float64. Negative numbers, and
 // those below 2^-64, give 0.
 __device__ inline std::uint64_t bits_of_sum(const TwoFloats& v, int exponent) {
-  const float high = v.high + v.low, of_low = high - v.high;
-  const float low = (v.high - (high - of_low)) + (v.low - of_low);
+  const float high = v.high + v.low, low_part = high - v.high;
+  const float low = (v.high - (high - low_part)) + (v.low - low_part);
   if (!(high < INFINITY)) return kInfiniteBits + 1;
   if (!(high > 0x1p-64f)) return 0;
   const std::uint32_t bits = bits_of(high);
@@ -91,23 +91,24 @@ template <>
 class DistanceOfQuery<true> {
  public:
   __device__ DistanceOfQuery(double norm, double unit, const ReferenceNorms<true>& y)
-      : y_(y), of_norm_(exponent_of(norm)), of_twice_unit_(exponent_of(unit) + 1) {
-    norm_ = two_floats_over(norm, of_norm_);
+      : y_(y), norm_exponent_(exponent_of(norm)), twice_unit_exponent_(exponent_of(unit) + 1) {
+    norm_ = two_floats_over(norm, norm_exponent_);
   }
 
   // Sums are in units of the larger norm. Twice a product is at most the sum of both, so float32
   // holds them.
   __device__ std::uint64_t operator()(int reference, float2 product) const {
-    const int of_y = y_.exponents[reference], exponent = Most()(of_norm_, of_y);
-    const TwoFloats norms = sum_of(times(y_.squared[reference], power_of_two(of_y - exponent)),
-                                   times(norm_, power_of_two(of_norm_ - exponent)));
-    const float of_product = -power_of_two(of_twice_unit_ - exponent);
-    return bits_of_sum(sum_of(norms, times({product.x, product.y}, of_product)), exponent);
+    const int y_exponent = y_.exponents[reference], exponent = Most()(norm_exponent_, y_exponent);
+    const TwoFloats norms =
+        sum_of(times(y_.squared[reference], power_of_two(y_exponent - exponent)),
+               times(norm_, power_of_two(norm_exponent_ - exponent)));
+    const float product_factor = -power_of_two(twice_unit_exponent_ - exponent);
+    return bits_of_sum(sum_of(norms, times({product.x, product.y}, product_factor)), exponent);
   }
 
  private:
   const ReferenceNorms<true>& y_;
-  const int of_norm_, of_twice_unit_;
+  const int norm_exponent_, twice_unit_exponent_;
   TwoFloats norm_;
 };
 

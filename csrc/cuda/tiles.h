@@ -91,6 +91,8 @@ template <int WIDTH>
 __device__ inline void store_values(float* to, const float (&v)[WIDTH]) {
   if constexpr (WIDTH == 4)
     *reinterpret_cast<float4*>(to) = float4{v[0], v[1], v[2], v[3]};
+  else if constexpr (WIDTH == 2)
+    *reinterpret_cast<float2*>(to) = float2{v[0], v[1]};
   else
     *to = v[0];
 }
@@ -159,7 +161,26 @@ __device__ inline void pipeline(int panels, Stage stage, Compute compute) {
   __syncthreads();
 }
 
-// ---- gathered weights --------------------------------------------------------------------------
+// ---- listed references -------------------------------------------------------------------------
+
+// What a block adds up at a time: panels of its share that belong to one list.
+struct Segment {
+  int work;           // of the share
+  int group, slice;   // of the list
+  int first, panels;  // at most 0 panels if the share ends before them
+  int part;           // of the sums of the list
+  bool is_last;
+};
+
+// Weights in halves are multiplied by it. The largest weight is then far from overflow, and others
+// are off by at most 2^-39 of it.
+constexpr float kWeightUnit = 0x1p14f;
+
+// Whether halves hold a feature to about 2^-20 of its largest value, in units of `unit`. float16
+// ends at 65504 and at steps of 2^-24.
+__device__ inline bool halves_hold(float largest, float unit) {
+  return largest == 0 || (largest >= 0x1p-5f * unit && largest <= 65504 * unit);
+}
 
 // The weights of a panel of 32 references for a group of queries lie in pairs of words, in the
 // order in which the lanes of a warp read them, for query 8n + g. Pair s < 4 of a lane has the
@@ -178,6 +199,29 @@ template <int ROWS>
 __device__ inline int operand_place(int query, int step, int part) {
   return 4 * query + 2 * kOperandStep<ROWS> * (2 * step + part);
 }
+
+// ---- products of a tile -------------------------------------------------------------------------
+
+// The panel of a lane: references g and g + 8, features 8t to 8t + 7, times the scale and centred,
+// in two parts, as the operands of two products.
+struct ReferencePanel {
+  std::uint32_t high[2][4], low[2][4];
+};
+
+// Sums of a thread in registers.
+template <int SLABS, int COLUMNS>
+struct SumsInRegisters {
+  float (&sums)[SLABS][COLUMNS][4];
+
+  __device__ float at(int slab, int column, int i) const { return sums[slab][column][i]; }
+  // Leaves out the first COUNT columns, which are half of those that are left.
+  template <int COUNT>
+  __device__ void drop() {
+    for (int s = 0; s < SLABS; ++s)
+      for (int j = 0; j < COUNT; ++j)
+        for (int i = 0; i < 4; ++i) sums[s][j][i] = sums[s][COUNT + j][i];
+  }
+};
 
 }  // namespace
 }  // namespace pfgm

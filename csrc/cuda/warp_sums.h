@@ -1,5 +1,5 @@
-// Sums over listed rows with the products of warps: what a block stages of the rows and their
-// weights, and the products of a panel with the accuracy of float32.
+// Weighted sums over listed rows with the products of warps, to the accuracy of float32: the main
+// loop of `weighted_sum` (cuda/weighted_sums.h) on all devices, and of `reference_gradient`.
 #pragma once
 #include "cuda/threads.h"
 #include "cuda/tiles.h"
@@ -8,16 +8,6 @@ namespace pfgm {
 namespace {
 
 constexpr int kSumThreads = kSumFeatures;
-
-// Weights in halves are multiplied by it. The largest weight is then far from overflow, and others
-// are off by at most 2^-39 of it.
-constexpr float kWeightUnit = 0x1p14f;
-
-// Whether halves hold a feature to about 2^-20 of its largest value, in units of `unit`. float16
-// ends at 65504 and at steps of 2^-24.
-__device__ inline bool halves_hold(float largest, float unit) {
-  return largest == 0 || (largest >= 0x1p-5f * unit && largest <= 65504 * unit);
-}
 
 // Between staged rows: 32 bytes more than a multiple of the 32 banks, so that the accesses of a
 // warp lie in different banks.
@@ -139,13 +129,13 @@ __device__ inline void add_weighted(float (&sum)[2][TILES][4], const R* referenc
       const float2 v = weights(n, step / 8);
       weight[n].set(0, v.x), weight[n].set(1, v.y);
     }
-    float of[2][4];
+    float values[2][4];
     for (int e = 0; e < 2; ++e)
-      load4(references + (step + 4 * e + lane.t) * PITCH + 4 * lane.g, of[e]);
+      load4(references + (step + 4 * e + lane.t) * PITCH + 4 * lane.g, values[e]);
     OperandA<kShort<R>> feature[2];
 #pragma unroll
     for (int i = 0; i < 2; ++i)
-      for (int e = 0; e < 4; ++e) feature[i].set(e, of[e / 2][2 * i + e % 2]);
+      for (int e = 0; e < 4; ++e) feature[i].set(e, values[e / 2][2 * i + e % 2]);
 #pragma unroll
     for (int i = 0; i < 2; ++i)
       for (int n = 0; n < TILES; ++n) add_product(panel[i][n], feature[i], weight[n]);
@@ -162,11 +152,11 @@ __device__ inline void add_weighted(float (&sum)[2][TILES][4], const R* referenc
 __device__ inline float weight_of_halves(const float* weights, int query, int reference) {
   const int n = query / 8, lane = 4 * (query % 8) + reference % 4;
   const int step = reference / 16, i = reference / 4 % 4;
-  const auto of = [&](int s) {
+  const auto half = [&](int s) {
     const float word = weights[pair_place(n, 2 * step + s, lane) + i / 2];
     return half_of_word(bits_of(word), i % 2);
   };
-  return of(1) + of(0);
+  return half(1) + half(0);
 }
 
 // Adds Σ reference[feature] · weight[query] over a panel of staged references, as add_weighted
@@ -259,6 +249,142 @@ __device__ inline void add_weighted_floats(float (&sum)[2][TILES][4], const R* r
       }
   }
 }
+
+// ---- the main loop -----------------------------------------------------------------------------
+
+// Σ w y over one part of the list of ROWS queries, for kSumFeatures features. A warp has 32
+// features and all queries. Weights are float32 numbers, or halves if HALVES.
+template <class R, int ROWS, bool HALVES>
+class WarpSums {
+ public:
+  using Reference = R;
+  static constexpr int kRows = ROWS, kFeatures = kSumFeatures, kThreads = kSumThreads;
+  static constexpr int kBlocks = 2;  // whose registers a multiprocessor must hold
+  static constexpr bool kHalves = HALVES;
+  static constexpr bool kScaled = HALVES && !kExactHalf<R>;  // references are, before they are cut
+  // A lane has 4 neighbouring features, lane g from 4g on.
+  static constexpr int kRuns = 1, kRun = 4;
+
+  struct Memory {
+    using Value = R;
+    using Place = std::uint16_t;  // of a reference in a chunk
+    static constexpr int kStages = 2;
+    R rows[kStages][kPanel][kSumPitch<R>];
+    float weights[kStages][kPanel * ROWS];
+    Place listed[kPanel * kPartPanels];
+    int scratch[kSumThreads / 32];
+    int queries[ROWS];
+  };
+
+  // The segment of a block: one part of a list.
+  class Work {
+   public:
+    __device__ Work(const Lists& lists, const Parts& parts, const Lane&)
+        // The last queries of the order have most weights. Their blocks start first.
+        : group_(static_cast<int>(gridDim.y - 1 - blockIdx.y)),
+          first_(static_cast<int>(blockIdx.z) * parts.panels) {
+      const int left = lists.counts[group_] - first_ * kPanel;
+      const int count = static_cast<int>(smaller(left, parts.panels * kPanel));
+      panels_ = left <= 0 ? 0 : static_cast<int>(divide_up(count, kPanel));
+    }
+    __device__ int begin() const { return 0; }
+    __device__ int end() const { return 1; }
+    __device__ Segment segment(int) const {
+      return {1,      group_,  static_cast<int>(blockIdx.x),
+              first_, panels_, static_cast<int>(blockIdx.z),
+              false};
+    }
+    // list_references has stored the number of parts.
+    __device__ void finish(const Memory&, const Segment&, const Parts&) const {}
+
+   private:
+    const int group_, first_;
+    int panels_;
+  };
+
+  __device__ static constexpr bool is_unused() { return false; }
+
+  // `weights` are those of the segment, `scale` the factor of references.
+  __device__ WarpSums(Memory& shared, const Rows<R>& y, int features, const Segment& segment,
+                      const float* weights, const float* scale)
+      : shared_(shared),
+        copy_(shared, y, 0, kFeatures * segment.slice, features),
+        weights_(weights + 4 * static_cast<int>(threadIdx.x)),
+        panels_(segment.panels),
+        factor_(kScaled ? scale[0] : 1) {}
+
+  __device__ void run() {
+    each_panel([&](int slot) {
+      if constexpr (HALVES)
+        add_weighted_halves<kExactHalf<R>, kTiles, kSumPitch<R>>(
+            sum_, values(slot), shared_.weights[slot], factor_, largest_, lane_);
+      else
+        add_weighted<kPanel, kTiles, kSumPitch<R>>(
+            sum_, values(slot),
+            [&](int n, int s) {
+              return *reinterpret_cast<const float2*>(
+                  &shared_.weights[slot][pair_place(n, s, lane_.lane)]);
+            },
+            lane_);
+    });
+  }
+
+  // Whether halves hold the thread's features.
+  __device__ bool holds(float per_factor) const {
+    bool hold = true;
+    for (float value : largest_) hold = hold && halves_hold(value, per_factor);
+    return hold;
+  }
+
+  // The same sums without halves of the references. Weights are multiplied by `unit`.
+  __device__ void run_in_floats(float unit) {
+    clear();
+    each_panel([&](int slot) {
+      add_weighted_floats<kTiles, kSumPitch<R>>(sum_, values(slot), shared_.weights[slot], unit,
+                                                lane_);
+    });
+  }
+
+  // Of the thread's feature f of a run and query 8n + 2t + odd.
+  __device__ float sum(int, int f, int n, int odd) const { return sum_[f / 2][n][f % 2 * 2 + odd]; }
+
+ private:
+  static constexpr int kTiles = ROWS / 8;
+
+  __device__ const R* values(int slot) const { return shared_.rows[slot][0] + 32 * lane_.warp; }
+
+  __device__ void clear() {
+    for (auto& features : sum_)
+      for (auto& tile : features)
+        for (float& value : tile) value = 0;
+  }
+
+  template <class Body>
+  __device__ void each_panel(const Body& body) {
+    constexpr int kPanelWeights = kPanel * ROWS;
+    pipeline<Memory::kStages>(
+        panels_,
+        [&](int p, int slot) {
+          copy_.panel(shared_, slot, shared_.listed + p * kPanel);
+#pragma unroll
+          for (int i = 0; i < kPanelWeights; i += 4 * kSumThreads)
+            copy_async<16>(&shared_.weights[slot][i + 4 * static_cast<int>(threadIdx.x)],
+                           weights_ + (p * kPanelWeights + i));
+        },
+        [&](int, int slot) { body(slot); });
+  }
+
+  Memory& shared_;
+  const ListedCopy<Memory> copy_;
+  const float* const weights_;
+  const int panels_;
+  const float factor_;
+  const Lane lane_ = this_lane();
+  float sum_[2][kTiles][4] = {}, largest_[4] = {};
+};
+// The driver takes 1 KiB more for each block. So GeForce cards hold two blocks in 100 KiB.
+static_assert(sizeof(WarpSums<float, kSumRows, true>::Memory) <= 49 << 10,
+              "GeForce cards hold two blocks");
 
 }  // namespace
 }  // namespace pfgm

@@ -1,123 +1,99 @@
 // Weighted sums over references, on CUDA devices.
 //
-// A block stages only references that are listed (cuda/lists.h).
+// A block stages only references that are listed (cuda/lists.h). A main loop adds up their products
+// with the weights of a group of queries, panel after panel: WarpSums or, on sm_90a and for many
+// queries, WarpgroupSums.
 #pragma once
 #include "cuda/warp_sums.h"
+#include "cuda/warpgroup_sums.h"
 
 namespace pfgm {
 namespace {
 
-constexpr int kSumBlocks = 2;  // whose registers a multiprocessor must hold
+// Loads the queries of a segment's group, and the references that its panels list.
+template <class Loop>
+__device__ inline void load_listed(typename Loop::Memory& shared, const Segment& segment,
+                                   const int* order, const int* listed, int queries) {
+  const int thread = static_cast<int>(threadIdx.x), query0 = Loop::kRows * segment.group;
+  if (thread < Loop::kRows) {
+    const int place = query0 + (query0 + thread < queries ? thread : 0);
+    shared.queries[thread] = order ? order[place] : place;
+  }
+  for (int i = thread; i < segment.panels * kPanel; i += Loop::kThreads)
+    shared.listed[i] = static_cast<std::uint16_t>(listed[i]);
+  __syncthreads();
+}
 
-// Of a block of weighted_sum with a group of ROWS queries.
-template <class T, int ROWS>
-struct SumMemory {
-  using Value = T;
-  using Place = std::uint16_t;  // of a reference in a chunk
-  static constexpr int kStages = 2;
-  T rows[kStages][kPanel][kSumPitch<T>];
-  float weights[kStages][kPanel * ROWS];
-  Place listed[kPanel * kPartPanels];
-  int scratch[kSumThreads / 32];
-  int queries[ROWS];
-};
-// The driver takes 1 KiB more for each block. So GeForce cards hold two blocks in 100 KiB.
-static_assert(sizeof(SumMemory<float, kSumRows>) <= 49 << 10, "GeForce cards hold two blocks");
+// Stores the sums of a segment, in two factors: the product of the units may be too small for
+// float32.
+template <class Loop>
+__device__ inline void store_segment(const typename Loop::Memory& shared, const Loop& loop,
+                                     const Segment& segment, float unit, float per_value,
+                                     int features, const Parts& parts) {
+  constexpr int kRun = Loop::kRun;
+  const Lane lane = this_lane();
+  const int known = parts.queries - Loop::kRows * segment.group;
+  const int feature0 = Loop::kFeatures * segment.slice + 32 * lane.warp + kRun * lane.g;
+  const Index rows = parts.queries, row0 = segment.part * rows;
+  char* const part = reinterpret_cast<char*>(parts.sums + row0 * features + feature0);
+  const auto bytes = static_cast<std::uint32_t>(features) * 4;  // 32 bits: see ListedCopy
+#pragma unroll
+  for (int n = 0; n < Loop::kRows / 8; ++n)
+    for (int odd = 0; odd < 2; ++odd) {
+      const int q = 8 * n + 2 * lane.t + odd;
+      if (q >= known) continue;
+      const auto query = static_cast<std::uint32_t>(shared.queries[q]);
+      float* const out = reinterpret_cast<float*>(part + std::uint64_t{query} * bytes);
+      for (int i = 0; i < Loop::kRuns; ++i) {
+        const int left = features - feature0 - 16 * i;
+        float v[kRun];
+        for (int f = 0; f < kRun; ++f)
+          v[f] = kUnit<typename Loop::Reference> * unit * loop.sum(i, f, n, odd) * per_value;
+        if (features % kRun == 0) {
+          if (left > 0) store_values(out + 16 * i, v);
+        } else {
+          for (int f = 0; f < kRun; ++f)
+            if (left > f) out[16 * i + f] = v[f];
+        }
+      }
+    }
+}
 
 // sums[part][query][feature] = Σ_j w_j y_j / divisor over one part of the list of the query's
 // group. `divisor` is a power of two with which no sum of M weighted values overflows; weights have
-// been divided by it. If HALVES, they are halves instead, times kWeightUnit, and 1 over kWeightUnit
-// · divisor is `weight_unit`.
-template <class R, int ROWS, bool HALVES>
-__global__ void __launch_bounds__(kSumThreads, kSumBlocks)
-    weighted_sum(const Rows<R> y, int features, const float* scale, float weight_unit,
-                 const int* order, const Lists lists, const Parts parts) {
+// been divided by it. If they are halves instead, times kWeightUnit, 1 over kWeightUnit · divisor
+// is `weight_unit`.
+template <class Loop>
+__global__ void __launch_bounds__(Loop::kThreads, Loop::kBlocks)
+    weighted_sum(const Rows<typename Loop::Reference> y, int features, const float* scale,
+                 float weight_unit, const int* order, const Lists lists, const Parts parts) {
   wait_for_earlier_launches();
-  using Memory = SumMemory<R, ROWS>;
-  constexpr int kTiles = ROWS / 8, kPanelWeights = kPanel * ROWS;
-  Memory& shared = *reinterpret_cast<Memory*>(shared_memory());
-  const Lane lane = this_lane();
-  const int thread = static_cast<int>(threadIdx.x);
-  const int feature0 = static_cast<int>(blockIdx.x) * kSumFeatures;
-  // The last queries of the order have most weights. Their blocks start first.
-  const int group = static_cast<int>(gridDim.y - 1 - blockIdx.y), query0 = ROWS * group;
-  const int first = static_cast<int>(blockIdx.z) * parts.panels * kPanel;
-  const int left = lists.counts[group] - first;
-  if (left <= 0) return;  // the same for all threads
-  const int count = static_cast<int>(smaller(left, parts.panels * kPanel));
-  const int panels = static_cast<int>(divide_up(count, kPanel));
-  if (thread < ROWS) {
-    const int place = query0 + (query0 + thread < parts.queries ? thread : 0);
-    shared.queries[thread] = order ? order[place] : place;
-  }
-  const Index list = group * lists.stride + first;
-  const int* const listed = lists.listed + list;
-  for (int i = thread; i < panels * kPanel; i += kSumThreads)
-    shared.listed[i] = static_cast<typename Memory::Place>(listed[i]);
-  __syncthreads();
-
-  const ListedCopy<Memory> copy(shared, y, 0, feature0, features);
-  const float* const weights_at = lists.weights + (ROWS * list + 4 * thread);
-  const auto stage = [&](int p, int slot) {
-    copy.panel(shared, slot, shared.listed + p * kPanel);
-#pragma unroll
-    for (int i = 0; i < kPanelWeights; i += 4 * kSumThreads)
-      copy_async<16>(&shared.weights[slot][i + 4 * thread], weights_at + (p * kPanelWeights + i));
-  };
-
-  float sum[2][kTiles][4] = {};
-  const int own = 32 * lane.warp;
-  const auto values = [&](int slot) { return shared.rows[slot][0] + own; };
-  constexpr bool kScaled = HALVES && !kExactHalf<R>;
-  const float factor = kScaled ? scale[0] : 1;
-  float largest[4] = {}, unit = HALVES ? weight_unit : 1, per_factor = kScaled ? scale[1] : 1;
-  pipeline<Memory::kStages>(panels, stage, [&](int, int slot) {
-    if constexpr (HALVES)
-      add_weighted_halves<kExactHalf<R>, kTiles, kSumPitch<R>>(
-          sum, values(slot), shared.weights[slot], factor, largest, lane);
-    else
-      add_weighted<kPanel, kTiles, kSumPitch<R>>(
-          sum, values(slot),
-          [&](int n, int s) {
-            return *reinterpret_cast<const float2*>(
-                &shared.weights[slot][pair_place(n, s, lane.lane)]);
-          },
-          lane);
-  });
-  if constexpr (kScaled) {
-    bool hold = true;
-    for (float value : largest) hold = hold && halves_hold(value, per_factor);
-    if (over_block<kSumThreads>(hold ? 0 : 1, shared.scratch, Most()) != 0) {
-      for (auto& features : sum)
-        for (auto& tile : features)
-          for (float& value : tile) value = 0;
-      pipeline<Memory::kStages>(panels, stage, [&](int, int slot) {
-        add_weighted_floats<kTiles, kSumPitch<R>>(sum, values(slot), shared.weights[slot],
-                                                  weight_unit, lane);
-      });
-      unit = per_factor = 1;
-    }
-  }
-
-#pragma unroll
-  for (int n = 0; n < kTiles; ++n)
-    for (int odd = 0; odd < 2; ++odd) {
-      const int q = 8 * n + 2 * lane.t + odd;
-      if (query0 + q >= parts.queries) continue;
-      const Index row = static_cast<Index>(blockIdx.z) * parts.queries + shared.queries[q];
-      float* out = parts.sums + row * features;
-      // In two steps: the product of the units may be too small for float32.
-      float v[4];
-      for (int f = 0; f < 4; ++f)
-        v[f] = kUnit<R> * unit * sum[f / 2][n][f % 2 * 2 + odd] * per_factor;
-      const int feature = feature0 + own + 4 * lane.g;
-      if (features % 4 == 0) {
-        if (feature < features) store_values(out + feature, v);
-      } else {
-        for (int f = 0; f < 4; ++f)
-          if (feature + f < features) out[feature + f] = v[f];
+  if constexpr (Loop::is_unused()) {
+    __trap();
+  } else {
+    auto& shared = *reinterpret_cast<typename Loop::Memory*>(shared_memory());
+    const typename Loop::Work work(lists, parts, this_lane());
+#pragma unroll 1
+    for (int at = work.begin(); at < work.end();) {
+      const Segment segment = work.segment(at);
+      at += segment.work;
+      if (segment.panels <= 0) continue;  // the same for all threads
+      const Index first = segment.group * lists.stride + segment.first * kPanel;
+      load_listed<Loop>(shared, segment, order, lists.listed + first, parts.queries);
+      Loop loop(shared, y, features, segment, lists.weights + Loop::kRows * first, scale);
+      loop.run();
+      float unit = Loop::kHalves ? weight_unit : 1, per_value = Loop::kScaled ? scale[1] : 1;
+      if constexpr (Loop::kScaled) {
+        const int lost = loop.holds(per_value) ? 0 : 1;
+        if (over_block<Loop::kThreads>(lost, shared.scratch, Most()) != 0) {
+          loop.run_in_floats(weight_unit);
+          unit = per_value = 1;
+        }
       }
+      store_segment(shared, loop, segment, unit, per_value, features, parts);
+      work.finish(shared, segment, parts);
     }
+  }
 }
 
 }  // namespace
