@@ -23,7 +23,7 @@ from .tuning import Config
 from .variant import Variant
 
 if TYPE_CHECKING:
-    from pfgm.backends.problems import OdeStep
+    from pfgm.core.problems import OdeStep
 
 _SMALLEST_FIELD_Z = tl.constexpr(1e-5)  # v_z is clamped to at most −_SMALLEST_FIELD_Z
 _LARGEST_NORM = tl.constexpr(1 - 1e-6)  # ‖v_x‖/√N is below 1 for a field, not for any network
@@ -214,15 +214,11 @@ _ode_step = Launcher(ode_step_kernel)
 def launch(step: OdeStep, out: Tensor, mean_out: Tensor | None) -> None:
     """Writes the step to out (B, N) and mean_out (B, N), float32 with contiguous features.
 
-    field_z and levels are contiguous; B is at least 1.
+    field_z and row_levels are contiguous; B is at least 1.
     """
-    x, slope, field_z, history, levels, gamma, z_exp, exact = step
+    x, slope, field_z, history, z, toward, blend, row_levels, gamma, z_exp, exact = step
     B, N = x.shape
-    if isinstance(levels, Tensor):
-        by_row, numbers = levels, (0.0, 0.0, 0.0)
-    else:
-        by_row, numbers = None, levels
-    substitutes = field_z is not None and (by_row is not None or numbers[0] < z_exp)
+    substitutes = field_z is not None and (row_levels is not None or z < z_exp)
     tiles = row_tiles(N)
     step_of_rows = _ode_step(
         (cdiv(B, tiles["ROWS"]), 1, 1),
@@ -235,11 +231,11 @@ def launch(step: OdeStep, out: Tensor, mean_out: Tensor | None) -> None:
             B,
             N,
         ),
-        (*numbers, gamma, z_exp),
+        (z, toward, blend, gamma, z_exp),
         (substitutes, substitutes and exact),
         tiles,
     )
-    step_of_rows(x, slope, field_z, history, by_row, out, mean_out)
+    step_of_rows(x, slope, field_z, history, row_levels, out, mean_out)
 
 
 _TYPES = {

@@ -84,11 +84,11 @@ def available(
     >>> available()["reference"].usable
     True
     """
-    found = {}
+    availability = {}
     for name, backend in BACKENDS.items():
         reason = backend.supports(torch.device(device), dtype, references)
-        found[name] = Availability(reason is None, reason or backend.describe())
-    return found
+        availability[name] = Availability(reason is None, reason or backend.describe())
+    return availability
 
 
 def requested(name: str | None = None) -> str | None:

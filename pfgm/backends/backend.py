@@ -7,8 +7,8 @@ from typing import Protocol, cast
 import torch
 from torch import Tensor
 
+from ..core.problems import Needs, OdeStep, PosteriorMean, State, Upstream
 from . import native, products, reference, triton
-from .problems import Needs, OdeStep, PosteriorMean, State, Upstream
 
 __all__ = ["BACKENDS", "Backend"]
 
@@ -37,7 +37,7 @@ class Backend(Protocol):
     def posterior_mean(self, problem: PosteriorMean) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """Mean (B, N) in the dtype of x, and log-sum-exp, nearest and total (B,) in float64.
 
-        Nearest and total are those of :class:`~pfgm.backends.problems.State`.
+        Nearest and total are those of :class:`~pfgm.core.problems.State`.
         """
 
     def posterior_mean_backward(

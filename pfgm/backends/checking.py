@@ -164,9 +164,9 @@ class _Asker:
             return Answer(problem=f"{_NOT_RUN}: the check has taken {_MOST:.0f} s")
         if self._losses >= _LOSSES:
             return Answer(problem=f"{_NOT_RUN}, after {_LOSSES} lost processes")
-        found = self._ask([kind, name, self._backend, self._device, *rest], min(_LIMIT, left))
-        self._losses += found.lost
-        return found
+        answer = self._ask([kind, name, self._backend, self._device, *rest], min(_LIMIT, left))
+        self._losses += answer.lost
+        return answer
 
 
 def _trial_row(ask: _Asker, backend: str, name: str) -> Row:

@@ -23,9 +23,9 @@ from ..common.checks import (
     underflow_message,
 )
 from ..common.tensors import dequantise, wide_dtype
-from .formulas import MAX_PAIRS, MAX_VALUES, chunks, squared_distances
-from .problems import Needs, PosteriorMean, State, Upstream
-from .weights import at_limit, check_singular, is_flat, log_sum_exp, log_weight
+from ..core.formulas import MAX_PAIRS, MAX_VALUES, chunks, squared_distances
+from ..core.problems import Needs, PosteriorMean, State, Upstream
+from ..core.weights import at_limit, check_singular, is_flat, log_sum_exp, log_weight
 
 
 class Chunk(NamedTuple):
@@ -153,7 +153,7 @@ def posterior_mean_backward(
     x, references, radius, D = problem[:4]
     N, wide, r = x.shape[1], by.x, radius[:, None]
     center = state.mean.to(wide.dtype)
-    G, g = upstream.mean.to(wide.dtype), upstream.logsumexp.to(wide.dtype)[:, None]
+    G, g = upstream.grad_mean.to(wide.dtype), upstream.grad_logsumexp.to(wide.dtype)[:, None]
     nearest, total = state.nearest[:, None], state.total[:, None]
     regular = ~at_limit(nearest, r, D)
     flat = is_flat(nearest, r, D, N)

@@ -31,16 +31,16 @@ def cuda_lines(runtime: CudaRuntime, names: Sequence[str], error: str) -> list[s
         names: of the GPUs that the runtime finds.
         error: why it finds none.
     """
-    found = ", ".join(names) or error
+    gpus = ", ".join(names) or error
     if not runtime.version:
-        return [f"CUDA       {found}"]
+        return [f"CUDA       {gpus}"]
     line = f"CUDA       runtime {_text(runtime.version)}, needs {_needed(runtime)}; "
     if not runtime.driver:
         return [f"{line}there is no NVIDIA driver"]
     # Within a major version an older driver runs a newer runtime.
     new_enough = runtime.driver // 1000 >= runtime.version // 1000
     line += f"the driver, for CUDA {_text(runtime.driver)}, is "
-    return [f"{line}new enough", f"GPUs       {found}"] if new_enough else [f"{line}too old"]
+    return [f"{line}new enough", f"GPUs       {gpus}"] if new_enough else [f"{line}too old"]
 
 
 def _needed(runtime: CudaRuntime) -> str:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from torch import Tensor
 
 from ..common.tensors import contiguous, contiguous_features
-from .problems import OdeStep, PosteriorMean
+from ..core.problems import OdeStep, PosteriorMean
 
 
 def laid_out(problem: PosteriorMean) -> PosteriorMean:
@@ -19,16 +19,12 @@ def laid_out(problem: PosteriorMean) -> PosteriorMean:
 
 def laid_out_step(step: OdeStep) -> OdeStep:
     """The same step in the layout of the kernels. Only tensors of another layout are copied."""
-    x, slope, field_z, history, levels, gamma, z_exp, exact = step
-    return OdeStep(
-        contiguous_features(x),
-        contiguous_features(slope),
-        None if field_z is None else field_z.contiguous(),
-        None if history is None else contiguous_features(history),
-        levels.contiguous() if isinstance(levels, Tensor) else levels,
-        gamma,
-        z_exp,
-        exact,
+    return step._replace(
+        x=contiguous_features(step.x),
+        slope=contiguous_features(step.slope),
+        field_z=None if step.field_z is None else step.field_z.contiguous(),
+        history=None if step.history is None else contiguous_features(step.history),
+        row_levels=None if step.row_levels is None else step.row_levels.contiguous(),
     )
 
 

@@ -28,11 +28,11 @@ from ..common.checks import (
     underflow_message,
 )
 from ..common.tensors import contiguous, contiguous_features, unfilled
-from . import formulas
+from ..core import formulas
+from ..core.problems import Needs, OdeStep, PosteriorMean, State, Upstream
+from ..core.weights import check_singular, is_flat, singular_message
 from .cuda_driver import CudaRuntime, cuda_lines
 from .layout import laid_out, laid_out_step, step_outputs
-from .problems import Needs, OdeStep, PosteriorMean, State, Upstream
-from .weights import check_singular, is_flat, singular_message
 
 __all__ = [
     "build_lines",
@@ -494,13 +494,9 @@ def ode_step(
     step: OdeStep, with_mean: bool, out: Tensor | None = None, mean_out: Tensor | None = None
 ) -> tuple[Tensor, Tensor | None]:
     step = laid_out_step(step)
-    x, slope, field_z, history, levels, gamma, z_exp, exact = step
+    x, slope, field_z, history, z, toward, blend, row_levels, gamma, z_exp, exact = step
     out, mean_out = step_outputs(x, with_mean, out, mean_out)
-    if isinstance(levels, Tensor):
-        at, level_stride = levels.data_ptr(), 1
-    else:
-        shared = array("d", levels)
-        at, level_stride = shared.buffer_info()[0], 0
+    shared = array("d", (z, toward, blend))
     native_step = extension().OdeStep(
         type=TYPES[x.dtype],
         rows=x.shape[0],
@@ -509,8 +505,8 @@ def ode_step(
         slope=address_and_stride(slope),
         field_z=address(field_z),
         history=address_and_stride(history),
-        levels=at,
-        level_stride=level_stride,
+        levels=shared.buffer_info()[0] if row_levels is None else row_levels.data_ptr(),
+        level_stride=0 if row_levels is None else 1,
         gamma=gamma,
         z_exp=z_exp,
         exact=exact,

@@ -18,8 +18,8 @@ from torch import Tensor
 
 from ..common.checks import as_float
 from ..common.tensors import mark_written, unfilled
+from ..core.problems import PRECISIONS
 from . import native
-from .problems import PRECISIONS
 
 __all__ = ["EULER", "HEUN", "MULTISTEP", "all_finite", "field", "posterior_mean", "sample", "step"]
 
@@ -192,7 +192,7 @@ def step(
     """The next points (B, *S), and the mean (B, *S) if it is wanted.
 
     Args:
-        x, slope, field_z, history: those of :class:`~pfgm.backends.problems.OdeStep`, of shape
+        x, slope, field_z, history: those of :class:`~pfgm.core.problems.OdeStep`, of shape
             (B, *S) and (B,).
         out, mean_out: tensors to write to, or None.
         z, z_next, z_previous: levels, of which EULER and HEUN do not use the last.
@@ -263,8 +263,8 @@ def all_finite(values: Tensor) -> bool | None:
     kind = _POINTS.get(values.dtype)
     if kind is None or not available or not values.is_contiguous():
         return None
-    found: bool = _native.all_finite(kind, values.data_ptr(), values.numel())
-    return found
+    finite: bool = _native.all_finite(kind, values.data_ptr(), values.numel())
+    return finite
 
 
 def sample(rows: Tensor) -> int:
@@ -275,5 +275,5 @@ def sample(rows: Tensor) -> int:
     """
     if _native is None or not rows.is_cpu or not rows.is_contiguous():
         return 0
-    found: int = _native.sample(rows.data_ptr(), rows.nbytes)
-    return found
+    value: int = _native.sample(rows.data_ptr(), rows.nbytes)
+    return value

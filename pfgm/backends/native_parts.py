@@ -14,10 +14,10 @@ import torch
 from torch import Tensor
 
 from ..common.tensors import contiguous
+from ..core.problems import PosteriorMean, RunningGradient, RunningMean, State, Upstream
 from . import choose, native
 from .layout import laid_out
 from .native import address
-from .problems import PosteriorMean, RunningGradient, RunningMean, State, Upstream
 
 __all__ = [
     "add",
@@ -85,7 +85,7 @@ def _run(
         total=running.total.data_ptr(),
         sums=running.sums.data_ptr(),
     )
-    given = native.native_problem(problem, running.references)
+    given = native.native_problem(problem, running.all_references)
     status = native.extension().posterior_mean(given, io)
     native.check_status(status, *problem[:3])
 
@@ -104,8 +104,8 @@ def any_steep(problem: PosteriorMean, state: State, upstream: Upstream) -> bool:
     """Whether :func:`add_pulls` must take all parts before the first :func:`add_gradients`."""
     problem = _without_references(problem)
     io, _kept = _backward(problem, state, upstream, None, None, None)
-    found: bool = native.extension().any_steep(native.native_problem(problem), io)
-    return found
+    steep: bool = native.extension().any_steep(native.native_problem(problem), io)
+    return steep
 
 
 def add_pulls(
@@ -114,7 +114,7 @@ def add_pulls(
     """Adds the references of a problem to the pulls. The state is that over all references."""
     problem = laid_out(problem)
     io, _kept = _backward(problem, state, upstream, running, None, None)
-    given = native.native_problem(problem, running.references)
+    given = native.native_problem(problem, running.all_references)
     status = native.extension().posterior_mean_pulls(given, io)
     native.check_status(status, *problem[:3])
 
@@ -131,10 +131,10 @@ def end_gradients(
 ) -> tuple[Tensor | None, Tensor]:
     """The gradients of x (None if it needs none) and radius over all references."""
     x, needs_x = problem.x, running.sums is not None
-    of_x = torch.empty(x.shape, dtype=x.dtype, device=x.device) if needs_x else None
-    of_radius = torch.empty(len(x), dtype=torch.float64, device=x.device)
-    _run_backward(_without_references(problem), state, upstream, running, of_x, of_radius)
-    return of_x, of_radius
+    grad_x = torch.empty(x.shape, dtype=x.dtype, device=x.device) if needs_x else None
+    grad_radius = torch.empty(len(x), dtype=torch.float64, device=x.device)
+    _run_backward(_without_references(problem), state, upstream, running, grad_x, grad_radius)
+    return grad_x, grad_radius
 
 
 def _run_backward(
@@ -142,12 +142,12 @@ def _run_backward(
     state: State,
     upstream: Upstream,
     running: RunningGradient,
-    of_x: Tensor | None,
-    of_radius: Tensor | None,
+    grad_x: Tensor | None,
+    grad_radius: Tensor | None,
 ) -> None:
     problem = laid_out(problem)
-    io, _kept = _backward(problem, state, upstream, running, of_x, of_radius)
-    given = native.native_problem(problem, running.references)
+    io, _kept = _backward(problem, state, upstream, running, grad_x, grad_radius)
+    given = native.native_problem(problem, running.all_references)
     status = native.extension().posterior_mean_backward(given, io)
     native.check_status(status, *problem[:3])
 
@@ -157,8 +157,8 @@ def _backward(
     state: State,
     upstream: Upstream,
     running: RunningGradient | None,
-    of_x: Tensor | None,
-    of_radius: Tensor | None,
+    grad_x: Tensor | None,
+    grad_radius: Tensor | None,
 ) -> tuple[object, tuple[Tensor, ...]]:
     """Inputs and results as the extension takes them, and tensors to keep alive during the call."""
     kept = tuple(map(contiguous, (*upstream, *state)))
@@ -170,8 +170,8 @@ def _backward(
         mean=mean,
         nearest=nearest,
         total=total,
-        grad_x=address(of_x),
-        grad_radius=address(of_radius),
+        grad_x=address(grad_x),
+        grad_radius=address(grad_radius),
         grad_references=0,
         sums=address(sums),
         moments=address(moments),

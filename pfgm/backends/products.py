@@ -18,9 +18,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..common.tensors import dequantise, wide_dtype
-from . import chunked, formulas
+from ..core import formulas
+from ..core.problems import Needs, PosteriorMean, State, Upstream
+from . import chunked
 from .chunked import Arithmetic, Chunk
-from .problems import Needs, PosteriorMean, State, Upstream
 from .reference import (
     normalised_field,
     normalised_field_backward,
@@ -150,9 +151,9 @@ class _Products(Arithmetic):
             y = chunk.references
             if y.dtype != torch.float32:
                 y = dequantise(y, weights.dtype).float()
-            found = _sum_by_panels(weights, y)
-            if bool(found.isfinite().all()):
-                return found
+            sums = _sum_by_panels(weights, y)
+            if bool(sums.isfinite().all()):
+                return sums
         return super().average(weights, chunk)
 
 

@@ -10,8 +10,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from . import chunked, formulas
-from .problems import Needs, OdeStep, PosteriorMean, State, Upstream
+from ..core import formulas
+from ..core.problems import Needs, OdeStep, PosteriorMean, State, Upstream
+from . import chunked
 
 
 def supports(

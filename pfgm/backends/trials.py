@@ -20,9 +20,9 @@ import torch
 from torch import Tensor
 
 from ..common.tensors import dequantise, wide_dtype
+from ..core.problems import OdeStep, PosteriorMean, State, Upstream
 from . import native, native_calls
 from .backend import BACKENDS, Backend
-from .problems import OdeStep, PosteriorMean, State, Upstream
 from .verdicts import SIZES
 
 __all__ = ["ALLOWED", "SHAPES", "TRIALS", "Trial", "errors", "name_of", "seconds_in_turns"]
@@ -249,10 +249,10 @@ def _steps(place: Place, features: int) -> Results:
     slope = 0.3 * history / history.norm(dim=1, keepdim=True) * math.sqrt(features)
     field_z = -(z.to(x.dtype) + 1)
     rows = torch.stack([z, torch.full_like(z, 0.4), torch.full_like(z, -0.2)])
-    levels: list[tuple[float, float, float] | Tensor] = [(0.5, 0.1, 0.0), (20.0, 0.9, 0.3), rows]
+    levels = [(0.5, 0.1, 0.0, None), (20.0, 0.9, 0.3, None), (0.0, 0.0, 0.0, rows)]
     results: dict[str, Tensor | None] = {}
     for k, (level, exact) in enumerate(itertools.product(levels, (True, False))):
-        given = OdeStep(x, slope, field_z, history, level, _GAMMA, 7.0, exact)
+        given = OdeStep(x, slope, field_z, history, *level, _GAMMA, 7.0, exact)
         result, mean = place.backend.ode_step(given, True)
         results[f"step {k}"], results[f"step {k}, mean"] = result, mean
         own = given._replace(x=x.clone(), slope=slope, field_z=None)
@@ -271,14 +271,14 @@ def _step(place: Place, given: OdeStep, z: Tensor) -> tuple[Tensor, Tensor | Non
         if (found := native_calls.step(*call)) is not None:
             return found
     rows = torch.stack([z, torch.full_like(z, 0.5), torch.zeros_like(z)])
-    return place.backend.ode_step(given._replace(history=None, levels=rows, exact=True), True)
+    return place.backend.ode_step(given._replace(history=None, row_levels=rows, exact=True), True)
 
 
 def _everything(place: Place, data: Data) -> Results:
     """A mean, its gradients, and a step towards it."""
     results = _mean_and_gradients(place, data)
     slope = results["mean"]
-    step = OdeStep(data.x, slope, None, None, (1.0, 0.5, 0.0), _GAMMA, 0.0, True)
+    step = OdeStep(data.x, slope, None, None, 1.0, 0.5, 0.0, None, _GAMMA, 0.0, True)
     results["step"] = place.backend.ode_step(step, False)[0]
     return results
 

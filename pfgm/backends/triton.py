@@ -19,10 +19,10 @@ from torch import Tensor
 
 from ..common.checks import check_distances, check_radius, checks_values
 from ..common.tensors import contiguous_features
-from . import formulas
+from ..core import formulas
+from ..core.problems import Needs, OdeStep, PosteriorMean, State, Upstream
+from ..core.weights import check_singular, is_flat
 from .layout import laid_out, laid_out_step, step_outputs
-from .problems import Needs, OdeStep, PosteriorMean, State, Upstream
-from .weights import check_singular, is_flat
 
 _OLDEST = (3, 6)  # major and minor version of Triton
 _REFERENCES = (torch.float32, torch.bfloat16, torch.float16, torch.uint8)
@@ -105,7 +105,7 @@ def posterior_mean_backward(
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
     kernels = _kernels("posterior_mean_backward")
     x, references, radius, D, precision, *_ = laid_out(problem)
-    check_singular(is_flat(state.nearest, radius, D, x.shape[1]), upstream.logsumexp)
+    check_singular(is_flat(state.nearest, radius, D, x.shape[1]), upstream.grad_logsumexp)
     with _current_device(x):
         grad_x, grad_references, grad_radius = kernels.posterior_mean_backward(
             *(gradient.contiguous() for gradient in upstream),

@@ -215,13 +215,13 @@ def known_device(device: object, others: str = "") -> torch.device:
     device(type='cpu')
     """
     try:
-        found: torch.device = torch.device(device)  # type: ignore[call-overload]
+        result: torch.device = torch.device(device)  # type: ignore[call-overload]
     except (RuntimeError, TypeError) as error:
         reason = f"torch has no such device; {_allowed_devices(others)}."
         raise ValueError(_device_message(device, reason)) from error
-    if (missing := _missing(found)) is not None:
+    if (missing := _missing(result)) is not None:
         raise ValueError(_device_message(device, f"{missing}; {_allowed_devices(others)}."))
-    return found
+    return result
 
 
 def _missing(device: torch.device) -> str | None:
@@ -375,7 +375,7 @@ def check_distances(nearest: Tensor, x: Tensor, references: Tensor) -> None:
         raise ValueError(non_finite_message(x, references, "x"))
 
 
-def layout_hint(found: Sequence[int], needed: Sequence[int]) -> str:
+def layout_hint(shape: Sequence[int], needed: Sequence[int]) -> str:
     """What to do about samples that are images with their channels last, where needed is (C, H, W).
 
     >>> layout_hint((32, 32, 3), (3, 32, 32))
@@ -383,7 +383,7 @@ def layout_hint(found: Sequence[int], needed: Sequence[int]) -> str:
     >>> layout_hint((2,), (3,))
     ''
     """
-    if len(found) != 3 or tuple(found) == tuple(needed) or (found[2], *found[:2]) != tuple(needed):
+    if len(shape) != 3 or tuple(shape) == tuple(needed) or (shape[2], *shape[:2]) != tuple(needed):
         return ""
     return " Channels come first: use x.movedim(-1, 1)."
 
@@ -537,12 +537,12 @@ def finite_values(name: str, value: Any) -> Tensor:
     try:
         if np.iscomplexobj(value) or (isinstance(value, Tensor) and value.is_complex()):
             raise TypeError("complex")
-        found = torch.as_tensor(value, dtype=torch.float64, device="cpu").detach()
+        values = torch.as_tensor(value, dtype=torch.float64, device="cpu").detach()
     except (TypeError, ValueError, RuntimeError, OverflowError) as error:
         raise TypeError(f"{name} is {value!r:.80}; allowed are real numbers.") from error
-    if not bool(found.isfinite().all()):
+    if not bool(values.isfinite().all()):
         raise ValueError(f"{name} holds NaN or infinity; only finite values are allowed.")
-    return found
+    return values
 
 
 def check_bool(name: str, value: object) -> None:

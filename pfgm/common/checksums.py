@@ -61,15 +61,15 @@ def verify_checksum(path: Path, recorded: str) -> None:
         file.seek(0)
         header = file.read(size)
         start = _find_checksum(recorded, header)
-        found = None
+        computed = None
         if start is not None and len(recorded) == len(BLANK):
             end = start + len(BLANK)
             blanked = header[:start] + BLANK.encode() + header[end:]
-            found = checksum_of(file, zlib.crc32(blanked))
-    if found != recorded:
+            computed = checksum_of(file, zlib.crc32(blanked))
+    if computed != recorded:
         raise ValueError(
             f"{path} is damaged, or was changed by another program: its checksum is "
-            f"{found or 'not in its place'}; needed is {recorded}."
+            f"{computed or 'not in its place'}; needed is {recorded}."
         )
 
 

@@ -210,9 +210,9 @@ def check_new_folder(path: StrPath) -> None:
     """Raises ValueError unless there is nothing at ``path``, or an empty folder."""
     place = folder_path(path)
     if os.path.lexists(place) and not (place.is_dir() and not any(place.iterdir())):
-        found = "a folder that is not empty" if place.is_dir() else "a file"
+        kind = "a folder that is not empty" if place.is_dir() else "a file"
         raise ValueError(
-            f"the output folder is {place}, {found}; allowed is a new or an empty folder."
+            f"the output folder is {place}, {kind}; allowed is a new or an empty folder."
         )
 
 

@@ -63,11 +63,11 @@ def read_tensors(
         raise ValueError(f"{path} is not a complete safetensors file ({error}).") from error
     try:
         description = json.loads(metadata.get("pfgm", ""))
-        found = description["format"]
+        file_format = description["format"]
     except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise ValueError(f"{path} was not written by pfgm: it describes no {of}.") from error
-    if found != version:
-        raise ValueError(f"{path} has format {found}; this version reads format {version}.")
+    if file_format != version:
+        raise ValueError(f"{path} has format {file_format}; this version reads format {version}.")
     if recorded is None and "checksum" in description:
         raise ValueError(f"{path} is damaged: it has lost its checksum.")
     return tensors, description

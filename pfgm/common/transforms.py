@@ -110,10 +110,10 @@ def map_rows(
             if dim is None:
                 argument = argument.expand(samples, *argument.shape)
             placed[place] = argument.flatten(0, 1)
-    found = function(*placed)
-    wanted = [len(result) == samples * rows for result in found]
+    outputs = function(*placed)
+    wanted = [len(result) == samples * rows for result in outputs]
     results = tuple(
         result.unflatten(0, (samples, rows)) if want else result
-        for result, want in zip(found, wanted, strict=True)
+        for result, want in zip(outputs, wanted, strict=True)
     )
     return results, tuple(0 if want else None for want in wanted)

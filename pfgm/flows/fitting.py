@@ -108,8 +108,8 @@ class Fitting(Sampling, Targets):
         spread = _spread(rows)
 
         def error(levels: Sequence[float]) -> float:
-            found = self.solve(net, x, levels, solver=solver)[0]
-            distance = flat_rows(found - exact).double().norm(dim=1) / spread
+            ends = self.solve(net, x, levels, solver=solver)[0]
+            distance = flat_rows(ends - exact).double().norm(dim=1) / spread
             return float((distance + _INVISIBLE).log().mean())
 
         return error
@@ -149,10 +149,10 @@ class Fitting(Sampling, Targets):
             ValueError, TypeError: they are not levels of this flow.
         """
         _check_mapping(described)
-        for solver, found in described.items():
+        for solver, by_steps in described.items():
             check_choice("the solver of fitted levels", solver, GRID_SOLVERS)
-            _check_mapping(found)
-            for steps, levels in found.items():
+            _check_mapping(by_steps)
+            for steps, levels in by_steps.items():
                 self._restore(solver, int(steps), checked_grid(levels))
 
     def _restore(self, solver: str, steps: int, levels: list[float]) -> None:
@@ -170,8 +170,8 @@ class Fitting(Sampling, Targets):
     def describe_fitted(self) -> dict[str, dict[str, list[float]]]:
         """The fitted levels for JSON, by solver and number of steps."""
         return {
-            solver: {str(steps): levels for steps, levels in found.items()}
-            for solver, found in self.fitted_levels.items()
+            solver: {str(steps): levels for steps, levels in by_steps.items()}
+            for solver, by_steps in self.fitted_levels.items()
         }
 
 
@@ -204,8 +204,8 @@ def _moved(error: Callable[[Sequence[float]], float], levels: list[float]) -> li
                 if not levels[i + 1] < level < levels[i - 1]:
                     continue
                 moved = [*levels[:i], level, *levels[i + 1 :]]
-                if (found := error(moved)) < least:
-                    least, levels, helped = found, moved, True
+                if (new_error := error(moved)) < least:
+                    least, levels, helped = new_error, moved, True
                     break
         if not helped:
             move /= 2

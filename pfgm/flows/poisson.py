@@ -572,13 +572,13 @@ def _evaluate(
             f"net has gamma {own} and the flow {gamma}; both must be the same (a network of "
             "pfgm.networks takes **flow.scaling)."
         )
-    found = untouched(net, "net", ("x", "z"), x, z, **condition)
-    if not isinstance(found, (tuple, list)) or len(found) != 2:
+    prediction = untouched(net, "net", ("x", "z"), x, z, **condition)
+    if not isinstance(prediction, (tuple, list)) or len(prediction) != 2:
         raise ValueError(
-            f"net returned a {type(found).__name__}; needed is (field_x, field_z), the field at x "
-            "and z (a denoiser is a network of PoissonFlowPP)."
+            f"net returned a {type(prediction).__name__}; needed is (field_x, field_z), the field "
+            "at x and z (a denoiser is a network of PoissonFlowPP)."
         )
-    field_x, field_z = found
+    field_x, field_z = prediction
     if field_x.shape != x.shape or field_z.shape != z.shape:
         raise ValueError(
             f"net returned shapes {tuple(field_x.shape)} and {tuple(field_z.shape)}; needed are "

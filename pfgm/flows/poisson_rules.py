@@ -101,9 +101,9 @@ def checked_spread(spread: float) -> float:
 
 def checked_center(center: Center, shape: tuple[int, ...], spread: float | None) -> Tensor:
     """The center as float64 of shape S."""
-    found = finite_values("center", center)
-    if found.shape not in (torch.Size([]), torch.Size(shape)):
-        raise ValueError(f"center has shape {tuple(found.shape)}; allowed are {shape} and ().")
-    if spread is None and bool((found != 0).any()):
+    point = finite_values("center", center)
+    if point.shape not in (torch.Size([]), torch.Size(shape)):
+        raise ValueError(f"center has shape {tuple(point.shape)}; allowed are {shape} and ().")
+    if spread is None and bool((point != 0).any()):
         raise ValueError("center is given without spread; the published rules centre data at 0.")
-    return found.expand(shape).clone()
+    return point.expand(shape).clone()

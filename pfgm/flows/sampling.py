@@ -244,14 +244,14 @@ class Sampling(Parametrisation):
     def _fitted_grid(self, solver: str | Solver, steps: int, last: float | None) -> list[float]:
         if last is not None:
             raise ValueError(f"last is {last}, but fitted levels include it; give one of them.")
-        found = self.fitted_levels.get(solver, {}) if isinstance(solver, str) else {}
-        if steps not in found:
-            known = ", ".join(map(str, sorted(found))) or "none"
+        fitted = self.fitted_levels.get(solver, {}) if isinstance(solver, str) else {}
+        if steps not in fitted:
+            known = ", ".join(map(str, sorted(fitted))) or "none"
             raise ValueError(
                 f"schedule is 'fitted', but no levels were fitted for the solver {solver!r} with "
                 f"{steps} steps (fitted are those with: {known}); fit_levels finds them."
             )
-        return list(found[steps])
+        return list(fitted[steps])
 
     def solve(
         self,
@@ -379,8 +379,10 @@ def _projected(predict: DenoiseFunction, project: Projection) -> DenoiseFunction
                 f"project returned shape {tuple(points.shape)} and dtype {points.dtype}; needed "
                 f"are those of x, {tuple(x.shape)} and {x.dtype}."
             )
-        found = predict(points, level)
-        return euler_step(points, found, level, 0.0) if isinstance(found, Field) else found
+        prediction = predict(points, level)
+        if isinstance(prediction, Field):
+            return euler_step(points, prediction, level, 0.0)
+        return prediction
 
     return evaluate
 

@@ -112,10 +112,10 @@ def targets_by_label(
             raise ValueError(
                 f"labels holds {label}; allowed are those in reference_labels, or below 0 for none."
             )
-        found = target(*(each[rows] for each in given), seen)
+        parts = target(*(each[rows] for each in given), seen)
         if results is None:
-            results = tuple(each.new_empty(len(x), *each.shape[1:]) for each in found)
-        for whole, part in zip(results, found, strict=True):
+            results = tuple(each.new_empty(len(x), *each.shape[1:]) for each in parts)
+        for whole, part in zip(results, parts, strict=True):
             whole[rows] = part
     assert results is not None
     return results

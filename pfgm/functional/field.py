@@ -112,7 +112,7 @@ def _flat_mean(
     """Points (B, N) in float32 or float64, their mean (B, N), log-sum-exp, nearest and total (B,).
 
     With ``difference``, x − mean is in place of the mean. Nearest and total have no gradient
-    (:class:`~pfgm.backends.problems.State`).
+    (:class:`~pfgm.core.problems.State`).
     """
     check_choice("precision", precision, PRECISIONS)
     flat = _flatten(x)
@@ -229,9 +229,9 @@ def posterior_mean(
         level, factor = (r, 1.0) if sigma is None else (sigma, math.sqrt(D))
         rows, sketch_of = _in_one(references)
         options = factor, D, return_logsumexp, precision, sketch_of
-        found = eager.one_call("posterior_mean", backend, (x, rows, level), *options)
-        if found is not None:
-            mean, logsumexp = found
+        results = eager.one_call("posterior_mean", backend, (x, rows, level), *options)
+        if results is not None:
+            mean, logsumexp = results
             return mean if logsumexp is None else (mean, logsumexp)
     _check_tensors(x, references)
     D = _check_dimensions(D, r is not None)
@@ -285,10 +285,10 @@ def field_fn(
     # First in one call, as in posterior_mean.
     if type(gamma) in (float, int) and 0 <= gamma <= LARGEST:
         rows, sketch_of = _in_one(references)
-        found: tuple[Tensor, Tensor] | None
-        found = eager.one_call("field", backend, (x, rows, z), gamma, precision, sketch_of)
-        if found is not None:
-            return found
+        field: tuple[Tensor, Tensor] | None
+        field = eager.one_call("field", backend, (x, rows, z), gamma, precision, sketch_of)
+        if field is not None:
+            return field
     _check_tensors(x, references)
     check_at_least_0("gamma", gamma)
     radius = per_query("z", z, x)
@@ -311,8 +311,8 @@ def mean_from(
 
     def form(difference: bool, rows: Tensor | slice) -> Tensor:
         given = (references, radius[rows], D, None, "high", difference)
-        found = _flat_mean(x[rows], *given)[1].view(origin[rows].shape)
-        return away[rows] - found if difference else found - origin[rows]
+        mean = _flat_mean(x[rows], *given)[1].view(origin[rows].shape)
+        return away[rows] - mean if difference else mean - origin[rows]
 
     # Where rows cannot be told apart, or not without waiting for a GPU or for other processes.
     shared = isinstance(references, ReferenceSet) and references.sharded

@@ -272,22 +272,22 @@ def _step(
     In a Heun step x are the points at z_next, and history those at z.
     """
     arguments = (method, x, prediction, history, given, return_mean, out, mean_out, backend)
-    found = _step_directly(*arguments)
-    if found is None:
+    result = _step_directly(*arguments)
+    if result is None:
         levels = _coefficients(method, x, *given)
         _check(method, x, prediction, history)
         if mean_out is not None and not return_mean:
             raise ValueError("mean_out is given without return_mean; allowed is return_mean=True.")
         step = _flat_step(x, prediction, history, levels)
         with_mean = return_mean and isinstance(prediction, Field)
-        found = _compute(x, step, with_mean, out, mean_out, backend)
-    return (found[0], prediction) if return_mean and isinstance(prediction, Tensor) else found
+        result = _compute(x, step, with_mean, out, mean_out, backend)
+    return (result[0], prediction) if return_mean and isinstance(prediction, Tensor) else result
 
 
 def _coefficients(
     method: int, x: Tensor, z: Level, z_next: Level, z_previous: Level
 ) -> tuple[Any, Any, Any]:
-    """z, toward and blend of :class:`~pfgm.backends.problems.OdeStep`."""
+    """z, toward and blend of :class:`~pfgm.core.problems.OdeStep`."""
     if method == EULER:
         z, z_next = step_levels(x, z, z_next, next_may_be_zero=True)
         return z, (z - z_next) / z, 0.0
@@ -381,9 +381,9 @@ def _step_directly(
     else:
         return None
     operands = (x, slope, field_z, history, out, mean_out, *given)
-    found: tuple[Tensor, Tensor | None] | None
-    found = eager.one_call("step", backend, operands, method, law, return_mean)
-    return found
+    result: tuple[Tensor, Tensor | None] | None
+    result = eager.one_call("step", backend, operands, method, law, return_mean)
+    return result
 
 
 # ---- steps on flat rows ----------------------------------------------------------------------
@@ -415,7 +415,7 @@ def _flat_step(
         slope=_flat(prediction.field_x if isinstance(prediction, Field) else prediction, dtype),
         field_z=None if field is None else _typed(field.field_z, dtype),
         history=None if history is None else _flat(history, dtype),
-        levels=_stacked(x, levels),
+        **_by_row(x, levels),
         gamma=5.0 if field is None else float(field.gamma),
         z_exp=0.0 if field is None else float(field.z_exp),
         exact=field is None or field.substitution == "exact",
@@ -448,10 +448,13 @@ def _compute_into(
     return out, mean_out
 
 
-def _stacked(x: Tensor, levels: tuple[Any, Any, Any]) -> tuple[float, float, float] | Tensor:
-    if not any(isinstance(level, Tensor) for level in levels):
-        return levels
-    return torch.stack([per_query("level", level, x) for level in levels])
+def _by_row(x: Tensor, levels: tuple[Any, Any, Any]) -> dict[str, Any]:
+    """The levels of the step, as numbers or, if one is a tensor, of each row."""
+    rows = None
+    if any(isinstance(level, Tensor) for level in levels):
+        rows = torch.stack([per_query("level", level, x) for level in levels])
+        levels = (0.0, 0.0, 0.0)
+    return dict(zip(("z", "toward", "blend", "row_levels"), (*levels, rows), strict=True))
 
 
 def _typed(values: Tensor, dtype: torch.dtype) -> Tensor:

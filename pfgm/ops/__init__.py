@@ -4,7 +4,7 @@ Samples are rows (B, N), and levels are float64. :mod:`pfgm.functional` brings a
 form. It calls :mod:`pfgm.ops.eager`, which leaves the operators out where nothing needs them.
 """
 
-from ..backends.problems import PRECISIONS, OdeStep, PosteriorMean
+from ..core.problems import PRECISIONS, OdeStep, PosteriorMean
 from . import (
     eager,
     normalised_field,

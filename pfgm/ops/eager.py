@@ -26,9 +26,9 @@ from torch.autograd import forward_ad
 
 from ..backends import Backend, choose_for, native, native_calls, requested, verdicts
 from ..backends.native_calls import EULER, HEUN, MULTISTEP
-from ..backends.problems import OdeStep, PosteriorMean, State, Upstream
 from ..common.checks import debugging
 from ..common.tensors import mark_written
+from ..core.problems import OdeStep, PosteriorMean, State, Upstream
 from . import normalised_field as field_operator
 from . import ode_step as step_operator
 from . import posterior_mean as mean_operator
@@ -140,10 +140,7 @@ def ode_step(
     backend: str | None,
 ) -> tuple[Tensor, Tensor | None]:
     """As :func:`pfgm.ops.ode_step.compute`; with ``out`` as ``compute_into``."""
-    x, slope, field_z, history, levels, gamma, z_exp, _ = step
-    rows = levels if isinstance(levels, Tensor) else None
-    given = (x, slope, field_z, history, rows, gamma, z_exp, out, mean_out)
-    if not passes(_gpu_of(x), *given):
+    if not passes(_gpu_of(step.x), *step[:-1], out, mean_out):
         if out is None:
             return step_operator.compute(step, with_mean, backend)
         step_operator.compute_into(step, out, mean_out, backend)
@@ -180,8 +177,8 @@ def differentiated(
     chosen = choose_for(backend, x, references)
     if len(x) == 0:
         return None
-    found = _PosteriorMean.apply(*tensors, problem, chosen, backend, check)  # type: ignore[no-untyped-call]
-    result, logsumexp, nearest, total, _ = found
+    results = _PosteriorMean.apply(*tensors, problem, chosen, backend, check)  # type: ignore[no-untyped-call]
+    result, logsumexp, nearest, total, _ = results
     return result, logsumexp, nearest, total
 
 
@@ -235,14 +232,14 @@ class _PosteriorMean(torch.autograd.Function):
         # What was not active in the forward pass may be here. The operator refuses a second
         # derivative.
         batched = any(map(torch._C._functorch.is_legacy_batchedtensor, upstream))
-        found: tuple[Tensor | None, ...]
+        gradients: tuple[Tensor | None, ...]
         if torch.is_grad_enabled() or batched or not passes(_gpu_of(x), *upstream):
-            found = mean_operator.call_backward(*given, ctx.backend)
+            gradients = mean_operator.call_backward(*given, ctx.backend)
         elif kept is not None:
-            found = native.posterior_mean_backward(*given, kept)
+            gradients = native.posterior_mean_backward(*given, kept)
         else:
-            found = ctx.chosen.posterior_mean_backward(*given)
-        grad_x, *rest = (g if needed else None for g, needed in zip(found, needs, strict=True))
+            gradients = ctx.chosen.posterior_mean_backward(*given)
+        grad_x, *rest = (g if needed else None for g, needed in zip(gradients, needs, strict=True))
         if difference and grad_x is not None:
             grad_x = grad_x + grad_result
         return (grad_x, *rest, None, None, None, None)
@@ -283,7 +280,7 @@ def all_finite(values: Tensor) -> bool:
     """True if no value of a tensor is NaN or infinite."""
     few = values.numel() <= _MAX_CHECKED and not native.on_gpu(values)
     if few and passes(None, values, gradients=True):
-        found = native_calls.all_finite(values)
-        if found is not None:
-            return found
+        finite = native_calls.all_finite(values)
+        if finite is not None:
+            return finite
     return bool(values.isfinite().all())

@@ -12,17 +12,19 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..backends import choose_for, formulas, requested
+from ..backends import choose_for, requested
 from ..common import transforms
 from ..common.checks import is_symbolic
 from ..common.tensors import wide_dtype
-from .library import check_like, library, no_gradient, register
+from ..core import formulas
+from .library import Operator, check_like, no_gradient
 
-_INPUTS = "Tensor difference, Tensor z, float gamma, str? backend=None"
-library.define(f"normalised_field({_INPUTS}) -> (Tensor field_x, Tensor field_z)")
-library.define(
-    f"normalised_field_backward(Tensor grad_field_x, Tensor grad_field_z, {_INPUTS})"
-    " -> (Tensor grad_difference, Tensor grad_z)"
+_INPUTS = ("Tensor difference", "Tensor z", "float gamma", "str? backend=None")
+_FORWARD = Operator("normalised_field", _INPUTS, "Tensor field_x, Tensor field_z")
+_BACKWARD = Operator(
+    "normalised_field_backward",
+    ("Tensor grad_field_x", "Tensor grad_field_z", *_INPUTS),
+    "Tensor grad_difference, Tensor grad_z",
 )
 
 
@@ -41,7 +43,7 @@ def compute(
         or (needs_gradient and torch.compiler.is_compiling())
     ):
         return formulas.normalised_field(difference, z, gamma)
-    field_x, field_z = torch.ops.pfgm.normalised_field(difference, z, gamma, requested(backend))
+    field_x, field_z = _FORWARD(difference, z, gamma, requested(backend))
     return field_x, field_z
 
 
@@ -124,22 +126,12 @@ def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None
 
 
 def _gradient(ctx: Any, grad_field_x: Tensor, grad_field_z: Tensor) -> tuple[Tensor | None, ...]:
-    gradients = torch.ops.pfgm.normalised_field_backward.default(
-        grad_field_x, grad_field_z, *ctx.saved_tensors, ctx.gamma, ctx.backend
-    )
+    gradients = _BACKWARD(grad_field_x, grad_field_z, *ctx.saved_tensors, ctx.gamma, ctx.backend)
     return (*gradients, None, None)
 
 
-register(
-    "normalised_field",
-    forward,
-    fake=_fake,
-    transformed=_transformed,
-    gradient=_gradient,
-    save=_save,
-)
-register(
-    "normalised_field_backward",
+_FORWARD.register(forward, fake=_fake, transformed=_transformed, gradient=_gradient, save=_save)
+_BACKWARD.register(
     _backward,
     fake=_fake_backward,
     transformed=_transformed_backward,

@@ -1,35 +1,32 @@
 """The operators ode_step and ode_step_out: one step of the flow's ODE.
 
 ode_step_out writes into given tensors. x, slope and history (B, N) and field_z (B,) share one
-dtype. z, toward and blend are numbers for all rows. If they differ between rows, row_levels (3, B)
-in float64 holds them. The operators have no gradient. Where a derivative is needed, ``compute``
+dtype. The operators have no gradient. Where a derivative is needed, ``compute``
 evaluates the formula in plain torch instead.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from typing import Any, Concatenate, ParamSpec, TypeVar
+from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from ..backends import choose_for, formulas, requested
-from ..backends.problems import OdeStep
+from ..backends import choose_for, requested
 from ..common import transforms
 from ..common.checks import is_symbolic
 from ..common.tensors import wide_dtype
-from .library import check_like, library, no_gradient, register
+from ..core import formulas
+from ..core.problems import OdeStep
+from .library import Operator, check_like, no_gradient
 
-P = ParamSpec("P")
-R = TypeVar("R")
-
-_STEP = (
-    "Tensor x, Tensor slope, Tensor? field_z, Tensor? history, float z, float toward, float blend,"
-    " Tensor? row_levels, float gamma, float z_exp, bool exact"
+_STEP = Operator(
+    "ode_step", (OdeStep, "bool with_mean", "str? backend"), "Tensor next, Tensor mean"
 )
-library.define(f"ode_step({_STEP}, bool with_mean, str? backend) -> (Tensor next, Tensor mean)")
-library.define(f"ode_step_out({_STEP}, str? backend, Tensor(a!) out, Tensor(b!)? mean_out) -> ()")
+_STEP_OUT = Operator(
+    "ode_step_out", (OdeStep, "str? backend", "Tensor(a!) out", "Tensor(b!)? mean_out"), ""
+)
 
 
 def compute(step: OdeStep, with_mean: bool, backend: str | None) -> tuple[Tensor, Tensor | None]:
@@ -41,9 +38,7 @@ def compute(step: OdeStep, with_mean: bool, backend: str | None) -> tuple[Tensor
     if transforms.forward_mode() or is_symbolic(step.gamma, step.z_exp) or _wants_gradient(step):
         check(step)
         return formulas.ode_step(step, with_mean)
-    result, mean = torch.ops.pfgm.ode_step.default(
-        *flat_arguments(step), with_mean, requested(backend)
-    )
+    result, mean = _STEP(step, with_mean, requested(backend))
     return result, mean if with_mean else None
 
 
@@ -60,44 +55,7 @@ def compute_into(step: OdeStep, out: Tensor, mean_out: Tensor | None, backend: s
         if mean_out is not None and mean is not None:
             mean_out.copy_(mean)
         return
-    torch.ops.pfgm.ode_step_out.default(*flat_arguments(step), requested(backend), out, mean_out)
-
-
-# ---- a step as the arguments of the schema ---------------------------------------------------
-
-
-def flat_arguments(step: OdeStep) -> tuple[Any, ...]:
-    """The eleven arguments of both schemas that describe the step."""
-    x, slope, field_z, history, levels, *constants = step
-    if isinstance(levels, Tensor):
-        return (x, slope, field_z, history, 0.0, 0.0, 0.0, levels, *constants)
-    return (x, slope, field_z, history, *levels, None, *constants)
-
-
-def _takes_step(function: Callable[Concatenate[OdeStep, P], R]) -> Callable[..., R]:
-    """Turns a function of a step into one of the arguments in the schema, which checks the step."""
-
-    def implementation(
-        x: Tensor,
-        slope: Tensor,
-        field_z: Tensor | None,
-        history: Tensor | None,
-        z: float,
-        toward: float,
-        blend: float,
-        row_levels: Tensor | None,
-        gamma: float,
-        z_exp: float,
-        exact: bool,
-        *rest: P.args,
-        **named: P.kwargs,
-    ) -> R:
-        levels = (z, toward, blend) if row_levels is None else row_levels
-        step = OdeStep(x, slope, field_z, history, levels, gamma, z_exp, exact)
-        check(step)
-        return function(step, *rest, **named)
-
-    return implementation
+    _STEP_OUT(step, requested(backend), out, mean_out)
 
 
 def check(step: OdeStep) -> None:
@@ -112,8 +70,8 @@ def check(step: OdeStep) -> None:
         check_like("field_z", step.field_z, x, x.shape[:1], x.dtype)
     if step.history is not None:
         check_like("history", step.history, x, x.shape, x.dtype)
-    if isinstance(step.levels, Tensor):
-        check_like("row_levels", step.levels, x, (3, x.shape[0]), wide_dtype(x.device))
+    if step.row_levels is not None:
+        check_like("row_levels", step.row_levels, x, (3, x.shape[0]), wide_dtype(x.device))
 
 
 def _wants_gradient(step: OdeStep) -> bool:
@@ -133,13 +91,20 @@ def forward(step: OdeStep, with_mean: bool, backend: str | None) -> tuple[Tensor
     return result, step.x.new_empty(0) if mean is None else mean
 
 
+def _forward(step: OdeStep, with_mean: bool, backend: str | None) -> tuple[Tensor, Tensor]:
+    check(step)
+    return forward(step, with_mean, backend)
+
+
 def _fake(step: OdeStep, with_mean: bool, backend: str | None) -> tuple[Tensor, Tensor]:
+    check(step)
     x = step.x
     mean = x.new_empty(x.shape) if with_mean and step.field_z is not None else x.new_empty(0)
     return x.new_empty(x.shape), mean
 
 
 def _transformed(step: OdeStep, with_mean: bool, backend: str | None) -> tuple[Tensor, Tensor]:
+    check(step)
     result, mean = formulas.ode_step(step, with_mean)
     return result, step.x.new_empty(0) if mean is None else mean
 
@@ -157,8 +122,8 @@ def forward_into(step: OdeStep, out: Tensor, mean_out: Tensor | None, backend: s
         inputs.append(step.history)
     if step.field_z is not None:
         inputs.append(step.field_z[:, None])
-    if isinstance(step.levels, Tensor):
-        inputs.append(step.levels)
+    if step.row_levels is not None:
+        inputs.append(step.row_levels)
     # Where the kernels cannot write to the layout of an output, the result is copied to it.
     direct = out if _writable(out, inputs) else None
     direct_mean = mean_out if mean_out is None or _writable(mean_out, inputs) else None
@@ -171,10 +136,12 @@ def forward_into(step: OdeStep, out: Tensor, mean_out: Tensor | None, backend: s
 
 
 def _forward_out(step: OdeStep, backend: str | None, out: Tensor, mean_out: Tensor | None) -> None:
+    check(step)
     forward_into(step, out, mean_out, backend)
 
 
 def _fake_out(step: OdeStep, backend: str | None, out: Tensor, mean_out: Tensor | None) -> None:
+    check(step)
     _check_outputs(step, out, mean_out, fake=True)
 
 
@@ -265,18 +232,12 @@ def _addresses(values: Tensor) -> tuple[int, int]:
     return start, start + extent * values.element_size()
 
 
-register(
-    "ode_step",
-    _takes_step(forward),
-    fake=_takes_step(_fake),
-    transformed=_takes_step(_transformed),
+_STEP.register(
+    _forward,
+    fake=_fake,
+    transformed=_transformed,
     gradient=no_gradient(
         "torch.ops.pfgm.ode_step has no gradient; pfgm.euler_step and the other steps have one."
     ),
 )
-register(
-    "ode_step_out",
-    _takes_step(_forward_out),
-    fake=_takes_step(_fake_out),
-    transformed=_refuse_transforms,
-)
+_STEP_OUT.register(_forward_out, fake=_fake_out, transformed=_refuse_transforms)

@@ -16,37 +16,36 @@ the value of a number and would compile again for each D. It does not do so for 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
-from typing import Any, TypeVar
+from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch._subclasses import FakeTensor
 
-from ..backends import choose_for, formulas, requested
-from ..backends.problems import PRECISIONS, PosteriorMean, State, Tangents, Upstream
-from ..backends.weights import is_flat
+from ..backends import choose_for, requested
 from ..common import transforms
 from ..common.checks import is_symbolic
 from ..common.tensors import flat_rows, wide_dtype
-from .library import library, no_gradient, register, save_nothing
-
-R = TypeVar("R")
+from ..core import formulas
+from ..core.problems import PRECISIONS, PosteriorMean, State, Tangents, Upstream
+from ..core.weights import is_flat
+from .library import Operator, flat, no_gradient, save_nothing
 
 _REFERENCE_DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16, torch.uint8)
 
-_REST = "str? backend=None, str precision='high', Tensor? sketch=None"
-for _name, _type_of_D in (("posterior_mean", "float"), ("posterior_mean_varying", "Tensor")):
-    library.define(
-        f"{_name}(Tensor x, Tensor references, Tensor radius, {_type_of_D} D, {_REST},"
-        " bool difference=False)"
-        " -> (Tensor mean, Tensor logsumexp, Tensor nearest, Tensor total)"
-    )
-    library.define(
-        f"{_name}_backward(Tensor grad_mean, Tensor grad_logsumexp, Tensor x, Tensor references,"
-        f" Tensor radius, Tensor mean, Tensor nearest, Tensor total, {_type_of_D} D, bool[] needs,"
-        f" {_REST}) -> (Tensor grad_x, Tensor grad_references, Tensor grad_radius)"
-    )
+_BACKEND = "str? backend=None"
+_RESULTS = "Tensor mean, Tensor logsumexp, Tensor nearest, Tensor total"
+_GRADIENTS = "Tensor grad_x, Tensor grad_references, Tensor grad_radius"
+_FORWARD_TAKES = (PosteriorMean, _BACKEND)
+_BACKWARD_TAKES = (Upstream, State, "bool[] needs", PosteriorMean, _BACKEND)
+
+_FORWARD = Operator("posterior_mean", _FORWARD_TAKES, _RESULTS)
+_BACKWARD = Operator("posterior_mean_backward", _BACKWARD_TAKES, _GRADIENTS)
+_FORWARD_VARYING = Operator("posterior_mean_varying", _FORWARD_TAKES, _RESULTS, D="Tensor")
+_BACKWARD_VARYING = Operator(
+    "posterior_mean_varying_backward", _BACKWARD_TAKES, _GRADIENTS, D="Tensor"
+)
 
 
 def compute(problem: PosteriorMean, backend: str | None) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -65,21 +64,19 @@ def compute(problem: PosteriorMean, backend: str | None) -> tuple[Tensor, Tensor
         )
     if is_symbolic(problem.D) and not transforms.in_torch_func():
         D = torch.ones((), dtype=torch.float64, device="cpu") * problem.D
-        flat = _flat(problem._replace(D=D), backend)  # type: ignore[arg-type]
-        found = torch.ops.pfgm.posterior_mean_varying(*flat)
+        results = _FORWARD_VARYING(problem._replace(D=D), backend)  # type: ignore[arg-type]
     elif transforms.forward_mode() and not compiled:
-        found = _transformed(problem, backend)
+        results = _transformed(problem, backend)
     else:
-        found = call(problem, backend)
-    mean, logsumexp, nearest, total = found
+        results = call(problem, backend)
+    mean, logsumexp, nearest, total = results
     return mean, logsumexp, nearest, total
 
 
 def call(problem: PosteriorMean, backend: str | None) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Calls the operator. Returns mean or difference, log-sum-exp, nearest and total."""
-    found: tuple[Tensor, Tensor, Tensor, Tensor]
-    found = torch.ops.pfgm.posterior_mean.default(*_flat(problem, backend))
-    return found
+    mean, logsumexp, nearest, total = _FORWARD(problem, backend)
+    return mean, logsumexp, nearest, total
 
 
 def call_backward(
@@ -93,10 +90,8 @@ def call_backward(
 
     Gradients that are not needed are empty tensors.
     """
-    arguments = _flat_backward(problem, state, upstream, needs, backend)
-    found: tuple[Tensor, Tensor, Tensor]
-    found = torch.ops.pfgm.posterior_mean_backward.default(*arguments)
-    return found
+    grad_x, grad_references, grad_radius = _BACKWARD(upstream, state, list(needs), problem, backend)
+    return grad_x, grad_references, grad_radius
 
 
 def sketch(references: Tensor, x: Tensor, backend: str | None) -> Tensor | None:
@@ -107,99 +102,33 @@ def sketch(references: Tensor, x: Tensor, backend: str | None) -> Tensor | None:
     return choose_for(backend, x, references).sketch(references, x.dtype)
 
 
-# ---- a problem as the arguments of the schema ------------------------------------------------
+# ---- samples of any shape, and D as a tensor -------------------------------------------------
 
 
-def _flat(problem: PosteriorMean, backend: str | None) -> tuple[Any, ...]:
-    x, references, radius, D, *options = problem
-    return x, references, radius, D, backend, *options
+def _rows(problem: PosteriorMean) -> PosteriorMean:
+    """The problem on rows (B, N) and (M, N), with D as a number.
 
-
-def _flat_backward(
-    problem: PosteriorMean,
-    state: State,
-    upstream: Upstream,
-    needs: Sequence[bool],
-    backend: str | None,
-) -> tuple[Any, ...]:
-    x, references, radius, D, precision, sketch, _ = problem
-    given = (*upstream, x, references, radius, *state)
-    return (*given, D, needs, backend, precision, sketch)
-
-
-def _flattened(x: Tensor, references: Tensor) -> tuple[Tensor, Tensor]:
-    """Points (B, N) and references (M, N). Raises ValueError if their samples differ in shape."""
+    Raises ValueError if the samples differ in shape.
+    """
+    x, references = problem[:2]
+    D: Any = problem.D
     if x.shape[1:] != references.shape[1:] or x.ndim == 0 or references.ndim == 0:
         raise ValueError(
             f"x and references have shapes {tuple(x.shape)} and {tuple(references.shape)}; "
             "allowed are (B, N) and (M, N), or other samples of the same shape."
         )
-    return flat_rows(x), flat_rows(references)
+    if isinstance(D, Tensor):
+        # A fake tensor has no value. Tracing needs shapes only, and they do not depend on D.
+        D = 1.0 if isinstance(D, FakeTensor) else D.item()
+    return problem._replace(x=flat_rows(x), references=flat_rows(references), D=D)
 
 
-def _takes_problem(function: Callable[[PosteriorMean, str | None], R]) -> Callable[..., R]:
-    """Turns a function of a problem and a backend into one of the arguments in the schema."""
-
-    def implementation(
-        x: Tensor,
-        references: Tensor,
-        radius: Tensor,
-        D: float | Tensor,
-        backend: str | None = None,
-        precision: str = "high",
-        sketch: Tensor | None = None,
-        difference: bool = False,
-    ) -> R:
-        flat = _flattened(x, references)
-        problem = PosteriorMean(*flat, radius, _number(D), precision, sketch, difference)
-        return function(problem, backend)
-
-    return implementation
-
-
-def _takes_upstream(
-    function: Callable[
-        [PosteriorMean, State, Upstream, list[bool], str | None], tuple[Tensor, ...]
-    ],
-) -> Callable[..., tuple[Tensor, ...]]:
-    """As :func:`_takes_problem`, for the operators of the backward pass."""
-
-    def implementation(
-        grad_mean: Tensor,
-        grad_logsumexp: Tensor,
-        x: Tensor,
-        references: Tensor,
-        radius: Tensor,
-        mean: Tensor,
-        nearest: Tensor,
-        total: Tensor,
-        D: float | Tensor,
-        needs: list[bool],
-        backend: str | None = None,
-        precision: str = "high",
-        sketch: Tensor | None = None,
-    ) -> tuple[Tensor, ...]:
-        flat = _flattened(x, references)
-        problem = PosteriorMean(*flat, radius, _number(D), precision, sketch)
-        state, upstream = State(mean, nearest, total), Upstream(grad_mean, grad_logsumexp)
-        gradients = function(problem, state, upstream, needs, backend)
-        if x.ndim == 2:
-            return gradients
-        return tuple(
-            gradient.view(like.shape) if needed else gradient
-            for gradient, like, needed in zip(
-                gradients, (x, references, radius), needs, strict=True
-            )
-        )
-
-    return implementation
-
-
-def _number(D: float | Tensor) -> float:
-    if not isinstance(D, Tensor):
-        return D
-    # A fake tensor has no value. Tracing needs shapes only, and they do not depend on D.
-    return 1.0 if isinstance(D, FakeTensor) else D.item()
+def _shaped(
+    gradients: Sequence[Tensor], needs: Sequence[bool], problem: PosteriorMean
+) -> tuple[Tensor, ...]:
+    """Gradients of rows in the shapes of the samples. Those not needed stay empty."""
+    pairs = zip(gradients, problem[:3], needs, strict=True)
+    return tuple(g.view(like.shape) if needed else g for g, like, needed in pairs)
 
 
 # ---- forward and backward --------------------------------------------------------------------
@@ -251,9 +180,14 @@ def forward(problem: PosteriorMean, backend: str | None) -> tuple[Tensor, Tensor
     return chosen.posterior_mean(problem)
 
 
-def _fake(problem: PosteriorMean, backend: str | None) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    check(problem)
-    return _empty(problem)
+def _compute(problem: PosteriorMean, backend: str | None) -> tuple[Tensor, ...]:
+    return forward(_rows(problem), backend)
+
+
+def _fake(problem: PosteriorMean, backend: str | None) -> tuple[Tensor, ...]:
+    rows = _rows(problem)
+    check(rows)
+    return _empty(rows)
 
 
 def _empty(problem: PosteriorMean) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -263,34 +197,35 @@ def _empty(problem: PosteriorMean) -> tuple[Tensor, Tensor, Tensor, Tensor]:
 
 
 def _backward(
-    problem: PosteriorMean,
-    state: State,
     upstream: Upstream,
+    state: State,
     needs: list[bool],
+    problem: PosteriorMean,
     backend: str | None,
 ) -> tuple[Tensor, ...]:
-    x, references, radius = problem[:3]
-    given = (*upstream, x, references, radius)
-    transforms.check_no_tangent("posterior_mean_backward", *given)
+    rows = _rows(problem)
+    x, references, radius = rows[:3]
+    transforms.check_no_tangent("posterior_mean_backward", *upstream, x, references, radius)
     gradients: tuple[Tensor | None, ...]
     if x.shape[0] == 0:
         gradients = tuple(torch.zeros_like(value) for value in (x, references, radius))
     else:
         chosen = choose_for(backend, x, references)
         gradients = chosen.posterior_mean_backward(
-            problem, state, upstream, (needs[0], needs[1], needs[2])
+            rows, state, upstream, (needs[0], needs[1], needs[2])
         )
-    return tuple(
+    results = [
         gradient if needed and gradient is not None else x.new_empty(0)
         for gradient, needed in zip(gradients, needs, strict=True)
-    )
+    ]
+    return _shaped(results, needs, problem)
 
 
 def _fake_backward(
-    problem: PosteriorMean,
-    state: State,
     upstream: Upstream,
+    state: State,
     needs: list[bool],
+    problem: PosteriorMean,
     backend: str | None,
 ) -> tuple[Tensor, ...]:
     return tuple(
@@ -302,7 +237,8 @@ def _fake_backward(
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    x, references, radius, D, ctx.backend, ctx.precision, sketch, ctx.difference = inputs
+    problem, ctx.backend = _FORWARD.groups(inputs)
+    x, references, radius, D, ctx.precision, sketch, ctx.difference = problem
     result, _, nearest, total = output
     ctx.D, varying_D = (None, D) if isinstance(D, Tensor) else (D, None)
     ctx.save_for_backward(x, references, radius, result, nearest, total, sketch, varying_D)
@@ -325,17 +261,14 @@ def _gradient(
     needs = list(ctx.needs_input_grad[:3])
     x, references, radius, result, nearest, total, sketch, varying_D = ctx.saved_tensors
     mean, grad_mean = mean_and_gradient(x, result, grad_result, ctx.difference)
-    given = (grad_mean, grad_logsumexp, x, references, radius, mean, nearest, total)
-    options = (needs, ctx.backend, ctx.precision, sketch)
-    if varying_D is None:
-        gradients = torch.ops.pfgm.posterior_mean_backward.default(*given, ctx.D, *options)
-    else:
-        op = torch.ops.pfgm.posterior_mean_varying_backward.default
-        gradients = op(*given, varying_D, *options)
+    operator, D = (_BACKWARD, ctx.D) if varying_D is None else (_BACKWARD_VARYING, varying_D)
+    problem = PosteriorMean(x, references, radius, D, ctx.precision, sketch)
+    state, upstream = State(mean, nearest, total), Upstream(grad_mean, grad_logsumexp)
+    gradients = operator(upstream, state, needs, problem, ctx.backend)
     grad_x, *rest = (g if needed else None for g, needed in zip(gradients, needs, strict=True))
     if ctx.difference and grad_x is not None:
         grad_x = grad_x + grad_result.view(x.shape)
-    return (grad_x, *rest, None, None, None, None, None)
+    return (grad_x, *rest, *[None] * (len(ctx.needs_input_grad) - 3))
 
 
 # Without this, autograd would treat the gradient as constant and give a wrong second derivative.
@@ -359,7 +292,7 @@ class OnceDifferentiable(torch.autograd.Function):
 class _PosteriorMean(torch.autograd.Function):
     """The operator posterior_mean, with a tangent and a batching rule."""
 
-    forward = staticmethod(torch.ops.pfgm.posterior_mean.default)
+    forward = staticmethod(_FORWARD.overload)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
@@ -370,41 +303,45 @@ class _PosteriorMean(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor | None) -> tuple[Tensor | None, ...]:
         result, radius = ctx.saved_tensors[3], ctx.saved_tensors[2]
-        of_result, of_lse = (
+        grad_result, grad_logsumexp = (
             torch.zeros_like(like) if gradient is None else gradient
             for gradient, like in zip(gradients, (result, radius), strict=False)
         )
-        return _gradient(ctx, of_result, of_lse)
+        return _gradient(ctx, grad_result, grad_logsumexp)
 
     @staticmethod
     def jvp(ctx: Any, *tangents: Tensor | None) -> tuple[Tensor | None, ...]:
         inputs = (*ctx.saved_tensors[:3], *tangents[:3])
-        of_mean, of_lse = _Tangent.apply(  # type: ignore[no-untyped-call]
+        mean_tangent, lse_tangent = _Tangent.apply(  # type: ignore[no-untyped-call]
             *inputs, ctx.D, ctx.backend, ctx.precision
         )
-        return result_tangent(of_mean, tangents[0], ctx.difference), of_lse, None, None
+        return result_tangent(mean_tangent, tangents[0], ctx.difference), lse_tangent, None, None
 
     @staticmethod
     def vmap(info: Any, in_dims: tuple[int | None, ...], *arguments: Any) -> Any:
         return transforms.map_rows(
-            _PosteriorMean.apply, info.batch_size, in_dims, arguments, shared=(1, 6)
+            _PosteriorMean.apply,
+            info.batch_size,
+            in_dims,
+            arguments,
+            shared=_FORWARD.places("references", "sketch"),
         )
 
 
 class _Backward(OnceDifferentiable):
     """The operator posterior_mean_backward, with a batching rule."""
 
-    forward = staticmethod(torch.ops.pfgm.posterior_mean_backward.default)
+    forward = staticmethod(_BACKWARD.overload)
 
     @staticmethod
     def vmap(info: Any, in_dims: tuple[int | None, ...], *arguments: Any) -> Any:
-        needs = arguments[9]
+        _, _, needs, _, _ = _BACKWARD.groups(arguments)
         return transforms.map_rows(
             _Backward.apply,
             info.batch_size,
             in_dims,
             arguments,
-            shared=(3, 12),
+            shared=_BACKWARD.places("references", "sketch"),
             by_rows=not needs[1],  # the gradient of references sums over rows
         )
 
@@ -432,11 +369,13 @@ class _Tangent(OnceDifferentiable):
         center = mean.to(radius.dtype)
         if tangent_references is not None or (math.isinf(D) and tangent_radius is not None):
             state = State(center, nearest, total)
-            of_mean, of_lse = formulas.posterior_mean_tangent(problem, state, tangents)
+            mean_tangent, lse_tangent = formulas.posterior_mean_tangent(problem, state, tangents)
         else:
             state = State(mean, nearest, total)
-            of_mean, of_lse = tangent_from_gradients(problem, state, center, tangents, backend)
-        return of_mean.to(x.dtype), of_lse
+            mean_tangent, lse_tangent = tangent_from_gradients(
+                problem, state, center, tangents, backend
+            )
+        return mean_tangent.to(x.dtype), lse_tangent
 
     @staticmethod
     def vmap(info: Any, in_dims: tuple[int | None, ...], *arguments: Any) -> Any:
@@ -445,11 +384,11 @@ class _Tangent(OnceDifferentiable):
         )
 
 
-def result_tangent(of_mean: Tensor, of_x: Tensor | None, difference: bool) -> Tensor:
+def result_tangent(mean_tangent: Tensor, x_tangent: Tensor | None, difference: bool) -> Tensor:
     """The tangent of the result of a forward pass, from those of the mean and of x."""
     if not difference:
-        return of_mean
-    return -of_mean if of_x is None else of_x - of_mean
+        return mean_tangent
+    return -mean_tangent if x_tangent is None else x_tangent - mean_tangent
 
 
 def tangent_dtype(x: Tensor, references: Tensor, backend: str | None) -> torch.dtype:
@@ -485,13 +424,13 @@ def tangent_from_gradients(
     """
     x, radius, D = problem.x, problem.radius, problem.D
     wide = center.dtype
-    flat = is_flat(state.nearest, radius, D, x.shape[1])
+    is_fixed = is_flat(state.nearest, radius, D, x.shape[1])
     moved = torch.zeros_like(x) if tangents.x is None else tangents.x.to(x.dtype)
-    moved = torch.where(flat[:, None], 0.0, moved)
+    moved = torch.where(is_fixed[:, None], 0.0, moved)
     g = (moved.to(wide) * (state.mean.to(wide) - x.to(wide))).sum(1)
     if tangents.radius is not None:
         g = g - radius * tangents.radius
-    g = torch.where(flat, 0.0, g)
+    g = torch.where(is_fixed, 0.0, g)
     finite = not math.isinf(D)
     if finite:
         # At r = 0 the gradient r Σ c_j would be 0. A radius too small to change s replaces it.
@@ -499,44 +438,37 @@ def tangent_from_gradients(
     grad_x, _, grad_radius = call_backward(
         problem._replace(radius=radius), state, Upstream(moved, g), [True, False, finite], backend
     )
-    sum_c = torch.where(flat, 0.0, grad_radius / radius if finite else -g / radius / radius)
-    of_mean = grad_x.to(wide) + sum_c[:, None] * (center - x.to(wide))
-    return of_mean, torch.where(flat, math.nan, -sum_c)
+    sum_c = torch.where(is_fixed, 0.0, grad_radius / radius if finite else -g / radius / radius)
+    mean_tangent = grad_x.to(wide) + sum_c[:, None] * (center - x.to(wide))
+    return mean_tangent, torch.where(is_fixed, math.nan, -sum_c)
 
 
 def _transformed(problem: PosteriorMean, backend: str | None) -> tuple[Tensor, ...]:
-    found: tuple[Tensor, ...]
-    found = _PosteriorMean.apply(*_flat(problem, backend))  # type: ignore[no-untyped-call]
-    return found
+    results: tuple[Tensor, ...]
+    results = _PosteriorMean.apply(*flat(_rows(problem), backend))  # type: ignore[no-untyped-call]
+    return results
 
 
 def _transformed_backward(
-    problem: PosteriorMean,
-    state: State,
     upstream: Upstream,
+    state: State,
     needs: list[bool],
+    problem: PosteriorMean,
     backend: str | None,
 ) -> tuple[Tensor, ...]:
-    found: tuple[Tensor, ...] = _Backward.apply(  # type: ignore[no-untyped-call]
-        *_flat_backward(problem, state, upstream, needs, backend)
+    gradients: tuple[Tensor, ...] = _Backward.apply(  # type: ignore[no-untyped-call]
+        *flat(upstream, state, needs, _rows(problem), backend)
     )
-    return found
+    return _shaped(gradients, needs, problem)
 
 
-for _name in ("posterior_mean", "posterior_mean_varying"):
-    _D_is_number = _name == "posterior_mean"
-    register(
-        _name,
-        _takes_problem(forward),
-        fake=_takes_problem(_fake),
-        transformed=_takes_problem(_transformed) if _D_is_number else None,
-        gradient=_gradient,
-        save=_save,
+for _forward_op, _backward_op, _transforms in (
+    (_FORWARD, _BACKWARD, (_transformed, _transformed_backward)),
+    (_FORWARD_VARYING, _BACKWARD_VARYING, (None, None)),
+):
+    _forward_op.register(
+        _compute, fake=_fake, transformed=_transforms[0], gradient=_gradient, save=_save
     )
-    register(
-        f"{_name}_backward",
-        _takes_upstream(_backward),
-        fake=_takes_upstream(_fake_backward),
-        transformed=_takes_upstream(_transformed_backward) if _D_is_number else None,
-        gradient=_no_second_derivative,
+    _backward_op.register(
+        _backward, fake=_fake_backward, transformed=_transforms[1], gradient=_no_second_derivative
     )

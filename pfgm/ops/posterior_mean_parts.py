@@ -10,72 +10,47 @@ import torch
 from torch import Tensor
 
 from ..backends import native_parts
-from ..backends.problems import PosteriorMean, RunningMean
 from ..common import transforms
-from .library import check_like, library, register
+from ..core.problems import PosteriorMean, RunningMean
+from .library import Operator, check_like
 from .posterior_mean import check
 
-_RUNNING = "Tensor(a!) sums, Tensor(b!) nearest, Tensor(c!) total, int all_references"
-library.define(
-    f"posterior_mean_add(Tensor x, Tensor references, Tensor radius, {_RUNNING}, float D,"
-    " str precision='high', Tensor? sketch=None, bool difference=False) -> ()"
-)
-library.define(
-    "posterior_mean_end(Tensor x, Tensor radius, Tensor sums, Tensor nearest, Tensor total,"
-    " int all_references, float D, bool difference=False) -> (Tensor mean, Tensor logsumexp)"
+_WRITTEN = {"sums": "Tensor(a!)", "nearest": "Tensor(b!)", "total": "Tensor(c!)"}
+
+_ADD = Operator("posterior_mean_add", (RunningMean, PosteriorMean), "", **_WRITTEN)
+_END = Operator(
+    "posterior_mean_end",
+    ("Tensor x", "Tensor radius", RunningMean, "float D", "bool difference=False"),
+    "Tensor mean, Tensor logsumexp",
 )
 
 
 def add(problem: PosteriorMean, running: RunningMean) -> None:
     """Calls the operator that adds the references of a problem."""
-    x, references, radius, *options = problem
-    torch.ops.pfgm.posterior_mean_add.default(x, references, radius, *running, *options)
+    _ADD(running, problem)
 
 
 def end(
     x: Tensor, radius: Tensor, D: float, running: RunningMean, difference: bool
 ) -> tuple[Tensor, Tensor]:
     """Calls the operator that returns mean or difference, and log-sum-exp."""
-    found: tuple[Tensor, Tensor]
-    found = torch.ops.pfgm.posterior_mean_end.default(x, radius, *running, D, difference)
-    return found
+    mean, logsumexp = _END(x, radius, running, D, difference)
+    return mean, logsumexp
 
 
-def _add(
-    x: Tensor,
-    references: Tensor,
-    radius: Tensor,
-    sums: Tensor,
-    nearest: Tensor,
-    total: Tensor,
-    all_references: int,
-    D: float,
-    precision: str = "high",
-    sketch: Tensor | None = None,
-    difference: bool = False,
-) -> None:
-    problem = PosteriorMean(x, references, radius, D, precision, sketch, difference)
-    running = RunningMean(sums, nearest, total, all_references)
+def _add(running: RunningMean, problem: PosteriorMean) -> None:
     check(problem)
-    _check_running(running, x)
-    transforms.check_no_tangent("posterior_mean_add", x, references, radius)
+    _check_running(running, problem.x)
+    transforms.check_no_tangent("posterior_mean_add", *problem[:3])
     native_parts.add(problem, running)
 
 
 def _end(
-    x: Tensor,
-    radius: Tensor,
-    sums: Tensor,
-    nearest: Tensor,
-    total: Tensor,
-    all_references: int,
-    D: float,
-    difference: bool = False,
+    x: Tensor, radius: Tensor, running: RunningMean, D: float, difference: bool
 ) -> tuple[Tensor, Tensor]:
     # One reference stands for all. The last call uses none.
     none = x.new_empty(1, *x.shape[1:])
     problem = PosteriorMean(x, none, radius, D, difference=difference)
-    running = RunningMean(sums, nearest, total, all_references)
     check(problem)
     _check_running(running, x)
     transforms.check_no_tangent("posterior_mean_end", x, radius)
@@ -94,7 +69,7 @@ def _check_running(running: RunningMean, x: Tensor) -> None:
         raise ValueError(f"x is on {x.device}; allowed is the CPU.")
 
 
-def _fake_add(x: Tensor, references: Tensor, radius: Tensor, *_: object) -> None:
+def _fake_add(running: RunningMean, problem: PosteriorMean) -> None:
     """Nothing: there are no results."""
 
 
@@ -102,5 +77,5 @@ def _fake_end(x: Tensor, radius: Tensor, *_: object) -> tuple[Tensor, Tensor]:
     return torch.empty_like(x, memory_format=torch.contiguous_format), torch.empty_like(radius)
 
 
-register("posterior_mean_add", _add, fake=_fake_add)
-register("posterior_mean_end", _end, fake=_fake_end)
+_ADD.register(_add, fake=_fake_add)
+_END.register(_end, fake=_fake_end)

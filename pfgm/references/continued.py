@@ -16,12 +16,12 @@ import torch
 from torch import Tensor
 
 from ..backends import native_parts
-from ..backends.problems import PosteriorMean, RunningGradient, RunningMean, State
 from ..common.tensors import flat_rows
+from ..core.problems import PosteriorMean, RunningGradient, RunningMean, State
 from ..ops import eager, posterior_mean_parts
 from ..ops.posterior_mean import call, call_backward
-from .given import ChunkTotals, Given, Saved
 from .ranks import Ranks
+from .settings import ChunkTotals, Saved, Settings
 
 R = TypeVar("R", RunningMean, RunningGradient)
 
@@ -34,62 +34,64 @@ class _Chunk(NamedTuple):
     """Whether the mirror images of the rows count, not the rows."""
 
 
-def _chunks(given: Given, x: Tensor) -> Iterator[_Chunk]:
+def _chunks(settings: Settings, x: Tensor) -> Iterator[_Chunk]:
     """The chunks for points x (B, N), and with flips all a second time for their mirror images."""
     sketches: dict[int, Tensor | None] = {}
-    for mirrored in (False, True) if given.part.flips else (False,):
-        for start, rows in given.part.large_chunks():
+    for mirrored in (False, True) if settings.part.flips else (False,):
+        for start, rows in settings.part.large_chunks():
             if not mirrored:
-                sketches[start] = given.part.sketch(start, rows, x, "native")
+                sketches[start] = settings.part.sketch(start, rows, x, "native")
             yield _Chunk(flat_rows(rows), sketches[start], mirrored)
 
 
-def _mirror(values: Tensor, given: Given) -> Tensor:
+def _mirror(values: Tensor, settings: Settings) -> Tensor:
     """The mirror images of values (B, N) that have the shape of rows."""
-    mirrored: Tensor = values.unflatten(1, given.part.shape).flip(-1)
+    mirrored: Tensor = values.unflatten(1, settings.part.shape).flip(-1)
     return mirrored.flatten(1)
 
 
-def _count(given: Given) -> int:
+def _count(settings: Settings) -> int:
     """The number of references of this process."""
-    return len(given.part) * (2 if given.part.flips else 1)
+    return len(settings.part) * (2 if settings.part.flips else 1)
 
 
 # ---- forward ---------------------------------------------------------------------------------
 
 
-def results(x: Tensor, radius: Tensor, given: Given) -> tuple[Tensor, ...]:
+def results(x: Tensor, radius: Tensor, settings: Settings) -> tuple[Tensor, ...]:
     """Mean or difference, log-sum-exp, nearest and total, and the last two as those of a chunk."""
-    rows = given.part.in_one()
+    rows = settings.part.in_one()
     if rows is not None:
         rows = flat_rows(rows)
-        sketch = given.part.sketch(0, rows, x, "native")
-        problem = given.problem(x, rows, radius, sketch)
+        sketch = settings.part.sketch(0, rows, x, "native")
+        problem = settings.problem(x, rows, radius, sketch)
         result, logsumexp, nearest, total = call(problem, "native")
     else:
-        running = _sum_of_chunks(x, radius, given)
+        running = _sum_of_chunks(x, radius, settings)
         nearest, total = running.nearest, running.total
-        result, logsumexp = posterior_mean_parts.end(x, radius, given.D, running, given.difference)
+        result, logsumexp = posterior_mean_parts.end(
+            x, radius, settings.D, running, settings.difference
+        )
     return result, logsumexp, nearest, total, *_as_one_chunk(nearest, total)
 
 
 def by_tensor(
-    x: Tensor, radius: Tensor, given: Given
+    x: Tensor, radius: Tensor, settings: Settings
 ) -> tuple[Tensor, Tensor, Tensor, Tensor] | None:
     """The results of :func:`pfgm.ops.eager.differentiated`; None where that is not open."""
-    rows = given.part.in_one() if given.continues and given.ranks is None else None
+    rows = settings.part.in_one() if settings.continues and settings.ranks is None else None
     if rows is None or torch.compiler.is_compiling():
         return None
-    sketch = given.part.sketch(0, rows, x, "native")
-    problem = given.problem(x, flat_rows(rows.detach()), radius, sketch)
-    return eager.differentiated(problem, "native", given.check_version)
+    sketch = settings.part.sketch(0, rows, x, "native")
+    problem = settings.problem(x, flat_rows(rows.detach()), radius, sketch)
+    return eager.differentiated(problem, "native", settings.check_version)
 
 
-def state(x: Tensor, radius: Tensor, given: Given) -> tuple[State, ChunkTotals]:
+def state(x: Tensor, radius: Tensor, settings: Settings) -> tuple[State, ChunkTotals]:
     """The state over the references of this process, in float64, as one chunk."""
-    sums, nearest, total, _ = _sum_of_chunks(x, radius, given)
+    sums, nearest, total, _ = _sum_of_chunks(x, radius, settings)
     average = sums / total[:, None]
-    result = -average if given.difference else average
+    result = -average if settings.difference else average
     return State(result, nearest, total), _as_one_chunk(nearest, total)
 
 
@@ -97,56 +99,56 @@ def _as_one_chunk(nearest: Tensor, total: Tensor) -> ChunkTotals:
     return ChunkTotals(nearest[:, None].clone(), total[:, None].clone())
 
 
-def _sum_of_chunks(x: Tensor, radius: Tensor, given: Given) -> RunningMean:
-    running = native_parts.begin(x, _count(given))
-    mirrored_x = _mirror(x, given) if given.part.flips else x
-    for rows, sketch, mirrored in _chunks(given, x):
-        problem = given.problem(mirrored_x if mirrored else x, rows, radius, sketch)
-        running = _turned(running, mirrored, given)
+def _sum_of_chunks(x: Tensor, radius: Tensor, settings: Settings) -> RunningMean:
+    running = native_parts.begin(x, _count(settings))
+    mirrored_x = _mirror(x, settings) if settings.part.flips else x
+    for rows, sketch, mirrored in _chunks(settings, x):
+        problem = settings.problem(mirrored_x if mirrored else x, rows, radius, sketch)
+        running = _turned(running, mirrored, settings)
         posterior_mean_parts.add(problem, running)
-        running = _turned(running, mirrored, given)
+        running = _turned(running, mirrored, settings)
     return running
 
 
-def _turned(running: R, mirrored: bool, given: Given) -> R:
+def _turned(running: R, mirrored: bool, settings: Settings) -> R:
     """The same sums for mirrored points, if they are."""
     if not mirrored or running.sums is None:
         return running
-    return running._replace(sums=_mirror(running.sums, given))
+    return running._replace(sums=_mirror(running.sums, settings))
 
 
 # ---- gradients -------------------------------------------------------------------------------
 
 
-def gradients(saved: Saved, given: Given, needs: tuple[bool, bool]) -> tuple[Tensor, Tensor]:
+def gradients(saved: Saved, settings: Settings, needs: tuple[bool, bool]) -> tuple[Tensor, Tensor]:
     """The gradients in x and radius over the references of all processes.
 
     A gradient that is not needed is an empty tensor.
     """
-    rows = given.part.in_one()
+    rows = settings.part.in_one()
     if rows is not None:
         rows = flat_rows(rows)
-        sketch = given.part.sketch(0, rows, saved.x, "native")
-        problem = given.problem(saved.x, rows, saved.radius, sketch)
+        sketch = settings.part.sketch(0, rows, saved.x, "native")
+        problem = settings.problem(saved.x, rows, saved.radius, sketch)
         needed = [needs[0], False, needs[1]]
-        found = call_backward(problem, saved.state, saved.upstream, needed, "native")
-        return found[0], found[2]
-    none = saved.x.new_empty(0, *saved.x.shape[1:], dtype=given.part.source.dtype)
-    problem = given.problem(saved.x, none, saved.radius)
-    running = native_parts.begin_gradients(saved.x, _count(given), needs[0])
+        gradients = call_backward(problem, saved.state, saved.upstream, needed, "native")
+        return gradients[0], gradients[2]
+    none = saved.x.new_empty(0, *saved.x.shape[1:], dtype=settings.part.source.dtype)
+    problem = settings.problem(saved.x, none, saved.radius)
+    running = native_parts.begin_gradients(saved.x, _count(settings), needs[0])
     if native_parts.any_steep(problem, saved.state, saved.upstream):
-        for _, part, points in _problems(saved, given):
+        for _, part, points in _problems(saved, settings):
             native_parts.add_pulls(part, points.state, points.upstream, running)
-        if given.ranks is not None:
-            running = running._replace(pulls=given.ranks.sum(running.pulls))
-    for mirrored, part, points in _problems(saved, given):
-        running = _turned(running, mirrored, given)
+        if settings.ranks is not None:
+            running = running._replace(pulls=settings.ranks.sum(running.pulls))
+    for mirrored, part, points in _problems(saved, settings):
+        running = _turned(running, mirrored, settings)
         native_parts.add_gradients(part, points.state, points.upstream, running)
-        running = _turned(running, mirrored, given)
-    if given.ranks is not None:
-        running = _over_ranks(running, given.ranks)
-    of_x, of_radius = native_parts.end_gradients(problem, saved.state, saved.upstream, running)
-    return torch.empty(0, device=saved.x.device) if of_x is None else of_x, of_radius
+        running = _turned(running, mirrored, settings)
+    if settings.ranks is not None:
+        running = _over_ranks(running, settings.ranks)
+    grad_x, grad_radius = native_parts.end_gradients(problem, saved.state, saved.upstream, running)
+    return torch.empty(0, device=saved.x.device) if grad_x is None else grad_x, grad_radius
 
 
 def _over_ranks(running: RunningGradient, ranks: Ranks) -> RunningGradient:
@@ -155,12 +157,12 @@ def _over_ranks(running: RunningGradient, ranks: Ranks) -> RunningGradient:
     return running._replace(sums=sums, moments=ranks.sum(running.moments))
 
 
-def _problems(saved: Saved, given: Given) -> Iterator[tuple[bool, PosteriorMean, Saved]]:
+def _problems(saved: Saved, settings: Settings) -> Iterator[tuple[bool, PosteriorMean, Saved]]:
     """For each chunk whether its mirror images count, the problem, and the points for it."""
     mirrored_points = saved
-    if given.part.flips:
-        x, mean, grad_mean = (_mirror(v, given) for v in (saved.x, saved.mean, saved.grad_mean))
+    if settings.part.flips:
+        x, mean, grad_mean = (_mirror(v, settings) for v in (saved.x, saved.mean, saved.grad_mean))
         mirrored_points = saved._replace(x=x, mean=mean, grad_mean=grad_mean)
-    for rows, sketch, mirrored in _chunks(given, saved.x):
+    for rows, sketch, mirrored in _chunks(settings, saved.x):
         points = mirrored_points if mirrored else saved
-        yield mirrored, given.problem(points.x, rows, points.radius, sketch), points
+        yield mirrored, settings.problem(points.x, rows, points.radius, sketch), points

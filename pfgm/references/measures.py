@@ -82,8 +82,8 @@ class RowSums:
             self.sums[1:] += torch.stack([each.double() for each in sums]).cpu()
             self.sums[0] += len(rows)
             self.deviations += deviations.sum(0).cpu()
-            found = torch.stack([wide.amin(0), -wide.amax(0)]).cpu()
-            self.extremes = torch.minimum(self.extremes, found)
+            extremes = torch.stack([wide.amin(0), -wide.amax(0)]).cpu()
+            self.extremes = torch.minimum(self.extremes, extremes)
 
     def gather(self, group: dist.ProcessGroup | None, processes: int) -> None:
         """Adds the sums of the other processes of a group."""

@@ -1,6 +1,6 @@
 """Results over chunks that are computed on their own and merged, for every backend.
 
-The forward pass merges the states of the chunks (:mod:`pfgm.references.merging`). In the backward
+The forward pass merges the states of the chunks (:mod:`pfgm.core.merging`). In the backward
 pass, let q_i be the share of chunk i in the total weight, and G and g the upstream gradients of
 mean and log-sum-exp. The upstream gradients of the chunk are then
 
@@ -20,34 +20,34 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ..backends import formulas
-from ..backends.problems import PosteriorMean, State, Tangents, Upstream
-from ..backends.weights import is_flat
 from ..common.tensors import wide_dtype
+from ..core import formulas
+from ..core.merging import merge, relative_weight
+from ..core.problems import PosteriorMean, State, Tangents, Upstream
+from ..core.weights import is_flat
 from ..ops.posterior_mean import call, call_backward, tangent_dtype, tangent_from_gradients
-from .given import ChunkTotals, Given, Saved
-from .merging import merge, relative_weight
+from .settings import ChunkTotals, Saved, Settings
 
 _MIN_SHARE = 1e-18  # a chunk with a smaller share of the total weight is left out of the gradient
 _MAX_ERROR = 1e-5  # the rounding error of g_i/‖G‖ times (N + D) d/s; points above it are steep
 
 
-def state(x: Tensor, radius: Tensor, given: Given) -> tuple[State, ChunkTotals]:
+def state(x: Tensor, radius: Tensor, settings: Settings) -> tuple[State, ChunkTotals]:
     """The state over the references of this process, and nearest and total of each chunk."""
     each: list[ChunkTotals] = []
 
     def states() -> Iterator[State]:
-        for chunk in given.chunks(x.device):
-            state = _state(given.problem(x, chunk, radius), given)
+        for chunk in settings.chunks(x.device):
+            state = _state(settings.problem(x, chunk, radius), settings)
             each.append(ChunkTotals(state.nearest, state.total))
             yield state
 
-    return merge(x, radius, given.D, states()), _stack(each)
+    return merge(x, radius, settings.D, states()), _stack(each)
 
 
-def _state(problem: PosteriorMean, given: Given) -> State:
+def _state(problem: PosteriorMean, settings: Settings) -> State:
     """The result over one chunk."""
-    mean, _, nearest, total = call(problem, given.backend)
+    mean, _, nearest, total = call(problem, settings.backend)
     return State(mean, nearest, total)
 
 
@@ -91,13 +91,13 @@ def _can_select(device: torch.device) -> bool:
 
 
 def _shares(
-    x: Tensor, radius: Tensor, state: State, chunk_totals: ChunkTotals, given: Given
+    x: Tensor, radius: Tensor, state: State, chunk_totals: ChunkTotals, settings: Settings
 ) -> Iterator[_ChunkShare]:
     """Yields the chunks of this process that matter to any point whose mean changes with it."""
-    regular = ~is_flat(state.nearest, radius, given.D, x.shape[1])
+    regular = ~is_flat(state.nearest, radius, settings.D, x.shape[1])
     totals = zip(*(values.unbind(1) for values in chunk_totals), strict=True)
-    for chunk, (nearest, total) in zip(given.chunks(x.device), totals, strict=True):
-        weight = relative_weight(nearest, state.nearest, radius, given.D, x.shape[1])
+    for chunk, (nearest, total) in zip(settings.chunks(x.device), totals, strict=True):
+        weight = relative_weight(nearest, state.nearest, radius, settings.D, x.shape[1])
         share = weight * total / state.total
         counts = regular & (share > _MIN_SHARE)
         if not _can_select(x.device):
@@ -114,71 +114,73 @@ def tangents(
     radius: Tensor,
     tangent_x: Tensor | None,
     tangent_radius: Tensor | None,
-    given: Given,
+    settings: Settings,
 ) -> tuple[Tensor, Tensor]:
     """The tangents of mean and log-sum-exp, summed over the chunks in float64."""
     each: list[ChunkTotals] = []
 
     def widened(points: Tensor, chunk: Tensor) -> Tensor:
-        return points.to(tangent_dtype(x, chunk, given.backend))
+        return points.to(tangent_dtype(x, chunk, settings.backend))
 
     def states() -> Iterator[State]:
-        for chunk in given.chunks(x.device):
-            state = _state(given.problem(widened(x, chunk), chunk, radius), given)
+        for chunk in settings.chunks(x.device):
+            state = _state(settings.problem(widened(x, chunk), chunk, radius), settings)
             each.append(ChunkTotals(state.nearest, state.total))
             yield state
 
-    state = merge(x, radius, given.D, states())
-    of_mean, of_lse = torch.zeros_like(state.mean), torch.zeros_like(radius)
-    by_formula = math.isinf(given.D) and tangent_radius is not None
-    for shared in _shares(x, radius, state, _stack(each), given):
+    state = merge(x, radius, settings.D, states())
+    mean_tangent, lse_tangent = torch.zeros_like(state.mean), torch.zeros_like(radius)
+    by_formula = math.isinf(settings.D) and tangent_radius is not None
+    for shared in _shares(x, radius, state, _stack(each), settings):
         chunk, rows, share = shared
-        of_x, of_radius = (None if t is None else t[rows] for t in (tangent_x, tangent_radius))
-        moved = Tangents(of_x, None, of_radius)
-        problem = given.problem(widened(x[rows], chunk), chunk, radius[rows])
+        moved_x, moved_radius = (
+            None if t is None else t[rows] for t in (tangent_x, tangent_radius)
+        )
+        moved = Tangents(moved_x, None, moved_radius)
+        problem = settings.problem(widened(x[rows], chunk), chunk, radius[rows])
         over_all = State(*(value[rows] for value in state))
         if by_formula:
-            found = formulas.posterior_mean_tangent(problem, over_all, moved)
+            tangent = formulas.posterior_mean_tangent(problem, over_all, moved)
         else:
-            own = _state(problem, given)
-            found = tangent_from_gradients(problem, own, over_all.mean, moved, given.backend)
-            found = (share[:, None] * found[0], share * found[1])
-        shared.add(found[0], of_mean)
-        shared.add(found[1], of_lse)
-    flat = is_flat(state.nearest, radius, given.D, x.shape[1])
-    return of_mean, torch.where(flat, math.nan, of_lse)
+            own = _state(problem, settings)
+            tangent = tangent_from_gradients(problem, own, over_all.mean, moved, settings.backend)
+            tangent = (share[:, None] * tangent[0], share * tangent[1])
+        shared.add(tangent[0], mean_tangent)
+        shared.add(tangent[1], lse_tangent)
+    flat = is_flat(state.nearest, radius, settings.D, x.shape[1])
+    return mean_tangent, torch.where(flat, math.nan, lse_tangent)
 
 
 # ---- gradients -------------------------------------------------------------------------------
 
 
 def gradients(
-    saved: Saved, chunk_totals: ChunkTotals, given: Given, needs: tuple[bool, bool]
+    saved: Saved, chunk_totals: ChunkTotals, settings: Settings, needs: tuple[bool, bool]
 ) -> tuple[Tensor, Tensor]:
     """The gradients in x and radius over the references of all processes, in float64."""
-    found = _sum_of_gradients(saved, chunk_totals, given, needs)
-    of_x, of_radius = found if given.ranks is None else map(given.ranks.sum, found)
-    of_nearest = _of_nearest(saved.grad_logsumexp, saved, given.D)
-    flat = is_flat(saved.nearest, saved.radius, given.D, saved.x.shape[1])
-    of_radius += torch.where(flat, 0.0, of_nearest)
-    return of_x, of_radius
+    sums = _sum_of_gradients(saved, chunk_totals, settings, needs)
+    grad_x, grad_radius = sums if settings.ranks is None else map(settings.ranks.sum, sums)
+    grad_of_nearest = _gradient_of_nearest(saved.grad_logsumexp, saved, settings.D)
+    flat = is_flat(saved.nearest, saved.radius, settings.D, saved.x.shape[1])
+    grad_radius += torch.where(flat, 0.0, grad_of_nearest)
+    return grad_x, grad_radius
 
 
 def _sum_of_gradients(
-    saved: Saved, chunk_totals: ChunkTotals, given: Given, needs: tuple[bool, bool]
+    saved: Saved, chunk_totals: ChunkTotals, settings: Settings, needs: tuple[bool, bool]
 ) -> tuple[Tensor, Tensor]:
     """The gradients in x and radius, summed over the chunks of this process in float64.
 
     The gradient in radius lacks that of g times the score of the nearest of all references, which
     the caller adds.
     """
-    of_x = torch.zeros(saved.x.shape, dtype=wide_dtype(saved.x.device), device=saved.x.device)
-    of_radius = torch.zeros_like(saved.radius)
-    steep = _is_steep(saved, given)
+    grad_x = torch.zeros(saved.x.shape, dtype=wide_dtype(saved.x.device), device=saved.x.device)
+    grad_radius = torch.zeros_like(saved.radius)
+    steep = _is_steep(saved, settings)
     averages = torch.zeros_like(saved.radius)
     if steep is not None:
-        averages = _averages(saved, chunk_totals, given, steep)
-    for shared in _shares(saved.x, saved.radius, saved.state, chunk_totals, given):
+        averages = _averages(saved, chunk_totals, settings, steep)
+    for shared in _shares(saved.x, saved.radius, saved.state, chunk_totals, settings):
         parts = [(shared, False)]
         if steep is not None:
             parts = [(shared.select(~steep), False), (shared.select(steep), True)]
@@ -189,15 +191,15 @@ def _sum_of_gradients(
             if wide:
                 points = points._replace(x=points.x.double(), grad_mean=points.grad_mean.double())
             average = averages[share.rows]
-            found_x, found_radius = _gradients_of(share, points, average, given, needs)
+            found_x, found_radius = _gradients_of(share, points, average, settings, needs)
             if needs[0]:
-                share.add(found_x, of_x)
+                share.add(found_x, grad_x)
             if needs[1]:
-                share.add(found_radius, of_radius)
-    return of_x, of_radius
+                share.add(found_radius, grad_radius)
+    return grad_x, grad_radius
 
 
-def _is_steep(saved: Saved, given: Given) -> Tensor | None:
+def _is_steep(saved: Saved, settings: Settings) -> Tensor | None:
     """Mask (B,) of the steep points, whose gradients would show the rounding of the means.
 
     None if there is none. The bound is that of csrc/cpu/steep_rows.h.
@@ -206,35 +208,35 @@ def _is_steep(saved: Saved, given: Given) -> Tensor | None:
     # On a GPU the kernels compute in float32 only.
     if not _can_select(saved.x.device) or saved.x.dtype == wide:
         return None
-    if math.isinf(given.D):
+    if math.isinf(settings.D):
         variance = saved.radius.square()
     else:
-        variance = (saved.nearest + saved.radius.square()) / (N + given.D)
+        variance = (saved.nearest + saved.radius.square()) / (N + settings.D)
     distance = (saved.nearest + variance).sqrt()
     largest = saved.mean.abs().amax(1).to(wide)
     rounding = torch.finfo(saved.x.dtype).eps / 2
     error = rounding * (largest * (1 + 3 / math.sqrt(N)) + distance / math.sqrt(N))
     # Where one reference counts alone, the mean is that reference, if its dtype is no wider.
-    dtype = given.part.source.dtype
+    dtype = settings.part.source.dtype
     exact = dtype.itemsize <= saved.x.dtype.itemsize and dtype != torch.uint8
     steep = ((saved.total > 1) | (not exact)) & (error * distance > _MAX_ERROR * variance)
     return steep if bool(steep.any()) else None
 
 
-def _averages(saved: Saved, chunk_totals: ChunkTotals, given: Given, steep: Tensor) -> Tensor:
+def _averages(saved: Saved, chunk_totals: ChunkTotals, settings: Settings, steep: Tensor) -> Tensor:
     """Σ_i q_i G·(mean_i − mean) (B,) of steep points over all chunks of all processes, in float64.
 
     It is not 0, because mean is rounded.
     """
     averages = torch.zeros_like(saved.radius)
-    for shared in _shares(saved.x, saved.radius, saved.state, chunk_totals, given):
+    for shared in _shares(saved.x, saved.radius, saved.state, chunk_totals, settings):
         selected = shared.select(steep)
         if len(selected.share) == 0:
             continue
         points = saved.select(selected.rows)
-        own = _state(given.problem(points.x.double(), shared.chunk, points.radius), given)
+        own = _state(settings.problem(points.x.double(), shared.chunk, points.radius), settings)
         selected.add(selected.share * _pull(own.mean, points), averages)
-    return averages if given.ranks is None else given.ranks.sum(averages)
+    return averages if settings.ranks is None else settings.ranks.sum(averages)
 
 
 def _pull(chunk_mean: Tensor, saved: Saved) -> Tensor:
@@ -247,35 +249,35 @@ def _gradients_of(
     chunk_share: _ChunkShare,
     saved: Saved,
     average: Tensor,
-    given: Given,
+    settings: Settings,
     needs: Sequence[bool],
 ) -> tuple[Tensor, Tensor]:
     """One chunk's part of the gradients in x and radius, for the points of chunk_share."""
     chunk, _, share = chunk_share
-    problem = given.problem(saved.x, chunk, saved.radius)
-    own = _state(problem, given)
+    problem = settings.problem(saved.x, chunk, saved.radius)
+    own = _state(problem, settings)
     g = share * (_pull(own.mean, saved) - average + saved.grad_logsumexp)
     upstream = Upstream((share[:, None] * saved.grad_mean).to(saved.x.dtype), g)
     needed = [needs[0], False, needs[1]]
-    of_x, _, of_radius = call_backward(problem, own, upstream, needed, given.backend)
+    grad_x, _, grad_radius = call_backward(problem, own, upstream, needed, settings.backend)
     # The gradient of Σ_i g_i times a score is much larger than the result. The part that all chunks
     # share, with the nearest of all references, is left out here and added by the caller.
-    if needs[1] and math.isinf(given.D):
-        of_radius = of_radius - _of_distance(g, own.nearest, saved.radius)
-        of_radius += _of_distance(g, own.nearest - saved.nearest, saved.radius)
+    if needs[1] and math.isinf(settings.D):
+        grad_radius = grad_radius - _gradient_of_distance(g, own.nearest, saved.radius)
+        grad_radius += _gradient_of_distance(g, own.nearest - saved.nearest, saved.radius)
     elif needs[1]:
-        of_radius = of_radius - _of_nearest(g, saved, given.D)
-    return of_x, of_radius
+        grad_radius = grad_radius - _gradient_of_nearest(g, saved, settings.D)
+    return grad_x, grad_radius
 
 
-def _of_nearest(g: Tensor, saved: Saved, D: float) -> Tensor:
+def _gradient_of_nearest(g: Tensor, saved: Saved, D: float) -> Tensor:
     """The gradient in radius of g times the score of the nearest of all references."""
     if math.isinf(D):
-        return _of_distance(g, saved.nearest, saved.radius)
+        return _gradient_of_distance(g, saved.nearest, saved.radius)
     N, radius = saved.x.shape[1], saved.radius
     return -(N + D) * g * (radius / (saved.nearest + radius.square()))
 
 
-def _of_distance(g: Tensor, squared: Tensor, sigma: Tensor) -> Tensor:
+def _gradient_of_distance(g: Tensor, squared: Tensor, sigma: Tensor) -> Tensor:
     """g d²/σ³, the gradient in σ of g times the score at the squared distance d², at D = ∞."""
     return g * (squared / sigma / sigma) / sigma

@@ -14,14 +14,14 @@ import torch
 from torch import Tensor
 
 from ..backends import native_parts, requested
-from ..backends.weights import check_singular, is_flat, log_sum_exp
 from ..common.checks import check_range, check_underflow, checks_values
 from ..common.transforms import forward_mode, in_torch_func, map_rows
+from ..core.weights import check_singular, is_flat, log_sum_exp
 from ..ops.posterior_mean import OnceDifferentiable, mean_and_gradient, result_tangent
 from . import continued, merged
-from .given import ChunkTotals, Given, Saved
-from .merging import merge_over_ranks
 from .part import Part
+from .ranks import merge_over_ranks
+from .settings import ChunkTotals, Saved, Settings
 
 
 def compute(
@@ -50,21 +50,21 @@ def compute(
         # A graph knows no version of the rows, by which the backward pass sees that they changed,
         # and cannot read a file. So the graph breaks here.
         eager: Any = torch.compiler.disable(compute)
-        found = eager(x, radius, part, D, backend, precision, difference)
-        result, logsumexp, nearest, total = found
+        results = eager(x, radius, part, D, backend, precision, difference)
+        result, logsumexp, nearest, total = results
         return result, logsumexp, nearest, total
     backend = requested(backend)
     continues = native_parts.supports(backend, x, part.source.dtype) and part.device == x.device
     ranks, version = part.ranks(x), part.version()
-    given = Given(part, ranks, D, backend, precision, version, difference, continues)
-    if wanted and (found := continued.by_tensor(x, radius, given)) is not None:
-        return found
+    settings = Settings(part, ranks, D, backend, precision, version, difference, continues)
+    if wanted and (results := continued.by_tensor(x, radius, settings)) is not None:
+        return results
     if wanted or forward_mode() or in_torch_func():
-        found = _PosteriorMean.apply(x, radius, given)  # type: ignore[no-untyped-call]
+        results = _PosteriorMean.apply(x, radius, settings)  # type: ignore[no-untyped-call]
     else:  # a tenth of a millisecond faster
         with torch.no_grad():  # rows have no gradient, even if their tensor requires one
-            found = _PosteriorMean.forward(x, radius, given)
-    result, logsumexp, nearest, total = found[:4]
+            results = _PosteriorMean.forward(x, radius, settings)
+    result, logsumexp, nearest, total = results[:4]
     return result, logsumexp, nearest, total
 
 
@@ -72,33 +72,33 @@ def compute(
 
 
 class _PosteriorMean(torch.autograd.Function):
-    """(x, radius, given) → result (B, N), lse (B,), and the values that the backward pass needs."""
+    """(x, radius, settings) → result (B, N), lse (B,), and what the backward pass needs."""
 
     @staticmethod
-    def forward(x: Tensor, radius: Tensor, given: Given) -> tuple[Tensor, ...]:
-        ranks, D = given.ranks, given.D
-        if given.continues and ranks is None:
-            return continued.results(x, radius, given)
+    def forward(x: Tensor, radius: Tensor, settings: Settings) -> tuple[Tensor, ...]:
+        ranks, D = settings.ranks, settings.D
+        if settings.continues and ranks is None:
+            return continued.results(x, radius, settings)
         all_x, all_radius = x, radius
         if ranks is not None:
             all_x, all_radius = ranks.gather(x), ranks.gather(radius)
-        state, chunk_totals = (continued if given.continues else merged).state(
-            all_x, all_radius, given
+        state, chunk_totals = (continued if settings.continues else merged).state(
+            all_x, all_radius, settings
         )
         if ranks is not None:
             state = merge_over_ranks(state, all_x, all_radius, D, ranks)
             if checks_values(x.device):
                 # Sums that are continued are checked here, other results already in their chunk.
                 check_underflow(state.nearest, radius, x)
-                none = x.new_empty(0, *x.shape[1:], dtype=given.part.source.dtype)
-                check_range(state.mean, x, none, given.difference)
+                none = x.new_empty(0, *x.shape[1:], dtype=settings.part.source.dtype)
+                check_range(state.mean, x, none, settings.difference)
         nearest, total, column = (t[:, None] for t in (state.nearest, state.total, radius))
         logsumexp = log_sum_exp(nearest, total, column, D, x.shape[1]).squeeze(1)
         return state.mean.to(x.dtype), logsumexp, state.nearest, state.total, *chunk_totals
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-        x, radius, ctx.given = inputs
+        x, radius, ctx.settings = inputs
         result, _, *rest = output
         ctx.save_for_backward(x, radius, result, *rest)
         ctx.save_for_forward(x, radius)
@@ -114,24 +114,26 @@ class _PosteriorMean(torch.autograd.Function):
         grad_result = torch.zeros_like(result) if grad_result is None else grad_result
         if grad_logsumexp is None:
             grad_logsumexp = torch.zeros_like(radius)
-        difference = ctx.given.difference
+        difference = ctx.settings.difference
         mean, grad_mean = mean_and_gradient(x, result, grad_result, difference)
-        given = ctx.given._replace(difference=False)
+        settings = ctx.settings._replace(difference=False)
         derived = torch.is_grad_enabled() or forward_mode() or in_torch_func()
         function: Any = _Gradient.apply if derived else _Gradient.forward
-        found = function(x, radius, mean, *rest, grad_mean, grad_logsumexp, given, needs)
-        of_x, of_radius = (g if need else None for g, need in zip(found, needs, strict=True))
-        if difference and of_x is not None:
-            of_x = of_x + grad_result
-        return of_x, of_radius, None
+        gradients = function(x, radius, mean, *rest, grad_mean, grad_logsumexp, settings, needs)
+        grad_x, grad_radius = (
+            g if need else None for g, need in zip(gradients, needs, strict=True)
+        )
+        if difference and grad_x is not None:
+            grad_x = grad_x + grad_result
+        return grad_x, grad_radius, None
 
     @staticmethod
     def jvp(ctx: Any, *tangents: Tensor | None) -> tuple[Tensor | None, ...]:
         x, radius = ctx.saved_tensors[:2]
-        given = ctx.given._replace(difference=False)
-        found = _Tangent.apply(x, radius, *tangents[:2], given)  # type: ignore[no-untyped-call]
-        of_result = result_tangent(found[0], tangents[0], ctx.given.difference)
-        return (of_result, found[1], None, None, None, None)
+        settings = ctx.settings._replace(difference=False)
+        tangent = _Tangent.apply(x, radius, *tangents[:2], settings)  # type: ignore[no-untyped-call]
+        result = result_tangent(tangent[0], tangents[0], ctx.settings.difference)
+        return (result, tangent[1], None, None, None, None)
 
     @staticmethod
     def vmap(info: Any, in_dims: tuple[int | None, ...], *arguments: Any) -> Any:
@@ -152,42 +154,42 @@ class _Gradient(OnceDifferentiable):
         chunk_total: Tensor,
         grad_mean: Tensor,
         grad_logsumexp: Tensor,
-        given: Given,
+        settings: Settings,
         needs: tuple[bool, bool],
     ) -> tuple[Tensor, Tensor]:
-        given.check_version()
+        settings.check_version()
         saved = Saved(x, radius, mean, nearest, total, grad_mean, grad_logsumexp)
-        ranks = given.ranks
+        ranks = settings.ranks
         if ranks is not None:
             # Other processes may need gradients that this one does not.
             saved, needs = Saved(*map(ranks.gather, saved)), (True, True)
-        if ranks is not None or not given.continues:  # otherwise the kernels check it
-            _check_singular(saved, given)
-        if given.continues:
-            found = continued.gradients(saved, given, needs)
+        if ranks is not None or not settings.continues:  # otherwise the kernels check it
+            _check_singular(saved, settings)
+        if settings.continues:
+            gradients = continued.gradients(saved, settings, needs)
         else:
             totals = ChunkTotals(chunk_nearest, chunk_total)
-            found = merged.gradients(saved, totals, given, needs)
-        of_x, of_radius = found if ranks is None else map(ranks.own, found)
-        return of_x.to(x.dtype), of_radius
+            gradients = merged.gradients(saved, totals, settings, needs)
+        grad_x, grad_radius = gradients if ranks is None else map(ranks.own, gradients)
+        return grad_x.to(x.dtype), grad_radius
 
     @staticmethod
     def vmap(info: Any, in_dims: tuple[int | None, ...], *arguments: Any) -> Any:
         return map_rows(_Gradient.apply, info.batch_size, in_dims, arguments, shared=())
 
 
-def _check_singular(saved: Saved, given: Given) -> None:
+def _check_singular(saved: Saved, settings: Settings) -> None:
     # Each process checks the points of all. If one raised alone, the others would wait for it.
     try:
-        flat = is_flat(saved.nearest, saved.radius, given.D, saved.x.shape[1])
+        flat = is_flat(saved.nearest, saved.radius, settings.D, saved.x.shape[1])
         check_singular(flat, saved.grad_logsumexp)
     except ValueError as error:
-        rows = "" if given.ranks is None else " Rows are numbered over all processes."
+        rows = "" if settings.ranks is None else " Rows are numbered over all processes."
         raise ValueError(f"{error}{rows}") from error
 
 
 class _Tangent(OnceDifferentiable):
-    """(x, radius, their tangents, given) → the tangents of mean and log-sum-exp."""
+    """(x, radius, their tangents, settings) → the tangents of mean and log-sum-exp."""
 
     @staticmethod
     def forward(
@@ -195,10 +197,10 @@ class _Tangent(OnceDifferentiable):
         radius: Tensor,
         tangent_x: Tensor | None,
         tangent_radius: Tensor | None,
-        given: Given,
+        settings: Settings,
     ) -> tuple[Tensor, Tensor]:
-        of_mean, of_lse = merged.tangents(x, radius, tangent_x, tangent_radius, given)
-        return of_mean.to(x.dtype), of_lse
+        mean_tangent, lse_tangent = merged.tangents(x, radius, tangent_x, tangent_radius, settings)
+        return mean_tangent.to(x.dtype), lse_tangent
 
     @staticmethod
     def vmap(info: Any, in_dims: tuple[int | None, ...], *arguments: Any) -> Any:

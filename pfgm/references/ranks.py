@@ -6,7 +6,10 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-__all__ = ["Ranks", "total"]
+from ..core.merging import relative_weight
+from ..core.problems import State
+
+__all__ = ["Ranks", "merge_over_ranks", "total"]
 
 _DTYPES = (torch.float32, torch.float64)
 
@@ -51,9 +54,9 @@ class Ranks:
             )
 
     def _all_gather(self, values: Tensor) -> list[Tensor]:
-        found = [torch.empty_like(values) for _ in range(self.size)]
-        dist.all_gather(found, values.contiguous(), group=self._group)
-        return found
+        gathered = [torch.empty_like(values) for _ in range(self.size)]
+        dist.all_gather(gathered, values.contiguous(), group=self._group)
+        return gathered
 
     def gather(self, rows: Tensor) -> Tensor:
         """The rows (B, ...) of all processes, concatenated in the order of their ranks."""
@@ -61,7 +64,7 @@ class Ranks:
         padded = rows.new_zeros(max(self._counts), *rows.shape[1:])
         padded[: len(rows)] = rows
         pairs = zip(self._all_gather(padded), self._counts, strict=True)
-        return torch.cat([found[:count] for found, count in pairs])
+        return torch.cat([rows[:count] for rows, count in pairs])
 
     def own(self, rows: Tensor) -> Tensor:
         """The rows of this process among gathered rows."""
@@ -80,3 +83,23 @@ class Ranks:
         values = values.contiguous().clone()
         dist.all_reduce(values, operation, group=self._group)
         return values
+
+
+def merge_over_ranks(state: State, x: Tensor, radius: Tensor, D: float, ranks: Ranks) -> State:
+    """Merges the states of all processes into the state over all references.
+
+    Args:
+        state: over the references of this process, for the points of all processes.
+        x, radius: points and radii of all processes.
+        D: number of augmented dimensions.
+        ranks: the communication between the processes.
+
+    Returns:
+        The state over all references, for the points of this process.
+    """
+    least = ranks.least(state.nearest)
+    share = relative_weight(state.nearest, least, radius, D, x.shape[1]) * state.total
+    total = ranks.sum(share)
+    # Sent in the dtype of x, which halves the bytes in float32.
+    mean = ranks.sum(((share / total)[:, None] * state.mean).to(x.dtype))
+    return State(*(ranks.own(values) for values in (mean, least, total)))

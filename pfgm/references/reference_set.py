@@ -366,8 +366,8 @@ class ReferenceSet:
             if self.sharded:
                 sums.gather(self.part.group, self.part.processes)
             self._measured = version, sums.measures(self.part.shape)
-        found = self._measured[1]
-        return found.mirrored() if self.part.flips and found.mean.ndim > 0 else found
+        measures = self._measured[1]
+        return measures.mirrored() if self.part.flips and measures.mean.ndim > 0 else measures
 
     def chunks(self, device: torch.device | str | None = None) -> Iterator[Tensor]:
         """Yields the rows of this process and their mirror images in chunks (m, *S) on a device.

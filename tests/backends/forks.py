@@ -13,7 +13,7 @@ import time
 import torch
 
 from pfgm.backends import native
-from pfgm.backends.problems import PosteriorMean, State, Upstream
+from pfgm.core.problems import PosteriorMean, State, Upstream
 
 COMPUTING = 4
 PATIENCE = 60  # seconds for a child, which needs a few milliseconds

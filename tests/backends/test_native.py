@@ -16,9 +16,9 @@ import torch
 
 from pfgm import field_fn, posterior_mean
 from pfgm.backends import native, reference
-from pfgm.backends.formulas import squared_distances
-from pfgm.backends.problems import PosteriorMean, State, Upstream
 from pfgm.common.tensors import dequantise
+from pfgm.core.formulas import squared_distances
+from pfgm.core.problems import PosteriorMean, State, Upstream
 
 if os.environ.get("PFGM_NATIVE") == "0":
     pytest.skip("PFGM_NATIVE=0", allow_module_level=True)
@@ -924,7 +924,7 @@ def peak():
 SCRIPT = f"""{PEAK}
 import hashlib, math, sys, torch
 from pfgm.backends import native
-from pfgm.backends.problems import PosteriorMean, State, Upstream
+from pfgm.core.problems import PosteriorMean, State, Upstream
 B, M, N, *counts = map(int, sys.argv[1:])
 torch.set_num_threads(counts[0])
 generator = torch.Generator().manual_seed(0)
@@ -975,7 +975,7 @@ def test_memory_is_bounded_whatever_the_number_of_references():
 VARYING = f"""{PEAK}
 import torch
 from pfgm.backends import native
-from pfgm.backends.problems import PosteriorMean
+from pfgm.core.problems import PosteriorMean
 torch.set_num_threads(2)
 x, references = torch.rand(384, 2000), torch.rand(250, 2000)
 radius = torch.full((384,), 0.5, dtype=torch.float64)
@@ -1046,7 +1046,7 @@ FORKS = Path(__file__).with_name("forks.py")
 INTERRUPTED = """
 import os, signal, sys, threading, time, torch
 from pfgm.backends import native
-from pfgm.backends.problems import PosteriorMean, State, Upstream
+from pfgm.core.problems import PosteriorMean, State, Upstream
 
 def check(call, threads, references, features):
     torch.set_num_threads(threads)

@@ -10,9 +10,10 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from pfgm import field_fn, posterior_mean
-from pfgm.backends import chunked, products, weights
-from pfgm.backends.problems import PosteriorMean, State, Upstream
+from pfgm.backends import chunked, products
 from pfgm.common.tensors import dequantise
+from pfgm.core import weights
+from pfgm.core.problems import PosteriorMean, State, Upstream
 
 FORMS = ("CPU", "fast float64", "slow float64", "no float64")
 

@@ -11,10 +11,9 @@ import torch
 import pfgm
 from pfgm import Field, backends
 from pfgm.backends import native
-from pfgm.backends.problems import OdeStep
+from pfgm.core.problems import OdeStep
 from pfgm.functional.levels import step_levels
 from pfgm.ops import eager
-from pfgm.ops.ode_step import flat_arguments
 
 ISAS = ["portable", "avx2", "avx512"]
 NATIVE = native.supports(torch.device("cpu"), torch.float32) is None
@@ -390,12 +389,11 @@ def test_only_the_outputs_are_written(backend, form, step_checks):
 
 def unpacked(dtype=torch.float32, rows=False, mean_form=False, history=True):
     x, field_x, field_z = problem(5, (37,), 2.0, dtype)
-    levels = torch.rand(3, 5, dtype=torch.float64) + 0.1 if rows else (2.0, 0.5, 0.1)
-    step = OdeStep(
+    by_row = torch.rand(3, 5, dtype=torch.float64) + 0.1 if rows else None
+    return OdeStep(
         x, field_x, None if mean_form else field_z, other(x).to(dtype) if history else None,
-        levels, 5.0, 5.0, True,
+        2.0, 0.5, 0.1, by_row, 5.0, 5.0, True,
     )  # fmt: skip
-    return flat_arguments(step)
 
 
 @pytest.mark.parametrize("rows", [False, True])

@@ -17,8 +17,8 @@ import torch
 
 from benchmarks.common import executor as ptx
 from pfgm.backends import native, triton
-from pfgm.backends.problems import PosteriorMean, State, Upstream
 from pfgm.common.tensors import dequantise
+from pfgm.core.problems import PosteriorMean, State, Upstream
 from pfgm.ops import eager
 
 

@@ -12,8 +12,8 @@ import pytest
 import torch
 
 import pfgm
-from pfgm.backends.problems import PosteriorMean, State, Upstream
 from pfgm.common.tensors import dequantise
+from pfgm.core.problems import PosteriorMean, State, Upstream
 
 TOLERANCE = 2e-5
 OFFSETS = [0.0, 1e4]

@@ -9,8 +9,7 @@ import torch
 from torch.utils._pytree import tree_map_only
 
 import pfgm
-from pfgm.backends.problems import OdeStep
-from pfgm.ops.ode_step import flat_arguments
+from pfgm.core.problems import OdeStep
 
 pytestmark = pytest.mark.usefixtures("way")
 
@@ -280,14 +279,13 @@ def test_half_precision_and_sample_shapes(device, backend):
 @pytest.mark.parametrize("rows", [False, True])
 def test_opcheck(device, backend, rows, mean_form):
     x, field_x, field_z, _, previous = problem(5, 37, device)
-    levels = torch.stack(levels_by_row(5, device)) if rows else (2.0, 0.5, 0.1)
+    by_row = torch.stack(levels_by_row(5, device)) if rows else None
     step = OdeStep(
-        x, field_x, None if mean_form else field_z, previous, levels, 5.0, 5.0, True
-    )  # fmt: skip
+        x, field_x, None if mean_form else field_z, previous, 2.0, 0.5, 0.1, by_row, 5.0, 5.0, True
+    )
     out, mean_out = torch.empty_like(x), None if mean_form else torch.empty_like(x)
-    arguments = flat_arguments(step)
-    torch.library.opcheck(torch.ops.pfgm.ode_step.default, (*arguments, not mean_form, backend))
-    torch.library.opcheck(torch.ops.pfgm.ode_step_out.default, (*arguments, backend, out, mean_out))
+    torch.library.opcheck(torch.ops.pfgm.ode_step.default, (*step, not mean_form, backend))
+    torch.library.opcheck(torch.ops.pfgm.ode_step_out.default, (*step, backend, out, mean_out))
 
 
 def test_compile(device, backend):

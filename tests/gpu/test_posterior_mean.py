@@ -8,7 +8,7 @@ import pytest
 import torch
 
 import pfgm
-from pfgm.backends.problems import PosteriorMean, State, Upstream
+from pfgm.core.problems import PosteriorMean, State, Upstream
 
 # Differences; products in matrix units; one pass over the references in CUDA.
 SIZES = [(3, 40, 33), (20, 40, 33), (20, 40, 512)]
@@ -165,7 +165,7 @@ def test_values_that_are_not_finite(op, sizes, bad):
 
 def test_no_points(op, backend):
     x, references, sigma = op.problem(3, 5, 4)
-    mean, *_ = torch.ops.pfgm.posterior_mean(x[:0], references, sigma[:0], 1.0, backend)
+    mean, *_ = torch.ops.pfgm.posterior_mean(x[:0], references, sigma[:0], 1.0, backend=backend)
     assert mean.shape == (0, 4)
 
 
@@ -226,7 +226,7 @@ def test_opcheck(op, backend, wanted):
     arguments = op.problem(3, 5, 4)
     for index in wanted:
         arguments[index].requires_grad_()
-    torch.library.opcheck(torch.ops.pfgm.posterior_mean, (*arguments, 1.0, backend))
+    torch.library.opcheck(torch.ops.pfgm.posterior_mean, (*arguments, 1.0), {"backend": backend})
 
 
 @pytest.mark.usefixtures("way")

@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 
 from pfgm.backends import native, triton
-from pfgm.backends.problems import PosteriorMean, State, Upstream
 from pfgm.common.tensors import dequantise
+from pfgm.core.problems import PosteriorMean, State, Upstream
 
 pytestmark = pytest.mark.skipif(triton.interpreted(), reason="the executor runs what is compiled")
 

@@ -42,7 +42,7 @@ if importlib.util.find_spec("triton") is not None:
     import pfgm
     from benchmarks.codegen import triton as codegen
     from pfgm.backends import triton as triton_backend
-    from pfgm.backends.problems import OdeStep
+    from pfgm.core.problems import OdeStep
     from pfgm.ops import normalised_field as normalised_field_op
     from pfgm.ops import posterior_mean as posterior_mean_op
 
@@ -475,9 +475,9 @@ def every_call(B):
             mean, lse, x, references, radius, mean, nearest, total, D, (True, True, True), "high"
         )
     normalised_field.launch(x, radius, 5.0, x, torch.zeros(B))
-    for levels in ((1.0, 0.5, 0.0), torch.zeros(3, B).double()):
+    for levels in ((1.0, 0.5, 0.0, None), (0.0, 0.0, 0.0, torch.zeros(3, B).double())):
         for history in (None, x):
-            step = OdeStep(x, x, torch.zeros(B), history, levels, 5.0, 2.0, True)
+            step = OdeStep(x, x, torch.zeros(B), history, *levels, 5.0, 2.0, True)
             ode_step.launch(step, x, None)
 
 
@@ -578,7 +578,7 @@ def operations(B=20, x_at=0, y_at=0, radius_at=0, dtype=torch.float32):
     mean, *_ = posterior_mean.posterior_mean(x, y, radius, 1.0, "high")
     field_z = view(length=B)
     normalised_field.launch(mean, radius, 5.0, mean, field_z)
-    step = OdeStep(x, mean, field_z, None, (1.0, 0.5, 0.0), 5.0, 2.0, True)
+    step = OdeStep(x, mean, field_z, None, 1.0, 0.5, 0.0, None, 5.0, 2.0, True)
     ode_step.launch(step, x, None)
 
 

@@ -10,8 +10,8 @@ import torch
 
 import pfgm
 from pfgm.backends import native
-from pfgm.backends.problems import PosteriorMean, State, Upstream
 from pfgm.common.tensors import dequantise
+from pfgm.core.problems import PosteriorMean, State, Upstream
 from pfgm.ops import eager
 
 if not native.has_extension():

@@ -11,7 +11,8 @@ from torch.fx.experimental import symbolic_shapes
 
 import pfgm
 from pfgm import field_fn, log_density, posterior_mean
-from pfgm.backends import formulas, native_parts
+from pfgm.backends import native_parts
+from pfgm.core import formulas
 
 OP = torch.ops.pfgm.posterior_mean
 BACKWARD = torch.ops.pfgm.posterior_mean_backward
@@ -40,14 +41,14 @@ def test_opcheck(backend, D, wanted, difference):
     arguments = list(problem(dtype=torch.float32))
     for index in wanted:
         arguments[index].requires_grad_()
-    torch.library.opcheck(OP, (*arguments, D, backend, "high", None, difference))
+    torch.library.opcheck(OP, (*arguments, D, "high", None, difference, backend))
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.uint8])
 def test_opcheck_with_narrow_references(backend, dtype):
     x, references, radius = problem(dtype=torch.float32)
     references = (references * 9).abs().to(dtype)
-    torch.library.opcheck(OP, (x.requires_grad_(), references, radius, 4.5, backend))
+    torch.library.opcheck(OP, (x.requires_grad_(), references, radius, 4.5), {"backend": backend})
 
 
 @native_only
@@ -55,27 +56,31 @@ def test_opcheck_with_a_sketch():
     x, references, radius = problem(shape=(513,), dtype=torch.float32)
     sketch = pfgm.ops.posterior_mean.sketch(references, x, "native")
     torch.library.opcheck(
-        OP, (x.requires_grad_(), references, radius, 1.0, "native", "high", sketch)
+        OP, (x.requires_grad_(), references, radius, 1.0, "high", sketch), {"backend": "native"}
     )
-    mean, lse, nearest, total = OP(x.detach(), references, radius, 1.0, "native", "high", sketch)
-    saved = (x.detach(), references, radius, mean, nearest, total, 1.0, [True] * 3)
-    arguments = (torch.ones_like(mean), torch.ones_like(lse), *saved, "native", "high", sketch)
-    torch.library.opcheck(BACKWARD, arguments)
+    mean, lse, nearest, total = OP(
+        x.detach(), references, radius, 1.0, "high", sketch, backend="native"
+    )
+    x = x.detach()
+    saved = (mean, nearest, total, [True] * 3, x, references, radius, 1.0, "high", sketch)
+    arguments = (torch.ones_like(mean), torch.ones_like(lse), *saved)
+    torch.library.opcheck(BACKWARD, arguments, {"backend": "native"})
 
 
 @pytest.mark.parametrize("needs", [[True] * 3, [False, True, False], [True, False, True]])
 def test_opcheck_of_the_backward_pass(backend, needs):
     x, references, radius = problem(dtype=torch.float32)
-    mean, lse, nearest, total = OP(x, references, radius, 1.0, backend)
-    saved = (x, references, radius, mean, nearest, total)
-    torch.library.opcheck(
-        BACKWARD, (torch.ones_like(mean), torch.ones_like(lse), *saved, 1.0, needs, backend)
-    )
+    mean, lse, nearest, total = OP(x, references, radius, 1.0, backend=backend)
+    saved = (mean, nearest, total, needs, x, references, radius, 1.0)
+    arguments = (torch.ones_like(mean), torch.ones_like(lse), *saved)
+    torch.library.opcheck(BACKWARD, arguments, {"backend": backend})
 
 
 def test_opcheck_without_points(backend):
     x, references, radius = problem(dtype=torch.float32)
-    torch.library.opcheck(OP, (x[:0].requires_grad_(), references, radius[:0], 1.0, backend))
+    torch.library.opcheck(
+        OP, (x[:0].requires_grad_(), references, radius[:0], 1.0), {"backend": backend}
+    )
 
 
 @native_only
@@ -86,10 +91,10 @@ def test_opcheck_of_references_in_parts(count):
     running = native_parts.begin(x, len(references))
     parts = torch.ops.pfgm.posterior_mean_add, torch.ops.pfgm.posterior_mean_end
     for part in references.split(2):
-        torch.library.opcheck(parts[0], (x, part, radius, *running, 4.5))  # leaves running as it is
-        parts[0](x, part, radius, *running, 4.5)
+        torch.library.opcheck(parts[0], (*running, x, part, radius, 4.5))  # leaves running as it is
+        parts[0](*running, x, part, radius, 4.5)
     torch.library.opcheck(parts[1], (x, radius, *running, 4.5))
-    mean, lse, nearest, total = OP(x, references, radius, 4.5, "native")
+    mean, lse, nearest, total = OP(x, references, radius, 4.5, backend="native")
     found = *parts[1](x, radius, *running, 4.5), running.nearest, running.total
     torch.testing.assert_close(found, (mean, lse, nearest, total))
 
@@ -404,11 +409,13 @@ def test_opcheck_with_a_D_that_varies(backend):
     x, references, radius = problem()
     D = torch.tensor(4.5, dtype=torch.float64)
     op = torch.ops.pfgm.posterior_mean_varying
-    torch.library.opcheck(op, (x.clone().requires_grad_(), references, radius, D, backend))
-    mean, lse, nearest, total = op(x, references, radius, D, backend)
-    saved = (x, references, radius, mean, nearest, total, D, [True] * 3, backend)
+    options = {"backend": backend}
+    torch.library.opcheck(op, (x.clone().requires_grad_(), references, radius, D), options)
+    mean, lse, nearest, total = op(x, references, radius, D, **options)
+    saved = (mean, nearest, total, [True] * 3, x, references, radius, D)
     backward = torch.ops.pfgm.posterior_mean_varying_backward
-    torch.library.opcheck(backward, (torch.ones_like(mean), torch.ones_like(lse), *saved))
+    arguments = (torch.ones_like(mean), torch.ones_like(lse), *saved)
+    torch.library.opcheck(backward, arguments, options)
 
 
 @pytest.mark.slow
@@ -440,6 +447,6 @@ def test_parts_check_the_sums_that_they_write_to():
         for place, value in change.items():
             running[place] = value
         with pytest.raises(ValueError, match=message):
-            torch.ops.pfgm.posterior_mean_add(x, references, radius, *running, 1.0)
+            torch.ops.pfgm.posterior_mean_add(*running, x, references, radius, 1.0)
         with pytest.raises(ValueError, match=message):
             torch.ops.pfgm.posterior_mean_end(x, radius, *running, 1.0)

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from pfgm.backends import native
-from pfgm.backends.problems import PosteriorMean
+from pfgm.core.problems import PosteriorMean
 
 BIAS = {80: 3 * 2.0**-24, 89: 3 * 2.0**-24, 90: 1.25 * 2.0**-24}  # of csrc/cuda/weight_law.h
 

@@ -10,7 +10,7 @@ from torch.utils.checkpoint import checkpoint
 
 import pfgm
 from pfgm.backends import native
-from pfgm.backends.problems import PosteriorMean, State, Upstream
+from pfgm.core.problems import PosteriorMean, State, Upstream
 from pfgm.ops import eager
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.uint8]

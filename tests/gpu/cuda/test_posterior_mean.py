@@ -9,8 +9,8 @@ import torch
 
 import pfgm
 from pfgm.backends import native
-from pfgm.backends.problems import PosteriorMean, State, Upstream
 from pfgm.common.tensors import dequantise
+from pfgm.core.problems import PosteriorMean, State, Upstream
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.uint8]
 CENTERING = ("find_center", "split_rows")
@@ -553,7 +553,7 @@ def test_other_types_are_refused_with_the_reason(op):
         ((x, references.double()), "reads references in torch.float32, .* not torch.float64"),
     ):
         with pytest.raises(pfgm.backends.Unavailable, match=message):
-            torch.ops.pfgm.posterior_mean(*given, sigma, 1.0, "native")
+            torch.ops.pfgm.posterior_mean(*given, sigma, 1.0, backend="native")
 
 
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")

@@ -7,8 +7,8 @@ import math
 import pytest
 import torch
 
-from pfgm.backends.problems import PosteriorMean
 from pfgm.common.tensors import dequantise
+from pfgm.core.problems import PosteriorMean
 
 FEATURES = [20, 40]  # distances from differences, and from products
 MULTIPROCESSORS = [1, 3, 7, 1000]

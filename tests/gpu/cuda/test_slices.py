@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from pfgm.backends import native
-from pfgm.backends.problems import PosteriorMean
+from pfgm.core.problems import PosteriorMean
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.uint8]
 # Queries and references of a tile, and the architecture, → a problem whose tiles have slices, and

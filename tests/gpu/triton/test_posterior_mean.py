@@ -19,8 +19,8 @@ from pfgm.kernels import problem as problems
 
 import pfgm
 from pfgm.backends import triton
-from pfgm.backends.problems import PosteriorMean
 from pfgm.common.tensors import dequantise
+from pfgm.core.problems import PosteriorMean
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.uint8]
 # At the edges of tiles (queries 4, 16, 32; references 16, 64, padding 16; features 16, 32, 64), and

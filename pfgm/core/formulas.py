@@ -62,7 +62,7 @@ def posterior_mean_tangent(
     wide, r = x.to(wide_type), radius.to(wide_type)[:, None]
     nearest, total = nearest[:, None], total[:, None]
     regular, flat = ~at_limit(nearest, r, D), is_flat(nearest, r, D, N)
-    of_mean, of_lse = torch.zeros_like(mean), torch.zeros_like(r)
+    mean_tangent, lse_tangent = torch.zeros_like(mean), torch.zeros_like(r)
     for chunk in chunks(x, references):
         y = dequantise(references[chunk], wide_type)
         squared = squared_distances(wide, y)
@@ -74,16 +74,16 @@ def posterior_mean_tangent(
         if tangents.references is not None:
             moved = tangents.references[chunk].to(wide_type)
             half += (y * moved).sum(1) - wide @ moved.T
-            of_mean += p @ moved
+            mean_tangent += p @ moved
         change = torch.zeros_like(r) if tangents.radius is None else tangents.radius[:, None]
         if math.isinf(D):
             score = (squared * (change / r) - half) / r / r
         else:
             score = -(N + D) * (half + r * change) / (squared + r.square())
         weighted = torch.where(flat | (p == 0), 0.0, p * score)
-        of_mean += weighted @ y - weighted.sum(1, keepdim=True) * mean
-        of_lse += weighted.sum(1, keepdim=True)
-    return of_mean, torch.where(flat, math.nan, of_lse).squeeze(1)
+        mean_tangent += weighted @ y - weighted.sum(1, keepdim=True) * mean
+        lse_tangent += weighted.sum(1, keepdim=True)
+    return mean_tangent, torch.where(flat, math.nan, lse_tangent).squeeze(1)
 
 
 def normalised_field(difference: Tensor, z: Tensor, gamma: float) -> tuple[Tensor, Tensor]:

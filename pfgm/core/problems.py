@@ -58,7 +58,7 @@ class RunningMean(NamedTuple):
     """(B,) in float64, as in :class:`State`."""
     total: Tensor
     """(B,) in float64, as in :class:`State`."""
-    references: int
+    all_references: int
     """The number of references in all parts."""
 
 
@@ -74,16 +74,16 @@ class RunningGradient(NamedTuple):
     """(B,) in float64."""
     pulls: Tensor
     """(B, 2) in float64."""
-    references: int
+    all_references: int
     """The number of references in all parts."""
 
 
 class Upstream(NamedTuple):
     """The gradients of mean and log-sum-exp that the backward pass starts from."""
 
-    mean: Tensor
+    grad_mean: Tensor
     """(B, N)."""
-    logsumexp: Tensor
+    grad_logsumexp: Tensor
     """(B,) in float64."""
 
 
@@ -113,11 +113,22 @@ class OdeStep(NamedTuple):
     """(B,), the field's v_z at the points."""
     history: Tensor | None
     """(B, N), points of an earlier stage or step; None if blend is 0."""
-    levels: tuple[float, float, float] | Tensor
-    """z, toward and blend: three numbers for all rows, or (3, B) in float64."""
+    z: float
+    """Level of all rows, as toward and blend; not read if row_levels are given."""
+    toward: float
+    blend: float
+    row_levels: Tensor | None
+    """(3, B) in float64: z, toward and blend of each row; None if they are the same."""
     gamma: float
     """Softening in the field's normalisation."""
     z_exp: float
     """Below this z, v_z is replaced by the value that v_x implies."""
     exact: bool
     """Whether the replacement inverts the normalisation exactly; False means as published."""
+
+    @property
+    def levels(self) -> tuple[float | Tensor, ...]:
+        """z, toward and blend: numbers for all rows, or (B,) each."""
+        if self.row_levels is None:
+            return self.z, self.toward, self.blend
+        return self.row_levels.unbind(0)

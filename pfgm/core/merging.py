@@ -16,10 +16,9 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor
 
-from ..backends.problems import State
-from ..backends.weights import log_weight
 from ..common.tensors import wide_dtype
-from .ranks import Ranks
+from .problems import State
+from .weights import log_weight
 
 
 def merge(x: Tensor, radius: Tensor, D: float, states: Iterable[State]) -> State:
@@ -36,26 +35,6 @@ def merge(x: Tensor, radius: Tensor, D: float, states: Iterable[State]) -> State
         nearest, total = least, kept + added
         mean.lerp_(state.mean.to(wide), (added / total)[:, None])
     return State(mean, nearest, total)
-
-
-def merge_over_ranks(state: State, x: Tensor, radius: Tensor, D: float, ranks: Ranks) -> State:
-    """Merges the states of all processes into the state over all references.
-
-    Args:
-        state: over the references of this process, for the points of all processes.
-        x, radius: points and radii of all processes.
-        D: number of augmented dimensions.
-        ranks: the communication between the processes.
-
-    Returns:
-        The state over all references, for the points of this process.
-    """
-    least = ranks.least(state.nearest)
-    share = relative_weight(state.nearest, least, radius, D, x.shape[1]) * state.total
-    total = ranks.sum(share)
-    # Sent in the dtype of x, which halves the bytes in float32.
-    mean = ranks.sum(((share / total)[:, None] * state.mean).to(x.dtype))
-    return State(*(ranks.own(values) for values in (mean, least, total)))
 
 
 def relative_weight(nearest: Tensor, least: Tensor, radius: Tensor, D: float, N: int) -> Tensor:

@@ -8,13 +8,13 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ..backends.problems import PosteriorMean, State, Upstream
 from ..common.tensors import flat_rows
+from ..core.problems import PosteriorMean, State, Upstream
 from .part import Part
 from .ranks import Ranks
 
 
-class Given(NamedTuple):
+class Settings(NamedTuple):
     """The references and options of one call, for its forward and backward passes."""
 
     part: Part

@@ -1,0 +1,1 @@
+"""The mathematics of the operations, beneath all backends: problems, weights, formulas, merging."""
