@@ -223,7 +223,7 @@ def _common_shape(
             raise ValueError(
                 f"{place} is an image of {size[0]} × {size[1]} pixels; allowed are images of one "
                 f"size, and {files.place(files.names[0])} has {expected[0]} × {expected[1]}; "
-                "--resize scales them all to one."
+                "--resize N, in Python open_data(…, resize=N), scales them all to one."
             )
     assert expected is not None  # there is an image
     return channels, expected

@@ -22,12 +22,12 @@ from ..common.checks import check_choice, positive
 from ..common.messages import progress_bar
 from ..common.tensors import common_device, evaluating, wide_dtype
 from ..functional import euler_step, heun_step, log_density
-from ..solvers import DenoiseFunction, Solver, dormand_prince
+from ..solvers import SOLVERS, DenoiseFunction, Solver, dormand_prince
 from .conditions import Condition, Network
 from .divergence import ESTIMATORS, MeanAndDivergence
 from .sampling import Sampling, check_steps
 
-__all__ = ["SOLVERS", "Likelihood", "LogLikelihood", "centred_prior", "log_likelihood"]
+__all__ = ["Likelihood", "LogLikelihood", "centred_prior", "log_likelihood"]
 
 
 class LogLikelihood(NamedTuple):
@@ -86,15 +86,15 @@ class Likelihood(Sampling):
             estimator: of the divergence. "rademacher" and "gaussian" are vᵀ (∂mean/∂x) v with one
                 probe v for each sample and the whole run, unbiased in nats (Skilling 1989,
                 Hutchinson 1990). "exact" takes N products with the Jacobian in each evaluation.
-            solver: "rk45", or "euler" or "heun" on the flow's grid, which integrate the divergence
+            solver: "rk45"; another solver of the ODE, or a function with the signature of
+                :mod:`pfgm.solvers`, on the flow's grid. "euler" and "heun" integrate the divergence
                 by the trapezoidal rule. If x is many σ_last away from all data that the network
                 knows, the ODE is stiff. rk45 then takes thousands of steps and stays inaccurate,
-                and a fixed grid is worse. A higher last level helps. Also a function with the
-                signature of :mod:`pfgm.solvers`, on the flow's grid.
+                and a fixed grid is worse. A higher last level helps.
             rtol, atol: tolerances of rk45 for the density and for (x_t − x)/σ_t, which is in units
                 of the noise. The sample with the largest error counts, so the steps and the last
                 digits of the results depend on the batch.
-            steps: of euler, heun and functions; rk45 chooses its own.
+            steps: of solvers on the grid; rk45 chooses its own.
             levels: the number of grey levels of the data, for bits per dimension.
             prior_log_prob: from latent (B, *S) to log-densities (B,), in place of the prior.
             condition: keyword arguments of the network, such as {"labels": labels}, labels (B,).
@@ -214,7 +214,7 @@ def log_likelihood(
         evaluate = MeanAndDivergence(denoise, x, divergence, differentiable, report)
         integral = wide.new_zeros(count)
         if count > 0:
-            carry = _jointly(solver) if callable(solver) else SOLVERS[solver]
+            carry = _carry(solver)
             wide, integral = carry(evaluate, wide, grid, rtol, atol)
             _check_each("the latent or its density", wide.sum(1) + integral, torch.isfinite)
         latent = wide.to(x.dtype).view(x.shape)
@@ -315,7 +315,12 @@ def _jointly(solver: Solver) -> Carry:
     return carry
 
 
-SOLVERS: dict[str, Carry] = {"euler": _euler, "heun": _heun, "rk45": _rk45}
+def _carry(solver: str | Solver) -> Carry:
+    """A solver that treats the density apart, where there is one of that name."""
+    if callable(solver):
+        return _jointly(solver)
+    apart: dict[str, Carry] = {"euler": _euler, "heun": _heun, "rk45": _rk45}
+    return apart.get(solver) or _jointly(SOLVERS[solver])
 
 
 # ---- checks and progress -----------------------------------------------------------------------

@@ -54,7 +54,7 @@ def check_data(flow: Flow, data: References, config: TrainConfig, *, other_loss:
     if not isinstance(data, (Tensor, ReferenceSet)):
         raise TypeError(
             f"data is a {type(data).__name__}; allowed are a torch.Tensor and a "
-            "pfgm.ReferenceSet, which takes arrays and paths."
+            "pfgm.ReferenceSet, which takes arrays, DataFrames and paths."
         )
     single_sample = config.references == 0 and not other_loss
     if single_sample and not isinstance(flow, PoissonFlowPP):

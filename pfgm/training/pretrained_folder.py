@@ -24,6 +24,8 @@ def save_pretrained(folder: StrPath, flow: Flow, network: nn.Module) -> None:
 
     The folder holds ``model.safetensors``, which is the file of :func:`pfgm.save` and all that
     :func:`from_pretrained` reads, and ``config.json``, which describes it for readers and hubs.
+    With ``model_index.json`` diffusers' ``DiffusionPipeline.from_pretrained`` refuses the folder by
+    naming :func:`from_pretrained`.
 
     Args:
         folder: a new folder, or one whose files of these names are replaced.
@@ -42,6 +44,9 @@ def save_pretrained(folder: StrPath, flow: Flow, network: nn.Module) -> None:
     with output_folder(Path(folder)):
         save(Path(folder) / _WEIGHTS, flow, network)
         write_json(Path(folder) / "config.json", config)
+        # diffusers says that it has no attribute of this name.
+        hint = f"{type(flow).__name__}; pfgm.from_pretrained reads this folder"
+        write_json(Path(folder) / _PIPELINE, {"_class_name": hint})
 
 
 def from_pretrained(
@@ -68,7 +73,7 @@ def from_pretrained(
     torch.Size([5, 2])
     """
     path = Path(folder)
-    if (path / _PIPELINE).is_file():
+    if (path / _PIPELINE).is_file() and not (path / _WEIGHTS).exists():
         raise ValueError(
             f"{path} holds a pipeline of diffusers; "
             "pfgm.integrations.diffusers.PoissonFlowPipeline.from_pretrained reads it."

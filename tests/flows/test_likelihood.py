@@ -95,7 +95,7 @@ def test_exact_mixture_in_float32(kind):
     assert worst_error(kind, 4, torch.float32, rtol=1e-6, atol=1e-6) < 3e-4
 
 
-@pytest.mark.parametrize(("solver", "order"), [("euler", 1), ("heun", 2)])
+@pytest.mark.parametrize(("solver", "order"), [("euler", 1), ("heun", 2), ("multistep", 2)])
 def test_order_of_the_fixed_grids(solver, order):
     flow, net = small(), Denoiser(3).eval()
     x = torch.randn(4, 3, generator=seeded(), dtype=torch.float64)
@@ -356,7 +356,7 @@ def test_progress_shows(capsys):
     ("arguments", "message"),
     [
         ({"estimator": "trace"}, "estimator is 'trace'; allowed are rademacher, gaussian, exact"),
-        ({"solver": "multistep"}, "solver is 'multistep'; allowed are euler, heun, rk45"),
+        ({"solver": "consistency"}, "solver is 'consistency'; allowed are euler, heun, multistep"),
         ({"steps": 0}, "steps is 0"),
         ({"levels": 1}, "levels is 1"),
         ({"levels": 2.5}, "levels is 2.5"),

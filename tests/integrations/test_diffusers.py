@@ -6,12 +6,14 @@ import json
 import math
 import subprocess
 import sys
+from itertools import pairwise
 from types import SimpleNamespace
 
 import pytest
 import torch
 
 import pfgm
+from pfgm import solvers
 from pfgm.networks import from_module
 
 DATA = pfgm.data.digits().train[:100]
@@ -129,7 +131,73 @@ def test_a_scheduler_takes_the_steps_of_the_flow(
         same(means[call], step["mean"], 1e-5)
 
 
-@pytest.mark.parametrize("solver", ["euler", "heun", "multistep"])
+def midpoint(denoise, x, grid, callback=None):
+    """A solver of a user: the slope in the middle of each step. It writes over its means."""
+    for z, next_z in pairwise(grid):
+        middle = (z + next_z) / 2
+        half = pfgm.euler_step(x, denoise(x, z), z, middle)
+        prediction = denoise(half, middle)
+        x = x + 2 * (pfgm.euler_step(half, prediction, middle, next_z) - half)
+        if isinstance(prediction, torch.Tensor):
+            prediction.zero_()
+    return x, 2 * (len(grid) - 1)
+
+
+@pytest.mark.parametrize(("flow", "predicts"), PREDICTIONS[:2], ids=predictions)
+@pytest.mark.parametrize("solver", [midpoint, solvers.heun, solvers.multistep])
+def test_a_solver_may_be_a_function(schedulers, unets, flow, predicts, solver, same):
+    unet = unets(2 if predicts == "field" else 1)
+    first = scheduler_of(schedulers, flow, solver=solver, prediction_type=predicts)
+    scheduler = type(first).from_config(first.config)
+    assert scheduler.config["solver"] is solver
+    assert solver.__name__ in repr(scheduler)
+    for steps in (7, 1):  # a scheduler takes several runs
+        scheduler.set_timesteps(steps)
+        calls = {midpoint: 2 * steps, solvers.heun: 2 * steps - 1, solvers.multistep: steps}
+        assert len(scheduler.timesteps) == calls[solver]
+        x = scheduler.prior(3, seeded())
+        end, points, _ = diffusers_loop(scheduler, unet, x)
+        assert torch.equal(points[0], scheduler.prior(3, seeded()))
+        net = from_module(unet, flow, predicts=predicts)
+        start = x.clone()
+        same(end, flow.sample(net, 3, x_init=start, steps=steps, solver=solver), 1e-5)
+
+
+def test_what_a_function_as_solver_needs(schedulers, tmp_path):
+    """Levels that are known before, a start at the first, results that nobody changes."""
+    flow = DENOISERS[128.0]
+
+    def restless(denoise, x, grid, callback=None):
+        mean = denoise(x, grid[0])
+        return denoise(x, grid[1] * (1 + 0.1 * float(mean.abs().max() > 0.5))), 2
+
+    def to_0(denoise, x, grid, callback=None):
+        return denoise(x, grid[-1]), 1
+
+    for solver in (solvers.rk45, to_0):
+        with pytest.raises(ValueError, match=r"depend on the points, or at 0; .*flow\.sample"):
+            schedulers.plus.from_flow(flow, solver=solver)
+    scheduler = schedulers.plus.from_flow(flow, solver=restless, prediction_type="mean")
+    scheduler.set_timesteps(3)
+    with pytest.raises(ValueError, match=r"solver evaluates at .*flow\.sample takes others"):
+        scheduler.step(torch.ones(1, 1, 8, 8), scheduler.timesteps[0], scheduler.prior(1, seeded()))
+
+    scheduler = schedulers.plus.from_flow(flow, solver=midpoint)
+    with pytest.raises(TypeError, match=r"solver is <function midpoint .*euler, heun, multistep"):
+        scheduler.save_pretrained(tmp_path / "saved")
+    assert not (tmp_path / "saved").exists()
+    first, second = scheduler.timesteps[:2]
+    x, output = scheduler.prior(2, seeded()), torch.zeros(2, 1, 8, 8)
+    with pytest.raises(ValueError, match="starts at timestep 1 of"):
+        scheduler.step(output, second, x)
+    for change in (lambda x: x.add_(0.01), lambda x: x[:1]):
+        scheduler.set_timesteps(3)
+        x = scheduler.step(output, first, scheduler.prior(2, seeded())).prev_sample
+        with pytest.raises(ValueError, match="sample is not the result of the step before"):
+            scheduler.step(output[: len(change(x))], scheduler.timesteps[1], change(x))
+
+
+@pytest.mark.parametrize("solver", ["euler", "heun", "multistep", midpoint])
 @pytest.mark.parametrize("predicts", ["mean", "residual"])
 def test_a_loop_may_change_outputs_and_predictions_in_place(schedulers, solver, predicts):
     flow = DENOISERS[128.0]
@@ -548,7 +616,7 @@ def test_noise_of_level_one_is_never_refused(schedulers):
 
 @pytest.mark.parametrize(("flow", "predicts"), PREDICTIONS[:4], ids=predictions)
 def test_the_pipeline_draws_the_samples_of_the_flow(
-    schedulers, unets, tmp_path, flow, predicts, same
+    diffusers, schedulers, unets, tmp_path, flow, predicts, same
 ):
     unet = unets(2 if predicts == "field" else 1)
     scheduler = scheduler_of(schedulers, flow, solver="multistep", prediction_type=predicts)
@@ -573,6 +641,9 @@ def test_the_pipeline_draws_the_samples_of_the_flow(
     assert again.scheduler.flow == flow
     (repeated,) = again(generator=seeded(), output_type="pt", return_dict=False, **options)
     assert torch.equal(images, repeated)
+    call = r"pfgm\.integrations\.diffusers\.PoissonFlowPipeline\.from_pretrained reads it"
+    with pytest.raises(AttributeError, match=call):
+        diffusers.DiffusionPipeline.from_pretrained(tmp_path)
 
 
 def test_what_the_pipeline_returns(schedulers, unets):

@@ -66,6 +66,15 @@ def test_fields_have_the_gamma_of_their_flow(code):
         assert "gamma=" in line or "flow.gamma" in line or "**of_flow" in line, line
 
 
+@pytest.mark.parametrize(
+    "path", [*PAGES, *sorted((ROOT / "examples").glob("*.*"))], ids=lambda path: name(path)
+)
+def test_networks_have_the_scaling_of_their_flow(path):
+    """The defaults are right only for data of about unit spread around 0, at gamma 5."""
+    for line in re.findall(r"^.*networks\.(?:UNet|MLP)\(.*$", path.read_text(), re.MULTILINE):
+        assert "**flow.scaling)" in line, line
+
+
 def published_losses():
     """The sections of drop-in.md that replace a loss: for each, the functions before and after."""
     text = (DOCS / "drop-in.md").read_text()

@@ -15,6 +15,7 @@ def test_a_folder_in_the_layout_of_hugging_face(tmp_path):
     assert {path.name for path in (tmp_path / "model").iterdir()} == {
         "config.json",
         "model.safetensors",
+        "model_index.json",
     }
     config = json.loads((tmp_path / "model/config.json").read_text())
     assert config["library_name"] == "pfgm"
@@ -39,6 +40,17 @@ def test_a_network_of_another_library(tmp_path):
     flow_again, net = pfgm.from_pretrained(tmp_path, torch.nn.Linear(3, 3))
     assert flow_again == flow
     assert isinstance(net, torch.nn.Linear)
+
+
+def test_diffusers_says_what_to_call(tmp_path):
+    diffusers = pytest.importorskip("diffusers")
+    flow = pfgm.PoissonFlow((2,), data_norm=1.0)
+    pfgm.save_pretrained(tmp_path, flow, pfgm.networks.MLP((2,), **flow.scaling))
+    with pytest.raises(
+        AttributeError, match=r"PoissonFlow; pfgm\.from_pretrained reads this folder"
+    ):
+        diffusers.DiffusionPipeline.from_pretrained(tmp_path)
+    assert pfgm.from_pretrained(tmp_path)[0] == flow
 
 
 def test_what_is_no_such_folder_is_refused(tmp_path):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 
 import torch
@@ -24,7 +25,7 @@ class PoissonFlowPipeline(DiffusionPipeline):  # type: ignore[misc]
     It is ``DDPMPipeline`` with another start: the prior of the flow, which is normal only at D = ∞.
     ``save_pretrained`` and ``from_pretrained`` store the network (as safetensors), the flow and all
     settings of the scheduler. diffusers' own ``DiffusionPipeline.from_pretrained`` does not know
-    this class.
+    this class, and refuses the folder by naming what reads it.
 
     Args:
         unet: the network, such as ``UNet2DModel`` or ``DiTTransformer2DModel``.
@@ -65,6 +66,15 @@ class PoissonFlowPipeline(DiffusionPipeline):  # type: ignore[misc]
                 "(C, H, W) with C = 1 or 3."
             )
         self.register_modules(unet=unet, scheduler=scheduler)
+
+    def to_json_string(self) -> str:
+        """The configuration, whose ``_class_name`` says what reads it.
+
+        DiffusionPipeline.from_pretrained says that diffusers has no attribute of this name.
+        """
+        settings = json.loads(super().to_json_string())
+        settings["_class_name"] += f"; {__package__}.{type(self).__name__}.from_pretrained reads it"
+        return json.dumps(settings, indent=2, sort_keys=True) + "\n"
 
     @torch.no_grad()
     def __call__(

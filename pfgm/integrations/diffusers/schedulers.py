@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, ClassVar, TypeVar
 
 import torch
@@ -29,7 +29,9 @@ from ...networks.level_encodings import (
 )
 from ...networks.wrapped import Wrapped, WrappedDenoiser, from_module
 from ...references import References
+from ...solvers import GRID_SOLVERS, Solver, solver_function
 from .normal_noise import looks_normal
+from .solver_run import SolverRun
 
 __all__ = [
     "FlowScheduler",
@@ -38,7 +40,6 @@ __all__ = [
     "PoissonFlowSchedulerOutput",
 ]
 
-_SOLVERS = ("euler", "heun", "multistep")
 _NAMES_OF_DIFFUSERS = {"epsilon": "noise", "sample": "mean"}
 Scheduler = TypeVar("Scheduler", bound="FlowScheduler")
 
@@ -56,8 +57,12 @@ class PoissonFlowSchedulerOutput(BaseOutput):  # type: ignore[misc]
 class FlowScheduler(SchedulerMixin, ConfigMixin):  # type: ignore[misc]
     """Base of both schedulers.
 
-    The solvers are those of :mod:`pfgm.solvers` with a fixed number of steps. heun calls the
-    network twice in each step except the last; multistep keeps the mean of the step before.
+    The solvers are those of :mod:`pfgm.solvers` with a fixed number of steps, or a function with
+    their signature. heun calls the network twice in each step except the last; multistep keeps the
+    mean of the step before.
+
+    A function must evaluate at levels that do not depend on the points. Its loop starts at the
+    first timestep and passes each result on unchanged, and the scheduler cannot be saved.
     """
 
     _flow_type: ClassVar[type[PoissonFlow] | type[PoissonFlowPP]]
@@ -67,13 +72,14 @@ class FlowScheduler(SchedulerMixin, ConfigMixin):  # type: ignore[misc]
     _step_index: int | None
     _begin_index: int | None
     _earlier: tuple[Tensor, float] | None
+    _solver_run: SolverRun | None
     _encoding: TimestepEncoding | LogEncoding | IdentityEncoding
 
     @register_to_config  # type: ignore[untyped-decorator]
     def __init__(
         self,
         flow: Mapping[str, Any],
-        solver: str | None = None,
+        solver: str | Solver | None = None,
         schedule: str | None = None,
         prediction_type: str | None = None,
         level: str = "timestep",
@@ -90,7 +96,8 @@ class FlowScheduler(SchedulerMixin, ConfigMixin):  # type: ignore[misc]
         solver = solver or defaults.solver
         if prediction_type is None:
             prediction_type = "noise" if variance_preserving else self._predictions[0]
-        check_choice("solver", solver, _SOLVERS)
+        if not callable(solver):
+            check_choice("solver", solver, GRID_SOLVERS)
         check_choice("prediction_type", prediction_type, self._predictions)
         predicts = _NAMES_OF_DIFFUSERS.get(prediction_type, prediction_type)
         positive_int("num_train_timesteps", num_train_timesteps)
@@ -164,6 +171,23 @@ class FlowScheduler(SchedulerMixin, ConfigMixin):  # type: ignore[misc]
             )
         return 1.0 if self._variance_preserving else self._flow.first_level
 
+    def __repr__(self) -> str:
+        settings = {name: value for name, value in self.config.items() if name[0] != "_"}
+        return f"{type(self).__name__} {settings}"
+
+    def save_config(self, *arguments: Any, **options: Any) -> None:
+        """Writes the configuration, as the class of diffusers does.
+
+        Raises:
+            TypeError: the solver is a function.
+        """
+        if callable(self.config["solver"]):
+            raise TypeError(
+                f"solver is {self.config['solver']!r}; a scheduler is saved with the name of a "
+                f"solver: {', '.join(GRID_SOLVERS)}."
+            )
+        super().save_config(*arguments, **options)
+
     def __len__(self) -> int:
         """The number of timesteps of training, ``config.num_train_timesteps``."""
         return int(self.config["num_train_timesteps"])
@@ -212,8 +236,13 @@ class FlowScheduler(SchedulerMixin, ConfigMixin):  # type: ignore[misc]
             )
         self.num_inference_steps = len(levels) - 1
         first, *inner, last = levels
-        repeats = self.order
-        self._levels = [first, *(level for level in inner for _ in range(repeats)), last]
+        self._solver_run = None
+        solver = self.config["solver"]
+        if not callable(solver) and solver in self._step_functions:
+            self._levels = [first, *(level for level in inner for _ in range(self.order)), last]
+        else:
+            self._solver_run = SolverRun(solver_function(solver), levels)
+            self._levels = [*self._solver_run.levels, last]
         self.sigmas = torch.tensor(self._levels, device="cpu")
         self.timesteps = self._encoding(self.sigmas[:-1]).to(device=device)
         self._step_index = self._begin_index = self._earlier = None
@@ -268,8 +297,10 @@ class FlowScheduler(SchedulerMixin, ConfigMixin):  # type: ignore[misc]
         if call == 0 and self._levels[0] == self._flow.first_level:
             self._check_start(points, sample)
         mean = self._mean(model_output, points, self._levels[call])
-        solvers = {"euler": self._euler, "heun": self._heun, "multistep": self._multistep}
-        moved = solvers[self.config["solver"]](call, points, mean)
+        if self._solver_run is None:
+            moved = self._step_functions[self.config["solver"]](call, points, mean)
+        else:
+            moved = self._solver_run.step(points, mean, call)
         moved = self._to_sample(moved, self._levels[call + 1])
         self._step_index += 1
         if not return_dict:
@@ -311,6 +342,11 @@ class FlowScheduler(SchedulerMixin, ConfigMixin):  # type: ignore[misc]
         if not found:
             raise ValueError(f"timestep is {float(timestep)}; allowed are those of timesteps.")
         return int(found[0] if found[0] == 0 else found[self.order - 1])
+
+    @property
+    def _step_functions(self) -> dict[str, Callable[[int, Tensor, Tensor], Tensor]]:
+        """The solvers whose single steps are known, which keep less than a :class:`SolverRun`."""
+        return {"euler": self._euler, "heun": self._heun, "multistep": self._multistep}
 
     def _euler(self, call: int, x: Tensor, mean: Tensor) -> Tensor:
         return euler_step(x, mean, self._levels[call], self._levels[call + 1])
@@ -429,7 +465,8 @@ class PoissonFlowScheduler(FlowScheduler):
     Args:
         flow: the ``config`` of a :class:`pfgm.PoissonFlow`; :meth:`from_flow` takes the flow
             itself.
-        solver: "euler", "heun" or "multistep"; None takes that of ``flow.sample``.
+        solver: "euler", "heun", "multistep", or a function with the signature of
+            :mod:`pfgm.solvers`; None takes that of ``flow.sample``.
         schedule: spacing of the levels, "log" or "rho"; None takes that of ``flow.sample``.
         prediction_type: "field".
         level: how the level is encoded, "timestep", "log" or "sigma"
@@ -470,7 +507,8 @@ class PoissonFlowPPScheduler(FlowScheduler):
     Args:
         flow: the ``config`` of a :class:`pfgm.PoissonFlowPP`; :meth:`from_flow` takes the flow
             itself.
-        solver: "euler", "heun" or "multistep"; None takes that of ``flow.sample``.
+        solver: "euler", "heun", "multistep", or a function with the signature of
+            :mod:`pfgm.solvers`; None takes that of ``flow.sample``.
         schedule: spacing of the levels, "log" or "rho"; None takes that of ``flow.sample``.
         prediction_type: the meaning of the network's output: "residual", the F of EDM's
             preconditioning, "mean", "noise" or "score" (:func:`pfgm.networks.from_module`).
