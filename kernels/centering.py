@@ -142,11 +142,11 @@ def memory(rows: int, N: int, project: bool) -> dict[str, int]:
     """The numbers of values that are written, by name."""
     width = padded(N)
     values = rows * width
-    found = {"center": width, "scaled_center": width, "spread": CENTER_PROGRAMS, "scale": 1}
-    found |= {"high": values, "low": values, "units": rows}
+    sizes = {"center": width, "scaled_center": width, "spread": CENTER_PROGRAMS, "scale": 1}
+    sizes |= {"high": values, "low": values, "units": rows}
     if project:
-        found |= {"upstream_high": values, "upstream_low": values, "upstream_units": rows}
-    return found
+        sizes |= {"upstream_high": values, "upstream_low": values, "upstream_units": rows}
+    return sizes
 
 
 def steps(
@@ -157,22 +157,22 @@ def steps(
     portion = cdiv(cdiv(width, CENTER_PROGRAMS), _FEATURES) * _FEATURES
     programs = cdiv(width, portion)
     center = _find_center((programs, 1, 1), (M, N, y_stride, width, portion))
-    found = [Step(center, ("references", "center", "spread"))]
+    result = [Step(center, ("references", "center", "spread"))]
     for prefix, rows_of, stride in (("", "x", x_stride), ("upstream_", "upstream", N)):
         if rows_of == "x" or project:
             flags = rows_of == "x", rows_of == "x" and of_bytes, CENTER_PROGRAMS
             split = _split_rows((rows, 1, 1), (N, stride, width, programs), (), flags, SPLIT)
             parts = f"{prefix}high", f"{prefix}low", "norms", f"{prefix}units"
             read = rows_of, "center", "spread"
-            found.append(Step(split, (*read, *parts, "scale", "scaled_center")))
-    return tuple(found)
+            result.append(Step(split, (*read, *parts, "scale", "scaled_center")))
+    return tuple(result)
 
 
 def variants() -> list[Variant]:
     """Every type of references, and rows that are centred or not."""
-    found = [variant(find_center, {}, dtype, wide_loads=False) for dtype in REFERENCES]
+    variants = [variant(find_center, {}, dtype, wide_loads=False) for dtype in REFERENCES]
     for centers, of_bytes in ((False, False), (True, False), (True, True)):
         constants: dict[str, Any] = {"CENTERED": centers, "BYTES": of_bytes}
         constants["PROGRAMS"] = CENTER_PROGRAMS
-        found.append(variant(split_rows, constants | SPLIT.options))
-    return found
+        variants.append(variant(split_rows, constants | SPLIT.options))
+    return variants

@@ -265,12 +265,12 @@ def memory(block: Block) -> dict[str, int]:
     """The numbers of values that ``Pairs`` writes, by name."""
     rows, pairs, shape = block.rows, block.rows * block.pairs_stride, block.shape
     tiles = cdiv(block.chunk, min(config["TILE"] for config in DISTANCES.configs(shape)))
-    found = {"norms": rows, "squared": pairs, "lowest": rows * tiles, "limits": 2 * rows}
+    sizes = {"norms": rows, "squared": pairs, "lowest": rows * tiles, "limits": 2 * rows}
     if shape.project:
-        found["projected"] = pairs
+        sizes["projected"] = pairs
     if not shape.few:
-        found |= {"reach": tiles} | centering.memory(rows, block.N, shape.project)
-    return found
+        sizes |= {"reach": tiles} | centering.memory(rows, block.N, shape.project)
+    return sizes
 
 
 @functools.lru_cache(KEPT)
@@ -424,15 +424,15 @@ def shapes(references: torch.dtype) -> Iterator[Shape]:
 
 def variants() -> list[Variant]:
     """Every type of references and configuration, with and without G·y."""
-    found = []
+    variants = []
     for dtype in REFERENCES:
         for shape in shapes(dtype):
             for config in distance_configs(shape):
                 constants: dict[str, Any] = {"PROJECT": shape.project} | config.options
                 if shape.few:
                     wide = dtype != torch.uint8  # a thread takes 8 of a tile's 1024 values
-                    found.append(variant(differences, constants, dtype, wide_loads=wide))
+                    variants.append(variant(differences, constants, dtype, wide_loads=wide))
                     continue
                 constants["HIGH"] = shape.precision == "high"
-                found.append(variant(distances, constants, dtype, products=True))
-    return list({each.name: each for each in found}.values())
+                variants.append(variant(distances, constants, dtype, products=True))
+    return list({each.name: each for each in variants}.values())

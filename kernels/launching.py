@@ -170,13 +170,13 @@ class Launch:
         It may compile and load the kernel, also while a CUDA graph is captured.
         """
         with loading_permitted():
-            found = self.launcher.kernel[self.grid](
+            compiled = self.launcher.kernel[self.grid](
                 *tensors, *self.arguments, **self.config.compiled, enable_fp_fusion=FP_FUSION
             )
-        if place is not None and _can_be_prepared(found):
+        if place is not None and _can_be_prepared(compiled):
             key = place[0], self._class, kinds
             self.launcher.prepared[key] = _Prepared(
-                found.run, found.function, found.packed_metadata, found
+                compiled.run, compiled.function, compiled.packed_metadata, compiled
             )
 
 

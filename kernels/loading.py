@@ -36,8 +36,8 @@ def _exchange_mode() -> Callable[[Any], int] | None:
         return None
     function = library.cuThreadExchangeStreamCaptureMode
     function.argtypes, function.restype = [ctypes.POINTER(ctypes.c_int)], ctypes.c_int
-    found: Callable[[Any], int] = function
-    return found
+    result: Callable[[Any], int] = function
+    return result
 
 
 @contextmanager

@@ -284,15 +284,15 @@ def _variant(
 
 def variants() -> list[Variant]:
     """Every form for rows held whole; the largest forms for short rows and for rows read twice."""
-    found = []
+    variants = []
     for history in (False, True):
         for mean in (False, True):
-            found.append(_variant(3072, "field", history, mean, False, True, True))
+            variants.append(_variant(3072, "field", history, mean, False, True, True))
         for levels in (False, True):
-            found.append(_variant(3072, "field", history, history, levels, levels, True))
-            found.append(_variant(3072, "mean", history, False, levels, False, False))
-    found.append(_variant(3072, "field", True, True, False, True, False))
+            variants.append(_variant(3072, "field", history, history, levels, levels, True))
+            variants.append(_variant(3072, "mean", history, False, levels, False, False))
+    variants.append(_variant(3072, "field", True, True, False, True, False))
     for N in (64, 20_000):
-        found.append(_variant(N, "field", True, True, True, True, True))
-        found.append(_variant(N, "mean", True, False, True, False, False))
-    return found
+        variants.append(_variant(N, "field", True, True, True, True, True))
+        variants.append(_variant(N, "mean", True, False, True, False, False))
+    return variants

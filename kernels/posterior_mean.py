@@ -410,37 +410,37 @@ def _average(pairs: Pairs, chunk: slice, difference: bool) -> None:
     block, space = pairs.block, pairs.space
     M, first, last = chunk.stop - chunk.start, chunk.start == 0, chunk.stop == block.references
     pairs.measure(chunk, first)
-    found = steps(block, M, pairs.steps.tiles, first, last, difference)
-    space.run(found.weigh)
+    work = steps(block, M, pairs.steps.tiles, first, last, difference)
+    space.run(work.weigh)
     ordered = block.rows >= MIN_SORTED_QUERIES
     if ordered:
         # By the number of nonzero weights, so that similar queries share tiles.
-        live = space.temporary("live")[: block.rows * found.pieces].view(block.rows, found.pieces)
+        live = space.temporary("live")[: block.rows * work.pieces].view(block.rows, work.pieces)
         space.give("order", live.sum(1).argsort(stable=True))
-    sum_of_references(pairs, M, "weights", ordered, found.divisor)
-    space.run(found.merge)
+    sum_of_references(pairs, M, "weights", ordered, work.divisor)
+    space.run(work.merge)
 
 
 def variants() -> list[Variant]:
     """Every type of references and configuration, the first chunk and later ones. Sorted queries
     are listed for float32 references only."""
-    found = []
+    variants = []
     constants: dict[str, Any]
     for dtype in REFERENCES:
         for shape in shapes(dtype):
             for config in () if shape.project else sum_configs(shape):
                 constants = {"PRECISION": input_precision(shape.precision)} | config.options
                 constants["ORDERED"] = shape.rows >= MIN_SORTED_QUERIES and dtype == torch.float32
-                found.append(variant(weighted_sum, constants, dtype, products=True))
+                variants.append(variant(weighted_sum, constants, dtype, products=True))
     unread: dict[str, Any] = dict.fromkeys(("x", "y", "weights", "live"))
     for first in (False, True):
         for last, gaussian in ((False, False), (True, False), (True, True)):
             constants = {"FIRST": first, "LAST": last, "GAUSSIAN": gaussian, "DIFFERENCE": False}
             constants |= {"PIECES": PIECES, "SIZE": WEIGH["BLOCK"]} | merge_config(1024).options
-            found.append(variant(merge, unread | constants))
+            variants.append(variant(merge, unread | constants))
         for dtype, features in itertools.product(REFERENCES, (16, 1024)):
             constants = {"FIRST": first, "LAST": True, "GAUSSIAN": False, "DIFFERENCE": True}
             constants |= {"PIECES": PIECES, "SIZE": WEIGH["BLOCK"]} | merge_config(features).options
             wide = features > 16 or dtype != torch.uint8
-            found.append(variant(merge, constants, dtype, wide_loads=wide))
-    return list({each.name: each for each in found}.values())
+            variants.append(variant(merge, constants, dtype, wide_loads=wide))
+    return list({each.name: each for each in variants}.values())

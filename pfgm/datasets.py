@@ -118,8 +118,8 @@ def open_data(
         ValueError: the name is unknown, a file is damaged, arrays do not fit together, or resize
             is given for what is no folder of images.
 
-    >>> found = open_data("digits")
-    >>> found.train, found.classes, found.levels
+    >>> data = open_data("digits")
+    >>> data.train, data.classes, data.levels
     (ReferenceSet((1398, 1, 8, 8), torch.float32, cpu), 10, 17)
     """
     check_choice("layout", layout, get_args(Layout))
@@ -320,9 +320,9 @@ def _looks_like_images(shape: tuple[int, ...]) -> bool:
 def _digits(folder: Path | None) -> Data:
     if folder is not None:
         raise ValueError(f"data is digits:{folder}; allowed is digits, which needs no folder.")
-    found = digits()
-    train = ReferenceSet(found.train, labels=found.train_labels)
-    held_out = ReferenceSet(found.held_out, labels=found.held_out_labels)
+    data = digits()
+    train = ReferenceSet(data.train, labels=data.train_labels)
+    held_out = ReferenceSet(data.held_out, labels=data.held_out_labels)
     return Data(train, held_out, classes=10, levels=17)
 
 

@@ -182,9 +182,11 @@ def evaluate_samples(
 
     >>> import pfgm
     >>> digits = pfgm.data.digits()
-    >>> found = evaluate_samples(digits.train[:300], digits.held_out, digits.train)
-    >>> found["against"], found["counts"]["searched"], found["median_distance_to_train"]["samples"]
-    ('held_out', 1398, 0.0)
+    >>> figures = evaluate_samples(digits.train[:300], digits.held_out, digits.train)
+    >>> figures["against"], figures["counts"]["searched"]
+    ('held_out', 1398)
+    >>> figures["median_distance_to_train"]["samples"]
+    0.0
     """
     samples, train = to_unit(samples), to_unit(train)
     if held_out is None:
@@ -200,10 +202,10 @@ def evaluate_samples(
         for name, rows in (("samples", samples), ("train", chosen)):
             figures[name] = _figures(rows, real, neighbours)
             bar.update()
-        of_real = metrics.nearest_distance(evenly_spaced(real, len(samples)), others)
+        real_distances = metrics.nearest_distance(evenly_spaced(real, len(samples)), others)
         if held_out is None:  # the nearest other row may be in the same half
-            of_real = of_real.minimum(evenly_spaced(neighbours[:, 0], len(samples)))
-        nearest = {"samples": metrics.nearest_distance(samples, train), against: of_real}
+            real_distances = real_distances.minimum(evenly_spaced(neighbours[:, 0], len(samples)))
+        nearest = {"samples": metrics.nearest_distance(samples, train), against: real_distances}
         bar.update()
     return {
         "against": against,
@@ -214,7 +216,7 @@ def evaluate_samples(
             "searched": len(train),
         },
         **{name: {of: figures[of][name] for of in figures} for name in figures["samples"]},
-        "median_distance_to_train": {of: float(found.median()) for of, found in nearest.items()},
+        "median_distance_to_train": {of: float(each.median()) for of, each in nearest.items()},
     }
 
 
@@ -284,8 +286,8 @@ def bits_per_dim(
     >>> import pfgm
     >>> flow = pfgm.PoissonFlowPP((2,), D=float("inf"), sigma_min=1.0)
     >>> net = flow.empirical(torch.zeros(1, 2))
-    >>> found = bits_per_dim(flow, net, torch.zeros(4, 2), levels=0, estimator="exact")
-    >>> round(found.mean, 3)  # ½ log₂ 2π
+    >>> result = bits_per_dim(flow, net, torch.zeros(4, 2), levels=0, estimator="exact")
+    >>> round(result.mean, 3)  # ½ log₂ 2π
     1.326
     """
     if len(x) == 0 or batch_size < 1:
@@ -298,7 +300,7 @@ def bits_per_dim(
     probes = torch.Generator(device=x.device).manual_seed(seed)
     bits, evaluations = [], 0
     for rows in torch.arange(len(x), device="cpu").split(batch_size):
-        found = flow.log_likelihood(
+        result = flow.log_likelihood(
             network,
             to_unit(x[rows]),
             levels=levels or 2,
@@ -307,8 +309,8 @@ def bits_per_dim(
             progress=progress,
             **options,
         )
-        bits.append(found.bits_per_dim.cpu())
-        evaluations = max(evaluations, found.nfe)
+        bits.append(result.bits_per_dim.cpu())
+        evaluations = max(evaluations, result.nfe)
     values = torch.cat(bits)
     error = float(values.std()) / math.sqrt(len(values)) if len(values) > 1 else math.nan
     return BitsPerDim(float(values.mean()), error, len(values), evaluations)
@@ -410,9 +412,9 @@ def as_curves(points: Sequence[Point]) -> dict[str, tuple[list[float], list[floa
     >>> as_curves([Point("heun", 3, 5, 2.0), Point("heun", 5, 9, 1.0)])
     {'heun': ([5, 9], [2.0, 1.0])}
     """
-    found: dict[str, tuple[list[float], list[float]]] = {}
+    curves: dict[str, tuple[list[float], list[float]]] = {}
     for point in points:
-        nfe, distances = found.setdefault(point.run, ([], []))
+        nfe, distances = curves.setdefault(point.run, ([], []))
         nfe.append(point.nfe)
         distances.append(point.frechet_distance)
-    return found
+    return curves

@@ -96,10 +96,10 @@ class Report(NamedTuple):
         names = [name for name, why in self.backends.items() if why is None]
         lines = [self.device]
         timings = {name: f"{name}, {name_of(sizes)}" for name, sizes in SIZES.items()}
-        for title, of_times in ((_ERRORS, False), (_TIMES, True)):
+        for title, are_times in ((_ERRORS, False), (_TIMES, True)):
             cells: dict[str, dict[str, str]] = {}
             for row in self.rows:
-                if (row.problem in timings) == of_times:
+                if (row.problem in timings) == are_times:
                     problem = timings.get(row.problem, row.problem)
                     cells.setdefault(problem, {})[row.backend] = _cell(row)
             if cells:

@@ -185,8 +185,8 @@ def posterior_mean_backward(
         if grad_x is not None:
             grad_x -= by.sums(c, chunk) - c.sum(1, keepdim=True) * (center - by.origin)
         if grad_references is not None:
-            of_points = p.T @ G - c.T @ (wide - by.origin)
-            grad_references[rows] = (of_points + c.sum(0)[:, None] * chunk.placed).to(
+            from_points = p.T @ G - c.T @ (wide - by.origin)
+            grad_references[rows] = (from_points + c.sum(0)[:, None] * chunk.placed).to(
                 references.dtype
             )
     # Summing c would lose digits to cancellation. Σ p t = g gives Σ c without that sum.

@@ -163,8 +163,8 @@ def _sum_by_panels(weights: Tensor, y: Tensor) -> Tensor:
     The rounding error of a sum in float32 grows with the number of its terms.
     """
     whole, narrow = len(y) // _ROWS * _ROWS, weights.float()
-    of_panels = narrow[:, :whole].unflatten(1, (-1, _ROWS)).transpose(0, 1)
-    sums = torch.bmm(of_panels, y[:whole].unflatten(0, (-1, _ROWS)))
+    panels = narrow[:, :whole].unflatten(1, (-1, _ROWS)).transpose(0, 1)
+    sums = torch.bmm(panels, y[:whole].unflatten(0, (-1, _ROWS)))
     return sums.sum(0, dtype=weights.dtype).add_(narrow[:, whole:] @ y[whole:])
 
 

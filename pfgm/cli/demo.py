@@ -202,8 +202,8 @@ class _Recorder:
 def _measure(samples: Tensor, digits: data.Digits) -> dict[str, Any]:
     """Compares the samples, and also the training digits, with the held-out digits."""
     train, held_out = digits.train, digits.held_out
-    of_samples = metrics.precision_recall(samples, held_out)
-    of_train = metrics.precision_recall(train, held_out)
+    samples_inside = metrics.precision_recall(samples, held_out)
+    train_inside = metrics.precision_recall(train, held_out)
     nearest = torch.cdist(samples.flatten(1), train.flatten(1)).argmin(1)
     classes = torch.bincount(digits.train_labels[nearest], minlength=10)
     return {
@@ -211,8 +211,8 @@ def _measure(samples: Tensor, digits: data.Digits) -> dict[str, Any]:
             "samples": metrics.frechet_distance(samples, held_out),
             "train": metrics.frechet_distance(train, held_out),
         },
-        "precision": {"samples": of_samples.precision, "train": of_train.precision},
-        "recall": {"samples": of_samples.recall, "train": of_train.recall},
+        "precision": {"samples": samples_inside.precision, "train": train_inside.precision},
+        "recall": {"samples": samples_inside.recall, "train": train_inside.recall},
         "median_distance_to_train": {
             "samples": float(metrics.nearest_distance(samples, train).median()),
             "held_out": float(metrics.nearest_distance(held_out, train).median()),

@@ -131,8 +131,8 @@ class Evaluate:
         reading = {option: value for option, value in given.items() if value is not None}
         name = self.data
         if name is None:
-            name, of_run = self._data_of_source()
-            reading = {**of_run, **reading}
+            name, run_reading = self._data_of_source()
+            reading = {**run_reading, **reading}
         data = open_data(name, **reading, progress=True)
         source = self._open(device)
         for rows in (data.train, *([source] if isinstance(source, ReferenceSet) else [])):
@@ -169,8 +169,8 @@ class Evaluate:
         if classifier is not None:
             held_out = None if real.held_out is None else classifier.rows(real.held_out)
             rows, train = classifier.rows(samples), classifier.rows(real.train)
-            found = evaluation.evaluate_samples(rows, held_out, train, progress=True)
-            figures["features"] = {"of": self.features or name, **found}
+            values = evaluation.evaluate_samples(rows, held_out, train, progress=True)
+            figures["features"] = {"of": self.features or name, **values}
         if self.fid:
             figures["inception"] = self._inception(samples, real.train)
         if isinstance(source, Loaded) and self.likelihood:
@@ -322,7 +322,7 @@ class Evaluate:
         numbers = rows.draw(self.likelihood, generator=torch.Generator().manual_seed(self.seed))
         known = rows.labels is not None and label_count(model.network) > 0
         levels = data.levels if self.grey_levels is None else self.grey_levels
-        found = evaluation.bits_per_dim(
+        bits = evaluation.bits_per_dim(
             *model,
             rows[numbers].to(device),
             levels=levels,
@@ -333,12 +333,12 @@ class Evaluate:
         )
         return {
             "of": _part(data),
-            "count": found.samples,
+            "count": bits.samples,
             "levels": levels,
             "labels": known,
-            "bits_per_dim": found.mean,
-            "standard_error": None if math.isnan(found.standard_error) else found.standard_error,
-            "nfe": found.nfe,
+            "bits_per_dim": bits.mean,
+            "standard_error": None if math.isnan(bits.standard_error) else bits.standard_error,
+            "nfe": bits.nfe,
         }
 
     def _inception(self, samples: Tensor, train: Tensor) -> dict[str, Any]:
@@ -353,13 +353,13 @@ class Evaluate:
             )
         weights = find_inception_weights(self.fid_weights)
         splits = min(_SPLITS, len(samples))
-        found = inception_metrics(samples, train, splits=splits, weights=weights)
+        result = inception_metrics(samples, train, splits=splits, weights=weights)
         return {
             "against": "train",
             "counts": counts,
-            "fid": found.fid,
-            "score": found.score,
-            "score_deviation": found.score_deviation,
+            "fid": result.fid,
+            "score": result.score,
+            "score_deviation": result.score_deviation,
             "splits": splits,
         }
 
@@ -434,16 +434,16 @@ def _table(figures: dict[str, Any]) -> str:
         f"median distance to the nearest of {counts['searched']} training rows: samples "
         f"{nearest['samples']:.4g}, {against} rows {nearest[figures['against']]:.4g}"
     )
-    if found := figures.get("inception"):
+    if result := figures.get("inception"):
         lines.append(
-            f"against {found['counts']['train']} training rows: FID {found['fid']:.4g}, Inception "
-            f"score {found['score']:.4g} ± {found['score_deviation']:.2g}"
+            f"against {result['counts']['train']} training rows: FID {result['fid']:.4g}, "
+            f"Inception score {result['score']:.4g} ± {result['score_deviation']:.2g}"
         )
-    if found := figures.get("likelihood"):
-        error = found["standard_error"]
+    if result := figures.get("likelihood"):
+        error = result["standard_error"]
         lines.append(
-            f"bits per dimension of {found['count']} {found['of'].replace('_', '-')} rows, "
-            f"{found['levels'] or 'no'} grey levels: {found['bits_per_dim']:.4f}"
+            f"bits per dimension of {result['count']} {result['of'].replace('_', '-')} rows, "
+            f"{result['levels'] or 'no'} grey levels: {result['bits_per_dim']:.4f}"
             + ("" if error is None else f" ± {error:.4f}")
         )
     if "nfe" in figures:

@@ -40,12 +40,12 @@ def readable_help() -> ConstructorRegistry:
             return None
         asking = True
         try:
-            found = ConstructorRegistry.get_struct_spec(info)
+            spec = ConstructorRegistry.get_struct_spec(info)
         finally:
             asking = False
-        if not isinstance(found, StructConstructorSpec):
+        if not isinstance(spec, StructConstructorSpec):
             return None
-        return dataclasses.replace(found, fields=tuple(map(_readable, found.fields)))
+        return dataclasses.replace(spec, fields=tuple(map(_readable, spec.fields)))
 
     @registry.primitive_rule
     def leave_out_none(info: PrimitiveTypeInfo) -> PrimitiveConstructorSpec[Any] | None:
@@ -53,11 +53,11 @@ def readable_help() -> ConstructorRegistry:
         if NoneType not in get_args(info.type) or not others:
             return None
         kind: Any = Union[others]  # noqa: UP007
-        found = ConstructorRegistry.get_primitive_spec(PrimitiveTypeInfo.make(kind, info.markers))
-        if not isinstance(found, PrimitiveConstructorSpec):
+        spec = ConstructorRegistry.get_primitive_spec(PrimitiveTypeInfo.make(kind, info.markers))
+        if not isinstance(spec, PrimitiveConstructorSpec):
             return None
         return dataclasses.replace(
-            found, str_from_instance=lambda x: [] if x is None else found.str_from_instance(x)
+            spec, str_from_instance=lambda x: [] if x is None else spec.str_from_instance(x)
         )
 
     return registry

@@ -102,7 +102,7 @@ def map_rows(
             function(*(a if d is None else a[k] for a, d in zip(placed, dims, strict=True)))
             for k in range(samples)
         ]
-        results = tuple(torch.stack(of_one) for of_one in zip(*each, strict=True))
+        results = tuple(torch.stack(each_sample) for each_sample in zip(*each, strict=True))
         return results, (0,) * len(results)
     rows = placed[0].shape[0 if dims[0] is None else 1]
     for place, (argument, dim) in enumerate(zip(placed, dims, strict=True)):

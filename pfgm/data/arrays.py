@@ -333,10 +333,10 @@ def _natural_numbers(numbers: Any) -> tuple[int, ...]:
     return tuple(numbers)
 
 
-def _check_length(path: Path, needed: int, found: int) -> None:
-    if needed > found:
+def _check_length(path: Path, needed: int, size: int) -> None:
+    if needed > size:
         raise ValueError(
-            f"{path} is truncated: its header announces {needed} bytes of numbers, and {found} "
+            f"{path} is truncated: its header announces {needed} bytes of numbers, and {size} "
             "follow; allowed are whole files."
         )
 

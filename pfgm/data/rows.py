@@ -192,11 +192,11 @@ class OnDisk(Source):
         _check_rows(rows, len(self))
         # Reads go in the order of the file, neighbours in one read: this is fast on a disk.
         numbers, places = rows.unique(sorted=True, return_inverse=True)
-        found = self._empty(len(numbers))
-        memory = _bytes_of(found)
+        values = self._empty(len(numbers))
+        memory = _bytes_of(values)
         for number, begin, end in _runs(numbers):
             self._fill(memory[begin * self._row_bytes : end * self._row_bytes], number)
-        return found if torch.equal(numbers, rows) else found.index_select(0, places)
+        return values if torch.equal(numbers, rows) else values.index_select(0, places)
 
     def _empty(self, count: int) -> Tensor:
         return torch.empty(count, *self.shape, dtype=self.dtype, device="cpu")

@@ -57,10 +57,10 @@ def load_dataset(dataset: Any, *, progress: bool = False) -> tuple[Tensor, Tenso
             )
         rows[index] = row
         if (label is None) != (labels is None):
-            found, first_has = ("no", "one") if label is None else ("an", "none")
+            article, first_has = ("no", "one") if label is None else ("an", "none")
             raise ValueError(
-                f"{_name(index)} has {found} integer label; allowed are labels in all items or in "
-                f"none, and item 0 has {first_has}."
+                f"{_name(index)} has {article} integer label; allowed are labels in all items or "
+                f"in none, and item 0 has {first_has}."
             )
         if labels is not None:
             labels[index] = label

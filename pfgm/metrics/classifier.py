@@ -108,8 +108,8 @@ class Classifier(nn.Module):
     @torch.no_grad()
     def accuracy(self, images: Tensor, labels: Tensor) -> float:
         """The share of images (n, C, H, W) whose label, of (n,), has the largest logit."""
-        found = self.last(self.rows(images)).argmax(1)
-        return float((found == labels.to(found.device)).float().mean())
+        predicted = self.last(self.rows(images)).argmax(1)
+        return float((predicted == labels.to(predicted.device)).float().mean())
 
 
 def train_classifier(

@@ -135,7 +135,7 @@ def kernel_distance(
             f"subset_size is {subset_size}; allowed are whole numbers from 2 to {smaller}, the "
             "size of the smaller set."
         )
-    found = torch.tensor(
+    distances = torch.tensor(
         [
             _squared_mmd(
                 _draw_subset(rows_a, size, generator), _draw_subset(rows_b, size, generator), degree
@@ -145,10 +145,10 @@ def kernel_distance(
         dtype=torch.float64,
         device="cpu",
     )
-    deviation = float(found.std()) if subsets > 1 else math.nan
+    deviation = float(distances.std()) if subsets > 1 else math.nan
     if math.isinf(deviation):
         raise ValueError("a and b hold values so large that the deviation overflows.")
-    return KernelDistance(float(found.mean()), deviation)
+    return KernelDistance(float(distances.mean()), deviation)
 
 
 def precision_recall(
@@ -327,14 +327,14 @@ def _features(name: str, x: Tensor, features: Features) -> Tensor:
     """The checked features of x, as float64 rows (n, F)."""
     rows = []
     for part in x.detach().split(_FEATURES_BATCH):
-        found = features(part)
-        _check_floating(f"features of {name}", found)
-        if found.ndim < 2 or len(found) != len(part) or found.numel() == 0:
+        values = features(part)
+        _check_floating(f"features of {name}", values)
+        if values.ndim < 2 or len(values) != len(part) or values.numel() == 0:
             raise ValueError(
-                f"features of {name} has shape {tuple(found.shape)} for {len(part)} samples; "
+                f"features of {name} has shape {tuple(values.shape)} for {len(part)} samples; "
                 f"allowed is ({len(part)}, F) with F at least 1."
             )
-        rows.append(found.flatten(1).double())
+        rows.append(values.flatten(1).double())
     joined = torch.cat(rows)
     check_finite(f"features of {name}", joined)
     return joined
@@ -383,10 +383,10 @@ def _squared_mmd(a: Tensor, b: Tensor, degree: int) -> float:
     within_a = _kernel_sum(a, a, degree) - float(_kernel(a.square().sum(1), a, degree).sum())
     within_b = _kernel_sum(b, b, degree) - float(_kernel(b.square().sum(1), b, degree).sum())
     across = _kernel_sum(a, b, degree) / (n * m)
-    found = within_a / (n * (n - 1)) + within_b / (m * (m - 1)) - 2 * across
-    if not math.isfinite(found):
+    distance = within_a / (n * (n - 1)) + within_b / (m * (m - 1)) - 2 * across
+    if not math.isfinite(distance):
         raise ValueError("a and b hold values so large that their kernel distance overflows.")
-    return found
+    return distance
 
 
 def _kernel_sum(a: Tensor, b: Tensor, degree: int) -> float:

@@ -84,7 +84,7 @@ def inception_metrics(
     try:
         # torch-fidelity uses the current device; -1 leaves it as it is.
         with torch.cuda.device(samples.device if samples.is_cuda else -1):
-            found = fidelity.calculate_metrics(
+            figures = fidelity.calculate_metrics(
                 input1=sets[0],
                 input2=sets[1],
                 isc=True,
@@ -103,9 +103,9 @@ def inception_metrics(
             f"the file {_WEIGHTS} from {_RELEASES} and give its path as weights."
         ) from error
     return InceptionMetrics(
-        float(found[fidelity.KEY_METRIC_FID]),
-        float(found[fidelity.KEY_METRIC_ISC_MEAN]),
-        float(found[fidelity.KEY_METRIC_ISC_STD]),
+        float(figures[fidelity.KEY_METRIC_FID]),
+        float(figures[fidelity.KEY_METRIC_ISC_MEAN]),
+        float(figures[fidelity.KEY_METRIC_ISC_STD]),
     )
 
 
@@ -133,11 +133,11 @@ def find_inception_weights(path: StrPath | None = None) -> Path:
     with place.open("rb") as file:
         while part := file.read(1 << 20):
             digest.update(part)
-    found = digest.hexdigest()
-    if not found.startswith(_CHECKSUM):
+    checksum = digest.hexdigest()
+    if not checksum.startswith(_CHECKSUM):
         raise ValueError(
             f"{place} is not the file of weights of torch-fidelity: its SHA-256 checksum begins "
-            f"with {found[:8]}; needed is {_CHECKSUM}."
+            f"with {checksum[:8]}; needed is {_CHECKSUM}."
         )
     return place
 

@@ -124,17 +124,17 @@ class FieldNetwork(nn.Module):
         self.data_std = positive_float("data_std", data_std)
         self.gamma = positive_float("gamma", gamma)
         self.scale = positive_float("scale", scale)
-        found = finite_values("center", center).float()
-        if found.shape not in (torch.Size([]), torch.Size(self.shape)):
+        point = finite_values("center", center).float()
+        if point.shape not in (torch.Size([]), torch.Size(self.shape)):
             raise ValueError(
-                f"center has shape {tuple(found.shape)}; only {self.shape} and () are allowed."
+                f"center has shape {tuple(point.shape)}; only {self.shape} and () are allowed."
             )
         self._unit_std = self.data_std / self.scale
         # The part of config that holds center and scale; empty where both have their defaults.
         self._scaling_config: dict[str, Any] = {}
-        if self.scale != 1 or bool((found != 0).any()):
-            self._scaling_config = {"center": found.tolist(), "scale": self.scale}
-        self.register_buffer("center", found.clone().to(torch.get_default_device()), False)
+        if self.scale != 1 or bool((point != 0).any()):
+            self._scaling_config = {"center": point.tolist(), "scale": self.scale}
+        self.register_buffer("center", point.clone().to(torch.get_default_device()), False)
 
     def backbone(
         self, x: Tensor, rms: Tensor, z: Tensor, labels: Tensor | None = None

@@ -190,14 +190,14 @@ def _share_values(a: Tensor, b: Tensor) -> bool:
     start = min(a.data_ptr(), b.data_ptr())
     end = max(_addresses(a)[1], _addresses(b)[1])
     taken = torch.zeros((end - start) // a.element_size(), dtype=torch.bool, device="cpu")
-    of_a, of_b = (
+    in_a, in_b = (
         taken.as_strided(
             value.shape, value.stride(), (value.data_ptr() - start) // value.element_size()
         )
         for value in (a, b)
     )
-    of_a.fill_(True)
-    return bool(of_b.any())
+    in_a.fill_(True)
+    return bool(in_b.any())
 
 
 def _writable(out: Tensor, inputs: Sequence[Tensor]) -> bool:

@@ -249,7 +249,7 @@ def _remove_old(folder: Path, step: int, after: int) -> None:
 
 def _by_step(folder: Path, pattern: re.Pattern[str]) -> dict[int, Path]:
     """The files of a folder whose names match the pattern, by the number in the name."""
-    return {int(found[1]): p for p in folder.iterdir() if (found := pattern.fullmatch(p.name))}
+    return {int(match[1]): p for p in folder.iterdir() if (match := pattern.fullmatch(p.name))}
 
 
 def load_run(folder: Path, step: int | None = None) -> RunCheckpoint:
@@ -277,11 +277,11 @@ def _read_checkpoint(folder: Path, names: Mapping[str, str]) -> RunCheckpoint:
         raise FileNotFoundError(f"there is no training state at {path}.")
     if needed is not None:
         with path.open("rb") as file:
-            found = checksum_of(file)
-        if found != needed:
+            checksum = checksum_of(file)
+        if checksum != needed:
             raise ValueError(
                 f"{path} is not a complete training state, or is not the training state that "
-                f"belongs to its weights: its checksum is {found}; needed is {needed}."
+                f"belongs to its weights: its checksum is {checksum}; needed is {needed}."
             )
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)

@@ -192,10 +192,10 @@ def with_settings_of_run(
     Raises:
         ValueError: it has other settings than the run in the folder, except _MAY_DIFFER.
     """
-    of_run: dict[str, Any] = {
+    settled: dict[str, Any] = {
         name: saved.get(name) for name in Schedule._fields if getattr(config, name) is None
     }
-    config = dataclasses.replace(config, **of_run)
+    config = dataclasses.replace(config, **settled)
     for name, value in dataclasses.asdict(config).items():
         if name not in _MAY_DIFFER and saved.get(name) != value:
             raise ValueError(other_setting(name, value, saved.get(name), folder))

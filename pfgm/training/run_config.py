@@ -251,10 +251,10 @@ class RunConfig(Settings):
             config = cls(**content, training=TrainConfig(**training))
         except (ValueError, TypeError, RecursionError) as error:
             raise ValueError(f"{path} is not the configuration of a run: {error}") from error
-        if of_a_run and config.data != (found := absolute_source(config.data)):
+        if of_a_run and config.data != (source := absolute_source(config.data)):
             warnings.warn(
                 f"{path} of an earlier version names the data {config.data!r} by a relative path; "
-                f"{found} is taken, from the current folder.",
+                f"{source} is taken, from the current folder.",
                 stacklevel=2,
             )
         return config

@@ -46,15 +46,15 @@ def start_from(
     if _kind(earlier) == _asked(config):
         config = dataclasses.replace(config, flow=hyper_parameters)
     flow = build_flow(config, rows)
-    for name, asked, found in (
+    for name, asked, present in (
         ("the flow", _asked(config), _kind(earlier)),
         ("samples of shape", flow.shape, earlier.shape),
         (kept, flow.config.get(kept), earlier.config[kept]),
         *_sizes(config, network, classes),
     ):
-        if asked != found:
+        if asked != present:
             raise ValueError(
-                f"init is {config.init}, which has {name} {found}; the settings and the data ask "
+                f"init is {config.init}, which has {name} {present}; the settings and the data ask "
                 f"for {asked}."
             )
     return flow, network, [f"starting from the weights in {config.init}", *_changes(flow, earlier)]
@@ -77,16 +77,16 @@ def _sizes(config: RunConfig, network: nn.Module, classes: int) -> list[tuple[st
     settings: dict[str, Any] = dict(network.config)  # type: ignore[arg-type]
     if name == "denoiser":
         name, settings = settings["network"], settings["config"]
-    found: list[tuple[str, Any, Any]] = [
+    choices: list[tuple[str, Any, Any]] = [
         ("labels", classes if config.labels else 0, label_count(network))
     ]
     if config.network != "auto":
-        found.append(("network", config.network, name))
+        choices.append(("network", config.network, name))
     for option in ("width", "multipliers", "blocks"):
         if (asked := getattr(config, option)) is not None:
             has = settings.get(SIZE_NAMES.get(name, {}).get(option, ""))
-            found.append((option, asked, tuple(has) if isinstance(has, list) else has))
-    return found
+            choices.append((option, asked, tuple(has) if isinstance(has, list) else has))
+    return choices
 
 
 def _changes(flow: Flow, earlier: Flow) -> list[str]:

@@ -141,9 +141,9 @@ def _run(
         raise ValueError(f"labels is True, but {config.data} has no labels.")
     rows = _place_rows(data.train, config, device)
     flow, network, notes = _model(config, rows, data, folder, resume, resume_from)
-    of_teacher = None if config.teacher is None else checksum_of_weights(network.state_dict())
-    if resume and of_teacher is not None:
-        _check_teacher(config, of_teacher, folder)
+    teacher_checksum = None if config.teacher is None else checksum_of_weights(network.state_dict())
+    if resume and teacher_checksum is not None:
+        _check_teacher(config, teacher_checksum, folder)
     network = network.to(device)
     if config.teacher is None and processes.leads and not resume:
         for steps in config.fit_levels:
@@ -181,7 +181,7 @@ def _run(
             settled = dataclasses.replace(config.training, **trainer.config.schedule._asdict())
             # With absolute paths, as the run may be used from another folder.
             settled_config = dataclasses.replace(config.absolute, training=settled)
-            settled_config.save(folder / CONFIG_FILE, teacher_checksum=of_teacher)
+            settled_config.save(folder / CONFIG_FILE, teacher_checksum=teacher_checksum)
         averaged = trainer.train()
     report(f"checkpoint: {folder}")
     return averaged

@@ -164,8 +164,8 @@ def network_in(description: Mapping[str, Any], tensors: Mapping[str, Tensor]) ->
     # early and allocates nothing.
     with torch.device("meta"), _limit_parameters(len(tensors)):
         expected = build(described["name"], described["config"]).state_dict()
-    found = {name: tensor.shape for name, tensor in plain_names(tensors).items()}
-    if {name: tensor.shape for name, tensor in expected.items()} != found:
+    shapes = {name: tensor.shape for name, tensor in plain_names(tensors).items()}
+    if {name: tensor.shape for name, tensor in expected.items()} != shapes:
         raise ValueError("it holds other tensors than the network it describes.")
     network = build(described["name"], described["config"])
     _widen(network, plain_names(tensors))

@@ -125,8 +125,8 @@ class PoissonFlowPipeline(DiffusionPipeline):  # type: ignore[misc]
     def _prior(self, batch_size: int, generator: Generators | None, device: torch.device) -> Tensor:
         """Points (B, C, H, W) to start from, drawn where the generator is."""
         if generator is None or isinstance(generator, torch.Generator):
-            found: Tensor = self.scheduler.prior(batch_size, generator).to(device)
-            return found
+            prior: Tensor = self.scheduler.prior(batch_size, generator).to(device)
+            return prior
         if len(generator) != batch_size:
             raise ValueError(
                 f"generator is a list of {len(generator)}; allowed is one for each of the "

@@ -105,18 +105,18 @@ def infer_architecture(
 
 def _list_modules(weights: Mapping[str, Tensor], start: int) -> list[_Module]:
     """The blocks, attention modules and pyramid steps from an index on, in their order."""
-    found = []
+    modules = []
     for index in range(start, len(weights)):
         name = f"all_modules.{index}."
         if (conv := weights.get(f"{name}Conv_0.weight")) is not None and conv.ndim == 4:
             same = conv.shape[0] == conv.shape[1]
             resamples = same and f"{name}Conv_2.weight" in weights
-            found.append(_Module("block", conv.shape[1], conv.shape[0], resamples))
+            modules.append(_Module("block", conv.shape[1], conv.shape[0], resamples))
         elif (nin := weights.get(f"{name}NIN_0.W")) is not None:
-            found.append(_Module("attention", len(nin), len(nin), False))
+            modules.append(_Module("attention", len(nin), len(nin), False))
         elif (conv := weights.get(f"{name}Conv2d_0.weight")) is not None and conv.ndim == 4:
-            found.append(_Module("pyramid", conv.shape[1], conv.shape[0], False))
-    return found
+            modules.append(_Module("pyramid", conv.shape[1], conv.shape[0], False))
+    return modules
 
 
 def _count_levels(modules: list[_Module]) -> int:

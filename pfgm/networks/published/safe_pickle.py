@@ -348,8 +348,8 @@ def _set(values: Any = ()) -> set[Any]:
 
 
 def _bytes(text: Any, *_: Any) -> bytes:
-    found: bytes = _expect(str, text).encode("latin-1")
-    return found
+    content: bytes = _expect(str, text).encode("latin-1")
+    return content
 
 
 def _tensor(storage: Any, offset: Any, shape: Any, strides: Any, *_: Any) -> StoredTensor:
@@ -365,14 +365,14 @@ def _tensor(storage: Any, offset: Any, shape: Any, strides: Any, *_: Any) -> Sto
 
 
 def _parameter(tensor: Any, *_: Any) -> StoredTensor:
-    found: StoredTensor = _expect(StoredTensor, tensor)
-    return found
+    stored: StoredTensor = _expect(StoredTensor, tensor)
+    return stored
 
 
 def _storage(content: Any) -> _Storage:
     interpreter = _Interpreter(len(content), embedded=True)
-    found: _Storage = _expect(_Storage, interpreter.load_file(io.BytesIO(content)))
-    return found
+    storage: _Storage = _expect(_Storage, interpreter.load_file(io.BytesIO(content)))
+    return storage
 
 
 def _object(description: Any) -> StandIn:
