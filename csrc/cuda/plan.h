@@ -159,7 +159,6 @@ Index chunk_references(Index queries, Index references, Index features, Index mo
 }
 
 // ---- the plan
-// ------------------------------------------------------------------------------------
 
 // What the plan depends on beside the problem: of the device, and of its code (cuda/runtime.h).
 struct Device {

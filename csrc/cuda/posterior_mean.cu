@@ -146,7 +146,6 @@ class Launches {
   }
 
   // ---- blocks and chunks
-  // -------------------------------------------------------------------------
 
   template <class Body>
   void each_block(const Body& body) {
@@ -193,7 +192,6 @@ class Launches {
   }
 
   // ---- distances
-  // ---------------------------------------------------------------------------------
 
   // The centre of all references, or of as many as an int counts.
   void find_references_center() const {
@@ -316,7 +314,6 @@ class Launches {
   }
 
   // ---- weights and their sums
-  // --------------------------------------------------------------------
 
   void find_weights(float divisor, const QueryStates& state) const {
     const double floor = problem_.difference ? difference_floor(problem_) : weight_floor(problem_);
@@ -432,7 +429,6 @@ class Launches {
   }
 
   // ---- gradients
-  // ---------------------------------------------------------------------------------
 
   void find_gradients(const Backward& io) {
     Moments& moments = arrays_.moments;
