@@ -63,7 +63,10 @@ _UNWANTED = re.compile(r"(?<!\S)-(?:O ?[0-2]|g|maxrregcount)(?!\S)")
 _DECLARED = re.compile(
     r"__global__\s+void\s+(?:__launch_bounds__\((?:[^()]|\([^()]*\))*\)\s*)?(\w+)\s*\("
 )
-_ARGUMENT = r"L[bi](\d+)E|NS\w*?_\d+([A-Z]\w*?)E|[fh]"  # of a template, mangled
+# Arguments of a template, mangled: numbers, types of the language, names, enumerators.
+_NUMBER = re.compile(r"L([bi])(\d+)E")
+_NAME = re.compile(r"(L?)NS\w*?_(\d+)")
+_PLAIN = {"f": "float32", "h": "uint8"}
 
 
 @dataclass(frozen=True)
@@ -83,13 +86,15 @@ class Intent:
 
 # By patterns of whole names, the first that matches.
 INTENTS = {
+    r"(distances<WarpgroupProducts|weighted_sum<WarpgroupSums)<.*": Intent(
+        1, "64x64x16", copies=True
+    ),
     r"distances<.*": Intent(1, "16816", copies=True),
-    r"warpgroup_(distances|sum)<.*": Intent(1, "64x64x16", copies=True),
     r"finish_distances<.*, false>": Intent(4, wide=True),
     r"finish_distances<.*": Intent(4),
     r"differences<.*": Intent(2, copies=True),
     r"weigh<.*": Intent(6),
-    r"weighted_sum<\w+, \d+, true>": Intent(2, "16816", copies=True),
+    r"weighted_sum<WarpSums<\w+, \d+, true>>": Intent(2, "16816", copies=True),
     r"(weighted_sum|reference_gradient)<.*": Intent(2, ".TF32", copies=True),
     r"(ode_step|normalised_field)_kernel<4, .*": Intent(1, wide=True),
     r"(ode_step|normalised_field)_kernel<1, .*": Intent(1),
@@ -159,7 +164,8 @@ def declared() -> set[str]:
 
 
 def short_name(symbol: str) -> str:
-    """The readable form of a mangled name, such as ``distances<uint8, 64, true>``.
+    """The readable form of a mangled name, such as ``distances<WarpProducts<uint8, 64>, 1>``, with
+    the number of an enumerator.
 
     Knows only the rules that the kernels need. c++filt is not installed everywhere.
 
@@ -170,15 +176,38 @@ def short_name(symbol: str) -> str:
     while found := re.match(r"\d+", rest):  # nested names, each behind its length
         end = found.end() + int(found[0])
         name, rest = rest[found.end() : end], rest[end:]
-    found = re.match(rf"I((?:{_ARGUMENT})+)E", rest)
-    if not name or (rest.startswith("I") and not found):
+    if not name:
         raise ValueError(f"no name of a kernel: {symbol!r}.")
-    words = {"Lb0E": "false", "Lb1E": "true", "f": "float32", "h": "uint8"}
-    arguments = [
-        words.get(each[0]) or each[1] or each[2]
-        for each in re.finditer(_ARGUMENT, found[1] if found else "")
-    ]
-    return f"{name}<{', '.join(arguments)}>" if arguments else name
+    return name + _arguments(rest)[0]
+
+
+def _arguments(text: str) -> tuple[str, str]:
+    """The readable form of a template's arguments at the beginning of a text, if there are any, and
+    the rest of it."""
+    if not text.startswith("I"):
+        return "", text
+    arguments: list[str] = []
+    rest = text[1:]
+    while not rest.startswith("E"):
+        argument, rest = _argument(rest)
+        arguments.append(argument)
+    return f"<{', '.join(arguments)}>", rest[1:]
+
+
+def _argument(text: str) -> tuple[str, str]:
+    if number := _NUMBER.match(text):
+        value = str(bool(int(number[2]))).lower() if number[1] == "b" else number[2]
+        return value, text[number.end() :]
+    if name := _NAME.match(text):
+        end = name.end() + int(name[2])
+        if name[1]:  # an enumerator: its type, its number
+            value, rest = text[end + 1 :].split("E", 1)
+            return value, rest
+        arguments, rest = _arguments(text[end:])
+        return text[name.end() : end] + arguments, rest[1:]
+    if text[:1] not in _PLAIN:
+        raise ValueError(f"no name of a kernel: it has {text!r}.")
+    return _PLAIN[text[0]], text[1:]
 
 
 def dump(file: Path, architecture: str) -> str:
@@ -255,11 +284,12 @@ def is_replaced(kernel: str, architecture: str) -> bool:
     Warpgroups have tiles of 128 × 128 on sm_90a. GeForce cards have kernels of their own, and run
     the code for sm_80 or sm_120. Other cards run the code for sm_80 too.
     """
-    if stem(kernel).startswith("warpgroup"):
+    if "<Warpgroup" in kernel:
         return architecture != "90a"
-    if stem(kernel) != "distances":
+    loop = re.match(r"distances<WarpProducts<(\w+), (\d+), \d+, (\w+)>", kernel)
+    if loop is None:
         return False
-    type_, queries, _, geforce, *_ = kernel.partition("<")[2].rstrip(">").split(", ")
+    type_, queries, geforce = loop.groups()
     newest = capability(architecture)
     if newest >= 120:
         return geforce == "false"

@@ -80,10 +80,8 @@ def environment(folder: Path) -> dict[str, str]:
     return {"PFGM_PTX": str(folder), "LD_PRELOAD": str(folder / "tests/ptx/libptx_memory.so")}
 
 
-# What the host calls kernels of which it has several.
+# What the host calls kernels.
 _NAMES = {
-    "warpgroup_distances": "distances",
-    "warpgroup_sum": "weighted_sum",
     "ode_step_kernel": "ode_step",
     "normalised_field_kernel": "normalised_field",
 }

@@ -3,13 +3,14 @@
 // Products of centred data lose fewer digits. Two float16 numbers hold 22 bits of a value, and
 // matrix units multiply them at twice the rate of TF32.
 #pragma once
+#include "cuda/threads.h"
 #include "cuda/tiles.h"
 
 namespace pfgm {
 namespace {
 
 constexpr int kSamples = 16;  // references whose mean is the centre
-constexpr int kCenterThreads = 256, kSplitThreads = 256;
+constexpr int kSplitThreads = 256;
 constexpr int kHeld = 8;  // pairs of values in the registers of a thread of split_rows
 // Powers of two of the largest centred values as float16, which holds less than 2^16. References
 // outside of the sample may be larger by 2^11. Then sums of products with a low part, which are
@@ -18,34 +19,11 @@ constexpr int kQueryPower = 5, kReferencePower = 4;
 // The same of values that are not centred, in weighted sums. Others may be larger by 2^4.
 constexpr int kValuePower = 11;
 
-// The centre of the references. `spread` has the largest distance to it of the sample, `largest`
-// the largest value, in each group of kCenterThreads features.
-struct Center {
-  float* at;                // (width): zero from the last feature on
-  float *spread, *largest;  // (divide_up(width, kCenterThreads))
-  float* scale;             // (2): the power of two that centred references are multiplied by, and
-                            // 1 over it
-  float* value_scale;       // the same for references as they are
-  float* scaled;            // (width): `at` times `scale`
-  int features, width;
-  bool scattered;  // by `scatter`: because sums or differences to the centre are rounded to float16
-  float excess;    // distances are those of (1 + excess) x and (1 + excess) y
-};
-
 // In products the unit of bytes is 1/255 as float32 has it, so that they are a little too large.
 template <class R> constexpr float kExcess = 0;
 template <>
 constexpr float kExcess<std::uint8_t> =
     static_cast<float>(255 * static_cast<double>(kUnit<std::uint8_t>) - 1);
-
-// Rows times a power of two as high + low. If `rounded`, only high is multiplied.
-struct Halves {
-  std::uint16_t *high, *low;  // (rows, width)
-  double* units;              // (rows): turns a product with scaled references into the true one
-  int rows;
-  Rows<float> whole;  // the rows themselves
-  bool rounded;
-};
 
 // The power of two that brings `largest` > 0 to at least 2^power, below twice that. For 0 and
 // values that are not finite it is some power of two.
@@ -127,26 +105,13 @@ struct SplitMemory {
   TwoFloats squares[kSplitThreads / 32];
 };
 
-// Of the two halves of a word.
-__device__ inline float sum_of_squares(std::uint32_t halves) {
-  const float first = half_of_word(halves, 0), second = half_of_word(halves, 1);
-  return first * first + second * second;
-}
-
-// The largest of a warp's values, none of which is negative. Their bits have the order of the
-// values.
-__device__ inline float largest_of_warp(float value) {
-  return float_of(
-      static_cast<std::uint32_t>(-__reduce_min_sync(kAll, -static_cast<int>(bits_of(value)))));
-}
-
 // The largest value of all groups, found by a warp. `own` is that of the group with the lane's
 // number, or 0.
-__device__ inline float largest_of(const float* of_groups, int groups, float own,
+__device__ inline float largest_of(const float* group_values, int groups, float own,
                                    const Lane& lane) {
   float largest = fmaxf(own, 0);
 #pragma unroll 1
-  for (int i = lane.lane + 32; i < groups; i += 32) largest = fmaxf(largest, of_groups[i]);
+  for (int i = lane.lane + 32; i < groups; i += 32) largest = fmaxf(largest, group_values[i]);
   return largest_of_warp(largest);
 }
 
@@ -169,23 +134,21 @@ __global__ void __launch_bounds__(kSplitThreads, 1)
       rows.aligned ? static_cast<int>(smaller(center.features / 2, kHeld * kSplitThreads)) : 0;
   const float own_spread = lane.lane < groups ? center.spread[lane.lane] : 0;
   const float own_largest = CENTERED && lane.lane < groups ? center.largest[lane.lane] : 0;
-  const auto centered = [&](float v, float of_center) {
-    return (v - of_center) + center.excess * v;
-  };
+  const auto centered = [&](float v, float origin) { return (v - origin) + center.excess * v; };
   float2 first[kHeld] = {};  // of the pairs
   if (held > 0) {
-    float2 of_center[kHeld];
+    float2 origin[kHeld];
 #pragma unroll
     for (int i = 0; i < kHeld; ++i) {
       // The last pair again, if there is no other, changes no largest value.
       const int pair = thread + i * kSplitThreads, known = pair < held ? pair : held - 1;
       first[i] = reinterpret_cast<const float2*>(x)[known];
-      if (CENTERED) of_center[i] = reinterpret_cast<const float2*>(center.at)[known];
+      if (CENTERED) origin[i] = reinterpret_cast<const float2*>(center.at)[known];
     }
     if (CENTERED)
       for (int i = 0; i < kHeld; ++i)
-        first[i].x = centered(first[i].x, of_center[i].x),
-        first[i].y = centered(first[i].y, of_center[i].y);
+        first[i].x = centered(first[i].x, origin[i].x),
+        first[i].y = centered(first[i].y, origin[i].y);
   }
   const auto value = [&](int feature) {
     if (feature >= center.features) return 0.0f;
@@ -203,19 +166,21 @@ __global__ void __launch_bounds__(kSplitThreads, 1)
   if (lane.lane == 0) shared.most[lane.warp] = largest;
   __syncthreads();
   for (const float most : shared.most) largest = fmaxf(largest, most);
-  const float of_y = scale_to(spread, kReferencePower), of_x = scale_to(largest, kQueryPower);
-  const float of_value = scale_to(largest_value, kValuePower);
+  const float y_scale = scale_to(spread, kReferencePower), x_scale = scale_to(largest, kQueryPower);
+  const float value_scale = scale_to(largest_value, kValuePower);
 
   auto* high = reinterpret_cast<std::uint32_t*>(out.high + row * center.width);
   auto* low = reinterpret_cast<std::uint32_t*>(out.low + row * center.width);
-  const float of_low = out.rounded ? 0 : 1;  // how often norms count what the high part leaves
+  const float low_count = out.rounded ? 0 : 1;  // how often norms count what the high part leaves
   CompensatedSum squares;
   const auto store = [&](int pair, float2 v) {
-    v.x *= of_x, v.y *= of_x;
+    v.x *= x_scale, v.y *= x_scale;
     const TwoHalves parts = split_halves(v.x, v.y);
     high[pair] = parts.high, low[pair] = parts.low;
     if (!CENTERED) return;
-    const auto counted = [&](float of_v, float front) { return front + of_low * (of_v - front); };
+    const auto counted = [&](float whole, float front) {
+      return front + low_count * (whole - front);
+    };
     const float a = counted(v.x, half_of_word(parts.high, 0));
     const float b = counted(v.y, half_of_word(parts.high, 1));
     squares.add(a * a + b * b);
@@ -228,21 +193,20 @@ __global__ void __launch_bounds__(kSplitThreads, 1)
 #pragma unroll 4
   for (int pair = held + thread; pair < pairs; pair += kSplitThreads) store(pair, values(pair));
   if (thread == 0) {
-    out.units[row] = inverse_powers(of_x, of_y);
+    out.units[row] = inverse_powers(x_scale, y_scale);
     if (CENTERED && row == 0) {
-      center.scale[0] = of_y, center.scale[1] = inverse_power(of_y);
-      center.value_scale[0] = of_value, center.value_scale[1] = inverse_power(of_value);
+      center.scale[0] = y_scale, center.scale[1] = inverse_power(y_scale);
+      center.value_scale[0] = value_scale, center.value_scale[1] = inverse_power(value_scale);
     }
   }
   if (!CENTERED) return;
   const int step = rows.count * kSplitThreads;
 #pragma unroll 1
   for (int i = static_cast<int>(row) * kSplitThreads + thread; i < center.width; i += step)
-    center.scaled[i] = center.at[i] * of_y;
+    center.scaled[i] = center.at[i] * y_scale;
   TwoFloats norm[1] = {squares.result()};
   sum_over_block<kSplitThreads>(norm, shared.squares);
-  if (thread == 0)
-    norms[row] = (static_cast<double>(norm[0].high) + norm[0].low) * inverse_powers(of_x, of_x);
+  if (thread == 0) norms[row] = norm[0].sum() * inverse_powers(x_scale, x_scale);
 }
 
 }  // namespace

@@ -12,7 +12,7 @@ struct ContextFunctions {
   PFN_cuCtxGetCurrent_v4000 get;
   PFN_cuCtxSetCurrent_v4000 set;
 
-  static const ContextFunctions& found() {
+  static const ContextFunctions& instance() {
     static const ContextFunctions functions = {find<PFN_cuCtxGetCurrent_v4000>("cuCtxGetCurrent"),
                                                find<PFN_cuCtxSetCurrent_v4000>("cuCtxSetCurrent")};
     return functions;
@@ -48,7 +48,7 @@ struct ContextFunctions {
 // there: hundreds of megabytes on a GPU that may never be used.
 class CurrentDevice {
  public:
-  explicit CurrentDevice(int device) : driver_(ContextFunctions::found()) {
+  explicit CurrentDevice(int device) : driver_(ContextFunctions::instance()) {
     ContextFunctions::check("cuCtxGetCurrent", driver_.get(&before_));
     int now = -1;
     if (before_ != nullptr) check_runtime("cudaGetDevice", cudaGetDevice(&now));

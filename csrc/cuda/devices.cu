@@ -5,30 +5,30 @@
 namespace pfgm {
 
 CudaDevices cuda_devices() {
-  CudaDevices found;
+  CudaDevices result;
   int count = 0;
   cudaError_t error = cudaGetDeviceCount(&count);
   for (int device = 0; error == cudaSuccess && device < count; ++device) {
     cudaDeviceProp properties;
     error = cudaGetDeviceProperties(&properties, device);
     if (error == cudaSuccess)
-      found.names.push_back(std::string(properties.name) + " (sm_" +
-                            std::to_string(properties.major) + std::to_string(properties.minor) +
-                            ")");
+      result.names.push_back(std::string(properties.name) + " (sm_" +
+                             std::to_string(properties.major) + std::to_string(properties.minor) +
+                             ")");
   }
   if (error != cudaSuccess) {
-    found.error = cudaGetErrorString(error);
+    result.error = cudaGetErrorString(error);
     cudaGetLastError();  // the runtime keeps the last error; a later launch must not report it
   }
-  return found;
+  return result;
 }
 
 CudaVersions cuda_versions() {
-  CudaVersions found;
-  if (cudaRuntimeGetVersion(&found.runtime) != cudaSuccess) found.runtime = CUDART_VERSION;
-  if (cudaDriverGetVersion(&found.driver) != cudaSuccess) found.driver = 0;
+  CudaVersions result;
+  if (cudaRuntimeGetVersion(&result.runtime) != cudaSuccess) result.runtime = CUDART_VERSION;
+  if (cudaDriverGetVersion(&result.driver) != cudaSuccess) result.driver = 0;
   cudaGetLastError();  // as above
-  return found;
+  return result;
 }
 
 }  // namespace pfgm

@@ -167,86 +167,10 @@ __device__ inline void begin_product(float (&d)[8][4], const std::uint32_t (&a)[
         "r"(static_cast<int>(adds)));
 }
 
-// Two values rounded to float16 in a word, `first` in its lower half. Larger ones become infinite.
-__device__ inline std::uint32_t halves_of(float first, float second) {
-  std::uint32_t halves;
-  asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(halves) : "f"(second), "f"(first));
-  return halves;
-}
-
-__device__ inline float half_to_float(std::uint16_t bits) {
-  float v;
-  asm("cvt.f32.f16 %0, %1;" : "=f"(v) : "h"(bits));
-  return v;
-}
-
-// The sums, or the differences, of two pairs. On sm_100 this is one instruction.
-__device__ inline float2 add_pairs(float2 a, float2 b) {
-#if __CUDA_ARCH__ >= 1000
-  float2 c;
-  asm("{.reg .b64 a, b, c; mov.b64 a, {%2, %3}; mov.b64 b, {%4, %5}; add.rn.f32x2 c, a, b; "
-      "mov.b64 {%0, %1}, c;}"
-      : "=f"(c.x), "=f"(c.y)
-      : "f"(a.x), "f"(a.y), "f"(b.x), "f"(b.y));
-  return c;
-#else
-  return {a.x + b.x, a.y + b.y};
-#endif
-}
-__device__ inline float2 subtract_pairs(float2 a, float2 b) {
-#if __CUDA_ARCH__ >= 1000
-  float2 c;
-  asm("{.reg .b64 a, b, c; mov.b64 a, {%2, %3}; mov.b64 b, {%4, %5}; sub.rn.f32x2 c, a, b; "
-      "mov.b64 {%0, %1}, c;}"
-      : "=f"(c.x), "=f"(c.y)
-      : "f"(a.x), "f"(a.y), "f"(b.x), "f"(b.y));
-  return c;
-#else
-  return {a.x - b.x, a.y - b.y};
-#endif
-}
-
-// 1/v for normal v whose reciprocal is normal, to the last bit or nearly so. Unlike a division it
-// has no branches.
-__device__ inline float reciprocal(float v) {
-  float near;
-  asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(near) : "f"(v));
-  return fmaf(near, fmaf(-v, near, 1), near);
-}
-
 // *at becomes `value` if its bits are smaller: numbers ≥ 0 have the order of their bits, and −1
 // comes before them. All threads of a grid may call this at once.
 __device__ inline void atomic_least(double* at, double value) {
   atomicMin(reinterpret_cast<long long*>(at), __double_as_longlong(value));
 }
-
-// e^v, with a relative error of about 2^-22 + |v| 2^-24. Subnormal results are zero.
-__device__ inline float exponential(float v) {
-  float power;
-  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(power) : "f"(v * 1.44269504f));
-  return power;
-}
-
-// √v of normal v, to about 2^-22.
-__device__ inline float square_root(float v) {
-  float root;
-  asm("sqrt.approx.ftz.f32 %0, %1;" : "=f"(root) : "f"(v));
-  return root;
-}
-
-// log v of 1 ≤ v ≤ 4, with an error of about 2^-21.
-__device__ inline float logarithm(float v) {
-  float power;
-  asm("lg2.approx.ftz.f32 %0, %1;" : "=f"(power) : "f"(v));
-  return power * 0.693147181f;
-}
-
-// a b, rounded. The compiler makes no fused operation of it and a sum.
-__device__ inline float rounded_product(float a, float b) { return __fmul_rn(a, b); }
-
-__device__ inline float float_of(std::uint32_t bits) { return __uint_as_float(bits); }
-__device__ inline std::uint32_t bits_of(float v) { return __float_as_uint(v); }
-__device__ inline double double_of(std::int64_t bits) { return __longlong_as_double(bits); }
-__device__ inline std::int64_t bits_of(double v) { return __double_as_longlong(v); }
 
 }  // namespace pfgm

@@ -39,11 +39,11 @@ __global__ void __launch_bounds__(kLevelThreads)
   let_next_launch_start();
   const Index row = this_row();
   if (row >= rows) return;
-  const StepLevels found =
+  const StepLevels result =
       step_levels(method, level_of(z, row), level_of(z_next, row), level_of(z_previous, row));
-  out[row] = found.z;
-  out[rows + row] = found.toward;
-  out[2 * rows + row] = found.blend;
+  out[row] = result.z;
+  out[rows + row] = result.toward;
+  out[2 * rows + row] = result.blend;
 }
 
 }  // namespace

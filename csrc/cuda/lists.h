@@ -8,23 +8,16 @@
 // A large group reads each reference half as often for a query as a small one does, but its list is
 // longer.
 #pragma once
-#include "cuda/weights.h"
+#include "cuda/threads.h"
+#include "cuda/tiles.h"
 
 namespace pfgm {
 namespace {
 
-// Queries of a small, a large and a very large group; features of a block that takes a share
-// of the lists.
-constexpr int kSumRows = 32, kLargeSumRows = 64, kLargestSumRows = 128;
-constexpr int kShareFeatures = 256;
-constexpr Index kMostReferences = 1 << 16;  // of a chunk, for places of 16 bits
-constexpr int kRankedQueries = 16;          // of a block of order_queries
-constexpr Index kLargeFrom = 256;           // queries of a block from which on groups are large
+constexpr int kRankedQueries = 16;  // of a block of order_queries
+
 template <int ROWS> constexpr int kListThreads = ROWS <= 64 ? 8 * ROWS : 512;
-// Panels of listed references that a block sums: kFewestPanels to kManyPanels if that leaves four
-// blocks a multiprocessor, up to kMostPanels if it leaves six. They are more, up to kPartPanels, if
-// the parts would not fit into memory.
-constexpr int kFewestPanels = 4, kManyPanels = 16, kMostPanels = 24, kPartPanels = 64;
+
 constexpr int kGatheredPanels = 192;  // of a block of list_references, at most
 
 // The place of the first of a thread's `own` things: `count` earlier ones and those of threads
@@ -41,9 +34,9 @@ __device__ inline int place_of(int own, int& count, int* before) {
   __syncthreads();  // no thread uses the counts of an earlier call any more
   if (lane.lane == 31) before[lane.warp] = place;
   __syncthreads();
-  const int of_warp = lane.lane < THREADS / 32 ? before[lane.lane] : 0;
-  place += count - own + __reduce_add_sync(kAll, lane.lane < lane.warp ? of_warp : 0);
-  count += __reduce_add_sync(kAll, of_warp);
+  const int warp_count = lane.lane < THREADS / 32 ? before[lane.lane] : 0;
+  place += count - own + __reduce_add_sync(kAll, lane.lane < lane.warp ? warp_count : 0);
+  count += __reduce_add_sync(kAll, warp_count);
   return place;
 }
 
@@ -71,25 +64,6 @@ __device__ inline int list(int* to, int* before, int words, Bits bits) {
   __syncthreads();
   return count;
 }
-
-// For each group of queries: the references of a chunk that have a weight for any of them.
-struct Lists {
-  int* listed;  // (groups, stride): which they are, and the last one again up to a whole panel
-  int* counts;  // (groups): how many
-  // (groups, stride, queries of a group): their weights, in panels of pair_place or operand_place.
-  // Those of a reference that is there again, and of queries after the last one, are zero.
-  float* weights;
-  Index stride;
-};
-
-// Sums over parts of the lists, so that queries with many weights have more blocks than others.
-struct Parts {
-  float* sums;  // (parts, queries, features); only parts with a listed reference are written
-  int* counts;  // (slices, queries): how many are written
-  int queries;
-  int slices;  // of kShareFeatures features with parts of their own, or one of all features
-  int panels;  // of listed references in a part, or at least in a share (cuda/list_shares.h)
-};
 
 // How many weights of a query are not zero.
 __device__ inline int live_weights(const PieceSums& sums, int query) {
@@ -121,11 +95,6 @@ __global__ void __launch_bounds__(kQueryThreads)
     rank += counts[query] < mine || (counts[query] == mine && query < own);
   for (int apart = 1; apart < kSharers; apart *= 2) rank += __shfl_xor_sync(kAll, rank, apart);
   if (own < queries && thread % kSharers == 0) order[rank] = own;
-}
-
-// n/by, rounded up, of numbers ≥ 0. Dividing 64-bit numbers takes much longer.
-__device__ inline int divide_up32(int n, int by) {
-  return static_cast<int>(static_cast<unsigned>(n + by - 1) / static_cast<unsigned>(by));
 }
 
 // Of 32 references: a bit for each that the first half of the queries need, and one for the second
@@ -230,8 +199,8 @@ __device__ inline ListTask take_uneven_share(ListMemory<ROWS>& shared, const Pie
   __syncthreads();
   const int query = shared.order[known ? thread : queries - 1];
   const int live = known ? static_cast<int>(shared.keys[query] / kThreads) : 0;
-  const int of_warp = __reduce_add_sync(kAll, live);
-  if (lane.lane == 0) shared.live[lane.warp] = of_warp;
+  const int warp_count = __reduce_add_sync(kAll, live);
+  if (lane.lane == 0) shared.live[lane.warp] = warp_count;
   __syncthreads();
   int most = 0;  // listed references of the lane's group
   if (lane.lane < groups)
@@ -312,15 +281,15 @@ __device__ inline void gather_weights(const float* weights, const std::uint16_t*
       const float weight = weights[listed[place < count ? place : count - 1]];
       words[i] = known && place < count ? bits_of(weight) : 0;
     }
-    float* const of_panel = to + kPanel * ROWS * panel;
+    float* const panel_weights = to + kPanel * ROWS * panel;
     // Part s of the weights: halves that are low or high, or half of the references.
     const auto store = [&](int s, std::uint32_t first, std::uint32_t second) {
       if constexpr (OPERANDS) {
-        std::uint32_t* const at = reinterpret_cast<std::uint32_t*>(of_panel) +
+        std::uint32_t* const at = reinterpret_cast<std::uint32_t*>(panel_weights) +
                                   operand_place<ROWS>(8 * n + lane.g, step, s) + lane.t;
         at[0] = first, at[kOperandStep<ROWS>] = second;
       } else {
-        float* const pair = of_panel + pair_place(n, 2 * step + s, lane.lane);
+        float* const pair = panel_weights + pair_place(n, 2 * step + s, lane.lane);
         *reinterpret_cast<std::uint64_t*>(pair) = first | static_cast<std::uint64_t>(second) << 32;
       }
     };

@@ -57,7 +57,7 @@ __global__ void __launch_bounds__(most_threads(WIDTH, WHOLE))
     }
   }
 
-  const double scale = of_row_sum<double>(squared, lanes, [&](double sum) {
+  const double scale = row_result<double>(squared, lanes, [&](double sum) {
     const double norm = sqrt(sum + z * z) + field.gamma;
     // The norm is 0 at E = 0 and γ = 0. There any finite scale gives v = 0.
     return -sqrt(static_cast<double>(field.features)) / (norm == 0 ? 1 : norm);

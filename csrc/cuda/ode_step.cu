@@ -18,10 +18,10 @@ struct Levels {
   double z, toward, blend;
 };
 
-// Factors of one row: next = of_x x + of_slope slope + of_history history, mean = x + stretch
+// Factors of one row: next is the sum of x, slope and history times theirs, mean = x + stretch
 // slope.
 struct StepFactors {
-  float of_x, of_slope, of_history, stretch;
+  float x, slope, history, stretch;
 };
 
 // t = −z/v_z with the v_z computed from |v_x|². It does not divide by v_z, which is 0 at z = 0.
@@ -80,10 +80,9 @@ __device__ void write(const Held& held, const OdeStep& step, Index row, const Ro
                       const StepFactors& factors) {
   float out[kHeldValues];
   for (int i = 0; i < kHeldValues; ++i)
-    out[i] = fmaf(factors.of_slope, held.slope[i], factors.of_x * held.x[i]);
+    out[i] = fmaf(factors.slope, held.slope[i], factors.x * held.x[i]);
   if (step.history != nullptr)
-    for (int i = 0; i < kHeldValues; ++i)
-      out[i] = fmaf(factors.of_history, held.history[i], out[i]);
+    for (int i = 0; i < kHeldValues; ++i) out[i] = fmaf(factors.history, held.history[i], out[i]);
   store_tile<WIDTH>(row_of(step.next, row, step.next_stride), tile, out);
   if (step.mean == nullptr) return;
   for (int i = 0; i < kHeldValues; ++i) out[i] = fmaf(factors.stretch, held.slope[i], held.x[i]);
@@ -135,7 +134,7 @@ __global__ void __launch_bounds__(most_threads(WIDTH, WHOLE))
   } else {
     if (needs_norm) squared = squared_norm<WIDTH>(step, at);
   }
-  const StepFactors factors = of_row_sum<StepFactors>(squared, summed ? lanes : 1, [&](double sum) {
+  const StepFactors factors = row_result<StepFactors>(squared, summed ? lanes : 1, [&](double sum) {
     return step_factors(step, at.row, level, sum);
   });
 

@@ -4,7 +4,8 @@
 // find_limits decides from the error that would be left in the mean which distances of a query
 // matter, and lists them. refine computes these from differences in two floats, one warp for each.
 #pragma once
-#include "cuda/distances.h"
+#include "cuda/threads.h"
+#include "cuda/tiles.h"
 #include "cuda/weight_law.h"
 
 namespace pfgm {
@@ -19,19 +20,6 @@ constexpr int kRefineBlocks = 2;  // of a multiprocessor
 __device__ inline float relative_growth(float u) {
   const float series = 1 + u * (1 / 2.0f + u * (1 / 6.0f + u * (1 / 24.0f + u * (1 / 120.0f))));
   return u < 0.5f ? series : (exponential(u) - 1) * reciprocal(fmaxf(u, 0.5f));
-}
-
-// √v of finite v ≥ 0, to about 2^-22. It takes no float64, which is slow on GeForce cards. 0 has a
-// very small one.
-__device__ inline double square_root64(double v) {
-  const std::int64_t bits = bits_of(v);
-  const int power = static_cast<int>(bits >> 52) - 1023, half = power >> 1;
-  const auto digits = static_cast<std::uint32_t>(bits >> 29) & 0x7fffffu;
-  const float root =
-      square_root(float_of(digits | static_cast<std::uint32_t>(127 + (power & 1)) << 23));
-  // A float's bits, as those of the same float64, with more of the exponent.
-  return double_of((static_cast<std::int64_t>(bits_of(root)) << 29) +
-                   (static_cast<std::int64_t>(1023 - 127 + half) << 52));
 }
 
 // log a/b of positive numbers, to about 2^-20. Zero counts as a very small one.
@@ -78,8 +66,8 @@ struct QueryLimit {
     // distance has an error too.
     smallest =
         PRODUCTS ? root * (0x1p-24 * per_scale) * (1 + width * 0x1p-7f) : width * width * 0x1p-126;
-    const float of_smallest = PRODUCTS ? 4 * width : 4;
-    bound = 2 * law.margin * (3 * norm + 2 * base) + of_smallest * smallest;
+    const float smallest_count = PRODUCTS ? 4 * width : 4;
+    bound = 2 * law.margin * (3 * norm + 2 * base) + smallest_count * smallest;
     within = law.gaussian ? 2 * r * r : s * law.per_exponent;
     const double spread = law.gaussian ? law.near * within : law.near_spread * s;
     if (PRODUCTS && law.rounding > 0) {
@@ -92,15 +80,16 @@ struct QueryLimit {
     if (!(near == near)) near = INFINITY;
   }
 
-  // The typical error of a distance; `of_y` is |y|². Distances between rounded values have the
+  // The typical error of a distance; `y_squared` is |y|². Distances between rounded values have the
   // smaller an error the smaller they are.
   template <bool PRODUCTS>
-  __device__ double noise(const WeightLaw& law, double of_y) const {
+  __device__ double noise(const WeightLaw& law, double y_squared) const {
     // The rounding errors of single differences mostly average out.
     if (!PRODUCTS) return law.noise * (norm + base) + 0x1p-26 * base;
-    const double y = square_root64(of_y), of_sums = law.noise * (2 * root * y + of_y);
-    if (law.rounding == 0) return of_sums;
-    return of_sums + 2 * law.rounding * square_root64(edge) * (root + y) + 0x1p-24 * (norm + of_y);
+    const double y = square_root64(y_squared), sums = law.noise * (2 * root * y + y_squared);
+    if (law.rounding == 0) return sums;
+    return sums + 2 * law.rounding * square_root64(edge) * (root + y) +
+           0x1p-24 * (norm + y_squared);
   }
 
   // The largest distance that is refined, or −1 if errors do not change the result. `farthest` is
@@ -120,18 +109,18 @@ struct QueryLimit {
     // allows.
     const double one = law.tolerance * within;
     const float averaged = fmaxf(static_cast<float>(close) * (1 / 2.718f), 1);
-    const float of_score = fmaxf(1, score) * static_cast<float>(kDigits);
-    const double most = one * fminf(square_root(averaged), of_score);
+    const float score_limit = fmaxf(1, score) * static_cast<float>(kDigits);
+    const double most = one * fminf(square_root(averaged), score_limit);
     const auto matters = [&](double v) { return v > most || near == INFINITY; };
     if (!matters(error))  // The smallest distance is a result itself.
       return error > law.tolerance * kDigits * base ? base + bound : -1;
-    const double allowed = one * fminf(1, of_score);
+    const double allowed = one * fminf(1, score_limit);
     float nats = law.others + logarithm_of_ratio(biased, allowed);
     if (PRODUCTS && law.added > 0) {
-      const float of_random =
+      const float random_nats =
           2 * (static_cast<float>(kOthers) + logarithm_of_ratio(random, allowed));
       const bool both = matters(biased) || law.others == INFINITY;
-      nats = both ? fmaxf(nats, of_random) : of_random;
+      nats = both ? fmaxf(nats, random_nats) : random_nats;
     }
     if (near == INFINITY || !(nats < law.near)) return near;
     const float few = fmaxf(nats, 0);
@@ -341,19 +330,6 @@ __global__ void __launch_bounds__(32 * WARPS, 1)
 
 // ---- differences in two floats ---------------------------------------------------------------
 
-// A reference's value as high + low, exact.
-template <class R>
-__device__ inline TwoFloats two_floats(const R* from) {
-  return {load_float(from), 0};
-}
-__device__ inline TwoFloats two_floats(const std::uint8_t* from) {
-  const float whole = static_cast<float>(2 * static_cast<int>(*from) - 255);
-  const float high = rounded_product(whole, 1 / 255.0f);  // the same wherever it is used
-  // The remainder in products of few digits, which are exact without a fused operation.
-  const float front = float_of(bits_of(high) & 0xfffff000u);
-  return {high, ((whole - front * 255) - (high - front) * 255) * (1 / 255.0f)};
-}
-
 // This lane's part of Σ (unit (x − y))²; `unit` is a power of two. With CUT, differences count as
 // at most 2^55: such a reference is too far away to have a weight. Without it, a sum that is too
 // large is not finite.
@@ -384,14 +360,14 @@ __device__ inline TwoFloats sum_of_squares(const float* x, const R* y, int featu
     x += 32 * kAhead, y += 32 * kAhead;
 #pragma unroll
     for (int i = 0; i < kAhead; ++i) {
-      const TwoFloats of_y = two_floats(&b[i]);
+      const TwoFloats y_value = two_floats(&b[i]);
       // From the larger one on, the rest of the difference takes two additions and not five. The
       // comparison leaves the units that add and multiply free.
-      const bool x_first = fabsf(a[i]) >= fabsf(of_y.high);
-      const float one = x_first ? a[i] : -of_y.high, other = x_first ? -of_y.high : a[i];
+      const bool x_first = fabsf(a[i]) >= fabsf(y_value.high);
+      const float one = x_first ? a[i] : -y_value.high, other = x_first ? -y_value.high : a[i];
       float high = one + other, rest = other - (high - one);
       const bool finite = fabsf(high) < INFINITY;
-      high *= unit, rest = (rest - of_y.low) * twice;
+      high *= unit, rest = (rest - y_value.low) * twice;
       if constexpr (CUT) {
         const bool cut = finite && fabsf(high) > 0x1p55f;
         high = cut ? 0x1p55f : high, rest = cut ? 0 : rest;
@@ -421,7 +397,7 @@ __device__ inline double squared_distance(const float* x, const R* y, int featur
   const std::int64_t power =
       127 - static_cast<std::int64_t>(bits_of(unit) >> 23);  // 1/unit = 2^power
   const double factor = double_of((1023 + 2 * power + 6) << 52);
-  const double sum = (static_cast<double>(part.high) + part.low) * factor;
+  const double sum = part.sum() * factor;
   // Rounding may leave less than 0, which would say that a distance is NaN.
   return is_finite(sum) ? (sum < 0 ? 0 : sum) : NAN;
 }

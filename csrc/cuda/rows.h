@@ -17,7 +17,7 @@ constexpr int kLongLanes = 512;     // for a row that is read twice
 constexpr int kPanelLanes = 128;    // for a panel
 constexpr int kShortThreads = 128;  // in a block of short rows
 constexpr std::int64_t kMostPanels = 65535;
-constexpr int kSumBytes = 32 * sizeof(double) + 16;  // of shared memory for of_row_sum
+constexpr int kSumBytes = 32 * sizeof(double) + 16;  // of shared memory for row_result
 
 // Largest number of threads for a row held as a whole, limited by registers. `width` is the number
 // of values per access.
@@ -134,7 +134,7 @@ __device__ inline double warp_sum(double part, int lanes) {
 // this, once. For a row with a block only the first warp calls finish, because there are few
 // float64 units. With lanes = 1 every thread finishes its own part.
 template <class Result, class Finish>
-__device__ inline Result of_row_sum(double part, int lanes, const Finish& finish) {
+__device__ inline Result row_result(double part, int lanes, const Finish& finish) {
   static_assert(sizeof(Result) <= 16, "kSumBytes has place for 16 bytes");
   const bool block = lanes > 32, first = threadIdx.x < 32;
   double* const parts = reinterpret_cast<double*>(shared_memory());

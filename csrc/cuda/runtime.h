@@ -22,12 +22,12 @@ inline void check_runtime(const char* what, cudaError_t error) {
 }
 
 inline bool environment_is(const char* name, const char* value) {
-  const char* const found = std::getenv(name);
-  return found != nullptr && std::strcmp(found, value) == 0;
+  const char* const set = std::getenv(name);
+  return set != nullptr && std::strcmp(set, value) == 0;
 }
 
 // A number of each device that is not negative, asked for once.
-class OfDevices {
+class DeviceNumber {
  public:
   template <class Ask>
   int get(int device, const Ask& ask) {
@@ -45,7 +45,7 @@ class OfDevices {
 
 template <cudaDeviceAttr ATTRIBUTE>
 inline int attribute_of(int device) {
-  static OfDevices known;
+  static DeviceNumber known;
   return known.get(device, [=] {
     int value = 0;
     check_runtime("cudaDeviceGetAttribute", cudaDeviceGetAttribute(&value, ATTRIBUTE, device));
@@ -71,7 +71,7 @@ inline int architecture_of(const char* name, const void* kernel) {
 inline bool has_warpgroups([[maybe_unused]] const char* name, [[maybe_unused]] const void* kernel,
                            [[maybe_unused]] int device) {
 #ifdef PFGM_WARPGROUPS
-  static OfDevices known;
+  static DeviceNumber known;
   return known.get(device, [=] {
     if (attribute_of<cudaDevAttrComputeCapabilityMajor>(device) != 9) return 0;
     return architecture_of(name, kernel) == 90 ? 1 : 0;
@@ -85,7 +85,7 @@ inline bool has_warpgroups([[maybe_unused]] const char* name, [[maybe_unused]] c
 // device, has instances for these (`unused` in cuda/distances.h). Their matrix units multiply twice
 // as fast where they add up in float16, and float64 runs at 1/64 of the rate of float32.
 inline bool is_geforce(const char* name, const void* kernel, int device) {
-  static OfDevices known;
+  static DeviceNumber known;
   return known.get(device, [=] {
     const int major = attribute_of<cudaDevAttrComputeCapabilityMajor>(device);
     const int minor = attribute_of<cudaDevAttrComputeCapabilityMinor>(device);
@@ -103,7 +103,7 @@ inline bool is_geforce(const char* name, const void* kernel, int device) {
 inline bool may_overlap([[maybe_unused]] const char* name, [[maybe_unused]] const void* kernel,
                         [[maybe_unused]] int device) {
 #if CUDART_VERSION >= 12030
-  static OfDevices known;
+  static DeviceNumber known;
   return known.get(device, [=] {
     if (environment_is("PFGM_CUDA_OVERLAP", "0")) return false;
     int driver = 0;

@@ -3,14 +3,10 @@
 // They are float64. Where float64 is slow, they are computed in two floats, to about 2^-45 of the
 // norms, and become float64 by their bits.
 #pragma once
-#include "cuda/tiles.h"
+#include "cuda/arithmetic.h"
 
 namespace pfgm {
 namespace {
-
-// Numbers ≥ 0 have the order of their bits; infinity and NaN follow. Comparing bits takes no
-// float64 instructions.
-constexpr std::uint64_t kInfiniteBits = 0x7ffull << 52;
 
 // Whether float64 runs at 1/64 of the rate of float32: on GeForce cards, and with code for compute
 // capability 10.3. Code for 10.0 runs there too, with the float64 that is fast on 10.0.
@@ -21,12 +17,6 @@ constexpr bool kSlowFloat64 = true;
 template <bool GEFORCE>
 constexpr bool kSlowFloat64 = GEFORCE;
 #endif
-
-// The sum of two sums of two floats each.
-__device__ inline float2 add_sums(const float2& a, const float2& b) {
-  const TwoFloats sum = sum_of({a.x, a.y}, {b.x, b.y});
-  return {sum.high, sum.low};
-}
 
 // |y|² of two references.
 template <bool TWO_FLOATS>
@@ -81,8 +71,8 @@ __device__ inline TwoFloats times(const TwoFloats& v, float power) {
 // The bits of v times the power of two that has this exponent in float64. Negative numbers, and
 // those below 2^-64, give 0.
 __device__ inline std::uint64_t bits_of_sum(const TwoFloats& v, int exponent) {
-  const float high = v.high + v.low, of_low = high - v.high;
-  const float low = (v.high - (high - of_low)) + (v.low - of_low);
+  const float high = v.high + v.low, low_part = high - v.high;
+  const float low = (v.high - (high - low_part)) + (v.low - low_part);
   if (!(high < INFINITY)) return kInfiniteBits + 1;
   if (!(high > 0x1p-64f)) return 0;
   const std::uint32_t bits = bits_of(high);
@@ -111,23 +101,24 @@ template <>
 class DistanceOfQuery<true> {
  public:
   __device__ DistanceOfQuery(double norm, double unit, const ReferenceNorms<true>& y)
-      : y_(y), of_norm_(exponent_of(norm)), of_twice_unit_(exponent_of(unit) + 1) {
-    norm_ = two_floats_over(norm, of_norm_);
+      : y_(y), norm_exponent_(exponent_of(norm)), twice_unit_exponent_(exponent_of(unit) + 1) {
+    norm_ = two_floats_over(norm, norm_exponent_);
   }
 
   // Sums are in units of the larger norm. Twice a product is at most the sum of both, so float32
   // holds them.
   __device__ std::uint64_t operator()(int reference, float2 product) const {
-    const int of_y = y_.exponents[reference], exponent = Most()(of_norm_, of_y);
-    const TwoFloats norms = sum_of(times(y_.squared[reference], power_of_two(of_y - exponent)),
-                                   times(norm_, power_of_two(of_norm_ - exponent)));
-    const float of_product = -power_of_two(of_twice_unit_ - exponent);
-    return bits_of_sum(sum_of(norms, times({product.x, product.y}, of_product)), exponent);
+    const int y_exponent = y_.exponents[reference], exponent = Most()(norm_exponent_, y_exponent);
+    const TwoFloats norms =
+        sum_of(times(y_.squared[reference], power_of_two(y_exponent - exponent)),
+               times(norm_, power_of_two(norm_exponent_ - exponent)));
+    const float product_factor = -power_of_two(twice_unit_exponent_ - exponent);
+    return bits_of_sum(sum_of(norms, times({product.x, product.y}, product_factor)), exponent);
   }
 
  private:
   const ReferenceNorms<true>& y_;
-  const int of_norm_, of_twice_unit_;
+  const int norm_exponent_, twice_unit_exponent_;
   TwoFloats norm_;
 };
 

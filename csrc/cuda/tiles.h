@@ -1,71 +1,17 @@
-// Tiles of rows in shared memory, products in matrix units with the accuracy of float32, and sums
-// over threads.
+// Loading elements, and staging rows in shared memory.
 //
 // A warp's lanes are g = lane/4 and t = lane mod 4 (multiply_add in cuda/intrinsics.h). The order
 // of terms in a sum is free. So a lane reads 4 neighbouring values in one access, where the matrix
 // instruction expects every fourth value.
 #pragma once
-#include <cstddef>
-#include <cstdint>
-
-#include "api/posterior_mean.h"
+#include "cuda/arithmetic.h"
+#include "cuda/arrays.h"
 #include "cuda/intrinsics.h"
 
 namespace pfgm {
 namespace {
 
-using Index = std::int64_t;
-
-constexpr int kPanel = 32;  // terms that are added up together: features, or references
-constexpr unsigned kAll = 0xffffffffu;
 constexpr std::size_t kSharedLimit = 99 << 10;  // bytes that a block can have from sm_80 on
-
-__host__ __device__ constexpr Index divide_up(Index n, Index by) { return (n + by - 1) / by; }
-__host__ __device__ constexpr Index round_up(Index n, Index multiple) {
-  return divide_up(n, multiple) * multiple;
-}
-__host__ __device__ constexpr Index smaller(Index a, Index b) { return a < b ? a : b; }
-__host__ __device__ constexpr Index larger(Index a, Index b) { return a > b ? a : b; }
-
-struct Lane {
-  int warp, lane, g, t;
-};
-
-__device__ inline Lane this_lane() {
-  const int thread = static_cast<int>(threadIdx.x), lane = thread % 32;
-  return {thread / 32, lane, lane / 4, lane % 4};
-}
-
-// ---- element types ---------------------------------------------------------------------------
-
-struct BFloat16 {
-  std::uint16_t bits;
-};
-struct Float16 {
-  std::uint16_t bits;
-};
-// float32 of which matrix units multiply what float16 holds, in precision "medium".
-struct Rounded {
-  float value;
-};
-template <class R> constexpr bool kRounded = false;
-template <> constexpr bool kRounded<Rounded> = true;
-
-// load4 returns elements as numbers in this unit. In it, all types but float32 are exact in TF32.
-template <class R> constexpr bool kShort = true;
-template <> constexpr bool kShort<float> = false;
-template <> constexpr bool kShort<Rounded> = false;
-template <class R> constexpr float kUnit = 1;
-// Which of them are exact in float16 too.
-template <class R> constexpr bool kExactHalf = false;
-template <> constexpr bool kExactHalf<Float16> = true;
-template <> constexpr bool kExactHalf<std::uint8_t> = true;
-template <> constexpr float kUnit<std::uint8_t> = 1 / 255.0f;  // u/127.5 − 1 = (2u − 255)/255
-
-// The first or the second float16 value of a word.
-__device__ inline float half_of_word(std::uint32_t word, int second) {
-  return half_to_float(static_cast<std::uint16_t>(word >> 16 * second));
-}
 
 __device__ inline void load4(const float* from, float (&v)[4]) {
   const float4 four = *reinterpret_cast<const float4*>(from);
@@ -120,27 +66,38 @@ __device__ inline float load_float(const std::uint8_t* from) {
   return static_cast<float>(2 * static_cast<int>(*from) - 255) * (1 / 255.0f);
 }
 
-// ---- rows in global memory -------------------------------------------------------------------
-
-// Rows of a matrix in global memory. Accesses of 16 bytes need all rows to start on a 16-byte
-// boundary; `aligned` also says that rows are less than 4 GiB apart.
-template <class T>
-struct Rows {
-  const T* at;
-  Index stride;
-  int count;
-  bool aligned;
-
-  __device__ const T* row(Index i) const { return at + i * stride; }
-};
-
-template <class T>
-Rows<T> rows_of(const void* at, Index stride, Index count) {
-  const bool aligned = reinterpret_cast<std::uintptr_t>(at) % 16 == 0 &&
-                       (count == 1 || stride * static_cast<Index>(sizeof(T)) % 16 == 0) &&
-                       stride * static_cast<Index>(sizeof(T)) <= 0xffffffff;
-  return {static_cast<const T*>(at), stride, static_cast<int>(count), aligned};
+// A reference's value as high + low, exact.
+template <class R>
+__device__ inline TwoFloats two_floats(const R* from) {
+  return {load_float(from), 0};
 }
+__device__ inline TwoFloats two_floats(const std::uint8_t* from) {
+  const float whole = static_cast<float>(2 * static_cast<int>(*from) - 255);
+  const float high = rounded_product(whole, 1 / 255.0f);  // the same wherever it is used
+  // The remainder in products of few digits, which are exact without a fused operation.
+  const float front = float_of(bits_of(high) & 0xfffff000u);
+  return {high, ((whole - front * 255) - (high - front) * 255) * (1 / 255.0f)};
+}
+
+// One value or four, in one access.
+template <int WIDTH>
+__device__ inline void load_values(const float* from, float (&v)[WIDTH]) {
+  if constexpr (WIDTH == 4)
+    load4(from, v);
+  else
+    v[0] = *from;
+}
+template <int WIDTH>
+__device__ inline void store_values(float* to, const float (&v)[WIDTH]) {
+  if constexpr (WIDTH == 4)
+    *reinterpret_cast<float4*>(to) = float4{v[0], v[1], v[2], v[3]};
+  else if constexpr (WIDTH == 2)
+    *reinterpret_cast<float2*>(to) = float2{v[0], v[1]};
+  else
+    *to = v[0];
+}
+
+// ---- staging -----------------------------------------------------------------------------------
 
 // Starts to copy 16 bytes of a row with COLUMNS values, the piece number `piece`, to shared memory.
 // Values after the first `known` become zero.
@@ -204,104 +161,25 @@ __device__ inline void pipeline(int panels, Stage stage, Compute compute) {
   __syncthreads();
 }
 
-// ---- products --------------------------------------------------------------------------------
+// ---- listed references -------------------------------------------------------------------------
 
-// v as the sum of two TF32 numbers: the nearest one and the rest. The matrix unit cuts off the last
-// bit of the rest. If v is not finite, the rest is not finite either.
-struct Split {
-  std::uint32_t big, small;
+// What a block adds up at a time: panels of its share that belong to one list.
+struct Segment {
+  int work;           // of the share
+  int group, slice;   // of the list
+  int first, panels;  // at most 0 panels if the share ends before them
+  int part;           // of the sums of the list
+  bool is_last;
 };
 
-__device__ inline Split split(float v) {
-  const std::uint32_t big = (bits_of(v) + 0x1000u) & 0xffffe000u;
-  return {big, bits_of(v - float_of(big))};
-}
+// Weights in halves are multiplied by it. The largest weight is then far from overflow, and others
+// are off by at most 2^-39 of it.
+constexpr float kWeightUnit = 0x1p14f;
 
-// Operands of multiply_add, in two parts. If SHORT, values of A are TF32 numbers themselves.
-template <bool SHORT>
-struct OperandA {
-  std::uint32_t big[4], small[4];
-
-  __device__ void set(int i, float v) {
-    if constexpr (SHORT) {
-      big[i] = bits_of(v);
-    } else {
-      const Split parts = split(v);
-      big[i] = parts.big, small[i] = parts.small;
-    }
-  }
-};
-
-struct OperandB {
-  std::uint32_t big[2], small[2];
-
-  __device__ void set(int i, float v) {
-    const Split parts = split(v);
-    big[i] = parts.big, small[i] = parts.small;
-  }
-};
-
-template <bool SHORT>
-__device__ inline void add_product(float (&d)[4], const OperandA<SHORT>& a, const OperandB& b) {
-  if constexpr (!SHORT) multiply_add(d, a.small, b.big);
-  multiply_add(d, a.big, b.small);
-  multiply_add(d, a.big, b.big);
-}
-
-// Adds Σ reference[feature] · weight[query] over the staged references. The result has 32 features,
-// lane g has features 4g to 4g + 3, by 8 queries a tile: sum[i][n][e] is feature 4g + 2i + e/2,
-// query 8n + 2t + e % 2. weights(n, s) returns the weights of query 8n + g for references 8s + t
-// and 8s + t + 4.
-template <int REFERENCES, int TILES, int PITCH, class R, class Weights>
-__device__ inline void add_weighted(float (&sum)[2][TILES][4], const R* references,
-                                    const Weights& weights, const Lane& lane) {
-  float panel[2][TILES][4] = {};
-#pragma unroll
-  for (int step = 0; step < REFERENCES; step += 8) {
-    OperandB weight[TILES];
-#pragma unroll
-    for (int n = 0; n < TILES; ++n) {
-      const float2 v = weights(n, step / 8);
-      weight[n].set(0, v.x), weight[n].set(1, v.y);
-    }
-    float of[2][4];
-    for (int e = 0; e < 2; ++e)
-      load4(references + (step + 4 * e + lane.t) * PITCH + 4 * lane.g, of[e]);
-    OperandA<kShort<R>> feature[2];
-#pragma unroll
-    for (int i = 0; i < 2; ++i)
-      for (int e = 0; e < 4; ++e) feature[i].set(e, of[e / 2][2 * i + e % 2]);
-#pragma unroll
-    for (int i = 0; i < 2; ++i)
-      for (int n = 0; n < TILES; ++n) add_product(panel[i][n], feature[i], weight[n]);
-  }
-#pragma unroll
-  for (int i = 0; i < 2; ++i)
-    for (int n = 0; n < TILES; ++n)
-      for (int e = 0; e < 4; ++e) sum[i][n][e] += panel[i][n][e];
-}
-
-// ---- products of float16 parts ---------------------------------------------------------------
-
-// Two values in float16 as high + low, the first in the lower half of each word.
-struct TwoHalves {
-  std::uint32_t high, low;
-};
-__device__ inline TwoHalves split_halves(float first, float second) {
-  const std::uint32_t high = halves_of(first, second);
-  const float of_first = half_of_word(high, 0), of_second = half_of_word(high, 1);
-  return {high, halves_of(first - of_first, second - of_second)};
-}
-
-// One value as high + low in a word, high in its lower half.
-__device__ inline std::uint32_t both_halves(float v) {
-  const std::uint32_t high = halves_of(v, 0);
-  return halves_of(v, v - half_of_word(high, 0));
-}
-
-// The high parts, and the low parts, of two such words.
-__device__ inline TwoHalves apart(std::uint32_t first, std::uint32_t second) {
-  return {__byte_perm(first, second, 0x5410), __byte_perm(first, second, 0x7632)};
+// Whether halves hold a feature to about 2^-20 of its largest value, in units of `unit`. float16
+// ends at 65504 and at steps of 2^-24.
+__device__ inline bool halves_hold(float largest, float unit) {
+  return largest == 0 || (largest >= 0x1p-5f * unit && largest <= 65504 * unit);
 }
 
 // The weights of a panel of 32 references for a group of queries lie in pairs of words, in the
@@ -310,17 +188,6 @@ __device__ inline TwoHalves apart(std::uint32_t first, std::uint32_t second) {
 // has the low halves of references 16s + t + 4i, and pair 2s + 1 the high halves.
 __device__ inline int pair_place(int n, int s, int lane) {
   return 2 * (32 * (kPanel / 8 * n + s) + lane);
-}
-
-// The weight of a query and a reference of a panel in halves.
-__device__ inline float weight_of_halves(const float* weights, int query, int reference) {
-  const int n = query / 8, lane = 4 * (query % 8) + reference % 4;
-  const int step = reference / 16, i = reference / 4 % 4;
-  const auto of = [&](int s) {
-    const float word = weights[pair_place(n, 2 * step + s, lane) + i / 2];
-    return half_of_word(bits_of(word), i % 2);
-  };
-  return of(1) + of(0);
 }
 
 // For asynchronous products a panel has the weights of ROWS queries in other places, in words
@@ -333,212 +200,27 @@ __device__ inline int operand_place(int query, int step, int part) {
   return 4 * query + 2 * kOperandStep<ROWS> * (2 * step + part);
 }
 
-// The weight of a query and a reference of such a panel.
-template <int ROWS>
-__device__ inline float weight_of_operands(const float* weights, int query, int reference) {
-  const int i = reference / 4 % 4;
-  const auto of = [&](int part) {
-    const int at = operand_place<ROWS>(query, reference / 16, part) + i / 2 * kOperandStep<ROWS>;
-    return half_of_word(bits_of(weights[at + reference % 4]), i % 2);
-  };
-  return of(1) + of(0);
-}
+// ---- products of a tile -------------------------------------------------------------------------
 
-// Adds Σ reference[feature] · weight[query] over a panel of staged references, as add_weighted
-// does. References are multiplied by `factor` before they are cut into halves; weights are pairs of
-// halves. `largest` keeps the largest reference of each of the lane's features. If EXACT,
-// float16 holds references as they are. Weights of Rounded references have no low part.
-template <bool EXACT, int TILES, int PITCH, class R>
-__device__ inline void add_weighted_halves(float (&sum)[2][TILES][4], const R* references,
-                                           const float* weights, float factor, float (&largest)[4],
-                                           const Lane& lane) {
-  constexpr int kSteps = kPanel / 16;
-  std::uint32_t big[kSteps][2][4], small[kSteps][2][4];
-#pragma unroll
-  for (int step = 0; step < kSteps; ++step)
-    for (int pair = 0; pair < 2; ++pair) {
-      // This lane's terms of the instruction are those of references first + 4i.
-      const int first = 16 * step + lane.t;
-      float v[2][4];
-      for (int e = 0; e < 2; ++e) {
-        load4(references + (first + 8 * pair + 4 * e) * PITCH + 4 * lane.g, v[e]);
-        if constexpr (!EXACT)
-          for (int f = 0; f < 4; ++f)
-            largest[f] = fmaxf(largest[f], fabsf(v[e][f])), v[e][f] *= factor;
-      }
-      for (int f = 0; f < 4; ++f) {
-        const TwoHalves parts = split_halves(v[0][f], v[1][f]);
-        big[step][f / 2][2 * pair + f % 2] = parts.high;
-        small[step][f / 2][2 * pair + f % 2] = parts.low;
-      }
-    }
-  constexpr bool kLowWeights = !kRounded<R>, kLowValues = !EXACT;
-  // Products of four sums take turns, so that none waits for another.
-#pragma unroll
-  for (int n0 = 0; n0 < TILES; n0 += 2) {
-    float panel[2][2][4];
-#pragma unroll
-    for (int step = 0; step < kSteps; ++step) {
-      std::uint32_t high[2][2], low[2][2];
-      const auto load = [&](std::uint32_t (&words)[2], int n, int s) {
-        const uint2 pair =
-            *reinterpret_cast<const uint2*>(weights + pair_place(n0 + n, s, lane.lane));
-        words[0] = pair.x, words[1] = pair.y;
-      };
-      for (int n = 0; n < 2; ++n) load(low[n], n, 2 * step);
-      for (int n = 0; n < 2; ++n) load(high[n], n, 2 * step + 1);
-      const auto each = [&](auto multiply) {
-#pragma unroll
-        for (int n = 0; n < 2; ++n)
-          for (int i = 0; i < 2; ++i) multiply(panel[i][n], i, n);
-      };
-      bool first = step == 0;  // of the panel
-      const auto add = [&](float (&d)[4], const std::uint32_t (&a)[4],
-                           const std::uint32_t (&b)[2]) {
-        if (first)
-          multiply_halves(d, a, b);
-        else
-          multiply_add_halves(d, a, b);
-      };
-      if constexpr (kLowWeights) {
-        each([&](float (&d)[4], int i, int n) { add(d, big[step][i], low[n]); });
-        first = false;
-      }
-      if constexpr (kLowValues) {
-        each([&](float (&d)[4], int i, int n) { add(d, small[step][i], high[n]); });
-        first = false;
-      }
-      each([&](float (&d)[4], int i, int n) { add(d, big[step][i], high[n]); });
-    }
-#pragma unroll
-    for (int i = 0; i < 2; ++i)
-      for (int n = 0; n < 2; ++n)
-        for (int e = 0; e < 4; ++e) sum[i][n0 + n][e] += panel[i][n][e];
-  }
-}
-
-// The same for references that float16 cannot hold, in float32. Weights are multiplied by `factor`.
-template <int TILES, int PITCH, class R>
-__device__ inline void add_weighted_floats(float (&sum)[2][TILES][4], const R* references,
-                                           const float* weights, float factor, const Lane& lane) {
-#pragma unroll 1
-  for (int reference = 0; reference < kPanel; ++reference) {
-    float v[4];
-    load4(references + reference * PITCH + 4 * lane.g, v);
-#pragma unroll
-    for (int n = 0; n < TILES; ++n)
-      for (int odd = 0; odd < 2; ++odd) {
-        const int query = 8 * n + 2 * lane.t + odd;
-        const float weight = weight_of_halves(weights, query, reference) * factor;
-        for (int f = 0; f < 4; ++f) sum[f / 2][n][f % 2 * 2 + odd] += weight * v[f];
-      }
-  }
-}
-
-// ---- sums over threads -----------------------------------------------------------------------
-
-template <class T, class Combine>
-__device__ inline T over_warp(T value, Combine combine) {
-  for (int apart = 16; apart > 0; apart /= 2)
-    value = combine(value, __shfl_xor_sync(kAll, value, apart));
-  return value;
-}
-
-// Combines values of all THREADS threads of the block in a fixed order. All threads get the result.
-// `scratch` holds one value per warp.
-template <int THREADS, class T, class Combine>
-__device__ inline T over_block(T value, T* scratch, Combine combine) {
-  const Lane lane = this_lane();
-  value = over_warp(value, combine);
-  if (lane.lane == 0) scratch[lane.warp] = value;
-  __syncthreads();
-  value = scratch[0];
-#pragma unroll
-  for (int w = 1; w < THREADS / 32; ++w) value = combine(value, scratch[w]);
-  __syncthreads();
-  return value;
-}
-
-// high + low, with about twice the digits of float32.
-struct TwoFloats {
-  float high, low;
+// The panel of a lane: references g and g + 8, features 8t to 8t + 7, times the scale and centred,
+// in two parts, as the operands of two products.
+struct ReferencePanel {
+  std::uint32_t high[2][4], low[2][4];
 };
 
-__device__ inline TwoFloats sum_of(const TwoFloats& a, const TwoFloats& b) {
-  const float high = a.high + b.high, of_b = high - a.high;
-  const float rest = (a.high - (high - of_b)) + (b.high - of_b);
-  return {high, a.low + b.low + rest};
-}
+// Sums of a thread in registers.
+template <int SLABS, int COLUMNS>
+struct SumsInRegisters {
+  float (&sums)[SLABS][COLUMNS][4];
 
-// v ≥ 0 in two floats: its first 24 digits, and the rest. `power` is by how much its exponent is
-// larger in float64 than in float32, in the upper half of float64. Numbers that float32 does not
-// hold become about as large as it holds, or as small.
-__device__ inline TwoFloats two_floats(double v, std::uint32_t power) {
-  constexpr int least = 1 << 20, most = (255 << 20) - 1;
-  const std::int64_t bits = bits_of(v);
-  const auto back = static_cast<std::uint32_t>(bits);
-  int front = static_cast<int>(static_cast<std::uint32_t>(bits >> 32) - power);
-  front = front < least ? least : front > most ? most : front;
-  const std::uint32_t first = static_cast<std::uint32_t>(front) << 3 | back >> 29;
-  const float last_place = float_of(first & 0x7f800000u) * 0x1p-52f;
-  return {float_of(first), static_cast<float>(static_cast<int>(back & 0x1fffffffu)) * last_place};
-}
-
-// Σ over the lanes of a warp, in two floats. All lanes get the same bits.
-__device__ inline TwoFloats over_warp(TwoFloats sum) {
-  for (int apart = 16; apart > 0; apart /= 2)
-    sum = sum_of(sum,
-                 {__shfl_xor_sync(kAll, sum.high, apart), __shfl_xor_sync(kAll, sum.low, apart)});
-  return sum;
-}
-
-// Σ over the block's threads of each of COUNT values, for its first thread. All threads call this.
-// `scratch` has COUNT places for each warp.
-template <int THREADS, int COUNT>
-__device__ inline void sum_over_block(TwoFloats (&sums)[COUNT], TwoFloats* scratch) {
-  const Lane lane = this_lane();
-#pragma unroll
-  for (int i = 0; i < COUNT; ++i) {
-    sums[i] = over_warp(sums[i]);
-    if (lane.lane == 0) scratch[COUNT * lane.warp + i] = sums[i];
+  __device__ float at(int slab, int column, int i) const { return sums[slab][column][i]; }
+  // Leaves out the first COUNT columns, which are half of those that are left.
+  template <int COUNT>
+  __device__ void drop() {
+    for (int s = 0; s < SLABS; ++s)
+      for (int j = 0; j < COUNT; ++j)
+        for (int i = 0; i < 4; ++i) sums[s][j][i] = sums[s][COUNT + j][i];
   }
-  __syncthreads();
-  if (threadIdx.x > 0) return;
-#pragma unroll
-  for (int w = 1; w < THREADS / 32; ++w)
-    for (int i = 0; i < COUNT; ++i) sums[i] = sum_of(sums[i], scratch[COUNT * w + i]);
-}
-
-struct Sum {
-  template <class T> __device__ T operator()(T a, T b) const { return a + b; }
-};
-struct Least {
-  template <class T> __device__ T operator()(T a, T b) const { return b < a ? b : a; }
-};
-struct Most {
-  template <class T> __device__ T operator()(T a, T b) const { return a < b ? b : a; }
-};
-
-// Kahan's sum: total − lost is the sum of all values to about twice the digits of float32.
-__device__ inline void add_compensated(float& total, float& lost, float value) {
-  value -= lost;
-  const float larger = total + value;
-  lost = (larger - total) - value;
-  total = larger;
-}
-
-// A sum of float32 values in two floats.
-struct CompensatedSum {
-  float total = 0, lost = 0;
-
-  __device__ void add(float value) { add_compensated(total, lost, value); }
-  // Adds a b, with the rounding error of the product.
-  __device__ void add_product(float a, float b) {
-    const float product = rounded_product(a, b);
-    add(product);
-    lost -= fmaf(a, b, -product);
-  }
-  __device__ TwoFloats result() const { return {total, -lost}; }
 };
 
 }  // namespace

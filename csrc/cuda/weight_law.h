@@ -3,7 +3,8 @@
 #include <cmath>
 
 #include "api/posterior_mean.h"
-#include "cuda/tiles.h"
+#include "cuda/arithmetic.h"
+#include "cuda/arrays.h"
 
 namespace pfgm {
 namespace {
@@ -34,21 +35,21 @@ struct Fall {
   // The unit is about 1/rate. It is larger if the nearest distance has no place in float32 then:
   // any difference is so large that the weight is 0. `rate` is at most 1e300, or NaN.
   __device__ Fall(double nearest_distance, double rate_of_distance) {
-    const int of_rate = static_cast<int>(bits_of(rate_of_distance) >> 52 & 2047);
-    const int of_nearest = static_cast<int>(bits_of(nearest_distance) >> 52 & 2047);
-    int unit = 2046 - of_rate;
-    if (unit < of_nearest - 60) unit = of_nearest - 60;
+    const int rate_exponent = static_cast<int>(bits_of(rate_of_distance) >> 52 & 2047);
+    const int nearest_exponent = static_cast<int>(bits_of(nearest_distance) >> 52 & 2047);
+    int unit = 2046 - rate_exponent;
+    if (unit < nearest_exponent - 60) unit = nearest_exponent - 60;
     if (unit < 127) unit = 127;
     power = static_cast<std::uint32_t>(unit - 127) << 20;
     const double scaled = rate_of_distance * double_of(static_cast<std::int64_t>(unit) << 52);
     rate = scaled > 0x1p120 ? 0x1p120f : static_cast<float>(scaled);
-    if (of_nearest == 2047) rate = NAN;  // the parts of infinity and NaN are numbers
+    if (nearest_exponent == 2047) rate = NAN;  // the parts of infinity and NaN are numbers
     nearest = two_floats(nearest_distance, power);
   }
 
   __device__ float operator()(double squared) const {
-    const TwoFloats of = two_floats(squared, power);
-    return ((of.high - nearest.high) + (of.low - nearest.low)) * rate;
+    const TwoFloats parts = two_floats(squared, power);
+    return ((parts.high - nearest.high) + (parts.low - nearest.low)) * rate;
   }
 };
 
@@ -84,8 +85,8 @@ struct WeightLaw {
   // reference. The largest number that is returned instead still keeps the weight of an equal
   // distance at 1, because 0 times it is 0.
   __device__ double rate(double nearest, double r) const {
-    const double found = gaussian ? 0.5 / r / r : exponent / (nearest + r * r);
-    return found < 1e300 ? found : found == found ? 1e300 : NAN;
+    const double result = gaussian ? 0.5 / r / r : exponent / (nearest + r * r);
+    return result < 1e300 ? result : result == result ? 1e300 : NAN;
   }
 
   // The weight at a squared distance, over that at the nearest. `linear` is what Fall says of it.
@@ -156,11 +157,11 @@ WeightLaw weight_law(const Problem& problem, bool products, bool rounded, bool i
   // addend of an instruction toward zero, which is a bias that does not.
   const double root = std::sqrt(std::fmax(1.0, features / kPanel));  // of the number of panels
   // Products of rounded values are added up in one float.
-  const double of_panels = rounded ? 0x1p-23 + 0x1p-25 * root : 0x1p-22 / root + bias;
+  const double panel_noise = rounded ? 0x1p-23 + 0x1p-25 * root : 0x1p-22 / root + bias;
   // If kAddedPanels panels of others are, each addition rounds a sum that may be nearly the whole
   // one, if few features hold most of it.
   const double added = in_one_float ? 0x3p-27 : 0;
-  const double of_bytes = problem.reference_type == Type::uint8 ? 0x1p-22 : 0;
+  const double byte_noise = problem.reference_type == Type::uint8 ? 0x1p-22 : 0;
   const float power = static_cast<float>(exponent);
   const double near = rounded ? kRoundedNear : kNear;
   const double others = std::log(static_cast<double>(problem.references)) + kOthers;
@@ -174,7 +175,7 @@ WeightLaw weight_law(const Problem& problem, bool products, bool rounded, bool i
           gradient ? INFINITY : static_cast<float>(others),
           rounded ? kRoundedTolerance : kTolerance,
           length * (products ? 0x1p-18 : 0x1p-21),
-          products ? of_panels : of_bytes,
+          products ? panel_noise : byte_noise,
           rounded ? 0x1p-12 / std::sqrt(features) : 0,
           added,
           rounded ? 0x1000u : 0u,

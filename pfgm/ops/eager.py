@@ -187,7 +187,7 @@ class _PosteriorMean(torch.autograd.Function):
 
     The native kernels keep squared distances: on the CPU, with many features, those of the
     references that count, at most 40 MiB (csrc/cpu/kept_distances.h); on a GPU all of them where
-    they are taken at once, at most 32 MiB (csrc/cuda/partition.h).
+    they are taken at once, at most 32 MiB (csrc/cuda/workspace.h).
     """
 
     @staticmethod

@@ -64,7 +64,7 @@ def test_small_products_have_sums_in_float16(check, architecture):
         row.figures.matrix_instructions
         for row in check[0]
         if row.architecture == architecture
-        and re.match(r"distances<\w+, \d+, \d+, true,", row.kernel)
+        and re.match(r"distances<WarpProducts<\w+, \d+, \d+, true>", row.kernel)
         and "Rounded" not in row.kernel
     ]
     assert found
@@ -162,6 +162,10 @@ INSIDE = "_ZN4pfgm55_GLOBAL__N__b92e854f_22_posterior_mean_cuda_cu_e5a43346"
             "distances<BFloat16, 64, 9, false>",
         ),
         (f"{INSIDE}12weighted_sumIfEEvNS0_4RowsIT_EE", "weighted_sum<float32>"),
+        (
+            f"{INSIDE}9distancesINS0_12WarpProductsINS0_7RoundedELi32ELi64ELb1EEELNS0_6TargetE2EEEvi",
+            "distances<WarpProducts<Rounded, 32, 64, true>, 2>",
+        ),
         ("_Z4loneILb0EEvi", "lone<false>"),
         ("_Z5plainPf", "plain"),
     ],
@@ -226,7 +230,7 @@ Resource usage:
 
 
 SUM = f"{INSIDE}12weighted_sumIfEEvNS0_4RowsIT_EE"
-TILES = f"{INSIDE}9distancesIhLi64ELi128ELb0ELb0ELb0EEEvi"
+TILES = f"{INSIDE}9distancesINS0_12WarpProductsIhLi64ELi128ELb0EEELNS0_6TargetE0EEEvi"
 STEP = "_ZN4pfgm49_GLOBAL__N__5e7a4c86_16_ode_step_cuda_cu_b1f21c9115ode_step_kernelILi4ELb1EEEvi"
 NARROW = STEP.replace("ILi4ELb1EE", "ILi1ELb1EE")
 MULTIPLY = "HMMA.1688.F32.TF32 R4, R8, R12, R4"
@@ -249,7 +253,7 @@ def test_the_dump_is_read():
     text = part(TILES, code=code, threads="0x100", usage="SHARED:1536")
     row = only(text)
     assert (row.kernel, row.architecture) == (
-        "distances<uint8, 64, 128, false, false, false>", "90a",
+        "distances<WarpProducts<uint8, 64, 128, false>, 0>", "90a",
     )  # fmt: skip
     counts = row.figures.counts
     assert row.figures == Figures(124, 0, 512, counts, threads=256, waits_first=True)
@@ -266,7 +270,7 @@ def test_files_for_several_architectures_are_told_apart():
         "ode_step_kernel<4, true>",
     ]
     assert [row.kernel for row in codegen_cuda.read(text, "90")] == [
-        "distances<uint8, 64, 128, false, false, false>"
+        "distances<WarpProducts<uint8, 64, 128, false>, 0>"
     ]
     assert codegen_cuda.read(text, "80") == []
 
@@ -325,12 +329,12 @@ def test_flaws_are_found(words, symbol, options):
 @pytest.mark.parametrize(
     ("kernel", "where"),
     [
-        ("warpgroup_distances<float32, 128, 192, false, true>", "80"),
-        ("warpgroup_distances<Rounded, 256, 128, false, true>", "80"),
-        ("distances<Rounded, 128, 128, false, true, false>", "90a"),
-        ("distances<float32, 128, 128, false, true, false>", "90a"),
-        ("distances<uint8, 64, 128, true, true, false>", "100"),
-        ("distances<float32, 64, 64, false, false, false>", "120"),
+        ("distances<WarpgroupProducts<float32, 128, 192>, 2>", "80"),
+        ("distances<WarpgroupProducts<Rounded, 256, 128>, 2>", "80"),
+        ("distances<WarpProducts<Rounded, 128, 128, false>, 1>", "90a"),
+        ("distances<WarpProducts<float32, 128, 128, false>, 1>", "90a"),
+        ("distances<WarpProducts<uint8, 64, 128, true>, 1>", "100"),
+        ("distances<WarpProducts<float32, 64, 64, false>, 0>", "120"),
     ],
 )
 def test_a_kernel_that_another_replaces_must_not_multiply(kernel, where):
@@ -339,7 +343,7 @@ def test_a_kernel_that_another_replaces_must_not_multiply(kernel, where):
     multiplies = dataclasses.replace(figures, counts=Counter(["HMMA.16816.F32"]))
     (problem,) = codegen_cuda.problems(kernel, where, multiplies)
     assert "not meant to multiply: it is never launched" in problem
-    other = "80" if kernel.startswith("distances") else "90a"
+    other = "80" if "WarpProducts" in kernel else "90a"
     assert "is empty" in " ".join(codegen_cuda.problems(kernel, other, figures))
 
 

@@ -17,7 +17,7 @@ SIZES = [
     (100, 127, 900), (99, 191, 900),
 ]  # fmt: skip
 FAST = (1, 8)  # of these
-# References of a tile of warpgroups for 128 queries → its clocks a panel (csrc/cuda/partition.h).
+# References of a tile of warpgroups for 128 queries → its clocks a panel (csrc/cuda/plan.h).
 WARPGROUP_TILES = {128: 1300, 192: 1680}
 
 

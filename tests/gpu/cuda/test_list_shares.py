@@ -31,7 +31,7 @@ def sums_of(executor):
         executor.launches()
         run()
         return [
-            (one.threads, math.prod(one.grid), one.kernel == "warpgroup_sum")
+            (one.threads, math.prod(one.grid), "WarpgroupSums" in one.entry)
             for one in executor.launches()
             if one.name == "weighted_sum"
         ]

@@ -1,8 +1,9 @@
-// How the CUDA kernels split a problem: into blocks of queries and chunks of references, and these
-// into tiles, slices of the features, and parts of lists.
+// The plan of a pass on CUDA devices: blocks of queries and chunks of references, and in these
+// tiles, slices of the features, and parts of lists.
 #pragma once
 #include "api/posterior_mean.h"
-#include "cuda/list_shares.h"
+#include "cuda/arrays.h"
+#include "cuda/runtime.h"
 
 namespace pfgm {
 namespace {
@@ -56,8 +57,8 @@ Index slice_size(Index queries, Index references, bool rounded) {
 // rounds of the busiest multiprocessor. Larger tiles read each value less often. Slices give more
 // blocks work, but their sums are written and read again. All sums together have at most `room`
 // numbers.
-Tiling tiling_of(Index queries, Index references, Index features, int multiprocessors, bool rounded,
-                 const TilingCosts& costs, int most_queries, Index room) {
+Tiling fastest_tiling(Index queries, Index references, Index features, int multiprocessors,
+                      bool rounded, const TilingCosts& costs, int most_queries, Index room) {
   Tiling best = {};
   const Index panels = divide_up(features, kPanel), size = slice_size(queries, references, rounded);
   const Index most = larger(1, smaller(smaller(kMostSlices, panels / kSlicePanels), room / size));
@@ -76,6 +77,14 @@ Tiling tiling_of(Index queries, Index references, Index features, int multiproce
   }
   return best;
 }
+
+// ---- parts of lists ----------------------------------------------------------------------------
+
+constexpr Index kLargeFrom = 256;  // queries of a block from which on groups are large
+// Panels of listed references that a block sums: kFewestPanels to kManyPanels if that leaves four
+// blocks a multiprocessor, up to kMostPanels if it leaves six. They are more, up to kPartPanels, if
+// the parts would not fit into memory.
+constexpr int kFewestPanels = 4, kManyPanels = 16, kMostPanels = 24;
 
 // ---- blocks and chunks -------------------------------------------------------------------------
 
@@ -102,7 +111,7 @@ struct Bounds {
   Index queries, references, parts;
 };
 
-Bounds bounds_of(const Problem& problem, Index pairs) {
+Bounds bounds(const Problem& problem, Index pairs) {
   Bounds most;
   const Index fitting =
       smaller(limits.queries, larger(kSumRows, limits.parts / 3 / problem.features));
@@ -124,14 +133,14 @@ constexpr Index kChunkClocks = 40000;  // of what a chunk takes beside its work,
 // References of a chunk, at most `most`. The last round of tiles takes as long as the others, so
 // chunks of whole rounds take the least time for each reference. The choice is by predicted clocks,
 // and is the same for all numbers of references that need chunks.
-Index chunk_of(Index queries, Index references, Index features, Index most, int multiprocessors,
-               bool rounded, const TilingCosts& costs) {
+Index chunk_references(Index queries, Index references, Index features, Index most,
+                       int multiprocessors, bool rounded, const TilingCosts& costs) {
   if (references <= most || are_few(queries, features)) return smaller(references, most);
   Index best = 0, least = 0;
   const auto compare = [&](Index chunk) {
     constexpr Index kRoom = 0;  // no slices: there are enough tiles
-    const Tiling tiling =
-        tiling_of(queries, chunk, features, multiprocessors, rounded, costs, kLargestTile, kRoom);
+    const Tiling tiling = fastest_tiling(queries, chunk, features, multiprocessors, rounded, costs,
+                                         kLargestTile, kRoom);
     const Index clocks = tiling.clocks + kChunkClocks;
     if (best == 0 || clocks * best < least * chunk) best = chunk, least = clocks;
   };
@@ -149,6 +158,15 @@ Index chunk_of(Index queries, Index references, Index features, Index most, int 
   return best;
 }
 
+// ---- the plan
+
+// What the plan depends on beside the problem: of the device, and of its code (cuda/runtime.h).
+struct Device {
+  int multiprocessors, major;
+  Index l2_cache;  // bytes
+  bool geforce, warpgroups;
+};
+
 // How blocks share out the lists of groups of queries whose sums have asynchronous products. There
 // are so many blocks that no share has more than kSharePanels.
 struct Shares {
@@ -157,19 +175,57 @@ struct Shares {
   Index least;          // panels of a share
 };
 
-// How a problem is split.
-struct Partition {
+// How a pass over a problem is split.
+struct Plan {
+  Device device;
+  int features;
+  bool backward;
+  bool keeps;    // the forward pass keeps distances, or the backward pass takes them
+  bool few;      // as in are_few
+  bool rounded;  // references are Rounded
+  // Products of the large tiles, and of the sums of many queries, are asynchronous. These take
+  // aligned rows alone. One float adds up several panels of such a tile, unless references are
+  // Rounded.
+  bool asynchronous;
+  bool halves;                        // weighted sums multiply float16 parts
   Index queries, references, stride;  // of a block and a chunk; distance between rows of pairs
   Index parts, part_panels;           // of the sums over a chunk; panels of references in a part
   Index piece;                        // references that a block of weigh takes
   int rows;                           // queries of a group of the sums: a small or a large one
   Shares shares;                      // of aligned references
-  bool few;                           // as in are_few
-  bool halves;                        // whether weighted sums multiply float16 parts
+
+  bool measures() const { return !backward || !keeps; }
+  Index pairs() const { return queries * stride; }
+  Index pieces() const { return divide_up(references, piece); }
+  // Centred rows have whole trips of all tiles.
+  Index width() const { return round_up(features, 2 * kPanel); }
+  // Pairs whose weights are gathered: groups are whole.
+  Index gathered() const { return round_up(queries, larger(rows, shares.rows)) * stride; }
+
+  const TilingCosts& costs() const {
+    if (asynchronous) return rounded ? kRoundedWarpgroupCosts : kWarpgroupCosts;
+    if (device.geforce) return rounded ? kRoundedGeforceCosts : kGeforceCosts;
+    return rounded ? kRoundedCosts : kCosts;
+  }
+
+  // The tiles of some queries and references. All sums over slices together have at most `room`
+  // numbers.
+  Tiling tiling(Index some_queries, Index some_references, bool aligned, Index room) const {
+    const bool small = some_queries * width() < Index{1} << 31;  // 32 bits count its values
+    const bool large = !asynchronous || (aligned && small && takes_warpgroups());
+    return fastest_tiling(some_queries, some_references, features, device.multiprocessors, rounded,
+                          costs(), large ? kLargestTile : 64, room);
+  }
+
+  // Numbers that the slices of a whole block and chunk take.
+  Index slice_numbers() const {
+    const Index slices = tiling(queries, references, true, limits.parts).slices;
+    return slices > 1 ? slices * slice_size(queries, references, rounded) : 0;
+  }
 };
 
-// Groups of such sums, and from how many queries on. Fewer queries wait for memory, or their lists
-// become much longer.
+// Groups of queries whose lists are shared out, and from how many queries on. Fewer queries wait
+// for memory, or their lists become much longer.
 struct SharedGroups {
   int rows;
   Index queries;
@@ -177,13 +233,13 @@ struct SharedGroups {
 constexpr SharedGroups kSharedGroups[] = {{kLargestSumRows, 512}, {kLargeSumRows, kLargeFrom}};
 
 // The shares with groups of `rows` queries. The parts of a list are at most `most_parts`.
-Shares shares_of(const Partition& partition, Index features, int rows, Index most_parts,
-                 int multiprocessors) {
-  const Index slices = divide_up(features, kShareFeatures);
-  const Index groups = divide_up(partition.queries, rows), panels = partition.stride / kPanel;
+Shares shares(const Plan& plan, int rows, Index most_parts) {
+  const int multiprocessors = plan.device.multiprocessors;
+  const Index slices = divide_up(plan.features, kShareFeatures);
+  const Index groups = divide_up(plan.queries, rows), panels = plan.stride / kPanel;
   const Index lists = groups * slices;
   const bool enough = lists * panels >= kFewestPanels * kFewestPanels * multiprocessors;
-  const Index all = lists * (kOfList + panels);  // the work of the blocks, at most
+  const Index all = lists * (kListPanels + panels);  // the work of the blocks, at most
   const Index blocks = multiprocessors * divide_up(all, kSharePanels * multiprocessors);
   // All lists together have at least `slices` times the work of the longest one, so no more blocks
   // than these share that.
@@ -194,53 +250,65 @@ Shares shares_of(const Partition& partition, Index features, int rows, Index mos
   return {rows, blocks, divide_up(panels - 1, least) + 1, least};
 }
 
-// `large` says whether the sums may take large groups of queries, `asynchronous` whether they may
-// have asynchronous products.
-Partition partition_of(const Problem& problem, const Bounds& most, int multiprocessors,
-                       bool backward, bool large, bool asynchronous, bool rounded,
-                       const TilingCosts& costs) {
-  Partition partition = {};
-  partition.queries = most.queries;
-  partition.references = chunk_of(most.queries, problem.references, problem.features,
-                                  most.references, multiprocessors, rounded, costs);
-  partition.stride = round_up(partition.references, 32);
-  partition.few = are_few(most.queries, problem.features);
-  // Weights below 2^-39 have no halves. Together they must not matter.
-  partition.halves = !partition.few && problem.references <= limits.halved;
+// Decides the groups and the parts of the weighted sums, of which there may be `most_parts`. Large
+// groups are predicted to be faster, if there is enough work, where products are asynchronous or
+// references are Rounded, but not on GeForce cards. Elsewhere the sums wait for matrix units, to
+// which a longer list gives more work.
+void plan_sums(Plan& plan, bool large, Index most_parts) {
   // Panels of a part that share the work out evenly.
-  const Index panels = partition.stride / kPanel;
+  const Index panels = plan.stride / kPanel;
   const auto even_with = [&](int rows, int blocks = 4) {  // of a multiprocessor
-    const Index tiles =
-        divide_up(problem.features, kSumFeatures) * divide_up(partition.queries, rows);
-    return divide_up(panels * tiles, blocks * multiprocessors);
+    const Index tiles = divide_up(plan.features, kSumFeatures) * divide_up(plan.queries, rows);
+    return divide_up(panels * tiles, blocks * plan.device.multiprocessors);
   };
   // Large groups need so many queries that their lists are little longer, and so much work that
   // there is enough for all multiprocessors.
-  large = large && partition.halves && !backward && partition.queries >= kLargeFrom &&
+  large = large && plan.halves && !plan.backward && plan.queries >= kLargeFrom &&
           even_with(kLargeSumRows) >= kFewestPanels;
-  partition.rows = large ? kLargeSumRows : kSumRows;
+  plan.rows = large ? kLargeSumRows : kSumRows;
   // Small parts share the work out evenly, large ones leave fewer partial sums. These matter more
   // if they are so large that few of them fit into memory.
-  Index even = larger(smaller(larger(even_with(partition.rows), kFewestPanels), kManyPanels),
-                      smaller(even_with(partition.rows, 6), kMostPanels));
+  Index even = larger(smaller(larger(even_with(plan.rows), kFewestPanels), kManyPanels),
+                      smaller(even_with(plan.rows, 6), kMostPanels));
   // Where no limit decides, parts are equal, so that none is much smaller than the others.
   if (even > kManyPanels && even < kMostPanels) even = divide_up(panels, larger(1, panels / even));
   const Index fewest = divide_up(panels, kPartPanels);
-  partition.part_panels = most.parts <= kFewParts ? divide_up(panels, fewest)
-                                                  : larger(even, divide_up(panels, most.parts));
-  partition.parts = divide_up(panels, partition.part_panels);
+  plan.part_panels = most_parts <= kFewParts ? divide_up(panels, fewest)
+                                             : larger(even, divide_up(panels, most_parts));
+  plan.parts = divide_up(panels, plan.part_panels);
   // The workspace is the same where the weights have no halves.
-  if (asynchronous && !backward && problem.features >= kShareFeatures)
+  if (plan.asynchronous && !plan.backward && plan.features >= kShareFeatures)
     for (const SharedGroups& size : kSharedGroups)
-      if (partition.shares.rows == 0 && partition.queries >= size.queries)
-        partition.shares =
-            shares_of(partition, problem.features, size.rows, most.parts, multiprocessors);
+      if (plan.shares.rows == 0 && plan.queries >= size.queries)
+        plan.shares = shares(plan, size.rows, most_parts);
+}
+
+Plan plan(const Problem& problem, const Device& device, bool backward, bool keeps) {
+  Plan plan = {};
+  const bool wide = problem.reference_type == Type::float32;
+  plan.device = device, plan.features = static_cast<int>(problem.features);
+  plan.backward = backward, plan.keeps = keeps;
+  plan.rounded = wide && problem.precision == Precision::medium;
+  plan.asynchronous = wide && device.warpgroups;
+  const Bounds most =
+      bounds(problem, backward ? limits.pairs : pairs_of_chunk(device.l2_cache, device.geforce));
+  plan.queries = most.queries;
+  plan.references =
+      chunk_references(most.queries, problem.references, problem.features, most.references,
+                       device.multiprocessors, plan.rounded, plan.costs());
+  plan.stride = round_up(plan.references, 32);
+  plan.few = are_few(most.queries, problem.features);
+  // Weights below 2^-39 have no halves. Together they must not matter.
+  plan.halves = !plan.few && problem.references <= limits.halved;
+  plan_sums(plan, wide && !device.geforce && (plan.rounded || device.warpgroups), most.parts);
   // Each block of weigh finds the nearest reference, so large pieces are cheaper if there are still
   // four blocks per multiprocessor.
-  const Index least = divide_up(partition.references, kPiece);
-  const Index together = partition.queries * least / (4 * multiprocessors);
-  partition.piece = kPiece * smaller(larger(1, together), least);
-  return partition;
+  const Index least = divide_up(plan.references, kPiece);
+  const Index together = plan.queries * least / (4 * device.multiprocessors);
+  plan.piece = kPiece * smaller(larger(1, together), least);
+  if (larger(plan.pairs(), plan.gathered()) > kMostPairs)
+    throw std::invalid_argument("posterior_mean: too many pairs at once");
+  return plan;
 }
 
 }  // namespace

@@ -1,8 +1,11 @@
-// Tiles of many pairs with the asynchronous products of warpgroups (sm_90a), which reach the rate
-// of Hopper's matrix units. Products of a panel are those of `distances`, but for the order of the
-// features in a panel. The panels are added up in another way.
+// Products of a tile of queries and references with asynchronous products of warpgroups (sm_90a),
+// which reach the rate of Hopper's matrix units: the main loop of `distances` (cuda/distances.h)
+// for many pairs. Products of a panel are those of WarpProducts, but for the order of the features
+// in a panel. The panels are added up in another way.
 #pragma once
-#include "cuda/distances.h"
+#include "cuda/intrinsics.h"
+#include "cuda/threads.h"
+#include "cuda/tiles.h"
 
 namespace pfgm {
 namespace {
@@ -11,8 +14,10 @@ namespace {
 // copies its references itself, and converts them in registers. Queries are operands in shared
 // memory.
 template <class R, int QUERIES, int REFERENCES>
-struct WarpgroupMemory {
+struct WarpgroupShape {
+  using Reference = R;
   static constexpr int kQueries = QUERIES, kReferences = REFERENCES, kThreads = 2 * REFERENCES;
+  static constexpr int kBlocks = 1;
   static constexpr int kStages = kThreads > 256 ? 3 : 4;
   static constexpr int kSlabs = 1, kSides = 1, kParts = 1;
   static constexpr int kColumns = kQueries / 8;
@@ -28,35 +33,23 @@ struct WarpgroupMemory {
     R y[kReferences][kPanel];
     float center[kPanel];
   };
-  struct Loop {
+  struct Memory {
     Stage stages[kStages];
     float totals[kRounded<R> ? 1 : kColumns][kSlabs][4][kThreads];  // unused if Rounded
   };
-  struct Sums {
-    double squares[kParts][kReferences];
-    LeastOfRows<kQueries, 8 * kGroups, kThreads> least;
-    double farthest[kReferences / 16];
-  };
-  static_assert(kRounded<R> || sizeof(Sums) <= sizeof(Loop::stages), "totals are kept");
-  union {
-    Loop loop;
-    Sums sums;
-  };
-  double units[kQueries], norms[kQueries];
+  // When the loop has ended, totals are still needed.
+  static constexpr std::size_t kFree = kRounded<R> ? ~std::size_t{0} : kStages * sizeof(Stage);
 };
-constexpr std::size_t kSharedLimitOfWarpgroups = 227 << 10;  // of sm_90
-static_assert(sizeof(WarpgroupMemory<float, 128, 128>) <= kSharedLimitOfWarpgroups &&
-                  sizeof(WarpgroupMemory<float, 128, 192>) <= kSharedLimitOfWarpgroups &&
-                  sizeof(WarpgroupMemory<Rounded, 256, 128>) <= kSharedLimitOfWarpgroups,
-              "a block fits on sm_90");
 
 __device__ inline int place_of_piece(int row, int piece) { return piece ^ 2 * (row % 4); }
 
 // Copies panel after panel of aligned rows. In place of rows after the last a thread copies another
 // one; their distances are not stored.
-template <class R, class Memory>
+template <class Shape>
 class WarpgroupCopy {
  public:
+  using R = typename Shape::Reference;
+
   // Starts at the feature `first`.
   __device__ WarpgroupCopy(const Halves& x, int query0, const Rows<R>& y, int reference0,
                            const Center& center, int first)
@@ -71,11 +64,11 @@ class WarpgroupCopy {
     to_ = row * kPanel + 4 * place_of_piece(row, piece);
     from_query_ =
         static_cast<unsigned>(queries_ > 0 ? query0 + query : 0) * width_ + first + 8 * query_piece;
-    to_query_ = 8 * (query_piece * Memory::kQueries + query);
+    to_query_ = 8 * (query_piece * Shape::kQueries + query);
   }
 
   // Starts the copies of the next panel of the warp's references.
-  __device__ void next_references(typename Memory::Stage& stage) {
+  __device__ void next_references(typename Shape::Stage& stage) {
     const int count = left_ < 0 ? 0 : left_ < 4 ? left_ : 4;
     R* const to = stage.y[0] + to_;
 #pragma unroll
@@ -86,17 +79,17 @@ class WarpgroupCopy {
   }
 
   // The same for panel p of the centre.
-  __device__ void copy_center(typename Memory::Stage& stage, int p) const {
+  __device__ void copy_center(typename Shape::Stage& stage, int p) const {
     const int thread = static_cast<int>(threadIdx.x);
     if (thread < kPanel / 4)
       copy_async<16>(&stage.center[4 * thread], center_ + p * kPanel + 4 * thread);
   }
 
   // The same for panel p of the queries.
-  __device__ void copy_queries(typename Memory::Stage& stage, int p) const {
+  __device__ void copy_queries(typename Shape::Stage& stage, int p) const {
     if (static_cast<int>(threadIdx.x) >= kQueryThreads) return;
 #pragma unroll
-    for (int i = 0; i < Memory::kQueries; i += kQueryStep) {
+    for (int i = 0; i < Shape::kQueries; i += kQueryStep) {
       const unsigned from = from_query_ + (i < queries_ ? i * width_ : 0) + p * kPanel;
       copy_async<16>(stage.x[0][0][0] + to_query_ + 8 * i, x_.high + from);
       if constexpr (!kRounded<R>)
@@ -105,12 +98,12 @@ class WarpgroupCopy {
   }
 
  private:
-  static constexpr int kRows = 32 * Memory::kReferences / Memory::kThreads;  // of a warp
+  static constexpr int kRows = 32 * Shape::kReferences / Shape::kThreads;  // of a warp
   static constexpr int kStep = 4;  // rows of references, from one copy of a thread to the next
   static constexpr int kQueryThreads = 256;  // that copy queries
-  static constexpr int kQueryStep = kQueryThreads / Memory::kPieces;
-  static_assert(Memory::kPieces == 4, "a warp copies all pieces of eight queries");
-  static_assert(Memory::kThreads >= kQueryThreads && Memory::kQueries % kQueryStep == 0);
+  static constexpr int kQueryStep = kQueryThreads / Shape::kPieces;
+  static_assert(Shape::kPieces == 4, "a warp copies all pieces of eight queries");
+  static_assert(Shape::kThreads >= kQueryThreads && Shape::kQueries % kQueryStep == 0);
 
   const Halves& x_;
   const Index apart_;     // between rows of y
@@ -150,33 +143,22 @@ __device__ inline ReferencePanel convert_rows(const R (*rows)[kPanel], const flo
   return panel;
 }
 
-// Panels of the features that a block takes.
-struct BlockPanels {
-  int first, count;
-};
-
-template <bool SLICED>
-__device__ inline BlockPanels panels_of_block(int features, const Slices& slices) {
-  const int first = SLICED ? static_cast<int>(blockIdx.z) * slices.trips : 0;
-  const int left = static_cast<int>(divide_up(features, kPanel)) - first;
-  return {first, SLICED && slices.trips < left ? slices.trips : left};
-}
-
 // What a block copies and computes with, panel after panel of its slice of the features.
 //
 // A warp's references are free when it has converted them. Others may still read the centre, so it
 // comes with the queries. These are free when all products with them are done, so their copies
 // begin later.
-template <class R, class Memory>
+template <class Shape>
 class WarpgroupStages {
  public:
-  __device__ WarpgroupStages(Memory& shared, const Halves& x, int query0, const Rows<R>& y,
-                             int reference0, const Center& center, const BlockPanels& panels)
-      : shared_(shared),
-        copy_(x, query0, y, reference0, center, panels.first * kPanel),
-        panels_(panels.count) {}
+  using R = typename Shape::Reference;
 
-  __device__ typename Memory::Stage& at(int p) { return shared_.loop.stages[p % kStages]; }
+  __device__ WarpgroupStages(typename Shape::Memory& shared, const Halves& x, int query0,
+                             const Rows<R>& y, int reference0, const Center& center, int first,
+                             int panels)
+      : shared_(shared), copy_(x, query0, y, reference0, center, first), panels_(panels) {}
+
+  __device__ typename Shape::Stage& at(int p) { return shared_.stages[p % kStages]; }
   // The references of this warp in a panel.
   __device__ R (*rows(int p, const Lane& lane))[kPanel] { return at(p).y + 16 * lane.warp; }
 
@@ -197,7 +179,7 @@ class WarpgroupStages {
   __device__ void replace_queries(int p) { begin_queries(p + kStages - 1); }
 
  private:
-  static constexpr int kStages = Memory::kStages;
+  static constexpr int kStages = Shape::kStages;
 
   // A group of copies each, in this order: references of panel p + 1, queries of panel p.
   __device__ void begin_references(int p) {
@@ -219,22 +201,22 @@ class WarpgroupStages {
     __syncthreads();
   }
 
-  Memory& shared_;
-  WarpgroupCopy<R, Memory> copy_;
+  typename Shape::Memory& shared_;
+  WarpgroupCopy<Shape> copy_;
   const int panels_;
 };
 
 // Sums of a warp with 64 queries, which one instruction computes.
-constexpr int kOfProduct = 64;
-using SumsOfProduct = float[kOfProduct / 8][4];
+constexpr int kProductQueries = 64;
+using PanelSums = float[kProductQueries / 8][4];
 
 // Begins the products of a panel with 64 queries, those of number `group`, in the order of
 // add_products or add_rounded_products.
 template <bool ROUNDED, class Stage>
-__device__ inline void begin_panel(SumsOfProduct& sums, const ReferencePanel& y, const Stage& stage,
+__device__ inline void begin_panel(PanelSums& sums, const ReferencePanel& y, const Stage& stage,
                                    int group, bool adds) {
   constexpr int kApart = sizeof stage.x[0][0];
-  const auto x = [&](int part, int i) { return stage.x[part][2 * i][group * kOfProduct]; };
+  const auto x = [&](int part, int i) { return stage.x[part][2 * i][group * kProductQueries]; };
   keep_in_place(sums);
   begin_products();
   if constexpr (ROUNDED) {
@@ -252,11 +234,11 @@ __device__ inline void begin_panel(SumsOfProduct& sums, const ReferencePanel& y,
 
 // Adds the products of a panel with 64 queries to the sums with all queries.
 template <int COLUMNS>
-__device__ inline void add_panel(float (&sums)[1][COLUMNS][4], SumsOfProduct& of_panel, int group) {
-  keep_in_place(of_panel);
+__device__ inline void add_panel(float (&sums)[1][COLUMNS][4], PanelSums& panel, int group) {
+  keep_in_place(panel);
 #pragma unroll
-  for (int n = 0; n < kOfProduct / 8; ++n)
-    for (int e = 0; e < 4; ++e) sums[0][group * kOfProduct / 8 + n][e] += of_panel[n][e];
+  for (int n = 0; n < kProductQueries / 8; ++n)
+    for (int e = 0; e < 4; ++e) sums[0][group * kProductQueries / 8 + n][e] += panel[n][e];
 }
 
 // Panels whose products one float adds up. Their sum then goes to the total, and the next sum
@@ -280,104 +262,122 @@ __device__ inline void add_to_totals(float (&totals)[COLUMNS][1][4][THREADS],
 // Totals of a thread in shared memory.
 template <int SLABS, int THREADS>
 struct SumsInMemory {
-  const float (*of)[SLABS][4][THREADS];
+  const float (*columns)[SLABS][4][THREADS];
 
   __device__ float at(int slab, int column, int i) const {
-    return of[column][slab][i][threadIdx.x];
+    return columns[column][slab][i][threadIdx.x];
   }
   template <int COUNT>
   __device__ void drop() {
-    of += COUNT;
+    columns += COUNT;
   }
 };
 
-// What finish_tile needs of the queries of a block.
-template <bool NORMS, class Memory>
-__device__ inline void load_queries(Memory& shared, const Halves& x, int query0, const Pairs& out) {
-  const int q = static_cast<int>(threadIdx.x);
-  if (q >= Memory::kQueries) return;
-  const int query = query0 + q < x.rows ? query0 + q : 0;
-  shared.units[q] = x.units[query];
-  if constexpr (NORMS) shared.norms[q] = out.norms[query];
-}
+// Zero for all sums.
+struct NoSums {
+  __device__ float at(int, int, int) const { return 0; }
+  template <int COUNT>
+  __device__ void drop() {}
+};
 
-// Slices as in distances. A warpgroup multiplies 64 queries at a time. While it adds up the
-// products and converts the next references, matrix units multiply for another warpgroup. If it
-// converted them earlier, they would go through shared memory, which is nearly as busy as the
-// units. For Rounded references one float adds up all panels.
-template <class R, int QUERIES, int REFERENCES, bool PROJECT, bool SLICED>
-__global__ void __launch_bounds__((WarpgroupMemory<R, QUERIES, REFERENCES>::kThreads), 1)
-    warpgroup_distances(const Halves x, const Rows<R> y, const Center center, const Pairs out,
-                        const Slices slices) {
-  wait_for_earlier_launches();
+// ---- the main loop -----------------------------------------------------------------------------
+
+// As WarpProducts. A warpgroup multiplies 64 queries at a time. While it adds up the products and
+// converts the next references, matrix units multiply for another warpgroup. If it converted them
+// earlier, they would go through shared memory, which is nearly as busy as the units. For Rounded
+// references one float adds up all panels.
+template <class R, int QUERIES, int REFERENCES>
+class WarpgroupProducts : public WarpgroupShape<R, QUERIES, REFERENCES> {
+ public:
+  using Shape = WarpgroupShape<R, QUERIES, REFERENCES>;
+  using Shape::kColumns;
+  using typename Shape::Memory;
+  static constexpr bool kGeforce = false;
+
+  // See has_warpgroups in cuda/runtime.h.
+  __device__ static constexpr bool is_unused() {
 #ifdef __CUDA_ARCH_FEAT_SM90_ALL
-  using Memory = WarpgroupMemory<R, QUERIES, REFERENCES>;
-  constexpr int kQueryGroups = QUERIES / kOfProduct;
-  Memory& shared = *reinterpret_cast<Memory*>(shared_memory());
-  const Lane lane = this_lane();
-  const int reference0 = static_cast<int>(blockIdx.x) * REFERENCES;
-  const int query0 = static_cast<int>(blockIdx.y) * QUERIES;
-  if constexpr (!PROJECT && !SLICED) clear_list(out);
-  if constexpr (!SLICED) load_queries<!PROJECT>(shared, x, query0, out);
-  const float factor = *center.scale;
-  float sums[1][Memory::kColumns][4] = {}, of_panel[kOfProduct / 8][4] = {};
-  // Never. If the compiler knew, it would take more registers for sums and spill.
-  const bool adds = center.features < 0;
-  float square[2] = {}, square_lost[2] = {}, squares[2];
-  const BlockPanels panels = panels_of_block<SLICED>(center.features, slices);
-  WarpgroupStages<R, Memory> stages(shared, x, query0, y, reference0, center, panels);
-
-  stages.start();
-  stages.arrive_panel();
-  const auto take_panel = [&](int p) {
-    const ReferencePanel panel =
-        convert_rows<R>(stages.rows(p, lane), stages.at(p).center, factor, lane, squares);
-    const auto begin = [&](int group) {
-      begin_panel<kRounded<R>>(of_panel, panel, stages.at(p), group, adds);
-    };
-    stages.replace_references(p);
-    begin(0);
-    stages.arrive_next();
-    stages.replace_queries(p);
-    for (int e = 0; e < 2; ++e) add_compensated(square[e], square_lost[e], squares[e]);
-#pragma unroll
-    for (int group = 0; group < kQueryGroups; ++group) {
-      wait_products<0>();
-      add_panel(sums, of_panel, group);
-      if (group < kQueryGroups - 1) begin(group + 1);
-    }
-  };
-  const auto finish = [&](auto totals, auto rest) {
-    wait_copies<0>();
-    __syncthreads();
-    store_squares(shared, 0, 16 * lane.warp, lane, square, square_lost);
-    finish_tile<false, PROJECT, SLICED>(shared, totals, rest, x, y, center, out, slices);
-  };
-  using Sums = SumsInRegisters<1, Memory::kColumns>;
-  if constexpr (kRounded<R>) {
-#pragma unroll 1
-    for (int p = 0; p < panels.count; ++p) take_panel(p);
-    float none[1][Memory::kColumns][4] = {};
-    finish(Sums{sums}, Sums{none});
-  } else {
-    auto& totals = shared.loop.totals;
-    for (auto& column : totals)
-      for (auto& each : column[0]) each[threadIdx.x] = 0;
-#pragma unroll 1
-    for (int p = 0;;) {
-      const int left = panels.count - p, end = p + (left < kAddedPanels ? left : kAddedPanels);
-#pragma unroll 1
-      for (; p < end; ++p) take_panel(p);
-      if (!SLICED && p == panels.count) break;  // finish_tile adds both up
-      add_to_totals(totals, sums);
-      if (SLICED && p == panels.count) break;
-    }
-    finish(SumsInMemory<1, Memory::kThreads>{totals}, Sums{sums});
-  }
+    return false;
 #else
-  __trap();  // has_warpgroups in cuda/runtime.h
+    return true;
 #endif
-}
+  }
+
+  __device__ WarpgroupProducts(Memory& shared, const Halves& x, int query0, const Rows<R>& y,
+                               int reference0, const Center& center, int first, int panels)
+      : shared_(shared),
+        factor_(*center.scale),
+        adds_(center.features < 0),
+        panels_(panels),
+        stages_(shared, x, query0, y, reference0, center, first, panels) {}
+
+  // Calls finish(total, rest) with the sums of the thread, which are total + rest. Leaves the
+  // squares of the references in `tile`.
+  template <Target TARGET, class Sums, class Finish>
+  __device__ void run(Sums& tile, const Finish& finish) {
+    constexpr int kQueryGroups = QUERIES / kProductQueries;
+    float sums[1][kColumns][4] = {}, square[2] = {}, square_lost[2] = {};
+    PanelSums panel_sums = {};
+    const auto step = [&](int p) {
+      float squares[2];
+      const ReferencePanel panel =
+          convert_rows<R>(stages_.rows(p, lane_), stages_.at(p).center, factor_, lane_, squares);
+      const auto begin = [&](int group) {
+        begin_panel<kRounded<R>>(panel_sums, panel, stages_.at(p), group, adds_);
+      };
+      stages_.replace_references(p);
+      begin(0);
+      stages_.arrive_next();
+      stages_.replace_queries(p);
+      for (int e = 0; e < 2; ++e) add_compensated(square[e], square_lost[e], squares[e]);
+#pragma unroll
+      for (int group = 0; group < kQueryGroups; ++group) {
+        wait_products<0>();
+        add_panel(sums, panel_sums, group);
+        if (group < kQueryGroups - 1) begin(group + 1);
+      }
+    };
+    const auto end_loop = [&] {
+      wait_copies<0>();
+      __syncthreads();
+      tile.store_squares(0, 16 * lane_.warp, lane_, square, square_lost);
+    };
+
+    stages_.start();
+    stages_.arrive_panel();
+    if constexpr (kRounded<R>) {
+#pragma unroll 1
+      for (int p = 0; p < panels_; ++p) step(p);
+      end_loop();
+      finish(SumsInRegisters<1, kColumns>{sums}, NoSums{});
+    } else {
+      constexpr bool kSlice = TARGET == Target::slice;
+      auto& totals = shared_.totals;
+      for (auto& column : totals)
+        for (auto& each : column[0]) each[threadIdx.x] = 0;
+#pragma unroll 1
+      for (int p = 0;;) {
+        const int left = panels_ - p, end = p + (left < kAddedPanels ? left : kAddedPanels);
+#pragma unroll 1
+        for (; p < end; ++p) step(p);
+        if (!kSlice && p == panels_) break;  // finish_tile adds both up
+        add_to_totals(totals, sums);
+        if (kSlice && p == panels_) break;
+      }
+      end_loop();
+      finish(SumsInMemory<1, Shape::kThreads>{totals}, SumsInRegisters<1, kColumns>{sums});
+    }
+  }
+
+ private:
+  Memory& shared_;
+  const Lane lane_ = this_lane();
+  const float factor_;
+  // Always false, but hidden from the compiler, which would otherwise spill.
+  const bool adds_;
+  const int panels_;
+  WarpgroupStages<Shape> stages_;
+};
 
 }  // namespace
 }  // namespace pfgm
