@@ -140,7 +140,10 @@ def ode_step(
     backend: str | None,
 ) -> tuple[Tensor, Tensor | None]:
     """As :func:`pfgm.ops.ode_step.compute`; with ``out`` as ``compute_into``."""
-    if not passes(_gpu_of(step.x), *step[:-1], out, mean_out):
+    # torch.compile of torch 2.6 takes no slice of a named tuple.
+    x, slope, field_z, history, z, toward, blend, rows, gamma, z_exp, _ = step
+    numbers = (z, toward, blend, gamma, z_exp)
+    if not passes(_gpu_of(x), x, slope, field_z, history, rows, *numbers, out, mean_out):
         if out is None:
             return step_operator.compute(step, with_mean, backend)
         step_operator.compute_into(step, out, mean_out, backend)
