@@ -39,7 +39,9 @@ PRETRAINED = {
     ),
     "fashion-mnist": Pretrained(
         "60 000 images of clothes of 28 × 28 pixels (Fashion-MNIST, Zalando SE 2017, MIT licence)",
-        "pfgm train --config recipes/fashion-mnist.json --out runs/fashion-mnist",
+        "pfgm train --config recipes/fashion-mnist.json --out runs/fashion; "
+        "pfgm train --config recipes/fashion-mnist.json --init runs/fashion --out runs/longer "
+        "--precision float32 --steps 1250 --batch-size 128 --learning-rate 6e-4 --ema 0",
         (
             "T-shirt",
             "trouser",

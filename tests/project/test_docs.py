@@ -340,18 +340,19 @@ def test_the_commands_of_readme_draw_its_pictures(tmp_path, monkeypatch, command
             assert (np.abs(a - b).max(2) <= 2).mean() >= 0.99
 
 
-def test_the_tables_of_sampling_have_the_stored_figures():
-    page = (DOCS / "howto" / "sampling.md").read_text()
+def test_the_tables_of_samples_have_the_stored_figures():
+    pages = {"digits": ("sampling.md", 3, 1), "fashion-mnist": ("training.md", 1, 2)}
     names = {"labels": "labels (schedule `rho`, the default)"}
     names |= {f"labels, log to {last}": f"labels, `log` to {last}" for last in (0.1, 0.3)}
     names |= {"labels, guidance 1.5": "labels, guidance 1.5 (20 evaluations)"}
     for row in stored("pretrained"):
-        if row["network"] == "digits":
-            cells = [names.get(row["run"], row["run"])]
-            for space, digits in (("pixels", 3), ("features", 1)):
-                cells.append(f"{row[f'frechet_distance_{space}']:.{digits}f}")
-                cells += [f"{row[f'{each}_{space}']:.2f}" for each in ("precision", "recall")]
-            assert f"| {' | '.join(cells)} |" in page, row["run"]
+        name, *digits = pages[row["network"]]
+        cells = [names.get(row["run"], row["run"])]
+        for space, places in zip(("pixels", "features"), digits, strict=True):
+            cells.append(f"{row[f'frechet_distance_{space}']:.{places}f}")
+            cells += [f"{row[f'{each}_{space}']:.2f}" for each in ("precision", "recall")]
+        assert f"| {' | '.join(cells)} |" in (DOCS / "howto" / name).read_text(), row
+    page = (DOCS / "howto" / "sampling.md").read_text()
     few, more, multistep = (
         distances(means("quality-means.csv", series=f"PFGM++ 128, {sampler}, rho", setting=setting))
         for sampler, setting in (("heun", "10"), ("heun", "20"), ("multistep", "10"))
