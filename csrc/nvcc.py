@@ -25,8 +25,8 @@ def toolkit() -> str | None:
     """nvcc of an installed CUDA toolkit."""
     named = os.environ.get("CUDACXX") or shutil.which("nvcc")
     homes = (os.environ.get("CUDA_HOME"), os.environ.get("CUDA_PATH"), USUAL_HOME)
-    found = (shutil.which("nvcc", path=f"{home}/bin") for home in homes if home)
-    return named or next(filter(None, found), None)
+    usual = (shutil.which("nvcc", path=f"{home}/bin") for home in homes if home)
+    return named or next(filter(None, usual), None)
 
 
 def settings() -> dict[str, str]:

@@ -170,9 +170,9 @@ def steps(
 
 def variants() -> list[Variant]:
     """Every type of references, and rows that are centred or not."""
-    variants = [variant(find_center, {}, dtype, wide_loads=False) for dtype in REFERENCES]
+    result = [variant(find_center, {}, dtype, wide_loads=False) for dtype in REFERENCES]
     for centers, of_bytes in ((False, False), (True, False), (True, True)):
         constants: dict[str, Any] = {"CENTERED": centers, "BYTES": of_bytes}
         constants["PROGRAMS"] = CENTER_PROGRAMS
-        variants.append(variant(split_rows, constants | SPLIT.options))
-    return variants
+        result.append(variant(split_rows, constants | SPLIT.options))
+    return result

@@ -424,15 +424,15 @@ def shapes(references: torch.dtype) -> Iterator[Shape]:
 
 def variants() -> list[Variant]:
     """Every type of references and configuration, with and without G·y."""
-    variants = []
+    result = []
     for dtype in REFERENCES:
         for shape in shapes(dtype):
             for config in distance_configs(shape):
                 constants: dict[str, Any] = {"PROJECT": shape.project} | config.options
                 if shape.few:
                     wide = dtype != torch.uint8  # a thread takes 8 of a tile's 1024 values
-                    variants.append(variant(differences, constants, dtype, wide_loads=wide))
+                    result.append(variant(differences, constants, dtype, wide_loads=wide))
                     continue
                 constants["HIGH"] = shape.precision == "high"
-                variants.append(variant(distances, constants, dtype, products=True))
-    return list({each.name: each for each in variants}.values())
+                result.append(variant(distances, constants, dtype, products=True))
+    return list({each.name: each for each in result}.values())

@@ -107,10 +107,10 @@ def variants() -> list[Variant]:
         **dict.fromkeys(("stride", "field_stride", "B", "N"), "i32"),
         "gamma": "fp64",
     }
-    variants = []
+    result = []
     for N in (64, 3072, 20_000):
         tiles = row_tiles(N)
-        variants.append(
+        result.append(
             Variant(
                 name=f"normalised_field, N = {N}",
                 kernel=normalised_field_kernel,
@@ -120,4 +120,4 @@ def variants() -> list[Variant]:
                 num_warps=tiles.num_warps,
             )
         )
-    return variants
+    return result

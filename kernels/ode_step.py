@@ -284,15 +284,15 @@ def _variant(
 
 def variants() -> list[Variant]:
     """Every form for rows held whole; the largest forms for short rows and for rows read twice."""
-    variants = []
+    result = []
     for history in (False, True):
         for mean in (False, True):
-            variants.append(_variant(3072, "field", history, mean, False, True, True))
+            result.append(_variant(3072, "field", history, mean, False, True, True))
         for levels in (False, True):
-            variants.append(_variant(3072, "field", history, history, levels, levels, True))
-            variants.append(_variant(3072, "mean", history, False, levels, False, False))
-    variants.append(_variant(3072, "field", True, True, False, True, False))
+            result.append(_variant(3072, "field", history, history, levels, levels, True))
+            result.append(_variant(3072, "mean", history, False, levels, False, False))
+    result.append(_variant(3072, "field", True, True, False, True, False))
     for N in (64, 20_000):
-        variants.append(_variant(N, "field", True, True, True, True, True))
-        variants.append(_variant(N, "mean", True, False, True, False, False))
-    return variants
+        result.append(_variant(N, "field", True, True, True, True, True))
+        result.append(_variant(N, "mean", True, False, True, False, False))
+    return result

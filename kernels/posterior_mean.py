@@ -424,23 +424,23 @@ def _average(pairs: Pairs, chunk: slice, difference: bool) -> None:
 def variants() -> list[Variant]:
     """Every type of references and configuration, the first chunk and later ones. Sorted queries
     are listed for float32 references only."""
-    variants = []
+    result = []
     constants: dict[str, Any]
     for dtype in REFERENCES:
         for shape in shapes(dtype):
             for config in () if shape.project else sum_configs(shape):
                 constants = {"PRECISION": input_precision(shape.precision)} | config.options
                 constants["ORDERED"] = shape.rows >= MIN_SORTED_QUERIES and dtype == torch.float32
-                variants.append(variant(weighted_sum, constants, dtype, products=True))
+                result.append(variant(weighted_sum, constants, dtype, products=True))
     unread: dict[str, Any] = dict.fromkeys(("x", "y", "weights", "live"))
     for first in (False, True):
         for last, gaussian in ((False, False), (True, False), (True, True)):
             constants = {"FIRST": first, "LAST": last, "GAUSSIAN": gaussian, "DIFFERENCE": False}
             constants |= {"PIECES": PIECES, "SIZE": WEIGH["BLOCK"]} | merge_config(1024).options
-            variants.append(variant(merge, unread | constants))
+            result.append(variant(merge, unread | constants))
         for dtype, features in itertools.product(REFERENCES, (16, 1024)):
             constants = {"FIRST": first, "LAST": True, "GAUSSIAN": False, "DIFFERENCE": True}
             constants |= {"PIECES": PIECES, "SIZE": WEIGH["BLOCK"]} | merge_config(features).options
             wide = features > 16 or dtype != torch.uint8
-            variants.append(variant(merge, constants, dtype, wide_loads=wide))
-    return list({each.name: each for each in variants}.values())
+            result.append(variant(merge, constants, dtype, wide_loads=wide))
+    return list({each.name: each for each in result}.values())

@@ -479,18 +479,18 @@ def posterior_mean_backward(
 
 def variants() -> list[Variant]:
     """Every type of references, both kinds of D, the first chunk and later ones."""
-    variants = []
+    result = []
     for first in (False, True):
         constants: dict[str, Any] = {"FIRST": first, "GAUSSIAN": first}
         constants |= PER_QUERY.options
-        variants += [variant(kernel, constants) for kernel in (pull, find_coefficients)]
+        result += [variant(kernel, constants) for kernel in (pull, find_coefficients)]
     for dtype in REFERENCES:
         for first, features in itertools.product((False, True), (16, 1024)):
             constants = {"FIRST": first, "LAST": not first, "SIZE": PER_QUERY["BLOCK"]}
             constants |= merge_config(features).options
             wide = features > 16 or dtype != torch.uint8
-            variants.append(variant(merge_gradient, constants, dtype, wide_loads=wide))
+            result.append(variant(merge_gradient, constants, dtype, wide_loads=wide))
         constants = {"FIRST": False, "PRECISION": input_precision("high")}
         constants |= REFERENCE_GRADIENT.options
-        variants.append(variant(reference_gradient, constants, dtype, products=True))
-    return variants
+        result.append(variant(reference_gradient, constants, dtype, products=True))
+    return result

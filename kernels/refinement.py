@@ -255,7 +255,7 @@ def refine_config(features: int) -> Config:
 
 def variants() -> list[Variant]:
     """Every type of references, short and long rows; after products with and without G·y."""
-    variants = []
+    result = []
     for dtype in REFERENCES:
         lengths = [(features, 64) for features in (32, 1024, 2048, 3072)] + [(32, 16), (3072, 16)]
         if dtype == torch.float32:
@@ -264,9 +264,9 @@ def variants() -> list[Variant]:
             for project in (False, True) if tile == 64 else (False,):
                 constants: dict[str, Any] = {"PROJECT": project, "TILE": tile}
                 constants |= refine_config(features).options
-                variants.append(variant(refine, constants, dtype, wide_loads=features > 64))
+                result.append(variant(refine, constants, dtype, wide_loads=features > 64))
     for first, products, gaussian in itertools.product((False, True), repeat=3):
         constants = {"FIRST": first, "PRODUCTS": products, "GAUSSIAN": gaussian}
         constants |= LIMITS.options
-        variants.append(variant(find_limits, constants, wide_loads=False))  # of rows of tiles
-    return variants
+        result.append(variant(find_limits, constants, wide_loads=False))  # of rows of tiles
+    return result

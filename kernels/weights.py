@@ -151,10 +151,10 @@ def minima_of(tiles: int) -> int:
 
 def variants() -> list[Variant]:
     """The first chunk and later ones, both kinds of D. Many tiles are listed for later chunks."""
-    variants = []
+    result = []
     for first in (False, True):
         for gaussian in (False, True):
             for minima in MINIMA[:1] if first or gaussian else MINIMA:
                 constants: dict[str, Any] = {"FIRST": first, "GAUSSIAN": gaussian, "MINIMA": minima}
-                variants.append(variant(weigh, constants | WEIGH.options))
-    return variants
+                result.append(variant(weigh, constants | WEIGH.options))
+    return result

@@ -63,15 +63,15 @@ def split(case: Case) -> Split:
     """Prepares the products. A query has its own scale, the references have one together."""
     center = case.references.mean(0)
     x, y = case.x - center, case.references - center
-    of_x = halves(x, x.abs().amax(1, keepdim=True))
-    of_y = halves(y, y.abs().amax())
-    return Split(of_x, of_y, x.square().sum(1, keepdim=True), y.square().sum(1), center)
+    x_halves = halves(x, x.abs().amax(1, keepdim=True))
+    y_halves = halves(y, y.abs().amax())
+    return Split(x_halves, y_halves, x.square().sum(1, keepdim=True), y.square().sum(1), center)
 
 
 def distances(case: Case, parts: Split, products: Tensor) -> Tensor:
     """Squared distances (B, M), the smallest of them from differences."""
-    of_products = products / (parts.x.scale * parts.y.scale)
-    squared = parts.x_squared + parts.y_squared - 2 * of_products
+    inner = products / (parts.x.scale * parts.y.scale)
+    squared = parts.x_squared + parts.y_squared - 2 * inner
     least = squared.topk(min(AGAIN, squared.shape[1]), 1, largest=False).indices
     exact = (case.x[:, None] - case.references[least]).square().sum(2)
     return squared.scatter(1, least, exact)
@@ -90,9 +90,9 @@ def weights(case: Case, parts: Split, products: Tensor) -> tuple[Halves, Tensor,
     return halves(weight, weight.new_ones(())), total, logsumexp.squeeze(1)
 
 
-def mean(parts: Split, of_weights: Halves, total: Tensor, sums: Tensor) -> Tensor:
+def mean(parts: Split, weight_halves: Halves, total: Tensor, sums: Tensor) -> Tensor:
     """The mean from Σ w (y − center)."""
-    return parts.center + sums / (total * of_weights.scale * parts.y.scale)
+    return parts.center + sums / (total * weight_halves.scale * parts.y.scale)
 
 
 def path(
@@ -108,9 +108,9 @@ def path(
             parts = splitting(case)
             y = parts.y
             products = product(parts.x, Halves(y.high.T, y.low.T, y.scale))
-            of_weights, total, logsumexp = weighing((case, parts, products))
-            sums = product(of_weights, y)
-            return merging((parts, of_weights, total, sums)), logsumexp
+            weight_halves, total, logsumexp = weighing((case, parts, products))
+            sums = product(weight_halves, y)
+            return merging((parts, weight_halves, total, sums)), logsumexp
 
         return run
 

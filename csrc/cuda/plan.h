@@ -158,7 +158,7 @@ Index chunk_references(Index queries, Index references, Index features, Index mo
   return best;
 }
 
-// ---- the plan
+// ---- the plan ---------------------------------------------------------------------------------
 
 // What the plan depends on beside the problem: of the device, and of its code (cuda/runtime.h).
 struct Device {

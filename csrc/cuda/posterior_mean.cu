@@ -1,15 +1,15 @@
 // The posterior mean and its gradients on CUDA devices.
 //
 // Queries are split into blocks and references into chunks, which bounds the workspace
-// (cuda/plan.h, cuda/workspace.h). A chunk goes through distances (cuda/distances.h,
-// warpgroup_distances.h, of data centred by cuda/centering.h) or differences, finish_distances if
-// blocks of distances share out the features, find_limits and refine (cuda/refinement.h), weigh
-// (cuda/weights.h), list_references (cuda/lists.h), weighted_sum (cuda/weighted_sums.h) and merge
-// (cuda/merging.h). warpgroup_sum (cuda/warpgroup_sums.h) takes the place of weighted_sum where
-// products are asynchronous. The backward pass (cuda/coefficients.h, reference_gradient.h) takes
-// the distances that the forward pass kept, or computes them again. Launches depend on shapes, the
-// device and whether distances are kept. Nothing waits for the device, and CUDA graphs can capture
-// the launches.
+// (cuda/plan.h, cuda/workspace.h). A chunk goes through distances (cuda/distances.h, of data
+// centred by cuda/centering.h) or differences, finish_distances if blocks of distances share out
+// the features, find_limits and refine (cuda/refinement.h), weigh (cuda/weights.h), list_references
+// (cuda/lists.h), weighted_sum (cuda/weighted_sums.h) and merge (cuda/merging.h). distances and
+// weighted_sum have a main loop of warps, or of warpgroups where products are asynchronous
+// (cuda/warp_products.h and the three beside it). The backward pass (cuda/coefficients.h,
+// reference_gradient.h) takes the distances that the forward pass kept, or computes them again.
+// Launches depend on shapes, the device and whether distances are kept. Nothing waits for the
+// device, and CUDA graphs can capture the launches.
 #include <cmath>
 #include <limits>
 #include <type_traits>
@@ -145,7 +145,7 @@ class Launches {
     stream_.launch({name, grid, threads, shared}, kernel, arguments...);
   }
 
-  // ---- blocks and chunks
+  // ---- blocks and chunks ----------------------------------------------------------------------
 
   template <class Body>
   void each_block(const Body& body) {
@@ -191,7 +191,7 @@ class Launches {
     return {divide_up(chunk_.count, references), divide_up(block_.count, rows)};
   }
 
-  // ---- distances
+  // ---- distances ------------------------------------------------------------------------------
 
   // The centre of all references, or of as many as an int counts.
   void find_references_center() const {
@@ -313,7 +313,7 @@ class Launches {
         rows, y<R>(), arrays_.center, arrays_.pairs, sums);
   }
 
-  // ---- weights and their sums
+  // ---- weights and their sums -----------------------------------------------------------------
 
   void find_weights(float divisor, const QueryStates& state) const {
     const double floor = problem_.difference ? difference_floor(problem_) : weight_floor(problem_);
@@ -428,7 +428,7 @@ class Launches {
         first_chunk(), state);
   }
 
-  // ---- gradients
+  // ---- gradients ------------------------------------------------------------------------------
 
   void find_gradients(const Backward& io) {
     Moments& moments = arrays_.moments;

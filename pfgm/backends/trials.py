@@ -393,13 +393,15 @@ def _at_many_sizes(
         problem = PosteriorMean(x, references, radius, D, precision)
         mean, logsumexp, nearest, total = place.backend.posterior_mean(problem)
         state, needs = State(mean, nearest, total), (True, False, True)
-        of_x, _, of_r = place.backend.posterior_mean_backward(problem, state, upstream, needs)
-        found = {"mean": mean / math.sqrt(N), "log-sum-exp": logsumexp}
-        found |= {"gradient of x": of_x, "gradient of r": of_r}  # type: ignore[dict-item]
+        grad_x, _, grad_radius = place.backend.posterior_mean_backward(
+            problem, state, upstream, needs
+        )
+        values = {"mean": mean / math.sqrt(N), "log-sum-exp": logsumexp}
+        values |= {"gradient of x": grad_x, "gradient of r": grad_radius}  # type: ignore[dict-item]
         if k == 0:
             apart = problem._replace(difference=True)
-            found["difference x − mean"] = place.backend.posterior_mean(apart)[0]
-        results |= {f"{name} at {name_of(sizes)}": rows[::step] for name, rows in found.items()}
+            values["difference x − mean"] = place.backend.posterior_mean(apart)[0]
+        results |= {f"{name} at {name_of(sizes)}": rows[::step] for name, rows in values.items()}
     return results  # type: ignore[return-value]
 
 
@@ -489,12 +491,12 @@ def _trials() -> Iterator[tuple[str, Trial]]:
     yield "many sizes", Trial(_at_many_sizes, large=True)
     yield (
         "many sizes, medium",
-        Trial(part(_at_many_sizes, precision="medium"), medium=True, large=True),
+        Trial(part(_at_many_sizes, precision="medium"), medium=True, large=True, gpus=1),
     )
     for name, dtype in _TYPES.items():
         if dtype != torch.float64:
             compute = part(_at_many_sizes, dtype=dtype)
-            yield f"many sizes, {name}", Trial(compute, references=dtype, large=True)
+            yield f"many sizes, {name}", Trial(compute, references=dtype, large=True, gpus=1)
     yield "another stream", Trial(_on_another_stream, quick=True, gpus=1)
     # Nothing promises that a graph can capture the backend reference.
     yield "a CUDA graph", Trial(_in_a_graph, quick=True, gpus=1, large=True)

@@ -104,7 +104,7 @@ class FieldNetwork(nn.Module):
 
     def __init_subclass__(cls, **options: Any) -> None:
         super().__init_subclass__(**options)
-        if "mean" in vars(cls) and "forward" not in vars(cls):
+        if "mean" in vars(cls) and cls.forward is FieldNetwork.forward:
             raise TypeError(
                 f"{cls.__name__} defines mean, which forward does not call; allowed is backbone, "
                 "or forward as well."

@@ -55,8 +55,8 @@ class Operator:
 
     def groups(self, arguments: Sequence[Any], named: dict[str, Any] | None = None) -> list[Any]:
         """The named tuples and single arguments of a call with these arguments."""
-        given = self._defaults | dict(zip(self._names, arguments, strict=False)) | (named or {})
-        values = iter(given.values())
+        by_name = self._defaults | dict(zip(self._names, arguments, strict=False)) | (named or {})
+        values = iter(by_name.values())
         return [
             next(values) if isinstance(group, str) else group(*islice(values, len(group._fields)))
             for group in self._takes

@@ -64,7 +64,7 @@ class Ranks:
         padded = rows.new_zeros(max(self._counts), *rows.shape[1:])
         padded[: len(rows)] = rows
         pairs = zip(self._all_gather(padded), self._counts, strict=True)
-        return torch.cat([rows[:count] for rows, count in pairs])
+        return torch.cat([each[:count] for each, count in pairs])
 
     def own(self, rows: Tensor) -> Tensor:
         """The rows of this process among gathered rows."""

@@ -408,7 +408,9 @@ def test_bad_denoisers() -> None:
 def test_a_mean_that_the_field_would_ignore_is_refused() -> None:
     with pytest.raises(TypeError, match=r"^Own defines mean, which forward does not call"):
         type("Own", (MLP,), {"mean": lambda self, x, z, labels=None: x})
-    type("Own", (MLP,), {"mean": MLP.mean, "forward": MLP.forward})
+    own = {"mean": MLP.mean, "forward": lambda self, x, z: self.mean(x, z)}
+    heir = type("Heir", (type("Own", (MLP,), own),), {"mean": MLP.mean})  # whose forward calls it
+    assert heir.forward is own["forward"]
 
 
 @pytest.mark.parametrize("shape", [(2, 64), (1, 5), (2, 4, 7), (1, 5, 4, 6)])
