@@ -30,6 +30,22 @@ def _convolution(
     return _CONVOLUTIONS[axes](inputs, outputs, size, padding=size // 2)
 
 
+def _to_channels(x: Tensor, patch: int) -> Tensor:
+    """(B, C, *L) to (B, C·patchᵃ, *L/patch) for a axes: the values of each patch as channels."""
+    axes = x.ndim - 2
+    cut = [size for length in x.shape[2:] for size in (length // patch, patch)]
+    whole, inside = range(2, 2 + 2 * axes, 2), range(3, 3 + 2 * axes, 2)
+    return x.reshape(*x.shape[:2], *cut).permute(0, 1, *inside, *whole).flatten(1, 1 + axes)
+
+
+def _from_channels(h: Tensor, patch: int) -> Tensor:
+    """The inverse of :func:`_to_channels`."""
+    axes = h.ndim - 2
+    h = h.unflatten(1, (-1, *[patch] * axes))
+    pairs = [axis for i in range(axes) for axis in (2 + axes + i, 2 + i)]
+    return h.permute(0, 1, *pairs).reshape(*h.shape[:2], *[patch * n for n in h.shape[2 + axes :]])
+
+
 def _norm(channels: int) -> nn.GroupNorm:
     # At least four channels in a group: a group of one value would be normalised to zero, which
     # happens with one channel on a level of one pixel.
@@ -132,7 +148,9 @@ class UNet(FieldNetwork):
     """U-Net that predicts the normalised Poisson field of signals, images or volumes.
 
     The shape says which: (C, L), (C, H, W) or (C, D, H, W), with axes of at least 4 values after
-    the channels. There is one level for each multiplier. Each level halves the axes, rounding up,
+    the channels. The network works on patches of values, whose size is 1 unless ``patch`` says
+    more: with 2, an image costs about as much as one of half the height and width, so that the same
+    time pays for a wider network. There is one level for each multiplier. Each level halves the axes, rounding up,
     so odd sizes work. The coarsest level has self-attention. The network predicts the posterior
     mean (:class:`FieldNetwork`).
 
@@ -142,6 +160,7 @@ class UNet(FieldNetwork):
         multipliers: channels of each level, finest first, in units of width; (1, 2) suits 8×8,
             (1, 2, 2) suits 28×28 and 32×32.
         blocks: residual blocks of each level, in the encoder and again in the decoder.
+        patch: length of a patch along each axis, a divisor of the axes that leaves at least 4.
         heads: attention heads on the coarsest level; 0 for none.
         classes: number of labels, which forward takes as 0 to classes − 1; 0 for none.
         data_std: root mean square of the data's values.
@@ -164,6 +183,7 @@ class UNet(FieldNetwork):
         width: int = 32,
         multipliers: Sequence[int] = (1, 2),
         blocks: int = 1,
+        patch: int = 1,
         heads: int = 2,
         classes: int = 0,
         data_std: float = 1.0,
@@ -172,6 +192,7 @@ class UNet(FieldNetwork):
         scale: float = 1.0,
     ) -> None:
         super().__init__(shape, data_std=data_std, gamma=gamma, center=center, scale=scale)
+        self.patch = positive_int("patch", patch)
         self._check_axes()
         width = positive_int("width", width, MAX_WIDTH)
         blocks = positive_int("blocks", blocks, MAX_DEPTH)
@@ -183,6 +204,7 @@ class UNet(FieldNetwork):
                 "width": width,
                 "multipliers": int_tuple("multipliers", multipliers),
                 "blocks": blocks,
+                "patch": self.patch,
                 "heads": heads,
                 "classes": natural("classes", classes),
                 "data_std": self.data_std,
@@ -198,12 +220,18 @@ class UNet(FieldNetwork):
                 f"shape is {self.shape}; only (C, L), (C, H, W) and (C, D, H, W) with L, D, H and "
                 "W of at least 4 are allowed."
             )
+        if any(n % self.patch or n < 4 * self.patch for n in self.shape[1:]):
+            raise ValueError(
+                f"patch is {self.patch}; only a divisor of the axes {self.shape[1:]} that leaves "
+                "at least 4 patches along each is allowed."
+            )
 
     def _build(self, width: int, levels: list[int], blocks: int, heads: int) -> None:
         axes = len(self.shape) - 1
         embedding = 4 * width
         self.embedding = NoiseEmbedding(embedding, classes=self.config["classes"])
-        self.stem = _convolution(axes, self.shape[0] + 1, width)
+        inside = self.patch**axes
+        self.stem = _convolution(axes, (self.shape[0] + 1) * inside, width)
         self.down = nn.ModuleList()
         above = width
         for i, channels in enumerate(levels):
@@ -218,7 +246,7 @@ class UNet(FieldNetwork):
             )
             above = channels
         self.norm = _norm(above)
-        self.head = _zeroed(_convolution(axes, above, 2 * self.shape[0]))
+        self.head = _zeroed(_convolution(axes, above, 2 * self.shape[0] * inside))
 
     def backbone(
         self, x: Tensor, rms: Tensor, z: Tensor, labels: Tensor | None = None
@@ -227,7 +255,8 @@ class UNet(FieldNetwork):
         embedding = self.embedding(rms, z, labels)
         # A channel of ones shows the border to the convolutions, whose padding is zero.
         axes = x.ndim - 2
-        h = self.stem(F.pad(x, (0, 0) * axes + (0, 1), value=1.0))
+        x = F.pad(x, (0, 0) * axes + (0, 1), value=1.0)
+        h = self.stem(_to_channels(x, self.patch) if self.patch > 1 else x)
         skips = []
         for i, stage in enumerate(self.down):
             h = stage(_POOLS[axes](h, 2, ceil_mode=True) if i else h, embedding)
@@ -238,5 +267,8 @@ class UNet(FieldNetwork):
             if h.shape[2:] != skip.shape[2:]:
                 h = F.interpolate(h, size=skip.shape[2:], mode="nearest")
             h = stage(torch.cat([h, skip], 1), embedding)
-        output, gate = self.head(F.silu(self.norm(h))).chunk(2, 1)
+        h = self.head(F.silu(self.norm(h)))
+        if self.patch > 1:
+            h = _from_channels(h, self.patch)
+        output, gate = h.chunk(2, 1)
         return output, gate

@@ -80,6 +80,8 @@ class Settings:
     """Channels at each resolution, finest first, in units of the width; not for mlp."""
     blocks: int | None = None
     """Residual blocks at each resolution; not for mlp."""
+    patch: int | None = None
+    """Length of the patches of values that the unet works on; a divisor of the axes."""
     labels: bool = False
     """Tell the network the label of each sample, for data with labels, such as folders of images
     with a subfolder for each class."""
@@ -114,6 +116,7 @@ class Settings:
             ("width", positive_int),
             ("multipliers", int_tuple),
             ("blocks", positive_int),
+            ("patch", positive_int),
         ):
             if (value := getattr(self, name)) is not None:
                 object.__setattr__(self, name, checked(name, value))

@@ -16,10 +16,11 @@ from ..networks.unet import takes_shape
 from ..references import ReferenceSet
 from .run_config import RunConfig
 
-# The names of width, multipliers and blocks among the arguments of each network.
+SIZES = ("width", "multipliers", "blocks", "patch")
+# The names of these settings among the arguments of each network.
 _PUBLISHED_NAMES = {"width": "nf", "multipliers": "ch_mult", "blocks": "num_res_blocks"}
 SIZE_NAMES: dict[str, dict[str, str]] = {
-    "unet": {"width": "width", "multipliers": "multipliers", "blocks": "blocks"},
+    "unet": {name: name for name in SIZES},
     "mlp": {"width": "width"},
     "ddpmpp": _PUBLISHED_NAMES,
     "ncsnpp": _PUBLISHED_NAMES,
@@ -65,7 +66,7 @@ def _size_settings(config: RunConfig, name: str, flow: Flow) -> dict[str, Any]:
                 f"{flow.shape}{' with labels' if config.labels else ''}."
             )
         settings = {"channels": flow.shape[0], "resolution": flow.shape[1]}
-    for option in ("width", "multipliers", "blocks"):
+    for option in SIZES:
         if (value := getattr(config, option)) is None:
             continue
         if option not in SIZE_NAMES[name]:

@@ -15,7 +15,7 @@ from ..networks.registry import NETWORKS, label_count
 from ..references import ReferenceSet
 from .checkpoint import load
 from .run_config import RunConfig
-from .run_models import SIZE_NAMES, build_flow
+from .run_models import SIZE_NAMES, SIZES, build_flow
 
 __all__ = ["start_from"]
 
@@ -82,7 +82,7 @@ def _sizes(config: RunConfig, network: nn.Module, classes: int) -> list[tuple[st
     ]
     if config.network != "auto":
         choices.append(("network", config.network, name))
-    for option in ("width", "multipliers", "blocks"):
+    for option in SIZES:
         if (asked := getattr(config, option)) is not None:
             has = settings.get(SIZE_NAMES.get(name, {}).get(option, ""))
             choices.append((option, asked, tuple(has) if isinstance(has, list) else has))

@@ -44,6 +44,7 @@ _OF_THE_TEACHER = (
     "width",
     "multipliers",
     "blocks",
+    "patch",
     "fit_levels",
 )
 _CHANGEABLE_SETTINGS = ("hold", "samples", "shared")  # of a run that is resumed
