@@ -148,10 +148,10 @@ class UNet(FieldNetwork):
     """U-Net that predicts the normalised Poisson field of signals, images or volumes.
 
     The shape says which: (C, L), (C, H, W) or (C, D, H, W), with axes of at least 4 values after
-    the channels. The network works on patches of values, whose size is 1 unless ``patch`` says
-    more: with 2, an image costs about as much as one of half the height and width, so that the same
-    time pays for a wider network. There is one level for each multiplier. Each level halves the axes, rounding up,
-    so odd sizes work. The coarsest level has self-attention. The network predicts the posterior
+    the channels. The network works on patches of values, of length 1 unless ``patch`` says more.
+    With 2, an image costs about as much as one of half the height and width, so the same time pays
+    for a wider network. There is one level for each multiplier. Each level halves the axes, rounding
+    up, so odd sizes work. The coarsest level has self-attention. The network predicts the posterior
     mean (:class:`FieldNetwork`).
 
     Args:
@@ -259,7 +259,9 @@ class UNet(FieldNetwork):
         h = self.stem(_to_channels(x, self.patch) if self.patch > 1 else x)
         skips = []
         for i, stage in enumerate(self.down):
-            h = stage(_POOLS[axes](h, 2, ceil_mode=True) if i else h, embedding)
+            if i:  # torch does not pool axes of one value in three dimensions
+                h = _POOLS[axes](h, [min(2, n) for n in h.shape[2:]], ceil_mode=True)
+            h = stage(h, embedding)
             skips.append(h)
         h = self.middle(h, embedding)
         for stage in self.up:

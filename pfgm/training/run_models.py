@@ -70,6 +70,6 @@ def _size_settings(config: RunConfig, name: str, flow: Flow) -> dict[str, Any]:
         if (value := getattr(config, option)) is None:
             continue
         if option not in SIZE_NAMES[name]:
-            raise ValueError(f"{option} is {value}, but the network is an {name}, which has none.")
+            raise ValueError(f"{option} is {value}, but the network is {name!r}, which has none.")
         settings[SIZE_NAMES[name][option]] = value
     return settings

@@ -226,6 +226,44 @@ def test_unet_takes_any_size(size: tuple[int, int], multipliers: tuple[int, ...]
     assert field_z.shape == (2,)
 
 
+@pytest.mark.parametrize("shape", [(2, 4), (2, 4, 5, 9)])
+def test_unet_has_more_levels_than_halvings(shape: tuple[int, ...]) -> None:
+    field_x, _ = make("unet", shape=shape, multipliers=(1, 1, 1, 1))(
+        torch.randn(2, *shape), torch.rand(2)
+    )
+    assert field_x.shape == (2, *shape)
+
+
+@pytest.mark.parametrize(
+    ("shape", "patch"), [((2, 12), 3), ((3, 8, 12), 2), ((1, 16, 16), 4), ((2, 8, 10, 8), 2)]
+)
+def test_patches_are_channels(shape: tuple[int, ...], patch: int) -> None:
+    """A U-Net on patches is one on their values as channels; the field is put together again."""
+    net = make("unet", shape=shape, patch=patch)
+    scramble(net)
+    seen: list[Tensor] = []
+    net.stem.register_forward_hook(lambda _, inputs, __: seen.append(inputs[0]))
+    values, axes = patch ** len(shape[1:]), len(shape[1:])
+
+    def give_back(*_: Any) -> Tensor:  # all but the channel of ones, as output and as gate
+        return seen[0][:, :-values].repeat(1, 2, *[1] * axes)
+
+    net.head.register_forward_hook(give_back)
+    x = torch.randn(2, *shape)
+    output, gate = net.backbone(x, torch.ones(2), torch.ones(2))
+    assert seen[0].shape[2:] == tuple(n // patch for n in shape[1:])
+    assert torch.equal(output, x)
+    assert torch.equal(gate, x)
+    # Values of one patch share a place: those of the first patch alone change the first place.
+    corner = (slice(None), slice(None), *[slice(patch)] * axes)
+    moved = x.clone()
+    moved[corner] += 1
+    net.backbone(moved, torch.ones(2), torch.ones(2))
+    changed = (seen[1] != seen[0]).any(1).any(0)
+    assert changed.flatten()[0]
+    assert changed.sum() == 1
+
+
 @pytest.mark.parametrize("shape", [(1,), (2,), (2, 3), (1, 5, 4)])
 def test_mlp_takes_any_shape(shape: tuple[int, ...]) -> None:
     field_x, field_z = make("mlp", shape=shape)(torch.randn(3, *shape), torch.rand(3))
@@ -266,6 +304,13 @@ def test_an_empty_batch_gives_an_empty_field(name: str) -> None:
         (UNet, {"shape": (1, 8, 8), "blocks": 0}, r"^blocks is 0; only an integer"),
         (UNet, {"shape": (1, 8, 8), "multipliers": ()}, r"^multipliers is \(\); only a non-empty"),
         (UNet, {"shape": (1, 8, 8), "multipliers": 2}, r"^multipliers is 2; only a non-empty"),
+        (
+            UNet,
+            {"shape": (1, 8, 9), "patch": 2},
+            r"^patch is 2; only a divisor of the axes \(8, 9\)",
+        ),
+        (UNet, {"shape": (1, 8, 6), "patch": 2}, r"that leaves at least 4 patches along each"),
+        (UNet, {"shape": (1, 8, 8), "patch": 0}, r"^patch is 0; only an integer"),
         (UNet, {"shape": (1, 8, 8), "heads": -1}, r"^heads is -1; only an integer"),
         (UNet, {"shape": (1, 8, 8), "heads": 5}, r"^heads is 5; only 0 or a divisor of the \d+"),
     ],

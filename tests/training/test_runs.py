@@ -101,7 +101,7 @@ def test_bad_configurations(tmp_path, text, message):
     [
         ({}, "UNet"),
         ({"network": "mlp"}, "MLP"),
-        ({"multipliers": (1, 1), "blocks": 2}, "UNet"),
+        ({"multipliers": (1, 1), "blocks": 2, "patch": 2}, "UNet"),
         ({"network": "ddpmpp", "width": 8, "multipliers": (1, 2), "blocks": 1}, "DDPMpp"),
         ({"network": "ncsnpp", "width": 8, "multipliers": (1, 1), "method": "edm"}, "Denoiser"),
         ({"method": "pfgm++", "D": 64.0}, "Denoiser"),
@@ -115,6 +115,11 @@ def test_each_method_trains_and_samples(tmp_path, settings, kind):
     expected = {"pfgm++": 64.0, "edm": math.inf}.get(settings.get("method"), 1.0)
     assert expected == flow.D
     assert flow.sample(network, 3, steps=3).shape == (3, 1, 8, 8)
+
+
+def test_a_size_that_the_network_lacks_is_refused(tmp_path):
+    with pytest.raises(ValueError, match="patch is 2, but the network is 'ddpmpp', which has none"):
+        run(tmp_path, network="ddpmpp", patch=2)
 
 
 def test_hyper_parameters_of_the_flow(tmp_path):
