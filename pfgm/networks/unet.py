@@ -150,9 +150,9 @@ class UNet(FieldNetwork):
     The shape says which: (C, L), (C, H, W) or (C, D, H, W), with axes of at least 4 values after
     the channels. The network works on patches of values, of length 1 unless ``patch`` says more.
     With 2, an image costs about as much as one of half the height and width, so the same time pays
-    for a wider network. There is one level for each multiplier. Each level halves the axes, rounding
-    up, so odd sizes work. The coarsest level has self-attention. The network predicts the posterior
-    mean (:class:`FieldNetwork`).
+    for a wider network. There is one level for each multiplier. Each level halves the axes,
+    rounding up, so odd sizes work. The coarsest level has self-attention. The network predicts the
+    posterior mean (:class:`FieldNetwork`).
 
     Args:
         shape: sample shape (C, L), (C, H, W) or (C, D, H, W).
