@@ -33,8 +33,8 @@ def temperatures(flow: Flow, net: Network, path: Path, count: int) -> None:
     """A row for each temperature, a column for each latent."""
     latents = flow.prior(count, generator=torch.Generator().manual_seed(0))
     rows = [flow.decode(net, flow.rescale(latents, t)) for t in TEMPERATURES]
-    title = f"temperatures {', '.join(map(str, TEMPERATURES))} from above"
-    image_grid(torch.cat(rows), path, columns=count, title=title, scale=4)
+    side = [f"temperature {t}" for t in TEMPERATURES]
+    image_grid(torch.cat(rows), path, columns=count, side=side, scale=4)
 
 
 def completions(flow: Flow, net: Network, path: Path, rows: int, count: int) -> None:
@@ -54,8 +54,8 @@ def completions(flow: Flow, net: Network, path: Path, rows: int, count: int) -> 
         ],
         dim=1,
     )
-    title = "a digit, what is known of it, completions"
-    image_grid(shown.flatten(0, 1), path, columns=count + 2, title=title, scale=4)
+    header = ["digit", "known", *["drawn"] * count]
+    image_grid(shown.flatten(0, 1), path, columns=count + 2, header=header, scale=4)
 
 
 if __name__ == "__main__":

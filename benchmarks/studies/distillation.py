@@ -37,6 +37,12 @@ SEEDS = (0, 1, 2)
 PICTURE = DOCS / "images" / "few-steps.png"
 METHODS = ("pfgm", "pfgm++")
 SECOND = 0.5  # level of the second evaluation
+ROWS = (
+    "teacher, 10 evaluations",
+    "teacher, 1 evaluation",
+    "student, 1 evaluation",
+    "student, 2 evaluations",
+)
 
 
 def teacher_of(method: str, path: Path) -> tuple[Flow, nn.Module]:
@@ -150,8 +156,8 @@ def main() -> None:
         assert all(math.isfinite(row["frechet_distance"]) for row in figures["rows"])
     if options.store:
         print(store("distillation", found))
-        title = "teacher, teacher at one evaluation, student at one and two: PFGM, PFGM++"
-        pfgm.plotting.image_grid(torch.cat(pictures), PICTURE, columns=10, title=title, scale=4)
+        side = [f"{method.upper()}: {row}" for method in options.methods for row in ROWS]
+        pfgm.plotting.image_grid(torch.cat(pictures), PICTURE, columns=10, side=side, scale=4)
 
 
 if __name__ == "__main__":

@@ -44,6 +44,7 @@ def image_grid(
     scale: int | None = None,
     title: str | None = None,
     header: Sequence[str] = (),
+    side: Sequence[str] = (),
 ) -> Figure:
     """Images side by side on white, in reading order, enlarged without smoothing.
 
@@ -55,6 +56,7 @@ def image_grid(
         scale: picture pixels per image pixel; by default an image is about 72 pixels wide.
         title: a line above the grid.
         header: texts above the columns, one for each.
+        side: texts beside the rows, one for each.
 
     Returns:
         A matplotlib Figure of 100 dots per inch, which belongs to no pyplot window.
@@ -63,7 +65,7 @@ def image_grid(
         ImportError: matplotlib is not installed.
         TypeError: images are neither floating point nor uint8.
         ValueError: another shape, NaN or infinity, columns or scale below 1, another suffix, or
-            another number of texts than columns.
+            another number of texts than columns or rows.
         OSError: the picture cannot be written.
 
     >>> figure = image_grid(torch.rand(10, 1, 8, 8) * 2 - 1, columns=5, title="noise")
@@ -76,10 +78,21 @@ def image_grid(
     columns = min(columns, len(images))
     if header and len(header) != columns:
         raise ValueError(f"header has {len(header)} texts; allowed are {columns}, the columns.")
+    rows = math.ceil(len(images) / columns)
+    if side and len(side) != rows:
+        raise ValueError(f"side has {len(side)} texts; allowed are {rows}, the rows.")
     scale = _scale(images, scale)
-    figure, axes = _draw(_tile(images, columns, scale), title, _HEADER + _GAP if header else 0)
+    figure, axes = _draw(
+        _tile(images, columns, scale),
+        title,
+        header=_HEADER + _GAP if header else 0,
+        side=max((text_width(text, _HEADER) for text in side), default=0),
+    )
     if header:
         _write_header(axes, header, width=images.shape[-1] * scale)
+    for i, text in enumerate(side):
+        middle = i * (images.shape[-2] * scale + _GAP) + images.shape[-2] * scale / 2
+        axes.text(-_GAP, middle, text, va="center", **style(_HEADER) | {"ha": "right"})
     save(figure, path)
     return figure
 
@@ -227,17 +240,19 @@ def _tile(images: Tensor, columns: int, scale: int) -> np.ndarray[Any, np.dtype[
     return picture[:-_GAP, :-_GAP].numpy()
 
 
-def _draw(picture: np.ndarray[Any, Any], title: str | None, header: int) -> tuple[Figure, Any]:
+def _draw(
+    picture: np.ndarray[Any, Any], title: str | None, *, header: int, side: int = 0
+) -> tuple[Figure, Any]:
     """A figure that shows the picture pixel by pixel, and its axes.
 
     The axes count pixels of the picture from its upper left corner. header is the height of the
-    room above the picture.
+    room above the picture, side the width of that to its left.
     """
     height, width = picture.shape[:2]
     above = MARGIN + header + (TITLE + 2 * _GAP if title else 0)
-    full_width = max(width, text_width(title or "", TITLE)) + 2 * MARGIN
+    full_width = max(side + width, text_width(title or "", TITLE)) + 2 * MARGIN
     figure = new_figure(full_width, height + above + MARGIN)
-    axes = add_axes(figure, (full_width - width) // 2, MARGIN, width, height)
+    axes = add_axes(figure, (full_width - width + side) // 2, MARGIN, width, height)
     axes.imshow(picture, interpolation="nearest", aspect="auto", extent=(0, width, height, 0))
     axes.set_axis_off()
     add_title(figure, title)

@@ -174,6 +174,22 @@ def test_texts_above_the_columns_of_a_grid() -> None:
         plotting.image_grid(uniform(5, 8, 8), columns=3, header=["a", "b"])
 
 
+def test_texts_beside_the_rows_of_a_grid(tmp_path: Path) -> None:
+    images, side = uniform(5, 8, 8), ["first row", "second", "3"]
+    figure = plotting.image_grid(images, tmp_path / "x.png", columns=2, side=side)
+    renderer: Any = RendererAgg(*(figure.get_size_inches() * figure.dpi), figure.dpi)
+    axes = figure.axes[0]
+    boxes = [text.get_window_extent(renderer) for text in axes.texts]
+    assert [text.get_text() for text in axes.texts] == side
+    assert all(MARGIN <= box.x0 < box.x1 < axes.get_window_extent(renderer).x0 for box in boxes)
+    assert all(upper.y0 > lower.y1 for upper, lower in pairwise(boxes))
+    plotting.image_grid(images, tmp_path / "y.png", columns=2)
+    plain, named = read(tmp_path / "y.png"), read(tmp_path / "x.png")
+    assert np.array_equal(named[:, MARGIN - plain.shape[1] :], plain[:, MARGIN:])
+    with pytest.raises(ValueError, match="side has 2 texts; allowed are 3, the rows"):
+        plotting.image_grid(images, columns=2, side=["a", "b"])
+
+
 def test_an_animation_ends_with_the_picture_of_its_samples(tmp_path: Path) -> None:
     images = uniform(4, 6, 1, 8, 8) * torch.tensor([40.0, 5.0, 1.0, 1.0]).view(4, 1, 1, 1, 1)
     words: dict[str, Any] = {"columns": 3, "header": ["a", "b", "c"]}
