@@ -39,9 +39,7 @@ PRETRAINED = {
     ),
     "fashion-mnist": Pretrained(
         "60 000 images of clothes of 28 × 28 pixels (Fashion-MNIST, Zalando SE 2017, MIT licence)",
-        "pfgm train --config recipes/fashion-mnist.json --out runs/fashion; "
-        "pfgm train --config recipes/fashion-mnist.json --init runs/fashion --out runs/longer "
-        "--precision float32 --steps 1250 --batch-size 128 --learning-rate 6e-4 --ema 0",
+        "pfgm train --config recipes/fashion-mnist.json --out runs/fashion",
         (
             "T-shirt",
             "trouser",
@@ -62,12 +60,13 @@ PRETRAINED = {
 def load_pretrained(name: str, *, device: torch.device | str = "cpu") -> Loaded:
     """The flow and the network (in evaluation mode) of a small trained model.
 
-    Both models are PFGM with labels: ``flow.sample(net, n)`` draws from all labels, and
+    Both models have labels: ``flow.sample(net, n)`` draws from all labels, and
     ``condition={"labels": labels}`` from these, also with ``guidance``.
 
     Args:
-        name: "digits", 8 × 8 pixels, or "fashion-mnist", 28 × 28 pixels. Images are (1, H, W) in
-            [-1, 1]. :data:`PRETRAINED` has data, licence and training of each.
+        name: "digits", PFGM of 8 × 8 pixels, or "fashion-mnist", PFGM++ (D = 128) of 28 × 28.
+            Images are (1, H, W) in [-1, 1]. :data:`PRETRAINED` has data, licence and training of
+            each.
         device: device of the network.
 
     Raises:
