@@ -20,8 +20,6 @@ from benchmarks.claims.tables import write_csv
 from benchmarks.common import machine
 from pfgm.common.files import write_atomic
 
-__all__ = ["copy_results", "examine", "keep_preset", "prepare"]
-
 
 def keep_preset(preset: Preset, folder: Path) -> None:
     """Writes the preset to the folder.

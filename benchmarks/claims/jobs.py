@@ -24,8 +24,6 @@ from tqdm.auto import tqdm
 from benchmarks.claims.presets import Preset
 from pfgm.common.files import write_atomic
 
-__all__ = ["Job", "Row", "Tables", "ended_by_sigterm", "measured_tables", "processors", "run_jobs"]
-
 Row = dict[str, Any]
 Tables = dict[str, list[Row]]
 """Name of a table and its CSV file → its rows."""

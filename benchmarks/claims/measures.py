@@ -19,16 +19,6 @@ from pfgm.data import to_unit
 from pfgm.datasets import open_data
 from pfgm.evaluation import evenly_spaced
 
-__all__ = [
-    "FIGURES",
-    "Data",
-    "accuracy",
-    "classifier_path",
-    "data_of",
-    "figures_of",
-    "train_classifier",
-]
-
 _SPACES = ("pixels", "features")
 FIGURES = tuple(
     f"{name}_{space}" for space in _SPACES for name in ("frechet", "precision", "recall")

@@ -28,8 +28,6 @@ from pfgm.plotting.figures import (
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-__all__ = ["bars", "curves"]
-
 _BAR, _GAP = 16, 22  # widths in pixels
 _HEIGHT, _LEFT, _BELOW, _ABOVE = 240, 62, 34, 34
 _LABEL = 12

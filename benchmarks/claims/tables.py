@@ -12,8 +12,6 @@ from typing import Any
 from benchmarks.claims.jobs import Row
 from pfgm.common.files import write_atomic
 
-__all__ = ["grouped", "over_seeds", "relative", "select", "write_csv"]
-
 
 def select(rows: Iterable[Row], **values: Any) -> list[Row]:
     """The rows with these values in their columns."""

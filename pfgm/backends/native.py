@@ -34,19 +34,6 @@ from ..core.weights import check_singular, is_flat, singular_message
 from .cuda_driver import CudaRuntime, cuda_lines
 from .layout import laid_out, laid_out_step, step_outputs
 
-__all__ = [
-    "build_lines",
-    "describe",
-    "extension",
-    "normalised_field",
-    "normalised_field_backward",
-    "ode_step",
-    "posterior_mean",
-    "posterior_mean_backward",
-    "sketch",
-    "supports",
-]
-
 TYPES = {  # the numbers of csrc/api/posterior_mean.h
     torch.float32: 0,
     torch.float64: 1,

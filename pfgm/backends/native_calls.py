@@ -21,8 +21,6 @@ from ..common.tensors import mark_written, unfilled
 from ..core.problems import PRECISIONS
 from . import native
 
-__all__ = ["EULER", "HEUN", "MULTISTEP", "all_finite", "field", "posterior_mean", "sample", "step"]
-
 EULER, HEUN, MULTISTEP = 0, 1, 2
 """The methods of :func:`step`."""
 

@@ -19,19 +19,6 @@ from . import choose, native
 from .layout import laid_out
 from .native import address
 
-__all__ = [
-    "add",
-    "add_gradients",
-    "add_pulls",
-    "any_steep",
-    "begin",
-    "begin_gradients",
-    "chunk_rows",
-    "end",
-    "end_gradients",
-    "supports",
-]
-
 
 def supports(name: str | None, x: Tensor, references: torch.dtype) -> bool:
     """Whether the backend of this name, or the one chosen for None, computes in these parts.

@@ -25,8 +25,6 @@ from . import native, native_calls
 from .backend import BACKENDS, Backend
 from .verdicts import SIZES
 
-__all__ = ["ALLOWED", "SHAPES", "TRIALS", "Trial", "errors", "name_of", "seconds_in_turns"]
-
 ALLOWED = {
     "mean": 2e-5,
     "log-sum-exp": 2e-5,

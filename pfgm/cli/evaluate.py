@@ -35,8 +35,6 @@ from ..training.runs import RunConfig
 from .check import proven_device
 from .options import PretrainedName, SamplingOptions, check_guidance
 
-__all__ = ["Evaluate"]
-
 _PICTURE_SAMPLES = 100
 _MAX_LIKELIHOOD_BATCH = 64
 _FEATURES = 2048  # of Inception v3

@@ -13,16 +13,6 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
-__all__ = [
-    "TRANSFORM_KEY",
-    "batched",
-    "check_no_tangent",
-    "forward_mode",
-    "in_torch_func",
-    "map_rows",
-]
-
-
 TRANSFORM_KEY = "FuncTorchDynamicLayerFrontMode"
 """Dispatch key of the implementation that is called inside a transform of torch.func."""
 

@@ -13,8 +13,6 @@ from ..solvers import Callback
 from .conditions import Network
 from .sampling import Projection, Sampling
 
-__all__ = ["Inpainting"]
-
 _MOST_ROUNDS = 1_000_000  # of resampling
 
 

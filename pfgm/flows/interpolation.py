@@ -11,8 +11,6 @@ from torch import Tensor
 from ..common.checks import check_floating, finite_values
 from ..common.tensors import wide_dtype
 
-__all__ = ["interpolate"]
-
 
 def interpolate(a: Tensor, b: Tensor, weights: Sequence[float] | Tensor) -> Tensor:
     """Points between latents along the sphere of the prior.

@@ -27,8 +27,6 @@ from .conditions import Condition, Network
 from .divergence import ESTIMATORS, MeanAndDivergence
 from .sampling import Sampling, check_steps
 
-__all__ = ["Likelihood", "LogLikelihood", "centred_prior", "log_likelihood"]
-
 
 class LogLikelihood(NamedTuple):
     """What :meth:`pfgm.PoissonFlow.log_likelihood` returns."""

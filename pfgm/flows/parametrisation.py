@@ -24,11 +24,9 @@ from torch import Tensor
 
 from ..common.checks import check_dimensions, check_dtype, check_floating, is_whole, layout_hint
 from ..common.tensors import dequantise, over_samples
-from ..functional.steps import Field, Level, implied_mean
+from ..functional.levels import Level
+from ..functional.steps import Field, implied_mean
 from .conditions import Condition, Network, given_condition
-
-__all__ = ["Defaults", "Parametrisation"]
-
 
 _HEUN_STEPS = 18  # EDM, section 3
 

@@ -25,7 +25,8 @@ from ..common.checks import (
 from ..common.files import StrPath
 from ..common.tensors import common_device, flat_rows, over_samples, per_row, wide_dtype
 from ..functional import euler_step, field_fn, posterior_mean
-from ..functional.steps import Field, Level
+from ..functional.levels import Level
+from ..functional.steps import Field
 from ..references import References, ReferenceSet, measure
 from ..solvers import SCHEDULES
 from .conditions import Condition, Network, check_rows, given_condition, with_inner_networks
@@ -43,8 +44,6 @@ from .poisson_rules import (
 )
 from .sampling import check_count
 from .targets import ExactNetwork, targets_by_label
-
-__all__ = ["EmpiricalField", "PoissonFlow", "Weighting"]
 
 Weighting = Literal["balanced", "published"]
 """Weights of the levels in the loss of :class:`PoissonFlow`."""

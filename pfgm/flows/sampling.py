@@ -45,8 +45,6 @@ from .conditions import (
 )
 from .parametrisation import Parametrisation
 
-__all__ = ["Projection", "Sampling"]
-
 _OF_METHODS = ("churn", "noise")  # functions that the flow's methods give to solvers
 _INSTEAD = {
     "seed": "A seed is given as generator=torch.Generator().manual_seed(seed).",

@@ -13,8 +13,6 @@ from ..references import References, ReferenceSet
 from .conditions import Condition, Network
 from .parametrisation import Parametrisation
 
-__all__ = ["ExactNetwork", "Targets", "targets_by_label"]
-
 
 class Targets(Parametrisation):
     """Perturbation, loss and the exact network of a flow."""

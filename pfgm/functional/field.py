@@ -28,8 +28,6 @@ from ..references import References, ReferenceSet
 from ..references import posterior_mean as over_set
 from .levels import per_query
 
-__all__ = ["field_fn", "log_density", "posterior_mean"]
-
 _QUERY_DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
 

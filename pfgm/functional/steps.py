@@ -33,8 +33,6 @@ from ..ops import OdeStep, eager, ode_step
 from ..ops.eager import EULER, HEUN, MULTISTEP
 from .levels import Level, per_query, step_levels
 
-__all__ = ["Field", "Level", "euler_step", "heun_step", "implied_mean", "multistep_step"]
-
 _HALF = (torch.bfloat16, torch.float16)
 _DTYPES = (torch.float32, torch.float64, *_HALF)
 _SUBSTITUTIONS = ("exact", "published")

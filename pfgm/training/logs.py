@@ -11,8 +11,6 @@ from typing import Any
 
 from ..common.files import reserve_standard_descriptors, write_atomic
 
-__all__ = ["Log"]
-
 
 class Log:
     """Values of a run by step, in ``log.csv``, ``evaluations.csv`` and TensorBoard.
