@@ -68,10 +68,10 @@ def examine(
 
 
 def _machine(preset: Preset, workers: int) -> dict[str, Any]:
-    found = machine.describe()
+    described = machine.describe()
     if preset.device == "cuda":
-        return {**found, "device": torch.cuda.get_device_name()}
-    return {**found, "workers": workers, "threads of a worker": 1}
+        return {**described, "device": torch.cuda.get_device_name()}
+    return {**described, "workers": workers, "threads of a worker": 1}
 
 
 def prepare(preset: Preset, folder: Path, workers: int) -> None:

@@ -56,7 +56,7 @@ def curves(
         return
     finite = [float(row[x]) for row in rows if row[x] != math.inf]
     beyond = 4 * max(finite)
-    found = {
+    lines = {
         str(name): (
             [min(float(row[x]), beyond) for row in part],
             [row[y] for row in part],
@@ -64,7 +64,7 @@ def curves(
         )
         for (name,), part in grouped(rows, [series]).items()
     }
-    figure = quality_curve(found, xlabel=xlabel, ylabel=ylabel, title=title, log_y=True)
+    figure = quality_curve(lines, xlabel=xlabel, ylabel=ylabel, title=title, log_y=True)
     if any(row[x] == math.inf for row in rows):
         axes = figure.axes[0]
         ticks = [tick for tick in axes.get_xticks() if tick < beyond / 2]

@@ -20,10 +20,10 @@ def select(rows: Iterable[Row], **values: Any) -> list[Row]:
 
 def grouped(rows: Iterable[Row], by: Sequence[str]) -> dict[tuple[Any, ...], list[Row]]:
     """Rows grouped by the values in columns ``by``, in order of first occurrence."""
-    found: dict[tuple[Any, ...], list[Row]] = {}
+    groups: dict[tuple[Any, ...], list[Row]] = {}
     for row in rows:
-        found.setdefault(tuple(row[name] for name in by), []).append(row)
-    return found
+        groups.setdefault(tuple(row[name] for name in by), []).append(row)
+    return groups
 
 
 def over_seeds(rows: Iterable[Row], by: Sequence[str], figures: Sequence[str]) -> list[Row]:
@@ -32,15 +32,15 @@ def over_seeds(rows: Iterable[Row], by: Sequence[str], figures: Sequence[str]) -
     >>> over_seeds([{"D": 1, "f": 2.0}, {"D": 1, "f": 4.0}], ["D"], ["f"])
     [{'D': 1, 'f': 3.0, 'f_spread': 1.4142135623730951}]
     """
-    found = []
+    means = []
     for key, part in grouped(rows, by).items():
         row: Row = dict(zip(by, key, strict=True))
         for figure in figures:
             values = [float(member[figure]) for member in part]
             row[figure] = statistics.mean(values)
             row[f"{figure}_spread"] = statistics.stdev(values) if len(values) > 1 else 0.0
-        found.append(row)
-    return found
+        means.append(row)
+    return means
 
 
 def relative(
