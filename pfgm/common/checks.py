@@ -452,11 +452,6 @@ def check_floating(name: str, values: object, hint: str = "") -> None:
         raise TypeError(f"{name} has dtype {kind}; allowed is floating point{hint}.")
 
 
-def _is_boolean(value: object) -> bool:
-    """Whether value is True or False, which Python takes for 1 and 0."""
-    return isinstance(value, (bool, np.bool_))
-
-
 def check_at_least_0(name: str, value: float | Tensor) -> None:
     """Raises ValueError unless value is a finite number of at least 0.
 
@@ -522,7 +517,7 @@ def as_number(value: Any) -> float:
     """
     if isinstance(value, (Tensor, np.ndarray)):
         return as_number(value.item()) if math.prod(value.shape) == 1 else math.nan
-    if _is_boolean(value):
+    if isinstance(value, (bool, np.bool_)):
         return math.nan
     if isinstance(value, (int, float)):
         return value if -LARGEST <= value <= LARGEST else as_float(value)

@@ -39,10 +39,6 @@ class Defaults(NamedTuple):
     schedule: str
 
 
-def _shortened(value: object) -> str:
-    return f"{value:.6g}" if isinstance(value, float) else reprlib.repr(value)
-
-
 class Parametrisation(ABC):
     """Shape, levels and noise of a flow, and how the output of its networks is read."""
 
@@ -130,8 +126,11 @@ class Parametrisation(ABC):
         return max(steps, _HEUN_STEPS) if solver == "heun" else steps
 
     def __repr__(self) -> str:
-        config = {name: value for name, value in self.config.items() if name != "shape"}
-        named = (f"{name}={_shortened(value)}" for name, value in config.items())
+        named = (
+            f"{name}={value:.6g}" if isinstance(value, float) else f"{name}={reprlib.repr(value)}"
+            for name, value in self.config.items()
+            if name != "shape"
+        )
         solver, steps, schedule = self.defaults
         return (
             f"{type(self).__name__}({self.shape}, {', '.join(named)})\n"

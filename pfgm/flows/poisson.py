@@ -402,7 +402,7 @@ class PoissonFlow(Flow):
         0.0
         """
         if weighting is None:
-            weighting = "balanced" if _predicts_mean(net) else "published"
+            weighting = "published" if _mean_network(net) is None else "balanced"
         check_choice("weighting", weighting, get_args(Weighting))
         x = self._to_floating(x)
         check_not_empty("x", x)
@@ -555,10 +555,6 @@ def _mean_network(net: Network) -> nn.Module | None:
         if isinstance(inner, EmpiricalField) or hasattr(inner, "data_std"):
             return inner
     return None
-
-
-def _predicts_mean(net: Network) -> bool:
-    return _mean_network(net) is not None
 
 
 def _evaluate(
