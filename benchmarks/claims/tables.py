@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import csv
-import io
 import statistics
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
 from benchmarks.claims.jobs import Row
-from pfgm.common.files import write_atomic
+from pfgm.common import files
 
 
 def select(rows: Iterable[Row], **values: Any) -> list[Row]:
@@ -61,12 +59,8 @@ def relative(
 def write_csv(path: Path, rows: Sequence[Row]) -> None:
     """Writes rows as CSV, with six digits a number. Writes the whole file or nothing."""
     columns = list(dict.fromkeys(name for row in rows for name in row))
-    text = io.StringIO()
-    writer = csv.writer(text, lineterminator="\n")
-    writer.writerow(columns)
-    for row in rows:
-        writer.writerow([_text(row.get(name, "")) for name in columns])
-    write_atomic(path, lambda file: file.write(text.getvalue().encode()))
+    texts = ([_text(row.get(name, "")) for name in columns] for row in rows)
+    files.write_csv(path, [columns, *texts])
 
 
 def _text(value: Any) -> str:

@@ -53,6 +53,17 @@ def batched(value: Tensor) -> bool:
     return False
 
 
+class Rowwise(torch.autograd.Function):
+    """A function that treats the rows of its tensors separately, with a batching rule."""
+
+    shared: Sequence[int] = ()
+    """Positions of the arguments that all rows share, such as references."""
+
+    @classmethod
+    def vmap(cls, info: Any, in_dims: tuple[Any, ...], *arguments: Any) -> Any:
+        return map_rows(cls.apply, info.batch_size, in_dims, arguments, cls.shared)
+
+
 def map_rows(
     function: Callable[..., tuple[Tensor, ...]],
     samples: int,
