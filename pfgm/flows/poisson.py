@@ -16,6 +16,7 @@ from ..common.checks import (
     check_choice,
     check_dtype,
     check_not_empty,
+    natural,
     non_negative,
     positive,
     untouched,
@@ -42,7 +43,6 @@ from .poisson_rules import (
     published_rules,
     spread_rules,
 )
-from .sampling import check_count
 from .targets import ExactNetwork, targets_by_label
 
 Weighting = Literal["balanced", "published"]
@@ -467,7 +467,7 @@ class PoissonFlow(Flow):
         >>> bool(flow.prior(4).flatten(1).norm(dim=1).max() <= 3000.1)
         True
         """
-        check_count(n)
+        natural("n", n)
         device = common_device(device, generator)
         direction = torch.randn(n, self.N, generator=generator, device=device)
         scale = torch.randn(n, 1, generator=generator, device=device).abs()
