@@ -20,6 +20,7 @@ if "PYTEST_XDIST_WORKER_COUNT" in os.environ:
 import numpy as np
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import pfgm
 from pfgm.ops import eager, normalised_field, ode_step, posterior_mean
@@ -352,6 +353,20 @@ def by_operators(monkeypatch):
             return function()
 
     return run
+
+
+@pytest.fixture
+def seeing_mode():
+    """A mode that notes in ``seen`` whether torch's dispatcher called anything."""
+
+    class Seeing(TorchDispatchMode):
+        seen = False
+
+        def __torch_dispatch__(self, function, types, arguments=(), named=None):
+            self.seen = True
+            return function(*arguments, **(named or {}))
+
+    return Seeing()
 
 
 @pytest.fixture(scope="session")

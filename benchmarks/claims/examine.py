@@ -18,7 +18,7 @@ from benchmarks.claims.measures import accuracy, classifier_path, train_classifi
 from benchmarks.claims.presets import Preset
 from benchmarks.claims.tables import write_csv
 from benchmarks.common import machine
-from pfgm.common.files import write_atomic
+from pfgm.common.files import write_atomic, write_json
 
 
 def keep_preset(preset: Preset, folder: Path) -> None:
@@ -62,8 +62,7 @@ def examine(
         "accuracy of the classifier": accuracy(preset, folder),
         "preset": preset.described(),
     }
-    content = json.dumps(circumstances, indent=2) + "\n"
-    write_atomic(folder / f"{name}.json", lambda file: file.write(content.encode()))
+    write_json(folder / f"{name}.json", circumstances)
     return tables
 
 

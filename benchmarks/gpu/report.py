@@ -42,10 +42,6 @@ def by_subject(rows: list[Row]) -> dict[str, list[Row]]:
     return subjects
 
 
-def _text(value: float | None) -> str:
-    return "" if value is None else format_seconds(value)
-
-
 # ---- the faster of the library's paths --------------------------------------------------------
 
 
@@ -121,7 +117,9 @@ def summary(rows: list[Row]) -> str:
 def _own(rows: list[Row], path: str, kind: str) -> str:
     time = best(rows, (path,), kind)
     failed = kind == "seconds" and any(row.path in (path, "all") for row in rows)
-    return "failed" if time is None and failed else _text(time)
+    if time is None:
+        return "failed" if failed else ""
+    return format_seconds(time)
 
 
 def _worst(rows: list[Row], path: str) -> str:

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch.autograd import forward_ad
 from torch.overrides import BaseTorchFunctionMode
-from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._python_dispatch import BaseTorchDispatchMode
 
 import pfgm
 from pfgm import functional
@@ -109,12 +109,6 @@ class Doubled(torch.Tensor):
     """A subclass of the tensor."""
 
 
-class Seeing(TorchDispatchMode):
-    def __torch_dispatch__(self, function, types, arguments=(), named=None):
-        self.seen = True
-        return function(*arguments, **(named or {}))
-
-
 @pytest.mark.parametrize("name", FUNCTIONS)
 def test_a_gradient_takes_the_operators(call, one_calls, name):
     values = inputs()
@@ -128,12 +122,11 @@ def test_a_gradient_takes_the_operators(call, one_calls, name):
 
 
 @pytest.mark.parametrize("name", FUNCTIONS)
-def test_modes_and_transforms_take_the_operators(call, one_calls, name):
+def test_modes_and_transforms_take_the_operators(call, one_calls, seeing_mode, name):
     values = inputs()
-    mode = Seeing()
-    with mode:
+    with seeing_mode:
         call(name, values)
-    assert mode.seen
+    assert seeing_mode.seen
     with BaseTorchFunctionMode():
         call(name, values)
     with forward_ad.dual_level():
@@ -383,7 +376,7 @@ def test_gradients_need_no_operator_of_the_mean(call, by_operators, operators, n
 @pytest.mark.parametrize("name", FUNCTIONS)
 def test_modes_take_the_operators_of_every_backend(call, operators, name):
     values = inputs()
-    for mode in (Seeing, BaseTorchFunctionMode, forward_ad.dual_level):
+    for mode in (BaseTorchDispatchMode, BaseTorchFunctionMode, forward_ad.dual_level):
         with mode():
             call(name, values, backend="reference")
         assert operators

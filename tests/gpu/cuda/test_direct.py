@@ -9,7 +9,6 @@ import pytest
 import torch
 from torch.autograd import forward_ad
 from torch.overrides import BaseTorchFunctionMode
-from torch.utils._python_dispatch import TorchDispatchMode
 
 import pfgm
 from pfgm.backends import native, native_calls
@@ -235,12 +234,6 @@ class Doubled(torch.Tensor):
     """A subclass of the tensor."""
 
 
-class Seeing(TorchDispatchMode):
-    def __torch_dispatch__(self, function, types, arguments=(), named=None):
-        self.seen = True
-        return function(*arguments, **(named or {}))
-
-
 @pytest.mark.parametrize("name", FUNCTIONS)
 def test_a_gradient_takes_the_operators(call, inputs, one_calls, name):
     values = inputs()
@@ -256,12 +249,11 @@ def test_a_gradient_takes_the_operators(call, inputs, one_calls, name):
 
 
 @pytest.mark.parametrize("name", FUNCTIONS)
-def test_modes_and_transforms_take_the_operators(call, inputs, one_calls, name):
+def test_modes_and_transforms_take_the_operators(call, inputs, one_calls, seeing_mode, name):
     values = inputs()
-    mode = Seeing()
-    with mode:
+    with seeing_mode:
         call(name, values)
-    assert mode.seen
+    assert seeing_mode.seen
     with BaseTorchFunctionMode():
         call(name, values)
     with forward_ad.dual_level():

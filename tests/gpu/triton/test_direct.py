@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch.autograd import forward_ad
 from torch.overrides import BaseTorchFunctionMode
-from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._python_dispatch import BaseTorchDispatchMode
 
 import pfgm
 from pfgm.backends import triton
@@ -95,9 +95,8 @@ class Modes:
     class Function(BaseTorchFunctionMode):
         pass
 
-    class Dispatch(TorchDispatchMode):
-        def __torch_dispatch__(self, function, types, arguments=(), options=None):
-            return function(*arguments, **(options or {}))
+    class Dispatch(BaseTorchDispatchMode):
+        pass
 
     class Profile(torch.profiler.profile):
         def __init__(self):
