@@ -142,9 +142,10 @@ class _Run:
 
     def reusable(self, spare: Tensor | None, *read: Tensor) -> Tensor | None:
         """``spare`` if a result may overwrite it, else None; ``read`` are tensors still needed."""
-        if spare is None or not self._overwrites or any(_share_memory(spare, t) for t in read):
+        if spare is None or not self._overwrites:
             return None
-        return spare
+        memory = spare.untyped_storage().data_ptr()
+        return None if any(t.untyped_storage().data_ptr() == memory for t in read) else spare
 
     def euler(
         self, x: Tensor, z: float, next_z: float, step: int, spare: Tensor | None
@@ -174,10 +175,6 @@ def _euler_step(
     if with_mean:
         return euler_step(x, prediction, z, next_z, return_mean=True, out=out)
     return euler_step(x, prediction, z, next_z, out=out), None
-
-
-def _share_memory(a: Tensor, b: Tensor) -> bool:
-    return a.untyped_storage().data_ptr() == b.untyped_storage().data_ptr()
 
 
 def euler(

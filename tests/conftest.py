@@ -20,6 +20,7 @@ if "PYTEST_XDIST_WORKER_COUNT" in os.environ:
 import numpy as np
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import pfgm
 from pfgm.ops import eager, normalised_field, ode_step, posterior_mean
@@ -317,6 +318,55 @@ def operators(monkeypatch):
 
             monkeypatch.setattr(module, name, watched)
     return names
+
+
+@pytest.fixture(scope="session")
+def public_call():
+    """public_call(name, (x, references, predicted, field_x, field_z, before), **options) → the
+    results of a public function as a tuple."""
+
+    def call(name, values, z=2.0, z_next=1.0, z_previous=4.0, **options):
+        x, references, predicted, field_x, field_z, before = values
+        field = pfgm.Field(field_x, field_z)
+        arguments = {
+            "field_fn": (x, z, references),
+            "posterior_mean": (x, references),
+            "euler_step": (x, field, z, z_next),
+            "heun_step": (x, predicted, field, z, z_next),
+            "multistep_step": (x, field, z, z_next, before, z_previous),
+        }[name]
+        if name == "posterior_mean":
+            options = {"r": z, "return_logsumexp": True} | options
+        results = getattr(pfgm, name)(*arguments, **options)
+        return results if isinstance(results, tuple) else (results,)
+
+    return call
+
+
+@pytest.fixture
+def by_operators(monkeypatch):
+    """A function that calls another one with the way past torch's dispatcher closed."""
+
+    def run(function):
+        with monkeypatch.context() as patch:
+            patch.setattr(eager, "enabled", False)
+            return function()
+
+    return run
+
+
+@pytest.fixture
+def seeing_mode():
+    """A mode that notes in ``seen`` whether torch's dispatcher called anything."""
+
+    class Seeing(TorchDispatchMode):
+        seen = False
+
+        def __torch_dispatch__(self, function, types, arguments=(), named=None):
+            self.seen = True
+            return function(*arguments, **(named or {}))
+
+    return Seeing()
 
 
 @pytest.fixture(scope="session")

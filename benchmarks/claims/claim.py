@@ -10,8 +10,6 @@ from benchmarks.claims.jobs import Job, Tables
 from benchmarks.claims.methods import Spec
 from benchmarks.claims.presets import Preset
 
-__all__ = ["Claim"]
-
 
 class Claim(NamedTuple):
     """One claim of the papers: the networks it needs, what is measured, and how it is shown."""

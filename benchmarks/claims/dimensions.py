@@ -87,8 +87,8 @@ def with_error(
     elif error == "bits":
         quantise(network, int(size))
     samples, _ = methods.draw(flow, network, preset, seed)
-    found = {"D": "inf" if math.isinf(D) else D, "error": error, "size": size, "seed": seed}
-    return [{**found, **figures_of(samples, preset, folder)}]
+    row = {"D": "inf" if math.isinf(D) else D, "error": error, "size": size, "seed": seed}
+    return [{**row, **figures_of(samples, preset, folder)}]
 
 
 def derive(tables: Tables, preset: Preset) -> Tables:

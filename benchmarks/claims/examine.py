@@ -18,9 +18,7 @@ from benchmarks.claims.measures import accuracy, classifier_path, train_classifi
 from benchmarks.claims.presets import Preset
 from benchmarks.claims.tables import write_csv
 from benchmarks.common import machine
-from pfgm.common.files import write_atomic
-
-__all__ = ["copy_results", "examine", "keep_preset", "prepare"]
+from pfgm.common.files import write_atomic, write_json
 
 
 def keep_preset(preset: Preset, folder: Path) -> None:
@@ -64,16 +62,15 @@ def examine(
         "accuracy of the classifier": accuracy(preset, folder),
         "preset": preset.described(),
     }
-    content = json.dumps(circumstances, indent=2) + "\n"
-    write_atomic(folder / f"{name}.json", lambda file: file.write(content.encode()))
+    write_json(folder / f"{name}.json", circumstances)
     return tables
 
 
 def _machine(preset: Preset, workers: int) -> dict[str, Any]:
-    found = machine.describe()
+    described = machine.describe()
     if preset.device == "cuda":
-        return {**found, "device": torch.cuda.get_device_name()}
-    return {**found, "workers": workers, "threads of a worker": 1}
+        return {**described, "device": torch.cuda.get_device_name()}
+    return {**described, "workers": workers, "threads of a worker": 1}
 
 
 def prepare(preset: Preset, folder: Path, workers: int) -> None:

@@ -22,9 +22,7 @@ import torch
 from tqdm.auto import tqdm
 
 from benchmarks.claims.presets import Preset
-from pfgm.common.files import write_atomic
-
-__all__ = ["Job", "Row", "Tables", "ended_by_sigterm", "measured_tables", "processors", "run_jobs"]
+from pfgm.common.files import write_json
 
 Row = dict[str, Any]
 Tables = dict[str, list[Row]]
@@ -46,10 +44,6 @@ class Job(NamedTuple):
     def name(self) -> str:
         """The key of its rows."""
         return json.dumps([self.table, self.run.__name__, *map(str, self.arguments)])
-
-
-def _start_worker() -> None:
-    torch.set_num_threads(1)
 
 
 def _work(job: Job, preset: Preset, folder: Path) -> list[Row]:
@@ -85,7 +79,7 @@ def _in_processes(
     context = get_context("spawn")  # OpenMP's threads do not survive a fork
     with (
         ended_by_sigterm(),
-        ProcessPoolExecutor(workers, context, initializer=_start_worker) as pool,
+        ProcessPoolExecutor(workers, context, torch.set_num_threads, (1,)) as pool,
     ):
         pending = {pool.submit(_work, job, preset, folder): job for job in jobs}
         try:
@@ -129,13 +123,8 @@ def measured_tables(
     missing = [job for job in jobs if job.alone or job.name not in known]
     for job, rows in run_jobs(missing, preset, folder, title=title, workers=workers):
         known[job.name] = rows
-        _keep(path, known)
+        write_json(path, known)
     tables: Tables = {}
     for job in jobs:
         tables.setdefault(job.table, []).extend(known[job.name])
     return tables
-
-
-def _keep(path: Path, known: dict[str, list[Row]]) -> None:
-    content = json.dumps(known).encode()
-    write_atomic(path, lambda file: file.write(content))

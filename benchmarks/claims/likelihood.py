@@ -60,7 +60,7 @@ def _rows(preset: Preset, part: str) -> Tensor:
 
 def by_flow(preset: Preset, folder: Path, method: str, seed: int, part: str) -> list[Row]:
     flow, network = methods.load(_spec(preset, method, seed), preset, folder)
-    found = bits_per_dim(
+    result = bits_per_dim(
         flow,
         network,
         _rows(preset, part).to(preset.device),
@@ -70,8 +70,8 @@ def by_flow(preset: Preset, folder: Path, method: str, seed: int, part: str) -> 
         rtol=preset.likelihood_tolerance,
         atol=preset.likelihood_tolerance,
     )
-    row = {"model": method, "data": part, "seed": seed, "bits_per_dim": found.mean}
-    return [{**row, "standard_error": found.standard_error, "evaluations": found.nfe}]
+    row = {"model": method, "data": part, "seed": seed, "bits_per_dim": result.mean}
+    return [{**row, "standard_error": result.standard_error, "evaluations": result.nfe}]
 
 
 def by_gaussian(preset: Preset, folder: Path, seed: int, part: str) -> list[Row]:

@@ -19,16 +19,6 @@ from pfgm.data import to_unit
 from pfgm.datasets import open_data
 from pfgm.evaluation import evenly_spaced
 
-__all__ = [
-    "FIGURES",
-    "Data",
-    "accuracy",
-    "classifier_path",
-    "data_of",
-    "figures_of",
-    "train_classifier",
-]
-
 _SPACES = ("pixels", "features")
 FIGURES = tuple(
     f"{name}_{space}" for space in _SPACES for name in ("frechet", "precision", "recall")
@@ -51,18 +41,18 @@ class Data(NamedTuple):
 @lru_cache
 def data_of(preset: Preset) -> Data:
     """The preset's data, in memory."""
-    found = open_data(preset.data)
-    if found.held_out is None or found.train.labels is None or found.held_out.labels is None:
+    opened = open_data(preset.data)
+    if opened.held_out is None or opened.train.labels is None or opened.held_out.labels is None:
         raise ValueError(
             f"data is {preset.data!r}; allowed are data with labels and a held-out part."
         )
-    train, held_out = (to_unit(part[:]) for part in (found.train, found.held_out))
+    train, held_out = (to_unit(part[:]) for part in (opened.train, opened.held_out))
     return Data(
         train,
-        found.train.labels.long(),
+        opened.train.labels.long(),
         held_out,
-        found.held_out.labels.long(),
-        found.levels,
+        opened.held_out.labels.long(),
+        opened.levels,
         float(train.square().mean().sqrt()),
     )
 
@@ -121,12 +111,12 @@ def figures_of(samples: Tensor, preset: Preset, folder: Path) -> dict[str, float
     if not bool(samples.isfinite().all()):
         return dict.fromkeys(FIGURES, math.nan)
     samples = samples.detach().to(preset.device).clamp(-1, 1)
-    found = {}
+    figures = {}
     for space in _SPACES:
         rows = _in_space(samples, preset, folder, space)
         real = _real(preset, folder, space)
         inside = metrics.precision_recall(rows, real.rows, k=3, neighbours=real.neighbours)
-        found[f"frechet_{space}"] = metrics.frechet_distance(rows, real.rows)
-        found[f"precision_{space}"] = inside.precision
-        found[f"recall_{space}"] = inside.recall
-    return found
+        figures[f"frechet_{space}"] = metrics.frechet_distance(rows, real.rows)
+        figures[f"precision_{space}"] = inside.precision
+        figures[f"recall_{space}"] = inside.recall
+    return figures

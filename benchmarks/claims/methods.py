@@ -31,26 +31,6 @@ from pfgm.networks import Denoiser, UNet
 from pfgm.training import Trainer
 from pfgm.training.checkpoint import Loaded
 
-__all__ = [
-    "SCORE_METHODS",
-    "Score",
-    "Spec",
-    "dequantised",
-    "draw",
-    "flow_of",
-    "from_pfgm_level",
-    "is_trained",
-    "load",
-    "loss_of",
-    "network_of",
-    "plusplus",
-    "run_of",
-    "spec_of",
-    "train",
-    "trained_level",
-    "vp_sigma",
-]
-
 SCORE_METHODS = ("VE", "VP")
 """The methods that are not flows of the library."""
 

@@ -15,8 +15,6 @@ from pfgm.common.tensors import network_device
 from pfgm.flows import Flow, Network
 from pfgm.training.checkpoint import Loaded
 
-__all__ = ["PEERS", "SDE", "Sampler", "draw", "evaluations_of"]
-
 Sampler = Callable[[Flow, Network, int, int, torch.Generator], tuple[Tensor, int]]
 """(flow, network, number of samples, steps, generator) → samples (n, *S) and evaluations."""
 

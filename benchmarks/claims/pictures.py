@@ -10,25 +10,11 @@ from typing import TYPE_CHECKING, Any
 
 from benchmarks.claims.jobs import Row
 from benchmarks.claims.tables import grouped, write_csv
-from pfgm.plotting import quality_curve
+from pfgm.plotting import figures, quality_curve
 from pfgm.plotting.curves import COLOURS
-from pfgm.plotting.figures import (
-    DPI,
-    INK,
-    MARGIN,
-    TITLE,
-    add_axes,
-    add_title,
-    new_figure,
-    save,
-    style,
-    text_width,
-)
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
-
-__all__ = ["bars", "curves"]
 
 _BAR, _GAP = 16, 22  # widths in pixels
 _HEIGHT, _LEFT, _BELOW, _ABOVE = 240, 62, 34, 34
@@ -58,7 +44,7 @@ def curves(
         return
     finite = [float(row[x]) for row in rows if row[x] != math.inf]
     beyond = 4 * max(finite)
-    found = {
+    lines = {
         str(name): (
             [min(float(row[x]), beyond) for row in part],
             [row[y] for row in part],
@@ -66,12 +52,12 @@ def curves(
         )
         for (name,), part in grouped(rows, [series]).items()
     }
-    figure = quality_curve(found, xlabel=xlabel, ylabel=ylabel, title=title, log_y=True)
+    figure = quality_curve(lines, xlabel=xlabel, ylabel=ylabel, title=title, log_y=True)
     if any(row[x] == math.inf for row in rows):
         axes = figure.axes[0]
         ticks = [tick for tick in axes.get_xticks() if tick < beyond / 2]
         axes.set_xticks([*ticks, beyond], [*(f"{tick:g}" for tick in ticks), "∞"])
-    save(figure, path)
+    figures.save(figure, path)
 
 
 def bars(
@@ -93,12 +79,15 @@ def bars(
     write_csv(path.with_suffix(".csv"), rows)
     names = list(dict.fromkeys(row["series"] for row in rows))
     widths = [
-        max(_BAR * len(group), text_width(name, _LABEL)) + _GAP for name, group in values.items()
+        max(_BAR * len(group), figures.text_width(name, _LABEL)) + _GAP
+        for name, group in values.items()
     ]
-    legend = 40 + max(text_width(name, _LABEL) for name in names)
-    inner = max(sum(widths), text_width(title, TITLE) - legend - _LEFT + 2 * MARGIN)
-    figure = new_figure(_LEFT + inner + legend, _BELOW + _HEIGHT + _ABOVE)
-    axes = add_axes(figure, _LEFT, _BELOW, inner, _HEIGHT)
+    legend = 40 + max(figures.text_width(name, _LABEL) for name in names)
+    inner = max(
+        sum(widths), figures.text_width(title, figures.TITLE) - legend - _LEFT + 2 * figures.MARGIN
+    )
+    figure = figures.new_figure(_LEFT + inner + legend, _BELOW + _HEIGHT + _ABOVE)
+    axes = figures.add_axes(figure, _LEFT, _BELOW, inner, _HEIGHT)
     axes.set_xlim(0, inner)
     ends = list(itertools.accumulate(widths))
     centres = [end - width / 2 for end, width in zip(ends, widths, strict=True)]
@@ -106,8 +95,8 @@ def bars(
         _add_group(axes, centre, group, names)
     _style_axes(axes, ylabel, centres, list(values))
     _add_legend(figure, names, left=_LEFT + inner + 14)
-    add_title(figure, title)
-    save(figure, path)
+    figures.add_title(figure, title)
+    figures.save(figure, path)
 
 
 def _add_group(
@@ -121,24 +110,26 @@ def _add_group(
             0.9 * _BAR,
             yerr=spread or None,
             color=COLOURS[names.index(name)],
-            error_kw={"ecolor": INK, "elinewidth": 1.2, "capsize": 3},
+            error_kw={"ecolor": figures.INK, "elinewidth": 1.2, "capsize": 3},
         )
 
 
 def _add_legend(figure: Figure, names: list[str], left: float) -> None:
     """Names the series in their colours, right of the bars."""
-    width, height = figure.get_size_inches() * DPI
+    width, height = figure.get_size_inches() * figures.DPI
     for line, name in enumerate(names):
-        label = {**style(_LABEL), "color": COLOURS[line], "ha": "left", "va": "center"}
+        label = {**figures.style(_LABEL), "color": COLOURS[line], "ha": "left", "va": "center"}
         top = _BELOW + _HEIGHT - 8 - 18 * line
         figure.text(left / width, top / height, f"■ {name}", **label)
 
 
 def _style_axes(axes: Any, ylabel: str, centres: list[float], names: list[str]) -> None:
-    small = {"fontsize": _LABEL * 72 / DPI, "color": INK}
+    small = {"fontsize": _LABEL * 72 / figures.DPI, "color": figures.INK}
     axes.set_ylabel(ylabel, **small)
     axes.set_xticks(centres, names)
-    axes.tick_params(labelsize=_LABEL * 72 / DPI * 0.9, color="#999999", labelcolor=INK)
+    axes.tick_params(
+        labelsize=_LABEL * 72 / figures.DPI * 0.9, color="#999999", labelcolor=figures.INK
+    )
     axes.grid(True, axis="y", color="#E5E5E5", linewidth=0.8)
     axes.set_axisbelow(True)
     for side in ("top", "right"):

@@ -8,8 +8,6 @@ from typing import Any, Literal
 
 from pfgm.training import TrainConfig
 
-__all__ = ["PRESETS", "Preset"]
-
 
 @dataclasses.dataclass(frozen=True)
 class Preset:

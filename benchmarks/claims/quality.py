@@ -43,27 +43,27 @@ def specs(preset: Preset) -> list[Spec]:
 
 
 def jobs(preset: Preset) -> list[Job]:
-    found = [Job("quality-seeds", training_data, (seed,)) for seed in preset.seeds]
+    listed = [Job("quality-seeds", training_data, (seed,)) for seed in preset.seeds]
     for seed in preset.seeds:
         for method in preset.methods:
             for sampler in _samplers(method, preset):
-                found += [
+                listed += [
                     Job("quality-seeds", by_ode, (method, seed, sampler, nfe), nfe)
                     for nfe in preset.evaluations
                 ]
         for method in preset.methods:
-            found += [
+            listed += [
                 Job("quality-seeds", by_rk45, (method, seed, tolerance), 50)
                 for tolerance in preset.tolerances
                 if method not in SCORE_METHODS
             ]
         for name in peers.PEERS:
-            found += [
+            listed += [
                 Job("quality-seeds", by_peer, (name, seed, n), peers.evaluations_of(name, n))
                 for n in (preset.sde_steps if name in peers.SDE else preset.chain_steps)
                 if peers.evaluations_of(name, n) <= preset.max_evaluations
             ]
-    return found
+    return listed
 
 
 def _samplers(method: str, preset: Preset) -> list[str]:
@@ -144,9 +144,9 @@ def _row(
         "first_level": flow.first_level if flow else 0.0,
         "last_level": flow.last_level if flow else 0.0,
     }
-    found = {"method": method, "sampler": sampler, "setting": setting, "seed": seed, **levels}
+    row = {"method": method, "sampler": sampler, "setting": setting, "seed": seed, **levels}
     series = ", ".join(filter(None, (method, sampler)))
-    return {"series": series, **found, "evaluations": nfe, **figures}
+    return {"series": series, **row, "evaluations": nfe, **figures}
 
 
 # ---- tables that follow -----------------------------------------------------------------------
@@ -167,7 +167,7 @@ def needed(rows: Sequence[Row], means: Sequence[Row]) -> list[Row]:
     seeds, each with the best SDE sampler of that seed. Only measured numbers of evaluations count:
     fewer may be enough.
     """
-    found = []
+    results = []
     for space in ("pixels", "features"):
         figure = f"frechet_{space}"
         by_seed = [_compared(part, figure) for part in grouped(rows, ["seed"]).values()]
@@ -178,8 +178,8 @@ def needed(rows: Sequence[Row], means: Sequence[Row]) -> list[Row]:
                 "least_times_fewer": min(known) if len(known) == len(times) else None,
                 "most_times_fewer": max(known, default=None),
             }
-            found.append({"space": space, "series": series, **row, **spread})
-    return found
+            results.append({"space": space, "series": series, **row, **spread})
+    return results
 
 
 def _compared(rows: Sequence[Row], figure: str) -> dict[str, Row]:
@@ -190,11 +190,11 @@ def _compared(rows: Sequence[Row], figure: str) -> dict[str, Row]:
     )
     rival = _fewest(select(rows, series=sde["series"]), figure, sde[figure])
     assert rival is not None
-    found = {}
+    curves = {}
     for (series,), part in grouped([r for r in rows if r["sampler"]], ["series"]).items():
         best = min((row[figure] for row in part if math.isfinite(row[figure])), default=math.nan)
         enough = _fewest(part, figure, sde[figure])
-        found[series] = {
+        curves[series] = {
             "best": best,
             "evaluations_to_own_best": _fewest(part, figure, best),
             "best_sde": sde["series"],
@@ -204,7 +204,7 @@ def _compared(rows: Sequence[Row], figure: str) -> dict[str, Row]:
             "fewest_measured": min(row["evaluations"] for row in part),
             "times_fewer": None if enough is None else rival / enough,
         }
-    return found
+    return curves
 
 
 def _fewest(rows: Sequence[Row], figure: str, best: float) -> float | None:

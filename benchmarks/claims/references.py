@@ -66,18 +66,18 @@ def specs(preset: Preset) -> list[Spec]:
 
 
 def jobs(preset: Preset) -> list[Job]:
-    found = []
+    listed = []
     for method in (PFGM, PLUSPLUS):
         for count in _counts(preset, method):
-            found += [
+            listed += [
                 Job("references-seeds", trained, (method, seed, count), 2 * _STEPS)
                 for seed in preset.seeds
             ]
-            found += [
+            listed += [
                 Job("references-variance-seeds", target_variance, (method, seed, count), 10)
                 for seed in preset.seeds
             ]
-    return [*found, Job("references-steps", step_times, (), 100, alone=True)]
+    return [*listed, Job("references-steps", step_times, (), 100, alone=True)]
 
 
 # ---- networks ---------------------------------------------------------------------------------
@@ -145,7 +145,7 @@ def target_variance(preset: Preset, folder: Path, method: str, seed: int, count:
     data = data_of(preset)
     train = data.train.to(preset.device)
     flow = methods.flow_of(method, preset)
-    found = []
+    rows = []
     for place in range(_LEVELS):
         share = place / (_LEVELS - 1)
         level = data.rms * _LOWEST * (_HIGHEST / _LOWEST) ** share
@@ -165,8 +165,8 @@ def target_variance(preset: Preset, folder: Path, method: str, seed: int, count:
         field = float(torch.cat(exact).square().sum(1).mean()) / flow.N
         unit = field if method == PFGM else data.rms**2
         variance = float(torch.cat(squared).mean()) / unit
-        found.append({**row, "level": level, "variance": variance})
-    return found
+        rows.append({**row, "level": level, "variance": variance})
+    return rows
 
 
 # ---- time -------------------------------------------------------------------------------------
@@ -309,12 +309,12 @@ def _by_target(
     means: list[Row], figure: str, *, relative: bool = False
 ) -> dict[str, dict[str, tuple[float, float]]]:
     """A figure and its spread by method and target, or relative to the most references."""
-    found: dict[str, dict[str, tuple[float, float]]] = {}
+    values: dict[str, dict[str, tuple[float, float]]] = {}
     for row in means:
         unit = select(means, method=row["method"])[-1][figure] if relative else 1.0
         value = row[figure] / unit, row[f"{figure}_spread"] / unit
-        found.setdefault(row["method"], {})[row["target"]] = value
-    return found
+        values.setdefault(row["method"], {})[row["target"]] = value
+    return values
 
 
 CLAIM = Claim("reference batch", specs, jobs, derive, draw)

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 from benchmarks.claims import dimensions, likelihood, quality, references, step_size, weak
 
-__all__ = ["CLAIMS"]
-
 CLAIMS = {
     "quality": quality.CLAIM,
     "step-size": step_size.CLAIM,

@@ -39,12 +39,12 @@ def jobs(preset: Preset) -> list[Job]:
 
 def levels(flow: Flow, grid: str, steps: int) -> list[float]:
     """The levels of a grid. "uniform" has the same ends as the others."""
-    found = flow.grid(steps, "log" if grid == "uniform" else grid)
+    chosen = flow.grid(steps, "log" if grid == "uniform" else grid)
     if grid != "uniform":
-        return found
+        return chosen
     # The last step of PFGM++ goes from its last level to 0.
-    end = [0.0] if found[-1] == 0 else []
-    first, *others = found[: len(found) - len(end)]
+    end = [0.0] if chosen[-1] == 0 else []
+    first, *others = chosen[: len(chosen) - len(end)]
     count = len(others)
     inner = [first + (others[-1] - first) * i / count for i in range(1, count)]
     return [first, *inner, *others[-1:], *end]
@@ -66,9 +66,9 @@ def by_euler(
         solver="euler",
         schedule=levels(flow, grid, steps),
     )
-    found = {"method": method, "grid": grid, "steps": steps, "seed": seed, "evaluations": nfe}
-    found |= {"first_level": flow.first_level, "last_level": flow.last_level}
-    return [{**found, **figures_of(samples, preset, folder)}]
+    row = {"method": method, "grid": grid, "steps": steps, "seed": seed, "evaluations": nfe}
+    row |= {"first_level": flow.first_level, "last_level": flow.last_level}
+    return [{**row, **figures_of(samples, preset, folder)}]
 
 
 def derive(tables: Tables, preset: Preset) -> Tables:

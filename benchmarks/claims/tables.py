@@ -2,17 +2,13 @@
 
 from __future__ import annotations
 
-import csv
-import io
 import statistics
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
 from benchmarks.claims.jobs import Row
-from pfgm.common.files import write_atomic
-
-__all__ = ["grouped", "over_seeds", "relative", "select", "write_csv"]
+from pfgm.common import files
 
 
 def select(rows: Iterable[Row], **values: Any) -> list[Row]:
@@ -22,10 +18,10 @@ def select(rows: Iterable[Row], **values: Any) -> list[Row]:
 
 def grouped(rows: Iterable[Row], by: Sequence[str]) -> dict[tuple[Any, ...], list[Row]]:
     """Rows grouped by the values in columns ``by``, in order of first occurrence."""
-    found: dict[tuple[Any, ...], list[Row]] = {}
+    groups: dict[tuple[Any, ...], list[Row]] = {}
     for row in rows:
-        found.setdefault(tuple(row[name] for name in by), []).append(row)
-    return found
+        groups.setdefault(tuple(row[name] for name in by), []).append(row)
+    return groups
 
 
 def over_seeds(rows: Iterable[Row], by: Sequence[str], figures: Sequence[str]) -> list[Row]:
@@ -34,15 +30,15 @@ def over_seeds(rows: Iterable[Row], by: Sequence[str], figures: Sequence[str]) -
     >>> over_seeds([{"D": 1, "f": 2.0}, {"D": 1, "f": 4.0}], ["D"], ["f"])
     [{'D': 1, 'f': 3.0, 'f_spread': 1.4142135623730951}]
     """
-    found = []
+    means = []
     for key, part in grouped(rows, by).items():
         row: Row = dict(zip(by, key, strict=True))
         for figure in figures:
             values = [float(member[figure]) for member in part]
             row[figure] = statistics.mean(values)
             row[f"{figure}_spread"] = statistics.stdev(values) if len(values) > 1 else 0.0
-        found.append(row)
-    return found
+        means.append(row)
+    return means
 
 
 def relative(
@@ -63,12 +59,8 @@ def relative(
 def write_csv(path: Path, rows: Sequence[Row]) -> None:
     """Writes rows as CSV, with six digits a number. Writes the whole file or nothing."""
     columns = list(dict.fromkeys(name for row in rows for name in row))
-    text = io.StringIO()
-    writer = csv.writer(text, lineterminator="\n")
-    writer.writerow(columns)
-    for row in rows:
-        writer.writerow([_text(row.get(name, "")) for name in columns])
-    write_atomic(path, lambda file: file.write(text.getvalue().encode()))
+    texts = ([_text(row.get(name, "")) for name in columns] for row in rows)
+    files.write_csv(path, [columns, *texts])
 
 
 def _text(value: Any) -> str:

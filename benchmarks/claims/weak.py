@@ -38,19 +38,19 @@ def specs(preset: Preset) -> list[Spec]:
 
 
 def jobs(preset: Preset) -> list[Job]:
-    found = []
+    listed = []
     for seed in preset.seeds:
         for network in preset.weak_networks:
-            found += [
+            listed += [
                 Job("weak-seeds", by_ode, (method, seed, network), preset.weak_evaluations)
                 for method in preset.weak_methods
             ]
-            found += [
+            listed += [
                 Job("weak-seeds", by_sde, (name, seed, network), 2 * preset.weak_sde_steps)
                 for name in peers.SDE
                 if peers.PEERS[name][0] in preset.weak_methods
             ]
-    return found
+    return listed
 
 
 def by_ode(preset: Preset, folder: Path, method: str, seed: int, network: str) -> list[Row]:
@@ -59,8 +59,8 @@ def by_ode(preset: Preset, folder: Path, method: str, seed: int, network: str) -
     samples, _ = methods.draw(
         *loaded, preset, seed, solver="multistep", schedule="log", steps=preset.weak_evaluations
     )
-    found = {"method": method, "sampler": _ODE, "network": network, "seed": seed}
-    return [{**found, **figures_of(samples, preset, folder)}]
+    row = {"method": method, "sampler": _ODE, "network": network, "seed": seed}
+    return [{**row, **figures_of(samples, preset, folder)}]
 
 
 def by_sde(preset: Preset, folder: Path, name: str, seed: int, network: str) -> list[Row]:
@@ -76,8 +76,8 @@ def by_sde(preset: Preset, folder: Path, name: str, seed: int, network: str) -> 
         batch=preset.sampling_batch,
     )
     short = name.removeprefix(f"{method}, ")
-    found = {"method": method, "sampler": short, "network": network, "seed": seed}
-    return [{**found, **figures_of(samples, preset, folder)}]
+    row = {"method": method, "sampler": short, "network": network, "seed": seed}
+    return [{**row, **figures_of(samples, preset, folder)}]
 
 
 def derive(tables: Tables, preset: Preset) -> Tables:

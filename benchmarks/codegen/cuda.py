@@ -110,8 +110,8 @@ INTENTS = {
 
 def extension() -> Path | None:
     """The file of the installed extension."""
-    found = importlib.util.find_spec("pfgm._native")
-    return None if found is None or found.origin is None else Path(found.origin)
+    spec = importlib.util.find_spec("pfgm._native")
+    return None if spec is None or spec.origin is None else Path(spec.origin)
 
 
 def architectures() -> list[str]:
@@ -153,10 +153,10 @@ def declared() -> set[str]:
         if path.suffix not in (".cu", ".h"):
             continue
         code = re.sub(r"//.*", "", path.read_text())
-        found = _DECLARED.findall(code)
-        if len(found) != code.count("__global__"):
+        kernels = _DECLARED.findall(code)
+        if len(kernels) != code.count("__global__"):
             raise ValueError(f"{path}: not every kernel's name can be read.")
-        names.update(found)
+        names.update(kernels)
     return names
 
 
@@ -173,9 +173,9 @@ def short_name(symbol: str) -> str:
         ValueError: the name follows other rules.
     """
     name, rest = "", re.sub("^_ZN?", "", symbol)
-    while found := re.match(r"\d+", rest):  # nested names, each behind its length
-        end = found.end() + int(found[0])
-        name, rest = rest[found.end() : end], rest[end:]
+    while length := re.match(r"\d+", rest):  # nested names, each behind its length
+        end = length.end() + int(length[0])
+        name, rest = rest[length.end() : end], rest[end:]
     if not name:
         raise ValueError(f"no name of a kernel: {symbol!r}.")
     return name + _arguments(rest)[0]
@@ -261,8 +261,8 @@ def _figures(usage: str, code: str, about: str, architecture: str) -> Figures:
 
 def compiler_version(file: Path) -> str | None:
     """The version of the CUDA toolkit that made the machine code, as written in it."""
-    found = re.findall(rb"Cuda compilation tools, release [\d.]+, V([\d.]+)", file.read_bytes())
-    return ", ".join(sorted({version.decode() for version in found})) or None
+    versions = re.findall(rb"Cuda compilation tools, release [\d.]+, V([\d.]+)", file.read_bytes())
+    return ", ".join(sorted({version.decode() for version in versions})) or None
 
 
 # ---- checking ----------------------------------------------------------------------------------
@@ -295,8 +295,8 @@ def is_replaced(kernel: str, architecture: str) -> bool:
         return geforce == "false"
     if newest < 90:
         return False
-    of_warpgroups = type_ in ("float32", "Rounded") and queries == "128"
-    return geforce == "true" or (architecture == "90a" and of_warpgroups)
+    by_warpgroups = type_ in ("float32", "Rounded") and queries == "128"
+    return geforce == "true" or (architecture == "90a" and by_warpgroups)
 
 
 def register_limit(threads: int, blocks: int) -> int:
@@ -315,7 +315,7 @@ def problems(kernel: str, architecture: str, figures: Figures) -> list[str]:
         count("ACQBULK"),
         count(_UNCHANGING_LOAD),
     )
-    found: list[tuple[object, str]] = [
+    checks: list[tuple[object, str]] = [
         (
             waits and not can_wait,
             "waits for earlier launches, which its devices cannot",
@@ -332,12 +332,12 @@ def problems(kernel: str, architecture: str, figures: Figures) -> list[str]:
         ),
     ]
     if is_replaced(kernel, architecture):
-        found.append((matrix, "is not meant to multiply: it is never launched"))
-        return [f"{where} {what}." for wrong, what in found if wrong]
+        checks.append((matrix, "is not meant to multiply: it is never launched"))
+        return [f"{where} {what}." for wrong, what in checks if wrong]
     seen = ", ".join(matrix) or "no matrix instructions"
     limit = register_limit(figures.threads or 32, intent.blocks)
     products = matrix and all((intent.products or "") in name for name in matrix)
-    found += [
+    checks += [
         (figures.spills, f"spills {figures.spills} bytes per thread"),
         (figures.threads is None, "has no launch bounds"),
         (
@@ -363,7 +363,7 @@ def problems(kernel: str, architecture: str, figures: Figures) -> list[str]:
             "compile it without --use_fast_math and --ftz=true",
         ),
     ]
-    return [f"{where} {what}." for wrong, what in found if wrong]
+    return [f"{where} {what}." for wrong, what in checks if wrong]
 
 
 def missing(rows: list[Row], expected: Iterable[str]) -> list[str]:
@@ -386,11 +386,11 @@ def check(file: Path, expected: list[str]) -> tuple[list[Row], list[str]]:
     """All kernels of an extension for the expected architectures, and what is wrong with them."""
     with ThreadPoolExecutor(PROCESSES) as pool:
         texts = list(pool.map(lambda architecture: dump(file, architecture), expected))
-    rows, found = [], []
+    rows, others = [], []
     for architecture, text in zip(expected, texts, strict=True):
         rows += read(text, architecture)
-        found += [f"sm_{architecture} is assembled with {o}." for o in unwanted_options(text)]
-    return rows, missing(rows, expected) + [p for row in rows for p in row.problems] + found
+        others += [f"sm_{architecture} is assembled with {o}." for o in unwanted_options(text)]
+    return rows, missing(rows, expected) + [p for row in rows for p in row.problems] + others
 
 
 def main() -> int:
@@ -401,10 +401,10 @@ def main() -> int:
     file, reason = extension(), why_unchecked()
     if file is None or reason is not None:
         parser.error(reason or "")
-    rows, found = check(file, architectures())
+    rows, others = check(file, architectures())
     if options.store:
         store("codegen_cuda", {"nvcc": compiler_version(file), "rows": shown.summaries(rows)})
-    return shown.finish(rows, found, options.only)
+    return shown.finish(rows, others, options.only)
 
 
 if __name__ == "__main__":

@@ -106,20 +106,20 @@ def source_of(variant: Variant) -> Any:
 
 def problems(variant: Variant, capability: int, figures: Figures) -> list[str]:
     """What is wrong with a compiled variant, in sentences."""
-    where, found = f"{variant.name} on sm_{capability}", []
+    where, wrong = f"{variant.name} on sm_{capability}", []
     limit, matrix = SHARED_MEMORY[capability], figures.matrix_instructions
     # On Hopper the older matrix instructions have half of the rate.
     full_rate = "wgmma.mma_async" in matrix if capability == 90 else bool(matrix)
     if figures.spills:
-        found.append(f"{where} spills {figures.spills} bytes per thread.")
+        wrong.append(f"{where} spills {figures.spills} bytes per thread.")
     if figures.shared > limit:
-        found.append(f"{where} wants {figures.shared} bytes of shared memory; a block has {limit}.")
+        wrong.append(f"{where} wants {figures.shared} bytes of shared memory; a block has {limit}.")
     if variant.products and not full_rate:
         seen = ", ".join(matrix) or "no matrix instructions"
-        found.append(f"{where} is meant to multiply in tensor cores at full rate; it has {seen}.")
+        wrong.append(f"{where} is meant to multiply in tensor cores at full rate; it has {seen}.")
     if variant.wide_loads and not figures.count(_WIDE_LOAD):
-        found.append(f"{where} has no 16-byte loads from global memory.")
-    return found
+        wrong.append(f"{where} has no 16-byte loads from global memory.")
+    return wrong
 
 
 @functools.cache
@@ -159,8 +159,8 @@ def row_of(variant: Variant, capability: int) -> Row:
     except Exception as error:  # a kernel that does not compile is a problem to report
         why = f"{variant.name} on sm_{capability} does not compile: {type(error).__name__}: {error}"
         return Row(variant.name, str(capability), None, [why])
-    found = problems(variant, capability, figures)
-    return Row(variant.name, str(capability), figures, found)
+    wrong = problems(variant, capability, figures)
+    return Row(variant.name, str(capability), figures, wrong)
 
 
 def _row_at(module: str, place: int, capability: int) -> Row:

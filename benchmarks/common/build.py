@@ -26,7 +26,7 @@ class Outcome(NamedTuple):
     text: str
 
 
-def found_tool(name: str) -> str | None:
+def tool_path(name: str) -> str | None:
     """The path of a tool of the CUDA toolkit on PATH or in the usual folder; None without one."""
     usual = Path(os.environ.get("CUDA_HOME", "/usr/local/cuda")) / "bin" / name
     return shutil.which(name) or (str(usual) if usual.exists() else None)

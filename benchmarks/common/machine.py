@@ -84,11 +84,11 @@ def _processor() -> str:
 
 @functools.cache  # read once: results that this run stores change the tree
 def _commit() -> str:
-    found = subprocess.run(
+    answer = subprocess.run(
         ["git", "describe", "--always", "--dirty", "--abbrev=12"],
         cwd=ROOT,
         capture_output=True,
         text=True,
         check=False,
     )
-    return found.stdout.strip() or "unknown"
+    return answer.stdout.strip() or "unknown"

@@ -212,6 +212,6 @@ def _field(x: Tensor, z: Tensor, mean: Tensor) -> Tensor:
     return torch.cat([field_x, field_z[:, None]], 1)
 
 
-def relative_error(found: Tensor, exact: Tensor) -> float:
+def relative_error(result: Tensor, exact: Tensor) -> float:
     """The norm of the difference over that of the exact tensor."""
-    return float((found - exact).norm() / exact.norm())
+    return float((result - exact).norm() / exact.norm())

@@ -112,11 +112,11 @@ class _Driver:
 def in_place_of_a_gpu(executor: Executor) -> Iterator[None]:
     """Triton launches its kernels in the executor, with tensors in CPU memory."""
     executor.device(CAPABILITY)
-    of_executor = _Driver(executor)
+    stand_in = _Driver(executor)
     begin = CompiledKernel._init_handles
 
     def keep_ptx(kernel: CompiledKernel) -> Any:
-        of_executor.utils.ptx = kernel.asm["ptx"]
+        stand_in.utils.ptx = kernel.asm["ptx"]
         return begin(kernel)
 
     supports = triton.supports
@@ -125,7 +125,7 @@ def in_place_of_a_gpu(executor: Executor) -> Iterator[None]:
         return supports(torch.device("cuda"), *types)
 
     before = driver._active if hasattr(driver, "_active") else None
-    driver.set_active(of_executor)
+    driver.set_active(stand_in)
     try:
         with (
             mock.patch.object(CompiledKernel, "_init_handles", keep_ptx),

@@ -166,8 +166,8 @@ def repeated(call: Call, count: int) -> Call:
 
 def paths(name: str) -> dict[str, Call]:
     call, peer = subjects(Tensors(), Tensors(LONG_B, LONG_N))[name]
-    found = {"native": call, "operators": by_operators(call)}
-    return found if peer is None else {**found, "torch": peer}
+    calls = {"native": call, "operators": by_operators(call)}
+    return calls if peer is None else {**calls, "torch": peer}
 
 
 NAMES = tuple(subjects(Tensors(), Tensors(LONG_B, LONG_N)))
@@ -178,8 +178,10 @@ def error(name: str) -> float:
     calls = paths(name)
     if "torch" not in calls:
         return 0.0
-    found, expected = (calls[path]() for path in ("native", "torch"))
-    pairs = zip(found, expected, strict=True) if isinstance(found, tuple) else [(found, expected)]
+    results, expected = (calls[path]() for path in ("native", "torch"))
+    pairs = (
+        zip(results, expected, strict=True) if isinstance(results, tuple) else [(results, expected)]
+    )
     return max(float((a - b).abs().max()) for a, b in pairs)
 
 
@@ -191,11 +193,11 @@ def measure(name: str) -> Measured:
     try:
         with torch.no_grad():
             calls = {path: repeated(call, count) for path, call in paths(name).items()}
-            found = measure_paths(calls, 101, {"error": error(name)}, warm=True)
+            measured = measure_paths(calls, 101, {"error": error(name)}, warm=True)
     finally:
         torch.set_num_threads(threads)
-    seconds = {path: [value / count for value in each] for path, each in found.seconds.items()}
-    return Measured(seconds, found.facts)
+    seconds = {path: [value / count for value in each] for path, each in measured.seconds.items()}
+    return Measured(seconds, measured.facts)
 
 
 @pytest.mark.parametrize("path", ["native", "operators", "torch"])

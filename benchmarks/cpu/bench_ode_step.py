@@ -122,8 +122,8 @@ def error(case: Case) -> float:
     exact = pfgm.euler_step(
         x, pfgm.Field(field_x, field_z), z, z * math.exp(DT), backend="reference"
     )
-    found = native(case._replace(x=case.x.clone())).double()
-    return float(((found - exact).flatten(1).norm(dim=1) / exact.flatten(1).norm(dim=1)).max())
+    result = native(case._replace(x=case.x.clone())).double()
+    return float(((result - exact).flatten(1).norm(dim=1) / exact.flatten(1).norm(dim=1)).max())
 
 
 def paths(case: Case) -> dict[str, Callable[[], Tensor]]:

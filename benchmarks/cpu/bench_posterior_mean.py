@@ -145,18 +145,18 @@ def measure(name: str) -> Measured:
     paths = prepare(subject, case)
     measured = measure_paths(paths, subject.turns, {"B, M, N": shape(case)})
     exact = exact_results(subject, case)
-    found = {name: errors_of(subject, case, path, exact[name]) for name, path in paths.items()}
-    return measured._replace(facts={**measured.facts, "errors": found})
+    errors = {name: errors_of(subject, case, path, exact[name]) for name, path in paths.items()}
+    return measured._replace(facts={**measured.facts, "errors": errors})
 
 
 def shape(case: Case) -> tuple[int, ...]:
     return (len(case.x), *case.references.shape)
 
 
-def check(path: str, found: dict[str, float]) -> None:
+def check(path: str, errors: dict[str, float]) -> None:
     """Fails where the library breaks the accuracy contract of the CPU."""
     if path.startswith("native"):
-        assert max(found.values()) <= 2e-5
+        assert max(errors.values()) <= 2e-5
 
 
 @pytest.mark.parametrize(("name", "path"), ROWS)
@@ -169,9 +169,9 @@ def bench_posterior_mean(name: str, path: str, benchmark: Any) -> None:
         check(path, errors_of(subject, case, run, exact_results(subject, case)[path]))
         return
     measured = measure(name)
-    found = measured.facts["errors"][path]
-    add_row(benchmark, name, path, measured, errors=found)
-    check(path, found)
+    errors = measured.facts["errors"][path]
+    add_row(benchmark, name, path, measured, errors=errors)
+    check(path, errors)
 
 
 SIZES = (1_000, 10_000, 100_000, 1_000_000)
@@ -218,8 +218,8 @@ def bench_reference_set(path: str, benchmark: Any) -> None:
     """A set in memory beside a tensor, for points near the data. It gives the same bits."""
     if benchmark.disabled:
         case = fashion_near_data(8, 256)
-        found = benchmark(SETS[path](case))
+        results = benchmark(SETS[path](case))
         expected = SETS[path.replace("used set", "tensor")](case)()
-        assert all(torch.equal(*pair) for pair in zip(found, expected, strict=True))
+        assert all(torch.equal(*pair) for pair in zip(results, expected, strict=True))
         return
     add_row(benchmark, "references in a set, z = 0.1", path, measure_sets())

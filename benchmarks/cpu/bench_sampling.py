@@ -65,16 +65,16 @@ def run(solver: str, steps: int, schedule: str, field: str, count: int) -> Calla
 def measure(solver: str, steps: int, schedule: str) -> Measured:
     fields = [field for *other, field in ROWS if other == [solver, steps]]
     paths = {field: run(solver, steps, schedule, field, SAMPLES) for field in fields}
-    found = {}
+    measured = {}
     for field, path in paths.items():
         samples, evaluations = path()
         distance = pfgm.metrics.nearest_distance(samples, pfgm.data.digits().train)
-        found[field] = {
+        measured[field] = {
             "evaluations": evaluations,
             "within 0.02": float((distance < 0.02).double().mean()),
             "largest distance": float(distance.max()),
         }
-    return measure_paths(paths, 3, {"found": found})
+    return measure_paths(paths, 3, {"found": measured})
 
 
 @pytest.mark.parametrize(("solver", "steps", "field"), ROWS)

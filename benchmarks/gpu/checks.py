@@ -16,7 +16,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
 
-from benchmarks.common.build import STOPPED, Outcome, found_tool, last_line, run_logged
+from benchmarks.common.build import STOPPED, Outcome, last_line, run_logged, tool_path
 from benchmarks.common.folders import ROOT
 from pfgm import backends
 
@@ -92,9 +92,9 @@ def run_tests(
         return Outcome(name, abs(status), f"{file.stem}: {last_line(log)}")
 
     files = [*folder.glob("test_*.py"), *folder.glob(f"{kind}/test_*.py")]
-    found = side_by_side(run, sorted(files))
-    text = "; ".join(each.text for each in found) or "no files"
-    return Outcome(name, max((each.status for each in found), default=0), text)
+    outcomes = side_by_side(run, sorted(files))
+    text = "; ".join(each.text for each in outcomes) or "no files"
+    return Outcome(name, max((each.status for each in outcomes), default=0), text)
 
 
 def run_sanitizer(tool: str, command: str, out: Path, environment: Environment) -> Outcome:
@@ -115,13 +115,13 @@ def sanitizer_outcome(tool: str, status: int, text: str) -> Outcome:
     name = f"compute-sanitizer {tool}"
     if status == STOPPED:
         return Outcome(name, status, f"stopped after {TOOL_SECONDS:.0f} s; {_progress(text)}")
-    found = (_HAZARDS if tool == "racecheck" else _ERRORS).search(text)
-    if found is None:
+    match = (_HAZARDS if tool == "racecheck" else _ERRORS).search(text)
+    if match is None:
         return Outcome(name, status or 1, f"no summary, status {status}; {_progress(text)}")
-    if status == ERROR_STATUS and found["errors"] == "0":
+    if status == ERROR_STATUS and match["errors"] == "0":
         status = 0  # warnings alone
-    summary = f"{found['summary']}; {_progress(text)}"
-    return Outcome(name, status or int(found["errors"] != "0"), summary)
+    summary = f"{match['summary']}; {_progress(text)}"
+    return Outcome(name, status or int(match["errors"] != "0"), summary)
 
 
 def _progress(text: str) -> str:
@@ -135,7 +135,7 @@ def _progress(text: str) -> str:
 
 def run_sanitizers(out: Path, environment: Environment) -> list[Outcome]:
     """Runs all tools of compute-sanitizer at once, if it is found."""
-    command = found_tool("compute-sanitizer")
+    command = tool_path("compute-sanitizer")
     if command is None:
         return [Outcome("compute-sanitizer", 0, "not run: it is not found")]
     with ThreadPoolExecutor(len(TOOLS)) as pool:

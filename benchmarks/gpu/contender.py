@@ -100,8 +100,8 @@ def path(
 ) -> Callable[[Case], Callable[[], Result]]:
     """The contender as a path of the benchmarks, whose parts ``compiled`` compiles."""
     splitting = compiled(split)
-    weighing = compiled(lambda given: weights(*given))
-    merging = compiled(lambda given: mean(*given))
+    weighing = compiled(lambda inputs: weights(*inputs))
+    merging = compiled(lambda inputs: mean(*inputs))
 
     def prepare(case: Case) -> Callable[[], Result]:
         def run() -> Result:

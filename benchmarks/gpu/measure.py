@@ -88,8 +88,8 @@ def graph_times(
         if device.real and path.capturable
         if (graph := attempt(functools.partial(graph_of, path.calls), failures[name]))
     }
-    found = take_turns({name: [graph] for name, graph in captured.items()}, device.clock, rounds)
-    return {name: [t / len(ready[name].calls) for t in times] for name, times in found.items()}
+    seconds = take_turns({name: [graph] for name, graph in captured.items()}, device.clock, rounds)
+    return {name: [t / len(ready[name].calls) for t in times] for name, times in seconds.items()}
 
 
 def measure(subject: Subject, device: Device, rounds: int) -> list[Row]:
@@ -113,20 +113,20 @@ def measure(subject: Subject, device: Device, rounds: int) -> list[Row]:
             quantiles(graphs[name]) if name in graphs else {},
             host.get(name, math.nan),
             errors.get(name) or {},
-            "; ".join(found),
+            "; ".join(reasons),
             ready[name].moved if name in ready else 0,
         )
-        for name, found in failures.items()
+        for name, reasons in failures.items()
     ]
 
 
 def host_times(calls: list[Call], device: Device) -> list[float]:
     """Seconds of the host for a call, without waiting for the device."""
-    found = []
+    seconds = []
     for call in calls[:8]:
-        found.append(host_seconds(call))
+        seconds.append(host_seconds(call))
         device.wait()
-    return found
+    return seconds
 
 
 def run_subjects(
@@ -152,8 +152,8 @@ def run_subjects(
         failures: list[str] = []
         run = functools.partial(measure, subject, device, rounds or subject.rounds)
         with ended_after(2 * subject.estimate + PATIENCE):
-            found = attempt(run, failures)
-        rows += found or [Row(subject.name, "all", {}, {}, math.nan, {}, "; ".join(failures))]
+            measured = attempt(run, failures)
+        rows += measured or [Row(subject.name, "all", {}, {}, math.nan, {}, "; ".join(failures))]
         keep(rows, left_out)
     return rows, left_out
 

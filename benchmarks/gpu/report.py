@@ -25,8 +25,8 @@ TARGET = 1.5  # time over memory floor, for the CIFAR-10 shape on sm_90
 
 def best(rows: list[Row], names: tuple[str, ...], kind: str) -> float | None:
     """The smallest median among paths."""
-    found = [getattr(row, kind).get("median") for row in rows if row.path in names]
-    return min((value for value in found if value is not None), default=None)
+    medians = [getattr(row, kind).get("median") for row in rows if row.path in names]
+    return min((value for value in medians if value is not None), default=None)
 
 
 def ratio(other: float | None, ours: float | None) -> str:
@@ -36,14 +36,10 @@ def ratio(other: float | None, ours: float | None) -> str:
 
 def by_subject(rows: list[Row]) -> dict[str, list[Row]]:
     """The rows of each subject."""
-    found: dict[str, list[Row]] = {}
+    subjects: dict[str, list[Row]] = {}
     for row in rows:
-        found.setdefault(row.subject, []).append(row)
-    return found
-
-
-def _text(value: float | None) -> str:
-    return "" if value is None else format_seconds(value)
+        subjects.setdefault(row.subject, []).append(row)
+    return subjects
 
 
 # ---- the faster of the library's paths --------------------------------------------------------
@@ -58,15 +54,15 @@ The subject's name ends with the type of references, if that is not float32.
 
 def faster(rows: list[Row]) -> Faster:
     """Which of the library's paths is faster, for each subject that both compute."""
-    found: Faster = {}
+    ratios: Faster = {}
     for subject, part in by_subject(rows).items():
         paths = [row.path for row in part if implementation(row.path) == "cuda"]
         for variant in (path.removeprefix("cuda") for path in paths):
             compared = {kind: _first(part, variant, kind) for kind in KINDS}
             known = {kind: winner for kind, winner in compared.items() if winner}
             if known:
-                found[subject + variant] = known
-    return found
+                ratios[subject + variant] = known
+    return ratios
 
 
 def _first(rows: list[Row], variant: str, kind: str) -> dict[str, Any] | None:
@@ -77,11 +73,11 @@ def _first(rows: list[Row], variant: str, kind: str) -> dict[str, Any] | None:
     return {"faster": known[0][1], "the other takes": known[1][0] / known[0][0]}
 
 
-def tally(found: Faster) -> str:
+def tally(ratios: Faster) -> str:
     """In how many subjects each path is the faster one."""
     parts = []
     for kind, words in zip(KINDS, ("by the call", "within graphs"), strict=True):
-        winners = [kinds[kind]["faster"] for kinds in found.values() if kind in kinds]
+        winners = [kinds[kind]["faster"] for kinds in ratios.values() if kind in kinds]
         counts = ", ".join(f"{name} {winners.count(name)}" for name in OURS)
         if winners:
             parts.append(f"{words} {counts}")
@@ -121,7 +117,9 @@ def summary(rows: list[Row]) -> str:
 def _own(rows: list[Row], path: str, kind: str) -> str:
     time = best(rows, (path,), kind)
     failed = kind == "seconds" and any(row.path in (path, "all") for row in rows)
-    return "failed" if time is None and failed else _text(time)
+    if time is None:
+        return "failed" if failed else ""
+    return format_seconds(time)
 
 
 def _worst(rows: list[Row], path: str) -> str:
@@ -174,8 +172,8 @@ def failed(rows: list[Row]) -> bool:
 def report(rows: list[Row], left_out: list[str], device: Device) -> str:
     """The whole page."""
     parts = [summary(rows)]
-    if found := faster(rows):
-        parts.append(tally(found))
+    if ratios := faster(rows):
+        parts.append(tally(ratios))
     parts.append(floors(rows))
     if not device.real:
         parts.append("A dry run with a few digits: the times mean nothing.")

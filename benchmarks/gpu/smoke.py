@@ -63,12 +63,12 @@ def backward(small: Small, backend: str, shape: tuple[int, int, int]) -> None:
     radius = small.levels(queries).requires_grad_()
     images = small.images(references, features, torch.float32)
     for dtype in TYPES:
-        given = images.to(dtype) if dtype.is_floating_point else (images > 0).to(dtype)
-        given.requires_grad_(dtype.is_floating_point)
+        rows = images.to(dtype) if dtype.is_floating_point else (images > 0).to(dtype)
+        rows.requires_grad_(dtype.is_floating_point)
         mean, logsumexp = pfgm.posterior_mean(
-            x, given, r=radius, return_logsumexp=True, backend=backend
+            x, rows, r=radius, return_logsumexp=True, backend=backend
         )
-        wanted = [x, radius, *[given] * given.requires_grad]
+        wanted = [x, radius, *[rows] * rows.requires_grad]
         torch.autograd.grad(mean.square().sum() + logsumexp.sum(), wanted)
 
 

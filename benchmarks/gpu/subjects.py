@@ -364,10 +364,10 @@ def published_step(step: Step, at: Points) -> Any:
 def step_errors(step: Step, backend: str, at: Points) -> dict[str, float]:
     """The largest relative error of a row."""
     exact = our_step(step, "reference", Points(*(t.double() for t in at)))
-    found = our_step(step, backend, Points(*(t.clone() for t in at)))
+    result = our_step(step, backend, Points(*(t.clone() for t in at)))
     if step.solver == "multistep":
-        exact, found = exact[0], found[0]
-    difference = (found.double() - exact).norm(dim=1) / exact.norm(dim=1)
+        exact, result = exact[0], result[0]
+    difference = (result.double() - exact).norm(dim=1) / exact.norm(dim=1)
     return {"points": float(difference.max())}
 
 

@@ -89,10 +89,10 @@ def measure(flow: Flow, network: nn.Module, name: str, **options: Any) -> dict[s
     distances, precisions, recalls, nfe = [], [], [], 0
     for seed in SEEDS:
         samples, nfe = draw(flow, network, seed, **options)
-        found = pfgm.metrics.precision_recall(samples, held_out)
+        measured = pfgm.metrics.precision_recall(samples, held_out)
         distances.append(pfgm.metrics.frechet_distance(samples, held_out))
-        precisions.append(found.precision)
-        recalls.append(found.recall)
+        precisions.append(measured.precision)
+        recalls.append(measured.recall)
     return {
         "network": name,
         "sampler": options,
@@ -139,14 +139,14 @@ def main() -> None:
     parser.add_argument("--teachers", type=Path, help="folder that keeps the teachers")
     parser.add_argument("--store", action="store_true", help="write the results and the picture")
     options = parser.parse_args()
-    found, pictures = {}, []
+    results, pictures = {}, []
     with tempfile.TemporaryDirectory() as name:
         folder = check_folder(options.teachers or name)
         for method in options.methods:
-            found[method], shown = compare(method, folder, options.steps)
+            results[method], shown = compare(method, folder, options.steps)
             pictures += shown
     columns = ("network", "evaluations", "frechet_distance", "spread", "precision", "recall")
-    for method, figures in found.items():
+    for method, figures in results.items():
         rows = [
             [f"{row[c]:.3f}" if isinstance(row[c], float) else str(row[c]) for c in columns]
             for row in figures["rows"]
@@ -155,7 +155,7 @@ def main() -> None:
         print({k: v for k, v in figures.items() if k != "rows"})
         assert all(math.isfinite(row["frechet_distance"]) for row in figures["rows"])
     if options.store:
-        print(store("distillation", found))
+        print(store("distillation", results))
         side = [f"{method.upper()}: {row}" for method in options.methods for row in ROWS]
         pfgm.plotting.image_grid(torch.cat(pictures), PICTURE, columns=10, side=side, scale=4)
 

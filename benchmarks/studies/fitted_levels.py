@@ -53,8 +53,8 @@ def fitted(flow: Flow, data: Any, solver: str, known: dict[str, Any], steps: int
         started = time.perf_counter()
         levels = flow.fit_levels(data.train, steps, solver=solver)
         known[key] = {"levels": levels, "seconds": time.perf_counter() - started}
-    found: list[float] = known[key]["levels"]
-    return found
+    kept: list[float] = known[key]["levels"]
+    return kept
 
 
 def measure(
@@ -78,8 +78,8 @@ def measure_all(
     )
     held_out = to_unit(data.held_out[rows])
     for count in steps:
-        found = {"fitted": fitted(loaded.flow, data, solver, known, count)}
-        for schedule, levels in {**schedules(loaded.flow, count), **found}.items():
+        own = {"fitted": fitted(loaded.flow, data, solver, known, count)}
+        for schedule, levels in {**schedules(loaded.flow, count), **own}.items():
             for seed in SEEDS:
                 key = f"{schedule}, {count}, {seed}"
                 if key in known:
@@ -94,12 +94,12 @@ def means(known: dict[str, Any], steps: Sequence[int]) -> Iterator[dict[str, Any
     """The mean distance over the seeds, for each schedule and number of steps."""
     for count in steps:
         for schedule in ("log", "rho", f"log to {_LAST}", "fitted"):
-            found = [known[f"{schedule}, {count}, {seed}"] for seed in SEEDS]
-            distances = [one["distance"] for one in found]
+            seeds = [known[f"{schedule}, {count}, {seed}"] for seed in SEEDS]
+            distances = [one["distance"] for one in seeds]
             row = {
                 "schedule": schedule,
                 "steps": count,
-                "nfe": found[0]["nfe"],
+                "nfe": seeds[0]["nfe"],
                 "distance": statistics.mean(distances),
                 "spread": statistics.stdev(distances),
             }

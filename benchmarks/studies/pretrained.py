@@ -66,22 +66,22 @@ def measure(name: str) -> list[dict[str, Any]]:
     neighbours = {of: pfgm.metrics.neighbour_distances(x, 3) for of, x in real.items()}
 
     def figures(images: Tensor) -> dict[str, float]:
-        found: dict[str, float] = {}
+        measured: dict[str, float] = {}
         for of, rows in {"pixels": images, "features": classifier.rows(images)}.items():
             inside = pfgm.metrics.precision_recall(rows, real[of], neighbours=neighbours[of])
             distance = pfgm.metrics.frechet_distance(rows, real[of])
             values = (distance, inside.precision, inside.recall)
-            found |= {f"{each}_{of}": value for each, value in zip(FIGURES, values, strict=True)}
-        return found
+            measured |= {f"{each}_{of}": value for each, value in zip(FIGURES, values, strict=True)}
+        return measured
 
     known = figures(evenly_spaced(train, SAMPLES))
     rows = [{"network": name, "run": "training images", "evaluations": 0, **known}]
     for run in RUNS:
         draws = [drawn(name, run, seed) for seed in SEEDS]
-        found = [figures(samples) for samples, _ in draws]
+        seeds = [figures(samples) for samples, _ in draws]
         row = {"network": name, "run": run, "evaluations": draws[0][1], "seeds": len(SEEDS)}
-        for each in found[0]:
-            values = [one[each] for one in found]
+        for each in seeds[0]:
+            values = [one[each] for one in seeds]
             row |= {each: statistics.mean(values), f"{each}_spread": statistics.stdev(values)}
         rows.append(row)
     return rows

@@ -33,12 +33,12 @@ Loss = Callable[..., Tensor]
 
 def printed_losses() -> dict[str, tuple[str, str]]:
     """The sections of the page that replace a loss: the code before and after."""
-    found = {}
+    sections = {}
     for section in re.split(r"^## ", (DOCS / "drop-in.md").read_text(), flags=re.MULTILINE)[1:]:
         codes = re.findall(r"^```python\n(.*?)^```", section, flags=re.DOTALL | re.MULTILINE)
         if sum("def loss(" in code for code in codes) == 2:
-            found[section.splitlines()[0]] = (codes[0], codes[1])
-    return found
+            sections[section.splitlines()[0]] = (codes[0], codes[1])
+    return sections
 
 
 def as_loss(code: str) -> Loss:
@@ -83,14 +83,16 @@ def measure(title: str, before: str, after: str, images: Tensor) -> dict[str, An
     calls = {name: [functools.partial(call, name, loss)] for name, loss in pair.items()}
     for each in calls.values():
         each[0]()
-    found = take_turns(calls, seconds_of_processor, TURNS)
-    of_before, of_after = (torch.tensor(values[name], dtype=torch.float64) for name in calls)
+    seconds = take_turns(calls, seconds_of_processor, TURNS)
+    losses_before, losses_after = (
+        torch.tensor(values[name], dtype=torch.float64) for name in calls
+    )
     return {
         "loss": title,
-        "seconds before": min(found["before"]),
-        "seconds after": min(found["after"]),
-        "times as long": min(found["before"]) / min(found["after"]),
-        "relative difference": float(((of_before - of_after) / of_after).abs().max()),
+        "seconds before": min(seconds["before"]),
+        "seconds after": min(seconds["after"]),
+        "times as long": min(seconds["before"]) / min(seconds["after"]),
+        "relative difference": float(((losses_before - losses_after) / losses_after).abs().max()),
         "lines of the target before": target_lines(before),
     }
 

@@ -63,25 +63,25 @@ def measure(loaded: Any, run: str, setting: float, **options: Any) -> Point:
 
 def measure_all(loaded: Any) -> list[Point]:
     """Measures all solvers with all settings."""
-    found = []
+    points = []
     for run, options in RUNS.items():
         for steps in HEUN_STEPS if options["solver"] == "heun" else STEPS:
-            found.append(measure(loaded, run, steps, steps=steps, **options))
-            print(found[-1], flush=True)
+            points.append(measure(loaded, run, steps, steps=steps, **options))
+            print(points[-1], flush=True)
     for tolerance in TOLERANCES:
-        found.append(
+        points.append(
             measure(loaded, "rk45", tolerance, solver="rk45", rtol=tolerance, atol=tolerance)
         )
-        print(found[-1], flush=True)
-    return found
+        print(points[-1], flush=True)
+    return points
 
 
-def draw(found: list[Point]) -> None:
+def draw(points: list[Point]) -> None:
     """Draws the picture of the documentation."""
     curves = {}
-    for run in dict.fromkeys(point.run for point in found):
+    for run in dict.fromkeys(point.run for point in points):
         # With few evaluations the distance is too large for the picture.
-        part = [point for point in found if point.run == run and point.distance < 3]
+        part = [point for point in points if point.run == run and point.distance < 3]
         curves[run] = ([p.nfe for p in part], [p.distance for p in part], [p.spread for p in part])
     pfgm.plotting.quality_curve(curves, PICTURE, ylabel="Fréchet distance")
 
@@ -96,12 +96,12 @@ def main() -> None:
         if options.model is None:
             demo.run(folder)
             options.model = Path(folder) / "model.safetensors"
-        found = measure_all(pfgm.load(options.model))
-    rows = [[p.run, f"{p.setting:g}", f"{p.nfe:.0f}", f"{p.distance:.3f}"] for p in found]
+        points = measure_all(pfgm.load(options.model))
+    rows = [[p.run, f"{p.setting:g}", f"{p.nfe:.0f}", f"{p.distance:.3f}"] for p in points]
     print(table(["solver", "steps or tolerance", "evaluations", "Fréchet distance"], rows))
     if options.store:
-        print(store("quality", [point._asdict() for point in found]))
-        draw(found)
+        print(store("quality", [point._asdict() for point in points]))
+        draw(points)
 
 
 if __name__ == "__main__":

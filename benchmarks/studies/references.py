@@ -78,11 +78,11 @@ def from_a_file(folder: Path, B: int = 256) -> dict[str, Any]:
         "set in memory": held,
         "memory map": mapped,
     }
-    found: dict[str, Tensor] = {}
+    fields: dict[str, Tensor] = {}
 
     def run(name: str) -> Callable[[], None]:
         def path() -> None:
-            found[name] = pfgm.field_fn(case.x, case.z, sources[name])[0]
+            fields[name] = pfgm.field_fn(case.x, case.z, sources[name])[0]
 
         return path
 
@@ -100,9 +100,9 @@ def from_a_file(folder: Path, B: int = 256) -> dict[str, Any]:
         "seconds": seconds,
         "memory map / tensor": ratio(seconds, "memory map", "tensor"),
         "memory map / set in memory": ratio(seconds, "memory map", "set in memory"),
-        "the same bits": torch.equal(found["memory map"], found["set in memory"]),
+        "the same bits": torch.equal(fields["memory map"], fields["set in memory"]),
         "worst error over √N": float(
-            (found["memory map"][:32] - exact).norm(dim=1).max() / images.shape[1] ** 0.5
+            (fields["memory map"][:32] - exact).norm(dim=1).max() / images.shape[1] ** 0.5
         ),
         "peak megabytes": float(peak.stdout),
     }
@@ -117,7 +117,7 @@ def kept() -> list[dict[str, Any]]:
     held = pfgm.ReferenceSet(images)
     clean = pfgm.data.to_unit(images[:256])
     generator = torch.Generator().manual_seed(0)
-    found = []
+    rows = []
     for B, z in itertools.product((1, 16, 64, 256), (0.1, 0.3, 1.0)):
         x = clean[:B] + z * torch.randn(clean[:B].shape, generator=generator)
         paths: dict[str, Callable[[], Tensor]] = {
@@ -127,7 +127,7 @@ def kept() -> list[dict[str, Any]]:
         }
         fields = [path() for path in paths.values()]
         seconds = time_calls(paths, TURNS)
-        found.append(
+        rows.append(
             {
                 "B, M, N": (B, *images.shape),
                 "z": z,
@@ -137,7 +137,7 @@ def kept() -> list[dict[str, Any]]:
                 "the same bits": torch.equal(fields[1], fields[2]),
             }
         )
-    return found
+    return rows
 
 
 def _field(
@@ -202,19 +202,19 @@ def streamed(folder: Path, rows: int, B: int = 128) -> dict[str, Any]:
         pfgm.field_fn(case.x, case.z, over)
         return time.perf_counter() - started
 
-    found: dict[str, list[float]] = {"read": [], "computed from memory": [], "streamed": []}
+    seconds: dict[str, list[float]] = {"read": [], "computed from memory": [], "streamed": []}
     compute(pfgm.ReferenceSet(part))
     for _ in range(5):
         forget()
-        found["read"].append(read())
+        seconds["read"].append(read())
         forget()
-        found["streamed"].append(compute(references))
-        found["computed from memory"].append(compute(pfgm.ReferenceSet(part)) * rows / len(part))
-    turns = zip(*found.values(), strict=True)
+        seconds["streamed"].append(compute(references))
+        seconds["computed from memory"].append(compute(pfgm.ReferenceSet(part)) * rows / len(part))
+    turns = zip(*seconds.values(), strict=True)
     return {
         "B, M, N": (B, rows, 3072),
         "gigabytes": path.stat().st_size / 1e9,
-        "seconds": found,
+        "seconds": seconds,
         "rate / the slower of both": statistics.median(
             max(reading, computing) / streaming for reading, computing, streaming in turns
         ),
@@ -242,11 +242,11 @@ def _shared(rank: int, path: str, port: int, B: int, results: Any) -> None:
             alone.append(time.perf_counter() - started)
         dist.barrier()
         started = time.perf_counter()
-        found, _ = pfgm.field_fn(case.x[own], case.z[own], part)
+        field, _ = pfgm.field_fn(case.x[own], case.z[own], part)
         dist.barrier()
         together.append(time.perf_counter() - started)
     if rank == 0:
-        difference = float((found - expected[own]).abs().max())
+        difference = float((field - expected[own]).abs().max())
         results.put({"one": alone[1:], "two": together[1:], "difference": difference})
     dist.destroy_process_group()
 
@@ -259,13 +259,13 @@ def shared(folder: Path, B: int = 256) -> dict[str, Any]:
     results = multiprocessing.get_context("spawn").SimpleQueue()
     path = str(folder / "fashion.npy")
     spawn(_shared, (path, port, B, results), nprocs=2)
-    found = results.get()
-    seconds = {name: found[name] for name in ("one", "two")}
+    answers = results.get()
+    seconds = {name: answers[name] for name in ("one", "two")}
     return {
         "B, M, N": (B, 60000, 784),
         "seconds": seconds,
         "one process / two": ratio(seconds, "one", "two"),
-        "largest difference": found["difference"],
+        "largest difference": answers["difference"],
     }
 
 
@@ -277,21 +277,21 @@ def main() -> None:
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        found = {"from a file": from_a_file(folder), "two processes": shared(folder)}
-        found |= {f"kept, B {f['B, M, N'][0]}, z {f['z']}": f for f in kept()}
+        results = {"from a file": from_a_file(folder), "two processes": shared(folder)}
+        results |= {f"kept, B {f['B, M, N'][0]}, z {f['z']}": f for f in kept()}
         if options.rows:
-            found["streamed"] = streamed(folder, options.rows)
+            results["streamed"] = streamed(folder, options.rows)
     rows = [
         [subject, figure, f"{value:.4g}" if isinstance(value, float) else str(value)]
-        for subject, figures in found.items()
+        for subject, figures in results.items()
         for figure, value in figures.items()
         if figure != "seconds"
     ]
     print(table(["subject", "figure", "value"], rows))
-    for subject, figures in found.items():
+    for subject, figures in results.items():
         print(subject, {k: [round(s, 3) for s in v] for k, v in figures["seconds"].items()})
     if options.store:
-        print(store("references", found))
+        print(store("references", results))
 
 
 if __name__ == "__main__":

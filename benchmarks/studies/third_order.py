@@ -76,13 +76,13 @@ def measure(loaded: Any, steps: int, fitted: list[float]) -> list[dict[str, Any]
     starts = [draw_prior(flow, demo.SAMPLES, seed) for seed in SEEDS]
 
     def mean(x: Tensor, z: float) -> Tensor:
-        found: Tensor = flow.denoise(net, x, z)
-        return found
+        result: Tensor = flow.denoise(net, x, z)
+        return result
 
     def solve(name: str, x: Tensor, grid: Sequence[float]) -> Tensor:
         if name == "multistep":
-            found: Tensor = flow.solve(net, x, grid, solver="multistep")[0]
-            return found
+            result: Tensor = flow.solve(net, x, grid, solver="multistep")[0]
+            return result
         return third_order(mean, x, grid, corrected=name == "corrected")
 
     rows = []

@@ -100,9 +100,9 @@ def measure(method: str, with_labels: bool, seed: int) -> Row:
             "agreement_guided": agreement(guided, wanted, digits),
         }
     held_out = enlarged(digits.held_out)
-    found = pfgm.metrics.precision_recall(samples, held_out, k=3)
+    measured = pfgm.metrics.precision_recall(samples, held_out, k=3)
     distance = pfgm.metrics.frechet_distance(samples, held_out)
-    return row | {"frechet_distance": distance, **found._asdict()}
+    return row | {"frechet_distance": distance, **measured._asdict()}
 
 
 def draw(
@@ -131,7 +131,7 @@ def agreement(samples: Tensor, labels: Tensor, digits: pfgm.data.Digits) -> floa
 
 def means(rows: Sequence[Row]) -> list[Row]:
     """The mean of each figure over the seeds, and its standard deviation."""
-    found = []
+    rows = []
     for method, with_labels in itertools.product(METHODS, (True, False)):
         part = [r for r in rows if (r["method"], r["labels"]) == (method, with_labels)]
         if not part:
@@ -142,8 +142,8 @@ def means(rows: Sequence[Row]) -> list[Row]:
             if values:
                 row[name] = statistics.mean(values)
                 row[f"{name}_spread"] = statistics.stdev(values) if len(values) > 1 else None
-        found.append(row)
-    return found
+        rows.append(row)
+    return rows
 
 
 def shown(rows: Sequence[Row]) -> str:

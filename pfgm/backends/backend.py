@@ -10,8 +10,6 @@ from torch import Tensor
 from ..core.problems import Needs, OdeStep, PosteriorMean, State, Upstream
 from . import native, products, reference, triton
 
-__all__ = ["BACKENDS", "Backend"]
-
 
 class Backend(Protocol):
     """What every backend module provides; shapes as in :mod:`pfgm.ops`."""

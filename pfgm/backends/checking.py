@@ -21,8 +21,6 @@ from .trials import TRIALS, errors, name_of, seconds_in_turns
 from .verdicts import SIZES, Verdict
 from .worker import Answer, Worker
 
-__all__ = ["Report", "Row", "check"]
-
 # What is proven comes first, so that nothing of an earlier backend is in its process.
 _ORDER = ("torch", "reference", "triton", "native")
 _LIMIT = 120.0  # seconds for a task, in which many kernels may be compiled

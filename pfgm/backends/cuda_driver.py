@@ -5,8 +5,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import NamedTuple
 
-__all__ = ["CudaRuntime", "cuda_lines"]
-
 
 class CudaRuntime(NamedTuple):
     """The CUDA runtime in the extension, and the driver that it found.

@@ -13,7 +13,9 @@ import importlib
 import importlib.util
 import warnings
 from array import array
+from collections.abc import Sequence
 from types import ModuleType
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -33,19 +35,6 @@ from ..core.problems import Needs, OdeStep, PosteriorMean, State, Upstream
 from ..core.weights import check_singular, is_flat, singular_message
 from .cuda_driver import CudaRuntime, cuda_lines
 from .layout import laid_out, laid_out_step, step_outputs
-
-__all__ = [
-    "build_lines",
-    "describe",
-    "extension",
-    "normalised_field",
-    "normalised_field_backward",
-    "ode_step",
-    "posterior_mean",
-    "posterior_mean_backward",
-    "sketch",
-    "supports",
-]
 
 TYPES = {  # the numbers of csrc/api/posterior_mean.h
     torch.float32: 0,
@@ -410,28 +399,18 @@ def posterior_mean_backward(
     """As in :class:`~pfgm.backends.Backend`; ``kept`` is the used memory of the forward pass."""
     problem = laid_out(problem)
     x, references, radius = problem[:3]
-    grad_mean, grad_logsumexp = map(contiguous, upstream)
-    mean, nearest, total = map(contiguous, state)
-    grad_x, grad_references, grad_radius = (
+    state, upstream = State(*map(contiguous, state)), Upstream(*map(contiguous, upstream))
+    grad_x, grad_references, grad_radius = gradients = tuple(
         torch.empty(of.shape, dtype=dtype, device=x.device) if needed else None
         for of, dtype, needed in zip(
             (x, references, radius), (x.dtype, x.dtype, torch.float64), needs, strict=True
         )
     )
-    io = extension().Backward(
-        grad_mean=grad_mean.data_ptr(),
-        grad_logsumexp=grad_logsumexp.data_ptr(),
-        mean=mean.data_ptr(),
-        nearest=nearest.data_ptr(),
-        total=total.data_ptr(),
-        grad_x=address(grad_x),
-        grad_radius=address(grad_radius),
-        grad_references=address(grad_references),
-        kept=_memory(kept),
-    )
+    io = backward_io(state, upstream, gradients, kept=_memory(kept))
     given = native_problem(problem)
     if _on_cuda(x.device):
-        check_singular(is_flat(nearest, radius, problem.D, x.shape[1]), grad_logsumexp)
+        flat = is_flat(state.nearest, radius, problem.D, x.shape[1])
+        check_singular(flat, upstream.grad_logsumexp)
         _run_on_cuda(x, given, io, True, kept)
     else:
         status = extension().posterior_mean_backward(given, io)
@@ -439,6 +418,21 @@ def posterior_mean_backward(
     if grad_references is not None:
         grad_references = grad_references.to(references.dtype)
     return grad_x, grad_references, grad_radius
+
+
+def backward_io(
+    state: State, upstream: Upstream, gradients: Sequence[Tensor | None], **sums: Any
+) -> object:
+    """The inputs and results of a backward pass in the form that the extension takes."""
+    inputs = upstream._asdict() | state._asdict()
+    grad_x, grad_references, grad_radius = map(address, gradients)
+    return extension().Backward(
+        **{name: value.data_ptr() for name, value in inputs.items()},
+        grad_x=grad_x,
+        grad_references=grad_references,
+        grad_radius=grad_radius,
+        **sums,
+    )
 
 
 def _native_field(

@@ -21,8 +21,6 @@ from ..common.tensors import mark_written, unfilled
 from ..core.problems import PRECISIONS
 from . import native
 
-__all__ = ["EULER", "HEUN", "MULTISTEP", "all_finite", "field", "posterior_mean", "sample", "step"]
-
 EULER, HEUN, MULTISTEP = 0, 1, 2
 """The methods of :func:`step`."""
 
@@ -145,7 +143,7 @@ def posterior_mean(
         return None
     begin, end = problem
     mean = torch.empty_like(x)
-    logsumexp = x.new_empty(len(x), dtype=torch.float64) if with_logsumexp else None
+    logsumexp = x.new_empty(begin[2], dtype=torch.float64) if with_logsumexp else None
     results = mean.data_ptr(), native.address(logsumexp), 0
     done = _native.direct_mean(*begin, factor, D, 0.0, *results, *end)
     return (mean, logsumexp) if done else None
@@ -165,7 +163,7 @@ def field(
     if problem is None:
         return None
     begin, end = problem
-    field_x, field_z = torch.empty_like(x), x.new_empty(len(x))
+    field_x, field_z = torch.empty_like(x), x.new_empty(begin[2])
     results = field_x.data_ptr(), 0, field_z.data_ptr()
     done = _native.direct_mean(*begin, 1.0, 1.0, gamma, *results, *end)
     return (field_x, field_z) if done else None

@@ -9,6 +9,8 @@ those of one call over all references.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -18,19 +20,6 @@ from ..core.problems import PosteriorMean, RunningGradient, RunningMean, State, 
 from . import choose, native
 from .layout import laid_out
 from .native import address
-
-__all__ = [
-    "add",
-    "add_gradients",
-    "add_pulls",
-    "any_steep",
-    "begin",
-    "begin_gradients",
-    "chunk_rows",
-    "end",
-    "end_gradients",
-    "supports",
-]
 
 
 def supports(name: str | None, x: Tensor, references: torch.dtype) -> bool:
@@ -102,9 +91,8 @@ def begin_gradients(x: Tensor, references: int, needs_x: bool) -> RunningGradien
 
 def any_steep(problem: PosteriorMean, state: State, upstream: Upstream) -> bool:
     """Whether :func:`add_pulls` must take all parts before the first :func:`add_gradients`."""
-    problem = _without_references(problem)
-    io, _kept = _backward(problem, state, upstream, None, None, None)
-    steep: bool = native.extension().any_steep(native.native_problem(problem), io)
+    none = _without_references(problem)
+    steep: bool = _backward(native.extension().any_steep, none, state, upstream, None)
     return steep
 
 
@@ -112,18 +100,22 @@ def add_pulls(
     problem: PosteriorMean, state: State, upstream: Upstream, running: RunningGradient
 ) -> None:
     """Adds the references of a problem to the pulls. The state is that over all references."""
-    problem = laid_out(problem)
-    io, _kept = _backward(problem, state, upstream, running, None, None)
-    given = native.native_problem(problem, running.all_references)
-    status = native.extension().posterior_mean_pulls(given, io)
-    native.check_status(status, *problem[:3])
+    pulls = native.extension().posterior_mean_pulls
+    native.check_status(_backward(pulls, problem, state, upstream, running), *problem[:3])
 
 
 def add_gradients(
-    problem: PosteriorMean, state: State, upstream: Upstream, running: RunningGradient
+    problem: PosteriorMean,
+    state: State,
+    upstream: Upstream,
+    running: RunningGradient,
+    grad_x: Tensor | None = None,
+    grad_radius: Tensor | None = None,
 ) -> None:
     """Adds the references of a problem. The state is that over all references."""
-    _run_backward(problem, state, upstream, running, None, None)
+    gradients = native.extension().posterior_mean_backward
+    status = _backward(gradients, problem, state, upstream, running, grad_x, grad_radius)
+    native.check_status(status, *problem[:3])
 
 
 def end_gradients(
@@ -133,51 +125,33 @@ def end_gradients(
     x, needs_x = problem.x, running.sums is not None
     grad_x = torch.empty(x.shape, dtype=x.dtype, device=x.device) if needs_x else None
     grad_radius = torch.empty(len(x), dtype=torch.float64, device=x.device)
-    _run_backward(_without_references(problem), state, upstream, running, grad_x, grad_radius)
+    none = _without_references(problem)
+    add_gradients(none, state, upstream, running, grad_x, grad_radius)
     return grad_x, grad_radius
 
 
-def _run_backward(
-    problem: PosteriorMean,
-    state: State,
-    upstream: Upstream,
-    running: RunningGradient,
-    grad_x: Tensor | None,
-    grad_radius: Tensor | None,
-) -> None:
-    problem = laid_out(problem)
-    io, _kept = _backward(problem, state, upstream, running, grad_x, grad_radius)
-    given = native.native_problem(problem, running.all_references)
-    status = native.extension().posterior_mean_backward(given, io)
-    native.check_status(status, *problem[:3])
-
-
 def _backward(
+    function: Callable[[object, object], Any],
     problem: PosteriorMean,
     state: State,
     upstream: Upstream,
     running: RunningGradient | None,
-    grad_x: Tensor | None,
-    grad_radius: Tensor | None,
-) -> tuple[object, tuple[Tensor, ...]]:
-    """Inputs and results as the extension takes them, and tensors to keep alive during the call."""
-    kept = tuple(map(contiguous, (*upstream, *state)))
-    grad_mean, grad_logsumexp, mean, nearest, total = (value.data_ptr() for value in kept)
-    sums, moments, pulls = (None, None, None) if running is None else running[:3]
-    io = native.extension().Backward(
-        grad_mean=grad_mean,
-        grad_logsumexp=grad_logsumexp,
-        mean=mean,
-        nearest=nearest,
-        total=total,
-        grad_x=address(grad_x),
-        grad_radius=address(grad_radius),
-        grad_references=0,
+    grad_x: Tensor | None = None,
+    grad_radius: Tensor | None = None,
+) -> Any:
+    """The result of a function of the extension, for its inputs and results of a backward pass."""
+    problem = laid_out(problem)
+    state, upstream = State(*map(contiguous, state)), Upstream(*map(contiguous, upstream))
+    sums, moments, pulls, references = (None, None, None, 0) if running is None else running
+    io = native.backward_io(
+        state,
+        upstream,
+        (grad_x, None, grad_radius),
         sums=address(sums),
         moments=address(moments),
         pulls=address(pulls),
     )
-    return io, kept
+    return function(native.native_problem(problem, references), io)
 
 
 def _zeros(x: Tensor) -> Tensor:
@@ -185,4 +159,4 @@ def _zeros(x: Tensor) -> Tensor:
 
 
 def _without_references(problem: PosteriorMean) -> PosteriorMean:
-    return laid_out(problem._replace(references=problem.references[:0], sketch=None))
+    return problem._replace(references=problem.references[:0], sketch=None)

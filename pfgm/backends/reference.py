@@ -43,14 +43,8 @@ def posterior_mean_backward(
     return chunked.posterior_mean_backward(problem, state, upstream, needs, by)
 
 
-def normalised_field(difference: Tensor, z: Tensor, gamma: float) -> tuple[Tensor, Tensor]:
-    return formulas.normalised_field(difference, z, gamma)
-
-
-def normalised_field_backward(
-    grad_field_x: Tensor, grad_field_z: Tensor, difference: Tensor, z: Tensor, gamma: float
-) -> tuple[Tensor, Tensor]:
-    return formulas.normalised_field_backward(grad_field_x, grad_field_z, difference, z, gamma)
+normalised_field = formulas.normalised_field
+normalised_field_backward = formulas.normalised_field_backward
 
 
 def ode_step(

@@ -25,8 +25,6 @@ from . import native, native_calls
 from .backend import BACKENDS, Backend
 from .verdicts import SIZES
 
-__all__ = ["ALLOWED", "SHAPES", "TRIALS", "Trial", "errors", "name_of", "seconds_in_turns"]
-
 ALLOWED = {
     "mean": 2e-5,
     "log-sum-exp": 2e-5,
@@ -205,21 +203,26 @@ def _data(
 
 
 def _mean_and_gradients(
-    place: Place, data: Data, D: float = 1.0, precision: str = "high"
+    place: Place,
+    data: Data,
+    D: float = 1.0,
+    precision: str = "high",
+    *,
+    needs_references: bool = True,
 ) -> Results:
     x, references, radius, upstream = data
     problem = PosteriorMean(x, references, radius, D, precision)
     mean, logsumexp, nearest, total = place.backend.posterior_mean(problem)
     state = State(mean, nearest, total)
-    needs = (True, references.dtype == torch.float32, True)  # other gradients are rounded
-    of_x, of_references, of_radius = place.backend.posterior_mean_backward(
-        problem, state, upstream, needs
+    needs_references &= references.dtype == torch.float32  # other gradients are rounded
+    grad_x, grad_references, grad_radius = place.backend.posterior_mean_backward(
+        problem, state, upstream, (True, needs_references, True)
     )
     results = {"mean": mean / math.sqrt(x.shape[1]), "log-sum-exp": logsumexp}
-    results |= {"gradient of x": of_x, "gradient of r": of_radius}  # type: ignore[dict-item]
-    if of_references is not None:
-        step = -(-of_references.numel() // _MOST_VALUES)
-        results["gradient of references"] = of_references[::step]
+    results |= {"gradient of x": grad_x, "gradient of r": grad_radius}  # type: ignore[dict-item]
+    if grad_references is not None:
+        step = -(-grad_references.numel() // _MOST_VALUES)
+        results["gradient of references"] = grad_references[::step]
     return results
 
 
@@ -259,25 +262,25 @@ def _difference(place: Place) -> Results:
 def _field(place: Place, sizes: tuple[int, int, int] = (40, 300, 97)) -> Results:
     """PFGM's field, by the native kernels in the one call that they have for it."""
     x, references, z, _ = _data(*sizes).to(place)
-    found = None
+    fields = None
     if place.backend is BACKENDS["native"]:
         gpu = place.device if place.on_gpu else None
-        found = native_calls.field(gpu, x, references, z, _GAMMA, "high", None)
-    if found is None:
+        fields = native_calls.field(gpu, x, references, z, _GAMMA, "high", None)
+    if fields is None:
         problem = PosteriorMean(x, references, z, 1.0, difference=True)
         difference = place.backend.posterior_mean(problem)[0]
-        found = place.backend.normalised_field(difference, z, _GAMMA)
+        fields = place.backend.normalised_field(difference, z, _GAMMA)
     root = math.sqrt(x.shape[1])
-    return {"field in x": found[0] / root, "field in z": found[1][:, None] / root}
+    return {"field in x": fields[0] / root, "field in z": fields[1][:, None] / root}
 
 
 def _normalised(place: Place, features: int) -> Results:
     x, _, z, (G, g) = _data(_ROWS, 9, features).to(place)
     field_x, field_z = place.backend.normalised_field(x, z, _GAMMA)
-    of_x, of_z = place.backend.normalised_field_backward(G, g.to(x.dtype), x, z, _GAMMA)
+    grad_x, grad_z = place.backend.normalised_field_backward(G, g.to(x.dtype), x, z, _GAMMA)
     root = math.sqrt(features)
     fields = {"field in x": field_x / root, "field in z": field_z[:, None] / root}
-    return fields | {"gradient of x": of_x, "gradient of z": of_z[:, None]}
+    return fields | {"gradient of x": grad_x, "gradient of z": grad_z[:, None]}
 
 
 def _steps(place: Place, features: int) -> Results:
@@ -289,26 +292,26 @@ def _steps(place: Place, features: int) -> Results:
     levels = [(0.5, 0.1, 0.0, None), (20.0, 0.9, 0.3, None), (0.0, 0.0, 0.0, rows)]
     results: dict[str, Tensor | None] = {}
     for k, (level, exact) in enumerate(itertools.product(levels, (True, False))):
-        given = OdeStep(x, slope, field_z, history, *level, _GAMMA, 7.0, exact)
-        result, mean = place.backend.ode_step(given, True)
+        step = OdeStep(x, slope, field_z, history, *level, _GAMMA, 7.0, exact)
+        result, mean = place.backend.ode_step(step, True)
         results[f"step {k}"], results[f"step {k}, mean"] = result, mean
-        own = given._replace(x=x.clone(), slope=slope, field_z=None)
+        own = step._replace(x=x.clone(), slope=slope, field_z=None)
         results[f"step {k} from a mean"], _ = place.backend.ode_step(own, False, own.x)
-    results["step in one call"], results["step in one call, mean"] = _step(place, given, z)
+    results["step in one call"], results["step in one call, mean"] = _step(place, step, z)
     return results  # type: ignore[return-value]
 
 
-def _step(place: Place, given: OdeStep, z: Tensor) -> tuple[Tensor, Tensor | None]:
+def _step(place: Place, step: OdeStep, z: Tensor) -> tuple[Tensor, Tensor | None]:
     """Euler's step to z/2, by the native kernels in the one call that they have for it."""
-    x, slope, field_z, *_ = given
+    x, slope, field_z, *_ = step
     if place.backend is BACKENDS["native"]:
         gpu, law = place.device if place.on_gpu else None, (_GAMMA, 7.0, "exact")
         levels = z, 0.5 * z, 1.0
         call = (gpu, x, slope, field_z, None, None, None, *levels, native_calls.EULER, law, True)
-        if (found := native_calls.step(*call)) is not None:
-            return found
+        if (results := native_calls.step(*call)) is not None:
+            return results
     rows = torch.stack([z, torch.full_like(z, 0.5), torch.zeros_like(z)])
-    return place.backend.ode_step(given._replace(history=None, row_levels=rows, exact=True), True)
+    return place.backend.ode_step(step._replace(history=None, row_levels=rows, exact=True), True)
 
 
 def _everything(place: Place, data: Data) -> Results:
@@ -326,8 +329,8 @@ _BATCH = (70, 300, 97)
 
 
 def _stacked(batches: Iterable[Results]) -> Results:
-    found = list(batches)
-    return {name: torch.cat([each[name] for each in found]) for name in found[0]}
+    listed = list(batches)
+    return {name: torch.cat([each[name] for each in listed]) for name in listed[0]}
 
 
 def _in_a_row(place: Place) -> Results:
@@ -351,14 +354,14 @@ def _in_chunks(place: Place) -> Results:
 
 def _in_each_tile(place: Place) -> Results:
     """Each of the tiles that a measurement may choose in Triton's kernels."""
-    found = []
+    batches = []
     for index in range(2):
         forced: AbstractContextManager[object] = nullcontext()
         if place.backend is not EXACT.backend:
             forced = importlib.import_module("pfgm.kernels.tuning").forced(index)
         with forced:
-            found += [_shape(place, sizes, 1.0) for sizes in ((130, 500, 100), (590, 500, 100))]
-    return _stacked(found)
+            batches += [_shape(place, sizes, 1.0) for sizes in ((130, 500, 100), (590, 500, 100))]
+    return _stacked(batches)
 
 
 @functools.lru_cache(1)
@@ -381,28 +384,20 @@ def _at_many_sizes(
 ) -> Results:
     """From few blocks to many, so that a GPU takes each kernel that is best somewhere. Some points
     are compared."""
-    results: dict[str, Tensor | None] = {}
+    results: Results = {}
     for k, sizes in enumerate(_MANY_SIZES):
-        B, _, N = sizes
-        D = (1.0, math.inf)[k % 2]
+        B, D = sizes[0], (1.0, math.inf)[k % 2]
         x, references, radius, (G, g) = _corner(_pool(dtype), sizes)
         step = max(B // _ROWS_OF_SIZES, 1)
         if place is EXACT:
             x, radius, G, g, step = x[::step], radius[::step], G[::step], g[::step], 1
-        x, references, radius, upstream = Data(x, references, radius, Upstream(G, g)).to(place)
-        problem = PosteriorMean(x, references, radius, D, precision)
-        mean, logsumexp, nearest, total = place.backend.posterior_mean(problem)
-        state, needs = State(mean, nearest, total), (True, False, True)
-        grad_x, _, grad_radius = place.backend.posterior_mean_backward(
-            problem, state, upstream, needs
-        )
-        values = {"mean": mean / math.sqrt(N), "log-sum-exp": logsumexp}
-        values |= {"gradient of x": grad_x, "gradient of r": grad_radius}  # type: ignore[dict-item]
+        data = Data(x, references, radius, Upstream(G, g)).to(place)
+        values = _mean_and_gradients(place, data, D, precision, needs_references=False)
         if k == 0:
-            apart = problem._replace(difference=True)
+            apart = PosteriorMean(*data[:3], D, precision, difference=True)
             values["difference x − mean"] = place.backend.posterior_mean(apart)[0]
         results |= {f"{name} at {name_of(sizes)}": rows[::step] for name, rows in values.items()}
-    return results  # type: ignore[return-value]
+    return results
 
 
 def _on_another_stream(place: Place) -> Results:

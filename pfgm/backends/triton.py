@@ -132,10 +132,7 @@ def normalised_field(difference: Tensor, z: Tensor, gamma: float) -> tuple[Tenso
     return field_x, field_z
 
 
-def normalised_field_backward(
-    grad_field_x: Tensor, grad_field_z: Tensor, difference: Tensor, z: Tensor, gamma: float
-) -> tuple[Tensor, Tensor]:
-    return formulas.normalised_field_backward(grad_field_x, grad_field_z, difference, z, gamma)
+normalised_field_backward = formulas.normalised_field_backward
 
 
 def ode_step(

@@ -26,20 +26,6 @@ from ..common.files import MALFORMED, write_json
 from . import native, triton
 from .backend import BACKENDS
 
-__all__ = [
-    "SIZES",
-    "Verdict",
-    "find",
-    "folder",
-    "keep",
-    "known_order",
-    "lines",
-    "needed",
-    "order",
-    "title",
-]
-
-
 SIZES = {
     "digits": (128, 1437, 64),
     "CIFAR-10": (128, 4096, 3072),

@@ -15,8 +15,6 @@ from collections.abc import Callable
 from types import TracebackType
 from typing import IO, Any, NamedTuple
 
-__all__ = ["Answer", "Worker", "serve"]
-
 _START = 120.0  # seconds for a process to import what it needs
 _WAIT = 10.0  # seconds for a process that was killed to end: a GPU may keep it
 _LONGEST = 300  # characters of a reason

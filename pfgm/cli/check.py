@@ -15,8 +15,6 @@ from ..common.checks import usable_device
 from ..common.messages import print_result
 from ..training.locks import FolderInUse, locked
 
-__all__ = ["Check", "proven_device"]
-
 _PAUSE = 1.0  # seconds between looks at the check of another process
 
 

@@ -16,8 +16,6 @@ from ..flows.poisson import PoissonFlow
 from ..networks import EDMDenoiser, Published, load_published
 from ..training import checkpoint
 
-__all__ = ["Convert"]
-
 _CIFAR10 = (3, 32, 32)
 
 

@@ -24,8 +24,6 @@ from ..solvers import StepInfo
 from ..training import Terminated, TrainConfig, Trainer, checkpoint
 from ..training.locks import locked
 
-__all__ = ["TRAINING", "Demo", "run"]
-
 SAMPLES = 1000
 SOLVER_STEPS = 10
 _PICTURE_SAMPLES = 100  # samples in samples.png

@@ -12,8 +12,6 @@ from ..data import to_unit
 from ..datasets import open_data
 from ..metrics import save_classifier, train_classifier
 
-__all__ = ["Features"]
-
 
 @dataclass
 class Features:

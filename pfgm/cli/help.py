@@ -17,8 +17,6 @@ from tyro.constructors import (
     StructTypeInfo,
 )
 
-__all__ = ["readable_help"]
-
 _HelpText = str | Callable[[], str | None] | None
 
 

@@ -12,8 +12,6 @@ from .. import backends
 from ..backends import native, verdicts
 from ..common.messages import print_result
 
-__all__ = ["Info"]
-
 _SHOWN_PACKAGES = ("torch", "numpy", "triton", "torchdiffeq", "safetensors", "tqdm", "tyro")
 
 

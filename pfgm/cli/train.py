@@ -14,8 +14,6 @@ from ..training.processes import joined
 from ..training.runs import RunConfig, Settings
 from .check import proven_device
 
-__all__ = ["Train", "starting_config"]
-
 
 @dataclass
 class Train:

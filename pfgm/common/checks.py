@@ -452,11 +452,6 @@ def check_floating(name: str, values: object, hint: str = "") -> None:
         raise TypeError(f"{name} has dtype {kind}; allowed is floating point{hint}.")
 
 
-def _is_boolean(value: object) -> bool:
-    """Whether value is True or False, which Python takes for 1 and 0."""
-    return isinstance(value, (bool, np.bool_))
-
-
 def check_at_least_0(name: str, value: float | Tensor) -> None:
     """Raises ValueError unless value is a finite number of at least 0.
 
@@ -522,7 +517,7 @@ def as_number(value: Any) -> float:
     """
     if isinstance(value, (Tensor, np.ndarray)):
         return as_number(value.item()) if math.prod(value.shape) == 1 else math.nan
-    if _is_boolean(value):
+    if isinstance(value, (bool, np.bool_)):
         return math.nan
     if isinstance(value, (int, float)):
         return value if -LARGEST <= value <= LARGEST else as_float(value)
@@ -540,9 +535,14 @@ def finite_values(name: str, value: Any) -> Tensor:
         values = torch.as_tensor(value, dtype=torch.float64, device="cpu").detach()
     except (TypeError, ValueError, RuntimeError, OverflowError) as error:
         raise TypeError(f"{name} is {value!r:.80}; allowed are real numbers.") from error
+    check_finite(name, values)
+    return values
+
+
+def check_finite(name: str, values: Tensor) -> None:
+    """Raises ValueError for NaN or infinity."""
     if not bool(values.isfinite().all()):
         raise ValueError(f"{name} holds NaN or infinity; only finite values are allowed.")
-    return values
 
 
 def check_bool(name: str, value: object) -> None:
@@ -564,15 +564,16 @@ def check_at_least_one(name: str, value: object) -> None:
 
 def positive_int(name: str, value: Any, most: int = _MAX_INT) -> int:
     """The value as an int. Raises ValueError unless it is an integer from 1 to ``most``."""
-    return _whole(name, value, 1, most)
+    return whole(name, value, 1, most)
 
 
 def natural(name: str, value: Any) -> int:
     """The value as an int. Raises ValueError unless it is an integer from 0 to 2^63 − 1."""
-    return _whole(name, value, 0, _MAX_INT)
+    return whole(name, value, 0)
 
 
-def _whole(name: str, value: Any, least: int, most: int) -> int:
+def whole(name: str, value: Any, least: int, most: int = _MAX_INT) -> int:
+    """The value as an int. Raises ValueError unless it is an integer from least to most."""
     if not is_whole(value) or not least <= value <= most:
         too_large = is_whole(value) and value > most
         limit = f" and at most {most}" if most != _MAX_INT or too_large else ""

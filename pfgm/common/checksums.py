@@ -16,8 +16,6 @@ from typing import BinaryIO
 import torch
 from torch import Tensor
 
-__all__ = ["BLANK", "checksum_of", "checksum_of_weights", "fill_in_checksum", "verify_checksum"]
-
 BLANK = "00000000"
 """Replaces the checksum in a weights file while the checksum is computed."""
 _CHUNK_BYTES = 1 << 20

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import csv
 import errno
+import io
 import json
 import os
 import secrets
@@ -10,7 +12,7 @@ import shutil
 import struct
 import tempfile
 import zipfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import BinaryIO
@@ -74,6 +76,19 @@ def write_json(path: StrPath, content: object, *, allow_nan: bool = True) -> Non
         ValueError: content holds NaN or infinity and ``allow_nan`` is False.
     """
     text = json.dumps(content, indent=2, allow_nan=allow_nan) + "\n"
+    write_atomic(path, lambda file: file.write(text.encode()))
+
+
+def csv_text(rows: Iterable[Iterable[object]]) -> str:
+    """Rows as the text of a CSV file; the first has the names of the columns."""
+    text = io.StringIO()
+    csv.writer(text, lineterminator="\n").writerows(rows)
+    return text.getvalue()
+
+
+def write_csv(path: StrPath, rows: Iterable[Iterable[object]]) -> None:
+    """Writes :func:`csv_text` with :func:`write_atomic`. Raises OSError as that does."""
+    text = csv_text(rows)
     write_atomic(path, lambda file: file.write(text.encode()))
 
 

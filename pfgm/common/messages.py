@@ -9,8 +9,6 @@ from collections.abc import Iterator
 from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from typing import Any
 
-__all__ = ["Unfailing", "print_notice", "print_result", "progress_bar", "unfailing_streams"]
-
 
 class Unfailing:
     """A text stream over another one. It drops text that the other stream cannot write.

@@ -14,8 +14,6 @@ from torch import Tensor
 from .checksums import BLANK, fill_in_checksum, verify_checksum
 from .files import StrPath, write_atomic
 
-__all__ = ["read_tensors", "write_tensors"]
-
 
 def write_tensors(
     path: StrPath, tensors: Mapping[str, Tensor], description: Mapping[str, Any]

@@ -13,16 +13,6 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
-__all__ = [
-    "TRANSFORM_KEY",
-    "batched",
-    "check_no_tangent",
-    "forward_mode",
-    "in_torch_func",
-    "map_rows",
-]
-
-
 TRANSFORM_KEY = "FuncTorchDynamicLayerFrontMode"
 """Dispatch key of the implementation that is called inside a transform of torch.func."""
 
@@ -61,6 +51,17 @@ def batched(value: Tensor) -> bool:
             return True
         value = functorch.get_unwrapped(value)
     return False
+
+
+class Rowwise(torch.autograd.Function):
+    """A function that treats the rows of its tensors separately, with a batching rule."""
+
+    shared: Sequence[int] = ()
+    """Positions of the arguments that all rows share, such as references."""
+
+    @classmethod
+    def vmap(cls, info: Any, in_dims: tuple[Any, ...], *arguments: Any) -> Any:
+        return map_rows(cls.apply, info.batch_size, in_dims, arguments, cls.shared)
 
 
 def map_rows(

@@ -6,8 +6,6 @@ import importlib.metadata
 
 import torch
 
-__all__ = ["versions"]
-
 
 def versions() -> dict[str, str]:
     """The versions of pfgm and torch.

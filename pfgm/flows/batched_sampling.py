@@ -27,29 +27,13 @@ def sample_in_batches(
     flow: Flow,
     network: Network,
     prior: Tensor,
-    *,
-    batch_size: int,
-    device: torch.device | None = None,
-    labels: Tensor | None = None,
     **options: Any,
 ) -> tuple[Tensor, int]:
-    """Samples from points of the prior, and the evaluations of the network.
+    """Samples (n, *S) from points of the prior, on its device, and the most evaluations of a batch.
 
-    Args:
-        flow: the flow of the network.
-        network: as for :meth:`pfgm.Flow.sample`.
-        prior: (n, *S), such as :func:`draw_prior` gives.
-        batch_size: samples at a time.
-        device: where each batch is computed; None is the device of prior.
-        labels: (n,), for a network that takes labels.
-        **options: of :meth:`pfgm.Flow.sample`, such as solver, steps and generator.
-
-    Returns:
-        The samples (n, *S) on the device of prior, and the most evaluations of any batch.
+    The arguments are those of :func:`sample_batches`.
     """
-    batches = sample_batches(
-        flow, network, prior, batch_size=batch_size, device=device, labels=labels, **options
-    )
+    batches = sample_batches(flow, network, prior, **options)
     parts, evaluations = zip(*batches, strict=True)
     return torch.cat(parts), max(evaluations)
 
@@ -64,7 +48,17 @@ def sample_batches(
     labels: Tensor | None = None,
     **options: Any,
 ) -> Iterator[tuple[Tensor, int]]:
-    """The batches of :func:`sample_in_batches` one after another, each with its evaluations."""
+    """The batches of samples one after another, each with the evaluations of the network.
+
+    Args:
+        flow: the flow of the network.
+        network: as for :meth:`pfgm.Flow.sample`.
+        prior: (n, *S), such as :func:`draw_prior` gives.
+        batch_size: samples at a time.
+        device: where each batch is computed; None is the device of prior.
+        labels: (n,), for a network that takes labels.
+        **options: of :meth:`pfgm.Flow.sample`, such as solver, steps and generator.
+    """
     for start in range(0, len(prior), batch_size):
         rows = slice(start, start + batch_size)
         x = prior[rows].to(device)

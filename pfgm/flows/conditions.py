@@ -9,8 +9,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-__all__ = ["Condition", "Network"]
-
 Network = Callable[..., Any]
 """``net(x, level, **condition)``; the class of the flow says what it returns."""
 Condition = Mapping[str, Any]

@@ -17,8 +17,6 @@ from ..common.tensors import flat_rows, wide_dtype
 from ..functional import Field, euler_step
 from ..solvers import DenoiseFunction
 
-__all__ = ["ESTIMATORS", "MeanAndDivergence"]
-
 Divergence = Callable[[Tensor, Tensor, bool], Tensor]
 """``(mean, x, differentiable) -> div mean`` (B,), for mean and x (B, *S)."""
 Estimator = Callable[[Tensor, torch.Generator | None], Divergence]

@@ -18,8 +18,6 @@ from .conditions import Condition, Network, repeat_rows
 from .interpolation import check_pair, even_weights, interpolate
 from .sampling import Sampling
 
-__all__ = ["Editing"]
-
 
 class Editing(Sampling):
     """Latents of data: encoding, decoding, interpolation and temperature."""

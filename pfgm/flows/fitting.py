@@ -17,8 +17,6 @@ from ..solvers import GRID_SOLVERS, Solver
 from .sampling import Sampling, check_steps, checked_grid
 from .targets import Targets
 
-__all__ = ["Fitting"]
-
 _MOST_REFERENCES = 10_000
 _EXACT_STEPS = 200
 _MOST_STEPS = 100

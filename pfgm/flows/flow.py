@@ -7,8 +7,6 @@ from .fitting import Fitting
 from .inpainting import Inpainting
 from .likelihood import Likelihood
 
-__all__ = ["Flow"]
-
 
 class Flow(Fitting, Likelihood, Editing, Inpainting):
     """Base of :class:`pfgm.PoissonFlow` and :class:`pfgm.PoissonFlowPP`.

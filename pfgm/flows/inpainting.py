@@ -8,12 +8,10 @@ from typing import Any, Literal, overload
 import torch
 from torch import Tensor
 
-from ..common.checks import is_number, is_whole
+from ..common.checks import is_number, whole
 from ..solvers import Callback
 from .conditions import Network
 from .sampling import Projection, Sampling
-
-__all__ = ["Inpainting"]
 
 _MOST_ROUNDS = 1_000_000  # of resampling
 
@@ -143,8 +141,7 @@ class Inpainting(Sampling):
 
 def _resampling_grids(grid: Sequence[float], resample: int, start: float) -> list[list[float]]:
     """The levels of each round of resampling."""
-    if not is_whole(resample) or not 0 <= resample <= _MOST_ROUNDS:
-        raise ValueError(f"resample is {resample!r}; allowed is an integer from 0 to 1000000.")
+    whole("resample", resample, 0, _MOST_ROUNDS)
     if resample == 0:
         return []
     if not is_number(start) or not grid[-1] < start <= grid[0]:

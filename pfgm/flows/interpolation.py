@@ -8,10 +8,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from ..common.checks import check_floating, finite_values
+from ..common.checks import check_floating, finite_values, whole
 from ..common.tensors import wide_dtype
-
-__all__ = ["interpolate"]
 
 
 def interpolate(a: Tensor, b: Tensor, weights: Sequence[float] | Tensor) -> Tensor:
@@ -73,9 +71,7 @@ def interpolate(a: Tensor, b: Tensor, weights: Sequence[float] | Tensor) -> Tens
 
 def even_weights(count: int) -> Tensor:
     """count weights, evenly spaced from 0 to 1."""
-    if isinstance(count, bool) or not isinstance(count, int) or count < 2:
-        raise ValueError(f"count is {count!r}; allowed is an integer of at least 2.")
-    return torch.linspace(0, 1, count, dtype=torch.float64, device="cpu")
+    return torch.linspace(0, 1, whole("count", count, 2), dtype=torch.float64, device="cpu")
 
 
 def check_pair(a: Tensor, b: Tensor, name_a: str = "a", name_b: str = "b") -> None:

@@ -18,7 +18,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ..common.checks import check_choice, positive
+from ..common.checks import check_choice, positive, whole
 from ..common.messages import progress_bar
 from ..common.tensors import common_device, evaluating, wide_dtype
 from ..functional import euler_step, heun_step, log_density
@@ -26,8 +26,6 @@ from ..solvers import SOLVERS, DenoiseFunction, Solver, dormand_prince
 from .conditions import Condition, Network
 from .divergence import ESTIMATORS, MeanAndDivergence
 from .sampling import Sampling, check_steps
-
-__all__ = ["Likelihood", "LogLikelihood", "centred_prior", "log_likelihood"]
 
 
 class LogLikelihood(NamedTuple):
@@ -131,8 +129,7 @@ class Likelihood(Sampling):
         if not callable(solver):
             check_choice("solver", solver, SOLVERS)
         check_steps("steps", steps)
-        if isinstance(levels, bool) or not isinstance(levels, int) or levels < 2:
-            raise ValueError(f"levels is {levels!r}; allowed is an integer of at least 2.")
+        whole("levels", levels, 2)
         common_device(x.device, generator)
         predict = self._predictor(net, x, condition, None, None)
         with evaluating(net):

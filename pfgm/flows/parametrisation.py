@@ -24,11 +24,9 @@ from torch import Tensor
 
 from ..common.checks import check_dimensions, check_dtype, check_floating, is_whole, layout_hint
 from ..common.tensors import dequantise, over_samples
-from ..functional.steps import Field, Level, implied_mean
+from ..functional.levels import Level
+from ..functional.steps import Field, implied_mean
 from .conditions import Condition, Network, given_condition
-
-__all__ = ["Defaults", "Parametrisation"]
-
 
 _HEUN_STEPS = 18  # EDM, section 3
 
@@ -39,10 +37,6 @@ class Defaults(NamedTuple):
     solver: str
     steps: int
     schedule: str
-
-
-def _shortened(value: object) -> str:
-    return f"{value:.6g}" if isinstance(value, float) else reprlib.repr(value)
 
 
 class Parametrisation(ABC):
@@ -132,8 +126,11 @@ class Parametrisation(ABC):
         return max(steps, _HEUN_STEPS) if solver == "heun" else steps
 
     def __repr__(self) -> str:
-        config = {name: value for name, value in self.config.items() if name != "shape"}
-        named = (f"{name}={_shortened(value)}" for name, value in config.items())
+        named = (
+            f"{name}={value:.6g}" if isinstance(value, float) else f"{name}={reprlib.repr(value)}"
+            for name, value in self.config.items()
+            if name != "shape"
+        )
         solver, steps, schedule = self.defaults
         return (
             f"{type(self).__name__}({self.shape}, {', '.join(named)})\n"

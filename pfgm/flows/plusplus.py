@@ -17,6 +17,7 @@ from ..common.checks import (
     are_float_images,
     as_number,
     check_not_empty,
+    natural,
     non_negative,
     positive,
     untouched,
@@ -26,15 +27,12 @@ from ..common.checks import (
 from ..common.files import StrPath
 from ..common.tensors import common_device, flat_rows, over_samples, per_row
 from ..functional import posterior_mean
-from ..functional.steps import Level
+from ..functional.levels import Level
 from ..references import References, ReferenceSet
 from ..solvers import SCHEDULES, rho_grid
 from .conditions import Condition, Network, check_rows, given_condition, with_inner_networks
 from .flow import Flow
-from .sampling import check_count
 from .targets import ExactNetwork, targets_by_label
-
-__all__ = ["EmpiricalDenoiser", "PoissonFlowPP", "Preconditioned"]
 
 # Below this D, draws of the noise σ g/√(χ²_D/D) are often many times σ: above 3 σ in 2 % of draws
 # at D = 4 and in 26 % at D = 1.
@@ -389,7 +387,7 @@ class PoissonFlowPP(Flow):
         >>> PoissonFlowPP((3, 8, 8), D=2048).prior(4).shape
         torch.Size([4, 3, 8, 8])
         """
-        check_count(n)
+        natural("n", n)
         device = common_device(device, generator)
         return self.noise(torch.full((n,), self.sigma_max, device=device), generator)
 

@@ -16,6 +16,7 @@ from ..common.checks import (
     check_choice,
     check_dtype,
     check_not_empty,
+    natural,
     non_negative,
     positive,
     untouched,
@@ -25,7 +26,8 @@ from ..common.checks import (
 from ..common.files import StrPath
 from ..common.tensors import common_device, flat_rows, over_samples, per_row, wide_dtype
 from ..functional import euler_step, field_fn, posterior_mean
-from ..functional.steps import Field, Level
+from ..functional.levels import Level
+from ..functional.steps import Field
 from ..references import References, ReferenceSet, measure
 from ..solvers import SCHEDULES
 from .conditions import Condition, Network, check_rows, given_condition, with_inner_networks
@@ -41,10 +43,7 @@ from .poisson_rules import (
     published_rules,
     spread_rules,
 )
-from .sampling import check_count
 from .targets import ExactNetwork, targets_by_label
-
-__all__ = ["EmpiricalField", "PoissonFlow", "Weighting"]
 
 Weighting = Literal["balanced", "published"]
 """Weights of the levels in the loss of :class:`PoissonFlow`."""
@@ -403,7 +402,7 @@ class PoissonFlow(Flow):
         0.0
         """
         if weighting is None:
-            weighting = "balanced" if _predicts_mean(net) else "published"
+            weighting = "published" if _mean_network(net) is None else "balanced"
         check_choice("weighting", weighting, get_args(Weighting))
         x = self._to_floating(x)
         check_not_empty("x", x)
@@ -468,7 +467,7 @@ class PoissonFlow(Flow):
         >>> bool(flow.prior(4).flatten(1).norm(dim=1).max() <= 3000.1)
         True
         """
-        check_count(n)
+        natural("n", n)
         device = common_device(device, generator)
         direction = torch.randn(n, self.N, generator=generator, device=device)
         scale = torch.randn(n, 1, generator=generator, device=device).abs()
@@ -556,10 +555,6 @@ def _mean_network(net: Network) -> nn.Module | None:
         if isinstance(inner, EmpiricalField) or hasattr(inner, "data_std"):
             return inner
     return None
-
-
-def _predicts_mean(net: Network) -> bool:
-    return _mean_network(net) is not None
 
 
 def _evaluate(

@@ -11,8 +11,6 @@ from torch import Tensor
 
 from ..common.checks import finite_values, positive
 
-__all__ = ["Center", "Rules", "published_rules", "spread_rules"]
-
 MEAN_NORMAL = math.sqrt(2 / math.pi)  # the average of |g|, g ~ N(0, 1)
 _SPREAD_RANGE = 1e-15, 1e12
 

@@ -21,8 +21,8 @@ from ..common.checks import (
     as_number,
     check_choice,
     is_number,
-    is_whole,
     known_device,
+    whole,
 )
 from ..common.messages import progress_bar
 from ..common.tensors import evaluating, network_device
@@ -44,8 +44,6 @@ from .conditions import (
     move_condition,
 )
 from .parametrisation import Parametrisation
-
-__all__ = ["Projection", "Sampling"]
 
 _OF_METHODS = ("churn", "noise")  # functions that the flow's methods give to solvers
 _INSTEAD = {
@@ -432,16 +430,7 @@ def _progress_shown(
 
 def check_steps(name: str, steps: object) -> None:
     """Raises ValueError unless steps is a number of steps that a solver can take."""
-    if not is_whole(steps) or not 1 <= steps <= _MOST_STEPS:
-        raise ValueError(
-            f"{name} is {steps!r}; allowed is an integer of at least 1 and at most {_MOST_STEPS}."
-        )
-
-
-def check_count(n: object) -> None:
-    """Raises ValueError unless n is a number of samples."""
-    if not is_whole(n) or not 0 <= n < 1 << 63:
-        raise ValueError(f"n is {n!r}; allowed is an integer of at least 0, below 2^63.")
+    whole(name, steps, 1, _MOST_STEPS)
 
 
 def _check_options(solver: str | Solver, options: Mapping[str, object]) -> None:

@@ -13,8 +13,6 @@ from ..references import References, ReferenceSet
 from .conditions import Condition, Network
 from .parametrisation import Parametrisation
 
-__all__ = ["ExactNetwork", "Targets", "targets_by_label"]
-
 
 class Targets(Parametrisation):
     """Perturbation, loss and the exact network of a flow."""
@@ -107,7 +105,10 @@ def targets_by_label(
     results: tuple[Tensor, ...] | None = None
     for label in labels.unique().tolist():
         rows = labels == label
-        seen = references if label < 0 else _rows_with(references, reference_labels == label, x)
+        seen = references
+        if label >= 0:
+            same = (reference_labels == label).to(references.device)
+            seen = references[same].to(x.device)
         if len(seen) == 0:
             raise ValueError(
                 f"labels holds {label}; allowed are those in reference_labels, or below 0 for none."
@@ -119,8 +120,3 @@ def targets_by_label(
             whole[rows] = part
     assert results is not None
     return results
-
-
-def _rows_with(references: References, mask: Tensor, x: Tensor) -> Tensor:
-    """The references where the mask is True, on the device of x."""
-    return references[mask.to(references.device)].to(x.device)

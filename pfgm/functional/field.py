@@ -28,8 +28,6 @@ from ..references import References, ReferenceSet
 from ..references import posterior_mean as over_set
 from .levels import per_query
 
-__all__ = ["field_fn", "log_density", "posterior_mean"]
-
 _QUERY_DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
 
@@ -53,15 +51,12 @@ def _check_tensors(x: Tensor, references: References) -> None:
         )
     if x.dtype not in _QUERY_DTYPES:
         raise TypeError(f"x has dtype {x.dtype}; allowed are {', '.join(map(str, _QUERY_DTYPES))}.")
-    if x.device != references.device and not _streams(references):
+    # A set in the memory of the CPU is copied to the device of x chunk by chunk.
+    streams = isinstance(references, ReferenceSet) and references.device.type == "cpu"
+    if x.device != references.device and not streams:
         raise ValueError(
             f"x is on {x.device} and references on {references.device}; both must be on one device."
         )
-
-
-def _streams(references: References) -> bool:
-    """Whether references are copied to the device of the points chunk by chunk."""
-    return isinstance(references, ReferenceSet) and references.device.type == "cpu"
 
 
 def _in_one(references: Any) -> tuple[Any, Callable[..., Tensor | None] | None]:

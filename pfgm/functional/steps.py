@@ -33,8 +33,6 @@ from ..ops import OdeStep, eager, ode_step
 from ..ops.eager import EULER, HEUN, MULTISTEP
 from .levels import Level, per_query, step_levels
 
-__all__ = ["Field", "Level", "euler_step", "heun_step", "implied_mean", "multistep_step"]
-
 _HALF = (torch.bfloat16, torch.float16)
 _DTYPES = (torch.float32, torch.float64, *_HALF)
 _SUBSTITUTIONS = ("exact", "published")
@@ -261,7 +259,7 @@ def _step(
     x: Tensor,
     prediction: Field | Tensor,
     history: Tensor | None,
-    given: tuple[Level, Level, Level],
+    levels: tuple[Level, Level, Level],
     return_mean: bool,
     out: Tensor | None,
     mean_out: Tensor | None,
@@ -271,15 +269,22 @@ def _step(
 
     In a Heun step x are the points at z_next, and history those at z.
     """
-    arguments = (method, x, prediction, history, given, return_mean, out, mean_out, backend)
-    result = _step_directly(*arguments)
+    field_z: Tensor | None
+    if isinstance(prediction, Field):
+        slope, field_z, with_mean = prediction.field_x, prediction.field_z, return_mean
+        law = prediction.gamma, prediction.z_exp, prediction.substitution
+    else:
+        slope, field_z, with_mean, law = prediction, None, False, (0.0, 0.0, "exact")
+    result: tuple[Tensor, Tensor | None] | None = None
+    if mean_out is None or with_mean:
+        operands = (x, slope, field_z, history, out, mean_out, *levels)
+        result = eager.one_call("step", backend, operands, method, law, with_mean)
     if result is None:
-        levels = _coefficients(method, x, *given)
+        coefficients = _coefficients(method, x, *levels)
         _check(method, x, prediction, history)
         if mean_out is not None and not return_mean:
             raise ValueError("mean_out is given without return_mean; allowed is return_mean=True.")
-        step = _flat_step(x, prediction, history, levels)
-        with_mean = return_mean and isinstance(prediction, Field)
+        step = _flat_step(x, slope, field_z, history, coefficients, law)
         result = _compute(x, step, with_mean, out, mean_out, backend)
     return (result[0], prediction) if return_mean and isinstance(prediction, Tensor) else result
 
@@ -355,37 +360,6 @@ def _check_tensor(name: str, value: object, x: Tensor, shape: torch.Size) -> Non
         )
 
 
-# ---- a step in one call ----------------------------------------------------------------------
-
-
-def _step_directly(
-    method: int,
-    x: Tensor,
-    prediction: Field | Tensor,
-    history: Tensor | None,
-    given: tuple[Level, Level, Level],
-    return_mean: bool,
-    out: Tensor | None,
-    mean_out: Tensor | None,
-    backend: str | None,
-) -> tuple[Tensor, Tensor | None] | None:
-    """The step in one call, or None where that is not possible."""
-    field_z: Tensor | None
-    if isinstance(prediction, Field):
-        if mean_out is not None and not return_mean:
-            return None
-        slope, field_z = prediction.field_x, prediction.field_z
-        law = prediction.gamma, prediction.z_exp, prediction.substitution
-    elif mean_out is None:
-        slope, field_z, law, return_mean = prediction, None, (0.0, 0.0, "exact"), False
-    else:
-        return None
-    operands = (x, slope, field_z, history, out, mean_out, *given)
-    result: tuple[Tensor, Tensor | None] | None
-    result = eager.one_call("step", backend, operands, method, law, return_mean)
-    return result
-
-
 # ---- steps on flat rows ----------------------------------------------------------------------
 
 
@@ -405,20 +379,25 @@ def _compute(
 
 
 def _flat_step(
-    x: Tensor, prediction: Field | Tensor, history: Tensor | None, levels: tuple[Any, Any, Any]
+    x: Tensor,
+    slope: Tensor,
+    field_z: Tensor | None,
+    history: Tensor | None,
+    coefficients: tuple[Any, Any, Any],
+    law: tuple[float, float, str],
 ) -> OdeStep:
     """The step on rows (B, N), in float32 where x has half precision."""
     dtype = torch.float32 if x.dtype in _HALF else x.dtype
-    field = prediction if isinstance(prediction, Field) else None
+    gamma, z_exp, substitution = law
     return OdeStep(
         x=_flat(x, dtype),
-        slope=_flat(prediction.field_x if isinstance(prediction, Field) else prediction, dtype),
-        field_z=None if field is None else _typed(field.field_z, dtype),
+        slope=_flat(slope, dtype),
+        field_z=None if field_z is None else field_z.to(dtype),
         history=None if history is None else _flat(history, dtype),
-        **_by_row(x, levels),
-        gamma=5.0 if field is None else float(field.gamma),
-        z_exp=0.0 if field is None else float(field.z_exp),
-        exact=field is None or field.substitution == "exact",
+        **_by_row(x, coefficients),
+        gamma=float(gamma),
+        z_exp=float(z_exp),
+        exact=substitution == "exact",
     )
 
 
@@ -457,14 +436,10 @@ def _by_row(x: Tensor, levels: tuple[Any, Any, Any]) -> dict[str, Any]:
     return dict(zip(("z", "toward", "blend", "row_levels"), (*levels, rows), strict=True))
 
 
-def _typed(values: Tensor, dtype: torch.dtype) -> Tensor:
-    return values if values.dtype == dtype else values.to(dtype)
-
-
 def _flat(values: Tensor, dtype: torch.dtype) -> Tensor:
     if values.ndim != 2:
         values = values[:, None] if values.ndim == 1 else values.flatten(1)
-    return _typed(values, dtype)
+    return values.to(dtype)
 
 
 def _is_flat(out: Tensor, dtype: torch.dtype) -> bool:

@@ -23,14 +23,6 @@ from ..common.messages import progress_bar
 from ..common.tensor_files import read_tensors, write_tensors
 from ..common.tensors import evaluating
 
-__all__ = [
-    "CLASSIFIERS",
-    "Classifier",
-    "load_classifier",
-    "save_classifier",
-    "train_classifier",
-]
-
 _FORMAT = 1
 _KIND = "Classifier"
 _BATCH, _LEARNING_RATE = 64, 2e-3

@@ -9,7 +9,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ..common.checks import check_at_least_one, is_whole
+from ..common.checks import check_at_least_one, check_finite, is_whole
 from ..common.tensors import evaluating
 
 Features = Callable[[Tensor], Tensor]
@@ -338,12 +338,6 @@ def _features(name: str, x: Tensor, features: Features) -> Tensor:
     joined = torch.cat(rows)
     check_finite(f"features of {name}", joined)
     return joined
-
-
-def check_finite(name: str, x: Tensor) -> None:
-    """Raises ValueError for NaN or infinity."""
-    if not bool(torch.isfinite(x).all()):
-        raise ValueError(f"{name} holds NaN or infinity; only finite values are allowed.")
 
 
 def _check_floating(name: str, x: object) -> None:

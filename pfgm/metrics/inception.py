@@ -11,9 +11,8 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from ..common.checks import check_at_least_one, check_dtype
+from ..common.checks import check_at_least_one, check_dtype, check_finite
 from ..common.files import StrPath
-from .distances import check_finite
 
 _CHECKSUM = "6726825d"
 _WEIGHTS = f"weights-inception-2015-12-05-{_CHECKSUM}.pth"

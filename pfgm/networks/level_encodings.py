@@ -9,8 +9,6 @@ from torch import Tensor
 
 from ..flows.flow import Flow
 
-__all__ = ["IdentityEncoding", "LevelFunction", "LogEncoding", "TimestepEncoding", "level_encoding"]
-
 LevelFunction = Callable[[Tensor], Tensor]
 """From levels (B,), z or sigma, to the network's argument (B,)."""
 

@@ -17,8 +17,6 @@ from .published.edm_unets import EDMDenoiser, SongUNet
 from .published.pfgm_unets import DDPMpp, NCSNpp, Published
 from .unet import UNet
 
-__all__ = ["NETWORKS", "build", "label_count"]
-
 NETWORKS: dict[str, type[FieldNetwork] | type[Denoiser] | type[EDMDenoiser] | type[Published]] = {
     "ddpmpp": DDPMpp,
     "denoiser": Denoiser,

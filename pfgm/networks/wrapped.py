@@ -18,8 +18,6 @@ from ..flows.poisson import PoissonFlow
 from .fields import FieldNetwork, MeanParts, root_mean_square
 from .level_encodings import LevelFunction, level_encoding
 
-__all__ = ["Wrapped", "WrappedDenoiser", "WrappedField", "WrappedMeanField", "from_module"]
-
 _PREDICTIONS: dict[type[Flow], tuple[str, ...]] = {
     PoissonFlow: ("residual", "mean", "noise", "score", "field"),
     PoissonFlowPP: ("residual", "mean", "noise", "score"),

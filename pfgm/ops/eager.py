@@ -25,7 +25,6 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 from ..backends import Backend, choose_for, native, native_calls, requested, verdicts
-from ..backends.native_calls import EULER, HEUN, MULTISTEP
 from ..common.checks import debugging
 from ..common.tensors import mark_written
 from ..core.problems import OdeStep, PosteriorMean, State, Upstream
@@ -33,21 +32,11 @@ from . import normalised_field as field_operator
 from . import ode_step as step_operator
 from . import posterior_mean as mean_operator
 
-__all__ = [
-    "EULER",
-    "HEUN",
-    "MULTISTEP",
-    "all_finite",
-    "differentiated",
-    "normalised_field",
-    "ode_step",
-    "one_call",
-    "passes",
-    "posterior_mean",
-]
-
 enabled = True
 """Whether anything may pass. Tests turn it off."""
+
+EULER, HEUN, MULTISTEP = native_calls.EULER, native_calls.HEUN, native_calls.MULTISTEP
+"""The methods of a step."""
 
 Results = tuple[Tensor, Tensor, Tensor, Tensor]
 

@@ -61,20 +61,12 @@ def forward(
     _check(difference, z)
     transforms.check_no_tangent("normalised_field", difference, z)
     if difference.shape[0] == 0:
-        return _fake(difference, z, gamma)
+        return _fake(difference)
     return choose_for(backend, difference).normalised_field(difference, z, gamma)
 
 
-def _fake(
-    difference: Tensor, z: Tensor, gamma: float, backend: str | None = None
-) -> tuple[Tensor, Tensor]:
+def _fake(difference: Tensor, *_: object) -> tuple[Tensor, Tensor]:
     return difference.new_empty(difference.shape), difference.new_empty(difference.shape[:1])
-
-
-def _transformed(
-    difference: Tensor, z: Tensor, gamma: float, backend: str | None = None
-) -> tuple[Tensor, Tensor]:
-    return formulas.normalised_field(difference, z, gamma)
 
 
 # ---- backward --------------------------------------------------------------------------------
@@ -91,33 +83,17 @@ def _backward(
     _check(difference, z)
     check_like("grad_field_x", grad_field_x, difference, difference.shape, difference.dtype)
     check_like("grad_field_z", grad_field_z, difference, difference.shape[:1], difference.dtype)
-    given = (grad_field_x, grad_field_z, difference, z)
-    transforms.check_no_tangent("normalised_field_backward", *given)
+    tensors = (grad_field_x, grad_field_z, difference, z)
+    transforms.check_no_tangent("normalised_field_backward", *tensors)
     if difference.shape[0] == 0:
-        return _fake_backward(*given, gamma)
-    return choose_for(backend, difference).normalised_field_backward(*given, gamma)
+        return _fake_backward(*tensors)
+    return choose_for(backend, difference).normalised_field_backward(*tensors, gamma)
 
 
 def _fake_backward(
-    grad_field_x: Tensor,
-    grad_field_z: Tensor,
-    difference: Tensor,
-    z: Tensor,
-    gamma: float,
-    backend: str | None = None,
+    grad_field_x: Tensor, grad_field_z: Tensor, difference: Tensor, z: Tensor, *_: object
 ) -> tuple[Tensor, Tensor]:
     return difference.new_empty(difference.shape), z.new_empty(z.shape)
-
-
-def _transformed_backward(
-    grad_field_x: Tensor,
-    grad_field_z: Tensor,
-    difference: Tensor,
-    z: Tensor,
-    gamma: float,
-    backend: str | None = None,
-) -> tuple[Tensor, Tensor]:
-    return formulas.normalised_field_backward(grad_field_x, grad_field_z, difference, z, gamma)
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
@@ -130,11 +106,17 @@ def _gradient(ctx: Any, grad_field_x: Tensor, grad_field_z: Tensor) -> tuple[Ten
     return (*gradients, None, None)
 
 
-_FORWARD.register(forward, fake=_fake, transformed=_transformed, gradient=_gradient, save=_save)
+_FORWARD.register(
+    forward,
+    fake=_fake,
+    transformed=lambda *inputs: formulas.normalised_field(*inputs[:-1]),  # without the backend
+    gradient=_gradient,
+    save=_save,
+)
 _BACKWARD.register(
     _backward,
     fake=_fake_backward,
-    transformed=_transformed_backward,
+    transformed=lambda *inputs: formulas.normalised_field_backward(*inputs[:-1]),
     gradient=no_gradient(
         "pfgm.field_fn can be differentiated once; its gradient has no derivative of its own."
     ),

@@ -211,13 +211,10 @@ def _writable(out: Tensor, inputs: Sequence[Tensor]) -> bool:
     if (features > 1 and feature_stride != 1) or (rows > 1 and row_stride < features):
         return False
     for value in inputs:
-        if value is not out and not _same_layout(out, value) and _overlap(out, value):
+        same = value.data_ptr() == out.data_ptr() and value.stride() == out.stride()
+        if not same and _overlap(out, value):
             return False
     return True
-
-
-def _same_layout(a: Tensor, b: Tensor) -> bool:
-    return a.data_ptr() == b.data_ptr() and a.stride() == b.stride()
 
 
 def _overlap(a: Tensor, b: Tensor) -> bool:

@@ -278,7 +278,7 @@ _no_second_derivative = no_gradient(
 )
 
 
-class OnceDifferentiable(torch.autograd.Function):
+class OnceDifferentiable(transforms.Rowwise):
     """A derivative that raises RuntimeError if it is differentiated again."""
 
     setup_context = staticmethod(save_nothing)
@@ -289,9 +289,10 @@ class OnceDifferentiable(torch.autograd.Function):
 # ---- transforms of torch.func, and forward mode ----------------------------------------------
 
 
-class _PosteriorMean(torch.autograd.Function):
+class _PosteriorMean(transforms.Rowwise):
     """The operator posterior_mean, with a tangent and a batching rule."""
 
+    shared = _FORWARD.places("references", "sketch")
     forward = staticmethod(_FORWARD.overload)
 
     @staticmethod
@@ -317,27 +318,17 @@ class _PosteriorMean(torch.autograd.Function):
         )
         return result_tangent(mean_tangent, tangents[0], ctx.difference), lse_tangent, None, None
 
-    @staticmethod
-    def vmap(info: Any, in_dims: tuple[int | None, ...], *arguments: Any) -> Any:
-        return transforms.map_rows(
-            _PosteriorMean.apply,
-            info.batch_size,
-            in_dims,
-            arguments,
-            shared=_FORWARD.places("references", "sketch"),
-        )
-
 
 class _Backward(OnceDifferentiable):
     """The operator posterior_mean_backward, with a batching rule."""
 
     forward = staticmethod(_BACKWARD.overload)
 
-    @staticmethod
-    def vmap(info: Any, in_dims: tuple[int | None, ...], *arguments: Any) -> Any:
+    @classmethod
+    def vmap(cls, info: Any, in_dims: tuple[Any, ...], *arguments: Any) -> Any:
         _, _, needs, _, _ = _BACKWARD.groups(arguments)
         return transforms.map_rows(
-            _Backward.apply,
+            cls.apply,
             info.batch_size,
             in_dims,
             arguments,
@@ -348,6 +339,8 @@ class _Backward(OnceDifferentiable):
 
 class _Tangent(OnceDifferentiable):
     """(x, references, radius, their tangents, D, backend, precision) → tangents of mean and lse."""
+
+    shared = (1, 4)
 
     @staticmethod
     def forward(
@@ -376,12 +369,6 @@ class _Tangent(OnceDifferentiable):
                 problem, state, center, tangents, backend
             )
         return mean_tangent.to(x.dtype), lse_tangent
-
-    @staticmethod
-    def vmap(info: Any, in_dims: tuple[int | None, ...], *arguments: Any) -> Any:
-        return transforms.map_rows(
-            _Tangent.apply, info.batch_size, in_dims, arguments, shared=(1, 4)
-        )
 
 
 def result_tangent(mean_tangent: Tensor, x_tangent: Tensor | None, difference: bool) -> Tensor:

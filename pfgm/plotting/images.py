@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..common.checks import check_at_least_one, positive
+from ..common.checks import check_at_least_one, check_finite, positive
 from ..common.files import StrPath, write_atomic
 from ..data import to_unit
 from .figures import (
@@ -215,8 +215,7 @@ def _checked(images: Tensor, allowed: str, ndims: tuple[int, int]) -> Tensor:
         raise ValueError(
             f"images has shape {given}; allowed is {allowed}, not empty, with C = 1 or 3."
         )
-    if not bool(torch.isfinite(images).all()):
-        raise ValueError("images holds NaN or infinity; only finite values are allowed.")
+    check_finite("images", images)
     return images
 
 

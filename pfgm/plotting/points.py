@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ..common.checks import check_floating
+from ..common.checks import check_finite, check_floating
 
 GRID = 160  # points along each side of a window where a field is computed
 DATA_COLOUR = "#D55E00"
@@ -56,8 +56,7 @@ def checked_points(name: str, points: Tensor) -> Tensor:
 
 def checked_finite(name: str, values: Tensor) -> Tensor:
     """The values as float64 on the CPU."""
-    if not bool(torch.isfinite(values).all()):
-        raise ValueError(f"{name} holds NaN or infinity; only finite values are allowed.")
+    check_finite(name, values)
     return values.detach().cpu().double()
 
 

@@ -20,7 +20,6 @@ from ..common.tensors import flat_rows
 from ..core.problems import PosteriorMean, RunningGradient, RunningMean, State
 from ..ops import eager, posterior_mean_parts
 from ..ops.posterior_mean import call, call_backward
-from .ranks import Ranks
 from .settings import ChunkTotals, Saved, Settings
 
 R = TypeVar("R", RunningMean, RunningGradient)
@@ -55,6 +54,13 @@ def _count(settings: Settings) -> int:
     return len(settings.part) * (2 if settings.part.flips else 1)
 
 
+def _in_one(rows: Tensor, x: Tensor, radius: Tensor, settings: Settings) -> PosteriorMean:
+    """The problem over all rows at once."""
+    rows = flat_rows(rows)
+    sketch = settings.part.sketch(0, rows, x, "native")
+    return settings.problem(x, rows, radius, sketch)
+
+
 # ---- forward ---------------------------------------------------------------------------------
 
 
@@ -62,10 +68,7 @@ def results(x: Tensor, radius: Tensor, settings: Settings) -> tuple[Tensor, ...]
     """Mean or difference, log-sum-exp, nearest and total, and the last two as those of a chunk."""
     rows = settings.part.in_one()
     if rows is not None:
-        rows = flat_rows(rows)
-        sketch = settings.part.sketch(0, rows, x, "native")
-        problem = settings.problem(x, rows, radius, sketch)
-        result, logsumexp, nearest, total = call(problem, "native")
+        result, logsumexp, nearest, total = call(_in_one(rows, x, radius, settings), "native")
     else:
         running = _sum_of_chunks(x, radius, settings)
         nearest, total = running.nearest, running.total
@@ -82,8 +85,7 @@ def by_tensor(
     rows = settings.part.in_one() if settings.continues and settings.ranks is None else None
     if rows is None or torch.compiler.is_compiling():
         return None
-    sketch = settings.part.sketch(0, rows, x, "native")
-    problem = settings.problem(x, flat_rows(rows.detach()), radius, sketch)
+    problem = _in_one(rows.detach(), x, radius, settings)
     return eager.differentiated(problem, "native", settings.check_version)
 
 
@@ -127,9 +129,7 @@ def gradients(saved: Saved, settings: Settings, needs: tuple[bool, bool]) -> tup
     """
     rows = settings.part.in_one()
     if rows is not None:
-        rows = flat_rows(rows)
-        sketch = settings.part.sketch(0, rows, saved.x, "native")
-        problem = settings.problem(saved.x, rows, saved.radius, sketch)
+        problem = _in_one(rows, saved.x, saved.radius, settings)
         needed = [needs[0], False, needs[1]]
         gradients = call_backward(problem, saved.state, saved.upstream, needed, "native")
         return gradients[0], gradients[2]
@@ -146,15 +146,10 @@ def gradients(saved: Saved, settings: Settings, needs: tuple[bool, bool]) -> tup
         native_parts.add_gradients(part, points.state, points.upstream, running)
         running = _turned(running, mirrored, settings)
     if settings.ranks is not None:
-        running = _over_ranks(running, settings.ranks)
+        sums = None if running.sums is None else settings.ranks.sum(running.sums)
+        running = running._replace(sums=sums, moments=settings.ranks.sum(running.moments))
     grad_x, grad_radius = native_parts.end_gradients(problem, saved.state, saved.upstream, running)
     return torch.empty(0, device=saved.x.device) if grad_x is None else grad_x, grad_radius
-
-
-def _over_ranks(running: RunningGradient, ranks: Ranks) -> RunningGradient:
-    """The sums over the references of all processes."""
-    sums = None if running.sums is None else ranks.sum(running.sums)
-    return running._replace(sums=sums, moments=ranks.sum(running.moments))
 
 
 def _problems(saved: Saved, settings: Settings) -> Iterator[tuple[bool, PosteriorMean, Saved]]:

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from ..backends import native_parts, requested
 from ..common.checks import check_range, check_underflow, checks_values
-from ..common.transforms import forward_mode, in_torch_func, map_rows
+from ..common.transforms import Rowwise, forward_mode, in_torch_func
 from ..core.weights import check_singular, is_flat, log_sum_exp
 from ..ops.posterior_mean import OnceDifferentiable, mean_and_gradient, result_tangent
 from . import continued, merged
@@ -71,7 +71,7 @@ def compute(
 # ---- torch.autograd --------------------------------------------------------------------------
 
 
-class _PosteriorMean(torch.autograd.Function):
+class _PosteriorMean(Rowwise):
     """(x, radius, settings) → result (B, N), lse (B,), and what the backward pass needs."""
 
     @staticmethod
@@ -135,10 +135,6 @@ class _PosteriorMean(torch.autograd.Function):
         result = result_tangent(tangent[0], tangents[0], ctx.settings.difference)
         return (result, tangent[1], None, None, None, None)
 
-    @staticmethod
-    def vmap(info: Any, in_dims: tuple[int | None, ...], *arguments: Any) -> Any:
-        return map_rows(_PosteriorMean.apply, info.batch_size, in_dims, arguments, shared=())
-
 
 class _Gradient(OnceDifferentiable):
     """The gradients in x and radius."""
@@ -173,10 +169,6 @@ class _Gradient(OnceDifferentiable):
         grad_x, grad_radius = gradients if ranks is None else map(ranks.own, gradients)
         return grad_x.to(x.dtype), grad_radius
 
-    @staticmethod
-    def vmap(info: Any, in_dims: tuple[int | None, ...], *arguments: Any) -> Any:
-        return map_rows(_Gradient.apply, info.batch_size, in_dims, arguments, shared=())
-
 
 def _check_singular(saved: Saved, settings: Settings) -> None:
     # Each process checks the points of all. If one raised alone, the others would wait for it.
@@ -201,7 +193,3 @@ class _Tangent(OnceDifferentiable):
     ) -> tuple[Tensor, Tensor]:
         mean_tangent, lse_tangent = merged.tangents(x, radius, tangent_x, tangent_radius, settings)
         return mean_tangent.to(x.dtype), lse_tangent
-
-    @staticmethod
-    def vmap(info: Any, in_dims: tuple[int | None, ...], *arguments: Any) -> Any:
-        return map_rows(_Tangent.apply, info.batch_size, in_dims, arguments, shared=())

@@ -9,8 +9,6 @@ from torch import Tensor
 from ..core.merging import relative_weight
 from ..core.problems import State
 
-__all__ = ["Ranks", "merge_over_ranks", "total"]
-
 _DTYPES = (torch.float32, torch.float64)
 
 

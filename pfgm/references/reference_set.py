@@ -23,8 +23,6 @@ from .drawing import draw_numbers
 from .measures import Measures, RowSums
 from .part import Part, check_finite
 
-__all__ = ["Measures", "ReferenceSet", "References", "measure"]
-
 
 class ReferenceSet:
     """References (M, *S) in memory or in a file. Every operation takes a set in place of a tensor.

@@ -10,8 +10,6 @@ from torch import Tensor
 
 from ..references import References, ReferenceSet
 
-__all__ = ["Batch", "Batches", "seed_of"]
-
 
 class Batch(NamedTuple):
     """The data of a step, on the device of the network."""

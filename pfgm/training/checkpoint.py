@@ -36,8 +36,6 @@ from .weights_file import (
     write_weights,
 )
 
-__all__ = ["Loaded", "check_solver", "label_names", "load", "load_run", "save", "save_run"]
-
 STATE_FORMAT = 1
 """The version of the format of a training state. Older states, without a version, have this one."""
 

@@ -19,19 +19,6 @@ from ..flows.plusplus import PoissonFlowPP
 from ..references import References, ReferenceSet
 from .config import Schedule, TrainConfig
 
-__all__ = [
-    "check_config",
-    "check_data",
-    "check_labels",
-    "check_network",
-    "check_same_flow",
-    "other_setting",
-    "value_range",
-    "warn_of_range",
-    "warn_of_scales",
-    "with_settings_of_run",
-]
-
 _COMPARED_ROWS = 1024  # for the range of the values and their spread
 _FEWEST_PIXELS = 64  # in images; data with fewer columns are tables
 _SCALES = 100.0  # ratio of spreads at which the smaller one is lost (PoissonFlow.from_data)

@@ -11,8 +11,6 @@ from typing import TypeVar
 
 from torch import Tensor, nn
 
-__all__ = ["load_plain_state", "plain_names", "plain_state", "without_compile"]
-
 T = TypeVar("T")
 _WRAPPED = "_orig_mod"
 

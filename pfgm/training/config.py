@@ -9,8 +9,6 @@ from typing import Literal, NamedTuple, get_args
 
 from ..common.checks import LARGEST, as_number, check_bool, check_choice, check_seed
 
-__all__ = ["Schedule", "TrainConfig"]
-
 _PUBLISHED_STEPS = 100_000  # from this number of steps on, the published settings are the defaults
 
 Decay = Literal["none", "cosine"]

@@ -23,8 +23,6 @@ from ..common.files import (
 )
 from .processes import Processes, ProcessLost
 
-__all__ = ["FolderInUse", "locked", "locked_for_all"]
-
 _LOCK_NAME = ".pfgm.lock"
 # Errors of file systems without locks, such as Lustre without its option flock.
 _NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP, errno.EINVAL)

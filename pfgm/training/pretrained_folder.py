@@ -13,8 +13,6 @@ from ..flows.flow import Flow
 from .checkpoint import Loaded, load, save
 from .weights_file import describe_network
 
-__all__ = ["from_pretrained", "save_pretrained"]
-
 _WEIGHTS = "model.safetensors"
 _PIPELINE = "model_index.json"  # of a pipeline of diffusers
 

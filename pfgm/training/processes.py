@@ -120,15 +120,12 @@ def reports_process_lost(processes: Processes) -> Iterator[None]:
     try:
         yield
     except RuntimeError as error:
-        if processes.size == 1 or not _is_communication_error(error):
+        # Gloo raises plain RuntimeErrors; their messages begin with the path of its source file.
+        collective = isinstance(error, dist.DistError) or "gloo" in str(error)
+        if processes.size == 1 or not collective:
             raise
         reason = " ".join(str(error).split())
         raise ProcessLost(
             f"another process of the run has ended or does not answer ({reason}); the run can be "
             "resumed from its last checkpoint."
         ) from error
-
-
-def _is_communication_error(error: RuntimeError) -> bool:
-    # Gloo raises plain RuntimeErrors; their messages begin with the path of its source file.
-    return isinstance(error, dist.DistError) or "gloo" in str(error)

@@ -9,8 +9,6 @@ from contextlib import contextmanager
 from types import FrameType
 from typing import Any
 
-__all__ = ["Terminated", "record_signals"]
-
 
 class Terminated(SystemExit):
     """SIGTERM or SIGHUP arrived during training; the checkpoint has been written."""

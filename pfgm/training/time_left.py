@@ -5,8 +5,6 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 
-__all__ = ["TimeLeft"]
-
 _SKIPPED = 5  # first steps, which take longer
 _LEAST_STEPS = 10
 _LEAST_SECONDS = 5.0

@@ -36,14 +36,12 @@ from .checks import (
 )
 from .compiled import load_plain_state, plain_state
 from .config import TrainConfig
-from .locks import FolderInUse, locked, locked_for_all
+from .locks import locked, locked_for_all
 from .logs import Log
-from .processes import Processes, ProcessLost, reports_process_lost
+from .processes import Processes, reports_process_lost
 from .signals import Terminated, record_signals
 from .time_left import TimeLeft
 from .weights_file import check_savable, flow_in
-
-__all__ = ["Diverged", "FolderInUse", "ProcessLost", "Terminated", "TrainConfig", "Trainer"]
 
 
 class Diverged(RuntimeError):

@@ -25,16 +25,6 @@ from ..flows.poisson import PoissonFlow
 from ..networks import NETWORKS, build
 from .compiled import plain_names, plain_state, without_compile
 
-__all__ = [
-    "check_savable",
-    "describe_network",
-    "flow_in",
-    "network_in",
-    "read_weights",
-    "warn_without_checksum",
-    "write_weights",
-]
-
 _FORMAT = 1
 _PROTOCOLS = (b"\x02", b"\x03", b"\x04", b"\x05")  # of pickle
 _FLOWS: dict[str, type[Flow]] = {"PoissonFlow": PoissonFlow, "PoissonFlowPP": PoissonFlowPP}

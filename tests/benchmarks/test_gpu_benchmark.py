@@ -377,7 +377,7 @@ def test_a_sanitizer_is_clean_where_its_summary_says_so(tool, status, text, want
 
 
 def test_sanitizers_check_only_our_kernels(monkeypatch, tmp_path):
-    monkeypatch.setattr(gpu_checks, "found_tool", lambda name: None)
+    monkeypatch.setattr(gpu_checks, "tool_path", lambda name: None)
     (found,) = gpu_checks.run_sanitizers(tmp_path, {})
     assert found == ("compute-sanitizer", 0, "not run: it is not found")
 
@@ -390,7 +390,7 @@ def test_sanitizers_check_only_our_kernels(monkeypatch, tmp_path):
         log.write_text(ILLEGAL)
         return gpu_checks.ERROR_STATUS
 
-    monkeypatch.setattr(gpu_checks, "found_tool", lambda name: "/bin/sanitizer")
+    monkeypatch.setattr(gpu_checks, "tool_path", lambda name: "/bin/sanitizer")
     monkeypatch.setattr(gpu_checks, "run_logged", run)
     memcheck, racecheck = gpu_checks.run_sanitizers(tmp_path, {})
     assert memcheck[:2] == ("compute-sanitizer memcheck", gpu_checks.ERROR_STATUS)

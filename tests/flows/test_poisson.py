@@ -864,7 +864,7 @@ def test_a_flow_used_in_a_transform_can_be_stored():
     [
         (
             lambda flow, net: flow.sample(net, 2, steps=[1]),
-            r"steps is \[1\]; allowed is an integer",
+            r"steps is \[1\]; only an integer",
         ),
         (
             lambda flow, net: flow.sample(net, 2, solver=["euler"]),
@@ -891,7 +891,7 @@ def test_a_flow_used_in_a_transform_can_be_stored():
             lambda flow, net: flow.inpaint(
                 net, torch.ones(1, 2), torch.ones(2) > 0, resample=10**9
             ),
-            "resample is 10+; allowed is an integer from 0",
+            "resample is 10+; only an integer of at least 0",
         ),
         (
             lambda flow, net: pfgm.field_fn(

@@ -530,7 +530,7 @@ def test_integers_beyond_the_range_of_floats_and_texts_are_named():
         (lambda: pfgm.PoissonFlow((3,), sigma=huge), "sigma is 10+; allowed is any finite"),
         (lambda: pfgm.PoissonFlow.from_data(x + 1).rescale(x, huge), "temperature is 10+; allow"),
         (lambda: flow.empirical(x)(x, huge), "z is inf in row 0"),
-        (lambda: flow.prior(huge), "n is 10+; allowed is an integer of at least 0, below"),
+        (lambda: flow.prior(huge), "n is 10+; only an integer of at least 0 and at most"),
     ):
         with pytest.raises(ValueError, match=message):
             call()

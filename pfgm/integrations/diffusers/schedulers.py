@@ -33,13 +33,6 @@ from ...solvers import GRID_SOLVERS, Solver, solver_function
 from .normal_noise import looks_normal
 from .solver_run import SolverRun
 
-__all__ = [
-    "FlowScheduler",
-    "PoissonFlowPPScheduler",
-    "PoissonFlowScheduler",
-    "PoissonFlowSchedulerOutput",
-]
-
 _NAMES_OF_DIFFUSERS = {"epsilon": "noise", "sample": "mean"}
 Scheduler = TypeVar("Scheduler", bound="FlowScheduler")
 

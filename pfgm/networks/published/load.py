@@ -15,8 +15,6 @@ from .edm_unets import EDMDenoiser
 from .pfgm_unets import Published
 from .safe_pickle import open_pickle
 
-__all__ = ["load_published"]
-
 _Network = TypeVar("_Network", Published, EDMDenoiser)
 
 

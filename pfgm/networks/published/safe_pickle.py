@@ -24,8 +24,6 @@ from torch import Tensor
 
 from ...common.files import MALFORMED
 
-__all__ = ["StandIn", "StoredTensor", "open_pickle"]
-
 _ZIP = b"PK\x03\x04"
 _MAGIC = 0x1950A86A20F9469CFC6C  # first value of a file of torch.save that is no zip archive
 

@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
+import functools
 import math
 
 import pytest
 import torch
 from torch.autograd import forward_ad
 from torch.overrides import BaseTorchFunctionMode
-from torch.utils._python_dispatch import TorchDispatchMode
 
 import pfgm
 from pfgm.backends import native, native_calls
-from pfgm.ops import eager
 
 FUNCTIONS = ("field_fn", "posterior_mean", "euler_step", "heun_step", "multistep_step")
 STEPS = FUNCTIONS[2:]
@@ -25,7 +24,7 @@ def backend():
 
 
 @pytest.fixture
-def given(device):
+def inputs(device):
     """A function that returns points, references, predicted, field_x, field_z and a mean."""
 
     def make(shape=(3,), rows=B, references=9, dtype=torch.float32):
@@ -41,47 +40,24 @@ def given(device):
     return make
 
 
-def call(name, given, z=2.0, z_next=1.0, z_previous=4.0, **options):
-    """A function of the package on these inputs, as a tuple of tensors."""
-    x, references, predicted, slope, field_z, before = given
-    field = pfgm.Field(slope, field_z)
-    arguments = {
-        "field_fn": (x, z, references),
-        "posterior_mean": (x, references),
-        "euler_step": (x, field, z, z_next),
-        "heun_step": (x, predicted, field, z, z_next),
-        "multistep_step": (x, field, z, z_next, before, z_previous),
-    }[name]
-    options = {"backend": "native"} | options | ({"r": z} if name == "posterior_mean" else {})
-    found = getattr(pfgm, name)(*arguments, **options)
-    return found if isinstance(found, tuple) else (found,)
-
-
 @pytest.fixture
-def by_operators(monkeypatch):
-    """A function that calls another one with the direct way closed."""
-
-    def run(function):
-        with monkeypatch.context() as patch:
-            patch.setattr(eager, "enabled", False)
-            return function()
-
-    return run
+def call(public_call):
+    return functools.partial(public_call, backend="native")
 
 
-def assert_same(found, expected):
+def assert_same(results, expected):
     """The same bits, where NaN is NaN."""
-    for value, wanted in zip(found, expected, strict=True):
+    for value, wanted in zip(results, expected, strict=True):
         assert value.dtype == wanted.dtype
         assert value.device == wanted.device
         torch.testing.assert_close(value, wanted, rtol=0, atol=0, equal_nan=True)
 
 
-def assert_close(name, found, expected):
+def assert_close(name, results, expected):
     """The same bits, but for logarithms of levels in tensors: torch's may differ by a last bit."""
     if name != "multistep_step":
-        return assert_same(found, expected)
-    for value, wanted in zip(found, expected, strict=True):
+        return assert_same(results, expected)
+    for value, wanted in zip(results, expected, strict=True):
         torch.testing.assert_close(value, wanted, rtol=3e-7, atol=1e-6)
 
 
@@ -91,11 +67,11 @@ def assert_close(name, found, expected):
 @pytest.mark.usefixtures("poisoned")
 @pytest.mark.parametrize("shape", [(), (1,), (3,), (2, 5, 5), (700,)])
 @pytest.mark.parametrize("name", FUNCTIONS)
-def test_both_ways_give_the_same_bits(given, by_operators, one_calls, name, shape):
-    values = given(shape)
-    found = call(name, values)
+def test_both_ways_give_the_same_bits(call, inputs, by_operators, one_calls, name, shape):
+    values = inputs(shape)
+    results = call(name, values)
     assert one_calls == [True]
-    assert_same(found, by_operators(lambda: call(name, values)))
+    assert_same(results, by_operators(lambda: call(name, values)))
 
 
 @pytest.mark.usefixtures("poisoned")
@@ -104,9 +80,9 @@ def test_both_ways_give_the_same_bits(given, by_operators, one_calls, name, shap
 @pytest.mark.parametrize(
     "dtype", [torch.float32, torch.bfloat16, torch.float16, torch.uint8], ids=str
 )
-def test_references_of_every_dtype(given, by_operators, one_calls, sizes, precision, dtype):
+def test_references_of_every_dtype(call, inputs, by_operators, one_calls, sizes, precision, dtype):
     rows, references, features = sizes
-    values = given((features,), rows, references)
+    values = inputs((features,), rows, references)
     values[1] = (100 * values[1].abs()).to(dtype)
 
     def both():
@@ -114,26 +90,26 @@ def test_references_of_every_dtype(given, by_operators, one_calls, sizes, precis
         mean = call("posterior_mean", values, return_logsumexp=True, **options)
         return *mean, *call("field_fn", values, **options)
 
-    found = both()
+    results = both()
     assert one_calls == [True, True]
-    assert_same(found, by_operators(both))
+    assert_same(results, by_operators(both))
 
 
 @pytest.mark.usefixtures("poisoned")
 @pytest.mark.parametrize("form", ["number", "rows"])
 @pytest.mark.parametrize(("level", "D"), [("r", 1), ("r", 4.5), ("sigma", 1.0), ("sigma", 128)])
-def test_the_log_sum_exp(given, device, by_operators, one_calls, level, D, form):
-    x, references = given()[:2]
+def test_the_log_sum_exp(inputs, device, by_operators, one_calls, level, D, form):
+    x, references = inputs()[:2]
     value = 0.7 if form == "number" else torch.linspace(0.1, 1, B, device=device)
 
     def both():
         options = {level: value, "D": D, "return_logsumexp": True, "backend": "native"}
         return pfgm.posterior_mean(x, references, **options)
 
-    found = both()
+    results = both()
     assert one_calls == [True]
-    assert found[1].dtype == torch.float64
-    assert_same(found, by_operators(both))
+    assert results[1].dtype == torch.float64
+    assert_same(results, by_operators(both))
 
 
 def levels(form, shape, device):
@@ -153,8 +129,8 @@ def levels(form, shape, device):
             return rows.float().view(B, *[1] * len(shape))
         return rows if form == "float64" else rows.float()
 
-    found = {"z": level(3.0), "z_next": level(2.0), "z_previous": level(4.0)}
-    return found | {"z": 3.0, "z_previous": 4} if form == "some are numbers" else found
+    results = {"z": level(3.0), "z_next": level(2.0), "z_previous": level(4.0)}
+    return results | {"z": 3.0, "z_previous": 4} if form == "some are numbers" else results
 
 
 @pytest.mark.usefixtures("poisoned")
@@ -167,33 +143,33 @@ def levels(form, shape, device):
 )  # fmt: skip
 @pytest.mark.parametrize("shape", [(3,), (2, 5, 5)])
 @pytest.mark.parametrize("name", FUNCTIONS)
-def test_levels_of_every_form(given, device, by_operators, one_calls, name, shape, form):
-    values, forms = given(shape), levels(form, shape, device)
-    found = call(name, values, **forms)
+def test_levels_of_every_form(call, inputs, device, by_operators, one_calls, name, shape, form):
+    values, forms = inputs(shape), levels(form, shape, device)
+    results = call(name, values, **forms)
     assert one_calls == [True]
-    assert_close(name, found, by_operators(lambda: call(name, values, **forms)))
+    assert_close(name, results, by_operators(lambda: call(name, values, **forms)))
 
 
 @pytest.mark.parametrize("rows", [1, 127, 128, 129, 300])
-def test_levels_of_many_rows(given, device, by_operators, rows):
-    values = given((2,), rows)
+def test_levels_of_many_rows(call, inputs, device, by_operators, rows):
+    values = inputs((2,), rows)
     z = torch.logspace(-2, 2, rows, dtype=torch.float64, device=device)
     for name in FUNCTIONS:
-        found, expected = (
+        results, expected = (
             run(lambda name=name: call(name, values, z, z / 2, 2 * z))
             for run in (lambda function: function(), by_operators)
         )
-        assert_close(name, found, expected)
+        assert_close(name, results, expected)
 
 
-def test_which_kernels_run(given, executor, device, one_calls):
+def test_which_kernels_run(call, inputs, executor, device, one_calls):
     """Levels in tensors are computed on the GPU, in one launch."""
     mean = ["differences", "find_limits", "refine", "weigh", "list_references", "weighted_sum"]
     z = torch.full((B,), 2.0, device=device)
     for name in FUNCTIONS:
         for rows in (False, True):
             executor.names()
-            call(name, given(), *((z, z / 2, 2 * z) if rows else ()))
+            call(name, inputs(), *((z, z / 2, 2 * z) if rows else ()))
             expected = {
                 "field_fn": ["expand_level", *mean, "merge_difference", "normalised_field"],
                 "posterior_mean": ["expand_level", *mean, "merge"],
@@ -202,10 +178,10 @@ def test_which_kernels_run(given, executor, device, one_calls):
     assert all(one_calls)
 
 
-def test_nothing_waits_for_the_gpu(given, device):
+def test_nothing_waits_for_the_gpu(call, inputs, device):
     if device.type != "cuda":
         pytest.skip("only a GPU can be waited for")
-    values, z = given(), torch.full((B,), 2.0, device=device)
+    values, z = inputs(), torch.full((B,), 2.0, device=device)
     z_next, z_previous = z / 2, 2 * z
     torch.cuda.set_sync_debug_mode("error")
     try:
@@ -218,31 +194,31 @@ def test_nothing_waits_for_the_gpu(given, device):
 @pytest.mark.parametrize("bad", [-1.0, 0.0, math.nan, math.inf])
 @pytest.mark.parametrize("name", FUNCTIONS)
 def test_bad_levels_in_tensors_give_what_the_operators_give(
-    given, device, by_operators, one_calls, name, bad
+    call, inputs, device, by_operators, one_calls, name, bad
 ):
-    values = given()
+    values = inputs()
     for key in ("z", "z_next", "z_previous"):
         forms = levels("float64", (3,), device)
         forms[key][2] = bad
-        found = call(name, values, **forms)
+        results = call(name, values, **forms)
         expected = by_operators(lambda forms=forms: call(name, values, **forms))
-        for value, wanted in zip(found, expected, strict=True):
+        for value, wanted in zip(results, expected, strict=True):
             torch.testing.assert_close(value, wanted, rtol=3e-7, atol=1e-6, equal_nan=True)
             assert value[[0, 1, 3, 4]].isfinite().all()
     assert any(one_calls)
 
 
-def test_a_previous_level_equal_to_the_level(given, device):
+def test_a_previous_level_equal_to_the_level(call, inputs, device):
     """The result is NaN or infinite, in that row."""
     forms = levels("float32", (3,), device)
     forms["z_previous"][2] = forms["z"][2]
-    result, _ = call("multistep_step", given(), **forms)
+    result, _ = call("multistep_step", inputs(), **forms)
     assert not result[2].isfinite().any()
     assert result[[0, 1, 3, 4]].isfinite().all()
 
 
-def test_values_that_are_not_finite_stay_in_their_row(given, one_calls):
-    values = given()
+def test_values_that_are_not_finite_stay_in_their_row(call, inputs, one_calls):
+    values = inputs()
     values[0][2, 1] = math.nan
     for name in ("field_fn", "posterior_mean"):
         mean = call(name, values)[0]
@@ -258,15 +234,9 @@ class Doubled(torch.Tensor):
     """A subclass of the tensor."""
 
 
-class Seeing(TorchDispatchMode):
-    def __torch_dispatch__(self, function, types, arguments=(), named=None):
-        self.seen = True
-        return function(*arguments, **(named or {}))
-
-
 @pytest.mark.parametrize("name", FUNCTIONS)
-def test_a_gradient_takes_the_operators(given, one_calls, name):
-    values = given()
+def test_a_gradient_takes_the_operators(call, inputs, one_calls, name):
+    values = inputs()
     values[0].requires_grad_()
     assert call(name, values)[0].requires_grad
     with torch.no_grad():
@@ -279,12 +249,11 @@ def test_a_gradient_takes_the_operators(given, one_calls, name):
 
 
 @pytest.mark.parametrize("name", FUNCTIONS)
-def test_modes_and_transforms_take_the_operators(given, one_calls, name):
-    values = given()
-    mode = Seeing()
-    with mode:
+def test_modes_and_transforms_take_the_operators(call, inputs, one_calls, seeing_mode, name):
+    values = inputs()
+    with seeing_mode:
         call(name, values)
-    assert mode.seen
+    assert seeing_mode.seen
     with BaseTorchFunctionMode():
         call(name, values)
     with forward_ad.dual_level():
@@ -302,8 +271,8 @@ def test_modes_and_transforms_take_the_operators(given, one_calls, name):
 
 
 @pytest.mark.parametrize("name", FUNCTIONS)
-def test_a_compiled_graph_holds_the_operators(given, name):
-    values = given()
+def test_a_compiled_graph_holds_the_operators(call, inputs, name):
+    values = inputs()
     compiled = torch.compile(
         lambda *values: call(name, values), fullgraph=True, backend="aot_eager"
     )
@@ -311,8 +280,8 @@ def test_a_compiled_graph_holds_the_operators(given, name):
 
 
 @pytest.mark.parametrize("name", FUNCTIONS)
-def test_other_backends_are_not_preempted(given, monkeypatch, one_calls, name):
-    values = given()
+def test_other_backends_are_not_preempted(call, inputs, monkeypatch, one_calls, name):
+    values = inputs()
     call(name, values, backend="reference")
     with pfgm.use_backend("reference"):
         call(name, values, backend=None)
@@ -324,8 +293,8 @@ def test_other_backends_are_not_preempted(given, monkeypatch, one_calls, name):
 
 
 @pytest.mark.parametrize("name", FUNCTIONS)
-def test_debug_checks_take_the_operators(given, device, one_calls, name):
-    values = given()
+def test_debug_checks_take_the_operators(call, inputs, device, one_calls, name):
+    values = inputs()
     with pfgm.debug_checks():
         call(name, values)
         with pytest.raises(ValueError, match=r"is -1\.0"):
@@ -334,8 +303,8 @@ def test_debug_checks_take_the_operators(given, device, one_calls, name):
 
 
 @pytest.mark.parametrize("name", FUNCTIONS)
-def test_unusual_tensors_take_the_operators(given, device, one_calls, name):
-    values = given()
+def test_unusual_tensors_take_the_operators(call, inputs, device, one_calls, name):
+    values = inputs()
     expected = call(name, values)
     x = values[0]
     for unusual in (
@@ -351,26 +320,26 @@ def test_unusual_tensors_take_the_operators(given, device, one_calls, name):
 
 
 @pytest.mark.parametrize("name", FUNCTIONS)
-def test_other_dtypes_of_points(given, by_operators, one_calls, name):
+def test_other_dtypes_of_points(call, inputs, by_operators, one_calls, name):
     for dtype in (torch.float16, torch.bfloat16):
-        values = given(dtype=dtype)
+        values = inputs(dtype=dtype)
         assert_same(call(name, values), by_operators(lambda values=values: call(name, values)))
     with pytest.raises(pfgm.backends.Unavailable, match="float32 on a GPU"):
-        call(name, given(dtype=torch.float64))
+        call(name, inputs(dtype=torch.float64))
     assert not any(one_calls)
 
 
 @pytest.mark.parametrize("name", FUNCTIONS)
-def test_an_empty_batch(given, one_calls, name):
-    found = call(name, given(rows=0))
-    assert found[0].shape == (0, 3)
+def test_an_empty_batch(call, inputs, one_calls, name):
+    results = call(name, inputs(rows=0))
+    assert results[0].shape == (0, 3)
     assert one_calls == [False]
 
 
 @pytest.mark.parametrize("name", ["field_fn", "posterior_mean"])
-def test_a_set_takes_the_operators(given, one_calls, name):
+def test_a_set_takes_the_operators(call, inputs, one_calls, name):
     """Its chunks have results of their own, which are merged."""
-    values = given()
+    values = inputs()
     values[1] = pfgm.ReferenceSet(values[1])
     call(name, values)
     assert one_calls == [False]
@@ -380,9 +349,9 @@ def test_a_set_takes_the_operators(given, one_calls, name):
 
 
 def error_of(function):
-    with pytest.raises((ValueError, TypeError, RuntimeError)) as found:
+    with pytest.raises((ValueError, TypeError, RuntimeError)) as raised:
         function()
-    return found.type, str(found.value)
+    return raised.type, str(raised.value)
 
 
 @pytest.mark.parametrize(
@@ -412,8 +381,8 @@ def error_of(function):
     ids=str,
 )
 @pytest.mark.parametrize("name", FUNCTIONS)
-def test_errors_are_those_of_the_operators(given, device, by_operators, name, changed):
-    values, options = given(), dict(changed)
+def test_errors_are_those_of_the_operators(call, inputs, device, by_operators, name, changed):
+    values, options = inputs(), dict(changed)
     x, references = values[:2]
     values[0] = {"shape": x[:, :2], "int": x.int(), "list": x.tolist()}.get(
         options.pop("x", None), x
@@ -434,25 +403,25 @@ def test_errors_are_those_of_the_operators(given, device, by_operators, name, ch
         except (ValueError, TypeError, RuntimeError, AttributeError) as error:
             return type(error), str(error)
 
-    found, expected = outcome(), by_operators(outcome)
+    results, expected = outcome(), by_operators(outcome)
     if isinstance(expected[0], torch.Tensor):
-        assert_same(found, expected)  # the function has no such argument, or allows the value
+        assert_same(results, expected)  # the function has no such argument, or allows the value
     else:
-        assert found == expected
+        assert results == expected
 
 
-# ---- steps into given memory -----------------------------------------------------------------
+# ---- steps into inputs memory -----------------------------------------------------------------
 
 
 @pytest.mark.parametrize("rows", [False, True])
 @pytest.mark.parametrize("name", STEPS)
-def test_out_is_written_and_marked(given, device, one_calls, name, rows):
-    values, forms = given(), levels("float32", (3,), device) if rows else {}
+def test_out_is_written_and_marked(call, inputs, device, one_calls, name, rows):
+    values, forms = inputs(), levels("float32", (3,), device) if rows else {}
     expected = call(name, values, **forms)
     out = torch.empty_like(values[0])
     version = out._version
-    found = call(name, values, out=out, **forms)
-    assert found[0] is out
+    results = call(name, values, out=out, **forms)
+    assert results[0] is out
     assert torch.equal(out, expected[0])
     assert out._version > version
     in_place = call(name, values, out=values[0], **forms)
@@ -461,25 +430,25 @@ def test_out_is_written_and_marked(given, device, one_calls, name, rows):
     assert one_calls == [True] * 3
 
 
-def test_an_output_that_overlaps_an_input_in_part(given, device, one_calls):
-    x, _, _, slope, field_z, _ = given()
+def test_an_output_that_overlaps_an_input_in_part(inputs, device, one_calls):
+    x, _, _, slope, field_z, _ = inputs()
     law = {"backend": "native"}
     expected = pfgm.euler_step(x, pfgm.Field(slope, field_z), 2.0, 1.0, **law)
     memory = torch.empty(6, 3, device=device)
     memory[:5] = slope
-    found = pfgm.euler_step(x, pfgm.Field(memory[:5], field_z), 2.0, 1.0, out=memory[1:], **law)
-    assert torch.equal(found, expected)
+    results = pfgm.euler_step(x, pfgm.Field(memory[:5], field_z), 2.0, 1.0, out=memory[1:], **law)
+    assert torch.equal(results, expected)
     memory = torch.cat([field_z, torch.zeros(10, device=device)])
-    found = pfgm.euler_step(
+    results = pfgm.euler_step(
         x, pfgm.Field(slope, memory[:5]), 2.0, 1.0, out=memory.view(5, 3), **law
     )
-    assert torch.equal(found, expected)
+    assert torch.equal(results, expected)
     assert one_calls == [True, False, False]
 
 
-def test_an_output_that_overlaps_a_level(given, device, one_calls):
+def test_an_output_that_overlaps_a_level(inputs, device, one_calls):
     """Levels are read before the step is written."""
-    x, _, _, slope, field_z, _ = given()
+    x, _, _, slope, field_z, _ = inputs()
     z = torch.linspace(2, 3, B, device=device)
     expected = pfgm.euler_step(x, pfgm.Field(slope, field_z), z, 1.0, backend="native")
     memory = torch.cat([z, torch.zeros(10, device=device)])
@@ -489,41 +458,41 @@ def test_an_output_that_overlaps_a_level(given, device, one_calls):
     assert one_calls == [True, True]
 
 
-def test_a_mean_that_overlaps_out_is_refused(given, device, by_operators):
-    x, _, _, slope, field_z, _ = given()
+def test_a_mean_that_overlaps_out_is_refused(inputs, device, by_operators):
+    x, _, _, slope, field_z, _ = inputs()
     memory = torch.empty(6, 3, device=device)
 
     def step():
-        given = {"return_mean": True, "out": memory[:5], "mean_out": memory[1:]}
-        pfgm.euler_step(x, pfgm.Field(slope, field_z), 2.0, 1.0, backend="native", **given)
+        options = {"return_mean": True, "out": memory[:5], "mean_out": memory[1:]}
+        pfgm.euler_step(x, pfgm.Field(slope, field_z), 2.0, 1.0, backend="native", **options)
 
     assert error_of(step) == by_operators(lambda: error_of(step))
 
 
-def test_in_inference_mode(given, one_calls):
+def test_in_inference_mode(call, inputs, one_calls):
     with torch.inference_mode():
-        values = given()
+        values = inputs()
         call("euler_step", values, out=torch.empty_like(values[0]))
     assert one_calls == [True]
 
 
-def test_a_workspace_is_not_used_by_two_calls(given, by_operators):
+def test_a_workspace_is_not_used_by_two_calls(call, inputs, by_operators):
     """Calls one after the other with different sizes; their workspaces may share memory."""
     sizes = [(5, 9), (40, 70), (3, 200), (40, 70)]
-    values = [given((33,), rows, references) for rows, references in sizes]
-    found = [call("field_fn", each) for each in values]
+    values = [inputs((33,), rows, references) for rows, references in sizes]
+    results = [call("field_fn", each) for each in values]
     expected = by_operators(lambda: [call("field_fn", each) for each in values])
-    for one, wanted in zip(found, expected, strict=True):
+    for one, wanted in zip(results, expected, strict=True):
         assert_same(one, wanted)
 
 
 # ---- the GPU ---------------------------------------------------------------------------------
 
 
-def test_support_is_asked_once(given, monkeypatch, one_calls):
-    values, asked = given(), []
+def test_support_is_asked_once(call, inputs, monkeypatch, one_calls):
+    values, asked = inputs(), []
     supports = native.supports
-    monkeypatch.setattr(native, "supports", lambda *given: asked.append(given) or supports(*given))
+    monkeypatch.setattr(native, "supports", lambda *case: asked.append(case) or supports(*case))
     native_calls._supported.clear()
     for _ in range(3):
         call("field_fn", values)
@@ -533,12 +502,12 @@ def test_support_is_asked_once(given, monkeypatch, one_calls):
 
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
 @pytest.mark.parametrize("name", FUNCTIONS)
-def test_another_device_than_the_current_one(given, by_operators, one_calls, name):
-    values = [value.to("cuda:1") for value in given()]
-    found = call(name, values)
+def test_another_device_than_the_current_one(call, inputs, by_operators, one_calls, name):
+    values = [value.to("cuda:1") for value in inputs()]
+    results = call(name, values)
     assert torch.cuda.current_device() == 0
     assert one_calls == [True]
-    assert_same(found, by_operators(lambda: call(name, values)))
+    assert_same(results, by_operators(lambda: call(name, values)))
     on_the_first = values[1].to("cuda:0")
     with pytest.raises(ValueError, match="must be on one device"):
         pfgm.field_fn(values[0], 2.0, on_the_first, backend="native")
