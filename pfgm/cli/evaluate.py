@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import csv
-import io
 import math
 import sys
 from contextlib import suppress
@@ -17,7 +15,7 @@ from torch import Tensor
 
 from .. import evaluation
 from ..common.checks import check_seed
-from ..common.files import output_folder, write_atomic, write_json
+from ..common.files import output_folder, write_csv, write_json
 from ..common.versions import versions
 from ..data import to_unit
 from ..datasets import Data, Layout, Range, open_data, open_samples
@@ -181,7 +179,7 @@ class Evaluate:
         points = []
         if isinstance(source, Loaded) and self.curve:
             points = self._curve(source, real, device)
-            _write_csv(self.out / "curve.csv", points)
+            write_csv(self.out / "curve.csv", [Point._fields, *points])
         _draw_pictures(self.out, samples, points, figures["frechet_distance"]["train"])
 
     # ---- checks and inputs ----
@@ -390,14 +388,6 @@ def _part(data: Data) -> str:
 
 
 # ---- files and text ---------------------------------------------------------------------------
-
-
-def _write_csv(path: Path, points: list[Point]) -> None:
-    lines = io.StringIO(newline="")
-    writer = csv.writer(lines, lineterminator="\n")
-    writer.writerow(Point._fields)
-    writer.writerows(points)
-    write_atomic(path, lambda file: file.write(lines.getvalue().encode()))
 
 
 def _are_images(samples: References) -> bool:

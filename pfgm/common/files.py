@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import csv
 import errno
+import io
 import json
 import os
 import secrets
@@ -10,7 +12,7 @@ import shutil
 import struct
 import tempfile
 import zipfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import BinaryIO
@@ -75,6 +77,27 @@ def write_json(path: StrPath, content: object, *, allow_nan: bool = True) -> Non
     """
     text = json.dumps(content, indent=2, allow_nan=allow_nan) + "\n"
     write_atomic(path, lambda file: file.write(text.encode()))
+
+
+def write_csv(path: StrPath, rows: Iterable[Sequence[object]]) -> None:
+    """Writes lines of comma-separated values, with :func:`write_atomic`.
+
+    Raises:
+        OSError: as for :func:`write_atomic`.
+    """
+    text = csv_text(rows)
+    write_atomic(path, lambda file: file.write(text.encode()))
+
+
+def csv_text(rows: Iterable[Sequence[object]]) -> str:
+    """Lines of comma-separated values.
+
+    >>> csv_text([["size", "a, b"], [1, 2.5]])
+    'size,"a, b"\\n1,2.5\\n'
+    """
+    text = io.StringIO()
+    csv.writer(text, lineterminator="\n").writerows(rows)
+    return text.getvalue()
 
 
 def check_folder(path: StrPath) -> Path:

@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import csv
 import importlib.util
-import io
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from ..common.files import reserve_standard_descriptors, write_atomic
+from ..common.files import csv_text, reserve_standard_descriptors, write_csv
 
 __all__ = ["Log"]
 
@@ -72,8 +71,7 @@ class _Table:
             path.unlink(missing_ok=True)
             self._fields = []
             return
-        text = _as_csv([self._fields, *kept])
-        write_atomic(path, lambda file: file.write(text.encode()))
+        write_csv(path, [self._fields, *kept])
 
     def last(self, name: str) -> float:
         """A value of the last row that the file held at first; 0 if there is none."""
@@ -94,17 +92,11 @@ class _Table:
                 self._fields = list(row)
                 rows.append(self._fields)
             rows.append([_format(row.get(name, "")) for name in self._fields])
-            file.write(_as_csv(rows))
+            file.write(csv_text(rows))
 
 
 def _format(value: float | str) -> object:
     return f"{value:.6g}" if isinstance(value, float) else value
-
-
-def _as_csv(rows: Sequence[Sequence[object]]) -> str:
-    text = io.StringIO()
-    csv.writer(text, lineterminator="\n").writerows(rows)
-    return text.getvalue()
 
 
 def _read_csv(path: Path) -> tuple[list[str], list[list[str]]]:
