@@ -45,6 +45,10 @@ format:
 sanitize:
     .ci/sanitize cpu_test
 
+# Compile the CPU kernels for ARM, and test them under qemu.
+aarch64:
+    .ci/aarch64
+
 # Build the documentation into build/site/.
 docs:
     NO_MKDOCS_2_WARNING=1 mkdocs build --strict

@@ -6,19 +6,10 @@ sample are :class:`PoissonFlow` and :class:`PoissonFlowPP`; :func:`load` reads w
 :func:`load_pretrained` what comes with the package.
 """
 
-from . import (
-    backends,
-    data,
-    datasets,
-    distillation,
-    evaluation,
-    metrics,
-    networks,
-    plotting,
-    pretrained,
-    solvers,
-    training,
-)
+import importlib
+from typing import TYPE_CHECKING, Any
+
+from . import backends, data, solvers
 from .backends import use_backend
 from .common.checks import debug_checks
 from .flows.flow import Flow
@@ -36,10 +27,42 @@ from .functional import (
     posterior_mean,
 )
 from .integrations.k_diffusion import as_k_diffusion
-from .pretrained import load_pretrained
 from .references import ReferenceSet
-from .training.checkpoint import load, save
-from .training.pretrained_folder import from_pretrained, save_pretrained
+
+if TYPE_CHECKING:
+    from . import (
+        datasets,
+        distillation,
+        evaluation,
+        metrics,
+        networks,
+        plotting,
+        pretrained,
+        training,
+    )
+    from .pretrained import load_pretrained
+    from .training.checkpoint import load, save
+    from .training.pretrained_folder import from_pretrained, save_pretrained
+else:
+    _FUNCTIONS = {
+        "from_pretrained": "training.pretrained_folder",
+        "load": "training.checkpoint",
+        "load_pretrained": "pretrained",
+        "save": "training.checkpoint",
+        "save_pretrained": "training.pretrained_folder",
+    }
+
+    def __getattr__(name: str) -> Any:
+        """What the operations and flows do not need is imported when it is asked for."""
+        if name in _FUNCTIONS:
+            return getattr(importlib.import_module(f"{__name__}.{_FUNCTIONS[name]}"), name)
+        if name in __all__:
+            return importlib.import_module(f"{__name__}.{name}")
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+    def __dir__() -> list[str]:
+        return sorted({*globals(), *__all__})
+
 
 __version__ = "0.2.0"
 

@@ -59,6 +59,8 @@ class Data(NamedTuple):
     for floating numbers from a file."""
     names: tuple[str, ...] = ()
     """The names of the classes, by label; empty if they have none."""
+    column_names: tuple[str, ...] = ()
+    """The names of the columns of a table; empty if they have none."""
 
 
 Range = tuple[float, float]
@@ -241,7 +243,12 @@ def _from_path(
                 f"is {train.dtype} with samples of shape {tuple(train.shape[1:])}, as in training."
             )
     return Data(
-        train, held_out, _classes(train, held_out), _levels(train), names=source.label_names
+        train,
+        held_out,
+        _classes(train, held_out),
+        _levels(train),
+        names=source.label_names,
+        column_names=source.column_names,
     )
 
 

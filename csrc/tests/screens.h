@@ -121,8 +121,8 @@ void check_both(const Points& of, Type type, Type reference_type) {
   }
 }
 
-void check_screens() {
-  for (const Points& of : points()) {
+void check_screens(const std::vector<Points>& all) {
+  for (const Points& of : all) {
     check_both<float, float>(of, Type::float32, Type::float32);
     check_both<float, double>(of, Type::float32, Type::float64);
     check_both<float, BFloat16>(of, Type::float32, Type::bfloat16);

@@ -1,6 +1,6 @@
 """``pfgm sample``: draws samples from a checkpoint, or from a network that comes with the package.
 
-It writes an array, a picture or single images.
+It writes an array, a table, a picture or single images.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ from ..common.checks import check_seed
 from ..common.files import check_new_folder, new_folder, output_folder
 from ..common.messages import progress_bar
 from ..data.images import save_image
+from ..data.tables import save_table
 from ..datasets import open_data
 from ..evaluation import noise_generator
 from ..flows.batched_sampling import draw_prior, sample_batches
@@ -38,7 +39,7 @@ __all__ = ["Sample"]
 _SHOWN_NAMES = 20  # of labels, in an error
 _NO_LABEL = "none"
 _COLUMNS = 32  # of a picture at most, that stand for labels
-_FILES = (".npy", ".png")
+_FILES = (".csv", ".npy", ".png")
 _DIGITS = 6  # of the numbers in the names of single images, at least
 
 
@@ -47,8 +48,8 @@ class Sample:
     """Draw samples from a checkpoint, or from a network that comes with the package."""
 
     out: Path
-    """A .npy file (float32, n first), a .png picture of all images, or a new folder for single
-    images, 000000.png and so on."""
+    """A .npy file (float32, n first), a .csv file of the rows of a table, a .png picture of all
+    images, or a new folder for single images, 000000.png and so on."""
     checkpoint: Path | None = None
     """A .safetensors file of a run, of pfgm.save or of pfgm convert, or the folder of a run for its
     newest checkpoint. Give either this or --pretrained."""
@@ -82,10 +83,16 @@ class Sample:
             print(f"pfgm: {notice}", file=sys.stderr)
         flow, network = checkpoint.load(self._weights, device=device)
         images = len(flow.shape) == 3 and flow.shape[0] in (1, 3)
-        if not images and (self.out.suffix != ".npy" or self.animate):
+        files = (".csv", ".npy") if len(flow.shape) == 1 else (".npy",)
+        if not images and (self.out.suffix not in files or self.animate):
             raise ValueError(
                 f"out is {self.out}, but samples of shape {flow.shape} are not images; allowed is "
-                "a name that ends in .npy, without --animate."
+                f"a name that ends in {' or '.join(files)}, without --animate."
+            )
+        if images and self.out.suffix == ".csv":
+            raise ValueError(
+                f"out is {self.out}, but samples of shape {flow.shape} are images; allowed are "
+                "names that end in .npy or .png, and folders."
             )
         if self.out.suffix == ".png" or self.animate:
             require_matplotlib()
@@ -123,8 +130,8 @@ class Sample:
         if self._is_folder():
             if self.out.suffix and not self.out.is_dir():
                 raise ValueError(
-                    f"out is {self.out}; allowed are names that end in .npy or .png, and folders, "
-                    "whose names have no dot unless they exist."
+                    f"out is {self.out}; allowed are names that end in .csv, .npy or .png, and "
+                    "folders, whose names have no dot unless they exist."
                 )
             check_new_folder(self.out)
         elif self.out.is_dir():
@@ -215,6 +222,11 @@ class Sample:
     def _write(self, samples: Tensor, labels: Sequence[int]) -> None:
         if self.out.suffix == ".npy":
             data.save_array(self.out, samples)
+            return
+        if self.out.suffix == ".csv":
+            names = self._names() or range(max(labels, default=-1) + 1)
+            each = [names[labels[i % len(labels)]] for i in range(self.n)] if labels else None
+            save_table(self.out, samples, checkpoint.column_names(self._weights), each)
             return
         from ..plotting import image_grid
 

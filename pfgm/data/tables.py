@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, TypeGuard
 
@@ -11,9 +12,10 @@ import torch
 from torch import Tensor
 
 from ..common.checks import natural
+from ..common.files import StrPath, write_csv
 from .rows import check_samples
 
-__all__ = ["LABEL_NAMES", "is_frame", "is_series", "load_table", "round_columns"]
+__all__ = ["LABEL_NAMES", "is_frame", "is_series", "load_table", "round_columns", "save_table"]
 
 LABEL_NAMES = ("labels", "label", "y")
 """Names of the arrays and columns that hold labels."""
@@ -31,7 +33,7 @@ def is_series(value: object) -> bool:
     return pandas is not None and isinstance(value, pandas.Series)
 
 
-def load_table(table: Any) -> tuple[Tensor, Tensor | None, tuple[str, ...]]:
+def load_table(table: Any) -> tuple[Tensor, Tensor | None, tuple[str, ...], tuple[str, ...]]:
     """The numbers of a DataFrame or of a .csv file.
 
     A .csv file begins with a line of names. The column named labels, label or y, if there is one,
@@ -43,7 +45,7 @@ def load_table(table: Any) -> tuple[Tensor, Tensor | None, tuple[str, ...]]:
 
     Returns:
         The rows (n, columns), float32, in the order of the columns; the labels (n,), int64, or
-        None; and the names of the classes, by label, if they have names.
+        None; the names of the classes, by label, if they have names; and those of the columns.
 
     Raises:
         ImportError: a file needs pandas, and it is not installed.
@@ -53,7 +55,7 @@ def load_table(table: Any) -> tuple[Tensor, Tensor | None, tuple[str, ...]]:
     >>> import pandas
     >>> load_table(pandas.DataFrame({"height": [1.5, 2.0], "y": ["oak", "elm"]}))
     (tensor([[1.5000],
-            [2.0000]]), tensor([1, 0]), ('elm', 'oak'))
+            [2.0000]]), tensor([1, 0]), ('elm', 'oak'), ('height',))
     """
     name, frame = ("the table", table) if is_frame(table) else (str(table), _read(Path(table)))
     column = next((label for label in LABEL_NAMES if label in frame.columns), None)
@@ -62,7 +64,40 @@ def load_table(table: Any) -> tuple[Tensor, Tensor | None, tuple[str, ...]]:
         frame = frame.drop(columns=column)
     check_samples(frame.shape, name)
     rows = np.stack([_numbers(frame.iloc[:, i], name) for i in range(frame.shape[1])], 1)
-    return torch.from_numpy(rows), labels, names
+    return torch.from_numpy(rows), labels, names, tuple(str(each) for each in frame.columns)
+
+
+def save_table(
+    path: StrPath,
+    samples: Tensor,
+    columns: Sequence[str] = (),
+    labels: Sequence[object] | None = None,
+) -> None:
+    """Writes samples to a ``.csv`` file, which :func:`load_table` reads back without loss.
+
+    Args:
+        path: the file. If writing fails, an existing file is left as it was.
+        samples: (n, columns), float32.
+        columns: the names of the columns; without names they are x0, x1 and so on.
+        labels: n labels, or their names, for a last column "labels".
+
+    Raises:
+        OSError: the file cannot be written.
+
+    >>> import tempfile
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...     save_table(f"{folder}/t.csv", torch.tensor([[0.1, 2.0]]), ["height", "age"], ["oak"])
+    ...     print(Path(f"{folder}/t.csv").read_text(), end="")
+    height,age,labels
+    0.1,2.0,oak
+    """
+    values = samples.detach().cpu().numpy().astype(str)  # the shortest texts of float32 numbers
+    head = [*(columns or [f"x{number}" for number in range(samples.shape[1])])]
+    if labels is None:
+        write_csv(path, [head, *values])
+    else:
+        lines = ([*row, label] for row, label in zip(values, labels, strict=True))
+        write_csv(path, [[*head, LABEL_NAMES[0]], *lines])
 
 
 def round_columns(samples: Tensor, data: Tensor, most: int = 20) -> Tensor:

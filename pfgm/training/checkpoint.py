@@ -175,7 +175,20 @@ def label_names(path: StrPath) -> list[str]:
     Raises:
         FileNotFoundError, ValueError: as :func:`load`.
     """
-    names = _read_newest(path)[2].get("label_names", [])
+    return _recorded_names(path, "label_names")
+
+
+def column_names(path: StrPath) -> list[str]:
+    """The names of the columns of the table that a network was trained on; often empty.
+
+    Raises:
+        FileNotFoundError, ValueError: as :func:`load`.
+    """
+    return _recorded_names(path, "column_names")
+
+
+def _recorded_names(path: StrPath, kind: str) -> list[str]:
+    names = _read_newest(path)[2].get(kind, [])
     return [str(name) for name in names] if isinstance(names, list) else []
 
 
@@ -202,6 +215,7 @@ def save_run(
     distilled: bool | None = None,
     *,
     label_names: Sequence[str] = (),
+    column_names: Sequence[str] = (),
     after: int | None = None,
 ) -> None:
     """Writes a checkpoint of a run: state, weights, then latest.json; removes the oldest.
@@ -214,6 +228,7 @@ def save_run(
         step: of the checkpoint.
         distilled: as for :func:`save`.
         label_names: the names of the labels 0, 1, …; empty if they have none.
+        column_names: the names of the columns of a table; likewise.
         after: step of the checkpoint that the run wrote last or was resumed from. Other checkpoints
             above it belong to an abandoned continuation and are removed. None is `step`.
     """
@@ -225,8 +240,9 @@ def save_run(
     write_atomic(folder / names["state"], lambda file: file.write(content.getbuffer()))
     content.close()  # frees three times the memory of the weights
     facts: dict[str, Any] = {"step": step, "state_checksum": checksum}
-    if label_names:
-        facts["label_names"] = [*label_names]
+    for kind, named in (("label_names", label_names), ("column_names", column_names)):
+        if named:
+            facts[kind] = [*named]
     write_weights(folder / names["weights"], flow, averaged, facts, distilled)
     latest = json.dumps({"step": step, **names})
     write_atomic(folder / "latest.json", lambda file: file.write(latest.encode()))

@@ -165,6 +165,7 @@ def _run(
         progress=progress,
         labels=rows.labels if config.labels else None,
         label_names=data.names if config.labels else (),
+        column_names=data.column_names,
         evaluate=Evaluation(config, flow, data, folder, device) if processes.leads else None,
         report=report,
         loss=loss,

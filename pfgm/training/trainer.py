@@ -79,6 +79,7 @@ class Trainer:
         labels: integers (n,) from 0. They go to the network as its argument ``labels``, and the
             target of a point is the field of the references with its label.
         label_names: the names of the labels 0, 1, …, which checkpoints record.
+        column_names: the names of the columns of a table, which checkpoints record.
         report: called once by the first process with a line of text: the time left, estimated from
             the first steps.
         loss: replaces the loss of the flow and takes the same arguments, such as
@@ -117,6 +118,7 @@ class Trainer:
         progress: bool = True,
         labels: Tensor | None = None,
         label_names: Sequence[str] = (),
+        column_names: Sequence[str] = (),
         evaluate: Callable[[int, nn.Module], Mapping[str, float]] | None = None,
         report: Callable[[str], None] | None = None,
         loss: Callable[..., Tensor] | None = None,
@@ -128,7 +130,7 @@ class Trainer:
         self.config = config = self._given.resolved()
         self.folder = None if folder is None else folder_path(folder)
         self.progress = progress
-        self.label_names = tuple(label_names)
+        self.label_names, self.column_names = tuple(label_names), tuple(column_names)
         self.evaluate = evaluate
         self.report = report
         self.loss, self.distilled = loss, distilled
@@ -302,6 +304,7 @@ class Trainer:
                     self.step,
                     self.distilled,
                     label_names=self.label_names,
+                    column_names=self.column_names,
                     after=self._saved_step or self.step,
                 )
                 self._saved_step = self.step

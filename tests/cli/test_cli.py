@@ -1,3 +1,4 @@
+import csv
 import json
 import os
 import re
@@ -14,6 +15,7 @@ import torch
 
 import pfgm
 from pfgm import cli
+from pfgm.datasets import open_data
 from pfgm.training import TrainConfig
 from pfgm.training.runs import RunConfig
 
@@ -227,6 +229,18 @@ def test_a_table_to_rounded_samples(tmp_path, capsys):
     assert "whose rows have the shape of the samples" in fails(
         capsys, *sample, "--round-to", "digits"
     )
+    drawn = np.load(path)
+    sample[-1] = str(tmp_path / "samples.csv")
+    assert cli.main(sample) == 0
+    with open(sample[-1], newline="") as file:
+        header, *lines = csv.reader(file)
+    assert header == ["size", "flag", "labels"]
+    assert [line[2] for line in lines] == ["b"] * 30
+    np.testing.assert_array_equal(np.array([line[:2] for line in lines], np.float32), drawn)
+    sample[sample.index("b")] = "none"
+    assert cli.main(sample) == 0
+    assert open_data(sample[-1]).column_names == ("size", "flag")
+    assert open_data(sample[-1]).classes == 0
 
 
 def test_photographs_of_many_sizes(tmp_path):
@@ -646,7 +660,11 @@ def test_a_picture_needs_images(tmp_path, capsys):
         "--out",
         tmp_path / "x.png",
     ]
-    assert "are not images" in fails(capsys, *arguments)
+    assert "are not images; allowed is a name that ends in .csv or .npy" in fails(
+        capsys, *arguments
+    )
+    arguments[1:3], arguments[-1] = ["--pretrained", "digits"], tmp_path / "x.csv"
+    assert "are images; allowed are names that end in .npy or .png" in fails(capsys, *arguments)
 
 
 def test_usage_errors_have_exit_code_2(capsys):

@@ -5,7 +5,7 @@ import pytest
 import torch
 
 import pfgm
-from pfgm.data.tables import load_table, round_columns
+from pfgm.data.tables import load_table, round_columns, save_table
 from pfgm.datasets import open_data
 
 pandas = pytest.importorskip("pandas")
@@ -26,6 +26,26 @@ def test_a_file_is_read(tmp_path: Path) -> None:
     assert data.train.labels is not None
     assert data.train.labels.tolist() == [1, 0, 1]
     assert (data.classes, data.names, data.levels) == (2, ("elm", "oak"), 0)
+
+
+def test_what_is_written_is_read_back(tmp_path: Path) -> None:
+    """Every digit, names with commas, quotes and line ends, and labels by name."""
+    values = np.random.default_rng(0).normal(size=(50, 3)) * 10.0 ** np.arange(-30, 31, 30)
+    rows, names, path = (
+        torch.from_numpy(values).float(),
+        ("a, b", '"c"\nd', "e"),
+        tmp_path / "t.csv",
+    )
+    save_table(path, rows, names, ["oak", "elm, old"] * 25)
+    read, labels, classes, columns = load_table(path)
+    assert torch.equal(read, rows)
+    assert labels is not None
+    assert labels.tolist() == [1, 0] * 25
+    assert (classes, columns) == (("elm, old", "oak"), names)
+    save_table(path, rows)
+    assert load_table(path)[3] == ("x0", "x1", "x2")
+    with pytest.raises(ValueError, match="zip"):
+        save_table(path, rows, labels=[0])
 
 
 def test_labels_survive_a_range(tmp_path: Path) -> None:
