@@ -121,15 +121,18 @@ _NAMESPACE = re.compile(r"(\d+)_GLOBAL__N_")
 _IDENTIFIER = re.compile(r"(\d+)")
 
 
-def _plain(name: str) -> str:
-    """The name in the source of a kernel whose mangled name this is."""
+def source_name(name: str) -> str:
+    """A kernel's mangled name without the namespace, whose name has a hash of the build."""
+    # The namespace's length, its name, the kernel's length, its name, its template's arguments.
     namespace = _NAMESPACE.search(name)
-    if namespace is None:
-        return name
-    # The namespace's length, its name, the kernel's length, its name.
-    length = _IDENTIFIER.match(name, namespace.end(1) + int(namespace[1]))
-    assert length is not None
-    return name[length.end() : length.end() + int(length[1])]
+    return name if namespace is None else name[namespace.end(1) + int(namespace[1]) :]
+
+
+def plain_name(name: str) -> str:
+    """The name in the source of a kernel whose mangled name this is."""
+    name = source_name(name)
+    length = _IDENTIFIER.match(name)
+    return name if length is None else name[length.end() : length.end() + int(length[1])]
 
 
 class Executor:
@@ -155,6 +158,7 @@ class Executor:
         self.set(order=seed, preempt=40 if seed > 1 else 0)
 
     def device(self, capability: int, multiprocessors: int = 4, l2_cache: int = 50 << 20) -> None:
+        self.capability = capability
         self.set(
             capability=capability,
             multiprocessors=multiprocessors,
@@ -168,7 +172,7 @@ class Executor:
         for i in range(self.library.ptx_log_size()):
             mangled, *words = self.library.ptx_log(i).decode().split(" ")
             x, y, z, threads, shared, *counts = map(int, words)
-            kernel, counted = _plain(mangled), dict(zip(_COUNTED, counts, strict=True))
+            kernel, counted = plain_name(mangled), dict(zip(_COUNTED, counts, strict=True))
             name = _NAMES.get(kernel, kernel)
             launches.append(Launch(name, (x, y, z), threads, shared, kernel, counted, mangled))
         self.library.ptx_clear_log()
@@ -177,6 +181,30 @@ class Executor:
     def names(self) -> list[str]:
         """Of the launches since the last call."""
         return [launch.name for launch in self.launches()]
+
+    def modules(self) -> list[str]:
+        """The texts of PTX that are loaded."""
+        return [self.library.ptx_text(i).decode() for i in range(self.library.ptx_modules())]
+
+    def reload(self) -> None:
+        """Loads all modules again. Nothing of them has been executed then."""
+        for module, text in enumerate(self.modules()):
+            self.library.ptx_reload(module, text.encode())
+
+    def executed(self, module: int, entry: str) -> list[int]:
+        """The lines of a module whose instructions a kernel has executed."""
+        return [int(line) for line in self.library.ptx_reached(module, entry.encode()).split()]
+
+    @contextmanager
+    def replaced(self, module: int, text: str) -> Iterator[None]:
+        """Another text of PTX in place of a module's."""
+        before = self.library.ptx_text(module)
+        self.library.ptx_reload(module, text.encode())
+        try:
+            yield
+        finally:
+            self.library.ptx_reload(module, before)
+            self.errors()
 
     def errors(self) -> list[str]:
         """What the machine found wrong since the last call."""

@@ -400,6 +400,13 @@ __global__ void ends_of_grid(int* out) {
   wait_for_earlier_launches();
   if (blockIdx.x % 11 == 0) out[threadIdx.x] = static_cast<int>(blockIdx.x);
 }
+__global__ void exchange(int* memory, bool barrier) {
+  wait_for_earlier_launches();
+  auto* shared = static_cast<volatile int*>(memory);
+  shared[threadIdx.x] = 1;
+  if (barrier) __syncthreads();
+  shared[128 + threadIdx.x] = shared[threadIdx.x ^ (threadIdx.x < 32 ? 1 : 32)];
+}
 __global__ void early_read(const int* from, int* out) {
   wait_for_earlier_launches();
   auto* memory = reinterpret_cast<int*>(shared_memory());
@@ -410,7 +417,16 @@ __global__ void early_read(const int* from, int* out) {
   out[threadIdx.x] = reinterpret_cast<volatile int*>(memory)[threadIdx.x ^ 1];
 }
 
-enum class Mistake { none, published_late, unwaited, changed, unpublished, dropped };
+enum class Mistake {
+  none,
+  published_late,
+  unwaited,
+  changed,
+  unpublished,
+  dropped,
+  replaced,
+  unfenced
+};
 
 __global__ void __launch_bounds__(128) product(const float* from, float* out, Mistake mistake) {
   wait_for_earlier_launches();
@@ -428,6 +444,7 @@ __global__ void __launch_bounds__(128) product(const float* from, float* out, Mi
   begin_products();
   if (mistake == Mistake::changed) asm volatile("mov.u32 %0, 1;" : "=r"(a[2]));
   begin_product(d, a, shared_memory(), 1024);
+  if (mistake == Mistake::replaced) begin_product(d, a, shared_memory(), 1024, false);
   commit_products();
   if (mistake == Mistake::unwaited) return;
   if (mistake == Mistake::dropped) d[3][1] = 2;
@@ -435,6 +452,10 @@ __global__ void __launch_bounds__(128) product(const float* from, float* out, Mi
   wait_products<0>();
   keep_in_place(d);
   out[threadIdx.x] = d[3][1];
+  if (mistake != Mistake::unfenced) begin_products();
+  begin_product(d, a, shared_memory(), 1024);
+  commit_products();
+  wait_products<0>();
 #endif
 }
 
@@ -479,6 +500,8 @@ void check_mistakes() {
       {"changed operand", "written after the fence", [&] { products(Mistake::changed); }},
       {"unpublished", "not published", [&] { products(Mistake::unpublished); }},
       {"dropped product", "changed before the wait", [&] { products(Mistake::dropped); }},
+      {"replaced product", "nobody has waited for", [&] { products(Mistake::replaced); }},
+      {"unfenced product", "no fence since", [&] { products(Mistake::unfenced); }},
       {"published late", "", [&] { products(Mistake::published_late); }},
       {"product", "", [&] { products(Mistake::none); }},
   };
@@ -509,6 +532,10 @@ void check_global_memory() {
   expect(errors().find("global write after write") != std::string::npos, "a race of blocks");
   launch({"ends_of_grid", {11}, 256}, ends_of_grid, static_cast<int*>(out));
   expect(errors().empty(), "one block writes");
+  launch({"exchange", {1}, 64}, exchange, static_cast<int*>(out), false);
+  expect(errors().find("global read after write in a block") != std::string::npos, "no barrier");
+  launch({"exchange", {1}, 64}, exchange, static_cast<int*>(out), true);
+  expect(errors().empty(), "a barrier");
   std::free(in), std::free(out);
 }
 

@@ -671,8 +671,8 @@ void check_global(Warp& w, const Ins& i, int lane, Range& range, u64 at, u32 byt
   const u32 me = w.block->number;
   for (u64 word = (at - range.from) / 4; word <= (at + bytes - 1 - range.from) / 4; ++word) {
     auto& s = range.words[word];
-    if (s.launch != launch_number) s = {launch_number, 0, 0, 0};
-    // flags: 1 the write was atomic, 2 several blocks read
+    if (s.launch != launch_number) s = {launch_number};
+    // flags: 1 the write was atomic, 2 several blocks read, 4 it wrote a part of the word
     if (s.wblock && s.wblock != me && !(atomic && (s.flags & 1)))
       report(writes ? "global write after write" : "global read after write", &w, &i, lane,
              "%s + %llu: block %u and block %u", range.name.c_str(),
@@ -680,9 +680,16 @@ void check_global(Warp& w, const Ins& i, int lane, Range& range, u64 at, u32 byt
     if (writes && !atomic && s.rblock && (s.rblock != me || (s.flags & 2)))
       report("global write after read", &w, &i, lane, "%s + %llu: block %u and block %u",
              range.name.c_str(), (unsigned long long)(at - range.from), s.rblock, me);
-    if (writes)
-      s.wblock = me, s.flags = static_cast<u8>((s.flags & 2) | (atomic ? 1 : 0));
-    else {
+    const bool other = s.wwarp != w.id, at_once = s.wlane != lane && s.wsync == w.syncs;
+    if (!writes && s.wblock == me && !(s.flags & 5) && (other ? w.vc[s.wwarp] < s.wclock : at_once))
+      report("global read after write in a block", &w, &i, lane, "%s + %llu: warp %d lane %d",
+             range.name.c_str(), (unsigned long long)(at - range.from), s.wwarp, s.wlane);
+    if (writes) {
+      s.wblock = me;
+      s.flags = static_cast<u8>((s.flags & 2) | (atomic ? 1 : 0) | (bytes < 4 ? 4 : 0));
+      s.wwarp = static_cast<u8>(w.id), s.wlane = static_cast<u8>(lane);
+      s.wclock = w.vc[w.id], s.wsync = w.syncs;
+    } else {
       if (s.rblock && s.rblock != me) s.flags |= 2;
       s.rblock = me;
     }

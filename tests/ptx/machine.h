@@ -165,6 +165,8 @@ struct Range {
   struct Word {
     u32 launch = 0, wblock = 0, rblock = 0;
     u8 flags = 0;
+    u8 wwarp = 0, wlane = 0;  // that wrote last in the block, and the same as in Shadow
+    u32 wclock = 0, wsync = 0;
   };
   std::vector<Word> words;
 };
@@ -239,6 +241,7 @@ struct Warp {
   std::vector<u8> local;
   bool same_value = false;   // a store changes nothing: it races with no other store of the value
   std::vector<u8> at_fence;  // the register file at the last wgmma.fence
+  std::vector<s32> waited_for;  // registers of products that were waited for since then
 
   template <class T> T* reg(s32 at) const { return reinterpret_cast<T*>(R + at); }
 };

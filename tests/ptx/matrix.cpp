@@ -394,6 +394,11 @@ void wgmma(Warp& w, const Ins& i) {
         break;
       }
     }
+    if (chained && !p.adds)
+      report("wgmma: a result is replaced that nobody has waited for", &w, &i, 0, "");
+    // Threads may have read what was waited for. A product may overwrite it after a fence.
+    if (!chained && std::count(w.waited_for.begin(), w.waited_for.end(), p.d[0]) > 0)
+      report("wgmma: no fence since its registers were waited for", &w, &i, 0, "");
   }
   begin_reads(w, i, operand_b(w, p), p.n);
   if (p.a_in_shared) begin_reads(w, i, operand_a(w, p), 16, p.a_row);
@@ -448,6 +453,7 @@ void wgmma_wait(Warp& w, const Ins& i) {
             }
         }
       }
+      w.waited_for.push_back(p.d[0]);
       end_reads(w, operand_b(w, p), p.n);
       if (p.a_in_shared) end_reads(w, operand_a(w, p), 16, p.a_row);
     }
@@ -457,6 +463,7 @@ void wgmma_wait(Warp& w, const Ins& i) {
 void wgmma_fence(Warp& w, const Ins& i) {
   if (!converge(w, i, FULL)) return;
   w.at_fence.assign(w.R, w.R + w.kernel->registers);
+  w.waited_for.clear();
 }
 
 // ---- building

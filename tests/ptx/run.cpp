@@ -278,6 +278,7 @@ static void run_block(const Launch& launch, Workshop& shop, u32 x, u32 y, u32 z)
     w.copies.assign(32, {});
     w.products.assign(1, {});
     w.at_fence.clear();
+    w.waited_for.clear();
     w.issued = 0;
     for (int other = 0; other < kMostWarps; ++other)
       w.vc[other] = clock - 1, w.published[other] = 0;

@@ -1,0 +1,152 @@
+"""Single changes of PTX instructions: tests of kernels must notice them."""
+
+from __future__ import annotations
+
+import hashlib
+import re
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import NamedTuple
+
+from benchmarks.common.executor import Executor, plain_name, source_name
+
+Rewrite = Callable[[str], str]
+
+
+def _number(pattern: str, change: Callable[[int], int]) -> Rewrite:
+    """Changes the number that the pattern's group is."""
+
+    def rewrite(line: str) -> str:
+        match = re.search(pattern, line)
+        assert match is not None
+        return line[: match.start(1)] + str(change(int(match[1]))) + line[match.end(1) :]
+
+    return rewrite
+
+
+def _swap(group: int, i: int, j: int) -> Rewrite:
+    """Swaps two registers of a group in braces."""
+
+    def rewrite(line: str) -> str:
+        match = list(re.finditer(r"\{([^{}]*)\}", line))[group]
+        registers = match[1].split(", ")
+        registers[i], registers[j] = registers[j], registers[i]
+        return line[: match.start(1)] + ", ".join(registers) + line[match.end(1) :]
+
+    return rewrite
+
+
+def _replace(pattern: str, by: str) -> Rewrite:
+    return lambda line: re.sub(pattern, by, line, count=1)
+
+
+_remove = _replace(".+", "")
+_OFFSET = r"\+(\d+)\]"
+# What is changed → a pattern of the instruction, what becomes of it.
+KINDS: dict[str, tuple[str, Rewrite]] = {
+    "no barrier": (r"\b(bar|barrier)\.sync", _remove),
+    "no barrier of a warp": (r"\bbar\.warp\.sync", _remove),
+    "one copy more may be under way": (
+        r"\bcp\.async\.wait_group", _number(r"(\d+);", lambda n: n + 1),
+    ),
+    "a copy of 0 bytes": (r"\bcp\.async\.c[ag].*, %r\d+;", _replace(r"%r\d+;", "0;")),
+    "mma: operands a1, a2": (r"\bmma\.sync", _swap(1, 1, 2)),
+    "mma: operands b0, b1": (r"\bmma\.sync", _swap(2, 0, 1)),
+    "mma: results d1, d2": (r"\bmma\.sync.*f32\.f", _swap(0, 1, 2)),
+    "a shuffle that stays in its lane": (
+        r"\bshfl\.sync\.bfly", _replace(r"(\|%p\d+, %r\d+), %r\d+,", r"\1, 0,"),
+    ),
+    "a store 16 bytes on": (rf"\bst\.shared.*{_OFFSET}", _number(_OFFSET, lambda n: n + 16)),
+    "a load 16 bytes on": (rf"\bld\.shared.*{_OFFSET}", _number(_OFFSET, lambda n: n + 16)),
+    "≤ for <": (r"\bsetp\.lt\.[su]\d", _replace("lt", "le")),
+    "> for ≥": (r"\bsetp\.ge\.[su]\d", _replace("ge", "gt")),
+    "fma: factor and addend": (
+        r"\bfma\.rn\.f32 %\w+, %\w+, %\w+, %\w+;", _replace(r"(%\w+), (%\w+);", r"\2, \1;"),
+    ),
+    "another field of a parameter": (
+        rf"\bld\.param\.\w64 .*{_OFFSET}",
+        _number(_OFFSET, lambda n: n + 8 if n < 16 else n - 8),
+    ),
+    "no fence between threads and products": (r"\bfence\.proxy\.async", _remove),
+    "one product more may be under way": (
+        r"\bwgmma\.wait_group", _number(r"(\d+);", lambda n: n + 1),
+    ),
+    "wgmma: registers 1, 2": (r"\bwgmma\.mma_async", _swap(-1, 1, 2)),
+    "no fence of registers": (r"\bwgmma\.fence", _remove),
+    "another descriptor": (
+        r"\bor\.b64 .*, \d{10,13};", _number(r", (\d{10,13});", lambda n: n ^ 3 << 32),
+    ),
+    "no wait for the launch before": (r"\bgriddepcontrol\.wait", _remove),
+}  # fmt: skip
+
+
+class Change(NamedTuple):
+    kind: str
+    capability: int  # that the PTX is for
+    entry: str
+    module: int
+    line: int
+    place: int  # of the line in the kernel
+    before: str
+    after: str
+
+    def __str__(self) -> str:
+        """The same whatever the numbers of registers are, and the lines of other kernels."""
+        instruction = re.sub(r"%(\w+?)\d+\b", r"%\1", re.sub(r"_Z\w+(_param)", r"\1", self.before))
+        return f"{self.kind}, {plain_name(self.entry)}, sm_{self.capability}: {instruction}"
+
+
+class Changes:
+    """Changes of the instructions that kernels have executed until now.
+
+    Attributes:
+        places: kind → kernel → its changes.
+    """
+
+    def __init__(self, executor: Executor):
+        self._executor = executor
+        self._lines = [text.split("\n") for text in executor.modules()]
+        self.places: dict[str, dict[str, list[Change]]] = {kind: {} for kind in KINDS}
+        for module, lines in enumerate(self._lines):
+            self._find(module, "\n".join(lines))
+
+    def _find(self, module: int, text: str) -> None:
+        target = re.search(r"\.target sm_(\d+)", text)
+        assert target is not None
+        for match in re.finditer(r"\.entry (\w+)", text):
+            entry, start = match[1], text.count("\n", 0, match.start())
+            kernel = f"{source_name(entry)} sm_{target[1]}"
+            for line in self._executor.executed(module, entry):
+                before = self._lines[module][line].strip()
+                for kind, (pattern, rewrite) in KINDS.items():
+                    if re.search(pattern, before) and (after := rewrite(before)) != before:
+                        change = Change(
+                            kind, int(target[1]), entry, module, line, line - start, before, after
+                        )
+                        self.places[kind].setdefault(kernel, []).append(change)
+
+    def draw(self, count: int) -> list[Change]:
+        """Takes the kinds in turn, and of each a kernel and a place by a fixed seed. Where a kernel
+        or a problem is changed, what is drawn of others stays."""
+
+        def rank(*words: object) -> bytes:
+            return hashlib.sha256(repr(words).encode()).digest()
+
+        kinds = [kind for kind, kernels in self.places.items() if kernels]
+        drawn = []
+        for turn in range(count):
+            kind = kinds[turn % len(kinds)]
+            kernels = self.places[kind]
+            kernel = min(kernels, key=lambda name: rank(turn, kind, name))
+            drawn.append(min(kernels[kernel], key=lambda each: rank(turn, each.place)))
+        return drawn
+
+    @contextmanager
+    def made(self, change: Change) -> Iterator[None]:
+        """The executor runs the changed kernel."""
+        lines = self._lines[change.module]
+        lines[change.line] = change.after
+        text = "\n".join(lines)
+        lines[change.line] = change.before
+        with self._executor.replaced(change.module, text):
+            yield
