@@ -19,6 +19,7 @@ pytestmark = pytest.mark.skipif(triton.interpreted(), reason="the executor runs 
 INF = math.inf
 SINGLE, BFLOAT, HALF, BYTE = torch.float32, torch.bfloat16, torch.float16, torch.uint8
 ORDERS = (0, 1, 7)  # ascending, descending, random
+SLOW_ORDERS = (0, 7)
 TOLERANCE = {"high": 5e-6, "medium": 2e-3}
 LIMITS = {  # of the CUDA kernels' blocks and chunks
     "parts": {"pairs": 600, "parts": 1, "queries": 17, "references": 128},
@@ -284,7 +285,8 @@ def test_problem(op, backend, device, request, case):
         request.getfixturevalue("limits")(**LIMITS[case.limits])
     problem = Problem(case, device, seed=sum(str(case).encode()))
     bits = None
-    for order in ORDERS if executor else ORDERS[:1]:
+    orders = SLOW_ORDERS if request.node.get_closest_marker("slow") else ORDERS
+    for order in orders if executor else ORDERS[:1]:
         if executor:
             executor.order(order)
         results = problem.run(op.module, keeps=backend == "native" and case.B % 2 == 0)
