@@ -160,7 +160,7 @@ def test_a_teacher_may_return_a_view_of_its_points():
 CORNERS = torch.tensor([[1.0, 1.0], [-1.0, 1.0], [1.0, -1.0], [-1.0, -1.0]])
 
 
-@pytest.mark.parametrize("D", [None, 64.0, math.inf])
+@pytest.mark.parametrize("D", [None, 64.0])
 def test_a_student_arrives_in_one_evaluation(D):
     """The teacher is exact; alone, one evaluation of it gives the average of the corners."""
     data = CORNERS.repeat(16, 1)

@@ -595,8 +595,7 @@ def defeat_expected_results(name, N, dtype, D):
     return weights @ references.double() / total, (largest + total.log())[:, 0]
 
 
-@pytest.mark.parametrize("D", [1.0, 128.0, math.inf])
-@pytest.mark.parametrize("N", [512, 1023, 3000])
+@pytest.mark.parametrize(("N", "D"), [(512, math.inf), (1023, 128.0), (1537, 1.0)])
 @pytest.mark.parametrize(
     "name",
     [
@@ -731,7 +730,7 @@ def test_few_features_with_references_of_each_dtype(isa, oracle, oracle_gradient
 @pytest.mark.parametrize("D", [1.0, 128.0, math.inf])
 @pytest.mark.parametrize("near", [0, 1, 16, 17, 64, 300])
 @pytest.mark.parametrize("N", [3, 70])
-def test_some_references_near_and_many_barely_visible(isa, oracle, oracle_gradients, N, near, D):
+def test_some_references_near_and_many_barely_visible(oracle, oracle_gradients, N, near, D):
     """The near ones are a list. The others, of weights from e^-15 to e^-24, are a row."""
     generator = torch.Generator().manual_seed(near)
 
@@ -782,8 +781,8 @@ def test_few_features_where_one_is_enormous(isa, N):
 
 
 @pytest.mark.parametrize("offset", [1e2, 1e4, 1e6])
-@pytest.mark.parametrize("N", [1, 2, 64, 300])
-def test_few_features_far_from_the_origin(isa, oracle, N, offset):
+@pytest.mark.parametrize("N", [1, 2, 130])
+def test_few_features_far_from_the_origin(oracle, N, offset):
     # Weights are as good as beside the origin: the differences are exact.
     x, references, sigma = problem(66, 2100, N)
     x, references = x + offset, references + offset
@@ -834,14 +833,13 @@ def test_few_features_that_are_not_finite(isa, threads, N, bad):
             forward(x, broken, sigma, 1.0)
 
 
-@pytest.mark.parametrize("N", [2, 17, 200])
-def test_threads_do_not_change_a_bit_of_few_features(threads, N):
-    for D in (1.0, math.inf):
-        threads(1)
-        expected = everything(201, 2300, N, D)
-        for count in (2, 3, 5, 9):
-            threads(count)
-            assert_same(everything(201, 2300, N, D), expected)
+@pytest.mark.parametrize(("N", "D"), [(2, 1.0), (2, math.inf), (17, 1.0), (200, math.inf)])
+def test_threads_do_not_change_a_bit_of_few_features(threads, N, D):
+    threads(1)
+    expected = everything(201, 2300, N, D)
+    for count in (2, 3, 9):
+        threads(count)
+        assert_same(everything(201, 2300, N, D), expected)
 
 
 @pytest.mark.parametrize("size", [1e-15, 1e15, 1e25])
@@ -997,8 +995,13 @@ def test_memory_is_bounded_when_every_call_has_another_shape():
     assert float(done.stdout) <= 64
 
 
-@pytest.mark.parametrize("sizes", [(7, 2100, 1100), (50, 2100, 784), (391, 300, 20)])
-@pytest.mark.parametrize("D", [1.0, math.inf])
+@pytest.mark.parametrize(
+    ("sizes", "D"),
+    [
+        ((7, 2100, 1100), 1.0), ((7, 2100, 1100), math.inf), ((50, 2100, 784), 1.0),
+        ((391, 300, 20), 1.0), ((391, 300, 20), math.inf),
+    ],
+)  # fmt: skip
 def test_threads_do_not_change_a_bit(threads, sizes, D):
     threads(1)
     expected = everything(*sizes, D)
@@ -1091,7 +1094,7 @@ for arguments in sys.argv[1:]:
 def test_a_fork_beside_computing_threads():
     """Calls with one thread each, and with two."""
     done = subprocess.run(
-        [sys.executable, FORKS, "30", "20", "1", "2"],
+        [sys.executable, FORKS, "12", "20", "1", "2"],
         capture_output=True,
         text=True,
         timeout=180,

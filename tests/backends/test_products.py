@@ -73,7 +73,7 @@ def assert_accurate(found, wanted, references, tolerance):
     assert (error <= tolerance * wanted[1].abs().clamp(min=1)).all()
 
 
-@pytest.mark.parametrize("D", [1.0, 2048.0, 1e6, math.inf])
+@pytest.mark.parametrize("D", [1.0, 1e6, math.inf])
 def test_accuracy_contract(stress, oracle, form, D):
     # float32 rounds the differences of distances that decide at steep scores.
     for x, references, name in stress if form != "no float64" or D < 1e5 else ():

@@ -45,6 +45,7 @@ MINIATURE = dataclasses.replace(
     batch_size=32,
     references=64,
     seeds=(0,),
+    methods=("PFGM", "PFGM++ 128", "EDM", "VE", "VP"),
     samples=32,
     sampling_batch=32,
     classifier_epochs=1,

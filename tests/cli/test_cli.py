@@ -689,6 +689,12 @@ def wait_for_checkpoint(process, folder):
         time.sleep(0.05)
 
 
+def points_in(folder):
+    """A file of few points of three values, on which a process trains sooner than on digits."""
+    np.save(folder / "points.npy", np.random.default_rng(0).normal(size=(40, 3)).astype(np.float32))
+    return str(folder / "points.npy")
+
+
 def without_streams():
     """As `0<&- >&- 2>&-` under nohup."""
     signal.signal(signal.SIGHUP, signal.SIG_IGN)
@@ -701,11 +707,11 @@ def test_training_continues_when_its_output_is_gone(tmp_path):
     code = "import os, sys, pfgm.cli; code = pfgm.cli.main(); os.write(2, b'text'); sys.exit(code)"
     started, last = {}, {}
     for kind in ("pipe", "full", "closed"):
-        arguments = ["train", "--out", str(tmp_path / kind), "--width", "16", *TRAIN]
+        arguments = ["train", "--data", points_in(tmp_path), "--width", "16", *TRAIN]
         # The closed one must still train when its signal comes, after its first checkpoint.
-        last[kind] = 30 if kind == "closed" else 8
-        steps = ["--steps", str(last[kind]), "--checkpoint-every", "2"]
-        call = [sys.executable, "-c", code, *arguments, *steps]
+        last[kind] = 60 if kind == "closed" else 8
+        arguments += ["--out", str(tmp_path / kind), "--steps", str(last[kind])]
+        call = [sys.executable, "-c", code, *arguments, "--checkpoint-every", "2"]
         if kind == "pipe":
             call = ["bash", "-c", 'set -o pipefail; "$@" 2>&1 | head -c 1', "-", *call]
         with open("/dev/full", "w") as full:
@@ -764,9 +770,9 @@ def test_a_reader_that_has_seen_enough_ends_info_quietly(tmp_path):
     ("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGHUP, 129)]
 )
 def test_signals_leave_a_loadable_checkpoint(tmp_path, number, code, capsys):
-    arguments = ["train", "--data", "digits", "--out", str(tmp_path / "run"), "--width", "16"]
+    arguments = ["train", "--data", points_in(tmp_path), "--out", str(tmp_path / "run")]
     options = ["--batch-size", "16", "--references", "32", "--checkpoint-every", "2"]
-    process = command(*arguments, *options)
+    process = command(*arguments, "--width", "16", *options)
     wait_for_checkpoint(process, tmp_path / "run")
     if number == signal.SIGTERM:
         the_folder_is_in_use(process, tmp_path / "run", capsys)
@@ -778,7 +784,7 @@ def test_signals_leave_a_loadable_checkpoint(tmp_path, number, code, capsys):
     resume = f"pfgm train --out {tmp_path / 'run'} --resume"
     assert f"stopped; {resume} continues from the checkpoint of step {step}\n" in lines
     flow, network = pfgm.load(tmp_path / "run")
-    assert flow.sample(network, 2, steps=2).shape == (2, 1, 8, 8)
+    assert flow.sample(network, 2, steps=2).shape == (2, 3)
     assert not list((tmp_path / "run").glob("*.tmp"))
 
 
@@ -793,6 +799,14 @@ def the_folder_is_in_use(process, run, capsys):
     assert cli.main(["sample", "--checkpoint", str(run), "--n", "2", "--out", str(out)]) == 0
 
 
+@pytest.fixture
+def few_samples(monkeypatch):
+    """The demo draws 200 samples in place of 1000."""
+    assert cli.demo.SAMPLES == 1000
+    monkeypatch.setattr(cli.demo, "SAMPLES", 200)
+
+
+@pytest.mark.usefixtures("few_samples")
 def test_demo(tmp_path, capsys):
     out = tmp_path / "demo"
     figures = []
@@ -802,11 +816,11 @@ def test_demo(tmp_path, capsys):
         figures[-1].pop("seconds")
         samples = np.load(out / "samples.npy")
     assert figures[0] == figures[1]  # the same seed, the same result
-    assert samples.shape == (1000, 8, 8)
+    assert samples.shape == (200, 8, 8)
     assert samples.dtype == np.float32
     assert np.abs(samples).max() <= 1
     assert figures[0]["evaluations"] <= 10
-    assert sum(figures[0]["samples_per_digit"]) == 1000
+    assert sum(figures[0]["samples_per_digit"]) == 200
     for name in ("frechet_distance", "precision", "recall"):
         assert set(figures[0][name]) == {"samples", "train"}
     assert set(figures[0]["median_distance_to_train"]) == {"samples", "held_out"}
@@ -814,12 +828,13 @@ def test_demo(tmp_path, capsys):
         assert (out / picture).read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
     loaded = pfgm.load(out / "model.safetensors")
     again = loaded.flow.sample(
-        loaded.network, 1000, generator=torch.Generator().manual_seed(3)
+        loaded.network, 200, generator=torch.Generator().manual_seed(3)
     ).clamp(-1, 1)
     np.testing.assert_allclose(again[:, 0].numpy(), samples, atol=1e-5)
     assert "frechet distance" in capsys.readouterr().out
 
 
+@pytest.mark.usefixtures("few_samples")
 def test_the_demo_of_each_digit(tmp_path, capsys):
     out = tmp_path / "demo"
     assert cli.main(["demo", "--out", str(out), "--steps", "6", "--conditional"]) == 0

@@ -77,8 +77,10 @@ def small(**arguments):
 # ---- accuracy --------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("kind", ["pfgm", 1, 16, INFINITY])
-@pytest.mark.parametrize("N", [1, 2, 8])
+@pytest.mark.parametrize(
+    ("kind", "N"),
+    [("pfgm", 1), ("pfgm", 8), (1, 2), (1, 8), (16, 1), (16, 2), (INFINITY, 1), (INFINITY, 8)],
+)
 def test_exact_mixture_in_few_dimensions(kind, N):
     assert worst_error(kind, N, rtol=1e-6, atol=1e-6) < 3e-4
 

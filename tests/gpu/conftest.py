@@ -8,6 +8,7 @@ tests/kernels/test_triton.py and tests/kernels/test_cuda.py start processes with
 
 from __future__ import annotations
 
+import dataclasses
 import math
 import os
 from types import SimpleNamespace
@@ -71,20 +72,35 @@ def nothing_is_wrong(session_executor):
 
 
 @pytest.fixture(scope="session", autouse=True)
-def patched_once():
-    """Triton's interpreter patches Triton's language for a launch, and again for each function that
-    a kernel calls, which takes a third of the time. Here it patches all of it for the launch."""
+def quick_interpreter():
+    """Triton's interpreter, in about half its time.
+
+    It patches Triton's language for a launch, and again for each function that a kernel calls: here
+    all of it for the launch. It computes the type and the shape of each value anew: here once for
+    each shape. And it computes whether integers overflow, of which it makes no use.
+    """
     if not triton.interpreted():
         yield
         return
-    from triton import language
     from triton.runtime import interpreter
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch_once(patch, interpreter)
+        types_once(patch, interpreter)
+        builder = interpreter.interpreter_builder
+        options = dataclasses.replace(builder.options, sanitize_overflow=False)
+        patch.setattr(builder, "options", options)
+        yield
+
+
+def patch_once(patch, interpreter):
+    from triton import language
 
     patch_language, call = interpreter._patch_lang, interpreter.GridExecutor.__call__
     whole = SimpleNamespace(__globals__={"tl": language, "core": language.core})
     state = SimpleNamespace(patched=False)
 
-    def patch_once(function):
+    def patched(function):
         if state.patched:
             return SimpleNamespace(restore=lambda: None)
         state.patched = True
@@ -97,10 +113,30 @@ def patched_once():
         finally:
             state.patched = False
 
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(interpreter, "_patch_lang", patch_once)
-        patch.setattr(interpreter.GridExecutor, "__call__", launch)
-        yield
+    patch.setattr(interpreter, "_patch_lang", patched)
+    patch.setattr(interpreter.GridExecutor, "__call__", launch)
+
+
+def types_once(patch, interpreter):
+    from triton.language import core
+
+    dtype_of, dtypes, shapes = interpreter._get_np_dtype, {}, {}
+
+    def numpy_dtype(dtype):
+        if dtype.name not in dtypes:
+            dtypes[dtype.name] = dtype_of(dtype)
+        return dtypes[dtype.name]
+
+    def start(tensor, handle, dtype):
+        sizes = dtype.shape if dtype.is_block() else ()
+        if sizes not in shapes:
+            shape = core.tuple([core.constexpr(size) for size in sizes])
+            shapes[sizes] = shape, core.constexpr(math.prod(sizes))
+        tensor.handle, tensor.type, tensor.dtype = handle, dtype, dtype.scalar
+        tensor.shape, tensor.numel = shapes[sizes]
+
+    patch.setattr(interpreter, "_get_np_dtype", numpy_dtype)
+    patch.setattr(core.tensor, "__init__", start)
 
 
 @pytest.fixture(params=BACKENDS)

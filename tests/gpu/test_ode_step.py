@@ -152,8 +152,9 @@ def test_levels_are_compared_with_z_exp_in_float64(device, backend):
 
 
 @pytest.mark.usefixtures("poisoned")
-@pytest.mark.parametrize("substitution", ["exact", "published"])
-@pytest.mark.parametrize("N", [1, 37, 9000])
+@pytest.mark.parametrize(
+    ("N", "substitution"), [(1, "exact"), (37, "exact"), (37, "published"), (9000, "published")]
+)
 def test_an_unphysical_field_stays_finite_and_is_not_reversed(device, backend, N, substitution):
     """‖v_x‖/√N ≥ 1, where it is clamped, and v_z ≥ 0."""
     x = torch.ones(4, N, device=device)
@@ -275,8 +276,7 @@ def test_half_precision_and_sample_shapes(device, backend):
 # ---- torch -----------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("mean_form", [False, True])
-@pytest.mark.parametrize("rows", [False, True])
+@pytest.mark.parametrize(("rows", "mean_form"), [(False, False), (True, True)])
 def test_opcheck(device, backend, rows, mean_form):
     x, field_x, field_z, _, previous = problem(5, 37, device)
     by_row = torch.stack(levels_by_row(5, device)) if rows else None

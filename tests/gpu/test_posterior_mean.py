@@ -31,7 +31,7 @@ def test_the_nearest_may_come_first_or_last(op):
 
 
 def test_twice_the_same_bits(op):
-    problem = op.problem(20, 90, 33)
+    problem = op.problem(17, 40, 33)
     first, second = (op.everything(*problem, 1.0) for _ in range(2))
     assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
 
@@ -39,7 +39,7 @@ def test_twice_the_same_bits(op):
 # ---- distances that must be refined ----
 
 
-@pytest.mark.parametrize("offset", [0.0, 1.0, 100.0])
+@pytest.mark.parametrize("offset", [0.0, 100.0])
 @pytest.mark.parametrize("N", [64, 513])
 def test_near_ties_far_from_the_origin(op, backend, N, offset):
     x, references = op.near_ties(20, 70, N, offset)
@@ -56,7 +56,7 @@ def test_many_small_weights(op, nats, D):
     """One reference is near, others have a weight e^-nats times as large. The centre is far away,
     so distances have large errors before they are refined."""
     generator = torch.Generator().manual_seed(4)
-    B, M, N, r = 16, 60, 64, 0.3
+    B, M, N, r = 16, 30, 64, 0.3
     near = torch.randn(1, N, generator=generator)
     directions = torch.randn(M, N, generator=generator)
     apart = r * math.sqrt(2 * nats if math.isinf(D) else math.expm1(2 * nats / (N + D)))
@@ -84,8 +84,7 @@ def test_bytes_near_the_middle(op, backend, device):
 # ---- limits ----
 
 
-@pytest.mark.parametrize("sizes", SIZES)
-@pytest.mark.parametrize("D", [1.0, 64.0])
+@pytest.mark.parametrize(("sizes", "D"), [*((sizes, 1.0) for sizes in SIZES), (SIZES[1], 64.0)])
 def test_on_references_at_radius_zero(op, device, sizes, D):
     B = sizes[0]
     _, references, _ = op.problem(*sizes)
@@ -145,16 +144,13 @@ def test_sigma_whose_square_is_zero_in_float32(op, device):
     assert_same(mean, references[:3])
 
 
-@pytest.mark.parametrize(
-    ("sizes", "bad"),
-    [((3, 70, 33), math.nan), ((20, 70, 33), math.inf), ((20, 70, 512), math.nan)],
-)
+@pytest.mark.parametrize(("sizes", "bad"), zip(SIZES, (math.nan, math.inf, math.nan), strict=True))
 def test_values_that_are_not_finite(op, sizes, bad):
     x, references, sigma = op.problem(*sizes)
     with pfgm.debug_checks():
         spoiled = references.clone()
-        spoiled[66, 5] = bad
-        with pytest.raises(ValueError, match=r"references holds NaN or infinity .*row 66"):
+        spoiled[36, 5] = bad
+        with pytest.raises(ValueError, match=r"references holds NaN or infinity .*row 36"):
             op.compute(x, spoiled, sigma, 1.0)
         x[2, 32] = bad
         with pytest.raises(ValueError, match=r"x holds NaN or infinity .*row 2"):
@@ -191,13 +187,12 @@ def test_gradients_of_narrow_references(op, sizes, dtype):
     op.assert_gradient(actual, wanted, 2 * torch.finfo(dtype).eps)
 
 
-@pytest.mark.parametrize("scale", [1e3, 1e4, 1e6])
-@pytest.mark.parametrize("B", [3, 20])
+@pytest.mark.parametrize(("B", "scale"), [(3, 1e6), (17, 1e3), (17, 1e4), (17, 1e6)])
 def test_gradients_beside_a_reference_far_from_the_others(op, B, scale):
     """Products in float16 cannot hold it."""
-    x, references, sigma = op.problem(B, 70, 40)
-    references[69] *= scale
-    x[0] = references[69] * (1 + 1e-3)
+    x, references, sigma = op.problem(B, 40, 40)
+    references[39] *= scale
+    x[0] = references[39] * (1 + 1e-3)
     op.check_gradients(x, references, sigma.clamp(min=0.05), 1.0, tolerance=1e-4)
 
 
@@ -230,7 +225,7 @@ def test_opcheck(op, backend, wanted):
 
 
 @pytest.mark.usefixtures("way")
-@pytest.mark.parametrize("sizes", [(5, 17, 9), (20, 40, 520)])
+@pytest.mark.parametrize("sizes", [(5, 17, 9), (17, 20, 520)])
 def test_field_fn_and_log_density_differentiate(op, backend, sizes):
     x, references, sigma = op.problem(*sizes)
     results = []

@@ -21,6 +21,7 @@ INF = math.inf
 SINGLE, BFLOAT, HALF, BYTE = torch.float32, torch.bfloat16, torch.float16, torch.uint8
 TYPES = (SINGLE, BFLOAT, HALF, BYTE)
 ORDERS = (0, 1, 7)  # ascending, descending, random
+SLOW_ORDERS = (0, 7)
 TOLERANCE = {"high": 5e-6, "medium": 2e-3}
 LIMITS = {  # of the CUDA kernels' blocks and chunks
     "parts": {"pairs": 600, "parts": 1, "queries": 17, "references": 128},
@@ -358,7 +359,8 @@ def test_problem(op, backend, request, prepared, case):
     if backend == "triton" and (case.limits or case.multiprocessors < 108):
         pytest.skip("of the CUDA kernels alone")
     on_gpu = request.getfixturevalue("session_executor") is None
-    check(prepared(case), op, None if on_gpu else request.getfixturevalue("executor"))
+    orders = SLOW_ORDERS if request.node.get_closest_marker("slow") else ORDERS
+    check(prepared(case), op, None if on_gpu else request.getfixturevalue("executor"), orders)
 
 
 @pytest.mark.slow

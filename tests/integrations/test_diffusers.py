@@ -101,9 +101,18 @@ def diffusers_loop(scheduler, unet, x):
     return x, points, means
 
 
-@pytest.mark.parametrize(("flow", "predicts"), PREDICTIONS, ids=predictions)
-@pytest.mark.parametrize("solver", ["euler", "heun", "multistep"])
-@pytest.mark.parametrize("level", ["timestep", "log"])
+STEPS = ("euler", "heun", "multistep")
+
+
+@pytest.mark.parametrize(
+    ("flow", "predicts", "solver", "level"),
+    [
+        *((*each, solver, "timestep") for each in PREDICTIONS[:3] for solver in STEPS),
+        *((*each, "heun", "timestep") for each in PREDICTIONS[3:]),
+        *((*each, "multistep", "log") for each in PREDICTIONS[:2]),
+    ],
+    ids=predictions,
+)
 def test_a_scheduler_takes_the_steps_of_the_flow(
     schedulers, unets, flow, predicts, solver, level, same
 ):
@@ -591,15 +600,15 @@ def test_standard_normal_noise_is_refused_as_the_prior(diffusers, schedulers, un
 @pytest.mark.parametrize("flow", [FIELD, *DENOISERS.values()], ids=name)
 @pytest.mark.parametrize("shape", [(1, 2, 2), (1, 8, 8), (3, 16, 16)])
 def test_the_prior_itself_is_never_refused(flow, shape):
-    """2000 batches of each size; also data with noise of the first level."""
+    """1000 batches of each size; also data with noise of the first level."""
     from pfgm.integrations.diffusers.normal_noise import looks_normal
 
     config = {key: v for key, v in flow.config.items() if key not in ("shape", "upper_norm")}
     sized = type(flow)(shape=shape, **config)
-    prior = sized.prior(2000, generator=seeded())
-    noise = sized.noise(torch.full((2000,), sized.first_level), seeded(1))
+    prior = sized.prior(1000, generator=seeded())
+    noise = sized.noise(torch.full((1000,), sized.first_level), seeded(1))
     for x in (prior, noise, noise + 0.5 * torch.randn(noise.shape, generator=seeded(2))):
-        for batch in (*x[:1000].split(1), *x.split(16), x):
+        for batch in (*x[:500].split(1), *x.split(16), x):
             assert not looks_normal(batch, sized.D, sized.first_level, largest=sized.largest_norm)
 
 

@@ -41,11 +41,15 @@ def test_in_the_executor(running, name):
     assert process.wait() == 0, output.read_text()
 
 
+@pytest.fixture(scope="module")
+def running_slow(folder, run_kernel_tests):
+    return run_kernel_tests(NAMES, executor.environment(folder), "-m", "slow")
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("name", NAMES)
-def test_slow_tests_in_the_executor(folder, run_kernel_tests, name):
-    environment = executor.environment(folder)
-    process, output = run_kernel_tests([name], environment, "-m", "slow")[name]
+def test_slow_tests_in_the_executor(running_slow, name):
+    process, output = running_slow[name]
     assert process.wait() == 0, output.read_text()
 
 

@@ -3,9 +3,9 @@ intended."""
 
 from __future__ import annotations
 
-import functools
 import importlib.util
 from collections import Counter
+from itertools import product
 from pathlib import Path
 
 import pytest
@@ -20,6 +20,10 @@ pytestmark = [
     ),
     pytest.mark.skipif(codegen.interpreted(), reason="the interpreter does not compile kernels"),
 ]
+
+WITH_PRODUCTS = tuple(
+    f"pfgm.kernels.{name}" for name in ("distances", "posterior_mean", "posterior_mean_backward")
+)
 
 FLAWED = """
 import triton
@@ -61,25 +65,35 @@ def variants():
 """
 
 
-@functools.cache
-def rows_for(module, capability):
-    """The rows of a module's variants. In this process: each other imports torch and Triton."""
-    return [codegen.row_of(variant, capability) for variant in codegen.variants(module)]
+def compiled(variants, capability):
+    """Their rows. In this process: each other imports torch and Triton."""
+    return [codegen.row_of(variant, capability) for variant in variants]
 
 
-# Each takes a minute to compile if Triton has not kept it.
-OTHERS = [
-    pytest.param(capability, marks=pytest.mark.slow)
-    for capability in codegen.SHARED_MEMORY
-    if capability != 90
-]
-
-
-@pytest.mark.parametrize("capability", [90, *OTHERS])
-@pytest.mark.parametrize("module", codegen.MODULES)
-def test_every_variant(module, capability):
-    problems = [problem for row in rows_for(module, capability) for problem in row.problems]
+def assert_as_intended(variants, capability):
+    rows = compiled(variants, capability)
+    problems = [problem for row in rows for problem in row.problems]
     assert not problems, "\n" + "\n".join(problems)
+
+
+@pytest.mark.parametrize("module", codegen.MODULES)
+def test_a_variant_of_every_kernel(module):
+    """The first that is listed."""
+    every = codegen.variants(module)
+    assert any(variant.products for variant in every) == (module in WITH_PRODUCTS)
+    assert_as_intended({variant.kernel: variant for variant in reversed(every)}.values(), 90)
+
+
+# Each module takes a minute to compile if Triton has not kept it.
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("module", "capability"),
+    [*product(codegen.MODULES, (80, 90)), *product(WITH_PRODUCTS, (100, 120))],
+)
+def test_every_variant(module, capability):
+    """Of later architectures, those with products, for which Triton has other instructions."""
+    every = codegen.variants(module)
+    assert_as_intended([v for v in every if v.products or capability <= 90], capability)
 
 
 def test_every_module_is_listed():
@@ -97,7 +111,7 @@ def flawed(tmp_path_factory):
     (folder / "flawed_kernels.py").write_text(FLAWED)
     with pytest.MonkeyPatch.context() as patch:
         patch.syspath_prepend(folder)
-        return {row.kernel: row for row in rows_for("flawed_kernels", 90)}
+        return {row.kernel: row for row in compiled(codegen.variants("flawed_kernels"), 90)}
 
 
 def test_sizes_of_one_are_compiled_too():

@@ -34,10 +34,14 @@ def noise_level(radius, D):
 # ---- registration ----
 
 
-@pytest.mark.parametrize("D", [1.0, math.inf])
-@pytest.mark.parametrize("wanted", [(), (0,), (1,), (2,), (0, 1, 2)])
-@pytest.mark.parametrize("difference", [False, True])
-def test_opcheck(backend, D, wanted, difference):
+@pytest.mark.parametrize(
+    ("wanted", "D", "difference"),
+    [
+        ((), 1.0, False), ((0,), math.inf, True), ((1,), 1.0, False), ((2,), math.inf, False),
+        ((0, 1, 2), math.inf, False), ((0, 1, 2), 1.0, True),
+    ],
+)  # fmt: skip
+def test_opcheck(backend, wanted, D, difference):
     arguments = list(problem(dtype=torch.float32))
     for index in wanted:
         arguments[index].requires_grad_()
@@ -201,8 +205,8 @@ def results(x, references, radius, D, backend, function):
         ("field_fn", 1.0),
     ],
 )
-@pytest.mark.parametrize("shape", [(4,), (2, 3)])
-def test_gradients_of_everything(backend, shape, function, D):
+def test_gradients_of_everything(backend, function, D):
+    shape = (2, 3) if D in (1.0, 4.5) else (4,)
     arguments = [t.requires_grad_() for t in problem(shape=shape)]
     assert torch.autograd.gradcheck(
         lambda x, references, radius: results(x, references, radius, D, backend, function),

@@ -64,8 +64,9 @@ def in_file(rows, folder, **options):
     return ReferenceSet(folder / "rows.npy", **options)
 
 
-@pytest.mark.parametrize("D", [1.0, 64.0, math.inf])
-@pytest.mark.parametrize(("sigma", "B"), [(0.02, 70), (0.3, 5), (3.0, 50)])
+@pytest.mark.parametrize(
+    ("sigma", "B", "D"), [(0.02, 70, 1.0), (0.02, 70, math.inf), (0.3, 5, 64.0), (3.0, 50, 1.0)]
+)
 @pytest.mark.parametrize(
     ("kind", "N"),
     [(torch.float32, 6), (torch.float32, 600), (torch.uint8, 600), ("ties", 6), ("ties", 600)],
@@ -86,8 +87,7 @@ def test_a_set_gives_the_bits_of_a_tensor(chunks_of, tmp_path, kind, N, sigma, B
         assert torch.equal(mean, pfgm.posterior_mean(x, rows, sigma=sigma, D=D))
 
 
-@pytest.mark.parametrize("sigma", [0.02, 0.3, 3.0])
-@pytest.mark.parametrize("N", [64, 200, 510])
+@pytest.mark.parametrize(("N", "sigma"), [(64, 0.02), (64, 3.0), (200, 0.3), (510, 3.0)])
 def test_chunks_of_the_kernels_for_few_features(chunks_of, tmp_path, N, sigma):
     """They are not those of the kernels for many features, so a set's chunks hold several."""
     step = native_parts.chunk_rows(N, torch.float32)

@@ -69,17 +69,23 @@ def large(request, executor, grids_of):
 
 
 @pytest.mark.parametrize(
-    ("large", "dtype"),
-    [*((80, dtype) for dtype in DTYPES), (90, torch.float32)],
+    ("large", "dtype", "sizes"),
+    [
+        *((80, dtype, SIZES[i]) for dtype in DTYPES for i in FAST),
+        *((90, torch.float32, SIZES[i]) for i in FAST),
+        *(
+            pytest.param(architecture, torch.float32, sizes, marks=pytest.mark.slow)
+            for architecture in (80, 90)
+            for i, sizes in enumerate(SIZES)
+            if i not in FAST
+        ),
+    ],
     indirect=["large"],
     ids=str,
 )
-@pytest.mark.parametrize(
-    "sizes",
-    [pytest.param(s, marks=[] if i in FAST else pytest.mark.slow) for i, s in enumerate(SIZES)],
-)
 @pytest.mark.usefixtures("poisoned")
-def test_forward(op, large, sizes, dtype):
+def test_forward(op, large, dtype, sizes):
+    """Edges in float32, references of other types at two of the sizes."""
     seed = SIZES.index(sizes) + DTYPES.index(dtype)
     D = (1.0, math.inf)[seed % 2]
     x, references, sigma = op.problem(*sizes, dtype=dtype, seed=seed)
@@ -95,8 +101,14 @@ def test_gradients(op, large, sizes):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize(("sizes", "capability"), [((100, 127, 97), 89), ((241, 129, 65), 80)])
+@pytest.mark.parametrize(
+    ("sizes", "capability", "dtype"),
+    [
+        ((100, 127, 97), 89, torch.float32), ((241, 129, 65), 80, torch.float32),
+        ((241, 129, 65), 80, torch.uint8),
+    ],
+    ids=str,
+)  # fmt: skip
 def test_products_have_the_bits_of_other_tiles(op, executor, grids_of, sizes, capability, dtype):
     """Those of 64 queries × 128 references add up panels in the same order.
 

@@ -80,8 +80,9 @@ def test_shares_of_lists(op, executor, limits, architecture):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("multiprocessors", [1, 8])
+@pytest.mark.parametrize(
+    ("multiprocessors", "dtype"), [(1, torch.float32), *((8, dtype) for dtype in DTYPES)], ids=str
+)
 @pytest.mark.usefixtures("poisoned")
 def test_gradients_are_the_same_to_the_bit(op, executor, multiprocessors, dtype):
     executor.device(90, multiprocessors)

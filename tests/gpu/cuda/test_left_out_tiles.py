@@ -50,13 +50,16 @@ def words(M, tile):
     return -(-min(TILE, M - TILE * tile) // WORD)
 
 
-@pytest.mark.parametrize("D", D_VALUES)
 @pytest.mark.parametrize("N", FEATURES)
 @pytest.mark.parametrize(
-    ("M", "near"), [(64, 0), (65, 1), (127, 1), (300, 4), (300, 2), (1100, 16)]
-)
+    ("M", "near", "D"),
+    [
+        (64, 0, 1.0), (65, 1, math.inf), (127, 1, 64.0), (300, 4, math.inf), (300, 2, 1.0),
+        (1100, 16, 64.0),
+    ],
+)  # fmt: skip
 @pytest.mark.usefixtures("poisoned")
-def test_all_tiles_but_one(op, turns, M, near, N, D):
+def test_all_tiles_but_one(op, turns, M, near, D, N):
     x, references, sigma = tiles(op, 18, M, N, near)
     problem = x, references, op.radius_of(sigma, D)
     assert turns(lambda: op.check(*problem, D)) == [18 * words(M, near)]

@@ -52,10 +52,16 @@ def problem(B, M, N, *, dtype=torch.float32, sigma=0.4, seed=0, device="cpu"):
 # ---- forward ----
 
 
-@pytest.mark.parametrize("index", range(len(SHAPES)))
-@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(
+    ("dtype", "index"),
+    [
+        *((torch.float32, index) for index in range(len(SHAPES))),
+        *((dtype, SHAPES.index(s)) for dtype in DTYPES[1:] for s in ((5, 17, 65), (17, 65, 33))),
+    ],
+)
 @pytest.mark.usefixtures("poisoned")
 def test_forward(op, device, index, dtype):
+    """Edges in float32, the reading of other types in differences and in products."""
     D = (1.0, math.inf, 64.0)[(index + DTYPES.index(dtype)) % 3]
     x, references, sigma = problem(*SHAPES[index], dtype=dtype, seed=index, device=device)
     radius = op.radius_of(sigma, D)
@@ -76,8 +82,7 @@ def test_an_unknown_precision_raises(device):
         pfgm.posterior_mean(x, references, sigma=sigma, precision="low")
 
 
-@pytest.mark.parametrize("D", [1.0, math.inf])
-@pytest.mark.parametrize("B", [3, 20])
+@pytest.mark.parametrize(("B", "D"), [(3, 1.0), (20, math.inf)])
 def test_many_features(op, device, B, D):
     """More than a panel of each kernel, and more than one block of ``merge``."""
     x, references, sigma = problem(B, 20, 1100, device=device)
@@ -91,7 +96,7 @@ def test_many_features(op, device, B, D):
 @pytest.mark.parametrize("D", [1.0, math.inf])
 @pytest.mark.usefixtures("poisoned", "small")
 def test_chunks_and_blocks(op, device, D):
-    x, references, sigma = problem(36, 300, 40, device=device)
+    x, references, sigma = problem(18, 270, 33, device=device)
     radius = op.radius_of(sigma, D)
     op.check(x, references, radius, D)
 
@@ -101,7 +106,7 @@ def test_stretches_are_used_and_merged(device):
 
 
 def test_the_order_of_queries_does_not_change_a_bit(op, device, monkeypatch):
-    x, references, sigma = problem(40, 90, 33, device=device)
+    x, references, sigma = problem(33, 40, 33, device=device)
     plain = op.compute(x, references, sigma, 1.0)
     monkeypatch.setattr(posterior_mean, "MIN_SORTED_QUERIES", 1)
     for a, b in zip(op.compute(x, references, sigma, 1.0), plain, strict=True):
@@ -175,7 +180,6 @@ def test_references_that_float16_cannot_hold(op, device, outlier):
     """They are far larger than those whose mean is the centre."""
     x, references, sigma = problem(17, 40, 33, device=device)
     references[3] *= outlier
-    op.check(x, references, sigma, 1.0)
     x[1] = references[3] * 1.001
     op.check(x, references, sigma, 1.0)
 
@@ -252,8 +256,13 @@ def test_accurate_with_products_that_truncate(op, device, level):
 # ---- limits ----
 
 
-@pytest.mark.parametrize("scale", [1e-33, 1e-25, 2.0**-60, 2.0**60, 1e25, 2.0**100, 2.0**122])
-@pytest.mark.parametrize("B", [4, 20])
+@pytest.mark.parametrize(
+    ("B", "scale"),
+    [
+        (4, 1e-33), (4, 2.0**122),
+        *((20, scale) for scale in (1e-33, 1e-25, 2.0**-60, 2.0**60, 1e25, 2.0**122)),
+    ],
+)  # fmt: skip
 def test_very_small_and_very_large_values(op, device, B, scale):
     x, references, sigma = problem(B, 40, 33, device=device)
     x, references, sigma = x * scale, references * scale, sigma * scale
@@ -282,7 +291,7 @@ def test_strides(op, device):
         ((5, 17, 65), 64.0),
         ((17, 65, 33), 1.0),
         ((17, 65, 33), math.inf),
-        ((34, 70, 64), 64.0),
+        ((34, 40, 64), 64.0),
     ],
 )
 @pytest.mark.usefixtures("poisoned")
@@ -295,7 +304,7 @@ def test_gradients(op, device, sizes, D):
 @pytest.mark.parametrize("D", [1.0, math.inf])
 @pytest.mark.usefixtures("poisoned", "small")
 def test_gradients_of_chunks_and_blocks(op, device, D):
-    x, references, sigma = problem(20, 150, 33, device=device)
+    x, references, sigma = problem(18, 130, 33, device=device)
     radius = op.radius_of(sigma, D)
     op.check_gradients(x, references, radius, D, 2e-5)
 

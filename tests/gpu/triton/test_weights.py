@@ -85,8 +85,13 @@ def test_limits_of_weights(device, exponent):
     assert np.isnan(found[7])
 
 
-@pytest.mark.parametrize("D", [1.0, 64.0, 1e9, math.inf])
-@pytest.mark.parametrize("sizes", [(3, 290, 5), (17, 131, 40), (5, 33, 1)])
+@pytest.mark.parametrize(
+    ("sizes", "D"),
+    [
+        ((3, 290, 5), 1.0), ((3, 290, 5), math.inf), ((17, 131, 40), 64.0),
+        ((17, 131, 40), math.inf), ((5, 33, 1), 1.0), ((5, 33, 1), 1e9),
+    ],
+)  # fmt: skip
 @pytest.mark.usefixtures("pieces", "poisoned")
 def test_rows_in_pieces(op, sizes, D):
     x, references, sigma = op.problem(*sizes)
@@ -128,7 +133,7 @@ def test_equal_references_in_several_pieces(op, D):
 @pytest.mark.parametrize("B", [3, 20])
 @pytest.mark.usefixtures("pieces")
 def test_very_small_and_very_large_values_in_pieces(op, B, scale):
-    x, references, sigma = op.problem(B, 90, 33)
+    x, references, sigma = op.problem(B, 40, 33)
     op.check(x * scale, references * scale, sigma * scale, 1.0)
 
 
@@ -140,7 +145,7 @@ def test_near_ties_far_from_the_origin_in_pieces(op):
     assert op.mean_error(x, references, radius, 1.0) <= bound
 
 
-@pytest.mark.parametrize("sizes", [(3, 90, 9), (17, 70, 9)])
+@pytest.mark.parametrize("sizes", [(3, 40, 9), (17, 40, 9)])
 @pytest.mark.usefixtures("pieces")
 def test_pieces_twice_the_same_bits(op, sizes):
     problem = op.problem(*sizes)
