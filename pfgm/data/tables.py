@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from itertools import chain
 from pathlib import Path
 from typing import Any, TypeGuard
 
@@ -83,6 +84,7 @@ def save_table(
 
     Raises:
         OSError: the file cannot be written.
+        ValueError: columns or labels are of another number.
 
     >>> import tempfile
     >>> with tempfile.TemporaryDirectory() as folder:
@@ -91,13 +93,17 @@ def save_table(
     height,age,labels
     0.1,2.0,oak
     """
-    values = samples.detach().cpu().numpy().astype(str)  # the shortest texts of float32 numbers
     head = [*(columns or [f"x{number}" for number in range(samples.shape[1])])]
-    if labels is None:
-        write_csv(path, [head, *values])
-    else:
-        lines = ([*row, label] for row, label in zip(values, labels, strict=True))
-        write_csv(path, [[*head, LABEL_NAMES[0]], *lines])
+    if len(head) != samples.shape[1]:
+        raise ValueError(
+            f"columns are {len(head)} names; allowed are {samples.shape[1]}, one for each column."
+        )
+    # The shortest texts of float32 numbers.
+    lines: Iterable[list[object]] = ([*row.astype(str)] for row in samples.detach().cpu().numpy())
+    if labels is not None:
+        head.append(LABEL_NAMES[0])
+        lines = ([*line, label] for line, label in zip(lines, labels, strict=True))
+    write_csv(path, chain([head], lines))
 
 
 def round_columns(samples: Tensor, data: Tensor, most: int = 20) -> Tensor:

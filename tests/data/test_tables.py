@@ -44,8 +44,10 @@ def test_what_is_written_is_read_back(tmp_path: Path) -> None:
     assert (classes, columns) == (("elm, old", "oak"), names)
     save_table(path, rows)
     assert load_table(path)[3] == ("x0", "x1", "x2")
-    with pytest.raises(ValueError, match="zip"):
-        save_table(path, rows, labels=[0])
+    for wrong in ({"labels": [0]}, {"columns": ["a"]}):
+        with pytest.raises(ValueError, match=r"zip|are 1 names; allowed are 3"):
+            save_table(path, rows, **wrong)
+    assert load_table(path)[3] == ("x0", "x1", "x2")
 
 
 def test_labels_survive_a_range(tmp_path: Path) -> None:
