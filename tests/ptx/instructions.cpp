@@ -505,7 +505,6 @@ template <class T> void selp(Warp& w, const Ins& i) {
 }
 
 // ---- moves
-// ---------------------------------------------------------------------------------------
 
 template <class T> void mov(Warp& w, const Ins& i) {
   T* d = w.reg<T>(i.o[0]);
@@ -547,7 +546,6 @@ void isspace(Warp& w, const Ins& i) {
 }
 
 // ---- conversions
-// ---------------------------------------------------------------------------------
 
 enum Round { kNone, kRn, kRz, kRm, kRp, kRni, kRzi, kRmi, kRpi, kRna };
 template <class I> I to_integer(double v, int mode) {
@@ -665,7 +663,6 @@ void cvt_tf32(Warp& w, const Ins& i) {  // x: rna or rn
 }
 
 // ---- memory
-// --------------------------------------------------------------------------------------
 
 enum Space : u8 { kGlobal, kShared, kLocal, kParam, kGeneric };
 alignas(64) u8 nowhere[256];
@@ -869,7 +866,6 @@ template <template <int, class, class> class Access> Handler access_of(Ty t, int
 }
 
 // ---- atomics
-// -------------------------------------------------------------------------------------
 
 enum AtomOp : u8 { kAdd, kMin, kMax, kExch, kCas, kAnd, kOr, kXor, kInc, kDec };
 template <class T> T apply(int op, T old, T b, T c) {
@@ -921,7 +917,6 @@ template <class T> void atom(Warp& w, const Ins& i) {  // o: d, b, c, -, -, addr
 }
 
 // ---- asynchronous copies
-// -------------------------------------------------------------------------
 
 void arrive(Warp& w, const Ins& i, int lane, const Copy& c) {
   u8* to = w.block->shared + c.to;
@@ -982,7 +977,6 @@ void cp_wait(Warp& w, const Ins& i) {  // imm: groups that may be pending; x: wa
 }
 
 // ---- a warp together
-// -----------------------------------------------------------------------------
 
 // x: mode (0 up, 1 down, 2 bfly, 3 idx); o: d, a, b, c, members, p
 void shfl(Warp& w, const Ins& i) {
@@ -1091,7 +1085,6 @@ void bar_warp(Warp& w, const Ins& i) {
 }
 
 // ---- control
-// -------------------------------------------------------------------------------------
 
 void bra(Warp& w, const Ins& i) {
   const u32 taken = w.mask;
