@@ -456,13 +456,16 @@ template <class T, int C> inline bool compare(T a, T b) {
     }
   }
 }
+template <class T> T number(T v) { return v; }
+inline float number(Half h) { return value(h); }
 // x: 0 no other predicate, 1 and, 2 or, 3 xor; y: whether that one is negated
 template <class T, int C> void setp(Warp& w, const Ins& i) {
   u8* d = i.o[0] < 0 ? nullptr : w.reg<u8>(i.o[0]);
   u8* q = i.o[4] < 0 ? nullptr : w.reg<u8>(i.o[4]);
   const T *a = w.reg<T>(i.o[1]), *b = w.reg<T>(i.o[2]);
+  using Number = decltype(number(T{}));
   if (i.x == 0 && d && !q) {
-    PTX_LANES(d[l] = (compare<T, C>(a[l], b[l])));
+    PTX_LANES(d[l] = (compare<Number, C>(number(a[l]), number(b[l]))));
     return;
   }
   const u8* c = i.o[3] < 0 ? nullptr : w.reg<u8>(i.o[3]);
@@ -470,8 +473,9 @@ template <class T, int C> void setp(Warp& w, const Ins& i) {
     const bool s = c ? (c[l] != 0) != (i.y != 0) : true;
     return i.x == 1 ? t && s : i.x == 2 ? t || s : i.x == 3 ? t != s : t;
   };
-  PTX_LANES(const bool t = (compare<T, C>(a[l], b[l])); const bool p0 = combine(t, l);
-            const bool p1 = combine(!t, l); if (d) d[l] = p0; if (q) q[l] = p1);
+  PTX_LANES(const bool t = (compare<Number, C>(number(a[l]), number(b[l])));
+            const bool p0 = combine(t, l); const bool p1 = combine(!t, l); if (d) d[l] = p0;
+            if (q) q[l] = p1);
 }
 template <class T> Handler setp_of(const std::string& c, bool is_unsigned) {
   if (c == "eq") return setp<T, EQ>;
@@ -481,7 +485,7 @@ template <class T> Handler setp_of(const std::string& c, bool is_unsigned) {
   if (c == "gt" || c == "hi") return setp<T, GT>;
   if (c == "ge" || c == "hs") return setp<T, GE>;
   (void)is_unsigned;
-  if constexpr (std::is_floating_point_v<T>) {
+  if constexpr (std::is_floating_point_v<decltype(number(T{}))>) {
     if (c == "equ") return setp<T, EQU>;
     if (c == "neu") return setp<T, NEU>;
     if (c == "ltu") return setp<T, LTU>;
@@ -501,7 +505,6 @@ template <class T> void selp(Warp& w, const Ins& i) {
 }
 
 // ---- moves
-// ---------------------------------------------------------------------------------------
 
 template <class T> void mov(Warp& w, const Ins& i) {
   T* d = w.reg<T>(i.o[0]);
@@ -543,7 +546,6 @@ void isspace(Warp& w, const Ins& i) {
 }
 
 // ---- conversions
-// ---------------------------------------------------------------------------------
 
 enum Round { kNone, kRn, kRz, kRm, kRp, kRni, kRzi, kRmi, kRpi, kRna };
 template <class I> I to_integer(double v, int mode) {
@@ -661,7 +663,6 @@ void cvt_tf32(Warp& w, const Ins& i) {  // x: rna or rn
 }
 
 // ---- memory
-// --------------------------------------------------------------------------------------
 
 enum Space : u8 { kGlobal, kShared, kLocal, kParam, kGeneric };
 alignas(64) u8 nowhere[256];
@@ -865,7 +866,6 @@ template <template <int, class, class> class Access> Handler access_of(Ty t, int
 }
 
 // ---- atomics
-// -------------------------------------------------------------------------------------
 
 enum AtomOp : u8 { kAdd, kMin, kMax, kExch, kCas, kAnd, kOr, kXor, kInc, kDec };
 template <class T> T apply(int op, T old, T b, T c) {
@@ -917,7 +917,6 @@ template <class T> void atom(Warp& w, const Ins& i) {  // o: d, b, c, -, -, addr
 }
 
 // ---- asynchronous copies
-// -------------------------------------------------------------------------
 
 void arrive(Warp& w, const Ins& i, int lane, const Copy& c) {
   u8* to = w.block->shared + c.to;
@@ -978,7 +977,6 @@ void cp_wait(Warp& w, const Ins& i) {  // imm: groups that may be pending; x: wa
 }
 
 // ---- a warp together
-// -----------------------------------------------------------------------------
 
 // x: mode (0 up, 1 down, 2 bfly, 3 idx); o: d, a, b, c, members, p
 void shfl(Warp& w, const Ins& i) {
@@ -1087,7 +1085,6 @@ void bar_warp(Warp& w, const Ins& i) {
 }
 
 // ---- control
-// -------------------------------------------------------------------------------------
 
 void bra(Warp& w, const Ins& i) {
   const u32 taken = w.mask;
@@ -1723,6 +1720,9 @@ bool build(Builder& b, Ins& i) {
         break;
       case Ty::f64:
         i.fn = setp_of<double>(c, false);
+        break;
+      case Ty::f16:
+        i.fn = setp_of<Half>(c, false);
         break;
       default:
         return false;

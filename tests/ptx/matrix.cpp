@@ -190,7 +190,6 @@ void stmatrix(Warp& w, const Ins& i) {
 }
 
 // ---- operands in shared memory
-// -------------------------------------------------------------------
 
 // An operand of `rows` × 32 bytes (16 values of 2 bytes, or 8 of 4), as the descriptor says.
 // Sixteen bytes are a line; a line's bits 4 to 6 are those of the address, xor its bits 7 to 9, of
@@ -306,7 +305,6 @@ void read_operand(const Block& b, const SharedOperand& o, int rows, bool bfloat,
 }
 
 // ---- wgmma
-// ---------------------------------------------------------------------------------------
 
 SharedOperand operand_a(Warp& w, const Product& p) {
   return decode(w, *p.ins, p.a_descriptor, p.a_transposed, p.tf32 ? 4 : 2);
@@ -467,7 +465,6 @@ void wgmma_fence(Warp& w, const Ins& i) {
 }
 
 // ---- building
-// ------------------------------------------------------------------------------------
 
 void set_address(Builder& b, Ins& i, Operand& a) {
   Operand& base = a.parts.at(0);

@@ -321,7 +321,6 @@ std::unique_ptr<Module> load_module(const std::string& given) {
 }
 
 // ---- bodies
-// --------------------------------------------------------------------------------------
 
 s32 Builder::constant(int size, u64 value) {
   if (size < 8 && size > 0) value &= (u64{1} << (8 * size)) - 1;

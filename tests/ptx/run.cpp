@@ -96,7 +96,6 @@ Range* find_range(u64 at, u32 bytes) {
 }
 
 // ---- races in shared memory
-// ----------------------------------------------------------------------
 
 static void touch(Warp& w, const Ins& i, int lane, u32 at, Shadow& s, bool writes) {
   if (s.pending)
