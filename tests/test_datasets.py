@@ -296,7 +296,7 @@ def test_a_file_stays_where_it_is(tmp_path: Path, prefix: str) -> None:
     found = open_data(f"{prefix}{tmp_path / 'a.npy'}")
     assert in_file(found.train)
     np.testing.assert_array_equal(whole(found.train).numpy(), ramp(4, 3, 2, 2))
-    assert found[1:] == (None, 0, 256, ())
+    assert found[1:] == (None, 0, 256, (), ())
 
 
 @pytest.mark.parametrize("dtype", [torch.uint8, torch.float32, torch.bfloat16])
@@ -416,7 +416,7 @@ def test_a_folder_of_images(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
         found = open_data(source)
         assert found.train.shape == (3, 1, 4, 5)
         np.testing.assert_array_equal(whole(found.train)[2, 0].numpy(), ramp(4, 5) + 2)
-        assert found[1:] == (None, 0, 256, ())
+        assert found[1:] == (None, 0, 256, (), ())
 
 
 def test_an_archive_of_images_by_class(tmp_path: Path) -> None:

@@ -287,7 +287,7 @@ def test_one_sentence_for_bad_input(run, tmp_path, capsys):
     blocked = tmp_path / "file"
     blocked.write_text("a file, not a folder")
     sample = ["sample", "--checkpoint", weights, "--out"]
-    assert "end in .npy or .png" in fails(capsys, *sample, tmp_path / "x.jpg")
+    assert "end in .csv, .npy or .png" in fails(capsys, *sample, tmp_path / "x.jpg")
     assert "output folder" in fails(capsys, *sample, blocked / "x.npy")
     assert "n is 0" in fails(capsys, *sample, tmp_path / "x.npy", "--n", 0)
     assert "steps is 0" in fails(capsys, *sample, tmp_path / "x.npy", "--steps", 0)

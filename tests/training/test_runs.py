@@ -242,7 +242,7 @@ def test_points_in_the_plane(tmp_path):
         run(tmp_path / "labels", data=str(tmp_path / "points.npy"), labels=True)
     with pytest.raises(ValueError, match=r"allowed for it are square images .* not \(2,\)"):
         run(tmp_path / "net", data=str(tmp_path / "points.npy"), network="ddpmpp")
-    with pytest.raises(ValueError, match="blocks is 2, but the network is an mlp"):
+    with pytest.raises(ValueError, match="blocks is 2, but the network is 'mlp'"):
         run(tmp_path / "blocks", data=str(tmp_path / "points.npy"), blocks=2)
 
 
