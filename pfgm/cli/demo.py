@@ -137,7 +137,13 @@ def _run(
     if conditional:
         figures["agreement"] = _agreement(samples, labels, digits)
     data.save_array(folder / "samples.npy", samples[:, 0])
-    image_grid(samples[:_PICTURE_SAMPLES], folder / "samples.png")
+    side = [str(int(label)) for label in labels[:_PICTURE_SAMPLES:_PICTURE_ROW]]
+    image_grid(
+        samples[:_PICTURE_SAMPLES],
+        folder / "samples.png",
+        columns=_PICTURE_ROW,
+        side=side if conditional else (),
+    )
     trajectory_grid(*recorder.path(samples, flow.z_min), folder / "trajectory.png")
     figures |= {
         "evaluations": evaluations,
