@@ -119,7 +119,8 @@ __device__ inline void multiply_add_halves(std::uint32_t (&d)[2], const std::uin
 // are `apart` bytes away. d is 64 × 64. Of its rows each warp holds those of its rows of a, and
 // d[n] has columns 8n to 8n + 7 as in multiply_add_halves.
 //
-// begin_products(): before the first product, and after other instructions have changed d or a.
+// begin_products(): before the first product, and after other instructions have read or changed d
+// or a.
 // begin_product: d += a b, or d = a b if it does not add, which needs no instruction that clears d.
 // Until wait_products has waited for it, nothing may use d or change a or b. commit_products and
 // wait_products<PENDING>: as for copies. publish_shared(): what this thread
