@@ -233,6 +233,8 @@ class BackwardPass {
       else
         probabilities<T>(law_, states_[b], distances_.radius(b), distances_.row(b),
                          p_.at(b * kStride), distances_.count());
+      groups_.note(b, p_.at(b * kStride),
+                   is_steep_[b] || states_[b].live == 0 ? 0 : distances_.count(), counts);
       if (!distances_.dense())  // where all pairs are computed, they are assigned
         std::memset(c_.at(b * kStride), 0, padded_count(distances_.count()) * sizeof(double));
     });
@@ -240,9 +242,7 @@ class BackwardPass {
 
   // G·(y − mean) of all rows that are not steep, in the memory of c.
   void project() {
-    groups_.arrange(
-        count_, distances_.count(), problem_.threads,
-        [&](Index b) { return is_steep_[b] ? 0 : states_[b].live; }, each(p_), counts);
+    groups_.arrange(count_, problem_.threads);
     const auto y = [&](Index j) { return distances_.reference(j); };
     if (distances_.dense()) {
       dense_.template sum<Projection>(

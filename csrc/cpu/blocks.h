@@ -31,17 +31,20 @@ Void* at(Void* array, Index index, Type type) {
 // The most threads with a workspace of their own, at most 6 MB each.
 constexpr int kMaxIndependentThreads = 8;
 
-// Below this many queries × references × features a second thread costs more than it saves: it may
-// have to be woken.
-constexpr Index kThreaded = 1 << 20;
+// Queries × references × features for which a thread is woken: with less, waking it and waiting for
+// it costs more than it saves. With many features threads wait for each other after each step.
+constexpr Index work_of_thread(Index features) {
+  return features < kListedFeatures ? Index{1} << 19 : Index{1} << 20;
+}
 
-// The problem with one thread if it is that small. Threads wait for each other after at most
-// `queries` and `references`.
+// The problem with no more threads than have that much work. Threads wait for each other after at
+// most `queries` and `references`.
 Problem with_threads(Problem problem, Index queries, Index references) {
   const double size = static_cast<double>(smaller(queries, problem.queries)) *
                       static_cast<double>(smaller(references, problem.references)) *
                       static_cast<double>(problem.features);
-  if (size < kThreaded) problem.threads = 1;
+  const double most = size / static_cast<double>(work_of_thread(problem.features));
+  if (most < problem.threads) problem.threads = most < 1 ? 1 : static_cast<int>(most);
   return problem;
 }
 

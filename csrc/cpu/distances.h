@@ -162,11 +162,12 @@ class Distances {
       return;
     }
     if (screening_) screen_.bound(first, count, y, out);
-    parallel(queries_count_, problem_.threads, [&](Index b, int) { choose(b, known[b]); });
+    parallel(queries_count_, problem_.threads, [&](Index b, int) {
+      choose(b, known[b]);
+      lists.note(b, row(b), count, [](double squared) { return squared == 0; });
+    });
     screening_ = screening_ && pays(count);
-    lists.arrange(
-        queries_count_, count, problem_.threads, [&](Index b) { return alive_[b]; }, out,
-        [](double squared) { return squared == 0; });
+    lists.arrange(queries_count_, problem_.threads);
     pairs_.add(
         lists, count, problem_.features, y,
         [&](const Index* b, Index k, Index n, const T* const* y, double (*sums)[kPairColumns]) {

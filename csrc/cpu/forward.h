@@ -93,21 +93,20 @@ Status forward(const Problem& problem, const Forward& out) {
         double* sum = sums + b * features;
         if (states[b].scale != 1)
           for (Index k = 0; k < features; ++k) sum[k] *= states[b].scale;
-        if (!problem.difference || states[b].live == 0) return;
         const T* x = distances.query(b);
-        if (sums_differences(x, features, states[b])) {
+        const bool is_summed = problem.difference && sums_differences(x, features, states[b]);
+        groups.note(b, distances.row(b), is_summed || states[b].live == 0 ? 0 : distances.count(),
+                    counts);
+        if (!problem.difference || states[b].live == 0) return;
+        if (is_summed)
           add_row(distances, x, features, distances.row(b), distances.row(b), sum);
-          states[b].live = 0;
-        } else {
+        else
           for (Index k = 0; k < features; ++k) sum[k] -= weight * static_cast<double>(x[k]);
-        }
       });
       if (const Status status = check_states(states.data(), count, first);
           status.failure != Failure::none)
         return status;
-      groups.arrange(
-          count, distances.count(), problem.threads, [&](Index b) { return states[b].live; },
-          weights, counts);
+      groups.arrange(count, problem.threads);
       groups.weigh(problem.threads, weights, [&](Index b) { return states[b].total; });
       weighted.add(distances, groups, nullptr, sums);
     }

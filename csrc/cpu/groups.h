@@ -1,7 +1,8 @@
 // Lists of the references that count for a group of queries, arranged for register tiles.
 //
-// Queries are sorted by how many references count for them. Every kRows queries form a group with
-// one list, the union of theirs.
+// kRows queries form a group with one list, the union of theirs. Queries are sorted by how many
+// references count for them, and among kBucket neighbours in this order those with the most similar
+// lists form a group. On images that leaves a sixth fewer pairs than the order alone.
 #pragma once
 #include "cpu/weights.h"
 
@@ -13,6 +14,8 @@ constexpr Index kBatch = 512;  // references that a weighted sum packs at a time
 // References whose sum is computed in T before it is added in float64. A segment lies in one batch.
 constexpr Index kSegment = 128;
 constexpr Index kMaxSegments = kChunk / kBatch * (kBatch / kSegment);  // in a chunk
+constexpr Index kBucket = 24;  // rows among which groups are chosen, a multiple of every kRows
+constexpr Index kWords = kChunk / 64;  // of a set of references, one bit each
 
 // Whether a reference with this weight counts.
 constexpr auto counts = [](double weight) { return weight != 0; };
@@ -51,22 +54,44 @@ template <class T, int kRows>
 class Groups {
  public:
   explicit Groups(Index max_rows)
-      : groups_(divide_up(max_rows, kRows)), order_(max_rows), live_(kChunk) {}
+      : groups_(divide_up(max_rows, kRows)),
+        order_(max_rows),
+        lengths_(max_rows),
+        needs_(max_rows * kWords) {}
 
-  explicit operator bool() const { return groups_ && order_ && live_; }
+  explicit operator bool() const { return groups_ && order_ && lengths_ && needs_; }
 
-  // is_live(row_of(b)[j]) says whether row b needs reference j, count_of(b) how many it needs.
-  template <class CountOf, class RowOf, class IsLive>
-  void arrange(Index rows, Index references, int threads, const CountOf& count_of,
-               const RowOf& row_of, const IsLive& is_live) {
-    const Index alive = sort(rows, count_of);
+  // Notes that row b needs the references j with is_needed(values[j]). Threads may note one row
+  // each.
+  template <class IsNeeded>
+  void note(Index b, const double* values, Index references, const IsNeeded& is_needed) {
+    std::uint64_t* needs = needs_of(b);
+    lengths_[b] = 0;
+    for (Index word = 0; word < kWords; ++word) {
+      std::uint8_t bytes[64] = {};
+      const Index count = smaller(64, references - word * 64);
+      for (Index i = 0; i < count; ++i) bytes[i] = is_needed(values[word * 64 + i]);
+      needs[word] = 0;
+      for (Index i = 0; i < 64; i += 8) {
+        std::uint64_t eight;
+        std::memcpy(&eight, bytes + i, sizeof eight);
+        needs[word] |= (eight * 0x0102040810204080u >> 56) << i;  // byte k becomes bit k
+      }
+      lengths_[b] += __builtin_popcountll(needs[word]);
+    }
+  }
+
+  // Makes groups of the rows that need any reference, from what was noted of each.
+  void arrange(Index rows, int threads) {
+    const Index alive = sort(rows);
     count_ = divide_up(alive, kRows);
-    std::memset(live_.data(), 0, kChunk);
-    parallel(count_, threads, [&](Index g, int) {
-      Group<T, kRows>& group = groups_[g];
-      group.rows = smaller(kRows, alive - g * kRows);
-      for (Index q = 0; q < group.rows; ++q) group.row[q] = order_[g * kRows + q];
-      list(group, references, row_of, is_live);
+    for (std::uint64_t& word : live_) word = 0;
+    parallel(divide_up(alive, kBucket), threads, [&](Index bucket, int) {
+      const Index first = bucket * kBucket, last = smaller(first + kBucket, alive);
+      for (Index i = first; i < last; i += kRows) {
+        choose_group(i, last);
+        list(groups_[i / kRows], i, last);
+      }
     });
   }
 
@@ -79,15 +104,14 @@ class Groups {
 
   Index count() const { return count_; }
   const Group<T, kRows>& operator[](Index g) const { return groups_[g]; }
-  bool live(Index j) const { return live_[j]; }
+  bool live(Index j) const { return live_[j / 64] >> (j % 64) & 1; }
 
  private:
   // Sorts the rows that need any reference; the rows that need most come first. Returns their
   // number.
-  template <class CountOf>
-  Index sort(Index rows, const CountOf& count_of) {
+  Index sort(Index rows) {
     Index starts[kChunk + 1] = {};
-    for (Index b = 0; b < rows; ++b) ++starts[kChunk - count_of(b)];
+    for (Index b = 0; b < rows; ++b) ++starts[kChunk - lengths_[b]];
     Index at = 0;
     for (Index& start : starts) {
       const Index number = start;
@@ -95,32 +119,53 @@ class Groups {
       at += number;
     }
     const Index alive = starts[kChunk];
-    for (Index b = 0; b < rows; ++b) order_[starts[kChunk - count_of(b)]++] = b;
+    for (Index b = 0; b < rows; ++b) order_[starts[kChunk - lengths_[b]]++] = b;
     return alive;
   }
 
-  template <class RowOf, class IsLive>
-  void list(Group<T, kRows>& group, Index references, const RowOf& row_of, const IsLive& is_live) {
-    using Position = std::int32_t;
-    std::uint8_t any[kChunk] = {};
-    for (Index q = 0; q < group.rows; ++q) {
-      const double* values = row_of(group.row[q]);
-      for (Index j = 0; j < references; ++j) any[j] |= is_live(values[j]);
+  std::uint64_t* needs_of(Index b) const { return needs_.at(b * kWords); }
+
+  // Reorders order_[first, last) so that it begins with the rows of a group: the first row, and one
+  // after the other the row whose list differs least from the union so far.
+  void choose_group(Index first, Index last) {
+    std::uint64_t all[kWords];
+    std::memcpy(all, needs_of(order_[first]), sizeof all);
+    for (Index chosen = first + 1; chosen < smaller(first + kRows, last); ++chosen) {
+      Index best = chosen, least = kChunk + 1;
+      for (Index i = chosen; i < last && least > 0; ++i) {
+        const std::uint64_t* needs = needs_of(order_[i]);
+        Index differing = 0;
+        for (Index word = 0; word < kWords; ++word)
+          differing += __builtin_popcountll(all[word] ^ needs[word]);
+        if (differing < least) best = i, least = differing;
+      }
+      const Index row = order_[best];
+      order_[best] = order_[chosen];
+      order_[chosen] = row;
+      for (Index word = 0; word < kWords; ++word) all[word] |= needs_of(row)[word];
     }
+  }
+
+  // The group of the rows from order_[first] on.
+  void list(Group<T, kRows>& group, Index first, Index last) {
+    group.rows = smaller(kRows, last - first);
+    for (Index q = 0; q < group.rows; ++q) group.row[q] = order_[first + q];
     group.length = group.segments = 0;
-    for (Index batch = 0; batch < references; batch += kBatch) {
-      Index begin = group.length;
-      for (Index j = batch; j < smaller(batch + kBatch, references); ++j)
-        if (any[j]) {
-          // Write only once: threads that write to the same cache line slow each other down.
-          if (!__atomic_load_n(live_.at(j), __ATOMIC_RELAXED))
-            __atomic_store_n(live_.at(j), 1, __ATOMIC_RELAXED);
-          group.index[group.length++] = static_cast<Position>(j);
-        }
-      for (; begin < group.length; begin += kSegment)
-        group.segment[group.segments++] = {
-            static_cast<Position>(begin),
-            static_cast<Position>(smaller(begin + kSegment, group.length))};
+    for (Index batch = 0; batch < kWords; batch += kBatch / 64) {
+      const auto begin = static_cast<std::int32_t>(group.length);
+      for (Index word = batch; word < batch + kBatch / 64; ++word) {
+        std::uint64_t any = 0;
+        for (Index q = 0; q < group.rows; ++q) any |= needs_of(group.row[q])[word];
+        // Write only once: threads that write to the same cache line slow each other down.
+        if (any & ~__atomic_load_n(&live_[word], __ATOMIC_RELAXED))
+          __atomic_fetch_or(&live_[word], any, __ATOMIC_RELAXED);
+        for (; any != 0; any &= any - 1)
+          group.index[group.length++] = static_cast<std::int32_t>(word * 64 + __builtin_ctzll(any));
+      }
+      const auto end = static_cast<std::int32_t>(group.length);
+      for (std::int32_t i = begin; i < end; i += kSegment)
+        group.segment[group.segments++] = {i,
+                                           static_cast<std::int32_t>(smaller(i + kSegment, end))};
     }
   }
 
@@ -140,8 +185,9 @@ class Groups {
   }
 
   Buffer<Group<T, kRows>> groups_;
-  Buffer<Index> order_;
-  Buffer<std::uint8_t> live_;
+  Buffer<Index> order_, lengths_;  // lengths_: how many references each row needs
+  Buffer<std::uint64_t> needs_;    // of each row
+  std::uint64_t live_[kWords];     // of all rows
   Index count_ = 0;
 };
 

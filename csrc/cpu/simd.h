@@ -178,6 +178,14 @@ void sum_lanes(typename Simd<T>::Vector* v, double* out) {
   }
 }
 
+// The same for kCount vectors, as many at a time as leave one addition for float64.
+template <class T, int kCount>
+void sum_all_lanes(typename Simd<T>::Vector* v, double* out) {
+  constexpr int together = Simd<T>::lanes / 2;
+  static_assert(kCount % together == 0);
+  for (int i = 0; i < kCount; i += together) sum_lanes<T, together>(v + i, out + i);
+}
+
 // ---- elementary functions -------------------------------------------------------------------
 
 using Doubles = Simd<double>::Vector;

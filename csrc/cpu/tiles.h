@@ -165,7 +165,7 @@ void distance_pairs(const T* const* x, const T* const* y, Index n, double (*out)
       }
     }
   }
-  for (int q = 0; q < kTileQueries; ++q) sum_lanes<T, kPairColumns>(sum[q], out[q]);
+  sum_all_lanes<T, kTileQueries * kPairColumns>(sum[0], out[0]);
 }
 
 template <class T, class R, int kRows>
