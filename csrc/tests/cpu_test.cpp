@@ -9,6 +9,7 @@
 
 #include "api/normalised_field.h"
 #include "api/watch.h"
+#include "tests/groups.h"
 #include "tests/problems.h"
 #include "tests/screens.h"
 
@@ -316,6 +317,7 @@ std::vector<T> thinned(const std::vector<T>& all, int every) {
 int main(int argc, char** argv) {
   const int every = argc > 1 ? std::atoi(argv[1]) : 1;
   if (every < 1) fail("the argument is no number from 1 on");
+  plain::check_grouping();
   plain::check_screens(thinned(plain::points(), every));
   std::vector<std::string> isas;
   const std::string text = usable_isas(&isas);
