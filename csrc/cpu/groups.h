@@ -34,20 +34,8 @@ struct Group {
   double scale[kRows];
   Segment segment[kMaxSegments];
   std::int32_t index[kChunk];
+  std::int32_t start[kWords + 1];  // position in `index` of the first from reference 64 i on
   T weights[kChunk][kRows];
-
-  // Position in `index` of the first listed reference from the j-th of the chunk on.
-  Index lower_bound(Index j) const {
-    Index low = 0, high = length;
-    while (low < high) {
-      const Index middle = (low + high) / 2;
-      if (index[middle] < j)
-        low = middle + 1;
-      else
-        high = middle;
-    }
-    return low;
-  }
 };
 
 template <class T, int kRows>
@@ -154,6 +142,7 @@ class Groups {
     for (Index batch = 0; batch < kWords; batch += kBatch / 64) {
       const auto begin = static_cast<std::int32_t>(group.length);
       for (Index word = batch; word < batch + kBatch / 64; ++word) {
+        group.start[word] = static_cast<std::int32_t>(group.length);
         std::uint64_t any = 0;
         for (Index q = 0; q < group.rows; ++q) any |= needs_of(group.row[q])[word];
         // Write only once: threads that write to the same cache line slow each other down.
@@ -167,6 +156,7 @@ class Groups {
         group.segment[group.segments++] = {i,
                                            static_cast<std::int32_t>(smaller(i + kSegment, end))};
     }
+    group.start[kWords] = static_cast<std::int32_t>(group.length);
   }
 
   template <class WeightsOf, class ScaleOf>

@@ -136,10 +136,11 @@ class DenseTiles {
 
 // ---- listed pairs: features contiguous, a lane sums each `lanes`-th of them -------------------
 
-constexpr Index kPairReferences = 64;  // references packed at a time
-// Most features packed at a time: a tile fits L1, and a lane adds at most kMaxAdditions values.
+constexpr Index kPairReferences = 64;    // references packed at a time, those of a word of Groups
+constexpr Index kMaxPairAdditions = 98;  // as kMaxAdditions; 784 features are 98 vectors of AVX2
+// Most features packed at a time: a tile fits L1, and a lane adds at most kMaxPairAdditions values.
 template <class T>
-constexpr Index kPairPanel = smaller(3136 / sizeof(T), Simd<T>::lanes* kMaxAdditions);
+constexpr Index kPairPanel = smaller(3136 / sizeof(T), Simd<T>::lanes* kMaxPairAdditions);
 // Features packed at a time: panels of equal width, in whole cache lines.
 template <class T>
 Index pair_panel(Index features) {
@@ -196,7 +197,7 @@ class PairTiles {
           if (groups.live(j))
             from[j - begin] = aligned(y(j) + k, n, packed + (j - begin) * kPairPanel<T>);
         for (Index g = task % parts; g < groups.count(); g += parts)
-          add_group(groups[g], begin, end, k, n, from, kernel, out);
+          add_group(groups[g], task / parts, k, n, from, kernel, out);
       }
     });
   }
@@ -215,12 +216,16 @@ class PairTiles {
   }
 
   template <class Kernel, class Out>
-  static void add_group(const Group<T, kRows>& group, Index begin, Index end, Index k, Index n,
+  static void add_group(const Group<T, kRows>& group, Index tile, Index k, Index n,
                         const T* const* from, const Kernel& kernel, const Out& out) {
     Index rows[kRows];
-    for (Index q = 0; q < kRows; ++q) rows[q] = group.row[smaller(q, group.rows - 1)];
-    const Index last = group.lower_bound(end);
-    for (Index i = group.lower_bound(begin); i < last; i += kPairColumns) {
+    double* to[kRows];
+    for (Index q = 0; q < kRows; ++q) {
+      rows[q] = group.row[smaller(q, group.rows - 1)];
+      to[q] = out(rows[q]);
+    }
+    const Index begin = tile * kPairReferences, last = group.start[tile + 1];
+    for (Index i = group.start[tile]; i < last; i += kPairColumns) {
       const Index columns = smaller(kPairColumns, last - i);
       const T* y[kPairColumns];
       for (Index c = 0; c < kPairColumns; ++c)
@@ -228,7 +233,7 @@ class PairTiles {
       double sums[kRows][kPairColumns];
       kernel(rows, k, n, y, sums);
       for (Index q = 0; q < group.rows; ++q)
-        for (Index c = 0; c < columns; ++c) out(rows[q])[group.index[i + c]] += sums[q][c];
+        for (Index c = 0; c < columns; ++c) to[q][group.index[i + c]] += sums[q][c];
     }
   }
 
