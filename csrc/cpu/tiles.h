@@ -136,16 +136,18 @@ class DenseTiles {
 
 // ---- listed pairs: features contiguous, a lane sums each `lanes`-th of them -------------------
 
-constexpr Index kPairReferences = 64;    // references packed at a time, those of a word of Groups
-constexpr Index kMaxPairAdditions = 98;  // as kMaxAdditions; 784 features are 98 vectors of AVX2
-// Most features packed at a time: a tile fits L1, and a lane adds at most kMaxPairAdditions values.
-template <class T>
-constexpr Index kPairPanel = smaller(3136 / sizeof(T), Simd<T>::lanes* kMaxPairAdditions);
-// Features packed at a time: panels of equal width, in whole cache lines.
+constexpr Index kPairReferences = 64;  // references packed at a time, those of a word of Groups
+// Features packed at a time at most: a tile fits L1.
+template <class T> constexpr Index kPairPanel = 3136 / sizeof(T);
+// Features packed at a time: panels of equal width, in whole cache lines. A lane adds at most
+// kMaxAdditions values, or one and a half times as many where a distance has so many lanes and
+// panels that its error, as a share of it, is no larger than with 512 features.
 template <class T>
 Index pair_panel(Index features) {
-  const Index panels = divide_up(features, kPairPanel<T>);
-  return round_up(divide_up(features, panels), 64 / static_cast<Index>(sizeof(T)));
+  const Index additions = features < 1152 ? kMaxAdditions : kMaxAdditions * 3 / 2;
+  const Index most = smaller(kPairPanel<T>, additions * Simd<T>::lanes);
+  return round_up(divide_up(features, divide_up(features, most)),
+                  64 / static_cast<Index>(sizeof(T)));
 }
 constexpr int kPairColumns = kVectorBytes == 64 ? 4 : 2;
 
