@@ -76,6 +76,7 @@ struct Rows {
   bool aligned;
 
   __device__ const T* row(Index i) const { return at + i * stride; }
+  __device__ Rows from(int first) const { return {row(first), stride, count - first, aligned}; }
 };
 
 template <class T>

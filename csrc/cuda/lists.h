@@ -43,8 +43,8 @@ __device__ inline int place_of(int own, int& count, int* before) {
 // Writes the indices of all set bits of `words` words to `to`, in ascending order, and returns
 // their number. bits(w) is word w. The last index is repeated up to a whole panel. `before` has a
 // place for each warp.
-template <int THREADS, class Bits>
-__device__ inline int list(int* to, int* before, int words, Bits bits) {
+template <int THREADS, class Place, class Bits>
+__device__ inline int list(Place* to, int* before, int words, Bits bits) {
   const int thread = static_cast<int>(threadIdx.x);
   int count = 0;
 #pragma unroll 1
@@ -54,7 +54,7 @@ __device__ inline int list(int* to, int* before, int words, Bits bits) {
     int place = place_of<THREADS>(__popc(word), count, before);
     for (int b = 0; b < 32; ++b) {
       const int set = static_cast<int>(word >> b & 1u);
-      if (set) to[place] = 32 * w + b;
+      if (set) to[place] = static_cast<Place>(32 * w + b);
       place += set;
     }
   }

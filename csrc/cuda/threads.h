@@ -81,7 +81,8 @@ __device__ inline float largest_of_warp(float value) {
 }
 
 // Σ over the lanes t of a group of four.
-__device__ inline double over_quad(double value) {
+template <class T>
+__device__ inline T over_quad(T value) {
   value += __shfl_xor_sync(kAll, value, 1);
   return value + __shfl_xor_sync(kAll, value, 2);
 }

@@ -19,15 +19,14 @@ template <class Memory>
 class ListedCopy {
  public:
   using T = typename Memory::Value;
-  using Place = typename Memory::Place;
 
-  __device__ ListedCopy(Memory& shared, const Rows<T>& rows, Index first, int feature, int features)
+  __device__ ListedCopy(Memory& shared, const Rows<T>& rows, int feature, int features)
       : rows_(rows), whole_(rows.aligned && features % kCount == 0) {
     const int thread = static_cast<int>(threadIdx.x);
     row_ = thread / kPieces, piece_ = thread % kPieces;
     const int known = features - feature - piece_ * kCount;
     known_ = known < 0 ? 0 : known < kCount ? known : kCount;
-    from_ = rows.row(first) + feature + piece_ * kCount;
+    from_ = rows.row(0) + feature + piece_ * kCount;
     if (known_ > 0) return;
 #pragma unroll 1
     for (int slot = 0; slot < Memory::kStages; ++slot)
@@ -37,7 +36,7 @@ class ListedCopy {
   }
 
   // Starts the copies of the panel whose indices are at `listed`.
-  __device__ void panel(Memory& shared, int slot, const Place* listed) const {
+  __device__ void panel(Memory& shared, int slot, const std::uint16_t* listed) const {
     if (known_ == 0) return;
     T* const to = &shared.rows[slot][row_][piece_ * kCount];
     if (whole_) {
@@ -113,20 +112,20 @@ __device__ inline void add_product(float (&d)[4], const OperandA<SHORT>& a, cons
   multiply_add(d, a.big, b.big);
 }
 
-// Adds Σ reference[feature] · weight[query] over the staged references. The result has 32 features,
-// lane g has features 4g to 4g + 3, by 8 queries a tile: sum[i][n][e] is feature 4g + 2i + e/2,
-// query 8n + 2t + e % 2. weights(n, s) returns the weights of query 8n + g for references 8s + t
-// and 8s + t + 4.
-template <int REFERENCES, int TILES, int PITCH, class R, class Weights>
+// Adds Σ reference[feature] · weight[query] over a panel of staged references. The result has 32
+// features, lane g has features 4g to 4g + 3, by 8 queries a tile: sum[i][n][e] is feature 4g + 2i
+// + e/2, query 8n + 2t + e % 2. Weights lie in pairs (pair_place).
+template <int TILES, int PITCH, class R>
 __device__ inline void add_weighted(float (&sum)[2][TILES][4], const R* references,
-                                    const Weights& weights, const Lane& lane) {
+                                    const float* weights, const Lane& lane) {
   float panel[2][TILES][4] = {};
 #pragma unroll
-  for (int step = 0; step < REFERENCES; step += 8) {
+  for (int step = 0; step < kPanel; step += 8) {
     OperandB weight[TILES];
 #pragma unroll
     for (int n = 0; n < TILES; ++n) {
-      const float2 v = weights(n, step / 8);
+      const float2 v =
+          *reinterpret_cast<const float2*>(weights + pair_place(n, step / 8, lane.lane));
       weight[n].set(0, v.x), weight[n].set(1, v.y);
     }
     float values[2][4];
@@ -267,11 +266,10 @@ class WarpSums {
 
   struct Memory {
     using Value = R;
-    using Place = std::uint16_t;  // of a reference in a chunk
     static constexpr int kStages = 2;
     R rows[kStages][kPanel][kSumPitch<R>];
     float weights[kStages][kPanel * ROWS];
-    Place listed[kPanel * kPartPanels];
+    std::uint16_t listed[kPanel * kPartPanels];
     int scratch[kSumThreads / 32];
     int queries[ROWS];
   };
@@ -308,7 +306,7 @@ class WarpSums {
   __device__ WarpSums(Memory& shared, const Rows<R>& y, int features, const Segment& segment,
                       const float* weights, const float* scale)
       : shared_(shared),
-        copy_(shared, y, 0, kFeatures * segment.slice, features),
+        copy_(shared, y, kFeatures * segment.slice, features),
         weights_(weights + 4 * static_cast<int>(threadIdx.x)),
         panels_(segment.panels),
         factor_(kScaled ? scale[0] : 1) {}
@@ -319,13 +317,7 @@ class WarpSums {
         add_weighted_halves<kExactHalf<R>, kTiles, kSumPitch<R>>(
             sum_, values(slot), shared_.weights[slot], factor_, largest_, lane_);
       else
-        add_weighted<kPanel, kTiles, kSumPitch<R>>(
-            sum_, values(slot),
-            [&](int n, int s) {
-              return *reinterpret_cast<const float2*>(
-                  &shared_.weights[slot][pair_place(n, s, lane_.lane)]);
-            },
-            lane_);
+        add_weighted<kTiles, kSumPitch<R>>(sum_, values(slot), shared_.weights[slot], lane_);
     });
   }
 
