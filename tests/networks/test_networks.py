@@ -92,6 +92,15 @@ def test_backbone_inputs_are_of_order_one(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", FIELD_NETWORKS)
+def test_embedding_is_flat_below_its_floor_and_varies_above(name: str) -> None:
+    embedding = make(name).embedding
+    rms = torch.full((4,), 0.85)
+    values = embedding(rms, torch.tensor([1e-10, 1e-6, 0.1, 0.2]))
+    torch.testing.assert_close(values[0], values[1], atol=1e-5, rtol=1e-5)
+    assert (values[2] - values[3]).abs().max() > 1e-3
+
+
+@pytest.mark.parametrize("name", FIELD_NETWORKS)
 def test_the_field_gives_back_the_mean(name: str) -> None:
     """mean = x − z v_x/v_z, as in the solvers, is accurate in float32."""
     net = make(name)
