@@ -468,12 +468,6 @@ def test_field_names_a_wrong_argument(error, message, change):
         field_fn(**{"x": x0, "z": 0.5, "references": references0} | change)
 
 
-@pytest.mark.parametrize("function", [posterior_mean, log_density])
-def test_an_unknown_backend_is_named(function):
-    with pytest.raises(ValueError, match=r"backend is 'cuda'; allowed are .*native.*reference"):
-        function(x0, references0, r=0.5, backend="cuda")
-
-
 @pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
 @pytest.mark.parametrize("D", [1.0, math.inf])
 @pytest.mark.parametrize("name", ["x", "references"])

@@ -12,7 +12,6 @@ from torch.overrides import BaseTorchFunctionMode
 from torch.utils._python_dispatch import BaseTorchDispatchMode
 
 import pfgm
-from pfgm import functional
 from pfgm.backends import native
 from pfgm.ops import eager
 
@@ -191,15 +190,6 @@ def test_out_is_written_and_marked(call, one_calls, name):
     assert in_place[0] is values[0]
     assert values[0].equal(expected[0])
     assert one_calls == [True] * 3
-
-
-def test_a_change_that_autograd_must_see_is_seen():
-    x, _, _, slope, field_z, _ = inputs()
-    weight = torch.ones(3, requires_grad=True)
-    product = (weight * x).sum()
-    functional.euler_step(x, pfgm.Field(slope, field_z), 2.0, 1.0, out=x)
-    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
-        product.backward()
 
 
 def test_an_output_that_overlaps_an_input_in_part(one_calls):
