@@ -294,9 +294,9 @@ def one_calls(monkeypatch):
     answers, call = [], eager.one_call
 
     def watched(*arguments):
-        found = call(*arguments)
-        answers.append(found is not None)
-        return found
+        result = call(*arguments)
+        answers.append(result is not None)
+        return result
 
     monkeypatch.setattr(eager, "one_call", watched)
     return answers
@@ -400,14 +400,14 @@ def oracle_gradients():
 
     def evaluate(x, references, radius, D, G, g, of_references):
         x, references = x.reshape(len(x), -1), references.reshape(len(references), -1)
-        of_pairs = _squared_distances(x, references)
+        squares = _squared_distances(x, references)
         x, y, G = (_rows(v.reshape(len(v), -1)) for v in (x, references, G))
         radius = np.broadcast_to(np.asarray(radius, dtype=np.longdouble), len(x))
         grad_x, grad_y, grad_r = np.zeros_like(x), np.zeros_like(y), np.zeros(len(x))
         for b, r in enumerate(radius):
-            p, _ = _posterior(of_pairs[b], x.shape[1], r, D)
+            p, _ = _posterior(squares[b], x.shape[1], r, D)
             seen = _seen(p)
-            p, squared, apart = p[seen], of_pairs[b, seen], x[b] - y[seen]
+            p, squared, apart = p[seen], squares[b, seen], x[b] - y[seen]
             t = (-apart @ G[b]).astype(np.longdouble)  # of y − x: what all have in common cancels
             t += np.longdouble(g[b]) - p @ t
             if math.isinf(D):
@@ -423,4 +423,4 @@ def oracle_gradients():
         return _tensor(grad_x), _tensor(grad_y) if of_references else None, _tensor(grad_r)
 
     remembered = _remembering(evaluate)
-    return lambda *given, of_references=True: remembered(*given, of_references)
+    return lambda *inputs, of_references=True: remembered(*inputs, of_references)

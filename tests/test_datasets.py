@@ -41,13 +41,13 @@ def in_file(rows: pfgm.ReferenceSet) -> bool:
 
 
 def test_digits() -> None:
-    digits, found = pfgm.data.digits(), open_data("digits")
-    assert torch.equal(whole(found.train), digits.train)
-    assert torch.equal(whole(found.held_out), digits.held_out)
-    assert known(found.train) == digits.train_labels.tolist()
-    assert known(found.held_out) == digits.held_out_labels.tolist()
-    assert (found.classes, found.levels) == (10, 17)
-    grey = (digits.train + 1) / 2 * (found.levels - 1)
+    digits, data = pfgm.data.digits(), open_data("digits")
+    assert torch.equal(whole(data.train), digits.train)
+    assert torch.equal(whole(data.held_out), digits.held_out)
+    assert known(data.train) == digits.train_labels.tolist()
+    assert known(data.held_out) == digits.held_out_labels.tolist()
+    assert (data.classes, data.levels) == (10, 17)
+    grey = (digits.train + 1) / 2 * (data.levels - 1)
     assert torch.equal(grey, grey.round())
 
 
@@ -96,16 +96,16 @@ def fashion(folder: Path, suffix: str = "") -> dict[str, np.ndarray[Any, Any]]:
 @pytest.mark.parametrize("suffix", ["", ".gz"])
 def test_fashion_mnist_in_a_folder(tmp_path: Path, suffix: str) -> None:
     arrays = fashion(tmp_path, suffix)
-    found = open_data(f"fashion-mnist:{tmp_path}")
-    assert found.train.shape == (5, 1, 4, 6)
-    assert found.train.dtype == torch.uint8
-    images = whole(found.train)[:, 0].numpy()
+    data = open_data(f"fashion-mnist:{tmp_path}")
+    assert data.train.shape == (5, 1, 4, 6)
+    assert data.train.dtype == torch.uint8
+    images = whole(data.train)[:, 0].numpy()
     np.testing.assert_array_equal(images, arrays["train-images-idx3-ubyte"])
-    held_out = whole(found.held_out)[:, 0].numpy()
+    held_out = whole(data.held_out)[:, 0].numpy()
     np.testing.assert_array_equal(held_out, arrays["t10k-images-idx3-ubyte"])
-    assert known(found.train) == [9, 0, 3, 3, 1]
-    assert known(found.held_out) == [2, 7, 2]
-    assert (found.classes, found.levels) == (10, 256)
+    assert known(data.train) == [9, 0, 3, 3, 1]
+    assert known(data.held_out) == [2, 7, 2]
+    assert (data.classes, data.levels) == (10, 256)
 
 
 def test_fashion_mnist_in_the_data_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -190,16 +190,16 @@ def test_a_missing_idx_file(tmp_path: Path) -> None:
 @pytest.mark.skipif(not FASHION.is_dir(), reason="dataset-fashion-mnist is not installed")
 def test_the_real_fashion_mnist(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("PFGM_DATA", raising=False)
-    found = open_data("fashion-mnist")
-    assert found.train.shape == (60_000, 1, 28, 28)
-    assert found.held_out is not None
-    assert found.held_out.shape == (10_000, 1, 28, 28)
+    data = open_data("fashion-mnist")
+    assert data.train.shape == (60_000, 1, 28, 28)
+    assert data.held_out is not None
+    assert data.held_out.shape == (10_000, 1, 28, 28)
     # Its paper: ten classes of equal numbers (Xiao et al., arXiv 1708.07747).
-    for rows in (found.train, found.held_out):
+    for rows in (data.train, data.held_out):
         assert torch.bincount(rows.labels).tolist() == [len(rows) // 10] * 10
-    assert known(found.train)[:4] == [9, 0, 0, 3]
+    assert known(data.train)[:4] == [9, 0, 0, 3]
     # The mean and deviation that everyone normalises it by.
-    values = [found.train[start : start + 1000].double() / 255 for start in (0, 20_000, 59_000)]
+    values = [data.train[start : start + 1000].double() / 255 for start in (0, 20_000, 59_000)]
     assert float(torch.cat(values).mean()) == pytest.approx(0.2860, abs=5e-3)
     assert float(torch.cat(values).std()) == pytest.approx(0.3530, abs=5e-3)
 
@@ -224,19 +224,19 @@ def test_cifar10(tmp_path: Path, inner: str, monkeypatch: pytest.MonkeyPatch) ->
     records = cifar(tmp_path / "cifar10" / inner)
     monkeypatch.setenv("PFGM_DATA", str(tmp_path))
     for source in ("cifar10", f"cifar10:{tmp_path / 'cifar10'}"):
-        found = open_data(source)
-        images = whole(found.train).numpy()
+        data = open_data(source)
+        images = whole(data.train).numpy()
         assert images.shape == (10, 3, 32, 32)
-        assert known(found.train) == [0, 9, 1, 8, 2, 7, 3, 6, 4, 5]
+        assert known(data.train) == [0, 9, 1, 8, 2, 7, 3, 6, 4, 5]
         third = records["data_batch_3.bin"][1]
         # "the first 1024 bytes are the red channel values … stored in row-major order"
         assert images[5, 0, 1, 2] == third[1 + 32 + 2]
         assert images[5, 2, 31, 31] == third[-1]
         np.testing.assert_array_equal(
-            whole(found.held_out).numpy().reshape(2, -1), records["test_batch.bin"][:, 1:]
+            whole(data.held_out).numpy().reshape(2, -1), records["test_batch.bin"][:, 1:]
         )
-        assert known(found.held_out) == [5, 4]
-        assert (found.classes, found.levels) == (10, 256)
+        assert known(data.held_out) == [5, 4]
+        assert (data.classes, data.levels) == (10, 256)
 
 
 def test_missing_cifar10_is_explained(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -293,21 +293,21 @@ def ramp(*shape: int, dtype: Any = np.uint8) -> np.ndarray[Any, Any]:
 @pytest.mark.parametrize("prefix", ["", "npz:"])
 def test_a_file_stays_where_it_is(tmp_path: Path, prefix: str) -> None:
     np.save(tmp_path / "a.npy", ramp(4, 3, 2, 2))
-    found = open_data(f"{prefix}{tmp_path / 'a.npy'}")
-    assert in_file(found.train)
-    np.testing.assert_array_equal(whole(found.train).numpy(), ramp(4, 3, 2, 2))
-    assert found[1:] == (None, 0, 256, (), ())
+    data = open_data(f"{prefix}{tmp_path / 'a.npy'}")
+    assert in_file(data.train)
+    np.testing.assert_array_equal(whole(data.train).numpy(), ramp(4, 3, 2, 2))
+    assert data[1:] == (None, 0, 256, (), ())
 
 
 @pytest.mark.parametrize("dtype", [torch.uint8, torch.float32, torch.bfloat16])
 def test_grey_images_get_a_channel_in_place(tmp_path: Path, dtype: torch.dtype) -> None:
     images = torch.arange(60).view(5, 3, 4).to(dtype)
     save_file({"images": images}, tmp_path / "grey.safetensors")
-    found = open_data(str(tmp_path / "grey.safetensors"), layout="images")
-    assert found.train.shape == (5, 1, 3, 4)
-    assert in_file(found.train)
-    assert torch.equal(whole(found.train)[:, 0], images)
-    assert found.levels == (256 if dtype == torch.uint8 else 0)
+    data = open_data(str(tmp_path / "grey.safetensors"), layout="images")
+    assert data.train.shape == (5, 1, 3, 4)
+    assert in_file(data.train)
+    assert torch.equal(whole(data.train)[:, 0], images)
+    assert data.levels == (256 if dtype == torch.uint8 else 0)
     np.savez_compressed(tmp_path / "grey.npz", images.float().numpy())
     compressed = open_samples(tmp_path / "grey.npz", layout="images")
     assert not in_file(compressed)
@@ -349,18 +349,18 @@ def test_labels_and_held_out_samples(
         f"{held_out}_labels": np.array([5, 0], dtype=np.uint8),
     }
     path = save(tmp_path / f"set{suffix}", **arrays)
-    found = open_data(str(path))
-    np.testing.assert_array_equal(whole(found.train)[:, 0].numpy(), arrays["images"])
-    np.testing.assert_array_equal(whole(found.held_out)[:, 0].numpy(), arrays[held_out])
-    assert known(found.train) == [2, 0, 0, 1]
-    assert known(found.held_out) == [5, 0]
-    assert (found.classes, found.levels) == (6, 256)
+    data = open_data(str(path))
+    np.testing.assert_array_equal(whole(data.train)[:, 0].numpy(), arrays["images"])
+    np.testing.assert_array_equal(whole(data.held_out)[:, 0].numpy(), arrays[held_out])
+    assert known(data.train) == [2, 0, 0, 1]
+    assert known(data.held_out) == [5, 0]
+    assert (data.classes, data.levels) == (6, 256)
 
 
 def test_a_single_array_is_the_samples_whatever_its_name(tmp_path: Path) -> None:
-    found = open_data(str(save(tmp_path / "a.npz", held_out=ramp(4, 3))))
-    assert found.train.shape == (4, 3)
-    assert found.held_out is None
+    data = open_data(str(save(tmp_path / "a.npz", held_out=ramp(4, 3))))
+    assert data.train.shape == (4, 3)
+    assert data.held_out is None
 
 
 @pytest.mark.parametrize("suffix", [".npz", ".safetensors"])
@@ -413,10 +413,10 @@ def test_a_folder_of_images(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("HOME", str(tmp_path))
     for source in (f"folder:{folder}", str(folder), "./digits", "folder:~/digits"):
-        found = open_data(source)
-        assert found.train.shape == (3, 1, 4, 5)
-        np.testing.assert_array_equal(whole(found.train)[2, 0].numpy(), ramp(4, 5) + 2)
-        assert found[1:] == (None, 0, 256, (), ())
+        data = open_data(source)
+        assert data.train.shape == (3, 1, 4, 5)
+        np.testing.assert_array_equal(whole(data.train)[2, 0].numpy(), ramp(4, 5) + 2)
+        assert data[1:] == (None, 0, 256, (), ())
 
 
 def test_an_archive_of_images_by_class(tmp_path: Path) -> None:
@@ -426,10 +426,10 @@ def test_an_archive_of_images_by_class(tmp_path: Path) -> None:
             image.fromarray(ramp(4, 5) + number).save(tmp_path / "a.png")
             archive.write(tmp_path / "a.png", f"pets/{name}/{number}.png")
     for source in (str(tmp_path / "pets.zip"), f"folder:{tmp_path / 'pets.zip'}"):
-        found = open_data(source)
-        assert known(found.train) == [0, 1, 1]
-        assert (found.classes, found.names) == (2, ("cat", "dog"))
-        np.testing.assert_array_equal(whole(found.train)[2, 0].numpy(), ramp(4, 5) + 2)
+        data = open_data(source)
+        assert known(data.train) == [0, 1, 1]
+        assert (data.classes, data.names) == (2, ("cat", "dog"))
+        np.testing.assert_array_equal(whole(data.train)[2, 0].numpy(), ramp(4, 5) + 2)
     assert open_samples(tmp_path / "pets.zip").shape == (3, 1, 4, 5)
 
 

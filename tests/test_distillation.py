@@ -175,7 +175,7 @@ def test_a_student_arrives_in_one_evaluation(D):
             network = pfgm.networks.Denoiser("mlp", settings, sigma_data=flow.sigma_data)
     teacher = flow.empirical(CORNERS)
     config = TrainConfig(
-        steps=200, batch_size=64, learning_rate=3e-3, warmup=20, decay="cosine", ema=0.95
+        steps=150, batch_size=64, learning_rate=3e-3, warmup=20, decay="cosine", ema=0.95
     )
     loss = Consistency(flow, teacher).loss
     student = Trainer(flow, network, data, config, progress=False, loss=loss).train()
@@ -292,7 +292,7 @@ def test_a_resumed_run_keeps_its_teacher(tmp_path):
     pfgm.save(kept, flow, network)
     training = TrainConfig(steps=1, batch_size=8)
     config = RunConfig(str(tmp_path / "corners.npy"), teacher=str(teacher), training=training)
-    of_kept = dataclasses.replace(config, teacher=str(kept))
+    with_kept = dataclasses.replace(config, teacher=str(kept))
     begin = partial(start, folder=tmp_path / "run", progress=False, report=lambda line: None)
     begin(config)
     with torch.no_grad():
@@ -300,14 +300,14 @@ def test_a_resumed_run_keeps_its_teacher(tmp_path):
     pfgm.save(teacher, flow, network, step=50)
     with pytest.raises(ValueError, match=r"teacher is .*/teacher.safetensors, whose weights have"):
         begin(config, resume=True)
-    begin(of_kept, resume=True)
+    begin(with_kept, resume=True)
     path = tmp_path / "run" / "config.json"
     earlier = json.loads(path.read_text())
     del earlier["teacher_checksum"]
     path.write_text(json.dumps(earlier))
     with pytest.raises(ValueError, match="which a resumed run keeps"):
         begin(config, resume=True)
-    begin(of_kept, resume=True)
+    begin(with_kept, resume=True)
     assert "teacher_checksum" in json.loads(path.read_text())
 
 

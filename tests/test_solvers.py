@@ -100,18 +100,6 @@ def test_multistep_follows_the_formula():
     torch.testing.assert_close(result, x, rtol=1e-12, atol=1e-12)
 
 
-@pytest.mark.parametrize(("name", "evaluations"), [("euler", 7), ("heun", 13), ("multistep", 7)])
-def test_evaluations_are_counted(name, evaluations):
-    calls = []
-
-    def denoise(x, z):
-        calls.append(z)
-        return torch.zeros_like(x)
-
-    _, nfe = SOLVERS[name](denoise, torch.ones(2, 3), log_grid(9.0, 0.1, 7))
-    assert nfe == len(calls) == evaluations
-
-
 @pytest.mark.parametrize("name", SOLVERS)
 def test_callback_sees_each_step_before_it_is_taken(name):
     calls, seen = [], []
@@ -151,24 +139,14 @@ def test_callback_stops_the_run(name):
     assert nfe == seen[-1]["nfe"]
 
 
-@pytest.mark.parametrize("grid", [log_grid, rho_grid])
-def test_grids(grid):
-    levels = grid(40.0, 1e-3, 11)
-    assert len(levels) == 12
-    assert levels[0] == 40.0
-    assert levels[-1] == 1e-3
-    assert all(a > b for a, b in pairwise(levels))
-    assert grid(40.0, 1e-3, 1) == [40.0, 1e-3]
-
-
 def test_grid_formulas():
-    for i, z in enumerate(rho_grid(40.0, 1e-3, 11)):
-        expected = (40.0 ** (1 / 7) + i / 11 * (1e-3 ** (1 / 7) - 40.0 ** (1 / 7))) ** 7
-        assert z == pytest.approx(expected, rel=1e-12)
-    for i, z in enumerate(log_grid(40.0, 1e-3, 11)):
-        assert math.log(z) == pytest.approx(
-            math.log(40.0) + i / 11 * math.log(1e-3 / 40.0), abs=1e-12
-        )
+    for grid, scale in ((rho_grid, lambda z: z ** (1 / 7)), (log_grid, math.log)):
+        levels = grid(40.0, 1e-3, 11)
+        first, last = scale(40.0), scale(1e-3)
+        expected = [first + i / 11 * (last - first) for i in range(12)]
+        assert list(map(scale, levels)) == pytest.approx(expected, rel=1e-12, abs=1e-12)
+        assert (levels[0], levels[-1]) == (40.0, 1e-3)
+        assert grid(40.0, 1e-3, 1) == [40.0, 1e-3]
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
@@ -232,12 +210,12 @@ class Reusing(torch.nn.Module):
         super().__init__()
         self.net, self.kept = net, None
 
-    def forward(self, *given, **condition):
-        found = self.net(*given, **condition)
-        found = found if isinstance(found, tuple) else (found,)
-        if self.kept is None or self.kept[0].shape != found[0].shape:
-            self.kept = tuple(torch.empty_like(part) for part in found)
-        for buffer, part in zip(self.kept, found, strict=True):
+    def forward(self, *inputs, **condition):
+        outputs = self.net(*inputs, **condition)
+        outputs = outputs if isinstance(outputs, tuple) else (outputs,)
+        if self.kept is None or self.kept[0].shape != outputs[0].shape:
+            self.kept = tuple(torch.empty_like(part) for part in outputs)
+        for buffer, part in zip(self.kept, outputs, strict=True):
             buffer.copy_(part)
         return self.kept if len(self.kept) > 1 else self.kept[0]
 
@@ -307,16 +285,6 @@ def test_kept_and_returned_tensors_are_not_overwritten(solver, which, labelled):
         assert torch.equal(plain, reusing)
 
 
-def test_samples_of_digits_are_the_same_digits():
-    data = pfgm.data.digits().train
-    flow = pfgm.PoissonFlowPP.from_data(data, D=128)
-    net, x = flow.empirical(data), flow.prior(200, generator=torch.Generator().manual_seed(0))
-    plain, reusing = (
-        flow.sample(n, 200, solver="multistep", steps=18, x_init=x) for n in (net, Reusing(net))
-    )
-    assert torch.equal(plain, reusing)
-
-
 @pytest.mark.parametrize("returned", [lambda x: x, lambda x: x[:1].expand_as(x), lambda x: x[:]])
 @pytest.mark.parametrize("solver", [euler, heun, multistep, rk45])
 def test_a_network_may_return_a_view_of_its_points(solver, returned):
@@ -337,14 +305,13 @@ def test_a_network_that_changes_its_input_is_refused(which, inference, labelled)
 
     def changing(name):
         def changed(x, level, shift=None):
-            found = net(x, level)
+            prediction = net(x, level)
             {"x": x, letter: level, "shift": shift}[name].mul_(0.5)
-            return found
+            return prediction
 
         return changed
 
-    shift = torch.ones(4)
-    condition = {"shift": shift}
+    condition = {"shift": torch.ones(4)}
     with torch.inference_mode(inference):
         shift = torch.ones(4)
         for name in ("x", letter, "shift"):
@@ -395,7 +362,7 @@ def test_a_function_solves_in_all_methods(solver):
     """Against the known solutions; the function heun against the name to the bit."""
     flow, net = flows_of_a_gaussian(0.7)
     x = torch.randn(6, 2, dtype=DTYPE, generator=torch.Generator().manual_seed(0))
-    levels = log_grid(20.0, 0.01, 1000)
+    levels = log_grid(20.0, 0.01, 600)
     latent = flow.encode(net, x, solver=solver, schedule=levels)
     expected = gaussian_solution(x, 0.01, 20.0, 0.7)
     torch.testing.assert_close(latent, expected, rtol=1e-4, atol=1e-5)
@@ -405,7 +372,7 @@ def test_a_function_solves_in_all_methods(solver):
         net, 6, solver=solver, schedule=levels, x_init=latent, return_nfe=True
     )
     torch.testing.assert_close(samples, x, rtol=1e-4, atol=1e-5)
-    assert nfe == (2000 if solver is midpoint else 1999)
+    assert nfe == (1200 if solver is midpoint else 1199)
     if solver is heun:
         for method, start in ((flow.encode, x), (flow.decode, latent)):
             assert torch.equal(

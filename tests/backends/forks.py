@@ -40,15 +40,16 @@ def equal(actual, expected):
 
 def compute(stop, problems):
     while not stop.is_set():
-        for given in problems:
-            results(*given)
+        for tensors in problems:
+            results(*tensors)
 
 
 def child(problems, expected):
     faulthandler.dump_traceback_later(PATIENCE, exit=True)
     try:
         same = [
-            equal(results(*given), wanted) for given, wanted in zip(problems, expected, strict=True)
+            equal(results(*tensors), wanted)
+            for tensors, wanted in zip(problems, expected, strict=True)
         ]
         os._exit(0 if all(same) else 3)
     except BaseException as error:
@@ -59,12 +60,12 @@ def child(problems, expected):
 def main(forks, seconds, threads):
     torch.set_num_threads(threads)
     problems = [problem(3, 40, 5), problem(70, 60, 20), problem(50, 40, 600)]
-    expected = [results(*given) for given in problems]
+    expected = [results(*tensors) for tensors in problems]
     # More workspace than is kept, so that memory is freed while other threads allocate.
     large = [problem(384, 12, 1000 + 100 * i) for i in range(COMPUTING)]
     stop = threading.Event()
     computing = [
-        threading.Thread(target=compute, args=(stop, [given]), daemon=True) for given in large
+        threading.Thread(target=compute, args=(stop, [tensors]), daemon=True) for tensors in large
     ]
     for thread in computing:
         thread.start()

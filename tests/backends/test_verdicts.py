@@ -111,10 +111,10 @@ def test_the_class_comes_from_points_and_references(gpu, verdict):
 def test_a_backend_that_failed_is_left_out(gpu, verdict):
     failures = {"native": "field: the process was ended by SIGSEGV"}
     speeds = dict.fromkeys(("digits", "CIFAR_10", "Fashion_MNIST"), (9, 2, 1, 0))
-    found = verdict(("triton", "torch", "reference"), failures, **speeds)
-    gpu(found)
+    partial = verdict(("triton", "torch", "reference"), failures, **speeds)
+    gpu(partial)
     assert [chosen(work) for work in (DIGITS, CIFAR, FASHION)] == [triton] * 3
-    assert "native failed (field: the process was ended by SIGSEGV)" in str(found)
+    assert "native failed (field: the process was ended by SIGSEGV)" in str(partial)
     assert choose("native", CUDA, torch.float32) is native
 
 

@@ -59,12 +59,12 @@ def test_heun_warns_of_steps_that_are_too_long(kind, steps):
     data = torch.rand(20, 1, 8, 8, generator=torch.Generator().manual_seed(0)) * 2 - 1
     data[0, 0, 0, :2] = torch.tensor([-1.0, 1.0])
     flow = flow_for(kind, data)
-    with warnings.catch_warnings(record=True) as found:
+    with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         flow.sample(flow.empirical(data), 2, solver="heun", steps=steps)
         flow.sample(flow.empirical(data), 2, solver="multistep", steps=steps)
     poor = kind != "PFGM" and steps in (2, 5)
-    assert ["steps are too few. multistep" in str(each.message) for each in found] == [True] * poor
+    assert ["steps are too few. multistep" in str(each.message) for each in caught] == [True] * poor
 
 
 def test_churn_takes_heun():

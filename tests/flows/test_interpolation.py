@@ -61,6 +61,7 @@ def test_interpolation_where_no_circle_or_no_direction_is_given(dtype):
         (([1.0], torch.ones(2, 3), [0.5]), TypeError, "a has dtype list"),
         ((torch.ones(2, 3), torch.ones(2, 3), []), ValueError, "weights is"),
         ((torch.ones(2, 3), torch.ones(2, 3), 0.5), ValueError, "weights is"),
+        ((torch.ones(2, 3), torch.ones(2, 3), "a"), TypeError, "weights is 'a'; allowed are real"),
         ((torch.ones(2, 3), torch.ones(2, 3), [math.nan]), ValueError, "weights holds NaN"),
     ],
 )

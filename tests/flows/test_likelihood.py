@@ -38,7 +38,7 @@ def mixture_at(flow, references, level):
 def worst_error(kind, N, dtype=torch.float64, B=4, **options):
     """The error in nats per dimension from the exact mixture at the last level."""
     flow, references, x = mixture_problem(kind, N, dtype, B=B)
-    found = flow.log_likelihood(
+    result = flow.log_likelihood(
         flow.empirical(references),
         x,
         estimator="exact",
@@ -46,9 +46,9 @@ def worst_error(kind, N, dtype=torch.float64, B=4, **options):
         **options,
     )
     exact = mixture_at(flow, references.double(), flow.last_level)(x.double())
-    assert found.nats.dtype == torch.float64
-    assert found.latent.dtype == dtype
-    return float((found.nats - exact).abs().max()) / N
+    assert result.nats.dtype == torch.float64
+    assert result.latent.dtype == dtype
+    return float((result.nats - exact).abs().max()) / N
 
 
 class Denoiser(nn.Module):
@@ -79,7 +79,7 @@ def small(**arguments):
 
 @pytest.mark.parametrize(
     ("kind", "N"),
-    [("pfgm", 1), ("pfgm", 8), (1, 2), (1, 8), (16, 1), (16, 2), (INFINITY, 1), (INFINITY, 8)],
+    [("pfgm", 1), (1, 2), (16, 1), (16, 8), (INFINITY, 2)],
 )
 def test_exact_mixture_in_few_dimensions(kind, N):
     assert worst_error(kind, N, rtol=1e-6, atol=1e-6) < 3e-4
@@ -92,7 +92,7 @@ def test_exact_mixture_in_64_dimensions(kind):
     assert worst_error(kind, 64, B=2) < 3e-4
 
 
-@pytest.mark.parametrize("kind", ["pfgm", 1, 16, INFINITY])
+@pytest.mark.parametrize("kind", ["pfgm", 16])
 def test_exact_mixture_in_float32(kind):
     assert worst_error(kind, 4, torch.float32, rtol=1e-6, atol=1e-6) < 3e-4
 
@@ -112,18 +112,24 @@ def test_order_of_the_fixed_grids(solver, order):
 
 
 @pytest.mark.parametrize(
-    ("solver", "tolerance"), [("euler", 1e-10), ("heun", 1e-10), ("rk45", 1e-6)]
+    ("solver", "D", "tolerance"),
+    [
+        ("euler", 1, 1e-10),
+        ("euler", INFINITY, 1e-10),
+        ("heun", 16, 1e-10),
+        ("rk45", 1, 1e-6),
+        ("rk45", INFINITY, 1e-6),
+    ],
 )
-@pytest.mark.parametrize("D", [1, 16, INFINITY])
-def test_one_reference_at_0_takes_a_single_step(solver, tolerance, D):
+def test_one_reference_at_0_takes_a_single_step(solver, D, tolerance):
     """mean = 0: x = σ w with w fixed, so that the centred prior is the density at every level."""
     flow = small(D=D)
     x = torch.randn(4, 3, generator=seeded(), dtype=torch.float64)
     net = flow.empirical(torch.zeros(1, 3, dtype=torch.float64))
-    found = flow.log_likelihood(net, x, solver=solver, steps=1, rtol=1e-9, atol=1e-9)
+    result = flow.log_likelihood(net, x, solver=solver, steps=1, rtol=1e-9, atol=1e-9)
     expected = centred_prior(x, flow.sigma_min, D)
-    torch.testing.assert_close(found.nats, expected, atol=tolerance, rtol=tolerance)
-    torch.testing.assert_close(found.latent, x * 100)
+    torch.testing.assert_close(result.nats, expected, atol=tolerance, rtol=tolerance)
+    torch.testing.assert_close(result.latent, x * 100)
 
 
 @pytest.mark.parametrize("estimator", ["exact", "rademacher"])
@@ -136,7 +142,7 @@ def test_normal_data(estimator):
     def normal(level):
         return lambda x: centred_prior(x, math.sqrt(s**2 + level**2), INFINITY)
 
-    found = flow.log_likelihood(
+    result = flow.log_likelihood(
         lambda x, sigma: x * (s**2 / (s**2 + sigma**2))[:, None],
         x,
         estimator=estimator,
@@ -144,9 +150,9 @@ def test_normal_data(estimator):
         rtol=1e-8,
         atol=1e-8,
     )
-    torch.testing.assert_close(found.nats, normal(flow.sigma_min)(x), atol=1e-6, rtol=0)
+    torch.testing.assert_close(result.nats, normal(flow.sigma_min)(x), atol=1e-6, rtol=0)
     latent = x * math.sqrt((s**2 + flow.sigma_max**2) / (s**2 + flow.sigma_min**2))
-    torch.testing.assert_close(found.latent, latent, atol=1e-5, rtol=0)
+    torch.testing.assert_close(result.latent, latent, atol=1e-5, rtol=0)
 
 
 def test_each_row_keeps_its_accuracy_in_a_large_batch():
@@ -156,14 +162,14 @@ def test_each_row_keeps_its_accuracy_in_a_large_batch():
     flow = small(D=INFINITY)
     x = torch.zeros(1000, 3, dtype=torch.float64)
     x[0] = torch.tensor([0.45, 0.1, 0.0])
-    found = flow.log_likelihood(
+    result = flow.log_likelihood(
         flow.empirical(references),
         x,
         estimator="exact",
         prior_log_prob=mixture_at(flow, references, flow.sigma_max),
     )
     exact = mixture_at(flow, references, flow.sigma_min)(x)
-    assert (found.nats - exact).abs().max() < 2e-3
+    assert (result.nats - exact).abs().max() < 2e-3
 
 
 def test_no_level_beyond_the_first_is_evaluated():
@@ -199,7 +205,7 @@ def test_hutchinson_is_unbiased(estimator):
     flow, net = small(), Denoiser(3).eval()
     x = torch.tensor([[0.3, -0.2, 0.5]], dtype=torch.float64)
     exact = flow.log_likelihood(net, x, estimator="exact").nats
-    many = x.expand(4000, 3)
+    many = x.expand(2000, 3)
     nats = flow.log_likelihood(net, many, estimator=estimator, generator=seeded(1)).nats
     standard_error = float(nats.std()) / math.sqrt(len(many))
     assert 0 < standard_error < 0.05
@@ -226,22 +232,15 @@ def test_bits_per_dimension():
     flow, net = small(), Denoiser(3).eval()
     x = torch.randn(4, 3, generator=seeded(), dtype=torch.float64)
     for levels, offset in [(256, 7.0), (17, math.log2(8.5)), (2, 0.0)]:
-        found = flow.log_likelihood(net, x, estimator="exact", levels=levels)
-        expected = -found.nats / (3 * math.log(2)) + offset
-        torch.testing.assert_close(found.bits_per_dim, expected)
+        result = flow.log_likelihood(net, x, estimator="exact", levels=levels)
+        expected = -result.nats / (3 * math.log(2)) + offset
+        torch.testing.assert_close(result.bits_per_dim, expected)
 
 
-def test_the_latent_leads_back_to_x():
-    flow, net = small(), Denoiser(3).eval()
-    x = torch.randn(4, 3, generator=seeded(), dtype=torch.float64)
-    latent = flow.log_likelihood(net, x, rtol=1e-8, atol=1e-8).latent
-    levels = [flow.sigma_max, flow.sigma_min]
-    back, _ = flow.solve(net, latent, levels, solver="rk45", rtol=1e-8, atol=1e-8)
-    torch.testing.assert_close(back, x, atol=1e-5, rtol=0)
-
-
-@pytest.mark.parametrize("kind", ["pfgm", 16])
-@pytest.mark.parametrize(("solver", "evaluations"), [("euler", 7), ("heun", 12), ("rk45", None)])
+@pytest.mark.parametrize(
+    ("kind", "solver", "evaluations"),
+    [("pfgm", "euler", 7), (16, "heun", 12), ("pfgm", "rk45", None), (16, "rk45", None)],
+)
 def test_evaluations_and_samples_with_shape(kind, solver, evaluations):
     data = torch.randn(30, 1, 2, 2, generator=seeded())
     flow = make_flow(kind, data)
@@ -251,18 +250,18 @@ def test_evaluations_and_samples_with_shape(kind, solver, evaluations):
         calls.append(tuple(x.shape))
         return exact(x, level)
 
-    found = flow.log_likelihood(net, data[:3], solver=solver, steps=6)
-    assert found.nfe == len(calls)
-    assert evaluations in (found.nfe, None)
+    result = flow.log_likelihood(net, data[:3], solver=solver, steps=6)
+    assert result.nfe == len(calls)
+    assert evaluations in (result.nfe, None)
     assert set(calls) == {(3, 1, 2, 2)}
-    assert [tuple(t.shape) for t in found[:3]] == [(3,), (3,), (3, 1, 2, 2)]
+    assert [tuple(t.shape) for t in result[:3]] == [(3,), (3,), (3, 1, 2, 2)]
 
 
 def test_no_samples():
     flow = small()
-    found = flow.log_likelihood(Denoiser(3), torch.zeros(0, 3))
-    assert [tuple(t.shape) for t in found[:3]] == [(0,), (0,), (0, 3)]
-    assert found.nfe == 0
+    result = flow.log_likelihood(Denoiser(3), torch.zeros(0, 3))
+    assert [tuple(t.shape) for t in result[:3]] == [(0,), (0,), (0, 3)]
+    assert result.nfe == 0
 
 
 # ---- networks --------------------------------------------------------------------------------
@@ -282,10 +281,10 @@ def test_evaluation_mode_is_restored_and_no_gradient_kept():
     flow, net = small(), Denoiser(3)
     net.first.eval()
     x = torch.zeros(2, 3, dtype=torch.float64, requires_grad=True)
-    found = flow.log_likelihood(net, x, solver="euler", steps=3)
+    result = flow.log_likelihood(net, x, solver="euler", steps=3)
     assert set(net.modes) == {(False, False)}
     assert (net.training, net.first.training, net.dropout.training) == (True, False, True)
-    assert not any(t.requires_grad for t in found[:3])
+    assert not any(t.requires_grad for t in result[:3])
     assert all(p.grad is None for p in (x, *net.parameters()))
 
 
@@ -295,31 +294,29 @@ def test_callers_without_gradients(mode):
     x = torch.randn(2, 3, generator=seeded(), dtype=torch.float64)
     expected = flow.log_likelihood(net, x, estimator="exact").nats
     with mode():
-        given = x.clone()
-        found = flow.log_likelihood(net, given, estimator="exact")
+        result = flow.log_likelihood(net, x.clone(), estimator="exact")
         assert not torch.is_grad_enabled()
-    torch.testing.assert_close(found.nats, expected)
+    torch.testing.assert_close(result.nats, expected)
 
 
-@pytest.mark.parametrize("solver", ["heun", "rk45"])
-@pytest.mark.parametrize("estimator", ["exact", "rademacher"])
+@pytest.mark.parametrize(("estimator", "solver"), [("exact", "heun"), ("rademacher", "rk45")])
 def test_gradient_of_the_likelihood(estimator, solver):
     flow, net = small(), Denoiser(3).eval()
     x = torch.randn(2, 3, generator=seeded(), dtype=torch.float64, requires_grad=True)
 
     def nats():
-        found = flow.log_likelihood(
+        result = flow.log_likelihood(
             net,
             x,
             estimator=estimator,
             solver=solver,
             steps=10,
-            rtol=1e-9,
-            atol=1e-9,
+            rtol=1e-8,
+            atol=1e-8,
             generator=seeded(3),
             differentiable=True,
         )
-        return found.nats.sum()
+        return result.nats.sum()
 
     weight = net.second.weight
     gradients = torch.autograd.grad(nats(), (weight, x))
@@ -340,9 +337,9 @@ def test_exact_networks_have_no_second_derivative():
     flow = small()
     net = flow.empirical(torch.randn(5, 3, generator=seeded()))
     x = torch.zeros(2, 3, requires_grad=True)
-    found = flow.log_likelihood(net, x, solver="euler", steps=2, differentiable=True)
+    result = flow.log_likelihood(net, x, solver="euler", steps=2, differentiable=True)
     with pytest.raises(RuntimeError, match="can be differentiated once"):
-        found.nats.sum().backward()
+        result.nats.sum().backward()
 
 
 def test_progress_shows(capsys):
@@ -360,6 +357,7 @@ def test_progress_shows(capsys):
         ({"estimator": "trace"}, "estimator is 'trace'; allowed are rademacher, gaussian, exact"),
         ({"solver": "consistency"}, "solver is 'consistency'; allowed are euler, heun, multistep"),
         ({"steps": 0}, "steps is 0"),
+        ({"steps": None}, "steps is None"),
         ({"levels": 1}, "levels is 1"),
         ({"levels": 2.5}, "levels is 2.5"),
         ({"rtol": 0.0}, "rtol is 0.0"),

@@ -33,14 +33,14 @@ def level(radius, D):
 def forms(monkeypatch):
     """Gives references as they are, and as a set of one chunk and of several."""
 
-    def of(references):
+    def each(references):
         yield references
         yield pfgm.ReferenceSet(references)
         with monkeypatch.context() as context:
             context.setattr(part, "_CHUNK_BYTES", 16 * references[0].nbytes)
             yield pfgm.ReferenceSet(references)
 
-    return of
+    return each
 
 
 # ---- references beyond float32 ----
@@ -68,12 +68,12 @@ def test_a_reference_beyond_float32_that_does_not_count(backend, B, M, N, D):
     near = rows(M, N)
     x = rows(B, N, seed=1).float().requires_grad_()
     far = torch.cat([near[:7], torch.full((1, N), 1e60, dtype=torch.float64), near[7:]])
-    found = []
+    results = []
     for references in (near, far):
         mean = posterior_mean(x, references, D=D, backend=backend, **level(1.0, D))
         (gradient,) = torch.autograd.grad(mean.square().sum(), x)
-        found.append((mean, gradient))
-    for actual, wanted in zip(found[1], found[0], strict=True):
+        results.append((mean, gradient))
+    for actual, wanted in zip(results[1], results[0], strict=True):
         assert (actual - wanted).norm() <= 1e-5 * wanted.norm()
         assert wanted.norm() > 0
 
@@ -140,14 +140,14 @@ def test_points_on_tiny_references_at_r_0(backend, forms, B, M, N, D, scale):
     y[3] = y[M - 1]
     x = y[M - B :].clone().requires_grad_()
     for references in forms(y):
-        given = {"D": D, "return_logsumexp": True, "backend": backend}
+        options = {"D": D, "return_logsumexp": True, "backend": backend}
         in_chunks = isinstance(references, pfgm.ReferenceSet) and references.part.in_one() is None
         if backend in ("torch", "reference") and scale < 1 and in_chunks:
             # Each chunk has a result of its own, also one without the reference at the point.
             with pytest.raises(ValueError, match=UNDERFLOW):
-                posterior_mean(x, references, **given, **level(0.0, D))
+                posterior_mean(x, references, **options, **level(0.0, D))
             continue
-        mean, lse = posterior_mean(x, references, **given, **level(0.0, D))
+        mean, lse = posterior_mean(x, references, **options, **level(0.0, D))
         torch.testing.assert_close(mean, x, rtol=0, atol=5e-322)
         if math.isinf(D):
             assert lse.tolist() == [0.0] * (B - 1) + [math.log(2)]
@@ -218,14 +218,14 @@ def test_a_level_on_a_reference_of_which_the_square_underflows(backend, forms, B
     y = rows(M, N)
     x, wanted = y[M - B :].clone(), y.new_full((B,), -(N + 1) * math.log(radius))
     for references in forms(y):
-        given = {"r": radius, "return_logsumexp": True, "backend": backend}
-        mean, lse = posterior_mean(x, references, **given)
+        options = {"r": radius, "return_logsumexp": True, "backend": backend}
+        mean, lse = posterior_mean(x, references, **options)
         assert torch.equal(mean, x)
         torch.testing.assert_close(lse, wanted)
         _, field_z = field_fn(x, radius, references, gamma=0.0, backend=backend)
         torch.testing.assert_close(field_z, torch.full_like(field_z, -math.sqrt(N)))
         points = x.clone().requires_grad_()
-        mean, lse = posterior_mean(points, references, **given)
+        mean, lse = posterior_mean(points, references, **options)
         assert torch.autograd.grad(mean.sum(), points, retain_graph=True)[0].abs().max() < 1e-100
         if radius < 1e-154:
             with pytest.raises(ValueError, match="so small that it underflows"):
@@ -269,13 +269,13 @@ def test_the_gradient_of_the_field_at_a_tiny_level(backend, z):
     level = torch.tensor([z], dtype=torch.float64, requires_grad=True)
     references = torch.tensor([[-1.0, 0.0], [1.0, 0.0]], dtype=torch.float64)
     field_x, field_z = field_fn(x, level, references, gamma=0.0, backend=backend)
-    of_x, of_z = torch.autograd.grad(field_x.sum(), (x, level), retain_graph=True)
+    slope_x, slope_z = torch.autograd.grad(field_x.sum(), (x, level), retain_graph=True)
     # The mean moves with x along the line between the references only.
-    torch.testing.assert_close(of_x[0, 1] * z, -of_x.new_tensor(2.0).sqrt())
-    assert of_z.item() == 0
-    of_x, of_z = torch.autograd.grad(field_z.sum(), (x, level))
-    assert of_x.abs().max() == 0
-    assert abs(of_z.item()) * z < 1e-12
+    torch.testing.assert_close(slope_x[0, 1] * z, -slope_x.new_tensor(2.0).sqrt())
+    assert slope_z.item() == 0
+    slope_x, slope_z = torch.autograd.grad(field_z.sum(), (x, level))
+    assert slope_x.abs().max() == 0
+    assert abs(slope_z.item()) * z < 1e-12
 
 
 @pytest.mark.parametrize("D", [1e262, 1e300])
@@ -293,7 +293,7 @@ def test_a_level_of_a_step_beyond_float32(backend):
             ValueError, match=r"z is 1e.39; .* at most 3.4e.38, the limit of float32"
         ):
             pfgm.euler_step(x, pfgm.Field(v, v_z), z, 1.0, backend=backend)
-        found = pfgm.euler_step(
+        result = pfgm.euler_step(
             x.double(), pfgm.Field(v.double(), v_z.double()), z, 1.0, backend=backend
         )
-        assert torch.equal(found, x.double())
+        assert torch.equal(result, x.double())

@@ -56,8 +56,7 @@ def edm_style_sampler(net, latents, class_labels=None, *, steps=6, sigma_min=0.0
     return x
 
 
-@pytest.mark.parametrize("kind", ["edm", "unet", "mlp"])
-@pytest.mark.parametrize("D", [math.inf, 64.0])
+@pytest.mark.parametrize(("kind", "D"), [("edm", math.inf), ("unet", 64.0), ("mlp", 64.0)])
 def test_a_sampler_of_edm_ends_where_the_flow_ends(kind, D):
     net = denoiser(kind, classes=4)
     assert (net.img_channels, net.img_resolution, net.label_dim) == (3, 8, 4)
@@ -66,14 +65,14 @@ def test_a_sampler_of_edm_ends_where_the_flow_ends(kind, D):
     labels = torch.tensor([2, 0, 3, -1])
     one_hot = torch.cat([torch.eye(4)[labels[:3]], torch.zeros(1, 4)])
     with torch.no_grad():
-        found = edm_style_sampler(net, start / flow.sigma_max, one_hot)
+        result = edm_style_sampler(net, start / flow.sigma_max, one_hot)
         other = edm_style_sampler(net, start / flow.sigma_max)
-    assert found.dtype == torch.float64
+    assert result.dtype == torch.float64
     condition = {"labels": labels}
     correct = flow.sample(net, 4, x_init=start, solver="heun", steps=6, condition=condition)
-    torch.testing.assert_close(found.float(), correct, rtol=1e-4, atol=1e-4)
-    assert float((other - found).abs()[:3].max()) > 1e-3
-    torch.testing.assert_close(other[3], found[3])
+    torch.testing.assert_close(result.float(), correct, rtol=1e-4, atol=1e-4)
+    assert float((other - result).abs()[:3].max()) > 1e-3
+    torch.testing.assert_close(other[3], result[3])
 
 
 FIELD = pfgm.PoissonFlow.from_data(DATA)
@@ -136,6 +135,8 @@ def test_methods_of_a_flow_take_such_levels(flow):
     assert torch.equal(flow.noise(wide, seeded()), flow.noise(level, seeded()))
     with pytest.raises(ValueError, match=r"sigma has shape \(3, 1\); allowed is \(B,\)"):
         flow.noise(level.view(3, 1))
+    with pytest.raises(TypeError, match=r"sigma is a float; allowed is a torch\.Tensor"):
+        flow.noise(0.5)
     if flow is FIELD:
         torch.testing.assert_close(
             flow.field(net, x, wide).field_z, flow.field(net, x, level).field_z
@@ -147,10 +148,10 @@ def test_methods_of_a_flow_take_such_levels(flow):
 def test_x_may_have_another_dtype_than_the_network(kind, dtype):
     net = denoiser(kind)
     x, level = DATA[:3].to(dtype), torch.tensor([0.3, 2.0, 0.5])
-    found = net(x, level)
-    assert found.dtype == dtype
+    result = net(x, level)
+    assert result.dtype == dtype
     tolerance = 1e-5 if dtype == torch.float64 else 0.05
-    torch.testing.assert_close(found.float(), net(DATA[:3], level), rtol=0, atol=tolerance)
+    torch.testing.assert_close(result.float(), net(DATA[:3], level), rtol=0, atol=tolerance)
 
 
 def test_one_hot_labels():

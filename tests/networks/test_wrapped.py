@@ -109,11 +109,11 @@ def test_the_field_has_the_digits_of_x_minus_mean(generator, predicts):
     flow = pfgm.PoissonFlow((1, 4, 4), spread=1.0, center=center)
     net = from_module(Sines(), flow, predicts=predicts, level="log", data_std=1.0)
     z = torch.logspace(-4, 0, 50)
-    found = net(data, z)[0].double()
+    result = net(data, z)[0].double()
     net.double()
     net.net.net.frequencies = net.net.net.frequencies.double()
     expected = net(data.double(), z.double())[0]
-    error = (found - expected).flatten(1).norm(dim=1) / expected.flatten(1).norm(dim=1)
+    error = (result - expected).flatten(1).norm(dim=1) / expected.flatten(1).norm(dim=1)
     assert error.max() < 2e-5
 
 
@@ -179,11 +179,11 @@ def test_the_field_itself_as_published(generator):
 def test_data_std_comes_from_the_flow():
     data = pfgm.data.digits().train
     flow = pfgm.PoissonFlow.from_data(data)
-    found = from_module(Probe(), flow).data_std
-    assert found == pytest.approx(float(data.square().mean().sqrt()), rel=0.02)
+    result = from_module(Probe(), flow).data_std
+    assert result == pytest.approx(float(data.square().mean().sqrt()), rel=0.02)
     norm = 10 * float(data.flatten(1).norm(dim=1).mean())
     scaled = pfgm.PoissonFlow((1, 8, 8), data_norm=norm, sigma=0.1, tau=0.05)
-    assert from_module(Probe(), scaled).data_std == pytest.approx(10 * found, rel=0.04)
+    assert from_module(Probe(), scaled).data_std == pytest.approx(10 * result, rel=0.04)
     moved = 10 * data + 3
     flow = pfgm.PoissonFlow.from_data(moved)
     assert from_module(Probe(), flow).data_std == flow.spread

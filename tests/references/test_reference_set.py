@@ -43,17 +43,6 @@ def on_disk(rows, folder):
 # ---- results ----
 
 
-@pytest.mark.parametrize("D", [1.0, 16.0, math.inf])
-@pytest.mark.parametrize("sigma", [0.05, 0.5, 20.0])
-def test_the_posterior_mean_in_parts(small_chunks, oracle, D, sigma):
-    x, rows = points(dtype=torch.float64), images()
-    mean, lse = pfgm.posterior_mean(x, ReferenceSet(rows), sigma=sigma, D=D, return_logsumexp=True)
-    radius = sigma * (1 if math.isinf(D) else math.sqrt(D))
-    expected_mean, expected_lse = oracle(x, rows, radius, D)
-    torch.testing.assert_close(mean.flatten(1), expected_mean, rtol=1e-9, atol=1e-11)
-    torch.testing.assert_close(lse, expected_lse, rtol=1e-9, atol=1e-9)
-
-
 def test_every_operation_takes_a_set(small_chunks):
     x, rows = points(), images()
     flow = pfgm.PoissonFlow.from_data(rows)
@@ -68,23 +57,6 @@ def test_every_operation_takes_a_set(small_chunks):
         lambda y: flow.loss(net, x, y, torch.Generator().manual_seed(0)),
     ):
         torch.testing.assert_close(call(ReferenceSet(rows)), call(rows), rtol=1e-5, atol=1e-5)
-
-
-@pytest.mark.parametrize("D", [1.0, 16.0, math.inf])
-def test_gradients_in_parts(small_chunks, D):
-    rows = images()
-    generator = torch.Generator().manual_seed(2)
-    G = torch.randn(7, *SHAPE, generator=generator, dtype=torch.float64)
-    g = torch.randn(7, generator=generator, dtype=torch.float64)
-
-    def gradients(references):
-        x = points(dtype=torch.float64).requires_grad_()
-        sigma = torch.linspace(0.2, 2.0, 7, dtype=torch.float64).requires_grad_()
-        mean, lse = pfgm.posterior_mean(x, references, sigma=sigma, D=D, return_logsumexp=True)
-        return torch.autograd.grad((mean * G).sum() + (lse * g).sum(), (x, sigma))
-
-    for found, expected in zip(gradients(ReferenceSet(rows)), gradients(rows), strict=True):
-        torch.testing.assert_close(found, expected, rtol=1e-9, atol=1e-10)
 
 
 @pytest.mark.parametrize("D", [1.0, 128.0, math.inf])
@@ -103,14 +75,14 @@ def test_gradients_of_references_equally_near_in_parts(monkeypatch, N, D):
         point = x.clone().requires_grad_()
         noise = torch.tensor([sigma], dtype=torch.float64, requires_grad=True)
         mean = pfgm.posterior_mean(point, references, sigma=noise, D=D)
-        of_x, of_sigma = torch.autograd.grad((mean * G).sum(), (point, noise))
+        slope_x, slope_sigma = torch.autograd.grad((mean * G).sum(), (point, noise))
         # Cov G w, with Cov = 10/49 (2 arm)(2 arm)ᵀ and w = 1/σ² or (N + D)/s. σ moves both alike.
         s = wide.square().sum() + (0 if math.isinf(D) else D * sigma**2)
         w = 1 / sigma**2 if math.isinf(D) else (N + D) / s
         expected = 10 / 49 * w * pull * 2 * wide
         scale = max(expected.norm(), G.norm())
-        assert (of_x - expected).norm() <= 1e-5 * scale, sigma
-        assert of_sigma.abs() <= 1e-5 * scale, sigma
+        assert (slope_x - expected).norm() <= 1e-5 * scale, sigma
+        assert slope_sigma.abs() <= 1e-5 * scale, sigma
 
 
 @pytest.mark.parametrize("D", [128.0, 1e6])
@@ -123,9 +95,9 @@ def test_gradient_in_sigma_at_a_large_r_in_parts(small_chunks, backend, D):
         mean = pfgm.posterior_mean(x, references, sigma=sigma, D=D, backend=name)
         return torch.autograd.grad((mean * G).sum(), sigma)[0]
 
-    found = gradient(points(spread=30.0), ReferenceSet(rows), backend)
+    result = gradient(points(spread=30.0), ReferenceSet(rows), backend)
     expected = gradient(points(spread=30.0).double(), rows, "reference")
-    assert (found - expected).abs().max() <= 1e-4 * expected.abs().max()
+    assert (result - expected).abs().max() <= 1e-4 * expected.abs().max()
 
 
 # ---- sketches of rows in memory ----
@@ -228,8 +200,9 @@ def test_sketches_and_measures_follow_changes_that_torch_does_not_count(way, dty
         late.sum().backward()
     fresh = ReferenceSet(changed)
     for _ in range(3):
-        found, expected = (pfgm.posterior_mean(x, each, sigma=0.05) for each in (held, fresh))
-        assert torch.equal(found, expected)
+        assert torch.equal(
+            pfgm.posterior_mean(x, held, sigma=0.05), pfgm.posterior_mean(x, fresh, sigma=0.05)
+        )
     assert held.norm == fresh.norm != before
 
 
@@ -294,15 +267,15 @@ def test_no_sketches_of_rows_that_may_change_unnoticed(monkeypatch):
 def test_no_sketches_of_files_few_features_or_float64_points(tmp_path, monkeypatch):
     np.save(tmp_path / "rows.npy", wide_images().numpy())
     counted = Counted(monkeypatch)
-    x, file, held = torch.zeros(2, 1, 24, 24), tmp_path / "rows.npy", wide_images()
-    for given, references, options in (
-        (x, ReferenceSet(file), {}),
-        (x.double(), ReferenceSet(held), {}),
-        (x, ReferenceSet(held), {"backend": "reference"}),
-        (x, held, {}),
+    zeros, file, held = torch.zeros(2, 1, 24, 24), tmp_path / "rows.npy", wide_images()
+    for x, references, options in (
+        (zeros, ReferenceSet(file), {}),
+        (zeros.double(), ReferenceSet(held), {}),
+        (zeros, ReferenceSet(held), {"backend": "reference"}),
+        (zeros, held, {}),
     ):
         for _ in range(3):
-            pfgm.posterior_mean(given, references, r=1.0, **options)
+            pfgm.posterior_mean(x, references, r=1.0, **options)
     assert counted.seen == []
     few = ReferenceSet(images())
     for _ in range(3):
@@ -326,8 +299,9 @@ def test_rows_changed_before_the_gradient_are_refused(small_chunks, where):
     torch.autograd.grad(pfgm.posterior_mean(x, references, r=1.0).sum(), x)
 
 
-@pytest.mark.parametrize("compiled", [False, True])
-@pytest.mark.parametrize("backend", ["reference", None])
+@pytest.mark.parametrize(
+    ("backend", "compiled"), [("reference", False), (None, False), (None, True)]
+)
 def test_rows_have_no_gradient(small_chunks, backend, compiled):
     """Chunks would give them a part of it, or none."""
     rows = pfgm.data.to_unit(images()).requires_grad_()
@@ -338,20 +312,8 @@ def test_rows_have_no_gradient(small_chunks, backend, compiled):
 
     call = torch.compile(function, backend="eager") if compiled else function
     assert not call(points()).requires_grad
-    of_rows = torch.autograd.grad(call(points().requires_grad_()).sum(), rows, allow_unused=True)
-    assert of_rows == (None,)
-
-
-@native_only
-def test_rows_changed_under_a_sketch_are_refused(wide_chunks):
-    rows = pfgm.data.to_unit(wide_images())
-    references, x = ReferenceSet(rows), (rows[:3] + 0.01).requires_grad_()
-    for _ in range(3):
-        mean = pfgm.posterior_mean(x, references, sigma=0.05)
-    assert any(kept is not None for _, kept in references.part._sketches.values())
-    rows.neg_()
-    with pytest.raises(RuntimeError, match="changed in place"):
-        mean.sum().backward()
+    x = points().requires_grad_()
+    assert torch.autograd.grad(call(x).sum(), rows, allow_unused=True) == (None,)
 
 
 def test_a_file_written_to_before_the_gradient_is_refused(small_chunks, tmp_path):
@@ -391,16 +353,10 @@ def test_sets_under_inference_mode(small_chunks):
         mean.sum().backward()
 
 
-def test_gradcheck_and_no_second_derivative(small_chunks):
-    references = ReferenceSet(images(20))
-    x = points(2, torch.float64).requires_grad_()
-    r = torch.tensor([1.0, 3.0], dtype=torch.float64).requires_grad_()
-
-    def function(x, r):
-        return pfgm.posterior_mean(x, references, r=r, return_logsumexp=True)
-
-    torch.autograd.gradcheck(function, (x, r), eps=1e-6, atol=1e-6)
-    (gradient,) = torch.autograd.grad(function(x, r)[0].sum(), x, create_graph=True)
+def test_a_second_derivative_is_refused(small_chunks):
+    x = points(2).requires_grad_()
+    mean = pfgm.posterior_mean(x, ReferenceSet(images(20)), r=1.0)
+    (gradient,) = torch.autograd.grad(mean.sum(), x, create_graph=True)
     with pytest.raises(RuntimeError, match="can be differentiated once"):
         gradient.sum().backward()
 
@@ -442,10 +398,10 @@ def test_gradients_on_a_gpu_wait_for_nothing(small_chunks, as_on_a_gpu, D, sigma
     mean = pfgm.posterior_mean(x, references, sigma=level, D=D, backend="reference")
     G = torch.randn(mean.shape, generator=torch.Generator().manual_seed(2), dtype=mean.dtype)
     with NoWaiting():
-        found = torch.autograd.grad(mean, (x, level), G)
+        gradients = torch.autograd.grad(mean, (x, level), G)
     mean = pfgm.posterior_mean(x, references[:], sigma=level, D=D, backend="reference")
-    for one, other in zip(found, torch.autograd.grad(mean, (x, level), G), strict=True):
-        torch.testing.assert_close(one, other, rtol=1e-8, atol=1e-10)
+    expected = torch.autograd.grad(mean, (x, level), G)
+    torch.testing.assert_close(gradients, expected, rtol=1e-8, atol=1e-10)
 
 
 def test_tangents_on_a_gpu(small_chunks, as_on_a_gpu):
@@ -492,53 +448,6 @@ def test_a_chunk_is_not_overwritten_while_it_is_copied_to_a_gpu(small_chunks, tm
     assert torch.equal(torch.cat(copies.read + copies.late), rows)
 
 
-def test_limits_in_parts(small_chunks):
-    rows = pfgm.data.to_unit(images(30))
-    rows[20] = rows[3]  # a copy in another chunk
-    references, x = ReferenceSet(rows), rows[3:4].clone()
-    mean, lse = pfgm.posterior_mean(x, references, r=0.0, return_logsumexp=True)
-    assert torch.equal(mean, x)
-    assert lse.isposinf().all()
-    limits = {"sigma": 0.0, "D": math.inf, "return_logsumexp": True}
-    mean, lse = pfgm.posterior_mean(x, references, **limits)
-    assert torch.equal(mean, x)
-    torch.testing.assert_close(lse, torch.tensor([math.log(2)], dtype=torch.float64))
-    mean, lse = pfgm.posterior_mean(x + 0.01, references, **limits)
-    assert torch.equal(mean, x)
-    assert lse.isneginf().all()
-
-
-def test_gradients_at_a_limit(small_chunks):
-    rows = pfgm.data.to_unit(images(30))
-    x = torch.cat([rows[3:4], rows[4:5] + 0.1]).requires_grad_()
-    references, r = ReferenceSet(rows), torch.tensor([0.0, 1.0])
-    mean, lse = pfgm.posterior_mean(x, references, r=r, return_logsumexp=True)
-    (found,) = torch.autograd.grad(mean.sum() + lse[1], x)
-    of_all, lse_of_all = pfgm.posterior_mean(x, rows, r=r, return_logsumexp=True)
-    (expected,) = torch.autograd.grad(of_all.sum() + lse_of_all[1], x)
-    torch.testing.assert_close(found, expected)
-    assert not found[0].any()
-    mean, lse = pfgm.posterior_mean(x, references, r=r, return_logsumexp=True)
-    with pytest.raises(ValueError, match="log-sum-exp of row 0"):
-        lse.sum().backward()
-
-
-@pytest.mark.parametrize("dtype", [torch.uint8, torch.float32, torch.float16])
-def test_a_file_gives_the_bits_of_memory(small_chunks, tmp_path, dtype):
-    rows = images(45) if dtype == torch.uint8 else pfgm.data.to_unit(images(45)).to(dtype)
-    held, mapped = ReferenceSet(rows), on_disk(rows, tmp_path)
-    x = points().requires_grad_()
-    results = []
-    for references in (held, mapped, mapped.to()):
-        mean, lse = pfgm.posterior_mean(x, references, r=1.0, return_logsumexp=True)
-        (gradient,) = torch.autograd.grad(mean.sum() + lse.sum(), x)
-        results.append((mean, lse, gradient))
-    for other in results[1:]:
-        assert all(torch.equal(a, b) for a, b in zip(results[0], other, strict=True))
-    assert "file" in repr(mapped)
-    assert "cpu" in repr(held)
-
-
 def test_mirror_images_count_as_references(small_chunks, tmp_path):
     rows = images(20)
     both = torch.cat([rows, rows.flip(-1)])
@@ -562,10 +471,8 @@ def _flipped_file(rows, folder):
     return ReferenceSet(folder / "flipped.npy", flips=True)
 
 
-def test_empty_batches_and_half_precision(small_chunks):
-    references = ReferenceSet(images())
-    assert pfgm.posterior_mean(points(0), references, r=1.0).shape == (0, *SHAPE)
-    mean = pfgm.posterior_mean(points(3).bfloat16(), references, r=1.0)
+def test_half_precision_is_computed_in_float32(small_chunks):
+    mean = pfgm.posterior_mean(points(3).bfloat16(), ReferenceSet(images()), r=1.0)
     assert mean.dtype == torch.float32
 
 
@@ -573,18 +480,9 @@ def test_the_chosen_backend_also_computes_gradients(small_chunks):
     x, references = points().requires_grad_(), ReferenceSet(images())
     with pfgm.use_backend("reference"):
         mean = pfgm.posterior_mean(x, references, r=1.0)
-    (found,) = torch.autograd.grad(mean.sum(), x)
+    (gradient,) = torch.autograd.grad(mean.sum(), x)
     mean = pfgm.posterior_mean(x, references, r=1.0, backend="reference")
-    assert torch.equal(torch.autograd.grad(mean.sum(), x)[0], found)
-
-
-def test_a_compiled_caller(small_chunks):
-    references = ReferenceSet(images())
-    compiled = torch.compile(
-        lambda x: 2 * pfgm.posterior_mean(x + 1, references, r=1.0), backend="eager"
-    )
-    expected = 2 * pfgm.posterior_mean(points() + 1, references, r=1.0)
-    assert torch.equal(compiled(points()), expected)
+    assert torch.equal(torch.autograd.grad(mean.sum(), x)[0], gradient)
 
 
 @pytest.mark.parametrize("whole", [False, True])
@@ -603,13 +501,13 @@ def test_a_compiled_caller_reads_a_file_outside_of_its_graphs(small_chunks, tmp_
         assert torch.equal(compiled(points()), function(points()))
 
 
-@pytest.mark.parametrize("where", ["memory", "flips", "file", "other backend"])
+@pytest.mark.parametrize("where", ["memory", "flips", "file"])
 def test_gradients_of_a_compiled_caller(small_chunks, tmp_path, where):
     """Also where its graph breaks, a change of the rows is seen, and only then."""
     rows = pfgm.data.to_unit(images())
     references = on_disk(rows, tmp_path) if where == "file" else ReferenceSet(rows)
     references = references.flipped() if where == "flips" else references
-    options = {"r": 1.0, "backend": "reference" if where == "other backend" else None}
+    options = {"r": 1.0, "backend": "reference" if where == "flips" else None}
 
     def function(x):
         return 2 * pfgm.posterior_mean(x + 1, references, **options)
@@ -620,9 +518,9 @@ def test_gradients_of_a_compiled_caller(small_chunks, tmp_path, where):
     for _ in range(2):
         mean = compiled(x)
         assert torch.equal(mean, function(x))
-        (found,) = torch.autograd.grad(mean.square().sum(), x, retain_graph=True)
+        (gradient,) = torch.autograd.grad(mean.square().sum(), x, retain_graph=True)
         (expected,) = torch.autograd.grad(function(x).square().sum(), x)
-        torch.testing.assert_close(found, expected)
+        torch.testing.assert_close(gradient, expected)
         if where != "file":
             rows.mul_(0.5)
             with pytest.raises(RuntimeError, match="changed in place"):
@@ -676,10 +574,10 @@ def test_rows_without_dimensions(oracle, tmp_path):
     references, x = ReferenceSet(numbers), torch.randn(4, requires_grad=True)
     assert references.shape == (30,)
     assert torch.equal(references[torch.tensor([3])], numbers[3:4])
-    found = pfgm.posterior_mean(x, references, r=1.0)
+    mean = pfgm.posterior_mean(x, references, r=1.0)
     expected = oracle(x.detach(), numbers, 1.0, 1.0)[0][:, 0]
-    np.testing.assert_allclose(found.detach(), expected, rtol=1e-5, atol=1e-6)
-    (gradient,) = torch.autograd.grad(found.sum(), x)
+    np.testing.assert_allclose(mean.detach(), expected, rtol=1e-5, atol=1e-6)
+    (gradient,) = torch.autograd.grad(mean.sum(), x)
     (expected,) = torch.autograd.grad(pfgm.posterior_mean(x, numbers, r=1.0).sum(), x)
     assert torch.equal(gradient, expected)
     for flows in (pfgm.PoissonFlow.from_data, partial(pfgm.PoissonFlowPP.from_data, D=4)):
@@ -714,25 +612,27 @@ def test_draws(rows, count, flips):
 def test_draws_are_uniform():
     references, generator = ReferenceSet(torch.rand(40, 1)), torch.Generator().manual_seed(0)
     for count in (10, 30):
-        drawn = torch.cat([references.draw(count, generator=generator) for _ in range(4000)])
+        drawn = torch.cat([references.draw(count, generator=generator) for _ in range(1000)])
         seen = torch.bincount(drawn, minlength=40)
-        expected = 4000 * count / 40
+        expected = 1000 * count / 40
         assert float((seen - expected).square().sum() / expected) < 75  # χ² of 39: 1 in 2500
 
 
-def test_bad_draws():
-    references = ReferenceSet(torch.rand(10, 1))
-    with pytest.raises(ValueError, match="count is 11; allowed is 0"):
-        references.draw(11)
-    for count in (2.5, True):
-        with pytest.raises(ValueError, match=f"count is {count}; allowed is an integer from 0"):
-            references.draw(count)
-    with pytest.raises(ValueError, match="allowed is 2"):
-        references.draw(1, containing=torch.tensor([1, 2]))
-    with pytest.raises(ValueError, match="containing holds 1 twice"):
-        references.draw(5, containing=torch.tensor([1, 1]))
-    with pytest.raises(IndexError, match="containing holds 999"):
-        references.draw(5, containing=torch.tensor([999]))
+@pytest.mark.parametrize(
+    ("count", "containing", "error", "message"),
+    [
+        (11, None, ValueError, "count is 11; allowed is 0"),
+        (2.5, None, ValueError, "count is 2.5; allowed is an integer from 0"),
+        (True, None, ValueError, "count is True; allowed is an integer from 0"),
+        (1, [1, 2], ValueError, "allowed is 2"),
+        (5, [1, 1], ValueError, "containing holds 1 twice"),
+        (5, [999], IndexError, "containing holds 999"),
+    ],
+)
+def test_bad_draws(count, containing, error, message):
+    containing = None if containing is None else torch.tensor(containing)
+    with pytest.raises(error, match=message):
+        ReferenceSet(torch.rand(10, 1)).draw(count, containing=containing)
 
 
 # ---- storage ----

@@ -153,8 +153,8 @@ def test_tensors_stay_within_their_storage(tmp_path):
             return torch._utils._rebuild_tensor_v2, (storage, *self.arguments, False, None)
 
     path.write_bytes(pickle.dumps(Stored(1, (2, 2), (3, 1))))
-    with open_pickle(path) as found:
-        assert torch.equal(found.tensor(), torch.tensor([[1.0, 2.0], [4.0, 5.0]]))
+    with open_pickle(path) as result:
+        assert torch.equal(result.tensor(), torch.tensor([[1.0, 2.0], [4.0, 5.0]]))
     for arguments in (
         (0, (7,), (1,)),  # beyond the end
         (3, (2, 2), (2, 1)),
