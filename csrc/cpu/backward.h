@@ -233,8 +233,9 @@ class BackwardPass {
       else
         probabilities<T>(law_, states_[b], distances_.radius(b), distances_.row(b),
                          p_.at(b * kStride), distances_.count());
-      groups_.note(b, p_.at(b * kStride),
-                   is_steep_[b] || states_[b].live == 0 ? 0 : distances_.count(), counts);
+      const bool is_listed = !is_steep_[b] && states_[b].live > 0;
+      groups_.note(b, p_.at(b * kStride), distances_.count(),
+                   [is_listed](double p) { return is_listed && p != 0; });
       if (!distances_.dense())  // where all pairs are computed, they are assigned
         std::memset(c_.at(b * kStride), 0, padded_count(distances_.count()) * sizeof(double));
     });
@@ -242,7 +243,7 @@ class BackwardPass {
 
   // G·(y − mean) of all rows that are not steep, in the memory of c.
   void project() {
-    groups_.arrange(count_, problem_.threads);
+    groups_.arrange(count_, distances_.count(), problem_.threads);
     const auto y = [&](Index j) { return distances_.reference(j); };
     if (distances_.dense()) {
       dense_.template sum<Projection>(

@@ -167,7 +167,7 @@ class Distances {
       lists.note(b, row(b), count, [](double squared) { return squared == 0; });
     });
     screening_ = screening_ && pays(count);
-    lists.arrange(queries_count_, problem_.threads);
+    lists.arrange(queries_count_, count, problem_.threads);
     pairs_.add(
         lists, count, problem_.features, y,
         [&](const Index* b, Index k, Index n, const T* const* y, double (*sums)[kPairColumns]) {

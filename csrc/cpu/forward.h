@@ -95,8 +95,9 @@ Status forward(const Problem& problem, const Forward& out) {
           for (Index k = 0; k < features; ++k) sum[k] *= states[b].scale;
         const T* x = distances.query(b);
         const bool is_summed = problem.difference && sums_differences(x, features, states[b]);
-        groups.note(b, distances.row(b), is_summed || states[b].live == 0 ? 0 : distances.count(),
-                    counts);
+        const bool is_listed = !is_summed && states[b].live > 0;
+        groups.note(b, distances.row(b), distances.count(),
+                    [is_listed](double weight) { return is_listed && weight != 0; });
         if (!problem.difference || states[b].live == 0) return;
         if (is_summed)
           add_row(distances, x, features, distances.row(b), distances.row(b), sum);
@@ -106,7 +107,7 @@ Status forward(const Problem& problem, const Forward& out) {
       if (const Status status = check_states(states.data(), count, first);
           status.failure != Failure::none)
         return status;
-      groups.arrange(count, problem.threads);
+      groups.arrange(count, distances.count(), problem.threads);
       groups.weigh(problem.threads, weights, [&](Index b) { return states[b].total; });
       weighted.add(distances, groups, nullptr, sums);
     }

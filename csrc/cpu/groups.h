@@ -17,9 +17,6 @@ constexpr Index kMaxSegments = kChunk / kBatch * (kBatch / kSegment);  // in a c
 constexpr Index kBucket = 24;  // rows among which groups are chosen, a multiple of every kRows
 constexpr Index kWords = kChunk / 64;  // of a set of references, one bit each
 
-// Whether a reference with this weight counts.
-constexpr auto counts = [](double weight) { return weight != 0; };
-
 // The references that count for a group of rows. index[i] counts from the first of the chunk.
 // weights[i] holds one weight per row, divided by the `scale` of the row, a bound of Σ |weight|.
 // Unscaled weights of the backward pass may exceed float32, and a sum over many large references
@@ -55,7 +52,7 @@ class Groups {
   void note(Index b, const double* values, Index references, const IsNeeded& is_needed) {
     std::uint64_t* needs = needs_of(b);
     lengths_[b] = 0;
-    for (Index word = 0; word < kWords; ++word) {
+    for (Index word = 0; word < divide_up(references, 64); ++word) {
       std::uint8_t bytes[64] = {};
       const Index count = smaller(64, references - word * 64);
       for (Index i = 0; i < count; ++i) bytes[i] = is_needed(values[word * 64 + i]);
@@ -70,10 +67,11 @@ class Groups {
   }
 
   // Makes groups of the rows that need any reference, from what was noted of each.
-  void arrange(Index rows, int threads) {
-    const Index alive = sort(rows);
+  void arrange(Index rows, Index references, int threads) {
+    words_ = divide_up(references, 64);
+    const Index alive = sort(rows, references);
     count_ = divide_up(alive, kRows);
-    for (std::uint64_t& word : live_) word = 0;
+    std::memset(live_, 0, words_ * sizeof *live_);
     parallel(divide_up(alive, kBucket), threads, [&](Index bucket, int) {
       const Index first = bucket * kBucket, last = smaller(first + kBucket, alive);
       for (Index i = first; i < last; i += kRows) {
@@ -97,17 +95,18 @@ class Groups {
  private:
   // Sorts the rows that need any reference; the rows that need most come first. Returns their
   // number.
-  Index sort(Index rows) {
-    Index starts[kChunk + 1] = {};
-    for (Index b = 0; b < rows; ++b) ++starts[kChunk - lengths_[b]];
+  Index sort(Index rows, Index references) {
+    Index starts[kChunk + 1];
+    std::memset(starts, 0, (references + 1) * sizeof *starts);
+    for (Index b = 0; b < rows; ++b) ++starts[references - lengths_[b]];
     Index at = 0;
-    for (Index& start : starts) {
-      const Index number = start;
-      start = at;
+    for (Index i = 0; i <= references; ++i) {
+      const Index number = starts[i];
+      starts[i] = at;
       at += number;
     }
-    const Index alive = starts[kChunk];
-    for (Index b = 0; b < rows; ++b) order_[starts[kChunk - lengths_[b]]++] = b;
+    const Index alive = starts[references];
+    for (Index b = 0; b < rows; ++b) order_[starts[references - lengths_[b]]++] = b;
     return alive;
   }
 
@@ -117,20 +116,20 @@ class Groups {
   // after the other the row whose list differs least from the union so far.
   void choose_group(Index first, Index last) {
     std::uint64_t all[kWords];
-    std::memcpy(all, needs_of(order_[first]), sizeof all);
+    std::memcpy(all, needs_of(order_[first]), words_ * sizeof *all);
     for (Index chosen = first + 1; chosen < smaller(first + kRows, last); ++chosen) {
       Index best = chosen, least = kChunk + 1;
       for (Index i = chosen; i < last && least > 0; ++i) {
         const std::uint64_t* needs = needs_of(order_[i]);
         Index differing = 0;
-        for (Index word = 0; word < kWords; ++word)
+        for (Index word = 0; word < words_; ++word)
           differing += __builtin_popcountll(all[word] ^ needs[word]);
         if (differing < least) best = i, least = differing;
       }
       const Index row = order_[best];
       order_[best] = order_[chosen];
       order_[chosen] = row;
-      for (Index word = 0; word < kWords; ++word) all[word] |= needs_of(row)[word];
+      for (Index word = 0; word < words_; ++word) all[word] |= needs_of(row)[word];
     }
   }
 
@@ -139,9 +138,9 @@ class Groups {
     group.rows = smaller(kRows, last - first);
     for (Index q = 0; q < group.rows; ++q) group.row[q] = order_[first + q];
     group.length = group.segments = 0;
-    for (Index batch = 0; batch < kWords; batch += kBatch / 64) {
+    for (Index batch = 0; batch < words_; batch += kBatch / 64) {
       const auto begin = static_cast<std::int32_t>(group.length);
-      for (Index word = batch; word < batch + kBatch / 64; ++word) {
+      for (Index word = batch; word < smaller(batch + kBatch / 64, words_); ++word) {
         group.start[word] = static_cast<std::int32_t>(group.length);
         std::uint64_t any = 0;
         for (Index q = 0; q < group.rows; ++q) any |= needs_of(group.row[q])[word];
@@ -156,7 +155,7 @@ class Groups {
         group.segment[group.segments++] = {i,
                                            static_cast<std::int32_t>(smaller(i + kSegment, end))};
     }
-    group.start[kWords] = static_cast<std::int32_t>(group.length);
+    group.start[words_] = static_cast<std::int32_t>(group.length);
   }
 
   template <class WeightsOf, class ScaleOf>
@@ -178,7 +177,7 @@ class Groups {
   Buffer<Index> order_, lengths_;  // lengths_: how many references each row needs
   Buffer<std::uint64_t> needs_;    // of each row
   std::uint64_t live_[kWords];     // of all rows
-  Index count_ = 0;
+  Index count_ = 0, words_ = 0;    // of groups; of references of the chunk, 64 each
 };
 
 }  // namespace

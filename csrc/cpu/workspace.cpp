@@ -15,6 +15,9 @@ namespace pfgm {
 
 // Keeps and rounds up nothing, so that sanitizers see every access beyond the end.
 void* acquire_workspace(std::size_t bytes, std::size_t* capacity) {
+  static char nothing;  // what a block of no bytes is
+  *capacity = 0;
+  if (bytes == 0) return &nothing;
   *capacity = bytes;
   void* memory = nullptr;
   return posix_memalign(&memory, 64, std::max<std::size_t>(bytes, 1)) == 0 ? memory : nullptr;
@@ -77,8 +80,10 @@ void* allocate(std::size_t capacity) {
 }  // namespace
 
 void* acquire_workspace(std::size_t bytes, std::size_t* capacity) {
+  static char nothing;  // a block of no bytes
   const std::size_t unit = bytes < kHugePageBytes ? 4096 : kHugePageBytes;
-  *capacity = std::max<std::size_t>(1, (bytes + unit - 1) / unit) * unit;
+  *capacity = (bytes + unit - 1) / unit * unit;
+  if (*capacity == 0) return &nothing;
   {
     const std::lock_guard<std::mutex> lock(pool.mutex);
     pool.used += *capacity;
@@ -97,6 +102,7 @@ void* acquire_workspace(std::size_t bytes, std::size_t* capacity) {
 }
 
 void release_workspace(void* block, std::size_t capacity) {
+  if (capacity == 0) return;
   const std::lock_guard<std::mutex> lock(pool.mutex);
   pool.used -= capacity;
   if (block == nullptr) return;

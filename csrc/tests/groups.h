@@ -8,6 +8,8 @@ namespace pfgm {
 namespace plain {
 namespace {
 
+const auto is_needed = [](double value) { return value != 0; };
+
 // A group lists what any of its rows needs, in order and in segments within batches. Each row that
 // needs a reference is in one group.
 template <int kRows>
@@ -18,16 +20,16 @@ void check_groups(Index rows, Index references, double share) {
   Groups<float, kRows> groups(rows);
   for (Index b = 0; b < rows; ++b) {
     for (double& value : values[b]) value = random.uniform(0, 1) < share * b / rows ? 1 : 0;
-    groups.note(b, values[b].data(), references, counts);
+    groups.note(b, values[b].data(), references, is_needed);
   }
-  groups.arrange(rows, 3);
+  groups.arrange(rows, references, 3);
   for (Index g = 0; g < groups.count(); ++g) {
     const auto& group = groups[g];
     std::vector<Index> needed;
     for (Index j = 0; j < references; ++j) {
-      bool is_needed = false;
-      for (Index q = 0; q < group.rows; ++q) is_needed |= values[group.row[q]][j] != 0;
-      if (is_needed) needed.push_back(j), any[j] = 1;
+      bool needs = false;
+      for (Index q = 0; q < group.rows; ++q) needs |= values[group.row[q]][j] != 0;
+      if (needs) needed.push_back(j), any[j] = 1;
     }
     if (needed != std::vector<Index>(group.index, group.index + group.length))
       fail("a group lists other references than its rows need");
@@ -57,9 +59,9 @@ void check_alike() {
   for (Index b = 0; b < rows; ++b) {
     Values values(references);
     for (Index j = b % 2; j < references; j += 2) values[j] = 1;
-    groups.note(b, values.data(), references, counts);
+    groups.note(b, values.data(), references, is_needed);
   }
-  groups.arrange(rows, 1);
+  groups.arrange(rows, references, 1);
   for (Index g = 0; g < groups.count(); ++g)
     if (groups[g].length != references / 2) fail("rows with different lists share a group");
 }
