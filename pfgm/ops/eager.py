@@ -135,11 +135,10 @@ def ode_step(
         step_operator.compute_into(step, out, mean_out, backend)
         return out, mean_out
     name = requested(backend)
-    step_operator.check(step)
     if out is None:
         result, mean = step_operator.forward(step, with_mean, name)
         return result, mean if with_mean else None
-    step_operator.forward_into(step, out, mean_out, name)
+    step_operator.forward_into(step, name, out, mean_out)
     mark_written(out, mean_out)
     return out, mean_out
 
