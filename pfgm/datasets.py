@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .common.checks import check_choice
+from .common.checks import channels_last, check_choice
 from .common.files import StrPath, absolute_path
 from .data import digits
 from .data.arrays import array_names, from_numpy, open_array, read_integers
@@ -305,7 +305,7 @@ def _channels_first(source: Source, layout: Layout) -> Source:
         if isinstance(source, OnDisk):
             return OnDisk(source.path, source.offset, source.dtype, (1, *shape), len(source))
         return InMemory(source.read(0, len(source)).unsqueeze(1))
-    if len(shape) != 3 or shape[2] not in (1, 3) or shape[0] in (1, 3):
+    if not channels_last(shape):
         return source
     moved = torch.empty(len(source), shape[2], *shape[:2], dtype=source.dtype, device="cpu")
     for start in range(0, len(source), _PERMUTE_ROWS):
@@ -318,7 +318,7 @@ def _looks_like_images(shape: tuple[int, ...]) -> bool:
     """Whether floating-point samples are probably grey images, or have their channels last."""
     if len(shape) == 2:
         return min(shape) >= _SMALLEST_IMAGE and max(shape) <= 2 * min(shape)
-    return len(shape) == 3 and shape[2] in (1, 3) and shape[0] not in (1, 3)
+    return channels_last(shape)
 
 
 # ---- digits -----------------------------------------------------------------------------------

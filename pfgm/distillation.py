@@ -112,7 +112,7 @@ class Consistency:
         """
         flow = self.flow
         x = flow._to_floating(x)
-        check_not_empty("x", x)
+        check_not_empty(x)
         levels = torch.tensor(self.levels, dtype=torch.float64, device=x.device)
         starts = torch.randint(len(levels) - 1, (len(x),), generator=generator, device=x.device)
         starts = starts.sort().values

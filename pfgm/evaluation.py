@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from . import metrics
-from .common.checks import check_seed, known_device
+from .common.checks import check_seed, known_device, positive_int
 from .common.messages import progress_bar
 from .common.tensors import network_device
 from .data import to_unit
@@ -112,9 +112,8 @@ def draw_samples(
     >>> samples.shape, nfe
     (torch.Size([5, 2]), 40)
     """
-    for name, value in (("n", n), ("batch_size", batch_size)):
-        if not 1 <= value < 2**63:
-            raise ValueError(f"{name} is {value}; allowed are whole numbers from 1 to below 2^63.")
+    positive_int("n", n)
+    positive_int("batch_size", batch_size)
     check_seed(seed)
     schedule = options.get("schedule")
     if schedule is not None and not isinstance(schedule, str):

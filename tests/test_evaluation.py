@@ -118,7 +118,7 @@ def test_drawing_depends_on_the_seed_and_not_on_the_batches() -> None:
     prior = flow.prior(7, generator=torch.Generator().manual_seed(3))
     torch.testing.assert_close(flow.sample(net, 7, x_init=prior, solver="heun", steps=4), whole)
     for options in ({"n": 0}, {"n": 7, "batch_size": 0}):
-        with pytest.raises(ValueError, match=f"{list(options)[-1]} is 0; allowed"):
+        with pytest.raises(ValueError, match=f"{list(options)[-1]} is 0; only an integer"):
             draw_samples(flow, net, **options)
 
 

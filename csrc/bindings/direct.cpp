@@ -72,14 +72,11 @@ bool mean_on_cpu(Problem given, const Level& level, double factor, const Results
   const Forward io = {pointer<void>(out.mean_or_field_x), pointer<double>(out.logsumexp), nullptr,
                       nullptr};
   const Kernels& kernels = cpu_kernels();
-  const Status status =
-      run_interruptible(given.queries, given, [&] { return kernels.posterior_mean(given, io); });
-  if (status.failure != Failure::none) return false;
-  if (out.field_z != 0) {
-    const py::gil_scoped_release released;
-    normalised_field(out.field(given));
-  }
-  return true;
+  return run_interruptible(given.queries, given, [&] {
+    if (kernels.posterior_mean(given, io).failure != Failure::none) return false;
+    if (out.field_z != 0) normalised_field(out.field(given));
+    return true;
+  });
 }
 
 #ifdef PFGM_HAS_CUDA
@@ -107,10 +104,11 @@ void mean_on_gpu(Problem given, const Level& level, double factor, const Results
 
 // The mean, or the field if `field_z` is given. Radii are level × factor. `place` is None, or a
 // device, a stream and the function that allocates.
-bool direct_mean(int type, int reference_type, Index queries, Index references, Index features,
-                 Address x, Address y, const py::handle& level, double factor, double dimensions,
-                 double gamma, Address result, Address logsumexp, Address field_z, int precision,
-                 Address sketch, int threads, [[maybe_unused]] const py::object& place) {
+bool direct_mean(Index queries, Index references, Index features, int type, int reference_type,
+                 Address x, Address y, const py::handle& level, int precision, Address sketch,
+                 int threads, [[maybe_unused]] const py::object& place, double factor,
+                 double dimensions, double gamma, Address result, Address logsumexp,
+                 Address field_z) {
   if (other_backend()) return false;
   const Problem given =
       problem(type, reference_type, queries, references, features, x, features, y, features, 0,

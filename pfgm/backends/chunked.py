@@ -116,7 +116,7 @@ def _weighted_average(
         chunk = by.chunk(references[rows])
         own, excess = by.distances(chunk, radius, nearest)
         if checks_values(x.device) and not bool(excess.amax().isfinite()):
-            raise ValueError(non_finite_message(by.x, references, "x"))
+            raise ValueError(non_finite_message(by.x, references))
         merged = torch.minimum(nearest, own)
         # Before the first chunk there is nothing to rescale. relative is then NaN, from inf − inf.
         relative = log_weight(nearest - merged, merged, radius, D, N)

@@ -293,7 +293,7 @@ def check_status(status: tuple[int, int], x: Tensor, references: Tensor, radius:
     if failure == _RADIUS:
         raise ValueError(radius_message(radius, row))
     if failure == _VALUE:
-        raise ValueError(non_finite_message(x, references, "x"))
+        raise ValueError(non_finite_message(x, references))
     if failure == _RANGE:
         raise ValueError(range_message(x, references, row))
     if failure == _UNDERFLOW:

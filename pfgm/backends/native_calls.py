@@ -89,24 +89,23 @@ def _problem(
     level: Any,
     precision: str,
     sketch_of: SketchOf | None,
-) -> tuple[tuple[Any, ...], tuple[Any, ...]] | None:
-    """What the calls begin with (types, B, M, N, addresses, level), and what they end with."""
+) -> tuple[Any, ...] | None:
+    """What the calls begin with: B, M, N, types, addresses, level and how to compute."""
     if type(x) is not Tensor or type(references) is not Tensor or precision not in PRECISIONS:
         return None
     dtype, reference_dtype, shape, other = x.dtype, references.dtype, x.shape, references.shape
     kind, reference_kind = _POINTS.get(dtype), native.TYPES.get(reference_dtype)
+    if kind is None or reference_kind is None or not shape or not other:
+        return None
+    (B, *sample), (M, *other_sample), values = shape, other, x.numel()
     if (
-        kind is None
-        or reference_kind is None
-        or not shape
-        or not other
-        or shape[1:] != other[1:]
+        sample != other_sample  # lists are compared sooner than parts of a torch.Size
+        or not values
+        or not M
         or not x.is_contiguous()
         or not references.is_contiguous()
+        or (radius := _level(level, B, len(shape))) is None
     ):
-        return None
-    B, M, values = shape[0], other[0], x.numel()
-    if not values or not M or (radius := _level(level, B, len(shape))) is None:
         return None
     sketch, place = 0, None
     if gpu is None:
@@ -118,9 +117,20 @@ def _problem(
     else:
         allocate = functools.partial(unfilled, device=gpu)
         place = *native.current_stream(gpu), allocate
-    addresses = x.data_ptr(), references.data_ptr()
-    end = native.PRECISIONS[precision], sketch, torch.get_num_threads(), place
-    return (kind, reference_kind, B, M, values // B, *addresses, radius), end
+    return (
+        B,
+        M,
+        values // B,
+        kind,
+        reference_kind,
+        x.data_ptr(),
+        references.data_ptr(),
+        radius,
+        native.PRECISIONS[precision],
+        sketch,
+        torch.get_num_threads(),
+        place,
+    )
 
 
 def posterior_mean(
@@ -141,11 +151,10 @@ def posterior_mean(
     problem = _problem(gpu, x, references, level, precision, sketch_of)
     if problem is None:
         return None
-    begin, end = problem
     mean = torch.empty_like(x)
-    logsumexp = x.new_empty(begin[2], dtype=torch.float64) if with_logsumexp else None
+    logsumexp = x.new_empty(problem[0], dtype=torch.float64) if with_logsumexp else None
     results = mean.data_ptr(), native.address(logsumexp), 0
-    done = _native.direct_mean(*begin, factor, D, 0.0, *results, *end)
+    done = _native.direct_mean(*problem, factor, D, 0.0, *results)
     return (mean, logsumexp) if done else None
 
 
@@ -162,10 +171,9 @@ def field(
     problem = _problem(gpu, x, references, z, precision, sketch_of)
     if problem is None:
         return None
-    begin, end = problem
-    field_x, field_z = torch.empty_like(x), x.new_empty(begin[2])
+    field_x, field_z = torch.empty_like(x), x.new_empty(problem[0])
     results = field_x.data_ptr(), 0, field_z.data_ptr()
-    done = _native.direct_mean(*begin, 1.0, 1.0, gamma, *results, *end)
+    done = _native.direct_mean(*problem, 1.0, 1.0, gamma, *results)
     return (field_x, field_z) if done else None
 
 

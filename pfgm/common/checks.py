@@ -302,18 +302,16 @@ def check_radius(radius: Tensor, D: float) -> None:
         raise ValueError(radius_message(radius, int(bad.nonzero()[0])))
 
 
-def non_finite_message(x: Tensor, references: Tensor, name: str) -> str:
+def non_finite_message(x: Tensor, references: Tensor) -> str:
     """The error for a distance that is not finite. It names the argument and its first bad row."""
-    for argument, values in ((name, x), ("references", references)):
+    for argument, values in (("x", x), ("references", references)):
         row = first_bad_row(values)
         if row is not None:
             return (
                 f"{argument} holds NaN or infinity (first in row {row}); only finite values are "
                 "allowed."
             )
-    return (
-        f"{name} and references lie so far apart that their squared distance overflows {x.dtype}."
-    )
+    return f"x and references lie so far apart that their squared distance overflows {x.dtype}."
 
 
 def range_message(x: Tensor, references: Tensor, row: int) -> str:
@@ -372,7 +370,7 @@ def check_range(result: Tensor, x: Tensor, references: Tensor, difference: bool 
 def check_distances(nearest: Tensor, x: Tensor, references: Tensor) -> None:
     """Raises ValueError if a distance is NaN, where values are checked (:func:`checks_values`)."""
     if checks_values(x.device) and bool(nearest.isnan().any()):
-        raise ValueError(non_finite_message(x, references, "x"))
+        raise ValueError(non_finite_message(x, references))
 
 
 def layout_hint(shape: Sequence[int], needed: Sequence[int]) -> str:
@@ -388,9 +386,14 @@ def layout_hint(shape: Sequence[int], needed: Sequence[int]) -> str:
     return " Channels come first: use x.movedim(-1, 1)."
 
 
+def channels_last(shape: Sequence[int]) -> bool:
+    """Whether samples of this shape look like images with channels last."""
+    return len(shape) == 3 and shape[2] in (1, 3) and shape[0] not in (1, 3)
+
+
 def warn_channels_last(shape: Sequence[int]) -> None:
     """Warns the caller of the caller if samples of data look like images with channels last."""
-    if len(shape) == 3 and shape[2] in (1, 3) and shape[0] not in (1, 3):
+    if channels_last(shape):
         warnings.warn(
             f"data has samples of shape {tuple(shape)}, as images with channels last; networks "
             "take (n, C, H, W): data.movedim(-1, 1), or pfgm.datasets.open_data for a file.",
@@ -467,10 +470,10 @@ def check_at_least_0(name: str, value: float | Tensor) -> None:
         raise ValueError(f"{name} is {value}; allowed is any finite number of at least 0.")
 
 
-def check_not_empty(name: str, values: Tensor) -> None:
+def check_not_empty(x: Tensor) -> None:
     """Raises ValueError if there is no sample, of which there would be no average."""
-    if len(values) == 0:
-        raise ValueError(f"{name} is empty; allowed is at least one sample.")
+    if len(x) == 0:
+        raise ValueError("x is empty; allowed is at least one sample.")
 
 
 def positive(name: str, value: Any) -> float:
@@ -554,12 +557,6 @@ def check_bool(name: str, value: object) -> None:
 def check_choice(name: str, value: str, allowed: Iterable[str]) -> None:
     if not isinstance(value, str) or value not in allowed:
         raise ValueError(f"{name} is {value!r}; allowed are {', '.join(allowed)}.")
-
-
-def check_at_least_one(name: str, value: object) -> None:
-    """Raises ValueError unless the value is a whole number from 1."""
-    if not is_whole(value) or value < 1:
-        raise ValueError(f"{name} is {value!r}; allowed are whole numbers from 1.")
 
 
 def positive_int(name: str, value: Any, most: int = _MAX_INT) -> int:

@@ -189,15 +189,8 @@ def image_files(path: Path) -> Iterator[ImageFiles]:
 def _files_below(folder: Path, above: tuple[str, ...] = ()) -> Iterator[Path]:
     """The files in a folder and its subfolders, also in linked folders.
 
-    Links to nothing count as files, so that a missing image is an error and not left out.
-
-    Args:
-        folder: the folder.
-        above: the real paths of the folders that lead to it. A link back to one of them is left
-            out.
-
-    Raises:
-        OSError: a folder cannot be read.
+    Links to nothing count as files, so that a missing image is an error and not left out. Links
+    back to a folder ``above``, by its real path, are left out.
     """
     here = os.path.realpath(folder)
     if here in above:

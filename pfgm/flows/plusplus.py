@@ -351,7 +351,7 @@ class PoissonFlowPP(Flow):
                 stacklevel=2,
             )
         x = self._to_floating(x)
-        check_not_empty("x", x)
+        check_not_empty(x)
         condition = given_condition("condition", condition)
         check_rows(condition, len(x))
         x_perturbed, sigma = self.perturb(x, generator)

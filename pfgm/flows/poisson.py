@@ -405,7 +405,7 @@ class PoissonFlow(Flow):
             weighting = "published" if _mean_network(net) is None else "balanced"
         check_choice("weighting", weighting, get_args(Weighting))
         x = self._to_floating(x)
-        check_not_empty("x", x)
+        check_not_empty(x)
         condition = given_condition("condition", condition)
         check_rows(condition, len(x))
         labels = condition.get("labels")

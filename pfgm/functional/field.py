@@ -224,7 +224,7 @@ def posterior_mean(
         level, factor = (r, 1.0) if sigma is None else (sigma, math.sqrt(D))
         rows, sketch_of = _in_one(references)
         options = factor, D, return_logsumexp, precision, sketch_of
-        results = eager.one_call("posterior_mean", backend, (x, rows, level), *options)
+        results = eager.one_call("posterior_mean", backend, (x, rows, level), options)
         if results is not None:
             mean, logsumexp = results
             return mean if logsumexp is None else (mean, logsumexp)
@@ -281,7 +281,8 @@ def field_fn(
     if type(gamma) in (float, int) and 0 <= gamma <= LARGEST:
         rows, sketch_of = _in_one(references)
         field: tuple[Tensor, Tensor] | None
-        field = eager.one_call("field", backend, (x, rows, z), gamma, precision, sketch_of)
+        options = gamma, precision, sketch_of
+        field = eager.one_call("field", backend, (x, rows, z), options)
         if field is not None:
             return field
     _check_tensors(x, references)

@@ -278,14 +278,19 @@ def _step(
     result: tuple[Tensor, Tensor | None] | None = None
     if mean_out is None or with_mean:
         operands = (x, slope, field_z, history, out, mean_out, *levels)
-        result = eager.one_call("step", backend, operands, method, law, with_mean)
+        result = eager.one_call("step", backend, operands, (method, law, with_mean))
     if result is None:
         coefficients = _coefficients(method, x, *levels)
         _check(method, x, prediction, history)
         if mean_out is not None and not return_mean:
             raise ValueError("mean_out is given without return_mean; allowed is return_mean=True.")
         step = _flat_step(x, slope, field_z, history, coefficients, law)
-        result = _compute(x, step, with_mean, out, mean_out, backend)
+        if out is not None or mean_out is not None:
+            result = _compute_into(out, mean_out, x, step, with_mean, backend)
+        else:
+            x_next, mean = eager.ode_step(step, with_mean, None, None, backend)
+            mean = None if mean is None else mean.reshape(x.shape).to(x.dtype)
+            result = x_next.reshape(x.shape).to(x.dtype), mean
     return (result[0], prediction) if return_mean and isinstance(prediction, Tensor) else result
 
 
@@ -361,21 +366,6 @@ def _check_tensor(name: str, value: object, x: Tensor, shape: torch.Size) -> Non
 
 
 # ---- steps on flat rows ----------------------------------------------------------------------
-
-
-def _compute(
-    x: Tensor,
-    step: OdeStep,
-    with_mean: bool,
-    out: Tensor | None,
-    mean_out: Tensor | None,
-    backend: str | None,
-) -> tuple[Tensor, Tensor | None]:
-    if out is not None or mean_out is not None:
-        return _compute_into(out, mean_out, x, step, with_mean, backend)
-    result, mean = eager.ode_step(step, with_mean, None, None, backend)
-    mean = None if mean is None else mean.reshape(x.shape).to(x.dtype)
-    return result.reshape(x.shape).to(x.dtype), mean
 
 
 def _flat_step(

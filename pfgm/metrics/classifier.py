@@ -11,7 +11,6 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ..common.checks import (
-    check_at_least_one,
     check_floating,
     check_seed,
     int_tuple,
@@ -148,7 +147,7 @@ def train_classifier(
         )
     if epochs is None:
         epochs = min(20, max(3, 3000 // math.ceil(len(images) / _BATCH)))
-    check_at_least_one("epochs", epochs)
+    positive_int("epochs", epochs)
     check_seed(seed)
     device = known_device(device)
     with torch.random.fork_rng(devices=[]):

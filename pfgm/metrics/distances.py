@@ -9,7 +9,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ..common.checks import check_at_least_one, check_finite, is_whole
+from ..common.checks import check_finite, is_whole, positive_int
 from ..common.tensors import evaluating
 
 Features = Callable[[Tensor], Tensor]
@@ -123,12 +123,12 @@ def kernel_distance(
     >>> kernel_distance(torch.zeros(9, 2), torch.ones(9, 2), subsets=3, generator=draw)
     KernelDistance(mean=7.0, deviation=0.0)
     """
-    check_at_least_one("degree", degree)
+    positive_int("degree", degree)
     rows_a, rows_b = _checked_rows("a", a, "b", b, features, at_least=(2, 2))
     smaller = min(len(rows_a), len(rows_b))
     if subsets is None:
         return KernelDistance(_squared_mmd(rows_a, rows_b, degree), math.nan)
-    check_at_least_one("subsets", subsets)
+    positive_int("subsets", subsets)
     size = max(2, min(1000, smaller // 2)) if subset_size is None else subset_size
     if not is_whole(size) or not 2 <= size <= smaller:
         raise ValueError(
@@ -183,7 +183,7 @@ def precision_recall(
     >>> precision_recall(torch.tensor([[0.1], [0.2], [0.3], [-9.0]]), real, k=1)
     PrecisionRecall(precision=0.75, recall=0.2)
     """
-    check_at_least_one("k", k)
+    positive_int("k", k)
     rows, real_rows = _checked_rows(
         "samples", samples, "real", real, features, at_least=(k + 1, k + 1)
     )
@@ -230,7 +230,7 @@ def density_coverage(
     >>> density_coverage(torch.tensor([[0.1], [0.2], [0.3], [-9.0]]), real, k=1)
     DensityCoverage(density=1.5, coverage=0.4)
     """
-    check_at_least_one("k", k)
+    positive_int("k", k)
     rows, real_rows = _checked_rows("samples", samples, "real", real, features, at_least=(1, k + 1))
     radii = _ball_radii(real_rows, k, neighbours)
     inside = 0
@@ -263,7 +263,7 @@ def neighbour_distances(x: Tensor, k: int = 5, *, features: Features | None = No
             [1., 2.],
             [2., 3.]], dtype=torch.float64)
     """
-    check_at_least_one("k", k)
+    positive_int("k", k)
     rows, _ = _checked_rows("x", x, "x", x[: k + 1], features, at_least=(k + 1, k + 1))
     return _nearest_others(rows, k)
 

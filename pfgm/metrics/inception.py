@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from ..common.checks import check_at_least_one, check_dtype, check_finite
+from ..common.checks import check_dtype, check_finite, positive_int
 from ..common.files import StrPath
 
 _CHECKSUM = "6726825d"
@@ -66,8 +66,8 @@ def inception_metrics(
     >>> inception_metrics(images, images, splits=1).fid < 1e-3  # doctest: +SKIP
     True
     """
-    check_at_least_one("splits", splits)
-    check_at_least_one("batch_size", batch_size)
+    positive_int("splits", splits)
+    positive_int("batch_size", batch_size)
     _check_images("samples", samples)
     _check_images("real", real)
     if splits > len(samples):

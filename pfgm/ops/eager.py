@@ -53,32 +53,29 @@ _dispatch_modes = torch._C._len_torch_dispatch_stack
 _function_modes = torch._C._len_torch_function_stack
 _in_torch_func = torch._C._are_functorch_transforms_active
 _tracing_state = torch._C._get_tracing_state
+_any_autocast = torch._C._is_any_autocast_enabled  # in half the time of a type of device
 _autocasting = torch.is_autocast_enabled  # of the type of device, "cuda" if none is given
 _profiling = torch._C._autograd._profiler_enabled
 
 
-def only_autograd(gpu: torch.device | None = None) -> bool:
-    """True if nothing but autograd is active: no mode, transform, trace, autocast, profiler or
-    forward-mode differentiation, for tensors in the memory of the CPU, or of the given GPU."""
-    return not (
-        _dispatch_modes()
+def passes(gpu: torch.device | None, *values: Any, gradients: bool = False) -> bool:
+    """True if the dispatcher can be skipped: only numbers, None and plain tensors, whose values lie
+    in the memory of the CPU or of the given GPU as they are, and nothing but autograd is active: no
+    mode, transform, trace, autocast, profiler or forward-mode differentiation.
+
+    Unless ``gradients`` is set, none may be wanted.
+    """
+    if (
+        _compiling()
+        or not enabled
+        or _dispatch_modes()
         or _function_modes()
         or _in_torch_func()
         or forward_ad._current_level >= 0
         or _tracing_state() is not None
-        or _autocasting("cpu")
-        or (gpu is not None and _autocasting())
+        or (_any_autocast() and (_autocasting("cpu") or (gpu is not None and _autocasting())))
         or _profiling()
-    )
-
-
-def passes(gpu: torch.device | None, *values: Any, gradients: bool = False) -> bool:
-    """True if the dispatcher can be skipped: only numbers, None and plain tensors, whose values lie
-    in the memory of the CPU or of the given GPU as they are, and nothing but autograd is active.
-
-    Unless ``gradients`` is set, none may be wanted.
-    """
-    if _compiling() or not enabled or not only_autograd(gpu):
+    ):
         return False
     differentiates = not gradients and torch.is_grad_enabled()
     for value in values:
@@ -138,11 +135,10 @@ def ode_step(
         step_operator.compute_into(step, out, mean_out, backend)
         return out, mean_out
     name = requested(backend)
-    step_operator.check(step)
     if out is None:
         result, mean = step_operator.forward(step, with_mean, name)
         return result, mean if with_mean else None
-    step_operator.forward_into(step, out, mean_out, name)
+    step_operator.forward_into(step, name, out, mean_out)
     mark_written(out, mean_out)
     return out, mean_out
 
@@ -240,7 +236,9 @@ class _PosteriorMean(torch.autograd.Function):
 # ---- a public function in one call -----------------------------------------------------------
 
 
-def one_call(name: str, backend: str | None, operands: tuple[Any, ...], *options: Any) -> Any:
+def one_call(
+    name: str, backend: str | None, operands: tuple[Any, ...], options: tuple[Any, ...]
+) -> Any:
     """The result of a function of :mod:`pfgm.backends.native_calls`; None where it cannot answer.
 
     Operands are tensors, numbers and None, the points first.

@@ -49,7 +49,7 @@ def compute_into(step: OdeStep, out: Tensor, mean_out: Tensor | None, backend: s
     """
     if is_symbolic(step.gamma, step.z_exp):
         check(step)
-        _check_outputs(step, out, mean_out, fake=True)
+        _check_outputs(step, out, mean_out)
         result, mean = formulas.ode_step(step, mean_out is not None)
         out.copy_(result)
         if mean_out is not None and mean is not None:
@@ -85,15 +85,11 @@ def _wants_gradient(step: OdeStep) -> bool:
 
 def forward(step: OdeStep, with_mean: bool, backend: str | None) -> tuple[Tensor, Tensor]:
     """The implementation of ode_step."""
+    check(step)
     transforms.check_no_tangent("ode_step", *step)
     chosen = choose_for(backend, step.x)
     result, mean = chosen.ode_step(step, with_mean)
     return result, step.x.new_empty(0) if mean is None else mean
-
-
-def _forward(step: OdeStep, with_mean: bool, backend: str | None) -> tuple[Tensor, Tensor]:
-    check(step)
-    return forward(step, with_mean, backend)
 
 
 def _fake(step: OdeStep, with_mean: bool, backend: str | None) -> tuple[Tensor, Tensor]:
@@ -112,8 +108,9 @@ def _transformed(step: OdeStep, with_mean: bool, backend: str | None) -> tuple[T
 # ---- ode_step_out ----------------------------------------------------------------------------
 
 
-def forward_into(step: OdeStep, out: Tensor, mean_out: Tensor | None, backend: str | None) -> None:
+def forward_into(step: OdeStep, backend: str | None, out: Tensor, mean_out: Tensor | None) -> None:
     """The implementation of ode_step_out."""
+    check(step)
     _check_outputs(step, out, mean_out)
     if step.x.shape[0] == 0:
         return
@@ -135,14 +132,9 @@ def forward_into(step: OdeStep, out: Tensor, mean_out: Tensor | None, backend: s
         mean_out.copy_(mean)
 
 
-def _forward_out(step: OdeStep, backend: str | None, out: Tensor, mean_out: Tensor | None) -> None:
-    check(step)
-    forward_into(step, out, mean_out, backend)
-
-
 def _fake_out(step: OdeStep, backend: str | None, out: Tensor, mean_out: Tensor | None) -> None:
     check(step)
-    _check_outputs(step, out, mean_out, fake=True)
+    _check_outputs(step, out, mean_out)
 
 
 def _refuse_transforms(*_: Any) -> None:
@@ -152,7 +144,7 @@ def _refuse_transforms(*_: Any) -> None:
     )
 
 
-def _check_outputs(step: OdeStep, out: Tensor, mean_out: Tensor | None, fake: bool = False) -> None:
+def _check_outputs(step: OdeStep, out: Tensor, mean_out: Tensor | None) -> None:
     if _wants_gradient(step) or (torch.is_grad_enabled() and out.requires_grad):
         raise RuntimeError(
             "out is given, but an input or out requires grad, and a step with out has no gradient; "
@@ -166,8 +158,7 @@ def _check_outputs(step: OdeStep, out: Tensor, mean_out: Tensor | None, fake: bo
     if step.field_z is None:
         raise ValueError("mean_out is given, but the step already takes the mean as an input.")
     check_like("mean_out", mean_out, step.x, step.x.shape, step.x.dtype)
-    if not fake:
-        check_separate(out, mean_out)
+    check_separate(out, mean_out)
 
 
 def check_separate(out: Tensor, mean_out: Tensor) -> None:
@@ -230,11 +221,11 @@ def _addresses(values: Tensor) -> tuple[int, int]:
 
 
 _STEP.register(
-    _forward,
+    forward,
     fake=_fake,
     transformed=_transformed,
     gradient=no_gradient(
         "torch.ops.pfgm.ode_step has no gradient; pfgm.euler_step and the other steps have one."
     ),
 )
-_STEP_OUT.register(_forward_out, fake=_fake_out, transformed=_refuse_transforms)
+_STEP_OUT.register(forward_into, fake=_fake_out, transformed=_refuse_transforms)

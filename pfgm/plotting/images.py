@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..common.checks import check_at_least_one, check_finite, positive
+from ..common.checks import check_finite, positive, positive_int
 from ..common.files import StrPath, write_atomic
 from ..data import to_unit
 from .figures import (
@@ -74,7 +74,7 @@ def image_grid(
     """
     images = _checked(images, "(n, C, H, W) or (n, H, W)", (3, 4))
     columns = math.ceil(math.sqrt(len(images))) if columns is None else columns
-    check_at_least_one("columns", columns)
+    positive_int("columns", columns)
     columns = min(columns, len(images))
     if header and len(header) != columns:
         raise ValueError(f"header has {len(header)} texts; allowed are {columns}, the columns.")
@@ -222,7 +222,7 @@ def _checked(images: Tensor, allowed: str, ndims: tuple[int, int]) -> Tensor:
 def _scale(images: Tensor, scale: int | None) -> int:
     if scale is None:
         return max(1, round(_PANEL / max(images.shape[-2:])))
-    check_at_least_one("scale", scale)
+    positive_int("scale", scale)
     return scale
 
 

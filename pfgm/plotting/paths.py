@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from ..common.checks import check_floating
+from ..common.checks import check_floating, positive_int
 from ..common.files import StrPath
 from ..flows import Network, PoissonFlow
 from .figures import (
@@ -81,7 +81,7 @@ def trajectory_plot(
     if len(heights) != len(steps):
         raise ValueError(f"levels has {len(heights)} values; allowed are {len(steps)}, one a step.")
     check_levels("levels", heights)
-    known = None if data is None else checked_points("data", data)
+    known = None if data is None else checked_points(data)
     near = Window.around(steps[-1] if known is None else known)
     whole = _window_of_lines(steps, known)
     figure, panels = square_panels(["the whole way", "its end"], title, size=_PANEL, bar=True)
@@ -163,11 +163,10 @@ def flow_lines(
     """
     if tuple(flow.shape) != (2,):
         raise ValueError(f"flow has shape {tuple(flow.shape)}; allowed is (2,).")
-    if n < 1:
-        raise ValueError(f"n is {n}; allowed are whole numbers from 1.")
+    positive_int("n", n)
     if z_top is not None and not flow.z_min < z_top <= flow.z_max:
         raise ValueError(f"z_top is {z_top}; allowed is from {flow.z_min} to {flow.z_max}.")
-    known = None if data is None else checked_points("data", data)
+    known = None if data is None else checked_points(data)
     heights, lines = _sample_lines(flow, net, n, solver, steps, generator)
     if z_top is not None:
         heights, lines = _cut_at(z_top, heights, lines)

@@ -61,7 +61,7 @@ def field_lines(
     >>> [axes.get_title() for axes in figure.axes]
     ['z = 0.1', 'z = 1']
     """
-    data = checked_points("data", data)
+    data = checked_points(data)
     heights = _noise_levels("z", z, data, (0.05, 0.25, 1.0))
     window = Window.around(data)
     figure, panels = square_panels([f"z = {value:.3g}" for value in heights], title, _PANEL)
@@ -130,7 +130,7 @@ def equipotentials(
     >>> [axes.get_title() for axes in figure.axes[:2]]
     ['σ = 0.1', 'σ = 1']
     """
-    data = checked_points("data", data)
+    data = checked_points(data)
     noise = _noise_levels("sigma", sigma, data, (0.05, 0.15, 0.4, 1.0))
     if not D > 0:
         raise ValueError(f"D is {D}; allowed is any positive number or infinity.")

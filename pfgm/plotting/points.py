@@ -12,7 +12,7 @@ from ..common.checks import check_finite, check_floating
 
 GRID = 160  # points along each side of a window where a field is computed
 DATA_COLOUR = "#D55E00"
-_ROOM = 0.3  # around the data, relative to their extent
+_ROOM = 0.3  # on each side of the data, relative to their extent
 
 
 class Window(NamedTuple):
@@ -23,10 +23,10 @@ class Window(NamedTuple):
     half: float
 
     @classmethod
-    def around(cls, points: Tensor, room: float = _ROOM) -> Window:
+    def around(cls, points: Tensor) -> Window:
         low, high = points.amin(0), points.amax(0)
         middle = (low + high) / 2
-        half = float((high - low).max()) * (0.5 + room)
+        half = float((high - low).max()) * (0.5 + _ROOM)
         # A single point, or several in one place, has no extent.
         return cls(float(middle[0]), float(middle[1]), half if half > 0 else 1.0)
 
@@ -46,12 +46,12 @@ class Window(NamedTuple):
         axes.axis(self.extent)
 
 
-def checked_points(name: str, points: Tensor) -> Tensor:
+def checked_points(data: Tensor) -> Tensor:
     """The points (n, 2) as float64 on the CPU."""
-    check_floating(name, points)
-    if points.ndim != 2 or points.shape[1] != 2 or len(points) == 0:
-        raise ValueError(f"{name} has shape {tuple(points.shape)}; allowed is (n, 2) with n ≥ 1.")
-    return checked_finite(name, points)
+    check_floating("data", data)
+    if data.ndim != 2 or data.shape[1] != 2 or len(data) == 0:
+        raise ValueError(f"data has shape {tuple(data.shape)}; allowed is (n, 2) with n ≥ 1.")
+    return checked_finite("data", data)
 
 
 def checked_finite(name: str, values: Tensor) -> Tensor:

@@ -229,7 +229,7 @@ def test_small_distances_far_from_the_origin_are_exact() -> None:
 
 @pytest.mark.parametrize("k", [0, -1, 1.5])
 def test_k_below_one_is_refused(k: Any) -> None:
-    with pytest.raises(ValueError, match=f"k is {k}; allowed are whole numbers from 1"):
+    with pytest.raises(ValueError, match=f"k is {k}; only an integer of at least 1"):
         metrics.precision_recall(normal(5, 2), normal(5, 2), k)
 
 
@@ -410,7 +410,7 @@ def test_subsets_must_fit(size: Any) -> None:
 @pytest.mark.parametrize("option", ["degree", "subsets"])
 def test_counts_of_the_kernel_distance(option: str) -> None:
     for value in (0, 2.5):
-        message = f"{option} is {value}; allowed are whole numbers from 1"
+        message = f"{option} is {value}; only an integer of at least 1"
         with pytest.raises(ValueError, match=message):
             metrics.kernel_distance(normal(8, 2), normal(8, 2), **{option: value})
 
@@ -518,7 +518,7 @@ def test_density_coverage_needs_more_than_k_real_samples_and_one_other() -> None
     assert metrics.density_coverage(normal(6, 2)[:1], normal(6, 2), k=5).coverage > 0
     with pytest.raises(ValueError, match=r"real has shape \(5, 2\).*at least 6"):
         metrics.density_coverage(normal(9, 2), normal(5, 2), k=5)
-    with pytest.raises(ValueError, match="k is 0; allowed are whole numbers from 1"):
+    with pytest.raises(ValueError, match="k is 0; only an integer of at least 1"):
         metrics.density_coverage(normal(9, 2), normal(9, 2), k=0)
 
 
@@ -635,8 +635,12 @@ def test_inception_metrics_without_the_package(monkeypatch: pytest.MonkeyPatch) 
         (torch.zeros(1, 8, 8), {}, r"samples has shape \(1, 8, 8\).*n at least 2"),
         (torch.full((10, 8, 8), math.nan), {}, "samples holds NaN"),
         (torch.zeros(9, 8, 8), {}, "splits is 10; allowed is at most 9"),
-        (torch.zeros(10, 8, 8), {"splits": 0}, "splits is 0; allowed are whole numbers from 1"),
-        (torch.zeros(10, 8, 8), {"batch_size": 0}, "batch_size is 0; allowed are whole numbers"),
+        (torch.zeros(10, 8, 8), {"splits": 0}, "splits is 0; only an integer of at least 1"),
+        (
+            torch.zeros(10, 8, 8),
+            {"batch_size": 0},
+            "batch_size is 0; only an integer of at least 1",
+        ),
         (torch.zeros(10, 8, 8, device="meta", dtype=torch.uint8), {}, "is on meta and real on cpu"),
     ],
 )

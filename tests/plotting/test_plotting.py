@@ -297,9 +297,9 @@ def test_trajectory_grid_needs_a_z_for_each_step(z: Any) -> None:
 
 @pytest.mark.parametrize("count", [0, -3, 2.5])
 def test_counts_below_one_are_refused(count: Any) -> None:
-    with pytest.raises(ValueError, match=f"columns is {count}; allowed are whole numbers from 1"):
+    with pytest.raises(ValueError, match=f"columns is {count}; only an integer of at least 1"):
         plotting.image_grid(torch.zeros(1, 1, 8, 8), columns=count)
-    with pytest.raises(ValueError, match=f"scale is {count}; allowed are whole numbers from 1"):
+    with pytest.raises(ValueError, match=f"scale is {count}; only an integer of at least 1"):
         plotting.image_grid(torch.zeros(1, 1, 8, 8), scale=count)
 
 
@@ -635,7 +635,7 @@ def test_flow_lines_checks_its_arguments() -> None:
     net = flow.empirical(ring())
     with pytest.raises(ValueError, match=r"flow has shape \(3,\); allowed is \(2,\)"):
         plotting.flow_lines(PoissonFlow((3,), data_norm=1.0), net, 5)
-    with pytest.raises(ValueError, match="n is 0; allowed are whole numbers from 1"):
+    with pytest.raises(ValueError, match="n is 0; only an integer of at least 1"):
         plotting.flow_lines(flow, net, 0)
     for top in (0.0, flow.z_min, flow.z_max * 1.01, math.nan):
         with pytest.raises(ValueError, match=f"z_top is {top}; allowed is from"):
