@@ -153,31 +153,31 @@ class Problem:
             size = self.y.abs().amax(0)
         if self.case.kind == "outlier":
             size = self.y.abs().sort(0)[0][-2].max()
-        found = {}
+        errors = {}
         for name, value in results.items():
             truth = self.truth[name]
-            of = {
+            scale = {
                 "mean": self.truth["mean"].abs().clamp(min=size),  # that of an outlier is rounded
                 "lse": truth.abs().clamp(min=1),
                 "nearest": truth.clamp(min=1e-30),
                 "total": truth,
             }.get(name, truth.abs().max())
-            error = ((value.double().cpu() - truth).abs() / of).max().item()
-            found[name] = error
-        return found
+            error = ((value.double().cpu() - truth).abs() / scale).max().item()
+            errors[name] = error
+        return errors
 
     def tolerances(self) -> dict[str, float]:
         """Of the results by name, as docs/backends.md states them."""
         case = self.case
-        found = dict.fromkeys(self.truth, TOLERANCE[case.precision])
+        tolerances = dict.fromkeys(self.truth, TOLERANCE[case.precision])
         if case.dtype != SINGLE:  # of which the gradient is rounded
-            del found["grad_references"]
+            del tolerances["grad_references"]
         if case.kind == "scaled":  # scores are hundreds of nats
             score = (self.truth["nearest"] / (2 * self.radius.cpu() ** 2)).max().item()
-            found["total"] = max(found["total"], 2**-24 * score)
+            tolerances["total"] = max(tolerances["total"], 2**-24 * score)
             if case.precision == "medium":
-                found |= {name: 2e-2 for name in found if name not in ("lse", "nearest")}
-        return found
+                tolerances |= {name: 2e-2 for name in tolerances if name not in ("lse", "nearest")}
+        return tolerances
 
 
 def slow(*cases: Case) -> list:
@@ -319,7 +319,7 @@ MISSED = {
 
 def check(problem: Problem, op, executor, orders=ORDERS) -> None:
     """Each result is accurate, and has the same bits in each order. Nothing else is wrong."""
-    bits = None
+    first = None
     for order in orders if executor else ORDERS[:1]:
         if executor:
             executor.order(order)
@@ -332,10 +332,10 @@ def check(problem: Problem, op, executor, orders=ORDERS) -> None:
             if not errors[name] <= tolerance
         }
         assert wrong == {}
-        found = {name: value.contiguous().view(torch.uint8) for name, value in results.items()}
-        if bits is None:
-            bits = found
-        assert all(torch.equal(found[name], bits[name]) for name in bits), order
+        bits = {name: value.contiguous().view(torch.uint8) for name, value in results.items()}
+        if first is None:
+            first = bits
+        assert all(torch.equal(bits[name], first[name]) for name in first), order
 
 
 @pytest.fixture
