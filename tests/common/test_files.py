@@ -42,7 +42,9 @@ def umask() -> Iterator[None]:
 
 
 @given(content=st.binary(max_size=100), before=st.none() | st.binary(max_size=100))
-@settings(suppress_health_check=[HealthCheck.function_scoped_fixture], max_examples=30)
+@settings(
+    suppress_health_check=[HealthCheck.function_scoped_fixture], max_examples=30, deadline=None
+)
 def test_the_file_holds_what_was_written_and_nothing_else_is_left(
     tmp_path: Path, content: bytes, before: bytes | None
 ) -> None:
