@@ -56,11 +56,13 @@ def find_center(y, center, spread, M, N, y_stride, width, portion):
         guess = tl.abs(mean) * 2.0**-10
         near = tl.maximum(near, tl.maximum(guess, tl.max(tl.abs(inner - mean[None, :]), 0)))
         far = tl.maximum(far, tl.max(tl.abs(values - mean[None, :]), 0))
-    of_near = tl.max(near, 0)
-    of_far = tl.maximum(tl.max(far, 0), of_near)
+    inner_spread = tl.max(near, 0)
+    whole_spread = tl.maximum(tl.max(far, 0), inner_spread)
     tl.store(
         spread + tl.program_id(0),
-        tl.where((of_near > 0) & (of_far > FAR * of_near), of_near, of_far),
+        tl.where(
+            (inner_spread > 0) & (whole_spread > FAR * inner_spread), inner_spread, whole_spread
+        ),
     )
 
 
@@ -101,7 +103,7 @@ def split_rows(
     """
     row = tl.program_id(0).to(tl.int64)
     part = tl.arange(0, PROGRAMS)
-    of_y = scale_to(
+    y_scale = scale_to(
         tl.max(tl.load(spread + part, mask=part < programs, other=0.0), 0), REFERENCE_POWER
     )
     norm = tl.zeros([BLOCK], tl.float64)
@@ -113,23 +115,25 @@ def split_rows(
             a = centered(a, tl.load(center + feature, mask=feature < N, other=0.0), BYTES)
         norm += a.to(tl.float64) * a.to(tl.float64)
         largest = tl.maximum(largest, tl.abs(a))
-    of_x = scale_to(tl.max(largest, 0), QUERY_POWER)
+    x_scale = scale_to(tl.max(largest, 0), QUERY_POWER)
     for start in range(0, width, BLOCK):
         feature = start + tl.arange(0, BLOCK)
         a = tl.load(x + row * x_stride + feature, mask=feature < N, other=0.0)
         if CENTERED:
             c = tl.load(center + feature, mask=feature < N, other=0.0)
-            tl.store(scaled_center + feature, c * of_y, mask=feature < tl.where(row == 0, width, 0))
+            tl.store(
+                scaled_center + feature, c * y_scale, mask=feature < tl.where(row == 0, width, 0)
+            )
             a = centered(a, c, BYTES)
-        a *= of_x
+        a *= x_scale
         h = a.to(tl.float16)
         tl.store(high + row * width + feature, h, mask=feature < width)
         rest = (a - h.to(tl.float32)).to(tl.float16)
         tl.store(low + row * width + feature, rest, mask=feature < width)
-    tl.store(units + row, 1.0 / of_x.to(tl.float64) / of_y.to(tl.float64))
+    tl.store(units + row, 1.0 / x_scale.to(tl.float64) / y_scale.to(tl.float64))
     if CENTERED:
         tl.store(norms + row, tl.sum(norm, 0))
-        tl.store(scale, of_y, mask=row == 0)
+        tl.store(scale, y_scale, mask=row == 0)
 
 
 # ---- launches ---------------------------------------------------------------------------------
@@ -150,7 +154,7 @@ def memory(rows: int, N: int, project: bool) -> dict[str, int]:
 
 
 def steps(
-    rows: int, M: int, N: int, x_stride: int, y_stride: int, project: bool, of_bytes: bool
+    rows: int, M: int, N: int, x_stride: int, y_stride: int, project: bool, byte_references: bool
 ) -> tuple[Step, ...]:
     """How a block of queries is centred, and with ``project`` how G is split (B, N), contiguous."""
     width = padded(N)
@@ -160,7 +164,7 @@ def steps(
     result = [Step(center, ("references", "center", "spread"))]
     for prefix, rows_of, stride in (("", "x", x_stride), ("upstream_", "upstream", N)):
         if rows_of == "x" or project:
-            flags = rows_of == "x", rows_of == "x" and of_bytes, CENTER_PROGRAMS
+            flags = rows_of == "x", rows_of == "x" and byte_references, CENTER_PROGRAMS
             split = _split_rows((rows, 1, 1), (N, stride, width, programs), (), flags, SPLIT)
             parts = f"{prefix}high", f"{prefix}low", "norms", f"{prefix}units"
             read = rows_of, "center", "spread"
@@ -171,8 +175,8 @@ def steps(
 def variants() -> list[Variant]:
     """Every type of references, and rows that are centred or not."""
     result = [variant(find_center, {}, dtype, wide_loads=False) for dtype in REFERENCES]
-    for centers, of_bytes in ((False, False), (True, False), (True, True)):
-        constants: dict[str, Any] = {"CENTERED": centers, "BYTES": of_bytes}
+    for centers, byte_references in ((False, False), (True, False), (True, True)):
+        constants: dict[str, Any] = {"CENTERED": centers, "BYTES": byte_references}
         constants["PROGRAMS"] = CENTER_PROGRAMS
         result.append(variant(split_rows, constants | SPLIT.options))
     return result

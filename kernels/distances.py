@@ -110,7 +110,7 @@ def distances(
     column = tl.program_id(1) * TILE + tl.arange(0, TILE)
     y_rows = y + column.to(tl.int64)[:, None] * y_stride
     x_rows = row.to(tl.int64)[None, :] * x_stride
-    of_y = tl.load(scale)
+    y_scale = tl.load(scale)
     total = tl.zeros([TILE, ROWS], tl.float32)
     lost = tl.zeros([TILE, ROWS], tl.float32)
     projection = tl.zeros([TILE, ROWS], tl.float32)
@@ -121,7 +121,7 @@ def distances(
         feature = k + tl.arange(0, PANEL)
         known = (column < M)[:, None] & (feature < N)[None, :]
         c = tl.load(scaled_center + feature, mask=feature < x_stride, other=0.0)
-        b = centered_references(y_rows + feature[None, :], known, of_y, c[None, :])
+        b = centered_references(y_rows + feature[None, :], known, y_scale, c[None, :])
         square, square_lost = add_compensated(square, square_lost, tl.sum(b * b, 1))
         b_high = b.to(tl.float16)
         b_low = (b - b_high.to(tl.float32)).to(tl.float16)
@@ -136,17 +136,17 @@ def distances(
             g_low = tl.load(upstream_low + place, mask=inside, other=0.0)
             product = split_product(b_high, b_low, g_high, g_low, HIGH)
             projection, projection_lost = add_compensated(projection, projection_lost, product)
-    wide = of_y.to(tl.float64)
-    of_squares = (square.to(tl.float64) - square_lost.to(tl.float64)) / wide / wide
+    wide = y_scale.to(tl.float64)
+    y_norm = (square.to(tl.float64) - square_lost.to(tl.float64)) / wide / wide
     norm = tl.load(norms + row, mask=row < B, other=0.0)
     unit = tl.load(units + row, mask=row < B, other=0.0)
     products = (total.to(tl.float64) - lost.to(tl.float64)) * unit[None, :]
-    distance = tl.trans(of_squares[:, None] + norm[None, :] - 2.0 * products)
+    distance = tl.trans(y_norm[:, None] + norm[None, :] - 2.0 * products)
     finish_distances(distance, squared, lowest, row, column, B, M, width, pairs_stride, tiles)
     tile = tl.program_id(1)
     # Larger references have no products in float16; they do not count.
-    counts = (column < M) & (of_squares * wide * wide <= N * 2.0**32)
-    farthest = tl.max(tl.where(counts, of_squares, 0.0), 0)
+    counts = (column < M) & (y_norm * wide * wide <= N * 2.0**32)
+    farthest = tl.max(tl.where(counts, y_norm, 0.0), 0)
     tl.store(reach + tile, farthest, mask=tl.program_id(0) == 0)
     if PROJECT:
         unit = tl.load(upstream_units + row, mask=row < B, other=0.0)
@@ -188,23 +188,23 @@ def differences(
     projection = tl.zeros([ROWS, TILE], tl.float64)
     norm = tl.zeros([ROWS], tl.float64)
     for start in range(0, N, 256 * PANEL):
-        of_pairs = tl.zeros([ROWS, TILE, PANEL], tl.float32)
-        of_upstream = tl.zeros([ROWS, TILE, PANEL], tl.float32)
-        of_x = tl.zeros([ROWS, PANEL], tl.float32)
+        squares = tl.zeros([ROWS, TILE, PANEL], tl.float32)
+        products = tl.zeros([ROWS, TILE, PANEL], tl.float32)
+        x_squares = tl.zeros([ROWS, PANEL], tl.float32)
         for k in range(start, min(start + 256 * PANEL, N), PANEL):
             feature = (k + tl.arange(0, PANEL))[None, :]
             a = tl.load(x_rows + feature, mask=(row < B)[:, None] & (feature < N), other=0.0)
             b = load_references(y_rows + feature, (column < M)[:, None] & (feature < N), tl.float32)
             difference = a[:, None, :] - b[None, :, :]
-            of_pairs += difference * difference
-            of_x += a * a
+            squares += difference * difference
+            x_squares += a * a
             if PROJECT:
                 g = tl.load(g_rows + feature, mask=(row < B)[:, None] & (feature < N), other=0.0)
-                of_upstream += g[:, None, :] * b[None, :, :]
-        distance += tl.sum(of_pairs.to(tl.float64), 2)
-        norm += tl.sum(of_x.to(tl.float64), 1)
+                products += g[:, None, :] * b[None, :, :]
+        distance += tl.sum(squares.to(tl.float64), 2)
+        norm += tl.sum(x_squares.to(tl.float64), 1)
         if PROJECT:
-            projection += tl.sum(of_upstream.to(tl.float64), 2)
+            projection += tl.sum(products.to(tl.float64), 2)
     finish_distances(distance, squared, lowest, row, column, B, M, width, pairs_stride, tiles)
     tl.store(norms + row, norm, mask=row < tl.where(tl.program_id(1) == 0, B, 0))
     if PROJECT:
@@ -280,8 +280,10 @@ def centering_steps(block: Block) -> tuple[Step, ...]:
         return ()
     strides = block.x_stride, block.y_stride
     project = block.shape.project
-    of_bytes = block.shape.references == torch.uint8
-    return centering.steps(block.rows, block.references, block.N, *strides, project, of_bytes)
+    byte_references = block.shape.references == torch.uint8
+    return centering.steps(
+        block.rows, block.references, block.N, *strides, project, byte_references
+    )
 
 
 class Steps(NamedTuple):
@@ -319,8 +321,8 @@ def _distances_step(block: Block, M: int, tiles: int, config: Config) -> Step:
     flags = (shape.precision == "high", shape.project)
     launch = _distances(grid, (*sizes, padded(N), *strides), (), flags, config)
     queries = ("high", "low", "units")
-    of_upstream = tuple(f"upstream_{name}" for name in queries) if shape.project else queries
-    read = ("y", "scaled_center", "scale", *queries, "norms", *of_upstream)
+    upstream_names = tuple(f"upstream_{name}" for name in queries) if shape.project else queries
+    read = ("y", "scaled_center", "scale", *queries, "norms", *upstream_names)
     return Step(launch, (*read, "squared", "lowest", "reach", projected))
 
 
@@ -352,20 +354,22 @@ def _refine_step(block: Block, M: int, tiles: int, config: Config) -> Step:
         (project, config["TILE"]),
         refine_config(block.N),
     )
-    of_upstream = ("upstream", "center", "projected") if project else (NOTHING, NOTHING, NOT_USED)
-    return Step(launch, ("x", "y", "limits", "squared", "lowest", *of_upstream))
+    upstream_names = (
+        ("upstream", "center", "projected") if project else (NOTHING, NOTHING, NOT_USED)
+    )
+    return Step(launch, ("x", "y", "limits", "squared", "lowest", *upstream_names))
 
 
 class Pairs:
     """Distances of a block of queries to one chunk of references at a time."""
 
     def __init__(
-        self, problem: Problem, rows: slice, layout: Callable[[Block], Layout], **given: Tensor
+        self, problem: Problem, rows: slice, layout: Callable[[Block], Layout], **arguments: Tensor
     ) -> None:
-        """given: other tensors of the operation, ``nearest`` among them."""
+        """arguments: other tensors of the operation, ``nearest`` among them."""
         x, references = part(problem.x, rows), problem.references
         if problem.upstream is not None:
-            given["upstream"] = part(problem.upstream, rows)
+            arguments["upstream"] = part(problem.upstream, rows)
         self.count = rows.stop - rows.start
         self.shape = problem.shape(self.count)
         self.block = Block(
@@ -388,7 +392,7 @@ class Pairs:
             radius=part(problem.radius, rows),
             references=references,
             y=part(references, slice(0, problem.chunk)),
-            **given,
+            **arguments,
         )
         for step in centering_steps(self.block):
             self.space.run(step)

@@ -53,14 +53,13 @@ class Layout:
 
 
 class Space:
-    """The memory of an operation, on the current device: tensors that are given, and temporary
-    ones."""
+    """The memory of an operation, on the current device: its arguments, and temporary tensors."""
 
-    def __init__(self, layout: Layout, **given: Tensor) -> None:
+    def __init__(self, layout: Layout, **arguments: Tensor) -> None:
         self._layout, self._place = layout, current_place()
-        like = next(iter(given.values()))
+        like = next(iter(arguments.values()))
         self._memory = unfilled(layout.size, like.device)
-        self._given: dict[str, Tensor | None] = {NOTHING: None, **given}
+        self._arguments: dict[str, Tensor | None] = {NOTHING: None, **arguments}
         start = self._memory.data_ptr()
         self._addresses: dict[str, int | None]
         self._addresses = {name: start + offset for name, offset in layout.starts.items()}
@@ -68,13 +67,13 @@ class Space:
 
     def give(self, name: str, tensor: Tensor) -> None:
         """Adds a tensor, or replaces one."""
-        self._given[name] = tensor
+        self._arguments[name] = tensor
         self._look()
 
     def _look(self) -> None:
-        addresses, kinds = look_at((self._memory, *self._given.values()))
-        self._kinds = (*self._given, *kinds)
-        self._addresses.update(zip(self._given, addresses[1:], strict=True))
+        addresses, kinds = look_at((self._memory, *self._arguments.values()))
+        self._kinds = (*self._arguments, *kinds)
+        self._addresses.update(zip(self._arguments, addresses[1:], strict=True))
 
     def temporary(self, name: str) -> Tensor:
         """A temporary tensor as a vector."""
@@ -90,6 +89,6 @@ class Space:
             addresses = [self._addresses[name] for name in names]
             if launch.repeat(self._place, kinds, addresses):
                 return
-        given = self._given
-        tensors = [given[name] if name in given else self.temporary(name) for name in names]
+        arguments = self._arguments
+        tensors = [arguments[name] if name in arguments else self.temporary(name) for name in names]
         launch.by_triton(self._place, kinds, tensors)

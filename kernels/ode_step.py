@@ -87,16 +87,16 @@ def _write(
     mean_stride,
     columns,
     mask,
-    of_x,
-    of_slope,
-    of_history,
+    x_factor,
+    slope_factor,
+    history_factor,
     stretch,
 ):
-    """Writes out = of_x x + of_slope slope + of_history history and mean_out = x + stretch slope
-    for one tile. Factors are (ROWS,)."""
-    result = of_x.to(tl.float32)[:, None] * x + of_slope.to(tl.float32)[:, None] * slope
+    """Writes out = x_factor x + slope_factor slope + history_factor history and mean_out = x +
+    stretch slope for one tile. Factors are (ROWS,)."""
+    result = x_factor.to(tl.float32)[:, None] * x + slope_factor.to(tl.float32)[:, None] * slope
     if history is not None:
-        result += of_history.to(tl.float32)[:, None] * history
+        result += history_factor.to(tl.float32)[:, None] * history
     tl.store(at(out, rows, out_stride, columns), result, mask)
     if mean_out is not None:
         mean = x + stretch.to(tl.float32)[:, None] * slope
@@ -158,11 +158,11 @@ def ode_step_kernel(
 
     if field_z is None:
         stretch = tl.full((ROWS,), 1.0, tl.float64)
-        of_x = 1 - toward - blend
+        x_factor = 1 - toward - blend
     else:
         v_z = tl.load(field_z + rows, within, other=-1.0).to(tl.float64)
         stretch = -z / tl.where(v_z > -_SMALLEST_FIELD_Z, -_SMALLEST_FIELD_Z, v_z)
-        of_x = 1 - blend
+        x_factor = 1 - blend
         if SUBSTITUTES:
             if WHOLE:
                 squared = tl.sum(v.to(tl.float64) * v.to(tl.float64), axis=1)
@@ -170,12 +170,12 @@ def ode_step_kernel(
                 squared = _squared_norm(slope, rows, slope_stride, within, N, ROWS, BLOCK)
             implied = _implied_stretch(squared, z, gamma, N, EXACT)
             stretch = tl.where(z < z_exp, implied, stretch)
-    of_slope = toward * stretch
+    slope_factor = toward * stretch
 
     if WHOLE:
         _write(
             values, v, past, out, mean_out, rows, out_stride, mean_stride, columns, mask,
-            of_x, of_slope, blend, stretch,
+            x_factor, slope_factor, blend, stretch,
         )  # fmt: skip
     else:
         for start in range(0, N, BLOCK):
@@ -188,7 +188,7 @@ def ode_step_kernel(
                 past = _load(history, rows, history_stride, turn, mask)
             _write(
                 values, v, past, out, mean_out, rows, out_stride, mean_stride, turn, mask,
-                of_x, of_slope, blend, stretch,
+                x_factor, slope_factor, blend, stretch,
             )  # fmt: skip
 
 

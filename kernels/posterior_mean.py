@@ -196,9 +196,9 @@ def merge(
     row = tl.program_id(0).to(tl.int64)
     feature = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     index = tl.arange(0, PIECES)
-    of_pieces = tl.load(sums + row * pieces + index, mask=index < pieces, other=0.0)
+    piece_sums = tl.load(sums + row * pieces + index, mask=index < pieces, other=0.0)
     carried = tl.load(kept + row)
-    weight = carried.to(tl.float32) + tl.sum(of_pieces, 0)
+    weight = carried.to(tl.float32) + tl.sum(piece_sums, 0)
     value = tl.zeros([BLOCK], tl.float32)
     source = parts + row * N + feature
     for _ in range(0, stretches):
@@ -211,31 +211,31 @@ def merge(
         before *= carried.to(tl.float32) / weight
     if DIFFERENCE:
         a = tl.load(x + row * x_stride + feature, mask=feature < N, other=0.0)
-        share = tl.sum(of_pieces, 0) / weight
+        share = tl.sum(piece_sums, 0) / weight
         value = share * a - value
         r = tl.load(radius + row)
         reach = tl.load(closest + row) + r * r / exponent
         if has_digits(before + value, a, reach, share) == 0:  # also if a number is out of range
-            of_row = weights + row * pairs_stride
+            row_weights = weights + row * pairs_stride
             value = sum_of_differences(
-                a, y, of_row, live, feature, row, M, N, y_stride, pieces, SIZE, TILE
+                a, y, row_weights, live, feature, row, M, N, y_stride, pieces, SIZE, TILE
             )
             value /= weight
     value += before
     tl.store(mean + row * N + feature, value, mask=feature < N)
     if tl.program_id(1) == 0:
         least = tl.load(closest + row)
-        whole = carried + tl.sum(of_pieces.to(tl.float64), 0)
+        whole = carried + tl.sum(piece_sums.to(tl.float64), 0)
         tl.store(nearest + row, least)
         tl.store(total + row, whole)
         if LAST:
             r = tl.load(radius + row)
             if GAUSSIAN:
-                of_least = tl.where(least == 0.0, 0.0, -least / r / r / 2.0)
+                score = tl.where(least == 0.0, 0.0, -least / r / r / 2.0)
             else:
                 power = tl.where(least == 0.0, 2.0, 1.0)  # r² may underflow on a reference
-                of_least = -exponent * power * tl.log(tl.where(least == 0.0, r, least + r * r))
-            tl.store(logsumexp + row, of_least + tl.log(whole))
+                score = -exponent * power * tl.log(tl.where(least == 0.0, r, least + r * r))
+            tl.store(logsumexp + row, score + tl.log(whole))
 
 
 # ---- launches ---------------------------------------------------------------------------------

@@ -96,17 +96,17 @@ def pull(
     """Adds the chunk's Σ p_j G·y_j and Σ p_j of one query."""
     row = tl.program_id(0).to(tl.int64)
     r, least, summed = tl.load(radius + row), tl.load(nearest + row), tl.load(total + row)
-    of_pull = tl.zeros([BLOCK], tl.float64)
-    of_mass = tl.zeros([BLOCK], tl.float64)
+    pulls = tl.zeros([BLOCK], tl.float64)
+    masses = tl.zeros([BLOCK], tl.float64)
     for start in range(0, width, BLOCK):
         column = start + tl.arange(0, BLOCK)
         place = row * pairs_stride + column
         d = tl.load(squared + place, mask=column < width, other=float("inf"))
         q = tl.load(projected + place, mask=column < width, other=0.0).to(tl.float64)
         p = probability(d, least, summed, r, exponent, floor, GAUSSIAN)
-        of_pull += tl.where(p == 0.0, 0.0, p * q)
-        of_mass += p
-    whole_pull, whole_mass = tl.sum(of_pull, 0), tl.sum(of_mass, 0)
+        pulls += tl.where(p == 0.0, 0.0, p * q)
+        masses += p
+    whole_pull, whole_mass = tl.sum(pulls, 0), tl.sum(masses, 0)
     if not FIRST:
         whole_pull += tl.load(pulled + row)
         whole_mass += tl.load(mass + row)
@@ -128,7 +128,7 @@ def find_coefficients(
     probabilities,
     moment,
     summed,
-    of_chunk,
+    chunk_sum,
     squares,
     live,
     whole,
@@ -151,9 +151,9 @@ def find_coefficients(
     # Σ p_j is 1 up to rounding, and 0 at a limit.
     weight = tl.load(mass + row)
     center = tl.load(pulled + row) / tl.where(weight == 0.0, 1.0, weight)
-    of_moment = tl.zeros([BLOCK], tl.float64)
-    of_sum = tl.zeros([BLOCK], tl.float64)
-    of_squares = tl.zeros([BLOCK], tl.float64)
+    moments = tl.zeros([BLOCK], tl.float64)
+    c_sums = tl.zeros([BLOCK], tl.float64)
+    c_squares = tl.zeros([BLOCK], tl.float64)
     for start in range(0, width, BLOCK):
         column = start + tl.arange(0, BLOCK)
         place = row * pairs_stride + column
@@ -165,37 +165,37 @@ def find_coefficients(
         excess = tl.where(p == 0.0, 0.0, d - least)
         if GAUSSIAN:
             c = -pt
-            of_moment += tl.where(p == 0.0, 0.0, pt * (excess / r / r))
+            moments += tl.where(p == 0.0, 0.0, pt * (excess / r / r))
         else:
             s = tl.where(p == 0.0, 1.0, d + r * r)
             c = -pt * ((least + r * r) / s)
-            of_moment += pt * (excess / s)
+            moments += pt * (excess / s)
         rounded = c.to(tl.float32)
-        of_sum += rounded.to(tl.float64)
-        of_squares += c * c
+        c_sums += rounded.to(tl.float64)
+        c_squares += c * c
         tl.store(live + row * pieces + start // BLOCK, tl.sum((rounded != 0.0).to(tl.int32), 0))
         tl.store(coefficients + place, rounded, mask=column < width)
         tl.store(probabilities + place, p.to(tl.float32), mask=column < width)
-    so_far, of_c = tl.sum(of_moment, 0), tl.sum(of_sum, 0)
-    tl.store(of_chunk + row, of_c)
-    tl.store(squares + row, tl.sum(of_squares, 0))
+    so_far, c_sum = tl.sum(moments, 0), tl.sum(c_sums, 0)
+    tl.store(chunk_sum + row, c_sum)
+    tl.store(squares + row, tl.sum(c_squares, 0))
     if not FIRST:
         so_far += tl.load(moment + row)
-        of_c += tl.load(summed + row)
+        c_sum += tl.load(summed + row)
     tl.store(moment + row, so_far)
-    tl.store(summed + row, of_c)
+    tl.store(summed + row, c_sum)
     limit = at_limit(least, r, GAUSSIAN)
     if GAUSSIAN:
         C = -g
         F = 1.0 / r / r
-        of_radius = (g * (least / r / r) + so_far) / r
+        radius_gradient = (g * (least / r / r) + so_far) / r
     else:
         C = so_far - g
         F = 2.0 * exponent / (least + r * r)
-        of_radius = r * F * C
+        radius_gradient = r * F * C
     tl.store(whole + row, C)
     tl.store(unit + row, tl.where(limit, 0.0, F))
-    tl.store(grad_radius + row, tl.where(limit, 0.0, of_radius))
+    tl.store(grad_radius + row, tl.where(limit, 0.0, radius_gradient))
 
 
 @triton.jit(do_not_specialize=["M", "pieces"])
@@ -210,7 +210,7 @@ def merge_gradient(
     whole,
     unit,
     summed,
-    of_chunk,
+    chunk_sum,
     squares,
     parts,
     grad_x,
@@ -242,14 +242,14 @@ def merge_gradient(
     for _ in range(0, stretches):
         value += tl.load(source, mask=feature < N, other=0.0)
         source += B * N
-    of_c, r = tl.load(of_chunk + row), tl.load(radius + row)
-    value = of_c.to(tl.float32) * a - value
-    size = tl.sqrt(of_c * of_c + tl.load(squares + row)).to(tl.float32)
+    c_sum, r = tl.load(chunk_sum + row), tl.load(radius + row)
+    value = c_sum.to(tl.float32) * a - value
+    size = tl.sqrt(c_sum * c_sum + tl.load(squares + row)).to(tl.float32)
     reach = tl.load(nearest + row) + r * r / exponent
     if has_digits(before + value, a, reach, size) == 0:  # also if a number is out of range
-        of_row = coefficients + row * pairs_stride
+        row_coefficients = coefficients + row * pairs_stride
         value = sum_of_differences(
-            a, y, of_row, live, feature, row, M, N, y_stride, pieces, SIZE, TILE
+            a, y, row_coefficients, live, feature, row, M, N, y_stride, pieces, SIZE, TILE
         )
     value += before
     if LAST:
@@ -290,7 +290,7 @@ def reference_gradient(
     feature = (tl.program_id(0) * FEATURES + tl.arange(0, FEATURES))[None, :]
     column = tl.program_id(1) * TILE + tl.arange(0, TILE)
     gradient = tl.zeros([TILE, FEATURES], tl.float32)
-    of_c = tl.zeros([TILE, ROWS], tl.float32)
+    c_sums = tl.zeros([TILE, ROWS], tl.float32)
     size = tl.zeros([TILE, ROWS], tl.float32)
     largest = tl.zeros([TILE, ROWS], tl.float32)
     for start in range(0, B, ROWS):
@@ -308,13 +308,13 @@ def reference_gradient(
             # The factor 2 has the same reason as in ``weighted_sum``.
             gradient += 2.0 * tl.dot(tl.trans(0.5 * p), g, input_precision=PRECISION)
             gradient -= 2.0 * tl.dot(tl.trans(0.5 * c), a, input_precision=PRECISION)
-            of_c += tl.trans(c)
+            c_sums += tl.trans(c)
             size += tl.trans(tl.abs(c))
             largest = tl.maximum(largest, tl.trans(tl.abs(c)))
     known = (column < M)[:, None] & (feature < N)
     y_rows = y + column.to(tl.int64)[:, None] * y_stride
     b = load_references(y_rows + feature, known, tl.float32)
-    total = tl.sum(of_c, 1)
+    total = tl.sum(c_sums, 1)
     gradient += total[:, None] * b
     # Sums of numbers of both signs have errors relative to the root of the sum of their squares.
     spread = tl.sqrt(tl.sum(size, 1)) * tl.sqrt(tl.max(largest, 1))  # at least √(Σ c²)
@@ -352,7 +352,7 @@ def layout(block: Block) -> Layout:
     """The temporary tensors of the backward pass."""
     pairs, rows = block.rows * block.pairs_stride, block.rows
     own = dict.fromkeys(("pulled", "mass", "moment", "summed", "whole", "unit"), rows)
-    own |= dict.fromkeys(("of_chunk", "squares"), rows)
+    own |= dict.fromkeys(("chunk_sum", "squares"), rows)
     own |= {"coefficients": pairs, "probabilities": pairs, "live": rows * pieces_of(block.chunk)}
     return Layout(memory(block) | memory_of_sums(block) | own)
 
@@ -405,7 +405,7 @@ class Gradients:
             PER_QUERY,
         )
         read = ("radius", "nearest", "total", "grad_logsumexp", "pulled", "mass", "squared")
-        written = ("coefficients", "probabilities", "moment", "summed", "of_chunk", "squares")
+        written = ("coefficients", "probabilities", "moment", "summed", "chunk_sum", "squares")
         totals = ("live", "whole", "unit", "grad_radius")
         self.space.run(Step(launch, (*read, "projected", *written, *totals)))
 
@@ -424,8 +424,8 @@ class Gradients:
             (chunk.start == 0, chunk.stop == block.references, PER_QUERY["BLOCK"]),
             config,
         )
-        of_row = ("radius", "nearest", "whole", "unit", "summed", "of_chunk", "squares")
-        names = ("x", "y", "mean", "coefficients", "live", *of_row, "parts", "grad_x")
+        row_names = ("radius", "nearest", "whole", "unit", "summed", "chunk_sum", "squares")
+        names = ("x", "y", "mean", "coefficients", "live", *row_names, "parts", "grad_x")
         self.space.run(Step(launch, names))
 
     def _reference_gradient(self, chunk: slice, first_block: bool) -> None:
@@ -463,7 +463,7 @@ def posterior_mean_backward(
     grad_radius = torch.empty_like(radius)
     floor = math.exp(-weight_cutoff(problem.count) - GRADIENT_CUTOFF)
     for rows in problem.blocks():
-        given = {
+        arguments = {
             "grad_logsumexp": part(grad_logsumexp, rows),
             "mean": part(mean, rows),
             "nearest": part(nearest, rows),
@@ -471,8 +471,8 @@ def posterior_mean_backward(
             "grad_radius": part(grad_radius, rows),
         }
         if grad_x is not None:
-            given["grad_x"] = part(grad_x, rows)
-        gradients = Gradients(Pairs(problem, rows, layout, **given), needs[:2], floor)
+            arguments["grad_x"] = part(grad_x, rows)
+        gradients = Gradients(Pairs(problem, rows, layout, **arguments), needs[:2], floor)
         gradients.run(list(problem.chunks()), grad_references, rows.start == 0)
     return grad_x, grad_references, grad_radius if needs[2] else None
 

@@ -42,8 +42,8 @@ def exact_difference(a, pointers, mask):
     else:
         b = values.to(tl.float32)
         high = a - b
-        of_b = high - a
-        low = (a - (high - of_b)) - (b + of_b)
+        minus_b = high - a
+        low = (a - (high - minus_b)) - (b + minus_b)
     return high, low
 
 
@@ -141,9 +141,9 @@ def find_limits(
         # The rounding errors of single differences mostly average out.
         error = smallest + 2.0**-26 * base + noise * (norm + base)
     averaged = tl.sqrt(tl.maximum(close.to(tl.float64) / 2.718, 1.0))
-    of_score = tl.maximum(1.0, score) * DIGITS
-    allowed = tolerance * tl.minimum(averaged, of_score)
-    times = error / (tolerance * tl.minimum(1.0, of_score) * within)
+    score_digits = tl.maximum(1.0, score) * DIGITS
+    allowed = tolerance * tl.minimum(averaged, score_digits)
+    times = error / (tolerance * tl.minimum(1.0, score_digits) * within)
     nats = tl.log(times.to(tl.float32)).to(tl.float64) + others
     fewer = nats < near_nats
     nats = tl.maximum(nats, 0.0)
@@ -226,8 +226,8 @@ def refine(
                 tl.store(place + j, tl.where(finite, exact, float("nan")))
                 low = tl.minimum(low, tl.where(finite, exact, -1.0))
                 if PROJECT:
-                    of_pair = projected + row * pairs_stride + tile * TILE + j
-                    if (tl.abs(tl.load(of_pair)) < float("inf")) == 0:
+                    pair = projected + row * pairs_stride + tile * TILE + j
+                    if (tl.abs(tl.load(pair)) < float("inf")) == 0:
                         products = tl.zeros([PANEL], tl.float32)
                         lost_products = tl.zeros([PANEL], tl.float32)
                         for k in range(0, N, PANEL):
@@ -239,7 +239,7 @@ def refine(
                             products, lost_products = add_compensated(
                                 products, lost_products, g * (b - c)
                             )
-                        tl.store(of_pair, tl.sum(products - lost_products, 0))
+                        tl.store(pair, tl.sum(products - lost_products, 0))
             tl.store(lowest + row * tiles + tile, low)
 
 

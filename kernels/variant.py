@@ -61,7 +61,7 @@ _POINTERS = {
     "*fp32": "x upstream mean center scaled_center spread scale projected weights sums parts"
     " coefficients probabilities grad_x grad_references",
     "*fp64": "radius squared nearest total logsumexp grad_logsumexp pulled mass moment summed"
-    " of_chunk squares whole unit grad_radius norms lowest reach units upstream_units limits"
+    " chunk_sum squares whole unit grad_radius norms lowest reach units upstream_units limits"
     " closest kept",
     "*i32": "live",
     "*i64": "order",

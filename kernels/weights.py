@@ -113,8 +113,8 @@ def weigh(
     rate = score_rate(least, r, exponent, GAUSSIAN)
     carried = r * 0.0
     if not FIRST:
-        of_before = relative_weight(before - least, rate, exponent, GAUSSIAN)
-        carried = tl.load(total + row) * of_before.to(tl.float64)
+        earlier_weight = relative_weight(before - least, rate, exponent, GAUSSIAN)
+        carried = tl.load(total + row) * earlier_weight.to(tl.float64)
     smallest = tl.full((), floor, tl.float64).to(tl.float32)
     smallest *= tl.maximum(carried.to(tl.float32), 1.0)
 

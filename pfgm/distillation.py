@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from .common.checks import check_not_empty
 from .common.tensors import flat_rows
 from .flows import Condition, Flow, Network
-from .flows.conditions import given_condition, select_rows
+from .flows.conditions import as_condition, select_rows
 from .functional import euler_step, multistep_step
 from .references import References
 
@@ -121,8 +121,8 @@ class Consistency:
         first = int((starts == 0).sum())
         noisy[:first] = flow.prior(first, generator=generator, device=x.device).to(x.dtype)
         with torch.no_grad():
-            given = given_condition("condition", condition)
-            target = self._target(net, noisy.clone(), starts, levels, given)
+            keywords = as_condition("condition", condition)
+            target = self._target(net, noisy.clone(), starts, levels, keywords)
         mean = flow.denoise(net, noisy, sigma, condition)
         wide = torch.promote_types(mean.dtype, torch.float32)
         squared = flat_rows(mean.to(wide) - target.to(wide)).square().sum(1)

@@ -294,9 +294,9 @@ def one_calls(monkeypatch):
     answers, call = [], eager.one_call
 
     def watched(*arguments):
-        result = call(*arguments)
-        answers.append(result is not None)
-        return result
+        answer = call(*arguments)
+        answers.append(answer is not None)
+        return answer
 
     monkeypatch.setattr(eager, "one_call", watched)
     return answers
@@ -395,19 +395,19 @@ def oracle():
 def oracle_gradients():
     """Flat gradients of Σ G·mean + Σ g lse in x, references and radius (spec, section 10).
 
-    With ``of_references=False`` the second is missing: it takes longest.
+    With ``needs_references=False`` the second is missing: it takes longest.
     """
 
-    def evaluate(x, references, radius, D, G, g, of_references):
+    def evaluate(x, references, radius, D, G, g, needs_references):
         x, references = x.reshape(len(x), -1), references.reshape(len(references), -1)
-        squares = _squared_distances(x, references)
+        distances = _squared_distances(x, references)
         x, y, G = (_rows(v.reshape(len(v), -1)) for v in (x, references, G))
         radius = np.broadcast_to(np.asarray(radius, dtype=np.longdouble), len(x))
         grad_x, grad_y, grad_r = np.zeros_like(x), np.zeros_like(y), np.zeros(len(x))
         for b, r in enumerate(radius):
-            p, _ = _posterior(squares[b], x.shape[1], r, D)
+            p, _ = _posterior(distances[b], x.shape[1], r, D)
             seen = _seen(p)
-            p, squared, apart = p[seen], squares[b, seen], x[b] - y[seen]
+            p, squared, apart = p[seen], distances[b, seen], x[b] - y[seen]
             t = (-apart @ G[b]).astype(np.longdouble)  # of y − x: what all have in common cancels
             t += np.longdouble(g[b]) - p @ t
             if math.isinf(D):
@@ -417,10 +417,10 @@ def oracle_gradients():
                 c = -(x.shape[1] + np.longdouble(D)) * p * t / (squared + r**2)
                 grad_r[b] = r * c.sum()
             grad_x[b] = _sum(c, apart)
-            if of_references:
+            if needs_references:
                 p, c = p.astype(np.float64), c.astype(np.float64)
                 grad_y[seen] += np.outer(p, G[b]) - c[:, None] * apart
-        return _tensor(grad_x), _tensor(grad_y) if of_references else None, _tensor(grad_r)
+        return _tensor(grad_x), _tensor(grad_y) if needs_references else None, _tensor(grad_r)
 
     remembered = _remembering(evaluate)
-    return lambda *inputs, of_references=True: remembered(*inputs, of_references)
+    return lambda *arguments, needs_references=True: remembered(*arguments, needs_references)

@@ -54,7 +54,7 @@ KINDS: dict[str, tuple[str, Rewrite]] = {
     "mma: operands b0, b1": (r"\bmma\.sync", _swap(2, 0, 1)),
     "mma: results d1, d2": (r"\bmma\.sync.*f32\.f", _swap(0, 1, 2)),
     "a shuffle that stays in its lane": (
-        r"\bshfl\.sync\.bfly", _replace(r"(\|%p\d+, %r\d+), %r\d+,", r"\1, 0,"),
+        r"\bshfl\.sync\.bfly", _replace(r"(bfly\.b32 \S+ \S+) \S+,", r"\1 0,"),
     ),
     "a store 16 bytes on": (rf"\bst\.shared.*{_OFFSET}", _number(_OFFSET, lambda n: n + 16)),
     "a load 16 bytes on": (rf"\bld\.shared.*{_OFFSET}", _number(_OFFSET, lambda n: n + 16)),
@@ -78,6 +78,11 @@ KINDS: dict[str, tuple[str, Rewrite]] = {
     ),
     "no wait for the launch before": (r"\bgriddepcontrol\.wait", _remove),
 }  # fmt: skip
+
+
+def _in_one_form(line: str) -> str:
+    """An instruction with the spaces of nvcc, whose PTX has fewer than Triton's."""
+    return re.sub(r"(?<=[\[{+]) | (?=[\]}+])", "", " ".join(line.split()))
 
 
 class Change(NamedTuple):
@@ -117,7 +122,7 @@ class Changes:
             entry, start = match[1], text.count("\n", 0, match.start())
             kernel = f"{source_name(entry)} sm_{target[1]}"
             for line in self._executor.executed(module, entry):
-                before = self._lines[module][line].strip()
+                before = _in_one_form(self._lines[module][line])
                 for kind, (pattern, rewrite) in KINDS.items():
                     if re.search(pattern, before) and (after := rewrite(before)) != before:
                         change = Change(

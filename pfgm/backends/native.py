@@ -378,13 +378,13 @@ def posterior_mean(
         total=total.data_ptr(),
         kept=_memory(kept),
     )
-    given = native_problem(problem)
+    native_form = native_problem(problem)
     if not _on_cuda(x.device):
-        check_status(extension().posterior_mean(given, io), x, references, radius)
+        check_status(extension().posterior_mean(native_form, io), x, references, radius)
         return mean, logsumexp, nearest, total
     if checks_values(x.device):
         check_radius(radius, problem.D)
-    _run_on_cuda(x, given, io, False, kept)
+    _run_on_cuda(x, native_form, io, False, kept)
     check_distances(nearest, x, references)
     return mean, logsumexp, nearest, total
 
@@ -407,13 +407,13 @@ def posterior_mean_backward(
         )
     )
     io = backward_io(state, upstream, gradients, kept=_memory(kept))
-    given = native_problem(problem)
+    native_form = native_problem(problem)
     if _on_cuda(x.device):
         flat = is_flat(state.nearest, radius, problem.D, x.shape[1])
         check_singular(flat, upstream.grad_logsumexp)
-        _run_on_cuda(x, given, io, True, kept)
+        _run_on_cuda(x, native_form, io, True, kept)
     else:
-        status = extension().posterior_mean_backward(given, io)
+        status = extension().posterior_mean_backward(native_form, io)
         check_status(status, x, references, radius)
     if grad_references is not None:
         grad_references = grad_references.to(references.dtype)

@@ -74,8 +74,8 @@ def _run(
         total=running.total.data_ptr(),
         sums=running.sums.data_ptr(),
     )
-    given = native.native_problem(problem, running.all_references)
-    status = native.extension().posterior_mean(given, io)
+    native_form = native.native_problem(problem, running.all_references)
+    status = native.extension().posterior_mean(native_form, io)
     native.check_status(status, *problem[:3])
 
 

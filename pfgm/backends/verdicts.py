@@ -241,10 +241,10 @@ def lines() -> list[str]:
     """The verdict on each kind of GPU, for ``pfgm info``."""
     gpus = range(torch.cuda.device_count() if torch.cuda.is_available() else 0)
     kinds = {torch.cuda.get_device_name(gpu): gpu for gpu in reversed(gpus)}
-    found = {kind: find(torch.device("cuda", gpu)) for kind, gpu in kinds.items()}
+    verdicts = {kind: find(torch.device("cuda", gpu)) for kind, gpu in kinds.items()}
     return [
         f"verdict    {kind}: {verdict or f'none; pfgm check --device cuda:{kinds[kind]} finds one'}"
-        for kind, verdict in found.items()
+        for kind, verdict in verdicts.items()
     ]
 
 

@@ -70,8 +70,8 @@ class Convert:
             D = self._dimensions(network.D)
             return PoissonFlowPP(network.shape, D=D, sigma_data=network.sigma_data)
         self._refuse("PFGM", D=self.D)
-        given = {"M": self.M, "z_max": self.z_max, "upper_norm": self.upper_norm}
-        chosen: dict[str, Any] = {name: v for name, v in given.items() if v is not None}
+        options = {"M": self.M, "z_max": self.z_max, "upper_norm": self.upper_norm}
+        chosen: dict[str, Any] = {name: v for name, v in options.items() if v is not None}
         if network.shape == _CIFAR10:
             return PoissonFlow.cifar10(**chosen)
         if self.M is None:

@@ -119,12 +119,12 @@ class Evaluate:
         device = proven_device(self.sampling.device)
         if self.fid:
             find_inception_weights(self.fid_weights)
-        given: dict[str, Any] = {
+        options: dict[str, Any] = {
             "value_range": self.range,
             "layout": self.layout,
             "resize": self.resize,
         }
-        reading = {option: value for option, value in given.items() if value is not None}
+        reading = {option: value for option, value in options.items() if value is not None}
         name = self.data
         if name is None:
             name, run_reading = self._data_of_source()
@@ -184,9 +184,9 @@ class Evaluate:
 
     def _check(self) -> None:
         sources = (self.checkpoint, self.pretrained, self.samples)
-        if (given := sum(source is not None for source in sources)) != 1:
+        if (number := sum(source is not None for source in sources)) != 1:
             raise ValueError(
-                f"{given or 'none'} of checkpoint, pretrained and samples are given; allowed is "
+                f"{number or 'none'} of checkpoint, pretrained and samples are given; allowed is "
                 "one of them."
             )
         if self.fid_weights is not None and not self.fid:

@@ -117,9 +117,9 @@ class Sample:
             return self.checkpoint
         if self.pretrained is not None and self.checkpoint is None:
             return pretrained_path(self.pretrained)
-        given = "neither" if self.pretrained is None else "both"
+        count = "neither" if self.pretrained is None else "both"
         raise ValueError(
-            f"{given} of checkpoint and pretrained are given; allowed is one: --checkpoint PATH or "
+            f"{count} of checkpoint and pretrained are given; allowed is one: --checkpoint PATH or "
             "--pretrained NAME."
         )
 

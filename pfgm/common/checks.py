@@ -104,8 +104,8 @@ def untouched(
     named = {name: _versioned(value) for name, value in named.items()}
     before = [_version(value) for value in (*values, *named.values())]
     result = function(*values, **named)
-    given = (*zip(names, values, strict=True), *named.items())
-    for (name, value), version in zip(given, before, strict=True):
+    arguments = (*zip(names, values, strict=True), *named.items())
+    for (name, value), version in zip(arguments, before, strict=True):
         if _version(value) != version:
             raise ValueError(
                 f"{who} changed {name} in place; allowed are changes of a copy, such as "
@@ -285,11 +285,11 @@ def radius_message(radius: Tensor, row: int) -> str:
     It gives all names that the public functions use for the radius.
     """
     value = radius[row].item()
-    given = f"r, sigma or z is {value} in row {row}"
+    clause = f"r, sigma or z is {value} in row {row}"
     if not 0 < value <= LARGEST:
-        return f"{given}; only finite values of at least 0 are allowed."
+        return f"{clause}; only finite values of at least 0 are allowed."
     return (
-        f"{given}, too large for weights in float64; allowed are at most 1e+130, or 1e+130 √D and "
+        f"{clause}, too large for weights in float64; allowed are at most 1e+130, or 1e+130 √D and "
         "1e+150 with D above 1. r is sigma √D with a finite D."
     )
 

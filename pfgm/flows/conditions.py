@@ -29,14 +29,14 @@ def with_inner_networks(net: Network) -> Iterator[nn.Module]:
 def check_network(net: object) -> None:
     """Raises TypeError unless net can be called as a network."""
     if isinstance(net, type) or not callable(net):
-        given = f"the class {net.__name__}" if isinstance(net, type) else f"a {type(net).__name__}"
+        kind = f"the class {net.__name__}" if isinstance(net, type) else f"a {type(net).__name__}"
         raise TypeError(
-            f"net is {given}; allowed is a network: a torch.nn.Module, or a function of x and the "
+            f"net is {kind}; allowed is a network: a torch.nn.Module, or a function of x and the "
             "level."
         )
 
 
-def given_condition(name: str, condition: Condition | None) -> Condition:
+def as_condition(name: str, condition: Condition | None) -> Condition:
     """The condition, empty for None. Raises TypeError unless it holds keyword arguments."""
     if condition is None:
         return {}
@@ -91,5 +91,5 @@ def repeat_rows(condition: Condition | None, times: int) -> Condition | None:
         return None
     return {
         name: value.repeat(times, *[1] * (value.ndim - 1)) if isinstance(value, Tensor) else value
-        for name, value in given_condition("condition", condition).items()
+        for name, value in as_condition("condition", condition).items()
     }

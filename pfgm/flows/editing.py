@@ -185,7 +185,7 @@ class Editing(Sampling):
         start, end = (self.encode(net, x, return_nfe=False, **own, **options) for x in (a, b))
         center = self._center(start)
         points = interpolate(start - center, end - center, weights) + center
-        own = {name: repeat_rows(given, len(points)) for name, given in own.items()}
+        own = {name: repeat_rows(value, len(points)) for name, value in own.items()}
         data = self.decode(net, points.flatten(0, 1), return_nfe=False, **own, **options)
         return data.view_as(points)
 

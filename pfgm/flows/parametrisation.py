@@ -26,7 +26,7 @@ from ..common.checks import check_dimensions, check_dtype, check_floating, is_wh
 from ..common.tensors import dequantise, over_samples
 from ..functional.levels import Level
 from ..functional.steps import Field, implied_mean
-from .conditions import Condition, Network, given_condition
+from .conditions import Condition, Network, as_condition
 
 _HEUN_STEPS = 18  # EDM, section 3
 
@@ -181,7 +181,7 @@ class Parametrisation(ABC):
         The level is a number or a tensor (B,) or (B, 1, …, 1). The mean is differentiable in x and
         in the network's parameters. It never shares memory with what the network returned.
         """
-        prediction = self._predict(net, x, level, given_condition("condition", condition))
+        prediction = self._predict(net, x, level, as_condition("condition", condition))
         return implied_mean(x, prediction, level)
 
     def _check_x(self, x: Tensor, name: str = "x", hint: str = "") -> None:

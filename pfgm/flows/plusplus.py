@@ -30,7 +30,7 @@ from ..functional import posterior_mean
 from ..functional.levels import Level
 from ..references import References, ReferenceSet
 from ..solvers import SCHEDULES, rho_grid
-from .conditions import Condition, Network, check_rows, given_condition, with_inner_networks
+from .conditions import Condition, Network, as_condition, check_rows, with_inner_networks
 from .flow import Flow
 from .targets import ExactNetwork, targets_by_label
 
@@ -151,8 +151,8 @@ class PoissonFlowPP(Flow):
                 "does not say its D, give the D that it was published under, or float('inf') for a "
                 "file of EDM."
             )
-        given: Any = D  # a config has the text "inf", because JSON has no infinity
-        self.D = math.inf if isinstance(given, str) and given == "inf" else float(as_number(given))
+        value: Any = D  # a config has the text "inf", because JSON has no infinity
+        self.D = math.inf if isinstance(value, str) and value == "inf" else float(as_number(value))
         if not self.D > 0:
             shown = D if math.isnan(self.D) else self.D
             raise ValueError(f"D is {shown}; allowed is any positive number or infinity.")
@@ -352,7 +352,7 @@ class PoissonFlowPP(Flow):
             )
         x = self._to_floating(x)
         check_not_empty(x)
-        condition = given_condition("condition", condition)
+        condition = as_condition("condition", condition)
         check_rows(condition, len(x))
         x_perturbed, sigma = self.perturb(x, generator)
         target = x

@@ -30,7 +30,7 @@ from ..functional.levels import Level
 from ..functional.steps import Field
 from ..references import References, ReferenceSet, measure
 from ..solvers import SCHEDULES
-from .conditions import Condition, Network, check_rows, given_condition, with_inner_networks
+from .conditions import Condition, Network, as_condition, check_rows, with_inner_networks
 from .flow import Flow
 from .poisson_rules import (
     MEAN_NORMAL,
@@ -230,15 +230,15 @@ class PoissonFlow(Flow):
             raise ValueError(
                 "data holds NaN, infinity or values with infinite squares; allowed are finite ones."
             )
-        given: dict[str, Any] = {"data_norm": measured.norm}
+        defaults: dict[str, Any] = {"data_norm": measured.norm}
         are_images = measured.fills_unit and math.prod(data.shape[1:]) >= _FEWEST_IMAGE_VALUES
         if "data_norm" not in overrides and ("spread" in overrides or not are_images):
-            given = {"spread": measured.std or measured.rms or 1.0, "center": measured.mean}
-        flow = cls(data.shape[1:], **{**given, **overrides})
+            defaults = {"spread": measured.std or measured.rms or 1.0, "center": measured.mean}
+        flow = cls(data.shape[1:], **{**defaults, **overrides})
         reach = _NORM_PER_REACH * measured.reach
         if flow.spread is not None and "upper_norm" not in overrides and reach > flow.upper_norm:
             # Some rows lie far from all others. The field is that of one charge only beyond them.
-            flow = cls(data.shape[1:], **{**given, **overrides, "upper_norm": reach})
+            flow = cls(data.shape[1:], **{**defaults, **overrides, "upper_norm": reach})
         if are_float_images(data.shape, data.dtype):
             flow.warned_of_range = warn_image_range(*measured.range)
         return flow
@@ -406,7 +406,7 @@ class PoissonFlow(Flow):
         check_choice("weighting", weighting, get_args(Weighting))
         x = self._to_floating(x)
         check_not_empty(x)
-        condition = given_condition("condition", condition)
+        condition = as_condition("condition", condition)
         check_rows(condition, len(x))
         labels = condition.get("labels")
         if references is None:
@@ -509,7 +509,7 @@ class PoissonFlow(Flow):
         self, net: Network, x: Tensor, z: Tensor, condition: Condition | None = None
     ) -> Field:
         """The field that the network predicts at points x (B, *S) and z, (B,) or (B, 1, …, 1)."""
-        condition, z = given_condition("condition", condition), per_row(z, x, "z")
+        condition, z = as_condition("condition", condition), per_row(z, x, "z")
         field_x, field_z = _evaluate(net, x, z, condition, self.gamma)
         return Field(field_x, field_z, self.gamma, self.z_exp, self.substitution)
 

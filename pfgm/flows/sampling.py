@@ -38,14 +38,14 @@ from ..solvers import (
 from .conditions import (
     Condition,
     Network,
+    as_condition,
     check_condition,
     check_network,
-    given_condition,
     move_condition,
 )
 from .parametrisation import Parametrisation
 
-_OF_METHODS = ("churn", "noise")  # functions that the flow's methods give to solvers
+_METHOD_FUNCTIONS = ("churn", "noise")  # functions that the flow's methods give to solvers
 _INSTEAD = {
     "seed": "A seed is given as generator=torch.Generator().manual_seed(seed).",
     **dict.fromkeys(["label", "labels"], "Labels are given as condition={'labels': labels}."),
@@ -313,16 +313,16 @@ class Sampling(Parametrisation):
     ) -> DenoiseFunction:
         """The network's prediction as a function of points and level, with guidance applied."""
         check_network(net)
-        given = move_condition(given_condition("condition", condition), x.device)
-        without = move_condition(given_condition("unconditional", unconditional), x.device)
-        for each in (given, without):
+        conditional = move_condition(as_condition("condition", condition), x.device)
+        without = move_condition(as_condition("unconditional", unconditional), x.device)
+        for each in (conditional, without):
             check_condition(net, each, len(x))
         if guidance is None:
-            return lambda x, level: self._predict(net, x, level, given)
+            return lambda x, level: self._predict(net, x, level, conditional)
         weight = as_number(guidance)
         if not abs(weight) <= LARGEST:
             raise ValueError(f"guidance is {guidance!r}; allowed is any finite number.")
-        if weight != 1 and not given and not without:
+        if weight != 1 and not conditional and not without:
             raise ValueError(
                 f"guidance is {guidance!r}, but neither condition nor unconditional is given, "
                 "between which it extrapolates; give one, such as condition={'labels': labels}."
@@ -330,7 +330,7 @@ class Sampling(Parametrisation):
 
         def guided(x: Tensor, level: float) -> Tensor:
             mean = self.denoise(net, x, level, without)
-            return mean + weight * (self.denoise(net, x, level, given) - mean)
+            return mean + weight * (self.denoise(net, x, level, conditional) - mean)
 
         return guided
 
@@ -440,8 +440,8 @@ def _check_options(solver: str | Solver, options: Mapping[str, object]) -> None:
         return  # it takes any, such as a functools.wraps or a partial of another function
     taken = [each.name for each in parameters if each.kind is inspect.Parameter.KEYWORD_ONLY]
     for name, value in options.items():
-        if name not in taken or (name in _OF_METHODS and not callable(value)):
-            own = ", ".join(each for each in taken if each not in _OF_METHODS) or "none"
+        if name not in taken or (name in _METHOD_FUNCTIONS and not callable(value)):
+            own = ", ".join(each for each in taken if each not in _METHOD_FUNCTIONS) or "none"
             hint = f" {_INSTEAD[name]}" if name in _INSTEAD else ""
             raise TypeError(
                 f"solver {solver!r} takes no option {name!r}; allowed are: {own}.{hint}"

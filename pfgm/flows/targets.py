@@ -69,26 +69,26 @@ class ExactNetwork(nn.Module):
 
 def targets_by_label(
     target: Callable[..., tuple[Tensor, ...]],
-    given: tuple[Tensor, ...],
+    arguments: tuple[Tensor, ...],
     references: References,
     labels: Tensor | None,
     reference_labels: Tensor | None,
 ) -> tuple[Tensor, ...]:
-    """``target(*given, references)``, where each point sees the references of its own label.
+    """``target(*arguments, references)``, where each point sees the references of its own label.
 
-    Given are the points (B, *S) and what else each of them has, such as levels (B,).
+    The arguments are the points (B, *S) and what else each of them has, such as levels (B,).
 
     A point whose label is below 0 has no label and sees all references, as do all points where
     labels is None.
     """
-    x = given[0]
+    x = arguments[0]
     if labels is not None and not isinstance(labels, Tensor):
         raise TypeError(
             f"condition['labels'] is a {type(labels).__name__}; allowed is a torch.Tensor of "
             f"integers, of shape ({len(x)},)."
         )
     if labels is None or len(labels) == 0:
-        return target(*given, references)
+        return target(*arguments, references)
     if isinstance(references, ReferenceSet):
         if references.sharded:
             raise ValueError(
@@ -113,7 +113,7 @@ def targets_by_label(
             raise ValueError(
                 f"labels holds {label}; allowed are those in reference_labels, or below 0 for none."
             )
-        parts = target(*(each[rows] for each in given), seen)
+        parts = target(*(each[rows] for each in arguments), seen)
         if results is None:
             results = tuple(each.new_empty(len(x), *each.shape[1:]) for each in parts)
         for whole, part in zip(results, parts, strict=True):

@@ -81,8 +81,8 @@ def _check_dimensions(D: float, with_r: bool) -> float:
 def _radius(x: Tensor, r: Tensor | float | None, sigma: Tensor | float | None, D: float) -> Tensor:
     """Augmented radius r = sigma · √D of each point; sigma itself at D = ∞."""
     if (r is None) == (sigma is None):
-        given = "neither" if r is None else "both"
-        raise ValueError(f"{given} of r and sigma are given; allowed is exactly one.")
+        count = "neither" if r is None else "both"
+        raise ValueError(f"{count} of r and sigma are given; allowed is exactly one.")
     if r is not None:
         return per_query("r", r, x)
     assert sigma is not None
@@ -306,8 +306,8 @@ def mean_from(
     near = is_nearer(away, origin)
 
     def form(difference: bool, rows: Tensor | slice) -> Tensor:
-        given = (references, radius[rows], D, None, "high", difference)
-        mean = _flat_mean(x[rows], *given)[1].view(origin[rows].shape)
+        arguments = (references, radius[rows], D, None, "high", difference)
+        mean = _flat_mean(x[rows], *arguments)[1].view(origin[rows].shape)
         return away[rows] - mean if difference else mean - origin[rows]
 
     # Where rows cannot be told apart, or not without waiting for a GPU or for other processes.

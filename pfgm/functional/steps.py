@@ -142,8 +142,8 @@ def euler_step(
     >>> euler_step(x, torch.zeros(1, 2), 4.0, 2.0)
     tensor([[1.5000, 1.5000]])
     """
-    given = (z, z_next, 1.0)
-    result, mean = _step(EULER, x, prediction, None, given, return_mean, out, mean_out, backend)
+    levels = (z, z_next, 1.0)
+    result, mean = _step(EULER, x, prediction, None, levels, return_mean, out, mean_out, backend)
     return result if mean is None else (result, mean)
 
 
@@ -184,8 +184,8 @@ def heun_step(
     >>> heun_step(x, x_next, mean, 1.0, 0.5)
     tensor([[3.]])
     """
-    given = (z, z_next, 1.0)
-    return _step(HEUN, x_next, prediction, x, given, False, out, None, backend)[0]
+    levels = (z, z_next, 1.0)
+    return _step(HEUN, x_next, prediction, x, levels, False, out, None, backend)[0]
 
 
 def multistep_step(
@@ -235,9 +235,9 @@ def multistep_step(
     >>> x
     tensor([[3.2500]])
     """
-    given = (z, z_next, z_previous)
+    levels = (z, z_next, z_previous)
     result, mean = _step(
-        MULTISTEP, x, prediction, previous_mean, given, True, out, mean_out, backend
+        MULTISTEP, x, prediction, previous_mean, levels, True, out, mean_out, backend
     )
     assert mean is not None
     return result, mean

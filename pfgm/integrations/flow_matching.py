@@ -216,8 +216,10 @@ class PoissonFlowMatcher:
             raise ValueError(f"labels has shape {tuple(labels.shape)}; allowed is ({len(x)},).")
         t = t.clamp(min=_MIN_T)
         points = x / over_samples(t, x)
-        given = (points, (1 - t) / t, origin, points - origin)
-        (ahead,) = targets_by_label(self._target, given, references, labels, self.reference_labels)
+        arguments = (points, (1 - t) / t, origin, points - origin)
+        (ahead,) = targets_by_label(
+            self._target, arguments, references, labels, self.reference_labels
+        )
         return ahead
 
     def _target(

@@ -37,7 +37,7 @@ class _PublishedBackbone(nn.Module):
         self.network = network
 
     def forward(self, x: Tensor, noise: Tensor) -> Tensor:
-        x, noise = (given.to(_dtype(self)) for given in (x, noise))
+        x, noise = (each.to(_dtype(self)) for each in (x, noise))
         # The Fourier features take the logarithm of their argument.
         z = noise.exp() if self.network.config["embedding"] == "fourier" else noise
         field_x: Tensor = self.network(x, z)[0]
@@ -52,7 +52,7 @@ class _Backbone(nn.Module):
         self.network = network
 
     def forward(self, x: Tensor, noise: Tensor, labels: Tensor | None = None) -> Tensor:
-        x, noise = (given.to(_dtype(self)) for given in (x, noise))
+        x, noise = (each.to(_dtype(self)) for each in (x, noise))
         condition = {} if labels is None else {"labels": labels}
         # At small D the norm of x tells how much noise it holds, as sigma = exp(4 c_noise) does.
         sigma = (4 * noise).exp()

@@ -216,17 +216,17 @@ class _PosteriorMean(torch.autograd.Function):
         problem = problem._replace(difference=False)
         mean, grad_mean = mean_operator.mean_and_gradient(x, result, grad_result, difference)
         state, upstream = State(mean, nearest, total), Upstream(grad_mean, grad_logsumexp)
-        given = (problem, state, upstream, needs)
+        arguments = (problem, state, upstream, needs)
         # What was not active in the forward pass may be here. The operator refuses a second
         # derivative.
         batched = any(map(torch._C._functorch.is_legacy_batchedtensor, upstream))
         gradients: tuple[Tensor | None, ...]
         if torch.is_grad_enabled() or batched or not passes(_gpu_of(x), *upstream):
-            gradients = mean_operator.call_backward(*given, ctx.backend)
+            gradients = mean_operator.call_backward(*arguments, ctx.backend)
         elif kept is not None:
-            gradients = native.posterior_mean_backward(*given, kept)
+            gradients = native.posterior_mean_backward(*arguments, kept)
         else:
-            gradients = ctx.chosen.posterior_mean_backward(*given)
+            gradients = ctx.chosen.posterior_mean_backward(*arguments)
         grad_x, *rest = (g if needed else None for g, needed in zip(gradients, needs, strict=True))
         if difference and grad_x is not None:
             grad_x = grad_x + grad_result

@@ -85,16 +85,16 @@ class Operator:
             gradient: the backward pass; None for an operator without results.
             save: saves what the backward pass needs; None saves nothing.
         """
-        library.impl(self.name, self._of_groups(compute), "CompositeExplicitAutograd")
-        torch.library.register_fake(f"pfgm::{self.name}", self._of_groups(fake), lib=library)
+        library.impl(self.name, self._implementation(compute), "CompositeExplicitAutograd")
+        torch.library.register_fake(f"pfgm::{self.name}", self._implementation(fake), lib=library)
         if transformed is not None:
-            library.impl(self.name, self._of_groups(transformed), transforms.TRANSFORM_KEY)
+            library.impl(self.name, self._implementation(transformed), transforms.TRANSFORM_KEY)
         if gradient is not None:
             torch.library.register_autograd(
                 f"pfgm::{self.name}", gradient, setup_context=save or save_nothing, lib=library
             )
 
-    def _of_groups(self, function: Callable[..., Any]) -> Callable[..., Any]:
+    def _implementation(self, function: Callable[..., Any]) -> Callable[..., Any]:
         def implementation(*arguments: Any, **named: Any) -> Any:
             return function(*self.groups(arguments, named))
 

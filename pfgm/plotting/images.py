@@ -207,13 +207,13 @@ def _checked(images: Tensor, allowed: str, ndims: tuple[int, int]) -> Tensor:
     """The images as float32 on the CPU, with a dimension for the channels."""
     if not isinstance(images, Tensor):
         raise TypeError(f"images is a {type(images).__name__}; allowed is a torch.Tensor.")
-    given = tuple(images.shape)
+    shape = tuple(images.shape)
     images = to_unit(images.detach()).cpu()
     if images.ndim == ndims[0]:
         images = images.unsqueeze(-3)
     if images.ndim != ndims[1] or images.shape[-3] not in (1, 3) or images.numel() == 0:
         raise ValueError(
-            f"images has shape {given}; allowed is {allowed}, not empty, with C = 1 or 3."
+            f"images has shape {shape}; allowed is {allowed}, not empty, with C = 1 or 3."
         )
     check_finite("images", images)
     return images

@@ -168,15 +168,15 @@ def equipotentials(
 
 
 def _noise_levels(
-    name: str, given: Iterable[float] | None, data: Tensor, shares: tuple[float, ...]
+    name: str, levels: Iterable[float] | None, data: Tensor, shares: tuple[float, ...]
 ) -> list[float]:
-    """The levels given, checked, or else these shares of the spread of the data."""
-    if given is None:
+    """The levels, checked; for None, these shares of the spread of the data."""
+    if levels is None:
         spread = float((data - data.mean(0)).square().sum(1).mean().sqrt())
         return [share * (spread if spread > 0 else 1.0) for share in shares]
-    levels = [float(level) for level in given]
-    check_levels(name, levels)
-    return levels
+    result = [float(level) for level in levels]
+    check_levels(name, result)
+    return result
 
 
 def _log_potential(x: Tensor, data: Tensor, sigma: float, D: float) -> Tensor:

@@ -191,11 +191,11 @@ def _sum_of_gradients(
             if wide:
                 points = points._replace(x=points.x.double(), grad_mean=points.grad_mean.double())
             average = averages[share.rows]
-            found_x, found_radius = _gradients_of(share, points, average, settings, needs)
+            share_x, share_radius = _gradients_of(share, points, average, settings, needs)
             if needs[0]:
-                share.add(found_x, grad_x)
+                share.add(share_x, grad_x)
             if needs[1]:
-                share.add(found_radius, grad_radius)
+                share.add(share_radius, grad_radius)
     return grad_x, grad_radius
 
 

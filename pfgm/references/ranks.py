@@ -45,9 +45,9 @@ class Ranks:
         own = torch.tensor([len(x), x.shape[1], _DTYPES.index(x.dtype)], device=x.device)
         self._counts, features, dtypes = torch.stack(self._all_gather(own)).T.tolist()
         if len(set(features)) > 1 or len(set(dtypes)) > 1:
-            given = [f"{n} in {_DTYPES[d]}" for n, d in zip(features, dtypes, strict=True)]
+            sizes = [f"{n} in {_DTYPES[d]}" for n, d in zip(features, dtypes, strict=True)]
             raise ValueError(
-                f"x has {', '.join(given)} values a row in processes 0 to {self.size - 1}; all "
+                f"x has {', '.join(sizes)} values a row in processes 0 to {self.size - 1}; all "
                 "must have the same."
             )
 

@@ -428,13 +428,13 @@ def _row_numbers(name: str, rows: object, others: str = "") -> Tensor:
         rows.is_floating_point() or rows.is_complex() or rows.dtype == torch.bool or uint8
     )
     if not isinstance(rows, Tensor) or rows.ndim != 1 or not integers:
-        given = (
+        kind = (
             f"a tensor of {rows.dtype} of shape {tuple(rows.shape)}"
             if isinstance(rows, Tensor)
             else f"a {type(rows).__name__}"
         )
         raise TypeError(
-            f"{name} is {given}; allowed {'are' if others else 'is'}{others} a tensor (k,) of row "
+            f"{name} is {kind}; allowed {'are' if others else 'is'}{others} a tensor (k,) of row "
             "numbers in torch.int64, int32, int16 or int8, such as torch.tensor([0, 2])."
             + (" torch takes uint8 for a mask." if uint8 else "")
         )

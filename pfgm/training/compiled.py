@@ -42,10 +42,10 @@ def load_plain_state(network: nn.Module, state: Mapping[str, Tensor]) -> None:
     Raises:
         RuntimeError: the state does not fit the network.
     """
-    own = plain_names({name: name for name in network.state_dict()})
-    given = plain_names(state)
-    if own.keys() == given.keys():
-        state = {own[name]: value for name, value in given.items()}
+    own_names = plain_names({name: name for name in network.state_dict()})
+    state_names = plain_names(state)
+    if own_names.keys() == state_names.keys():
+        state = {own_names[name]: value for name, value in state_names.items()}
     network.load_state_dict(state)
 
 

@@ -137,9 +137,9 @@ class TrainConfig:
         >>> TrainConfig(steps=2000, ema=0.5).schedule.ema, TrainConfig(steps=2000).schedule.ema
         (0.5, 0.995)
         """
-        given = {name: getattr(self, name) for name in Schedule._fields}
-        given = {name: value for name, value in given.items() if value is not None}
-        return Schedule.of(self.steps)._replace(**given)
+        settings = {name: getattr(self, name) for name in Schedule._fields}
+        settings = {name: value for name, value in settings.items() if value is not None}
+        return Schedule.of(self.steps)._replace(**settings)
 
     def resolved(self) -> TrainConfig:
         """The same configuration with all settings given; with other steps it stays as it is.

@@ -233,8 +233,8 @@ class RunConfig(Settings):
                 tells where it starts; the current folder is taken.
         """
         path = Path(path)
-        of_a_run = path.is_dir()
-        if of_a_run:
+        is_run = path.is_dir()
+        if is_run:
             path = path / CONFIG_FILE
         if not path.is_file():
             raise FileNotFoundError(f"there is no configuration at {path}.")
@@ -244,17 +244,17 @@ class RunConfig(Settings):
                 for record in _RECORDS:
                     content.pop(record, None)
             _check_names(content, cls)
-            if of_a_run and content.get("method", "pfgm") == "pfgm":
+            if is_run and content.get("method", "pfgm") == "pfgm":
                 # A run from before there was a choice goes on with the published loss.
                 content.setdefault("weighting", "published")
-            if of_a_run:
+            if is_run:
                 content.setdefault("layout", "images")  # all that runs from before could read
             training = content.pop("training", {})
             _check_names(training, TrainConfig)
             config = cls(**content, training=TrainConfig(**training))
         except (ValueError, TypeError, RecursionError) as error:
             raise ValueError(f"{path} is not the configuration of a run: {error}") from error
-        if of_a_run and config.data != (source := absolute_source(config.data)):
+        if is_run and config.data != (source := absolute_source(config.data)):
             warnings.warn(
                 f"{path} of an earlier version names the data {config.data!r} by a relative path; "
                 f"{source} is taken, from the current folder.",

@@ -20,7 +20,7 @@ from .run_models import SIZE_NAMES, SIZES, build_flow
 __all__ = ["start_from"]
 
 # Hyper-parameters of a flow that its network has been built for.
-_OF_THE_NETWORK: dict[type[Flow], str] = {PoissonFlow: "gamma", PoissonFlowPP: "sigma_data"}
+_NETWORK_SETTINGS: dict[type[Flow], str] = {PoissonFlow: "gamma", PoissonFlowPP: "sigma_data"}
 
 
 def start_from(
@@ -41,7 +41,7 @@ def start_from(
     """
     assert config.init is not None
     earlier, network = load(config.init)
-    kept = _OF_THE_NETWORK[type(earlier)]
+    kept = _NETWORK_SETTINGS[type(earlier)]
     hyper_parameters = {kept: earlier.config[kept], **config.flow}
     if _kind(earlier) == _asked(config):
         config = dataclasses.replace(config, flow=hyper_parameters)

@@ -35,7 +35,7 @@ from .trainer import Trainer
 
 __all__ = ["RunConfig", "Settings", "start"]
 
-_OF_THE_TEACHER = (
+_TEACHER_SETTINGS = (
     "method",
     "D",
     "flow",
@@ -112,14 +112,14 @@ def start(
 def _check_settings(config: RunConfig, folder: Path) -> None:
     """Raises ValueError if a setting that changes the training differs from the run's."""
     saved = RunConfig.load(folder)
-    given_paths, saved_paths = config.absolute, saved.absolute
+    current_paths, saved_paths = config.absolute, saved.absolute
     changeable = {*_CHANGEABLE_SETTINGS}
     if is_missing(saved_paths.data):  # the data have moved
         changeable.add("data")
     if config.teacher is not None and teacher_checksum(folder) is not None:
         changeable.add("teacher")  # its weights tell whether it is the same
     for field in dataclasses.fields(Settings):
-        same = getattr(given_paths, field.name) == getattr(saved_paths, field.name)
+        same = getattr(current_paths, field.name) == getattr(saved_paths, field.name)
         if field.name not in changeable and not same:
             value, before = getattr(config, field.name), getattr(saved, field.name)
             raise ValueError(other_setting(field.name, value, before, folder))
@@ -229,7 +229,7 @@ def _model(
         ignored = [
             field.name
             for field in dataclasses.fields(Settings)
-            if field.name in _OF_THE_TEACHER
+            if field.name in _TEACHER_SETTINGS
             and getattr(config, field.name) != getattr(Settings(), field.name)
         ]
         notes = [f"ignored, since the teacher decides: {', '.join(ignored)}"] if ignored else []

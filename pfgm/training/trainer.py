@@ -126,8 +126,8 @@ class Trainer:
     ) -> None:
         self.flow, self.network, self.data, self.labels = flow, network, data, labels
         check_config(config)
-        self._given = config or TrainConfig()  # may leave settings open
-        self.config = config = self._given.resolved()
+        self._partial_config = config or TrainConfig()  # may leave settings open
+        self.config = config = self._partial_config.resolved()
         self.folder = None if folder is None else folder_path(folder)
         self.progress = progress
         self.label_names, self.column_names = tuple(label_names), tuple(column_names)
@@ -344,7 +344,7 @@ class Trainer:
             raise ValueError(
                 f"data has {len(self.data)} rows; the run in {self.folder} has {rows}."
             )
-        config = with_settings_of_run(self._given, settings, self.folder)
+        config = with_settings_of_run(self._partial_config, settings, self.folder)
         try:
             load_plain_state(self.network, state["network"])
             load_plain_state(self.averaged, weights)

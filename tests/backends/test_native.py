@@ -699,7 +699,7 @@ def assert_right(x, references, radius, D, oracle, oracle_gradients, tolerance=5
     G = torch.randn(x.shape, generator=generator)
     g = torch.randn(len(x), generator=generator, dtype=torch.float64)
     for upstream in ((G, 0 * g), (0 * G, g)):
-        wanted = oracle_gradients(x, references, radius, D, *upstream, of_references=False)
+        wanted = oracle_gradients(x, references, radius, D, *upstream, needs_references=False)
         actual = backward(x, references, radius, D, *upstream, needs=(True, False, True))
         assert_gradient(actual[0], wanted[0], 4 * tolerance)
         if upstream[1].any():
@@ -764,7 +764,7 @@ def test_few_features_of_any_scale(isa, oracle, oracle_gradients, N, scale):
         expected = oracle(x, references, radius, D)
         assert_accurate(forward(x, references, radius, D), expected, references, 5e-6)
         G, zero = torch.ones_like(x), torch.zeros(40, dtype=torch.float64)
-        wanted = oracle_gradients(x, references, radius, D, G, zero, of_references=False)
+        wanted = oracle_gradients(x, references, radius, D, G, zero, needs_references=False)
         actual = backward(x, references, radius, D, G, zero, needs=(True, False, False))
         assert_gradient(actual[0], wanted[0], 2e-5)
 
@@ -850,7 +850,7 @@ def test_few_features_with_any_upstream(isa, oracle_gradients, size):
     G = size * torch.randn(x.shape, generator=generator)
     g = size * torch.randn(30, generator=generator, dtype=torch.float64)
     for upstream in ((G, 0 * g), (0 * G, g), (G, g)):
-        wanted = oracle_gradients(x, references, radius, 1.0, *upstream, of_references=False)
+        wanted = oracle_gradients(x, references, radius, 1.0, *upstream, needs_references=False)
         actual = backward(x, references, radius, 1.0, *upstream, needs=(True, False, True))
         assert_gradient(actual[0], wanted[0], 1e-5)
         assert_gradient(actual[2], wanted[2], 1e-5)

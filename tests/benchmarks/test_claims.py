@@ -72,10 +72,10 @@ MINIATURE = dataclasses.replace(
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    found = tmp_path_factory.mktemp("claims")
-    examine.keep_preset(MINIATURE, found)
-    measures.train_classifier(MINIATURE, found)
-    return found
+    path = tmp_path_factory.mktemp("claims")
+    examine.keep_preset(MINIATURE, path)
+    measures.train_classifier(MINIATURE, path)
+    return path
 
 
 @pytest.fixture(autouse=True)
@@ -96,13 +96,15 @@ def rows_of(path):
 
 @pytest.mark.parametrize("name", CLAIMS)
 def test_a_claim_in_miniature(name, folder):
-    found = examine.examine(name, CLAIMS[name], MINIATURE, folder, command="the command", workers=1)
-    for table, rows in found.items():
+    tables = examine.examine(
+        name, CLAIMS[name], MINIATURE, folder, command="the command", workers=1
+    )
+    for table, rows in tables.items():
         assert len(rows_of(folder / f"{table}.csv")) == len(rows) > 0
     assert list(folder.glob(f"{name}*.png"))
     assert json.loads((folder / f"{name}.json").read_text())["command"] == "the command"
     # The data of no picture overwrite a table.
-    assert not {path.stem for path in folder.glob(f"{name}*.png")} & set(found)
+    assert not {path.stem for path in folder.glob(f"{name}*.png")} & set(tables)
 
 
 # ---- methods ----------------------------------------------------------------------------------
@@ -144,8 +146,8 @@ def test_the_loss_of_a_score_model_is_the_squared_error_in_units_of_noise(method
     """A denoiser that returns its points errs by the noise: N = 64 on average."""
     loss = methods.loss_of(method, flow_of(method))
     generator = torch.Generator().manual_seed(0)
-    found = float(loss(lambda x, sigma: x, torch.zeros(4096, 1, 8, 8), None, generator))
-    assert found == pytest.approx(64, rel=0.01)
+    value = float(loss(lambda x, sigma: x, torch.zeros(4096, 1, 8, 8), None, generator))
+    assert value == pytest.approx(64, rel=0.01)
 
 
 def test_levels_of_vp_are_those_of_the_chain():
@@ -168,14 +170,14 @@ def test_ve_starts_where_data_are_far_apart():
 def test_levels_of_training():
     """VE's are uniform in log σ from the last level to the first, VP's those of a uniform t."""
     flow, u = flow_of("VE"), torch.tensor([0.0, 0.5, 1.0], dtype=torch.float64)
-    found = methods.trained_level("VE", flow, u)
+    levels = methods.trained_level("VE", flow, u)
     middle = math.sqrt(flow.first_level * flow.last_level)
-    assert found.tolist() == pytest.approx([flow.last_level, middle, flow.first_level])
-    found = methods.trained_level("VP", flow_of("VP"), u)
+    assert levels.tolist() == pytest.approx([flow.last_level, middle, flow.first_level])
+    levels = methods.trained_level("VP", flow_of("VP"), u)
     # ∫ β dt up to t = ½ of β = 0.1 + 19.9 t.
     middle = math.sqrt(math.expm1(0.1 * 0.5 + 19.9 * 0.5**2 / 2))
-    assert found[1:].tolist() == pytest.approx([middle, flow_of("VP").first_level], rel=1e-4)
-    assert float(found[0]) == pytest.approx(1e-3, rel=0.01)  # √(β_min ε) at ε = 1e-5
+    assert levels[1:].tolist() == pytest.approx([middle, flow_of("VP").first_level], rel=1e-4)
+    assert float(levels[0]) == pytest.approx(1e-3, rel=0.01)  # √(β_min ε) at ε = 1e-5
 
 
 def test_pfgmpp_may_start_where_pfgm_does():
@@ -185,13 +187,13 @@ def test_pfgmpp_may_start_where_pfgm_does():
 
 
 def test_methods_differ_in_all_but_the_backbone():
-    found = []
+    networks = []
     for method in MINIATURE.methods:
         spec = methods.spec_of(MINIATURE, method, 0)
         network = methods.network_of(spec, MINIATURE, flow_of(method))
-        found.append(list(network.parameters()))
-    for parameters in found[1:]:
-        assert all(torch.equal(a, b) for a, b in zip(parameters, found[0], strict=True))
+        networks.append(list(network.parameters()))
+    for parameters in networks[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(parameters, networks[0], strict=True))
 
 
 def test_training_runs_once_and_continues_after_a_stop(tmp_path):
@@ -263,11 +265,11 @@ def test_peers_draw_the_data_of_an_exact_network(name):
 @pytest.mark.parametrize("steps", [1, 2, 7])
 def test_uniform_levels(method, steps):
     flow = flow_of(method)
-    found = step_size.levels(flow, "uniform", steps)
+    levels = step_size.levels(flow, "uniform", steps)
     other = flow.grid(steps, "log")
-    assert len(found) == steps + 1
-    assert (found[0], found[-1]) == (other[0], other[-1])
-    inner = found if other[-1] > 0 else found[:-1]
+    assert len(levels) == steps + 1
+    assert (levels[0], levels[-1]) == (other[0], other[-1])
+    inner = levels if other[-1] > 0 else levels[:-1]
     widths = [a - b for a, b in itertools.pairwise(inner)]
     assert widths == pytest.approx([widths[0]] * len(widths)) if widths else True
     assert inner[-1] == pytest.approx(flow.last_level) or steps == 1
@@ -292,9 +294,9 @@ def test_quantised_weights(bits):
 
 def test_noise_on_the_output():
     noisy = dimensions.Noisy(lambda x, noise: x, 0.3, torch.Generator().manual_seed(0))
-    found = noisy(torch.full((100, 1, 8, 8), 2.0), torch.zeros(100))
-    assert float(found.mean()) == pytest.approx(2, abs=0.01)
-    assert float(found.std()) == pytest.approx(0.3, rel=0.05)
+    output = noisy(torch.full((100, 1, 8, 8), 2.0), torch.zeros(100))
+    assert float(output.mean()) == pytest.approx(2, abs=0.01)
+    assert float(output.std()) == pytest.approx(0.3, rel=0.05)
 
 
 # ---- references and likelihood ----------------------------------------------------------------
@@ -373,17 +375,17 @@ def test_needed_evaluations():
         ]
 
     both = [{**row, "seed": seed} for seed, k in enumerate((1, 1.2)) for row in rows(k)]
-    found = {r["series"]: r for r in quality.needed(both, rows(1)) if r["space"] == "pixels"}
-    assert found["PFGM"]["best_sde"] == sde
-    assert found["PFGM"]["evaluations_of_best_sde"] == 200
-    assert found["PFGM"]["evaluations_to_best_sde"] == 10
-    assert found["PFGM"]["evaluations_to_own_best"] == 20
-    assert found["PFGM"]["fewest_measured"] == 5
-    assert found["PFGM"]["times_fewer"] == 20
-    assert (found["PFGM"]["least_times_fewer"], found["PFGM"]["most_times_fewer"]) == (10, 20)
+    needed = {r["series"]: r for r in quality.needed(both, rows(1)) if r["space"] == "pixels"}
+    assert needed["PFGM"]["best_sde"] == sde
+    assert needed["PFGM"]["evaluations_of_best_sde"] == 200
+    assert needed["PFGM"]["evaluations_to_best_sde"] == 10
+    assert needed["PFGM"]["evaluations_to_own_best"] == 20
+    assert needed["PFGM"]["fewest_measured"] == 5
+    assert needed["PFGM"]["times_fewer"] == 20
+    assert (needed["PFGM"]["least_times_fewer"], needed["PFGM"]["most_times_fewer"]) == (10, 20)
     for series in ("poor", "lost"):
-        assert found[series]["evaluations_to_best_sde"] is None
-        assert found[series]["least_times_fewer"] is None
+        assert needed[series]["evaluations_to_best_sde"] is None
+        assert needed[series]["least_times_fewer"] is None
 
 
 def test_pictures_are_saved_with_their_data(tmp_path):
@@ -424,8 +426,8 @@ def test_stored_measurements_are_not_repeated(tmp_path):
         jobs.measured_tables(chosen, MINIATURE, tmp_path, title="t", workers=1)
     (tmp_path / "mended").touch()
     for _ in range(2):
-        found = jobs.measured_tables(chosen, MINIATURE, tmp_path, title="t", workers=1)
-    assert found == {"table": [{"value": "a"}, {"value": "bad"}], "times": [{"value": "b"}]}
+        tables = jobs.measured_tables(chosen, MINIATURE, tmp_path, title="t", workers=1)
+    assert tables == {"table": [{"value": "a"}, {"value": "bad"}], "times": [{"value": "b"}]}
     calls = (tmp_path / "calls").read_text().split()
     assert (calls.count("a"), calls.count("bad"), calls.count("b")) == (1, 2, 2)
 
@@ -458,9 +460,9 @@ def test_the_classifier_learns(tmp_path):
 def test_jobs_in_processes_give_the_same_rows(folder, monkeypatch):
     monkeypatch.undo()
     chosen = [jobs.Job("quality", quality.training_data, (seed,)) for seed in (0, 1)]
-    found = list(jobs.run_jobs(chosen, MINIATURE, folder, title="t", workers=2))
-    assert len(found) == 2
-    for job, rows in found:
+    results = list(jobs.run_jobs(chosen, MINIATURE, folder, title="t", workers=2))
+    assert len(results) == 2
+    for job, rows in results:
         assert rows == job.run(MINIATURE, folder, *job.arguments)
 
 
@@ -517,10 +519,10 @@ def test_a_run_that_is_stopped_leaves_checkpoints_and_no_processes(tmp_path):
 )
 def test_the_command_says_what_it_allows(tmp_path, capsys, arguments, status, said):
     try:
-        found = command_line.main(["--out", str(tmp_path), *arguments])
+        code = command_line.main(["--out", str(tmp_path), *arguments])
     except SystemExit as ended:  # of argparse
-        found = ended.code
-    assert found == status
+        code = ended.code
+    assert code == status
     shown = capsys.readouterr()
     assert said in shown.out + shown.err
 
@@ -532,9 +534,9 @@ def test_the_command_is_found_from_a_checkout():
 
 
 def test_missing_packages_are_reported_before_training(tmp_path, monkeypatch, capsys):
-    found = importlib.util.find_spec
+    find_spec = importlib.util.find_spec
     monkeypatch.setattr(
-        importlib.util, "find_spec", lambda name: None if name == "diffusers" else found(name)
+        importlib.util, "find_spec", lambda name: None if name == "diffusers" else find_spec(name)
     )
     assert command_line.main(["--out", str(tmp_path / "out")]) == 2
     assert "error: diffusers is not installed" in capsys.readouterr().err

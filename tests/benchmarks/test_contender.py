@@ -50,10 +50,10 @@ def at_references():
     ids=["photographs", "digits", "moved", "small", "large", "at references"],
 )  # fmt: skip
 def test_it_keeps_the_contract(make):
-    found = errors(make())
-    assert found["mean"] < 2e-5
-    assert found["field"] < 2e-5
-    assert found["logsumexp"] < 1e-6
+    figures = errors(make())
+    assert figures["mean"] < 2e-5
+    assert figures["field"] < 2e-5
+    assert figures["logsumexp"] < 1e-6
 
 
 def test_without_the_second_look_it_would_not(monkeypatch):
@@ -78,16 +78,16 @@ def test_halves_have_22_bits():
 def test_a_gpu_multiplies_in_float16_with_sums_in_float32():
     a, b = (torch.empty(shape, dtype=torch.float16, device="meta") for shape in ((3, 5), (5, 7)))
     one = torch.ones(())
-    found = contender.product(Halves(a, a, one), Halves(b, b, one))
-    assert (found.dtype, found.shape) == (torch.float32, (3, 7))
+    result = contender.product(Halves(a, a, one), Halves(b, b, one))
+    assert (result.dtype, result.shape) == (torch.float32, (3, 7))
 
 
 def test_more_near_references_than_are_computed_again():
     case = at_references()
     copies = AGAIN + 9
     y = case.references[:1].repeat(copies, 1)
-    found, _ = prepare(subjects.Case(case.references[:1], torch.tensor([0.1]), y))()
-    torch.testing.assert_close(found, y[:1], rtol=1e-6, atol=1e-6)
+    mean, _ = prepare(subjects.Case(case.references[:1], torch.tensor([0.1]), y))()
+    torch.testing.assert_close(mean, y[:1], rtol=1e-6, atol=1e-6)
 
 
 @pytest.mark.slow

@@ -97,14 +97,14 @@ def test_paths_take_turns_and_use_every_copy():
         return lambda: (order.append(name), clock.takes(seconds)())
 
     paths = {"a": [call("a0", 1), call("a1", 2)], "b": [call("b0", 8)]}
-    found = take_turns(paths, clock.seconds, 4)
+    times = take_turns(paths, clock.seconds, 4)
     assert order == ["a0", "b0", "b0", "a1", "a0", "b0", "b0", "a1"]
-    assert found == {"a": [1, 2, 1, 2], "b": [8, 8, 8, 8]}
+    assert times == {"a": [1, 2, 1, 2], "b": [8, 8, 8, 8]}
 
 
 def test_quantiles():
-    found = gpu_clock.quantiles([float(v) for v in range(100, -1, -1)])
-    assert found == {"median": 50, "tenth": 10, "ninetieth": 90}
+    quantiles = gpu_clock.quantiles([float(v) for v in range(100, -1, -1)])
+    assert quantiles == {"median": 50, "tenth": 10, "ninetieth": 90}
     assert gpu_clock.quantiles([3.0]) == {"median": 3, "tenth": 3, "ninetieth": 3}
 
 
@@ -183,8 +183,8 @@ def test_a_lost_device_ends_the_run_and_names_the_suspect():
     assert gpu_measure.suspect(rows, ("triton", "cuda")) == "cuda"
     assert gpu_measure.suspect(rows[:1], ("triton", "cuda")) == "cuda"
     assert gpu_measure.suspect(rows[2:], ("triton", "cuda")) == "triton"
-    found, left_out = gpu_measure.run_subjects(chosen, broken, gpu_clock.Budget(9, clock))
-    assert (found, left_out) == ([], ["some", "other"])
+    measured, left_out = gpu_measure.run_subjects(chosen, broken, gpu_clock.Budget(9, clock))
+    assert (measured, left_out) == ([], ["some", "other"])
     assert "Left out, the device was lost: some" in gpu_report.report(rows, left_out, broken)
     # A device that a path breaks is a failure of that path.
     failures = {}
@@ -249,15 +249,15 @@ def test_results_say_which_is_faster():
         row("cuda, bfloat16", 1e-5),
         *TORCH,
     ]
-    found = gpu_report.faster(rows)
-    assert found == {
+    comparisons = gpu_report.faster(rows)
+    assert comparisons == {
         FORWARD: {
             "seconds": {"faster": "cuda", "the other takes": 2},
             "graph": {"faster": "triton", "the other takes": 2},
         },
         f"{FORWARD}, uint8": {"seconds": {"faster": "triton", "the other takes": 1.5}},
     }
-    said = gpu_report.tally(found)
+    said = gpu_report.tally(comparisons)
     assert said.endswith("by the call triton 1, cuda 1; within graphs triton 1, cuda 0.")
 
 
@@ -378,8 +378,8 @@ def test_a_sanitizer_is_clean_where_its_summary_says_so(tool, status, text, want
 
 def test_sanitizers_check_only_our_kernels(monkeypatch, tmp_path):
     monkeypatch.setattr(gpu_checks, "tool_path", lambda name: None)
-    (found,) = gpu_checks.run_sanitizers(tmp_path, {})
-    assert found == ("compute-sanitizer", 0, "not run: it is not found")
+    (check,) = gpu_checks.run_sanitizers(tmp_path, {})
+    assert check == ("compute-sanitizer", 0, "not run: it is not found")
 
     def run(command, log, environment, limit):
         assert command[0] == "/bin/sanitizer"
@@ -412,8 +412,8 @@ def test_tests_run_side_by_side_and_the_worst_counts(monkeypatch, tmp_path):
         return -9 if "test_b" in command[-1] else 0
 
     monkeypatch.setattr(gpu_checks, "run_logged", run)
-    found = gpu_checks.run_tests("cuda", tmp_path, {}, 9)
-    assert found == ("tests/gpu, cuda", 9, "test_a: 1 passed; test_b: 1 passed")
+    check = gpu_checks.run_tests("cuda", tmp_path, {}, 9)
+    assert check == ("tests/gpu, cuda", 9, "test_a: 1 passed; test_b: 1 passed")
 
 
 @pytest.mark.slow
@@ -681,9 +681,9 @@ def test_field_in_torch_agrees_with_the_library():
     generator = torch.Generator().manual_seed(0)
     x, references = torch.randn(2, 8, 5, generator=generator, dtype=torch.float64)
     case = gpu_subjects.Case(x, torch.rand(8, generator=generator).double() + 0.5, references)
-    found = gpu_subjects.field_formula(case)
+    field = gpu_subjects.field_formula(case)
     right = pfgm.field_fn(case.x, case.z, case.references, backend="reference")
-    for a, b in zip(found, right, strict=True):
+    for a, b in zip(field, right, strict=True):
         torch.testing.assert_close(a, b)
 
 

@@ -42,7 +42,9 @@ def umask() -> Iterator[None]:
 
 
 @given(content=st.binary(max_size=100), before=st.none() | st.binary(max_size=100))
-@settings(suppress_health_check=[HealthCheck.function_scoped_fixture], max_examples=30)
+@settings(
+    suppress_health_check=[HealthCheck.function_scoped_fixture], max_examples=30, deadline=None
+)
 def test_the_file_holds_what_was_written_and_nothing_else_is_left(
     tmp_path: Path, content: bytes, before: bytes | None
 ) -> None:
@@ -126,15 +128,15 @@ def test_a_new_file_has_the_mode_of_a_plainly_opened_one(tmp_path: Path) -> None
 
 
 @pytest.mark.usefixtures("umask")
-@pytest.mark.parametrize("given_mode", [0o600, 0o666, 0o755])
-def test_a_replaced_file_keeps_its_mode(tmp_path: Path, given_mode: int) -> None:
+@pytest.mark.parametrize("permissions", [0o600, 0o666, 0o755])
+def test_a_replaced_file_keeps_its_mode(tmp_path: Path, permissions: int) -> None:
     path = tmp_path / "out.bin"
     path.write_bytes(b"old")
-    path.chmod(given_mode)
+    path.chmod(permissions)
     seen = []
     files.write_atomic(path, lambda file: seen.append(os.fstat(file.fileno()).st_mode & 0o777))
-    assert mode(path) == given_mode
-    assert seen == [given_mode], "a private file must be private from the first byte"
+    assert mode(path) == permissions
+    assert seen == [permissions], "a private file must be private from the first byte"
 
 
 def test_a_symbolic_link_is_followed(tmp_path: Path) -> None:

@@ -68,8 +68,8 @@ def ours(x, references, sigma, D, backend=None):
     )
 
 
-def close(found, expected, rtol=1e-9, atol=1e-10):
-    torch.testing.assert_close(found, expected, rtol=rtol, atol=atol)
+def close(actual, expected, rtol=1e-9, atol=1e-10):
+    torch.testing.assert_close(actual, expected, rtol=rtol, atol=atol)
 
 
 # ---- forward mode ----
@@ -78,13 +78,13 @@ def close(found, expected, rtol=1e-9, atol=1e-10):
 @pytest.mark.parametrize("D", [1.0, 4.5, 128.0, math.inf])
 @pytest.mark.parametrize("moving", [(0,), (1,), (2,), (0, 1, 2)])
 def test_tangents_are_those_of_the_formula(backend, D, moving):
-    given = problem()
-    moved = tuple(given[k] for k in moving)
+    tensors = problem()
+    moved = tuple(tensors[k] for k in moving)
     directions = tangents(moved)
 
     def of(function, *options):
         def call(*values):
-            arguments = list(given)
+            arguments = list(tensors)
             for k, value in zip(moving, values, strict=True):
                 arguments[k] = value
             return function(*arguments, *options)
@@ -96,8 +96,8 @@ def test_tangents_are_those_of_the_formula(backend, D, moving):
     close(jvp(function, moved, directions), expected)
     with forward_ad.dual_level():
         duals = (forward_ad.make_dual(*pair) for pair in zip(moved, directions, strict=True))
-        found = [forward_ad.unpack_dual(result) for result in function(*duals)]
-    close(tuple(result.tangent for result in found), expected[1])
+        results = [forward_ad.unpack_dual(result) for result in function(*duals)]
+    close(tuple(result.tangent for result in results), expected[1])
     if D == 1.0:
         field = of(lambda x, y, z: pfgm.field_fn(x, z, y, backend=backend))
         close(jvp(field, moved, directions), jvp(of(naive_field), moved, directions))
@@ -107,8 +107,8 @@ def test_one_noise_level_has_a_tangent():
     x, references, _ = problem()
     sigma, one = torch.tensor(0.7).double(), torch.tensor(1.0).double()
     for D in (4.5, math.inf):
-        found = jvp(lambda s, D=D: ours(x, references, s, D), (sigma,), (one,))[1]
-        close(found, jvp(lambda s, D=D: naive(x, references, s.expand(3), D), (sigma,), (one,))[1])
+        actual = jvp(lambda s, D=D: ours(x, references, s, D), (sigma,), (one,))[1]
+        close(actual, jvp(lambda s, D=D: naive(x, references, s.expand(3), D), (sigma,), (one,))[1])
 
 
 @pytest.mark.parametrize("D", [1.0, 128.0, math.inf])
@@ -119,13 +119,13 @@ def test_tangents_in_float32_and_many_dimensions(D, sigma):
     x = x.float()
     (direction,) = tangents((x,))
     level = torch.full((4,), sigma, dtype=torch.float64)
-    found = jvp(lambda x: ours(x, references.float(), level, D), (x,), (direction,))[1]
+    actual = jvp(lambda x: ours(x, references.float(), level, D), (x,), (direction,))[1]
     wide = references.float().double()
     expected = jvp(lambda x: naive(x, wide, level, D), (x.double(),), (direction.double(),))[1]
-    assert found[0].dtype == torch.float32
+    assert actual[0].dtype == torch.float32
     scale = direction.norm(dim=1).max()
-    assert (found[0] - expected[0]).norm(dim=1).max() <= 1e-6 * max(scale, expected[0].norm())
-    torch.testing.assert_close(found[1], expected[1], rtol=1e-6, atol=1e-6)
+    assert (actual[0] - expected[0]).norm(dim=1).max() <= 1e-6 * max(scale, expected[0].norm())
+    torch.testing.assert_close(actual[1], expected[1], rtol=1e-6, atol=1e-6)
 
 
 @pytest.mark.parametrize("D", [4.5, math.inf])
@@ -141,14 +141,14 @@ def test_tangents_at_the_limits(backend, small_chunks, D, held):
     def call(x):
         return pfgm.posterior_mean(x, rows, D=D, backend=backend, return_logsumexp=True, **level)
 
-    of_mean, of_lse = jvp(call, (x,), (direction,))[1]
+    mean_tangent, lse_tangent = jvp(call, (x,), (direction,))[1]
     expected = vjp(lambda x: call(x)[0], x)
-    assert not of_mean[0].any()
-    assert of_lse[0].isnan()
-    assert of_lse[2].isfinite()
+    assert not mean_tangent[0].any()
+    assert lse_tangent[0].isnan()
+    assert lse_tangent[2].isfinite()
     rows_of_jacobian = jacrev(lambda x: call(x)[0])(x)
-    close(of_mean, torch.einsum("bnck,ck->bn", rows_of_jacobian, direction), rtol=1e-7)
-    assert expected[0].shape == of_mean.shape
+    close(mean_tangent, torch.einsum("bnck,ck->bn", rows_of_jacobian, direction), rtol=1e-7)
+    assert expected[0].shape == mean_tangent.shape
 
 
 @pytest.mark.parametrize(
@@ -174,8 +174,8 @@ def test_a_tangent_that_is_differentiated_is_refused():
 def test_the_ops_themselves_drop_no_tangent():
     x, references, r = problem()
     op = torch.ops.pfgm.posterior_mean
-    found = jvp(lambda x: op(x, references, r, 1.0)[0], (x,), (x,))[1]
-    close(found, jvp(lambda x: naive(x, references, r, 1.0)[0], (x,), (x,))[1])
+    actual = jvp(lambda x: op(x, references, r, 1.0)[0], (x,), (x,))[1]
+    close(actual, jvp(lambda x: naive(x, references, r, 1.0)[0], (x,), (x,))[1])
     with forward_ad.dual_level(), pytest.raises(RuntimeError, match="the functions of pfgm have"):
         op(forward_ad.make_dual(x, x), references, r, 1.0)
 
@@ -189,14 +189,14 @@ def test_transforms_of_reverse_mode(small_chunks, backend, D, held):
     x, references, sigma = problem()
     rows = pfgm.ReferenceSet(references) if held else references
 
-    def found(x, sigma):
+    def actual(x, sigma):
         return ours(x, rows, sigma, D, backend)
 
     def expected(x, sigma):
         return naive(x, references, sigma, D)
 
     def total(function):
-        return lambda *given: sum(v.sin().sum() for v in function(*given))
+        return lambda *values: sum(v.sin().sum() for v in function(*values))
 
     def one(function):
         return lambda x, s: total(function)(x[None], s[None])
@@ -213,8 +213,8 @@ def test_transforms_of_reverse_mode(small_chunks, backend, D, held):
         lambda f: vmap(lambda v: jvp(f, (x, sigma), (v, sigma))[1])(torch.stack([x, -x])),
         lambda f: vmap(lambda x: jvp(f, (x, sigma), (x, sigma))[1])(torch.stack([x, -x])),
     ):
-        close(of(found), of(expected), rtol=1e-8, atol=1e-9)
-    assert vmap(found, in_dims=(0, None))(x.new_zeros(2, 0, 4), sigma[:0])[0].shape == (2, 0, 4)
+        close(of(actual), of(expected), rtol=1e-8, atol=1e-9)
+    assert vmap(actual, in_dims=(0, None))(x.new_zeros(2, 0, 4), sigma[:0])[0].shape == (2, 0, 4)
 
 
 def test_references_that_differ_between_samples(backend):
@@ -239,8 +239,8 @@ def test_transforms_of_the_steps(backend, z):
     x, field_x, history = (
         torch.randn(3, 4, generator=generator, dtype=torch.float64) for _ in range(3)
     )
-    given = x, field_x, torch.tensor([-1.0, -2.0, 0.1]).double(), history
-    directions = tangents(given)
+    tensors = x, field_x, torch.tensor([-1.0, -2.0, 0.1]).double(), history
+    directions = tangents(tensors)
 
     def steps(x, field_x, field_z, history, backend=backend):
         field = pfgm.Field(field_x, field_z)
@@ -251,21 +251,21 @@ def test_transforms_of_the_steps(backend, z):
 
     def difference(size=1e-6):
         ends = (
-            steps(*(v + sign * size * d for v, d in zip(given, directions, strict=True)))
+            steps(*(v + sign * size * d for v, d in zip(tensors, directions, strict=True)))
             for sign in (1, -1)
         )
         return tuple((a - b) / (2 * size) for a, b in zip(*ends, strict=True))
 
-    close(jvp(steps, given, directions)[1], difference(), rtol=1e-6, atol=1e-6)
-    close(vmap(steps)(*(v[:, None] for v in given))[0][:, 0], steps(*given)[0])
-    close(jacfwd(steps)(*given), jacrev(steps)(*given))
-    second = hessian(lambda x: steps(*given[:1], x, *given[2:])[0].square().sum())(field_x)
+    close(jvp(steps, tensors, directions)[1], difference(), rtol=1e-6, atol=1e-6)
+    close(vmap(steps)(*(v[:, None] for v in tensors))[0][:, 0], steps(*tensors)[0])
+    close(jacfwd(steps)(*tensors), jacrev(steps)(*tensors))
+    second = hessian(lambda x: steps(*tensors[:1], x, *tensors[2:])[0].square().sum())(field_x)
     assert torch.allclose(second, second.permute(2, 3, 0, 1))
     levels = torch.tensor([z, 2 * z]).double()
-    field = pfgm.Field(*given[1:3])
+    field = pfgm.Field(*tensors[1:3])
     by_level = vmap(lambda z: pfgm.euler_step(x, field, z, z / 2, backend=backend))(levels)
-    for found, level in zip(by_level, levels, strict=True):
-        close(found, pfgm.euler_step(x, field, level, level / 2, backend=backend))
+    for step, level in zip(by_level, levels, strict=True):
+        close(step, pfgm.euler_step(x, field, level, level / 2, backend=backend))
 
 
 def test_an_output_is_refused_under_transforms():
@@ -289,9 +289,9 @@ def test_a_tangent_goes_through_a_solver(solver):
 
     scale = torch.tensor(1.0, dtype=torch.float64)
     with torch.no_grad():
-        found = jvp(run, (scale,), (scale,))[1]
+        actual = jvp(run, (scale,), (scale,))[1]
         expected = (run(scale + 1e-6) - run(scale - 1e-6)) / 2e-6
-    close(found, expected, rtol=1e-6, atol=1e-7)
+    close(actual, expected, rtol=1e-6, atol=1e-7)
 
 
 # ---- compiled ----

@@ -275,12 +275,12 @@ class Operation:
         precision="high",
     ):
         """With ``keeps`` from the distances that the forward pass keeps, in the native backend."""
-        given = PosteriorMean(x, references, radius, D, precision)
-        kept = (native.room_for_distances(given),) if keeps else ()
-        mean, _, nearest, total = self.module.posterior_mean(given, *kept)
+        problem = PosteriorMean(x, references, radius, D, precision)
+        kept = (native.room_for_distances(problem),) if keeps else ()
+        mean, _, nearest, total = self.module.posterior_mean(problem, *kept)
         upstream = Upstream(*self.upstream(x, radius))
         state = State(mean, nearest, total)
-        return self.module.posterior_mean_backward(given, state, upstream, needs, *kept)
+        return self.module.posterior_mean_backward(problem, state, upstream, needs, *kept)
 
     def everything(self, x, references, radius, D):
         results = self.module.posterior_mean(PosteriorMean(x, references, radius, D))
@@ -288,8 +288,8 @@ class Operation:
 
     def expected_gradients(self, x, references, radius, D):
         G, g = self.upstream(x, radius)
-        given = (t.cpu() for t in (x, references, radius))
-        return self.oracle_gradients(*given, D, G.cpu(), g.cpu())
+        tensors = (t.cpu() for t in (x, references, radius))
+        return self.oracle_gradients(*tensors, D, G.cpu(), g.cpu())
 
     @staticmethod
     def assert_gradient(actual, expected, tolerance):

@@ -23,13 +23,13 @@ def problem(B, N, device, seed=0):
 
 def check(backend, difference, z, gamma=5.0):
     """Each value rounded once, to float32; returns them."""
-    found = torch.ops.pfgm.normalised_field(difference, z, gamma, backend)
+    results = torch.ops.pfgm.normalised_field(difference, z, gamma, backend)
     wide = [values.double().cpu() for values in (difference, z)]
     expected = torch.ops.pfgm.normalised_field(*wide, gamma, "reference")
-    for values, correct in zip(found, expected, strict=True):
+    for values, correct in zip(results, expected, strict=True):
         assert values.dtype == torch.float32
         torch.testing.assert_close(values.double().cpu(), correct, rtol=6e-8, atol=1e-44)
-    return found
+    return results
 
 
 @pytest.mark.usefixtures("poisoned")
@@ -97,11 +97,11 @@ def test_opcheck(device, backend):
 
 
 def test_compile(device, backend):
-    given = problem(5, 37, device)
+    arguments = problem(5, 37, device)
 
     def field(difference, z):
         return torch.ops.pfgm.normalised_field(2 * difference, z, 5.0, backend)
 
     compiled = torch.compile(field, fullgraph=True, backend="aot_eager")
-    for found, expected in zip(compiled(*given), field(*given), strict=True):
-        assert torch.equal(found, expected)
+    for actual, expected in zip(compiled(*arguments), field(*arguments), strict=True):
+        assert torch.equal(actual, expected)

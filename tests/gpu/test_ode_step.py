@@ -204,11 +204,11 @@ def test_each_tensor_has_its_own_stride(device, backend, strided, N):
     )
     outputs = (torch.full_like(x, math.nan), torch.full_like(x, math.nan))
     for k in range(5):
-        given = [x, field_x, previous, *(values.clone() for values in outputs)]
-        given[k] = strided(given[k], "rows apart")
-        out, mean_out = given[3:]
+        tensors = [x, field_x, previous, *(values.clone() for values in outputs)]
+        tensors[k] = strided(tensors[k], "rows apart")
+        out, mean_out = tensors[3:]
         pfgm.multistep_step(
-            given[0], pfgm.Field(given[1], field_z), 2.0, 1.0, given[2], 3.0,
+            tensors[0], pfgm.Field(tensors[1], field_z), 2.0, 1.0, tensors[2], 3.0,
             out=out, mean_out=mean_out, backend=backend,
         )  # fmt: skip
         assert torch.equal(out, expected[0])
@@ -237,9 +237,9 @@ def test_outputs_may_be_inputs(device, backend, N, z):
     expected = pfgm.multistep_step(
         x, pfgm.Field(field_x, field_z), z, 1.0, previous, 9.0, backend=backend
     )
-    for of_result, of_mean in [(0, 1), (0, 2), (1, 2), (2, 0), (2, 1), (1, 0)]:
+    for out_place, mean_place in [(0, 1), (0, 2), (1, 2), (2, 0), (2, 1), (1, 0)]:
         inputs = [x.clone(), field_x.clone(), previous.clone()]
-        out, mean_out = inputs[of_result], inputs[of_mean]
+        out, mean_out = inputs[out_place], inputs[mean_place]
         pfgm.multistep_step(
             inputs[0], pfgm.Field(inputs[1], field_z), z, 1.0, inputs[2], 9.0,
             out=out, mean_out=mean_out, backend=backend,
@@ -247,10 +247,10 @@ def test_outputs_may_be_inputs(device, backend, N, z):
         assert torch.equal(out, expected[0])
         assert torch.equal(mean_out, expected[1])
     expected = pfgm.heun_step(x, predicted, field_x, z, 1.0, backend=backend)
-    for of_result in range(3):
+    for out_place in range(3):
         inputs = [x.clone(), predicted.clone(), field_x.clone()]
-        pfgm.heun_step(*inputs, z, 1.0, out=inputs[of_result], backend=backend)
-        assert torch.equal(inputs[of_result], expected)
+        pfgm.heun_step(*inputs, z, 1.0, out=inputs[out_place], backend=backend)
+        assert torch.equal(inputs[out_place], expected)
 
 
 @pytest.mark.parametrize("form", ["field", "mean"])
@@ -264,13 +264,13 @@ def test_only_the_outputs_are_written(device, backend, N, form, step_checks):
 def test_half_precision_and_sample_shapes(device, backend):
     x, field_x, field_z, _, previous = problem(4, 24, device)
     x, field_x, previous = (v.half().view(4, 2, 3, 4) for v in (x, field_x, previous))
-    given = (x, pfgm.Field(field_x, field_z), 2.0, 1.0, previous, 3.0)
-    result, mean = pfgm.multistep_step(*given, backend=backend)
-    expected = exact(pfgm.multistep_step, *given)
-    for found, correct in zip((result, mean), expected, strict=True):
-        assert found.dtype == torch.float16
+    arguments = (x, pfgm.Field(field_x, field_z), 2.0, 1.0, previous, 3.0)
+    result, mean = pfgm.multistep_step(*arguments, backend=backend)
+    expected = exact(pfgm.multistep_step, *arguments)
+    for actual, correct in zip((result, mean), expected, strict=True):
+        assert actual.dtype == torch.float16
         scale = float(correct.abs().max())
-        torch.testing.assert_close(found.double().cpu(), correct, rtol=0, atol=6e-4 * scale)
+        torch.testing.assert_close(actual.double().cpu(), correct, rtol=0, atol=6e-4 * scale)
 
 
 # ---- torch -----------------------------------------------------------------------------------

@@ -30,8 +30,8 @@ def test_a_set_in_parts(device, backend, monkeypatch, D):
 
     expected = results(x.double(), y.double(), "reference")
     held = pfgm.ReferenceSet(y)  # on the CPU, wherever the points are
-    found = results(x.to(device), held, backend)
-    for value, correct in zip(found, expected, strict=True):
+    actual = results(x.to(device), held, backend)
+    for value, correct in zip(actual, expected, strict=True):
         value, correct = value.detach().double().cpu(), correct.detach()
         scale = float(correct.abs().max())
         torch.testing.assert_close(value, correct, rtol=2e-5, atol=2e-5 * scale)

@@ -201,16 +201,16 @@ def test_gradients_vanish_at_the_limits(op, device, D):
     _, references, _ = op.problem(3, 20, 9)
     x = references[:3].clone()
     radius = torch.zeros(3, dtype=torch.float64, device=device)
-    given, needs = PosteriorMean(x, references, radius, D), (True, True, True)
-    mean, lse, nearest, total = op.module.posterior_mean(given)
+    problem, needs = PosteriorMean(x, references, radius, D), (True, True, True)
+    mean, lse, nearest, total = op.module.posterior_mean(problem)
     state = State(mean, nearest, total)
     upstream = Upstream(torch.ones_like(x), torch.zeros_like(lse))
-    grad_x, _, grad_radius = op.module.posterior_mean_backward(given, state, upstream, needs)
+    grad_x, _, grad_radius = op.module.posterior_mean_backward(problem, state, upstream, needs)
     assert not grad_x.any()
     assert not grad_radius.any()
     upstream = Upstream(torch.ones_like(x), torch.ones_like(lse))
     with pfgm.debug_checks(), pytest.raises(ValueError, match="row 0 of x is infinite"):
-        op.module.posterior_mean_backward(given, state, upstream, needs)
+        op.module.posterior_mean_backward(problem, state, upstream, needs)
 
 
 # ---- as torch sees it ----

@@ -60,15 +60,15 @@ def test_architectures_have_the_same_kernels(check):
 @pytest.mark.parametrize("architecture", sorted({"80", "120"} & set(ARCHITECTURES)))
 def test_small_products_have_sums_in_float16(check, architecture):
     """Those are two of three products."""
-    found = [
+    instructions = [
         row.figures.matrix_instructions
         for row in check[0]
         if row.architecture == architecture
         and re.match(r"distances<WarpProducts<\w+, \d+, \d+, true>", row.kernel)
         and "Rounded" not in row.kernel
     ]
-    assert found
-    for counts in found:
+    assert instructions
+    for counts in instructions:
         assert counts["HMMA.16816.F16"] == 2 * counts["HMMA.16816.F32"]
 
 
@@ -369,9 +369,9 @@ def test_a_kernel_that_does_not_wait_first_is_a_problem(start):
     for symbol in (SUM, TILES):  # of the second, another kernel takes its place
         code = [COPY, MULTIPLY if symbol == SUM else HALVES, *REST]
         threads = "0x80" if symbol == SUM else "0x100"
-        found = only(part(symbol, code=code, start=start, threads=threads)).problems
-        assert len(found) == 1
-        assert "does not wait for earlier launches before" in found[0]
+        problems = only(part(symbol, code=code, start=start, threads=threads)).problems
+        assert len(problems) == 1
+        assert "does not wait for earlier launches before" in problems[0]
 
 
 def test_what_a_kernel_may_do_before_it_waits():

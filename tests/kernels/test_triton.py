@@ -35,13 +35,21 @@ def test_in_the_interpreter(running, name):
 
 @triton_only
 @pytest.mark.skipif(torch.cuda.is_available(), reason="tests/gpu runs on the GPU itself")
-def test_in_the_executor(run_kernel_tests):
+@pytest.mark.parametrize(
+    "tests",
+    [
+        ["-k", "test_problem"],
+        pytest.param(["-m", "slow", "-k", "test_single_changes"], marks=pytest.mark.slow),
+    ],
+    ids=["problems", "changes"],
+)
+def test_in_the_executor(run_kernel_tests, tests):
     """Triton compiles for a GPU of capability 8.0."""
     if reason := executor.why_unbuilt():
         pytest.skip(f"Triton's kernels are NOT TESTED as compiled: {reason}")
     environment = executor.environment(executor.build())
     environment |= {"PFGM_PTX_TRITON": "80", "PFGM_TUNE": "0"}
-    process, output = run_kernel_tests(["shared"], environment, "-k", "test_problem")["shared"]
+    process, output = run_kernel_tests(["shared"], environment, *tests)["shared"]
     assert process.wait() == 0, output.read_text()
 
 

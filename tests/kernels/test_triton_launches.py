@@ -89,8 +89,8 @@ class Recorder:
                 recorder.fusion = metadata.enable_fp_fusion
 
             def __call__(self, gridX, gridY, gridZ, stream, function, *arguments):
-                _metadata, _launch, _enter, _exit, *given = arguments
-                addresses = [a.data_ptr() if isinstance(a, torch.Tensor) else a for a in given]
+                _metadata, _launch, _enter, _exit, *values = arguments
+                addresses = [a.data_ptr() if isinstance(a, torch.Tensor) else a for a in values]
                 grid = gridX, gridY, gridZ
                 recorder.launches.append((self.code, grid, stream, function, addresses))
 
@@ -106,23 +106,23 @@ class Recorder:
 def recorder(monkeypatch):
     from triton.runtime import driver
 
-    found = Recorder()
+    result = Recorder()
     properties = {"max_shared_mem": 232448, "multiprocessor_count": 132, "warpSize": 32}
     active = SimpleNamespace(
         utils=SimpleNamespace(
             get_device_properties=lambda device: properties,
-            load_binary=found.load_binary,
+            load_binary=result.load_binary,
             unload_module=lambda module: None,
         ),
-        launcher_cls=found.launcher,
-        get_current_device=lambda: found.device + 5000,  # no GPU has such a number
-        get_current_stream=lambda device: found.stream + device,
+        launcher_cls=result.launcher,
+        get_current_device=lambda: result.device + 5000,  # no GPU has such a number
+        get_current_stream=lambda device: result.stream + device,
         get_current_target=lambda: GPUTarget("cuda", 90, 32),
     )
     monkeypatch.setattr(driver, "_active", active)
     monkeypatch.setattr(loading, "_exchange_mode", lambda: None)
     kernel.device_caches.clear()
-    return found
+    return result
 
 
 @pytest.fixture
@@ -146,7 +146,7 @@ def view(offset=0, dtype=torch.float32, length=64):
     return memory[start + offset : start + offset + length]
 
 
-def given(**changes):
+def launch_arguments(**changes):
     """The arguments of a launch."""
     made = {
         "x": view(), "extra": None, "out": view(), "count": 40, "stride": 16, "factor": 2.0,
@@ -198,7 +198,9 @@ CLASSES = {
 
 def arguments_of(name):
     changes = CLASSES[name]
-    return given(**{key: value() if callable(value) else value for key, value in changes.items()})
+    return launch_arguments(
+        **{key: value() if callable(value) else value for key, value in changes.items()}
+    )
 
 
 def test_each_class_launches_what_triton_would(recorder, by_triton):
@@ -228,7 +230,7 @@ def launch_of(recorder, launcher, name):
 def test_other_sizes_of_a_class_are_prepared(recorder, by_triton):
     launcher = Launcher(kernel)
     for stride, count in ((32, 48), (160, 4800), (4096, 64)):
-        launch(launcher, *given(stride=stride, count=count))
+        launch(launcher, *launch_arguments(stride=stride, count=count))
         assert recorder.launches[-1][-1][3:5] == [count, stride]
     assert len(by_triton) == 1
 
@@ -236,7 +238,7 @@ def test_other_sizes_of_a_class_are_prepared(recorder, by_triton):
 def test_numbers_are_not_part_of_a_class(recorder, by_triton):
     launcher = Launcher(kernel)
     for factor, exact in ((2.0, 1.0), (1.0, 16.0), (0.0, -1e300)):
-        launch(launcher, *given(factor=factor, exact=exact))
+        launch(launcher, *launch_arguments(factor=factor, exact=exact))
         assert recorder.launches[-1][-1][5:7] == [factor, exact]
     assert len(by_triton) == 1
 
@@ -244,9 +246,9 @@ def test_numbers_are_not_part_of_a_class(recorder, by_triton):
 def test_fusion_does_not_depend_on_the_version_of_triton(recorder, monkeypatch):
     """Its default is another from 3.10 on, which this setting stands for."""
     monkeypatch.setenv("TRITON_DEFAULT_FP_FUSION", "0")
-    kernel[(1,)](*arguments_by_position(given()), **Config(SMALL).options)
+    kernel[(1,)](*arguments_by_position(launch_arguments()), **Config(SMALL).options)
     assert not recorder.fusion
-    launch(Launcher(kernel), *given())
+    launch(Launcher(kernel), *launch_arguments())
     assert recorder.fusion
 
 
@@ -256,36 +258,36 @@ def test_devices_and_streams(recorder, by_triton):
     for device in (0, 1, 0, 1):
         recorder.device = device
         recorder.launches.clear()
-        launch(launcher, *(arguments := given()))
+        launch(launcher, *(arguments := launch_arguments()))
         launch_by_triton(*arguments)
         assert recorder.launches[0] == recorder.launches[1]
         seen.append(recorder.launches[0][3])
     assert seen[0] == seen[2] != seen[1] == seen[3]
     assert len(by_triton) == 2
     recorder.stream = 11
-    launch(launcher, *given())
+    launch(launcher, *launch_arguments())
     assert recorder.launches[-1][2] == 11 + 5001
 
 
 def test_hooks_see_every_launch(recorder, by_triton):
     launcher = Launcher(kernel)
-    launch(launcher, *given())
+    launch(launcher, *launch_arguments())
     seen = []
     runtime = triton.knobs.runtime
     for hook in (runtime.launch_enter_hook, runtime.launch_exit_hook):
         hook.add(seen.append)
         try:
-            launch(launcher, *given())
+            launch(launcher, *launch_arguments())
         finally:
             hook.remove(seen.append)
     kernel.add_pre_run_hook(lambda *_, **__: seen.append("before"))
     try:
-        launch(launcher, *given())
+        launch(launcher, *launch_arguments())
     finally:
         kernel.pre_run_hooks.clear()
     assert "before" in seen
     assert len(by_triton) == 4
-    launch(launcher, *given())
+    launch(launcher, *launch_arguments())
     assert len(by_triton) == 4
 
 
@@ -299,10 +301,10 @@ def test_hooks_see_every_launch(recorder, by_triton):
 )
 def test_other_ways_to_compile_are_left_to_triton(monkeypatch, by_triton, knobs, name, value):
     launcher = Launcher(kernel)
-    launch(launcher, *given())
+    launch(launcher, *launch_arguments())
     monkeypatch.setattr(Launch, "by_triton", lambda *_: by_triton.append("again"))
     monkeypatch.setattr(getattr(triton.knobs, knobs), name, value)
-    launch(launcher, *given())
+    launch(launcher, *launch_arguments())
     assert by_triton == [kernel, "again"]
 
 
@@ -313,7 +315,7 @@ def test_other_launchers_are_left_to_triton(recorder, by_triton, monkeypatch):
     monkeypatch.setattr(recorder.launcher, "__call__", call)
     launcher = Launcher(kernel)
     for _ in range(3):
-        launch(launcher, *given())
+        launch(launcher, *launch_arguments())
     assert len(by_triton) == len(recorder.launches) == 3
 
 
@@ -321,10 +323,10 @@ def test_other_gpus_are_left_to_triton(by_triton, monkeypatch):
     """Triton's rules for a class are others there."""
     target = SimpleNamespace(backend="hip")
     monkeypatch.setattr(launching, "CompiledKernel", SimpleNamespace)
-    found = SimpleNamespace(metadata=SimpleNamespace(target=target), run=None)
-    launcher = Launcher(defaultdict(lambda: lambda *_, **__: found))
+    compiled = SimpleNamespace(metadata=SimpleNamespace(target=target), run=None)
+    launcher = Launcher(defaultdict(lambda: lambda *_, **__: compiled))
     for _ in range(2):
-        launch(launcher, *given())
+        launch(launcher, *launch_arguments())
     assert len(by_triton) == 2
     assert not launcher.prepared
 
@@ -347,21 +349,21 @@ def test_sizes_of_one_class_are_alike():
 def test_tensors_by_name(recorder, by_triton):
     """Two spaces whose tensors are alike but for their names: the first is misaligned."""
     layout = memory.Layout({"weights": 64, "squared": 7, "center": 64})
-    made = Launcher(kernel)(*given()[1:])
+    made = Launcher(kernel)(*launch_arguments()[1:])
     for _ in range(2):
         for names in (("x", "mean"), ("mean", "x")):
             tensors = dict(zip(names, (view(1), view()), strict=True))
             space = memory.Space(layout, **tensors)
             for order in (("x", memory.NOTHING, "mean"), ("x", "center", "weights")):
                 space.run(memory.Step(made, order))
-                found = [
+                arguments = [
                     tensors[name] if name in tensors else space.temporary(name)
                     for name in order
                     if name != memory.NOTHING
                 ]
-                if len(found) == 2:
-                    found.insert(1, None)
-                made.by_triton(None, None, found)
+                if len(arguments) == 2:
+                    arguments.insert(1, None)
+                made.by_triton(None, None, arguments)
                 *_, prepared, own = recorder.launches
                 assert prepared == own
     assert len(by_triton) == 4 + 8
@@ -406,22 +408,22 @@ class CapturingDriver:
 @pytest.fixture
 def capturing(recorder, monkeypatch):
     """Kernels are loaded by a driver that captures, which is called as a library is."""
-    found = CapturingDriver(recorder)
+    driver = CapturingDriver(recorder)
     prototype = ctypes.CFUNCTYPE(ctypes.c_int, ctypes.POINTER(ctypes.c_int))
-    library = SimpleNamespace(cuThreadExchangeStreamCaptureMode=prototype(found.exchange))
+    library = SimpleNamespace(cuThreadExchangeStreamCaptureMode=prototype(driver.exchange))
     monkeypatch.setattr(ctypes, "CDLL", lambda name: {"libcuda.so.1": library}[name])
     monkeypatch.setattr(loading, "_exchange_mode", find_exchange_mode)
-    monkeypatch.setattr(triton.runtime.driver.active.utils, "load_binary", found.load)
-    return found
+    monkeypatch.setattr(triton.runtime.driver.active.utils, "load_binary", driver.load)
+    return driver
 
 
 def test_kernels_are_loaded_while_a_graph_is_captured(recorder, capturing):
     launcher = Launcher(kernel)
-    launch(launcher, *given())
+    launch(launcher, *launch_arguments())
     assert capturing.loaded_in == [RELAXED]
     assert len(recorder.launches) == 1
     assert (capturing.mode, capturing.exchanges) == (GLOBAL, 2)
-    launch(launcher, *given())
+    launch(launcher, *launch_arguments())
     assert len(recorder.launches) == 2
     assert capturing.exchanges == 2  # a prepared launch loads nothing
 
@@ -429,7 +431,7 @@ def test_kernels_are_loaded_while_a_graph_is_captured(recorder, capturing):
 def test_a_thread_gets_its_capture_mode_back(capturing, monkeypatch):
     launcher = Launcher(kernel)
     capturing.mode = 1
-    launch(launcher, *given())
+    launch(launcher, *launch_arguments())
     assert capturing.mode == 1
     monkeypatch.setattr(capturing, "load_binary", None)
     with pytest.raises(TypeError):
@@ -441,7 +443,7 @@ def test_a_thread_gets_its_capture_mode_back(capturing, monkeypatch):
 def test_a_driver_that_keeps_the_capture_mode_loads_nothing(capturing):
     capturing.code = 4
     with pytest.raises(RuntimeError, match="StreamCaptureMode failed with error 4 of the CUDA"):
-        launch(Launcher(kernel), *given())
+        launch(Launcher(kernel), *launch_arguments())
     assert not capturing.loaded_in
 
 
@@ -451,7 +453,7 @@ def test_without_nvidias_driver_triton_loads_as_it_does(recorder, monkeypatch):
 
     monkeypatch.setattr(ctypes, "CDLL", missing)
     monkeypatch.setattr(loading, "_exchange_mode", find_exchange_mode)
-    launch(Launcher(kernel), *given())
+    launch(Launcher(kernel), *launch_arguments())
     assert recorder.loaded == 1
 
 
@@ -556,7 +558,7 @@ def twice(recorder, monkeypatch):
 
     def run_twice(self, step):
         tensors = [
-            self._given[name] if name in self._given else self.temporary(name)
+            self._arguments[name] if name in self._arguments else self.temporary(name)
             for name in step.names
         ]
         compare(step.launch, lambda: run(self, step), tensors)

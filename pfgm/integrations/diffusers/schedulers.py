@@ -331,10 +331,10 @@ class FlowScheduler(SchedulerMixin, ConfigMixin):  # type: ignore[misc]
         With heun a timestep between the ends has two calls: the first ends a step, the second
         starts one.
         """
-        found = (self.timesteps == timestep).nonzero().flatten().tolist()
-        if not found:
+        places = (self.timesteps == timestep).nonzero().flatten().tolist()
+        if not places:
             raise ValueError(f"timestep is {float(timestep)}; allowed are those of timesteps.")
-        return int(found[0] if found[0] == 0 else found[self.order - 1])
+        return int(places[0] if places[0] == 0 else places[self.order - 1])
 
     @property
     def _step_functions(self) -> dict[str, Callable[[int, Tensor, Tensor], Tensor]]:

@@ -53,17 +53,17 @@ def test_bias(capability, device, N):
     for values in (smooth, decaying):
         x, y = near_references(values, N, 0.7)  # if closer, distances would be refined
         radius = torch.full((16,), 1e3 * float(y.norm()), dtype=torch.float64)
-        given = PosteriorMean(x.to(device), y.to(device), radius.to(device), math.inf)
-        memory = native.room_for_distances(given)
-        native.posterior_mean(given, memory)
+        problem = PosteriorMean(x.to(device), y.to(device), radius.to(device), math.inf)
+        memory = native.room_for_distances(problem)
+        native.posterior_mean(problem, memory)
         # The queries' rows of distances are multiples of 32 apart, and come first.
-        found = memory[: 8 * 16 * 32].view(torch.float64).view(16, 32)[:, :16].diagonal().cpu()
+        distances = memory[: 8 * 16 * 32].view(torch.float64).view(16, 32)[:, :16].diagonal().cpu()
         x, y = x.double(), y.double()
         in_order = y.sort(0)[0]
         center = y.clamp(in_order[1], in_order[-2]).mean(0)
         products = ((x - center) * (y - center)).sum(1)
         # 2|x||y| + |y|², which weight_law measures by, is three products where x is close to y.
-        biases.append((found - (x - y).square().sum(1)).sum() / (3 * products.sum()))
+        biases.append((distances - (x - y).square().sum(1)).sum() / (3 * products.sum()))
     assert 0.4 * BIAS[capability] < max(biases) <= BIAS[capability]
 
 

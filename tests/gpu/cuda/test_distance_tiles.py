@@ -117,14 +117,14 @@ def test_products_have_the_bits_of_other_tiles(op, executor, grids_of, sizes, ca
     """
     B, M, _ = sizes
     x, references, sigma = op.problem(*sizes, dtype=dtype)
-    found = []
+    results = []
     for queries, multiprocessors in ((128, 1), (64, math.prod(tiles(128, 64, M, B)))):
         executor.device(capability, multiprocessors)
-        grids = grids_of(lambda: found.append(op.everything(x, references, sigma, 1.0)))
+        grids = grids_of(lambda: results.append(op.everything(x, references, sigma, 1.0)))
         assert set(grids) == {tiles(128, queries, M, B)}
-    (_, lse, *_, of_radius), (_, other_lse, *_, of_other) = found
+    (_, lse, *_, grad_radius), (_, other_lse, *_, other_grad_radius) = results
     assert torch.equal(lse, other_lse)
-    assert torch.equal(of_radius, of_other)
+    assert torch.equal(grad_radius, other_grad_radius)
 
 
 @pytest.mark.parametrize("M", [127, 129])
@@ -172,9 +172,9 @@ def test_rows_that_are_not_aligned(op, large, device):
 def test_tiny_and_huge_values(op, large, scale):
     sizes = (100, 129, 97)
     x, references, sigma = (scale * value for value in op.problem(*sizes))
-    found = []
-    large(lambda: found.extend(op.compute(x, references, sigma, 1.0)), sizes)
-    (mean, lse), (wanted_mean, wanted_lse) = found, op.expected(x, references, sigma, 1.0)
+    results = []
+    large(lambda: results.extend(op.compute(x, references, sigma, 1.0)), sizes)
+    (mean, lse), (wanted_mean, wanted_lse) = results, op.expected(x, references, sigma, 1.0)
     assert ((mean.double().cpu() - wanted_mean) / scale).norm(dim=1).max() <= 1e-4
     torch.testing.assert_close(lse.cpu(), wanted_lse, rtol=1e-5, atol=1e-5)
 
@@ -205,9 +205,9 @@ def test_references_that_are_not_finite(op, large, bad, at):
     sizes = (100, 129, 64)
     x, references, sigma = op.problem(*sizes)
     references[at, 7] = bad
-    found = []
-    large(lambda: found.extend(op.compute(x, references, sigma, 1.0)), sizes)
-    mean, lse = found
+    results = []
+    large(lambda: results.extend(op.compute(x, references, sigma, 1.0)), sizes)
+    mean, lse = results
     assert mean.isnan().any(1).all()
     assert lse.isnan().all()
 
@@ -216,9 +216,9 @@ def test_queries_that_are_not_finite(op, large):
     sizes = (100, 129, 64)
     x, references, sigma = op.problem(*sizes)
     x[99, 63] = math.nan
-    found = []
-    large(lambda: found.extend(op.compute(x, references, sigma, 1.0)), sizes)
-    mean, lse = found
+    results = []
+    large(lambda: results.extend(op.compute(x, references, sigma, 1.0)), sizes)
+    mean, lse = results
     assert mean[99].isnan().all()
     assert mean[:99].isfinite().all()
     assert lse[:99].isfinite().all()

@@ -26,21 +26,21 @@ def backend():
 
 def keeping(x, references, radius, D):
     """The results of a forward pass that keeps its distances, and what it kept."""
-    given = PosteriorMean(x, references, radius, D)
-    memory = native.room_for_distances(given)
-    return native.posterior_mean(given, memory), native.used_room(memory)
+    problem = PosteriorMean(x, references, radius, D)
+    memory = native.room_for_distances(problem)
+    return native.posterior_mean(problem, memory), native.used_room(memory)
 
 
 def gradients(op, results, x, references, radius, D, kept, needs=(True, True, True)):
     mean, _, nearest, total = results
     upstream = Upstream(*op.upstream(x, radius))
-    given = PosteriorMean(x, references, radius, D)
+    problem = PosteriorMean(x, references, radius, D)
     state = State(mean, nearest, total)
-    return native.posterior_mean_backward(given, state, upstream, needs, kept)
+    return native.posterior_mean_backward(problem, state, upstream, needs, kept)
 
 
-def assert_same(found, expected):
-    for one, other in zip(found, expected, strict=True):
+def assert_same(actual, expected):
+    for one, other in zip(actual, expected, strict=True):
         assert torch.equal(one.isnan(), other.isnan())
         assert torch.equal(one.nan_to_num(), other.nan_to_num())
 
@@ -50,20 +50,20 @@ def check(op, x, references, radius, D, tolerance=None, change=1e-6):
     weights add, by at most 1e-6 of them, and by `change` of the sum of weights: they are more
     exact, because the gradient needs them.
     """
-    given = x, references, radius, D
-    results, kept = keeping(*given)
+    arguments = x, references, radius, D
+    results, kept = keeping(*arguments)
     assert kept.nbytes >= 8 * len(x) * len(references)
-    assert_same(results, keeping(*given)[0])
-    others = native.posterior_mean(PosteriorMean(*given))
+    assert_same(results, keeping(*arguments)[0])
+    others = native.posterior_mean(PosteriorMean(*arguments))
     for one, other, most in zip(results, others, (1e-6, 1e-6, 1e-6, change), strict=True):
         torch.testing.assert_close(one, other, rtol=most, atol=0, equal_nan=True)
-    found = gradients(op, results, *given, kept)
-    assert_same(found, gradients(op, results, *given, None))
+    actual = gradients(op, results, *arguments, kept)
+    assert_same(actual, gradients(op, results, *arguments, None))
     if tolerance is not None:
         rounded = references.dtype != torch.float32  # as the gradient of the references is
-        for place, wanted in enumerate(op.expected_gradients(*given)):
+        for place, wanted in enumerate(op.expected_gradients(*arguments)):
             if place != 1 or not rounded:
-                op.assert_gradient(found[place], wanted, tolerance)
+                op.assert_gradient(actual[place], wanted, tolerance)
 
 
 @pytest.mark.slow
@@ -74,9 +74,9 @@ def test_shares_of_lists(op, executor, limits, architecture):
     executor.device(architecture, 32)
     limits(parts=3 * 256 * 1536)
     x, references, sigma = op.problem(256, 700, 1536)
-    given = x, references, op.radius_of(sigma.clamp(min=0.05), 1.0), 1.0
-    results, kept = keeping(*given)
-    assert_same(gradients(op, results, *given, kept), gradients(op, results, *given, None))
+    arguments = x, references, op.radius_of(sigma.clamp(min=0.05), 1.0), 1.0
+    results, kept = keeping(*arguments)
+    assert_same(gradients(op, results, *arguments, kept), gradients(op, results, *arguments, None))
 
 
 @pytest.mark.slow
@@ -99,14 +99,14 @@ def test_near_ties(op, D):
     error is at most 1e-5 with and without a gradient."""
     x, references = op.near_ties(18, 300, 40, 3.0)
     radius = op.radius_of(torch.full((18,), 1e-3, dtype=torch.float64, device=op.device), D)
-    given = x, references, radius, D
-    check(op, *given, change=2e-5)
-    _, lse = op.expected(*given)
+    arguments = x, references, radius, D
+    check(op, *arguments, change=2e-5)
+    _, lse = op.expected(*arguments)
     nearest = torch.cdist(x.double(), references.double()).amin(1).square().cpu()
     squared = radius.cpu() ** 2
     fall = nearest / squared / 2 if math.isinf(D) else (40 + D) / 2 * (nearest + squared).log()
-    for results in (keeping(*given)[0], native.posterior_mean(PosteriorMean(*given))):
-        op.assert_accurate(results[:2], op.expected(*given), references)
+    for results in (keeping(*arguments)[0], native.posterior_mean(PosteriorMean(*arguments))):
+        op.assert_accurate(results[:2], op.expected(*arguments), references)
         torch.testing.assert_close(results[3].cpu(), (lse + fall).exp(), rtol=1e-5, atol=0)
 
 
@@ -174,15 +174,15 @@ def names_of(executor, run):
 
 @pytest.mark.parametrize("N", [20, 40])
 def test_the_backward_pass_measures_nothing_again(op, executor, N):
-    given = *op.problem(40, 300, N), 1.0
-    results, kept = keeping(*given)
-    of_products = "differences" if N < 32 else "distances"
-    measured = names_of(executor, lambda: gradients(op, results, *given, None))
-    assert measured.count(of_products) == 2
-    found = names_of(executor, lambda: gradients(op, results, *given, kept))
-    assert found.count(of_products) == 1
-    assert not MEASURED & set(found)
-    assert found.count("split_rows") == (0 if N < 32 else 1)
+    arguments = *op.problem(40, 300, N), 1.0
+    results, kept = keeping(*arguments)
+    products = "differences" if N < 32 else "distances"
+    measured = names_of(executor, lambda: gradients(op, results, *arguments, None))
+    assert measured.count(products) == 2
+    names = names_of(executor, lambda: gradients(op, results, *arguments, kept))
+    assert names.count(products) == 1
+    assert not MEASURED & set(names)
+    assert names.count("split_rows") == (0 if N < 32 else 1)
 
 
 @pytest.mark.parametrize(
@@ -199,25 +199,25 @@ def test_what_is_kept_is_bounded(device, B, most):
 
 
 def test_problems_of_several_parts_keep_nothing(op, limits):
-    given = op.problem(40, 300, 40)
+    problem = op.problem(40, 300, 40)
     for each in ({"pairs": 20_480}, {"queries": 17}, {"references": 128}):
         limits(**each)
-        assert native.room_for_distances(PosteriorMean(*given, 1.0)) is None
+        assert native.room_for_distances(PosteriorMean(*problem, 1.0)) is None
     limits()
-    assert native.room_for_distances(PosteriorMean(*given, 1.0)) is not None
+    assert native.room_for_distances(PosteriorMean(*problem, 1.0)) is not None
 
 
 def test_what_another_problem_kept_is_refused(op, limits):
-    given = *op.problem(40, 300, 40), 1.0
-    results, kept = keeping(*given)
-    x, references, radius, D = given
+    arguments = *op.problem(40, 300, 40), 1.0
+    results, kept = keeping(*arguments)
+    x, references, radius, D = arguments
     with pytest.raises(ValueError, match="kept is of another problem"):
         gradients(op, results, x, references[:200], radius, D, kept)
     with pytest.raises(ValueError, match="kept is of another problem"):
-        gradients(op, results, *given, kept[:-8])
+        gradients(op, results, *arguments, kept[:-8])
     limits(references=128)
     with pytest.raises(ValueError, match="kept is of another problem"):
-        gradients(op, results, *given, kept)
+        gradients(op, results, *arguments, kept)
 
 
 # ---- through the functions of the package ----
@@ -258,12 +258,12 @@ def through(x, references, sigma, D):
 
 @pytest.mark.parametrize("D", [1.0, 128.0, math.inf])
 def test_gradients_are_those_of_the_operator(op, kept, monkeypatch, D):
-    given = op.problem(18, 300, 40)
-    found = through(*given, D)
+    problem = op.problem(18, 300, 40)
+    actual = through(*problem, D)
     assert kept["forward"] == kept["backward"]
     assert kept["backward"][0] > 8 * 18 * 300
     monkeypatch.setattr(eager, "enabled", False)
-    assert_same(found, through(*given, D))
+    assert_same(actual, through(*problem, D))
     assert kept["backward"][1] == kept["forward"][1] == 0
 
 
@@ -281,14 +281,14 @@ def test_the_field_has_gradients_from_what_is_kept(op, kept, monkeypatch):
     x, references, sigma = op.problem(18, 300, 40)
     x, z = leaves(x, sigma)
 
-    def of_field():
+    def field_gradients():
         field_x, field_z = pfgm.field_fn(x, z, references)
         return torch.autograd.grad(field_x.square().sum() + field_z.sum(), (x, z))
 
-    found = of_field()
+    actual = field_gradients()
     assert kept["backward"][0] > 0
     monkeypatch.setattr(eager, "enabled", False)
-    assert_same(found, of_field())
+    assert_same(actual, field_gradients())
 
 
 def test_a_graph_can_be_used_twice(op, kept):
@@ -312,10 +312,10 @@ def test_a_second_derivative_is_refused(op):
 
 @pytest.mark.parametrize("changed", [0, 1, 2])
 def test_changes_in_place_are_noticed(op, changed):
-    given = [leaf * 1 for leaf in leaves(*op.problem(18, 300, 40))]
-    x, references, sigma = given
+    tensors = [leaf * 1 for leaf in leaves(*op.problem(18, 300, 40))]
+    x, references, sigma = tensors
     mean = pfgm.posterior_mean(x, references, r=sigma, D=1.0)
-    given[changed].mul_(2)
+    tensors[changed].mul_(2)
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
         mean.sum().backward()
 
@@ -323,13 +323,13 @@ def test_changes_in_place_are_noticed(op, changed):
 @pytest.mark.parametrize("reentrant", [False, True])
 def test_checkpoints(op, kept, reentrant):
     x, references, sigma = op.problem(18, 300, 40)
-    given = (x.requires_grad_(), references)
+    arguments = (x.requires_grad_(), references)
 
     def mean(x, references):
         return pfgm.posterior_mean(x, references, sigma=sigma, D=1.0).square().sum()
 
-    (expected,) = torch.autograd.grad(mean(*given), x)
-    checkpoint(mean, *given, use_reentrant=reentrant).backward()
+    (expected,) = torch.autograd.grad(mean(*arguments), x)
+    checkpoint(mean, *arguments, use_reentrant=reentrant).backward()
     assert torch.equal(x.grad, expected)
     # The first pass of a reentrant checkpoint is without gradients, and keeps nothing.
     sizes = [size for size in kept["forward"] if size > 0]
@@ -375,8 +375,8 @@ def test_with_more_than_autograd_at_work_nothing_is_kept(op, kept, way):
     expected = gradient(total)
     assert kept["backward"].pop() == kept["forward"].pop() > 0
     if way == "torch.func":
-        found = torch.func.grad(total)(x)
+        actual = torch.func.grad(total)(x)
     else:
-        found = gradient({"compiled": compiled, "autocast": under_autocast}[way](total))
+        actual = gradient({"compiled": compiled, "autocast": under_autocast}[way](total))
     assert kept["backward"] == kept["forward"] == [0]
-    assert torch.equal(found, expected)
+    assert torch.equal(actual, expected)

@@ -113,8 +113,8 @@ def test_points_on_a_reference(op, turns, N, D):
 @pytest.mark.parametrize("scale", [1e-25, 2.0**-60, 2.0**60, 1e25])
 @pytest.mark.usefixtures("poisoned")
 def test_tiny_and_huge_values(op, turns, N, scale):
-    given = tiles(op, 18, 300, N, 3)
-    x, references, sigma = (scale * each for each in given)
+    problem = tiles(op, 18, 300, N, 3)
+    x, references, sigma = (scale * each for each in problem)
     for D in (1.0, math.inf):
         assert turns(lambda D=D: op.compute(x, references, sigma, D)) == [18 * 2]
         assert op.mean_error(x, references, sigma, D) <= 1e-4 * scale
@@ -124,14 +124,14 @@ def test_tiny_and_huge_values(op, turns, N, scale):
 @pytest.mark.usefixtures("poisoned")
 def test_precision_medium(op, turns, D):
     problem = tiles(op, 18, 300, 40, 4)
-    found = None
+    results = None
 
     def run():
-        nonlocal found
-        found = op.compute(*problem, D, "medium")
+        nonlocal results
+        results = op.compute(*problem, D, "medium")
 
     assert turns(run) == [18 * words(300, 4)]
-    op.assert_accurate(found, op.expected(*problem, D), problem[1], tolerance=3e-3)
+    op.assert_accurate(results, op.expected(*problem, D), problem[1], tolerance=3e-3)
 
 
 @pytest.mark.parametrize("N", FEATURES)

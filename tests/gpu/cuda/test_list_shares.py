@@ -65,13 +65,13 @@ def test_medium(op, executor, sums_of, sizes):
     the same distances: another rounding of them would change the last of the 11 bits of a weight.
     """
     x, references, sigma = op.problem(*sizes)
-    found = []
+    results = []
     for multiprocessors in (1, 4):
         executor.device(90, multiprocessors)
-        sums = sums_of(lambda: found.append(op.compute(x, references, sigma, 1.0, "medium")))
+        sums = sums_of(lambda: results.append(op.compute(x, references, sigma, 1.0, "medium")))
         assert (sums == [shared()]) == (multiprocessors == 1)
-    (mean, _), (of_warps, _) = found
-    assert (mean - of_warps).norm(dim=1).max() <= 1e-6 * references.norm(dim=1).max()
+    (mean, _), (warp_mean, _) = results
+    assert (mean - warp_mean).norm(dim=1).max() <= 1e-6 * references.norm(dim=1).max()
 
 
 @pytest.mark.slow
@@ -86,10 +86,12 @@ def test_chunks_and_parts(op, executor, limits, sums_of, multiprocessors):
     executor.device(90, multiprocessors)
     for chunk, parts in ((1200, 1 << 23), (1200, 400_000), (512, 1 << 23)):
         limits(references=chunk, parts=parts, queries=520)
-        found = []
-        sums = sums_of(lambda found=found: found.append(op.compute(x, references, sigma, 1.0)))
+        results = []
+        sums = sums_of(
+            lambda results=results: results.append(op.compute(x, references, sigma, 1.0))
+        )
         assert shared(multiprocessors) in sums
-        op.assert_accurate(found[0], expected, references)
+        op.assert_accurate(results[0], expected, references)
 
 
 @pytest.mark.usefixtures("poisoned")
@@ -98,11 +100,11 @@ def test_references_that_float16_cannot_hold(op, executor, sums_of):
     x, references, sigma = op.problem(512, 150, 256)
     references[70] *= 1e20  # it is not in the sample that finds the power of two
     x[3] = references[70] * 1.001
-    found = []
-    sums = sums_of(lambda: found.append(op.compute(x, references, sigma, 1.0)))
+    results = []
+    sums = sums_of(lambda: results.append(op.compute(x, references, sigma, 1.0)))
     assert sums == [shared()]
     expected, _ = op.expected(x, references, sigma, 1.0)
-    errors = (found[0][0].double().cpu() - expected).norm(dim=1)
+    errors = (results[0][0].double().cpu() - expected).norm(dim=1)
     assert (errors / expected.norm(dim=1)).max() <= 1e-5
 
 
@@ -111,11 +113,11 @@ def test_features_of_different_sizes(op, executor, sums_of):
     x, references, sigma = op.problem(512, 150, 256)
     size = torch.logspace(-9, 0, 256).to(references.device)
     executor.device(90, 1)
-    found = []
-    sums = sums_of(lambda: found.append(op.compute(x * size, references * size, sigma, 1.0)))
+    results = []
+    sums = sums_of(lambda: results.append(op.compute(x * size, references * size, sigma, 1.0)))
     assert sums == [shared()]
     mean, _ = op.expected(x * size, references * size, sigma, 1.0)
-    errors = (found[0][0].double().cpu() - mean).abs() / size.cpu()
+    errors = (results[0][0].double().cpu() - mean).abs() / size.cpu()
     assert errors.max() <= 2e-5
 
 
@@ -130,7 +132,7 @@ def test_rows_that_lie_apart(op, executor, sums_of, device, gap, aligned):
     if aligned:
         assert sums == [shared()]
     else:
-        assert [found for found, *_ in sums] == [128]
+        assert [threads for threads, *_ in sums] == [128]
 
 
 @pytest.mark.parametrize("N", [257, 258, pytest.param(515, marks=pytest.mark.slow)])
@@ -149,9 +151,9 @@ def test_features_that_are_no_whole_pieces(op, executor, sums_of, device, N):
 def test_the_order_of_threads_does_not_change_a_bit(op, executor):
     x, references, sigma = op.problem(515, 140, 256)
     executor.device(90, 1)
-    found = []
+    means = []
     for order in (0, 1, 77):
         executor.order(order)
-        found.append(op.compute(x, references, sigma, 1.0)[0])
-    assert torch.equal(found[0], found[1])
-    assert torch.equal(found[0], found[2])
+        means.append(op.compute(x, references, sigma, 1.0)[0])
+    assert torch.equal(means[0], means[1])
+    assert torch.equal(means[0], means[2])

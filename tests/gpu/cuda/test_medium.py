@@ -149,9 +149,9 @@ def test_rows_that_are_not_aligned(op, check):
 def test_gradients(op, executor, multiprocessors):
     executor.device(90, multiprocessors)
     x, references, sigma = op.problem(100, 150, 97)
-    given = x, references, sigma.clamp(min=0.05), 1.0
-    found, wanted = op.gradients(*given, precision="medium"), op.expected_gradients(*given)
-    for gradient, expected in zip(found, wanted, strict=True):
+    arguments = x, references, sigma.clamp(min=0.05), 1.0
+    actual, wanted = op.gradients(*arguments, precision="medium"), op.expected_gradients(*arguments)
+    for gradient, expected in zip(actual, wanted, strict=True):
         op.assert_gradient(gradient, expected, ANY)
 
 
@@ -165,11 +165,11 @@ def products(executor):
     def products(run):
         executor.launches()
         run()
-        found: dict[str, int] = {}
+        totals: dict[str, int] = {}
         for one in executor.launches():
             count = one.counts["mma"] + one.counts["mma to float16"]
-            found[one.name] = found.get(one.name, 0) + count
-        return found
+            totals[one.name] = totals.get(one.name, 0) + count
+        return totals
 
     return products
 
@@ -179,9 +179,9 @@ def test_one_product_in_place_of_three(op, executor, products, sizes):
     """Tiles are of the same size in both. Weighted sums leave out one product of three."""
     B, M, N, multiprocessors = sizes
     executor.device(80, multiprocessors)
-    given = *op.problem(B, M, N), 1.0
+    arguments = *op.problem(B, M, N), 1.0
     high, medium = (
-        products(functools.partial(op.compute, *given, precision))
+        products(functools.partial(op.compute, *arguments, precision))
         for precision in ("high", "medium")
     )
     assert 3 * medium["distances"] == high["distances"]
@@ -190,26 +190,26 @@ def test_one_product_in_place_of_three(op, executor, products, sizes):
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.uint8])
 def test_short_references_are_computed_as_in_high(op, mean_of, dtype):
-    given = *op.problem(40, 129, 64, dtype=dtype), 1.0
-    for found, wanted in zip(mean_of(*given), op.compute(*given), strict=True):
-        assert torch.equal(found, wanted)
+    arguments = *op.problem(40, 129, 64, dtype=dtype), 1.0
+    for actual, wanted in zip(mean_of(*arguments), op.compute(*arguments), strict=True):
+        assert torch.equal(actual, wanted)
 
 
 @pytest.mark.parametrize("sizes", [(8, 129, 64), (40, 129, 20)])
 def test_differences_are_the_same(op, mean_of, sizes):
-    given = *op.problem(*sizes), 1.0
-    for found, wanted in zip(mean_of(*given), op.compute(*given), strict=True):
-        assert torch.equal(found, wanted)
+    arguments = *op.problem(*sizes), 1.0
+    for actual, wanted in zip(mean_of(*arguments), op.compute(*arguments), strict=True):
+        assert torch.equal(actual, wanted)
 
 
 def test_the_order_of_threads_does_not_change_a_bit(op, executor, mean_of):
-    given = *op.problem(100, 129, 97), 1.0
+    arguments = *op.problem(100, 129, 97), 1.0
     for multiprocessors in (1, 4):
         executor.device(90, multiprocessors)
         results = []
         for order in (0, 1, 2, 3):
             executor.order(order)
-            results.append(mean_of(*given))
+            results.append(mean_of(*arguments))
         for other in results[1:]:
             assert all(torch.equal(a, b) for a, b in zip(results[0], other, strict=True))
 

@@ -255,11 +255,11 @@ def test_huge_numbers_of_dimensions(op):
 
     def gradients(D):
         scale = 1 if math.isinf(D) else math.sqrt(D)
-        given = PosteriorMean(x, references, sigma * scale, D)
-        mean, _, nearest, total = op.module.posterior_mean(given)
+        problem = PosteriorMean(x, references, sigma * scale, D)
+        mean, _, nearest, total = op.module.posterior_mean(problem)
         state, upstream = State(mean, nearest, total), Upstream(G, torch.zeros_like(sigma))
         grad_x, grad_y, grad_radius = op.module.posterior_mean_backward(
-            given, state, upstream, (True, True, True)
+            problem, state, upstream, (True, True, True)
         )
         return grad_x, grad_y, scale * grad_radius
 
@@ -297,8 +297,8 @@ def test_accuracy_contract_on_photographs(op, device, executor, photographs, D, 
         pairs = (as_float[:18] + as_float[20:38]) / 2
         points = torch.where((torch.arange(18) % 3 == 0)[:, None], pairs, as_float[:18])
         x = points + sigma[:, None].float() * torch.randn(18, 3072, generator=generator)
-        given = (x.to(device), references.to(device), op.radius_of(sigma, D).to(device))
-        op.check(*given, D, tolerance=2e-5)
+        tensors = (x.to(device), references.to(device), op.radius_of(sigma, D).to(device))
+        op.check(*tensors, D, tolerance=2e-5)
 
 
 # ---- limits ----
@@ -355,9 +355,9 @@ def on_a_sphere(B, M, N, squared):
     more or less. Their features have 12 digits, so that float32 holds the squares."""
     generator = torch.Generator().manual_seed(2)
     wanted = 2**22 * squared - 1
-    found = torch.randn(40_000, N - 1, generator=generator)
-    found *= wanted**0.5 / found.norm(dim=1, keepdim=True)
-    one = found.round()[found.round().double().square().sum(1) == wanted][0]
+    candidates = torch.randn(40_000, N - 1, generator=generator)
+    candidates *= wanted**0.5 / candidates.norm(dim=1, keepdim=True)
+    one = candidates.round()[candidates.round().double().square().sum(1) == wanted][0]
     signs = 2 * torch.randint(0, 2, (M, N - 1), generator=generator) - 1
     last = 1 + torch.randint(-20, 21, (M, 1), generator=generator) / 2**11
     return torch.zeros(B, N), torch.cat([signs * one, last], 1) / 2**11
@@ -373,8 +373,8 @@ def test_differences_far_below_float32_decide(op, device, sizes, squared, scale)
     radius = torch.full((len(x),), 1e-3 * scale, dtype=torch.float64, device=device)
     op.check(x, references, radius, 2e9)
     mean, _ = op.compute(x, references, radius, 2e9)
-    of_all = references.mean(0)
-    assert (mean - of_all).norm(dim=1).min() > 0.1 * of_all.norm()
+    center = references.mean(0)
+    assert (mean - center).norm(dim=1).min() > 0.1 * center.norm()
 
 
 @pytest.mark.parametrize("D", [1.0, math.inf])
@@ -386,8 +386,8 @@ def test_distances_over_sigma_beyond_float32(op, device, sizes, D):
     for radius_of_all, apart in ((1e-30, 1e-3), (1e-160, 0.0), (1e-160, 1e-3), (1e-23, 1e-12)):
         x = references[: sizes[0]].clone() + apart
         radius = torch.full((len(x),), radius_of_all, dtype=torch.float64, device=device)
-        found = PosteriorMean(x, references, radius, D)
-        mean, _, _, total = op.module.posterior_mean(found)
+        problem = PosteriorMean(x, references, radius, D)
+        mean, _, _, total = op.module.posterior_mean(problem)
         if not math.isinf(D) and apart > 0:  # others have a weight too
             op.check(x, references, radius, D)
             continue
@@ -448,8 +448,8 @@ def test_sums_over_very_many_references(op, executor, limits):
 @pytest.mark.parametrize("scale", [1e-36, 1e-30, 1e30, 1e36])
 def test_sums_of_tiny_and_huge_references(op, scale):
     x, references, sigma = op.problem(40, 300, 96)
-    found = feature_errors(op, x * scale, references * scale, sigma * scale, 1.0)
-    assert found.max() <= 1e-5
+    errors = feature_errors(op, x * scale, references * scale, sigma * scale, 1.0)
+    assert errors.max() <= 1e-5
 
 
 # ---- layouts ----
@@ -518,17 +518,17 @@ def test_gradients_do_not_depend_on_the_unit(op, sizes, power, D):
     if far:
         G = torch.zeros_like(G)
 
-    def gradients(unit, g, of_y):
-        given = PosteriorMean(x * unit, references * unit, radius * unit, D)
-        mean, _, nearest, total = op.module.posterior_mean(given)
-        state, needs = State(mean, nearest, total), (not of_y, of_y, not of_y)
-        found = op.module.posterior_mean_backward(given, state, Upstream(G, g), needs)
-        return [gradient for gradient in found if gradient is not None]
+    def gradients(unit, g, needs_y):
+        problem = PosteriorMean(x * unit, references * unit, radius * unit, D)
+        mean, _, nearest, total = op.module.posterior_mean(problem)
+        state, needs = State(mean, nearest, total), (not needs_y, needs_y, not needs_y)
+        results = op.module.posterior_mean_backward(problem, state, Upstream(G, g), needs)
+        return [gradient for gradient in results if gradient is not None]
 
-    for of_y in (False, True):
-        shrink = far and not of_y  # gradients are then 1/unit times as large
-        found = gradients(unit, g if shrink else g * unit, of_y)
-        for gradient, wanted in zip(found, gradients(1.0, g, of_y), strict=True):
+    for needs_y in (False, True):
+        shrink = far and not needs_y  # gradients are then 1/unit times as large
+        actual = gradients(unit, g if shrink else g * unit, needs_y)
+        for gradient, wanted in zip(actual, gradients(1.0, g, needs_y), strict=True):
             assert gradient.any()
             op.assert_gradient(gradient * unit if shrink else gradient, wanted.cpu(), 1e-5)
 
@@ -550,13 +550,13 @@ def test_gradients_beside_one_reference(op, B, D):
     sigma = torch.logspace(-0.1, 0.2, B, dtype=torch.float64).to(x.device)
     radius = op.radius_of(sigma, D)
     G, g = op.upstream(x, radius)[0], torch.zeros_like(radius)
-    given = PosteriorMean(x, references, radius, D)
-    mean, _, nearest, total = op.module.posterior_mean(given)
+    problem = PosteriorMean(x, references, radius, D)
+    mean, _, nearest, total = op.module.posterior_mean(problem)
     state, needs = State(mean, nearest, total), (True, True, True)
-    found = op.module.posterior_mean_backward(given, state, Upstream(G, g), needs)
+    actual = op.module.posterior_mean_backward(problem, state, Upstream(G, g), needs)
     expected = op.oracle_gradients(x.cpu(), references.cpu(), radius.cpu(), D, G.cpu(), g.cpu())
     assert expected[0].norm(dim=1).min() < 1e-4 * G.norm(dim=1).min().cpu()
-    for gradient, wanted in zip(found, expected, strict=True):
+    for gradient, wanted in zip(actual, expected, strict=True):
         op.assert_gradient(gradient, wanted, 1e-5)
 
 
@@ -565,12 +565,12 @@ def test_gradients_beside_one_reference(op, B, D):
 
 def test_other_types_are_refused_with_the_reason(op):
     x, references, sigma = op.problem(3, 5, 4)
-    for given, message in (
+    for tensors, message in (
         ((x.double(), references), "computes in float32 on a GPU, not torch.float64"),
         ((x, references.double()), "reads references in torch.float32, .* not torch.float64"),
     ):
         with pytest.raises(pfgm.backends.Unavailable, match=message):
-            torch.ops.pfgm.posterior_mean(*given, sigma, 1.0, backend="native")
+            torch.ops.pfgm.posterior_mean(*tensors, sigma, 1.0, backend="native")
 
 
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")

@@ -70,9 +70,9 @@ def check_gradients(op, x, references, radius, D):
     y = dequantise(references, torch.float32)
     op.check_gradients(x, y, radius, D, tolerance=1e-4)
     grad_x, _, grad_radius = op.expected_gradients(x, y, radius, D)
-    found_x, _, found_radius = op.gradients(x, references, radius, D, (True, False, True))
-    op.assert_gradient(found_x, grad_x, 1e-4)
-    op.assert_gradient(found_radius, grad_radius, 1e-4)
+    actual_x, _, actual_radius = op.gradients(x, references, radius, D, (True, False, True))
+    op.assert_gradient(actual_x, grad_x, 1e-4)
+    op.assert_gradient(actual_radius, grad_radius, 1e-4)
 
 
 # ---- which pairs are listed ----
@@ -118,8 +118,8 @@ def test_all_pairs_of_one_tile(op, refined, N):
 def test_chunks_and_blocks(op, refined, N):
     """Two blocks of queries; chunks of 128, 128 and 44 references."""
     problem = all_near_but_one(op, 20, 300, N)
-    found = refined(lambda: op.check(*problem, 1.0))
-    assert found == [10 * 127, 10 * 128, 10 * 44] * 2
+    counts = refined(lambda: op.check(*problem, 1.0))
+    assert counts == [10 * 127, 10 * 128, 10 * 44] * 2
     check_gradients(op, *problem, 1.0)
 
 
@@ -204,11 +204,11 @@ def test_gradients_of_other_points_than_one_that_is_not_finite(op, bad, N, D):
     needs = (True, False, True)
     wanted_x, _, wanted_radius = op.gradients(x, references, radius, D, needs)[:3]
     x[2, N - 1] = bad
-    found_x, _, found_radius = op.gradients(x, references, radius, D, needs)[:3]
+    actual_x, _, actual_radius = op.gradients(x, references, radius, D, needs)[:3]
     others = torch.arange(18) != 2
-    assert found_x[2].isnan().all()
-    torch.testing.assert_close(found_x[others], wanted_x[others], rtol=1e-4, atol=1e-4)
-    torch.testing.assert_close(found_radius[others], wanted_radius[others], rtol=1e-4, atol=1e-4)
+    assert actual_x[2].isnan().all()
+    torch.testing.assert_close(actual_x[others], wanted_x[others], rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(actual_radius[others], wanted_radius[others], rtol=1e-4, atol=1e-4)
 
 
 def test_differences_too_large_for_float32_are_cut_off(op, device):
@@ -230,12 +230,12 @@ def test_differences_too_large_for_float32_are_cut_off(op, device):
 def test_the_list_does_not_change_a_bit(op, executor, limits, problem, N):
     """Sums over references have one part each, whatever the number of multiprocessors."""
     limits(parts=1)
-    given = problem(op, 18, 300, N) if problem else op.problem(18, 300, N)
+    tensors = problem(op, 18, 300, N) if problem else op.problem(18, 300, N)
     results = []
     for order, multiprocessors in enumerate(MULTIPROCESSORS):
         executor.order(order)
         executor.device(90, multiprocessors)
-        results.append(op.everything(*given, math.inf))
+        results.append(op.everything(*tensors, math.inf))
     for other in results[1:]:
         assert all(torch.equal(a, b) for a, b in zip(results[0], other, strict=True))
 

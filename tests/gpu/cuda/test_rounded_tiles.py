@@ -36,19 +36,19 @@ def run(executor):
         executor.device(90, multiprocessors)
         executor.launches()
         result = call()
-        found = [
+        launches = [
             (one.grid, one.counts["wgmma"], one.counts["mma"] + one.counts["mma to float16"])
             for one in executor.launches()
             if one.name == "distances"
         ]
-        assert found
+        assert launches
         queries = 128 if B <= 128 else 256
-        for grid, products, others in found:
+        for grid, products, others in launches:
             assert grid[:2] == (-(-M // 128), -(-B // queries))
             # Two warpgroups, four warps each, 64 queries and half a panel at a time.
             panels = -(-N // 32) * grid[0] * grid[1]
             assert (products, others) == (8 * queries // 64 * 2 * panels, 0)
-        return result, {grid[2] for grid, *_ in found}
+        return result, {grid[2] for grid, *_ in launches}
 
     return run
 
@@ -67,11 +67,11 @@ def check(op, executor, run, mean_of):
 
     def check(x, references, radius, D, multiprocessors=1):
         sizes = len(x), *references.shape
-        found, slices = run(lambda: mean_of(x, references, radius, D), sizes, multiprocessors)
-        op.assert_accurate(found, op.expected(x, references, radius, D), references, ANY)
+        results, slices = run(lambda: mean_of(x, references, radius, D), sizes, multiprocessors)
+        op.assert_accurate(results, op.expected(x, references, radius, D), references, ANY)
         executor.device(80, multiprocessors)
-        of_warps = mean_of(x, references, radius, D)
-        op.assert_accurate(found, [each.double() for each in of_warps], references, SAME)
+        warp_results = mean_of(x, references, radius, D)
+        op.assert_accurate(results, [each.double() for each in warp_results], references, SAME)
         return slices
 
     return check
@@ -101,9 +101,9 @@ def test_slices(op, check, queries, D):
 @pytest.mark.usefixtures("poisoned")
 def test_gradients(op, run, sizes):
     x, references, sigma = op.problem(*sizes)
-    given = x, references, sigma.clamp(min=0.05), 1.0
-    found, _ = run(lambda: op.gradients(*given, precision="medium"), sizes)
-    for gradient, expected in zip(found, op.expected_gradients(*given), strict=True):
+    arguments = x, references, sigma.clamp(min=0.05), 1.0
+    actual, _ = run(lambda: op.gradients(*arguments, precision="medium"), sizes)
+    for gradient, expected in zip(actual, op.expected_gradients(*arguments), strict=True):
         op.assert_gradient(gradient, expected, ANY)
 
 
@@ -112,9 +112,9 @@ def test_gradients(op, run, sizes):
 def test_gradients_with_slices(op, run, queries):
     sizes, multiprocessors = SLICED[queries]
     x, references, sigma = op.problem(*sizes)
-    given = x, references, sigma.clamp(min=0.05), 1.0
-    found, _ = run(lambda: op.gradients(*given, precision="medium"), sizes, multiprocessors)
-    for gradient, expected in zip(found, op.expected_gradients(*given), strict=True):
+    arguments = x, references, sigma.clamp(min=0.05), 1.0
+    actual, _ = run(lambda: op.gradients(*arguments, precision="medium"), sizes, multiprocessors)
+    for gradient, expected in zip(actual, op.expected_gradients(*arguments), strict=True):
         op.assert_gradient(gradient, expected, ANY)
 
 
@@ -181,9 +181,9 @@ def test_a_reference_out_of_range_of_float16(op, run, check, at):
     x, references, sigma = op.problem(*sizes)
     references[at] *= 1e6
     check(x, references, sigma, 1.0)
-    given = x, references, sigma.clamp(min=0.05), 1.0
-    found, _ = run(lambda: op.gradients(*given, precision="medium"), sizes)
-    assert all(gradient.isfinite().all() for gradient in found)
+    arguments = x, references, sigma.clamp(min=0.05), 1.0
+    gradients, _ = run(lambda: op.gradients(*arguments, precision="medium"), sizes)
+    assert all(gradient.isfinite().all() for gradient in gradients)
 
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf])
@@ -215,10 +215,10 @@ def test_chunks_and_blocks(op, executor, limits, mean_of):
     limits(queries=150, references=256)
     executor.device(90, 1)
     executor.launches()
-    found = mean_of(x, references, sigma)
+    results = mean_of(x, references, sigma)
     grids = [tuple(grid) for name, grid, *_ in executor.launches() if name == "distances"]
     assert grids == [(2, 1, 1), (1, 1, 1)] * 2
-    op.assert_accurate(found, op.expected(x, references, sigma, 1.0), references, USUAL)
+    op.assert_accurate(results, op.expected(x, references, sigma, 1.0), references, USUAL)
 
 
 def test_rows_that_are_not_aligned_take_other_tiles(op, executor, mean_of, device):
@@ -229,9 +229,9 @@ def test_rows_that_are_not_aligned_take_other_tiles(op, executor, mean_of, devic
         rows = torch.full((M, N + gap), math.nan, device=device)
         rows[:, gap:] = references
         executor.launches()
-        found = mean_of(x, rows[:, gap:], sigma)
+        results = mean_of(x, rows[:, gap:], sigma)
         assert not any(one.counts["wgmma"] for one in executor.launches())
-        op.assert_accurate(found, op.expected(x, references, sigma, 1.0), references, USUAL)
+        op.assert_accurate(results, op.expected(x, references, sigma, 1.0), references, USUAL)
 
 
 @pytest.mark.parametrize("sizes", [(100, 129, 100), (200, 129, 100)])

@@ -85,12 +85,12 @@ def test_slices_change_no_more_than_rounding(op, executor, sliced, tile):
     """On one multiprocessor there are none."""
     sizes, _ = PROBLEMS[tile]
     x, references, sigma = op.problem(*sizes)
-    found = sliced(tile, lambda: op.everything(x, references, sigma, 1.0))
+    results = sliced(tile, lambda: op.everything(x, references, sigma, 1.0))
     executor.device(tile[2], 1)
     executor.names()
     whole = op.everything(x, references, sigma, 1.0)
     assert "finish_distances" not in executor.names()
-    (mean, lse, nearest, _, *gradients) = found
+    (mean, lse, nearest, _, *gradients) = results
     (whole_mean, whole_lse, whole_nearest, _, *whole_gradients) = whole
     op.assert_accurate((mean, lse), (whole_mean.double(), whole_lse), references, 2e-6)
     torch.testing.assert_close(nearest, whole_nearest, rtol=1e-6, atol=1e-6)

@@ -26,9 +26,11 @@ def _on_a_gpu(session_executor, monkeypatch):
 
 @pytest.mark.parametrize("name", FAST)
 def test_a_trial_passes(device, name):
-    found = errors(name, "native", device)
+    figures = errors(name, "native", device)
     trial = TRIALS[name]
-    assert {each: error for each, error in found.items() if not error <= trial.allowed(each)} == {}
+    assert {
+        each: error for each, error in figures.items() if not error <= trial.allowed(each)
+    } == {}
 
 
 @pytest.mark.parametrize("backend", ["native"])

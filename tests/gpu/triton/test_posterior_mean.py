@@ -71,9 +71,9 @@ def test_forward(op, device, index, dtype):
 @pytest.mark.parametrize("D", [1.0, math.inf])
 def test_medium_precision(op, device, D):
     x, references, sigma = problem(17, 65, 64, device=device)
-    given = (x, references, op.radius_of(sigma, D), D)
-    result = triton.posterior_mean(PosteriorMean(*given, precision="medium"))[:2]
-    op.assert_accurate(result, op.expected(*given), references, tolerance=3e-3)
+    arguments = (x, references, op.radius_of(sigma, D), D)
+    result = triton.posterior_mean(PosteriorMean(*arguments, precision="medium"))[:2]
+    op.assert_accurate(result, op.expected(*arguments), references, tolerance=3e-3)
 
 
 def test_an_unknown_precision_raises(device):
@@ -222,8 +222,8 @@ def truncating(monkeypatch):
     interpreter = importlib.import_module("triton.runtime.interpreter")
 
     def product(builder, a, b, total, precision, imprecise):
-        found = truncated_product(a.data, b.data, total.data)
-        return interpreter.TensorHandle(found, total.dtype.scalar)
+        result = truncated_product(a.data, b.data, total.data)
+        return interpreter.TensorHandle(result, total.dtype.scalar)
 
     monkeypatch.setattr(interpreter.InterpreterBuilder, "create_dot", product)
 

@@ -11,7 +11,9 @@ FAST = ["few points, 5 × 70 × 37", "bytes, 5 × 70 × 37", "ties and limits", 
 
 @pytest.mark.parametrize("name", FAST)
 def test_a_trial_passes(device, name):
-    found = errors(name, "triton", device)
+    figures = errors(name, "triton", device)
     trial = TRIALS[name]
     assert trial.applies("triton", device)
-    assert {each: error for each, error in found.items() if not error <= trial.allowed(each)} == {}
+    assert {
+        each: error for each, error in figures.items() if not error <= trial.allowed(each)
+    } == {}

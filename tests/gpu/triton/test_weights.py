@@ -29,15 +29,15 @@ def pieces(monkeypatch):
 
 @triton.jit
 def weights_of(
-    excess, nearest, radius, found, exponent: tl.float64, G: tl.constexpr, BLOCK: tl.constexpr
+    excess, nearest, radius, out, exponent: tl.float64, G: tl.constexpr, BLOCK: tl.constexpr
 ):
     index = tl.arange(0, BLOCK)
     rate = weights.score_rate(tl.load(nearest), tl.load(radius), exponent, G)
     value = weights.relative_weight(tl.load(excess + index), rate, exponent, G)
-    tl.store(found + index, value)
+    tl.store(out + index, value)
 
 
-def found_weights(device, excess, nearest, radius, exponent):
+def compute_weights(device, excess, nearest, radius, exponent):
     """Weights in float32 at squared distances nearest + excess."""
     count = len(excess)
     result = torch.empty(count, device=device)
@@ -67,22 +67,22 @@ def test_weights_in_float32(device, exponent, scale):
         s = nearest + radius**2
         excess = s * np.expm1(nats / exponent)
         exact = np.longdouble(exponent) * np.log1p(excess.astype(np.longdouble) / s)
-    found = found_weights(device, excess, nearest, radius, exponent)
-    error = np.abs(found * np.exp(exact) - 1)
+    result = compute_weights(device, excess, nearest, radius, exponent)
+    error = np.abs(result * np.exp(exact) - 1)
     assert (error <= 5e-7 * np.maximum(1, exact)).all()
 
 
 @pytest.mark.parametrize("exponent", [0.5, 1536.5, math.inf])
 def test_limits_of_weights(device, exponent):
     excess = np.array([0.0, 2.0**-290, 2.0**-149, 1.0, 1e30, 1e80, math.inf, math.nan])
-    found = found_weights(device, excess, 0.0, 0.0, exponent)
-    assert found[0] == 1.0
-    assert not found[1:7].any()
-    assert np.isnan(found[7])
-    found = found_weights(device, excess, 1.0, 1.0, exponent)
-    assert found[:3].tolist() == [1.0, 1.0, 1.0]
-    assert found[6] == 0.0
-    assert np.isnan(found[7])
+    result = compute_weights(device, excess, 0.0, 0.0, exponent)
+    assert result[0] == 1.0
+    assert not result[1:7].any()
+    assert np.isnan(result[7])
+    result = compute_weights(device, excess, 1.0, 1.0, exponent)
+    assert result[:3].tolist() == [1.0, 1.0, 1.0]
+    assert result[6] == 0.0
+    assert np.isnan(result[7])
 
 
 @pytest.mark.parametrize(
