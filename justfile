@@ -43,7 +43,7 @@ format:
 
 # Run the CPU kernels under the address and thread sanitizers.
 sanitize:
-    .ci/sanitize cpu_test
+    .ci/sanitize
 
 # Compile the CPU kernels for ARM, and test them under qemu.
 aarch64:

@@ -12,6 +12,7 @@ from unittest import mock
 
 import torch
 from triton.backends.compiler import GPUTarget
+from triton.backends.nvidia.compiler import CUDABackend
 from triton.compiler import CompiledKernel
 from triton.runtime import driver
 
@@ -113,7 +114,7 @@ def in_place_of_a_gpu(executor: Executor) -> Iterator[None]:
     """Triton launches its kernels in the executor, with tensors in CPU memory."""
     executor.device(CAPABILITY)
     stand_in = _Driver(executor)
-    begin = CompiledKernel._init_handles
+    begin, hash_of_tools = CompiledKernel._init_handles, CUDABackend.hash
 
     def keep_ptx(kernel: CompiledKernel) -> Any:
         stand_in.utils.ptx = kernel.asm["ptx"]
@@ -128,6 +129,10 @@ def in_place_of_a_gpu(executor: Executor) -> Iterator[None]:
     driver.set_active(stand_in)
     try:
         with (
+            # Machine code is not needed, and takes most of the time. Kernels without it are kept
+            # under a key of their own.
+            mock.patch.object(CUDABackend, "make_cubin", return_value=b""),
+            mock.patch.object(CUDABackend, "hash", lambda tools: f"ptx {hash_of_tools(tools)}"),
             mock.patch.object(CompiledKernel, "_init_handles", keep_ptx),
             mock.patch.object(triton, "supports", supports_cpu),
         ):

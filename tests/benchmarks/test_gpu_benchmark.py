@@ -7,7 +7,6 @@ import contextlib
 import json
 import math
 import os
-import subprocess
 import sys
 import threading
 import time
@@ -36,11 +35,9 @@ ROOT = Path(__file__).resolve().parents[2]
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU is there: the command would measure")
-def test_without_a_gpu_nothing_is_measured(tmp_path):
-    command = [sys.executable, "-m", "benchmarks.gpu", "--out", str(tmp_path / "out")]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    assert "no GPU" in done.stdout
+def test_without_a_gpu_nothing_is_measured(tmp_path, capsys):
+    assert gpu.main(["--out", str(tmp_path / "out")]) == 0
+    assert "no GPU" in capsys.readouterr().out
     assert not (tmp_path / "out").exists()
 
 
@@ -564,11 +561,13 @@ def test_later_times_replace_earlier_ones_and_the_others_stay(monkeypatch, tmp_p
     assert [row["subject"] for row in content["rows"]] == ["b", "c", "a"]
 
 
-def test_a_subject_that_never_ends_ends_the_process(tmp_path):
-    program = "import time; from benchmarks.gpu.measure import ended_after\n"
-    program += "with ended_after(0.1): time.sleep(60)"
-    done = subprocess.run([sys.executable, "-c", program], cwd=ROOT)
-    assert done.returncode == gpu.LOST
+def test_a_subject_that_never_ends_ends_the_process():
+    process = os.fork()
+    if process == 0:
+        with gpu_measure.ended_after(0.1):
+            time.sleep(60)
+        os._exit(0)
+    assert os.waitstatus_to_exitcode(os.waitpid(process, 0)[1]) == gpu.LOST
 
 
 # ---- what is computed -------------------------------------------------------------------------

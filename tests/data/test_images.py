@@ -87,20 +87,20 @@ def test_transparent_images_are_composed_on_white(tmp_path: Path, channels: int)
     image = pixels(30, 50, channels + 1)
     image[0, :, -1], image[1, :, -1] = 0, 255
     write(tmp_path / "a.png", image)
-    found = loaded(tmp_path)[0].transpose(1, 2, 0)
+    shown = loaded(tmp_path)[0].transpose(1, 2, 0)
     expected = on_white(image[..., :-1], image[..., -1:])
-    assert (found[0] == 255).all()
-    np.testing.assert_array_equal(found[1], image[1, :, :-1])
-    assert np.abs(found - expected).max() <= 1
+    assert (shown[0] == 255).all()
+    np.testing.assert_array_equal(shown[1], image[1, :, :-1])
+    assert np.abs(shown - expected).max() <= 1
 
 
 def test_a_transparent_colour_of_a_palette_becomes_white(tmp_path: Path) -> None:
     image = Image.fromarray(np.eye(4, dtype=np.uint8)).convert("P")
     image.putpalette([200, 10, 10, 0, 0, 255])
     image.save(tmp_path / "a.png", transparency=0)
-    found = loaded(tmp_path)[0].transpose(1, 2, 0)
-    assert found[0, 0].tolist() == [0, 0, 255]
-    assert found[0, 1].tolist() == [255, 255, 255]
+    shown = loaded(tmp_path)[0].transpose(1, 2, 0)
+    assert shown[0, 0].tolist() == [0, 0, 255]
+    assert shown[0, 1].tolist() == [255, 255, 255]
 
 
 # ---- labels and archives ----------------------------------------------------------------------

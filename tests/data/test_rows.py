@@ -78,9 +78,9 @@ def test_every_dtype_off_alignment(tmp_path: Path, dtype: torch.dtype) -> None:
     rows = numbers(*SHAPE, dtype=dtype)
     for source in (InMemory(rows), on_disk(tmp_path, rows)):
         assert source.dtype == dtype
-        for found in (source.read(2, 7), source.take(torch.arange(2, 7))):
-            assert found.dtype == dtype
-            assert torch.equal(found, rows[2:7])
+        for part in (source.read(2, 7), source.take(torch.arange(2, 7))):
+            assert part.dtype == dtype
+            assert torch.equal(part, rows[2:7])
 
 
 def test_random_rows_against_indexing(tmp_path: Path) -> None:

@@ -5,10 +5,10 @@ import pytest
 
 @pytest.fixture(scope="session")
 def same():
-    """same(found, correct, tolerance): equal within a tolerance of the largest value."""
+    """same(actual, correct, tolerance): equal within a tolerance of the largest value."""
 
-    def check(found, correct, tolerance):
-        worst = float((found - correct).abs().max() / correct.abs().max().clamp(min=1))
+    def check(actual, correct, tolerance):
+        worst = float((actual - correct).abs().max() / correct.abs().max().clamp(min=1))
         assert worst <= tolerance, worst
 
     return check

@@ -77,8 +77,8 @@ def test_flow_matchings_solver_takes_the_velocity(D):
     solver = pytest.importorskip("flow_matching.solver")
     matcher = PoissonFlowMatcher(D, POINTS)
     noise = matcher.noise((32, 2), generator=seeded(), dtype=torch.float64)
-    found = solver.ODESolver(matcher.velocity).sample(noise, step_size=0.01, method="midpoint")
-    assert torch.cdist(found, POINTS).amin(1).max() < 1e-3 * noise.norm(dim=1).max()
+    samples = solver.ODESolver(matcher.velocity).sample(noise, step_size=0.01, method="midpoint")
+    assert torch.cdist(samples, POINTS).amin(1).max() < 1e-3 * noise.norm(dim=1).max()
 
     law, end, x = kernel(D, 2), 0.6, spread_points(8)
     shortened = solver.ODESolver(lambda x, t: end * matcher.velocity(end * t, x))  # 1 is our 0.6
@@ -99,8 +99,8 @@ def test_flow_matchings_solver_takes_the_velocity(D):
 @pytest.mark.parametrize("t", [0.02, 0.5, 0.9])
 def test_velocity_is_the_average_of_the_conditional_ones(D, t):
     x = spread_points()
-    found = PoissonFlowMatcher(D, POINTS).velocity(t, x)
-    torch.testing.assert_close(found, marginal(x, t, D)[1], rtol=1e-9, atol=1e-9)
+    velocity = PoissonFlowMatcher(D, POINTS).velocity(t, x)
+    torch.testing.assert_close(velocity, marginal(x, t, D)[1], rtol=1e-9, atol=1e-9)
 
 
 @pytest.mark.parametrize("D", DS)
@@ -125,9 +125,9 @@ def test_the_targets_agree_on_average(D):
     """Averaged against any function of x_t; the target of the references varies less."""
     count, t = 100_000, 0.6
     x1 = POINTS[torch.randint(len(POINTS), (count,), generator=seeded(2))]
-    of_one = PoissonFlowMatcher(D)
-    x0 = of_one.noise(x1.shape, generator=seeded(), dtype=torch.float64)
-    _, xt, single = of_one.sample_location_and_conditional_flow(x0, x1, t)
+    alone = PoissonFlowMatcher(D)
+    x0 = alone.noise(x1.shape, generator=seeded(), dtype=torch.float64)
+    _, xt, single = alone.sample_location_and_conditional_flow(x0, x1, t)
     matcher = PoissonFlowMatcher(D, POINTS)
     times, same_xt, stable = matcher.sample_location_and_conditional_flow(x0, x1, t)
     assert torch.equal(xt, same_xt)
@@ -158,12 +158,12 @@ def test_the_velocity_has_the_digits_of_x_minus_mean(at_once, monkeypatch):
     matcher, wide = PoissonFlowMatcher(1, data), PoissonFlowMatcher(1, data.double())
     t = torch.tensor([0.0, 1e-4, 0.3, 0.7, 0.999]).repeat_interleave(60)
     noise = matcher.noise(data.shape, generator=seeded(1))
-    given = (noise, data, t)
-    _, x, target = matcher.sample_location_and_conditional_flow(*given)
-    _, _, wide_target = wide.sample_location_and_conditional_flow(*(g.double() for g in given))
+    batch = (noise, data, t)
+    _, x, target = matcher.sample_location_and_conditional_flow(*batch)
+    _, _, wide_target = wide.sample_location_and_conditional_flow(*(g.double() for g in batch))
     velocities = matcher.velocity(t, x), wide.velocity(t.double(), x.double())
-    for found, expected in (velocities, (target, wide_target)):
-        error = (found - expected).norm(dim=1) / expected.norm(dim=1)
+    for narrow, expected in (velocities, (target, wide_target)):
+        error = (narrow - expected).norm(dim=1) / expected.norm(dim=1)
         assert error.max() < 2e-5
 
 
@@ -180,8 +180,8 @@ def test_both_ends(D):
     assert torch.equal(start[1], expected)
     # in float32 and far out, too
     far = 1e4 * x.float()
-    found = PoissonFlowMatcher(D, POINTS.float()).velocity(0.0, far)
-    torch.testing.assert_close(found, POINTS.mean(0).float() - far)
+    velocity = PoissonFlowMatcher(D, POINTS.float()).velocity(0.0, far)
+    torch.testing.assert_close(velocity, POINTS.mean(0).float() - far)
 
 
 @pytest.mark.parametrize("D", DS)
@@ -192,11 +192,11 @@ def test_integration_is_sampling_and_ends_on_references(D):
     start, near, tight = 1 / (1 + flow.sigma_max), 0.999, {"rtol": 1e-7, "atol": 1e-7}
     times = torch.tensor([start, near, 1.0], dtype=torch.float64)
     velocity = PoissonFlowMatcher(D, POINTS).velocity
-    _, found, end = odeint(velocity, start * prior, times, **tight)
+    _, points, end = odeint(velocity, start * prior, times, **tight)
     levels = [flow.sigma_max, (1 - near) / near]
     expected, _ = flow.solve(flow.empirical(POINTS), prior, levels, solver="rk45", **tight)
-    torch.testing.assert_close(found, near * expected, rtol=0, atol=1e-4)
-    distances = torch.cdist(found, POINTS).min(1)
+    torch.testing.assert_close(points, near * expected, rtol=0, atol=1e-4)
+    distances = torch.cdist(points, POINTS).min(1)
     assert len(distances.indices.unique()) == len(POINTS)
     left = (end - POINTS[distances.indices]).norm(dim=1)
     assert (left < 0.4 * distances.values + 1e-5).all()  # 1/e of it, where 1 − t is 0.001
@@ -212,19 +212,19 @@ def test_references_of_every_kind(kind):
     references = {"uint8": stored, "set": pfgm.ReferenceSet(stored), "float32": values}[kind]
     x1 = stored[:8] if kind == "uint8" else values[:8]
     x0, t = torch.randn(8, 1, 4, 4, generator=seeded(1)), torch.full((8,), 0.3)
-    found = PoissonFlowMatcher(16, references).sample_location_and_conditional_flow(x0, x1, t)
-    expected = PoissonFlowMatcher(16, values.double()).velocity(t, found[1].double())
-    torch.testing.assert_close(found[2].double(), expected, rtol=0, atol=1e-5)
+    sampled = PoissonFlowMatcher(16, references).sample_location_and_conditional_flow(x0, x1, t)
+    expected = PoissonFlowMatcher(16, values.double()).velocity(t, sampled[1].double())
+    torch.testing.assert_close(sampled[2].double(), expected, rtol=0, atol=1e-5)
 
 
 def test_labels_choose_the_references():
     labels = torch.tensor([0, 1, 0, 1])
     matcher = PoissonFlowMatcher(16, POINTS, reference_labels=labels)
     x, asked = spread_points(6), torch.tensor([0, 1, -1, 1, 0, -1])
-    found = matcher.velocity(0.4, x, labels=asked)
+    velocity = matcher.velocity(0.4, x, labels=asked)
     for label, seen in ((0, POINTS[labels == 0]), (1, POINTS[labels == 1]), (-1, POINTS)):
         rows = asked == label
-        assert torch.equal(found[rows], PoissonFlowMatcher(16, seen).velocity(0.4, x[rows]))
+        assert torch.equal(velocity[rows], PoissonFlowMatcher(16, seen).velocity(0.4, x[rows]))
     t, xt, ut = matcher.sample_location_and_conditional_flow(
         None, POINTS, labels=labels, generator=seeded()
     )
@@ -252,9 +252,9 @@ def test_half_precision_is_computed_in_float32():
     data = torch.randn(20, 2, generator=seeded())
     matcher = PoissonFlowMatcher(16, data)
     half = data.bfloat16()
-    found = matcher.sample_location_and_conditional_flow(None, half, generator=seeded())
+    sampled = matcher.sample_location_and_conditional_flow(None, half, generator=seeded())
     same = matcher.sample_location_and_conditional_flow(None, half.float(), generator=seeded())
-    assert all(torch.equal(a, b) for a, b in zip(found, same, strict=True))
+    assert all(torch.equal(a, b) for a, b in zip(sampled, same, strict=True))
     assert torch.equal(matcher.velocity(0.5, half), matcher.velocity(0.5, half.float()))
 
 
@@ -286,13 +286,13 @@ def test_a_velocity_network_as_a_denoiser():
 def test_multistep_agrees_with_fine_euler_steps_of_the_velocity():
     flow, velocity = pfgm.PoissonFlowPP((2,), D=math.inf), Gaussian()
     prior = flow.prior(16, generator=seeded()).double()
-    found = flow.sample(as_denoiser(velocity), 16, solver="multistep", steps=100, x_init=prior)
+    samples = flow.sample(as_denoiser(velocity), 16, solver="multistep", steps=100, x_init=prior)
     start = 1 / (1 + flow.sigma_max)
     times = torch.linspace(start, 1, 2001, dtype=torch.float64)
     euler = odeint(lambda t, x: velocity(t.expand(16), x), start * prior, times, method="euler")
     exact = prior * 0.5 / math.hypot(0.5, flow.sigma_max)
-    torch.testing.assert_close(found, exact, rtol=2e-3, atol=0)
-    torch.testing.assert_close(found, euler[-1], rtol=5e-3, atol=0)
+    torch.testing.assert_close(samples, exact, rtol=2e-3, atol=0)
+    torch.testing.assert_close(samples, euler[-1], rtol=5e-3, atol=0)
 
 
 @pytest.mark.parametrize("D", DS)

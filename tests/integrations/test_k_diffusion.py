@@ -56,15 +56,15 @@ def test_samplers_of_k_diffusion_are_our_solvers(sampling, flow, sampler, solver
 def test_other_samplers_of_k_diffusion_find_the_data(sampling, flow, sampler):
     model = as_k_diffusion(flow.empirical(DATA), flow)
     x = flow.prior(8, generator=torch.Generator().manual_seed(0))
-    found = getattr(sampling, sampler)(model, x, model.get_sigmas(40), disable=True)
-    assert float(torch.cdist(found.flatten(1), DATA.flatten(1)).amin(1).max()) < 0.02
+    samples = getattr(sampling, sampler)(model, x, model.get_sigmas(40), disable=True)
+    assert float(torch.cdist(samples.flatten(1), DATA.flatten(1)).amin(1).max()) < 0.02
 
 
 def test_dpm_fast_evaluates_its_own_levels(sampling):
     model = as_k_diffusion(FIELD.empirical(DATA), FIELD)
     x = FIELD.prior(4, generator=torch.Generator().manual_seed(0))
-    found = sampling.sample_dpm_fast(model, x, model.sigma_min, model.sigma_max, 30, disable=True)
-    assert float(torch.cdist(found.flatten(1), DATA.flatten(1)).amin(1).max()) < 0.1
+    samples = sampling.sample_dpm_fast(model, x, model.sigma_min, model.sigma_max, 30, disable=True)
+    assert float(torch.cdist(samples.flatten(1), DATA.flatten(1)).amin(1).max()) < 0.1
 
 
 def test_extra_args_reach_the_network(sampling):
@@ -75,10 +75,10 @@ def test_extra_args_reach_the_network(sampling):
     flow = DENOISERS[math.inf]
     model = as_k_diffusion(Labelled(), flow)
     labels = torch.tensor([3, 1, 4])
-    found = sampling.sample_heun(
+    samples = sampling.sample_heun(
         model, flow.prior(3), model.get_sigmas(4), extra_args={"labels": labels}, disable=True
     )
-    assert torch.equal(found.mean((1, 2, 3)).round().long(), labels)
+    assert torch.equal(samples.mean((1, 2, 3)).round().long(), labels)
 
 
 @pytest.mark.parametrize("flow", [FIELD, *DENOISERS.values()], ids=label)
@@ -122,11 +122,11 @@ def test_denoisers_of_k_diffusion_are_networks_of_the_flow(sampling, same):
     ours = from_module(Inner(), flow, level="sigma")
     x, sigma = flow.perturb(DATA[:8].double(), torch.Generator().manual_seed(0))
     torch.testing.assert_close(theirs(x, sigma), ours(x, sigma))
-    found, correct = (
+    samples, correct = (
         flow.sample(net, 2, generator=torch.Generator().manual_seed(0), steps=3)
         for net in (theirs, ours)
     )
-    same(found, correct, 1e-5)
+    same(samples, correct, 1e-5)
 
 
 def test_the_module_in_a_model_moves_and_trains_with_it():

@@ -64,20 +64,20 @@ def test_the_command_trains_a_classifier_that_evaluates(tmp_path, capsys):
     arguments = ["features", "--data", "digits", "--epochs", "2", "--out", str(path)]
     assert cli.main(arguments) == 0
     assert "right on" in capsys.readouterr().out
-    found = {}
+    figures = {}
     for features in (str(path), "none", None):
         out = tmp_path / "evaluation"
         options = [] if features is None else ["--features", features]
         sampling = ["--pretrained", "digits", "--n", "60", "--steps", "2", "--against", "300"]
         assert cli.main(["evaluate", *sampling, *options, "--out", str(out)]) == 0
-        found[features] = json.loads((out / "metrics.json").read_text())
+        figures[features] = json.loads((out / "metrics.json").read_text())
         shown = capsys.readouterr().out
         assert ("in features: samples" in shown) == (features != "none")
-    assert "features" not in found["none"]
-    assert found[None]["features"]["of"] == "digits"
-    given = found[str(path)]["features"]
-    assert given["frechet_distance"] != found[None]["features"]["frechet_distance"]
-    assert given["against"] == "held_out"
+    assert "features" not in figures["none"]
+    assert figures[None]["features"]["of"] == "digits"
+    own = figures[str(path)]["features"]
+    assert own["frechet_distance"] != figures[None]["features"]["frechet_distance"]
+    assert own["against"] == "held_out"
     data = open_data("digits")
     draw = torch.Generator().manual_seed(0)
     real = data.held_out[data.held_out.draw(300, generator=draw)]
@@ -85,7 +85,7 @@ def test_the_command_trains_a_classifier_that_evaluates(tmp_path, capsys):
     samples, _ = pfgm.evaluation.draw_samples(flow, net, 60, steps=2)
     features = load_classifier(path).features
     distance = frechet_distance(samples.clamp(-1, 1), real, features=features)
-    assert given["frechet_distance"]["samples"] == pytest.approx(distance, rel=1e-4)
+    assert own["frechet_distance"]["samples"] == pytest.approx(distance, rel=1e-4)
 
 
 def test_one_sentence_for_bad_input(tmp_path, capsys):

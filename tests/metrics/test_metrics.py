@@ -335,9 +335,9 @@ def test_kernel_distance_agrees_with_loops(
     a = normal(sizes[0], dimension, seed=seed)
     b = normal(sizes[1], dimension, seed=seed + 1) * 2 + 1
     expected = kernel_distance_by_loops(a, b, degree)
-    found = metrics.kernel_distance(a, b, degree=degree, subsets=None)
-    assert found.mean == pytest.approx(expected, rel=1e-10, abs=1e-10)
-    assert math.isnan(found.deviation)
+    distance = metrics.kernel_distance(a, b, degree=degree, subsets=None)
+    assert distance.mean == pytest.approx(expected, rel=1e-10, abs=1e-10)
+    assert math.isnan(distance.deviation)
 
 
 def test_kernel_distance_is_unbiased() -> None:
@@ -354,16 +354,16 @@ def test_the_linear_kernel_compares_means() -> None:
     """With degree 1 it is ‖μ_a − μ_b‖²/F less what the spread adds: Σ tr Σ_i / (n_i F)."""
     a, b = normal(30, 4), normal(50, 4, seed=1) + torch.tensor([1.0, 0.0, 2.0, 0.0])
     expected = (a.mean(0) - b.mean(0)).square().sum() - a.var(0).sum() / 30 - b.var(0).sum() / 50
-    found = metrics.kernel_distance(a, b, degree=1, subsets=None).mean
-    assert found == pytest.approx(float(expected) / 4, rel=1e-12)
+    distance = metrics.kernel_distance(a, b, degree=1, subsets=None).mean
+    assert distance == pytest.approx(float(expected) / 4, rel=1e-12)
 
 
 def test_kernel_distance_of_one_distribution_is_zero_within_its_spread() -> None:
     draw = torch.Generator().manual_seed(0)
-    found = metrics.kernel_distance(
+    distance = metrics.kernel_distance(
         normal(4000, 6), normal(4000, 6, seed=1), subset_size=100, generator=draw
     )
-    assert abs(found.mean) < 3 * found.deviation
+    assert abs(distance.mean) < 3 * distance.deviation
 
 
 def test_kernel_distance_of_shifted_gaussians() -> None:
@@ -373,8 +373,8 @@ def test_kernel_distance_of_shifted_gaussians() -> None:
     across = 1 + 3 * (6 + 6) / 36
     expected = within_a + within_b - 2 * across
     a, b = normal(4000, 6), normal(4000, 6, seed=1) + 1
-    found = metrics.kernel_distance(a, b, subsets=None).mean
-    assert found == pytest.approx(expected, rel=0.03)
+    distance = metrics.kernel_distance(a, b, subsets=None).mean
+    assert distance == pytest.approx(expected, rel=0.03)
     draw = torch.Generator().manual_seed(0)
     by_subsets = metrics.kernel_distance(a, b, subset_size=100, generator=draw)
     assert by_subsets.mean == pytest.approx(expected, abs=by_subsets.deviation / 3)
@@ -383,19 +383,19 @@ def test_kernel_distance_of_shifted_gaussians() -> None:
 def test_kernel_distance_is_a_function_of_the_generator() -> None:
     a, b = normal(40, 3), normal(30, 3, seed=1)
 
-    def found(seed: int) -> metrics.KernelDistance:
+    def distance(seed: int) -> metrics.KernelDistance:
         draw = torch.Generator().manual_seed(seed)
         return metrics.kernel_distance(a, b, subsets=5, generator=draw)
 
-    assert found(0) == found(0) != found(1)
+    assert distance(0) == distance(0) != distance(1)
 
 
 def test_subsets_are_drawn_without_replacement() -> None:
     a, b = normal(12, 3), normal(12, 3, seed=1)
     whole = metrics.kernel_distance(a, b, subsets=None).mean
-    found = metrics.kernel_distance(a, b, subsets=4, subset_size=12)
-    assert found.mean == pytest.approx(whole, rel=1e-12)
-    assert found.deviation < 1e-12
+    distance = metrics.kernel_distance(a, b, subsets=4, subset_size=12)
+    assert distance.mean == pytest.approx(whole, rel=1e-12)
+    assert distance.deviation < 1e-12
     single = metrics.kernel_distance(a, b, subsets=1, subset_size=12)
     assert single.mean == pytest.approx(whole, rel=1e-12)
     assert math.isnan(single.deviation)
@@ -477,9 +477,9 @@ def test_density_coverage_agrees_with_loops(sets: tuple[Tensor, Tensor], k: int)
 
 def test_density_and_coverage_of_one_distribution() -> None:
     """Their expectations (Naeem et al.): 1, and about 1 − 2^−k for equal sizes."""
-    found = metrics.density_coverage(normal(4000, 2), normal(4000, 2, seed=1), k=3)
-    assert found.density == pytest.approx(1, abs=0.03)
-    assert found.coverage == pytest.approx(1 - 2**-3, abs=0.02)
+    figures = metrics.density_coverage(normal(4000, 2), normal(4000, 2, seed=1), k=3)
+    assert figures.density == pytest.approx(1, abs=0.03)
+    assert figures.coverage == pytest.approx(1 - 2**-3, abs=0.02)
 
 
 def test_an_outlier_of_the_real_data_adds_little_density() -> None:
@@ -495,8 +495,8 @@ def test_distances_to_the_nearest_others() -> None:
     rows = normal(30, 2, 3)
     distances = torch.cdist(rows.flatten(1), rows.flatten(1)).sort(1).values
     torch.testing.assert_close(metrics.neighbour_distances(rows, 4), distances[:, 1:5])
-    found = metrics.neighbour_distances(rows, 2, features=lambda x: x[:, 0, :1].long().double())
-    assert bool((found == found.round()).all())
+    whole = metrics.neighbour_distances(rows, 2, features=lambda x: x[:, 0, :1].long().double())
+    assert bool((whole == whole.round()).all())
     twice = torch.zeros(3, 1)
     assert metrics.neighbour_distances(twice, 2).tolist() == [[0, 0]] * 3
     with pytest.raises(ValueError, match=r"x has shape \(4, 2\).*at least 5"):
@@ -526,8 +526,8 @@ def test_density_coverage_needs_more_than_k_real_samples_and_one_other() -> None
 class TestFeatures:
     def test_are_compared_in_place_of_the_samples(self, metric: Callable[..., object]) -> None:
         a, b, mix = normal(150, 2, 4), normal(140, 2, 4, seed=1), normal(8, 3, seed=2)
-        found = metric(a, b, features=lambda x: x.flatten(1) @ mix)
-        torch.testing.assert_close(found, metric(a.flatten(1) @ mix, b.flatten(1) @ mix))
+        figure = metric(a, b, features=lambda x: x.flatten(1) @ mix)
+        torch.testing.assert_close(figure, metric(a.flatten(1) @ mix, b.flatten(1) @ mix))
 
     def test_are_evaluated_in_batches_without_gradients(
         self, metric: Callable[..., object]
@@ -548,8 +548,8 @@ class TestFeatures:
     def test_take_any_dtype(self, metric: Callable[..., object]) -> None:
         draw = torch.Generator().manual_seed(0)
         a, b = (torch.randint(256, (20, 3), generator=draw).to(torch.uint8) for _ in range(2))
-        found = metric(a, b, features=data.to_unit)
-        torch.testing.assert_close(found, metric(data.to_unit(a), data.to_unit(b)))
+        figure = metric(a, b, features=data.to_unit)
+        torch.testing.assert_close(figure, metric(data.to_unit(a), data.to_unit(b)))
 
     @pytest.mark.parametrize("bound", [False, True])
     def test_of_a_module_are_those_of_evaluation_mode(
@@ -559,12 +559,12 @@ class TestFeatures:
         module[0].eval()
         features = module.forward if bound else module
         a, b = normal(20, 3), normal(20, 3, seed=1)
-        found = metric(a, b, features=features)
+        figure = metric(a, b, features=features)
         assert [m.training for m in module.modules()] == [True, False, True, True]
         assert int(module[2].num_batches_tracked) == 0
         module.eval()
         with torch.no_grad():
-            torch.testing.assert_close(found, metric(module(a), module(b)))
+            torch.testing.assert_close(figure, metric(module(a), module(b)))
 
     def test_that_raise_leave_the_module_as_it_was(self, metric: Callable[..., object]) -> None:
         module = nn.Linear(7, 2).double()
@@ -601,8 +601,8 @@ def test_inception_metrics_hands_bytes_to_torch_fidelity(monkeypatch: pytest.Mon
     fake_fidelity(monkeypatch, calculate)
     grey = torch.tensor([-2.0, -1.0, 0.0, 1.0]).view(1, 2, 2).expand(4, 2, 2)
     colour = torch.arange(48).to(torch.uint8).view(2, 3, 2, 4)
-    found = metrics.inception_metrics(grey, colour, splits=4, batch_size=7, weights=Path("w.pth"))
-    assert found == metrics.InceptionMetrics(fid=3.5, score=2.5, score_deviation=0.5)
+    figures = metrics.inception_metrics(grey, colour, splits=4, batch_size=7, weights=Path("w.pth"))
+    assert figures == metrics.InceptionMetrics(fid=3.5, score=2.5, score_deviation=0.5)
     assert len(seen["input1"]) == 4
     expected = torch.tensor([[0, 0], [128, 255]], dtype=torch.uint8).expand(3, 2, 2)
     assert torch.equal(seen["input1"][2], expected)
@@ -679,14 +679,14 @@ def test_torch_fidelity_itself_agrees_with_our_distance(
     draw = torch.Generator().manual_seed(0)
     samples, real = torch.randint(256, (2, 12, 3, 16, 16), generator=draw).to(torch.uint8)
     real = real // 2
-    found = metrics.inception_metrics(samples, real, splits=1, weights=weights)
+    figures = metrics.inception_metrics(samples, real, splits=1, weights=weights)
     ours = metrics.frechet_distance(samples, real, features=lambda x: network(x)[0])
-    assert found.fid == pytest.approx(ours, rel=1e-3)
+    assert figures.fid == pytest.approx(ours, rel=1e-3)
     with torch.no_grad():
         p = network(samples)[1].double().softmax(1)
     divergence = (p * (p.log() - p.mean(0).log())).sum(1).mean()
-    assert found.score == pytest.approx(float(divergence.exp()), rel=1e-5)
-    assert found.score_deviation == 0
+    assert figures.score == pytest.approx(float(divergence.exp()), rel=1e-5)
+    assert figures.score_deviation == 0
 
 
 def test_distances_over_many_features_are_found_in_short_calls(
@@ -701,7 +701,7 @@ def test_distances_over_many_features_are_found_in_short_calls(
         return cdist(x, y, **options)
 
     monkeypatch.setattr(torch, "cdist", recorded)
-    found = metrics.nearest_distance(a, b)
+    nearest = metrics.nearest_distance(a, b)
     assert max(sizes) <= 2**28
     whole = cdist(a.double(), b.double(), compute_mode="donot_use_mm_for_euclid_dist")
-    torch.testing.assert_close(found.double(), whole.amin(1))
+    torch.testing.assert_close(nearest.double(), whole.amin(1))

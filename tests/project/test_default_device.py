@@ -29,7 +29,7 @@ def test_every_allocation_names_its_device():
     names = {function.__name__ for function in _device_constructors()}
     assert {"empty", "tensor", "linspace", "as_tensor"} <= names
     assert all(path.exists() for path in LAYERS)
-    found = [
+    nameless = [
         f"{path.relative_to(ROOT)}:{call.lineno}: {ast.unparse(call)}"
         for path in sorted(FILES)
         for call in ast.walk(ast.parse(path.read_text()))
@@ -39,7 +39,7 @@ def test_every_allocation_names_its_device():
         and call.func.attr in names
         and "device" not in {keyword.arg for keyword in call.keywords}
     ]
-    assert found == []
+    assert nameless == []
 
 
 def rows(count=40, side=24, dtype=torch.float32):
@@ -52,7 +52,7 @@ def flows(data):
     return pfgm.PoissonFlow.from_data(data), pfgm.PoissonFlowPP(data.shape[1:], D=128)
 
 
-def of_operations(references):
+def operations(references):
     """Results and gradients of each operation, three times: a set has summaries by then."""
     for _ in range(3):
         x = (rows(5) + 0.1).requires_grad_()
@@ -66,7 +66,7 @@ def of_operations(references):
         yield pfgm.euler_step(x.detach(), mean.detach(), 1.0, 0.5)
 
 
-def of_a_set(folder):
+def a_set(folder):
     path = folder / "rows.npy"
     np.save(path, rows().numpy())
     for references in (
@@ -76,7 +76,7 @@ def of_a_set(folder):
         ReferenceSet(rows(), flips=True),
         ReferenceSet(path),
     ):
-        yield from of_operations(references)
+        yield from operations(references)
     references = ReferenceSet(path, flips=True)
     draw = torch.Generator().manual_seed(1)
     numbers = references.draw(9, generator=draw)
@@ -85,7 +85,7 @@ def of_a_set(folder):
     yield from (references.to(dtype=torch.uint8)[:3], next(references.chunks()))
 
 
-def of_flows(folder):
+def sampling(folder):
     data, fast = rows(side=4), {"solver": "heun", "steps": 3}
     for flow in flows(data):
         net, draw = flow.empirical(data), torch.Generator().manual_seed(2)
@@ -99,7 +99,7 @@ def of_flows(folder):
         yield flow.log_likelihood(net, samples, generator=draw, **fast).nats
 
 
-def of_training(folder):
+def training(folder):
     """The weights after two steps, with data in memory and in a set, and samples."""
     data = rows(side=4)
     plain, plusplus = flows(data)
@@ -115,7 +115,7 @@ def of_training(folder):
         yield flow.sample(trained, 2, steps=2, generator=torch.Generator().manual_seed(5))
 
 
-def of_metrics(folder):
+def measuring(folder):
     a, b = rows(12), rows(24)[12:]
     draw = torch.Generator().manual_seed(6)
     figures = [
@@ -127,11 +127,11 @@ def of_metrics(folder):
     yield from pfgm.data.digits()[:2]
 
 
-@pytest.mark.parametrize("results", [of_a_set, of_flows, of_training, of_metrics])
+@pytest.mark.parametrize("results", [a_set, sampling, training, measuring])
 def test_results_do_not_depend_on_the_default_device(results, tmp_path):
     expected = [each.detach() for each in results(tmp_path)]
     with torch.device("meta"):
-        found = [each.detach() for each in results(tmp_path)]
-    assert len(found) == len(expected) > 0
-    for a, b in zip(found, expected, strict=True):
+        actual = [each.detach() for each in results(tmp_path)]
+    assert len(actual) == len(expected) > 0
+    for a, b in zip(actual, expected, strict=True):
         torch.testing.assert_close(a, b, rtol=0, atol=0, equal_nan=True)

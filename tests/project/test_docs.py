@@ -104,7 +104,7 @@ def test_three_published_losses_are_replaced():
 @pytest.mark.parametrize("shape", [(1, 4, 4), (3, 8, 8)])
 def test_a_published_loss_before_and_after(before, after, shape, in_float64):
     """The two functions give the same loss and gradient from the same seed."""
-    found = []
+    results = []
     for code in (before, after):
         names = {}
         exec(compile(code, "drop-in.md", "exec"), names)
@@ -120,8 +120,8 @@ def test_a_published_loss_before_and_after(before, after, shape, in_float64):
         torch.manual_seed(0)
         value = names["loss"](net, references[:20], references)
         value.backward()
-        found.append(torch.stack([value.detach(), weight.grad]))
-    torch.testing.assert_close(found[0], found[1], rtol=1e-5, atol=0)
+        results.append(torch.stack([value.detach(), weight.grad]))
+    torch.testing.assert_close(results[0], results[1], rtol=1e-5, atol=0)
 
 
 def test_a_published_loss_in_one_call(in_float64):

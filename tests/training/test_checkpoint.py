@@ -144,9 +144,13 @@ def wrapped(network, part):
     return torch.compile(network) if part == "all" else network
 
 
-@pytest.mark.parametrize("loaded", ["none", "all", "block"])
-@pytest.mark.parametrize("saved", ["none", "all", "block"])
-@pytest.mark.parametrize("older", [False, True])
+PARTS = ("none", "all", "block")
+
+
+@pytest.mark.parametrize(
+    ("saved", "loaded", "older"),  # each pair of values
+    [(a, b, (i + j) % 2 == 1) for i, a in enumerate(PARTS) for j, b in enumerate(PARTS)],
+)
 def test_compiled_and_plain_networks_share_files(
     tmp_path, flow, network, monkeypatch, saved, loaded, older
 ):
@@ -391,8 +395,8 @@ NEWEST = ("latest.json", "step-00000010.safetensors", "step-00000010.state.pt")
 def flips(content, header):
     """Seeded positions of single bits: anywhere in the file, and as many again in the header."""
     draw = random.Random(0)
-    yield from (draw.randrange(8 * len(content)) for _ in range(80))
-    yield from (draw.randrange(8 * header) for _ in range(80))
+    yield from (draw.randrange(8 * len(content)) for _ in range(40))
+    yield from (draw.randrange(8 * header) for _ in range(40))
 
 
 @pytest.mark.filterwarnings("error")
@@ -512,8 +516,8 @@ def test_files_without_checksums_load_with_a_warning(run):
         pfgm.load(run)
     without_checksum(run / "step-00000010.safetensors")
     with pytest.warns(UserWarning, match=r"step-00000010\.safetensors has no checksum"):
-        found, _, state = load_run(run)
-    assert all(torch.equal(found[name], tensor) for name, tensor in expected.items())
+        weights, _, state = load_run(run)
+    assert all(torch.equal(weights[name], tensor) for name, tensor in expected.items())
     assert state["step"] == 10
     with pytest.warns(UserWarning, match="has no checksum, as an older version"):
         pfgm.load(run)

@@ -61,10 +61,15 @@ def start(script, rank, port, *arguments):
     )
 
 
+def start_both(script, *arguments):
+    port = free_port()
+    return [start(script, rank, port, *arguments) for rank in range(2)]
+
+
 def free_port():
-    with socket.socket() as found:
-        found.bind(("127.0.0.1", 0))
-        return found.getsockname()[1]
+    with socket.socket() as unused:
+        unused.bind(("127.0.0.1", 0))
+        return unused.getsockname()[1]
 
 
 def save_points(path):
@@ -97,9 +102,10 @@ def finished(tmp_path_factory):
     calls = [["shared_references.py", folder / "images.npy"]]
     for kind in ("whole", "shared"):
         calls.append(["training.py", folder / kind, folder / "points.npy", kind, 20])
-    done = torchrun("together.py", *(shlex.join(map(str, call)) for call in calls))
-    assert done.returncode == 0, done.stdout + done.stderr
-    return done.stdout, folder
+    both = start_both("together.py", *(shlex.join(map(str, call)) for call in calls))
+    outputs = [process.communicate(timeout=120)[0] for process in both]
+    assert [process.returncode for process in both] == [0, 0], outputs
+    return "".join(outputs), folder
 
 
 def test_references_in_two_processes(finished):
@@ -117,8 +123,8 @@ def test_training_in_two_processes(finished, kind):
 
 @pytest.mark.slow
 def test_a_process_that_dies_ends_the_others_and_the_run_goes_on(tmp_path, points):
-    run, port = tmp_path / "run", free_port()
-    both = [start("training.py", rank, port, run, points, "whole", 40, 25) for rank in range(2)]
+    run = tmp_path / "run"
+    both = start_both("training.py", run, points, "whole", 40, 25)
     assert both[1].wait(timeout=120) == 9
     died = time.monotonic()
     output, _ = both[0].communicate(timeout=60)
@@ -134,11 +140,7 @@ def test_a_process_that_dies_ends_the_others_and_the_run_goes_on(tmp_path, point
 @pytest.mark.slow
 def test_a_signal_to_one_process_and_the_lock_of_all(tmp_path, points):
     run = tmp_path / "run"
-    both = [
-        start("training.py", rank, port, run, points, "whole", 10**6)
-        for port in (free_port(),)
-        for rank in range(2)
-    ]
+    both = start_both("training.py", run, points, "whole", 10**6)
     deadline = time.monotonic() + 60
     while not (run / "latest.json").exists():
         assert time.monotonic() < deadline

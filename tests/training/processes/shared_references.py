@@ -37,8 +37,8 @@ def check(path, rank):
     for held, same in ((part, whole), (part.to(), whole), (part.to(dtype=torch.float32), floats)):
         for D in (1.0, 16.0, math.inf):
             expected = results(x, same, sigma, D)
-            found = results(x[own], held, sigma[own], D)
-            for a, b in zip(found, expected, strict=True):
+            shared = results(x[own], held, sigma[own], D)
+            for a, b in zip(shared, expected, strict=True):
                 torch.testing.assert_close(a, b[own], rtol=1e-9, atol=1e-9)
     single = queries(torch.float32)
     mean = pfgm.posterior_mean(single[own], part, sigma=0.3)
@@ -65,8 +65,8 @@ def check_steep(path, rank):
             for sigma in (1e-4, 1e-3, 1e-2):
                 level = torch.full((7,), sigma, dtype=torch.float64)
                 expected = results(x.double(), whole, level, D)
-                found = results(x[own], part, level[own], D)
-                for a, b in zip(found, expected, strict=True):
+                shared = results(x[own], part, level[own], D)
+                for a, b in zip(shared, expected, strict=True):
                     error = (a.detach().double() - b.detach()[own]).abs().max()
                     assert float(error) <= 1e-5 * max(float(b.detach().abs().max()), 1.0)
 
@@ -82,9 +82,9 @@ def check_different_needs(path, rank):
         of = (x if rank == 0 else sigma).requires_grad_()
         return torch.autograd.grad(pfgm.posterior_mean(x, held, sigma=sigma).square().sum(), of)[0]
 
-    found = gradient(x[own].clone(), sigma[own].clone(), part)
+    shared = gradient(x[own].clone(), sigma[own].clone(), part)
     expected = gradient(x[own].clone(), sigma[own].clone(), whole)
-    torch.testing.assert_close(found, expected, rtol=1e-9, atol=1e-9)
+    torch.testing.assert_close(shared, expected, rtol=1e-9, atol=1e-9)
 
 
 def check_errors(path, rank):
