@@ -143,7 +143,7 @@ Status gradients_of_block(const Problem& problem, const WeightLaw& law, const Ba
   List& list = work.lists[thread];
   float* terms = work.terms.at(thread * kTileQueries * kFloatStride);
   double* sums = io.sums ? io.sums + first * features : work.sums.at(thread * kMaxRows * features);
-  const bool of_x = io.grad_x || io.sums;
+  const bool needs_x = io.grad_x || io.sums;
   const auto mean = [&](Index b) {
     return static_cast<const float*>(io.mean) + (first + b) * features;
   };
@@ -186,7 +186,7 @@ Status gradients_of_block(const Problem& problem, const WeightLaw& law, const Ba
         moments[b] +=
             list_coefficients(rows, law, states[b], rows.radius(b), g - averages[b], grad(b),
                               mean(b), features, row_is_steep[b] && one_chunk, list);
-        if (of_x) add_list(rows, list, list.term, mean(b), features, sums + b * features);
+        if (needs_x) add_list(rows, list, list.term, mean(b), features, sums + b * features);
       }
       if (rest) whole[number++] = b;
     }
@@ -202,7 +202,7 @@ Status gradients_of_block(const Problem& problem, const WeightLaw& law, const Ba
                              terms + q * kFloatStride, rows.row(b), rows.padded(), &scales[b]);
       }
     }
-    if (of_x)
+    if (needs_x)
       add_rows<kGradientSumRows, true>(
           rows, whole, number, features, mean, [&](Index b) { return scales[b]; }, sums);
   });

@@ -58,11 +58,11 @@ double implied_stretch(const OdeStep& step, double squared, double z) {
   return (std::sqrt(e * e + z * z) + gamma) / root;
 }
 
-// Factors of one row: next = of_x x + of_slope slope + of_history history, mean = x + stretch
-// slope.
+// Factors of one row: next = x_factor x + slope_factor slope + history_factor history, mean = x +
+// stretch slope.
 template <class T>
 struct StepFactors {
-  T of_x, of_slope, of_history, stretch;
+  T x_factor, slope_factor, history_factor, stretch;
 };
 
 bool needs_norm(const OdeStep& step, Index row) {
@@ -97,8 +97,8 @@ struct Span {
 template <class T, bool kHistory, bool kMean>
 void update_vector(const Span<T>& span, Index k, const StepFactors<T>& factors) {
   const auto x = load_unaligned(span.x + k), slope = load_unaligned(span.slope + k);
-  auto next = factors.of_x * x + factors.of_slope * slope;
-  if (kHistory) next += factors.of_history * load_unaligned(span.history + k);
+  auto next = factors.x_factor * x + factors.slope_factor * slope;
+  if (kHistory) next += factors.history_factor * load_unaligned(span.history + k);
   store_unaligned(span.next + k, next);
   if (kMean) store_unaligned(span.mean + k, x + factors.stretch * slope);
 }

@@ -98,10 +98,10 @@ def forward(x, references, radius, D, module=native):
 
 
 def backward(x, references, radius, D, G, g, needs=(True, True, True), module=native):
-    given = PosteriorMean(x, references, radius, D)
-    mean, _, nearest, total = module.posterior_mean(given)
+    arguments = PosteriorMean(x, references, radius, D)
+    mean, _, nearest, total = module.posterior_mean(arguments)
     state = State(mean, nearest, total)
-    return module.posterior_mean_backward(given, state, Upstream(G, g), needs)
+    return module.posterior_mean_backward(arguments, state, Upstream(G, g), needs)
 
 
 def row_error(actual, expected, scale):
@@ -140,19 +140,19 @@ def assert_gradient(actual, expected, tolerance):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, *NARROW])
 @pytest.mark.parametrize("sizes", [(1, 300, 512), (5, 2100, 785), (31, 70, 1025), (50, 2100, 600)])
 def test_a_sketch_changes_no_bit(isa, sizes, dtype):
-    of_points = torch.float64 if dtype == torch.float64 else torch.float32
-    x, references, sigma = problem(*sizes, dtype=of_points, reference_dtype=dtype)
-    sketch = native.sketch(references, of_points)
+    point_dtype = torch.float64 if dtype == torch.float64 else torch.float32
+    x, references, sigma = problem(*sizes, dtype=point_dtype, reference_dtype=dtype)
+    sketch = native.sketch(references, point_dtype)
     for D in (1.0, math.inf):
         radius = radius_of(sigma, D)
-        given = PosteriorMean(x, references, radius, D)
-        with_sketch = given._replace(sketch=sketch)
-        plain, sketched = native.posterior_mean(given), native.posterior_mean(with_sketch)
+        arguments = PosteriorMean(x, references, radius, D)
+        with_sketch = arguments._replace(sketch=sketch)
+        plain, sketched = native.posterior_mean(arguments), native.posterior_mean(with_sketch)
         assert all(torch.equal(a, b) for a, b in zip(plain, sketched, strict=True))
         mean, _, nearest, total = plain
         upstream = Upstream(torch.ones_like(mean), torch.zeros_like(total))
         saved = State(mean, nearest, total), upstream, (True, True, True)
-        plain = native.posterior_mean_backward(given, *saved)
+        plain = native.posterior_mean_backward(arguments, *saved)
         sketched = native.posterior_mean_backward(with_sketch, *saved)
         assert all(torch.equal(a, b) for a, b in zip(plain, sketched, strict=True))
 
@@ -169,8 +169,8 @@ def test_the_bounds_of_a_sketch_hold_over_many_features():
     )
     x, sigma = torch.zeros(1, references.shape[1]), torch.tensor([0.01], dtype=torch.float64)
     sketch = native.sketch(references, torch.float32)
-    given = PosteriorMean(x, references, sigma, math.inf, sketch=sketch)
-    mean, *_ = native.posterior_mean(given)
+    arguments = PosteriorMean(x, references, sigma, math.inf, sketch=sketch)
+    mean, *_ = native.posterior_mean(arguments)
     assert torch.equal(mean[0], references[1])
 
 
@@ -422,7 +422,7 @@ def true_gradients(x, y, radius, D, G, g):
     """
     x, y, G = (v.double().numpy() for v in (x, y, G))
     g, radius = (v.numpy().astype(np.longdouble) for v in (g, radius))
-    of_x, of_y, of_r = (np.zeros(v.shape, np.longdouble) for v in (x, y, radius))
+    grad_x, grad_y, grad_r = (np.zeros(v.shape, np.longdouble) for v in (x, y, radius))
     scales = np.zeros((len(x), len(y)))  # of references in each row
     scale_x, scale_r = np.zeros(len(x)), np.zeros(len(x))
     for b, r in enumerate(radius):
@@ -442,28 +442,28 @@ def true_gradients(x, y, radius, D, G, g):
         t += g[b] - p @ t
         c, moment = -p * t * w, (p * t * excess * w).sum()
         own = np.outer(p, G[b]) - c[:, None] * apart
-        of_x[b] = c @ apart
-        of_y[seen] += own
+        grad_x[b] = c @ apart
+        grad_y[seen] += own
         if math.isinf(D):
-            of_r[b] = (moment + g[b] * squared[nearest] / r**2) / r
+            grad_r[b] = (moment + g[b] * squared[nearest] / r**2) / r
         else:
-            of_r[b] = -r * w0 * (g[b] - moment / exponent)
+            grad_r[b] = -r * w0 * (g[b] - moment / exponent)
         lone = abs(g[b]) * np.sqrt(w0 * (1 + w0 * squared[nearest]))
         least = max(np.linalg.norm(G[b]), lone)
-        scale_x[b] = max(least, np.linalg.norm(of_x[b].astype(float)))
-        scale_r[b] = max(least, abs(of_r[b]))
+        scale_x[b] = max(least, np.linalg.norm(grad_x[b].astype(float)))
+        scale_r[b] = max(least, abs(grad_r[b]))
         scales[b, seen] = max(least, np.linalg.norm(own.astype(float), axis=1).max())
     scale_y = scales.max(0)
     scale_y[scale_y == 0] = scales.max()
-    return (of_x, scale_x), (of_y, scale_y), (of_r, scale_r)
+    return (grad_x, scale_x), (grad_y, scale_y), (grad_r, scale_r)
 
 
 def error_beside_scale(actual, expected):
-    found = []
+    errors = []
     for one, (wanted, scale) in zip(actual, expected, strict=True):
         off = (one.double().numpy() - wanted).reshape(len(wanted), -1).astype(np.float64)
-        found.append((np.linalg.norm(off, axis=1) / scale).max())
-    return max(found)
+        errors.append((np.linalg.norm(off, axis=1) / scale).max())
+    return max(errors)
 
 
 @pytest.mark.parametrize("D", [1.0, 128.0, math.inf])
@@ -1166,12 +1166,12 @@ def test_references_that_are_not_finite(row, bad, dtype):
 
 def test_the_backward_pass_checks_values():
     x, references, sigma = problem(5, 70, 9)
-    given = PosteriorMean(x, references, sigma, 1.0)
-    mean, lse, nearest, total = native.posterior_mean(given)
+    arguments = PosteriorMean(x, references, sigma, 1.0)
+    mean, lse, nearest, total = native.posterior_mean(arguments)
     references[69, 8] = math.nan
     with pytest.raises(ValueError, match="references holds NaN"):
         native.posterior_mean_backward(
-            given, State(mean, nearest, total), Upstream(mean, lse), (True, True, True)
+            arguments, State(mean, nearest, total), Upstream(mean, lse), (True, True, True)
         )
 
 

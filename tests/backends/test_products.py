@@ -62,14 +62,14 @@ def radius_of(sigma, D):
 def solve(x, references, radius, D, form, difference=False):
     """Mean, log-sum-exp, nearest and total."""
     radius = radius.float() if form == "no float64" else radius
-    given = PosteriorMean(x, references, radius, D, difference=difference)
-    return products.posterior_mean(given)
+    arguments = PosteriorMean(x, references, radius, D, difference=difference)
+    return products.posterior_mean(arguments)
 
 
-def assert_accurate(found, wanted, references, tolerance):
+def assert_accurate(result, wanted, references, tolerance):
     largest = dequantise(references, torch.float64).norm(dim=1).max()
-    assert (found[0].double() - wanted[0]).norm(dim=1).max() <= tolerance * largest
-    error = torch.where(found[1] == wanted[1], 0.0, (found[1] - wanted[1]).abs())
+    assert (result[0].double() - wanted[0]).norm(dim=1).max() <= tolerance * largest
+    error = torch.where(result[1] == wanted[1], 0.0, (result[1] - wanted[1]).abs())
     assert (error <= tolerance * wanted[1].abs().clamp(min=1)).all()
 
 
@@ -80,10 +80,10 @@ def test_accuracy_contract(stress, oracle, form, D):
         for sigma in (1e-10, 1e-2, 1.0):
             sigmas = sigma * torch.tensor([1.0, 1e1, 1e3] * 3, dtype=torch.float64)
             radius = radius_of(sigmas, D)
-            found = solve(x, references, radius, D, form)
+            result = solve(x, references, radius, D, form)
             try:
                 wanted = oracle(x, references, radius, D)
-                assert_accurate(found, wanted, references, tolerance_of(form))
+                assert_accurate(result, wanted, references, tolerance_of(form))
             except AssertionError as error:
                 raise AssertionError(f"{name}, sigma {sigma}") from error
 
@@ -100,8 +100,8 @@ def test_sizes_at_edges(oracle, form, sizes, dtype):
     x, references, sigma = problem(*sizes, dtype)
     for D in (1.0, math.inf):
         radius = radius_of(sigma, D)
-        found = solve(x, references, radius, D, form)
-        assert_accurate(found, oracle(x, references, radius, D), references, tolerance_of(form))
+        result = solve(x, references, radius, D, form)
+        assert_accurate(result, oracle(x, references, radius, D), references, tolerance_of(form))
 
 
 @pytest.mark.parametrize("copies", [1, 16, 17, 700])
@@ -133,8 +133,8 @@ def test_any_scale(oracle, monkeypatch, name, scale):
     take_form(name, monkeypatch)
     x, references, sigma = problem(6, 300, 70)
     x, references, sigma = scale * x, scale * references, scale * sigma
-    found = solve(x, references, sigma, 1.0, name)
-    assert_accurate(found, oracle(x, references, sigma, 1.0), references, 2e-5)
+    result = solve(x, references, sigma, 1.0, name)
+    assert_accurate(result, oracle(x, references, sigma, 1.0), references, 2e-5)
 
 
 @pytest.mark.parametrize("row", [0, 150])
@@ -162,9 +162,9 @@ def test_far_from_the_origin(oracle, form, offset):
     x, references = x + offset, references + offset
     wanted = oracle(x, references, sigma, 1.0)
     spread = references[:100] - references.mean(0)
-    found = solve(x, references, sigma, 1.0, form, difference=True)
+    result = solve(x, references, sigma, 1.0, form, difference=True)
     difference = x.double() - wanted[0]
-    assert_accurate((found[0], found[1]), (difference, wanted[1]), spread, tolerance_of(form))
+    assert_accurate((result[0], result[1]), (difference, wanted[1]), spread, tolerance_of(form))
 
 
 @pytest.mark.parametrize("sigma", [1e-6, 1e-4, 1e-2, 1.0])
@@ -189,11 +189,11 @@ def test_gradients(oracle_gradients, form, D):
         g = sigma.square().clamp(max=1) * torch.randn(len(x), generator=generator).double()
         wanted = oracle_gradients(x, references, radius, D, G, g)
         wide = torch.float32 if form == "no float64" else torch.float64
-        given = PosteriorMean(x, references, radius.to(wide), D)
-        mean, _, nearest, total = products.posterior_mean(given)
+        arguments = PosteriorMean(x, references, radius.to(wide), D)
+        mean, _, nearest, total = products.posterior_mean(arguments)
         state, upstream = State(mean, nearest, total), Upstream(G, g.to(wide))
-        found = products.posterior_mean_backward(given, state, upstream, (True, True, True))
-        for actual, expected in zip(found, wanted, strict=True):
+        result = products.posterior_mean_backward(arguments, state, upstream, (True, True, True))
+        for actual, expected in zip(result, wanted, strict=True):
             rows = expected.reshape(len(expected), -1)
             floor = rows.norm(dim=1).clamp(min=rows.norm() / len(rows) ** 0.5)
             error = (actual.double().reshape(rows.shape) - rows).norm(dim=1)
@@ -205,16 +205,19 @@ class Watched(TorchDispatchMode):
 
     def __init__(self, references):
         super().__init__()
-        self.largest, self.waits, self.given = 0, set(), references.data_ptr()
+        self.largest, self.waits, self.references = 0, set(), references.data_ptr()
 
-    def __torch_dispatch__(self, function, types, given=(), named=None):
-        found = function(*given, **(named or {}))
+    def __torch_dispatch__(self, function, types, arguments=(), named=None):
+        result = function(*arguments, **(named or {}))
         name = function._schema.name
         if name.endswith(("nonzero", "_local_scalar_dense", "is_nonzero", "masked_select")):
             self.waits.add(name)
-        if isinstance(found, torch.Tensor) and found.untyped_storage().data_ptr() != self.given:
-            self.largest = max(self.largest, found.numel())
-        return found
+        if (
+            isinstance(result, torch.Tensor)
+            and result.untyped_storage().data_ptr() != self.references
+        ):
+            self.largest = max(self.largest, result.numel())
+        return result
 
 
 @pytest.mark.parametrize("name", FORMS)
@@ -225,12 +228,12 @@ def test_memory_is_bounded_and_nothing_waits_for_a_device(monkeypatch, name):
     for M in (1000, 4000):
         x, references, sigma = problem(30, M, 50)
         wide = torch.float32 if name == "no float64" else torch.float64
-        given = PosteriorMean(x, references, sigma.to(wide), 1.0)
+        arguments = PosteriorMean(x, references, sigma.to(wide), 1.0)
         with Watched(references) as watched:
-            mean, _, nearest, total = products.posterior_mean(given)
+            mean, _, nearest, total = products.posterior_mean(arguments)
             upstream = Upstream(torch.ones_like(mean), torch.zeros_like(total))
             state = State(mean, nearest, total)
-            products.posterior_mean_backward(given, state, upstream, (True, False, True))
+            products.posterior_mean_backward(arguments, state, upstream, (True, False, True))
         assert watched.largest <= 1 << 15
         assert bool(watched.waits) == (name == "CPU")
 
@@ -253,28 +256,28 @@ def test_gpus_that_are_fast_at_float64(monkeypatch, capability, fast):
 def test_float32_that_may_be_rounded_is_not_used(monkeypatch, fast):
     monkeypatch.setattr(products, "_has_fast_float64", lambda device: fast)
     x, references, sigma = problem(3, 4, 5)
-    given = PosteriorMean(x, references, sigma, 1.0)
+    arguments = PosteriorMean(x, references, sigma, 1.0)
     before = torch.get_float32_matmul_precision()
     try:
         torch.set_float32_matmul_precision("medium")
-        rounded = products._arithmetic(given)
+        rounded = products._arithmetic(arguments)
     finally:
         torch.set_float32_matmul_precision(before)
     assert type(rounded) is products._Products
     assert not rounded.narrow
-    assert (type(products._arithmetic(given)) is products._Products) == fast
+    assert (type(products._arithmetic(arguments)) is products._Products) == fast
 
 
 def test_autocast_rounds_nothing(form):
     x, references, sigma = problem(5, 200, 300)
     wide = torch.float32 if form == "no float64" else torch.float64
-    given = PosteriorMean(x, references, 10 * sigma.to(wide), 1.0)
+    arguments = PosteriorMean(x, references, 10 * sigma.to(wide), 1.0)
 
     def results():
-        mean, lse, nearest, total = products.posterior_mean(given)
+        mean, lse, nearest, total = products.posterior_mean(arguments)
         upstream = Upstream(torch.ones_like(mean), torch.ones_like(total))
         saved = State(mean, nearest, total), upstream, (True, True, True)
-        return mean, lse, *products.posterior_mean_backward(given, *saved)
+        return mean, lse, *products.posterior_mean_backward(arguments, *saved)
 
     plain = results()
     with torch.autocast("cpu", torch.bfloat16):
@@ -296,9 +299,9 @@ def test_the_field_near_the_data(oracle):
     x, references, _ = problem(6, 300, 400)
     z = torch.full((6,), 1e-3, dtype=torch.float64)
     x = references[:6] + 1e-3 * torch.randn(6, 400, generator=torch.Generator().manual_seed(1))
-    found = torch.cat(
+    result = torch.cat(
         [part.reshape(6, -1) for part in field_fn(x, z, references, backend="torch")], 1
     )
     E = torch.cat([x.double() - oracle(x, references, z, 1.0)[0], z[:, None]], 1)
     wanted = -20 * E / (E.norm(dim=1, keepdim=True) + 5)
-    assert ((found - wanted).norm(dim=1) <= 2e-5 * wanted.norm(dim=1)).all()
+    assert ((result - wanted).norm(dim=1) <= 2e-5 * wanted.norm(dim=1)).all()
