@@ -35,6 +35,7 @@ def running(folder, run_kernel_tests):
     return run_kernel_tests(NAMES, executor.environment(folder))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", NAMES)
 def test_in_the_executor(running, name):
     process, output = running[name]
@@ -53,6 +54,7 @@ def test_slow_tests_in_the_executor(running_slow, name):
     assert process.wait() == 0, output.read_text()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["executor_test", "cuda_arithmetic_test"])
 def test_programs(folder, name):
     """What kernels compute in the executor, what it finds wrong, the arithmetic of the kernels."""

@@ -34,13 +34,11 @@ def test_in_the_interpreter(running, name):
 
 
 @triton_only
+@pytest.mark.slow
 @pytest.mark.skipif(torch.cuda.is_available(), reason="tests/gpu runs on the GPU itself")
 @pytest.mark.parametrize(
     "tests",
-    [
-        ["-k", "test_problem"],
-        pytest.param(["-m", "slow", "-k", "test_single_changes"], marks=pytest.mark.slow),
-    ],
+    [["-k", "test_problem"], ["-m", "slow", "-k", "test_single_changes"]],
     ids=["problems", "changes"],
 )
 def test_in_the_executor(run_kernel_tests, tests):
