@@ -32,10 +32,8 @@ Void* at(Void* array, Index index, Type type) {
 constexpr int kMaxIndependentThreads = 8;
 
 // Queries × references × features for which a thread is woken: with less, waking it and waiting for
-// it costs more than it saves. With many features threads wait for each other after each step.
-constexpr Index work_of_thread(Index features) {
-  return features < kListedFeatures ? Index{1} << 19 : Index{1} << 20;
-}
+// it costs more than it saves.
+constexpr double kThreadWork = 1 << 19;
 
 // The problem with no more threads than have that much work. Threads wait for each other after at
 // most `queries` and `references`.
@@ -43,7 +41,7 @@ Problem with_threads(Problem problem, Index queries, Index references) {
   const double size = static_cast<double>(smaller(queries, problem.queries)) *
                       static_cast<double>(smaller(references, problem.references)) *
                       static_cast<double>(problem.features);
-  const double most = size / static_cast<double>(work_of_thread(problem.features));
+  const double most = size / kThreadWork;
   if (most < problem.threads) problem.threads = most < 1 ? 1 : static_cast<int>(most);
   return problem;
 }

@@ -2,7 +2,7 @@
 //
 // kRows queries form a group with one list, the union of theirs. Queries are sorted by how many
 // references count for them, and among kBucket neighbours in this order those with the most similar
-// lists form a group. On images that leaves a sixth fewer pairs than the order alone.
+// lists form a group. On photographs that leaves a seventh fewer pairs than the order alone.
 #pragma once
 #include "cpu/weights.h"
 
@@ -37,6 +37,8 @@ struct Group {
 
 template <class T, int kRows>
 class Groups {
+  static_assert(kBucket % kRows == 0 && kBatch % 64 == 0);
+
  public:
   explicit Groups(Index max_rows)
       : groups_(divide_up(max_rows, kRows)),
@@ -60,6 +62,7 @@ class Groups {
       for (Index i = 0; i < 64; i += 8) {
         std::uint64_t eight;
         std::memcpy(&eight, bytes + i, sizeof eight);
+        if (__BYTE_ORDER__ == __ORDER_BIG_ENDIAN__) eight = __builtin_bswap64(eight);
         needs[word] |= (eight * 0x0102040810204080u >> 56) << i;  // byte k becomes bit k
       }
       lengths_[b] += __builtin_popcountll(needs[word]);

@@ -137,11 +137,13 @@ class DenseTiles {
 // ---- listed pairs: features contiguous, a lane sums each `lanes`-th of them -------------------
 
 constexpr Index kPairReferences = 64;  // references packed at a time, those of a word of Groups
+static_assert(kPairReferences == 64);
 // Features packed at a time at most: a tile fits L1.
 template <class T> constexpr Index kPairPanel = 3136 / sizeof(T);
 // Features packed at a time: panels of equal width, in whole cache lines. A lane adds at most
-// kMaxAdditions values, or one and a half times as many where a distance has so many lanes and
-// panels that its error, as a share of it, is no larger than with 512 features.
+// kMaxAdditions values, or one and a half times as many from 1152 features on: errors of lanes and
+// panels average out, and that of a distance, as a share of it, is no larger than with 512
+// features.
 template <class T>
 Index pair_panel(Index features) {
   const Index additions = features < 1152 ? kMaxAdditions : kMaxAdditions * 3 / 2;

@@ -77,7 +77,7 @@ void* allocate(std::size_t capacity) {
 }  // namespace
 
 void* acquire_workspace(std::size_t bytes, std::size_t* capacity) {
-  static char nothing;  // a block of no bytes
+  alignas(64) static char nothing;  // a block of no bytes
   const std::size_t unit = bytes < kHugePageBytes ? 4096 : kHugePageBytes;
   *capacity = (bytes + unit - 1) / unit * unit;
   if (*capacity == 0) return &nothing;
