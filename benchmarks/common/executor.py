@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import fcntl
 import importlib.util
 import os
 import re
@@ -41,7 +42,7 @@ def why_unbuilt() -> str | None:
 
 def build(folder: str = "ptx", architectures: str = _ARCHITECTURES, *options: str) -> Path:
     """Builds the executor, and the extension with the kernels' PTX, in a folder of build/. Only
-    changed sources are compiled again.
+    changed sources are compiled again. A second process waits until the first has built.
 
     Args:
         options: further ones of CMake.
@@ -62,16 +63,19 @@ def build(folder: str = "ptx", architectures: str = _ARCHITECTURES, *options: st
         f"-DPython_EXECUTABLE={sys.executable}",
         *options,
     )
-    for command in (
-        ["cmake", "-S", str(_ROOT), "-B", str(path), "-G", "Ninja", *options],
-        ["cmake", "--build", str(path), "--parallel", "2"],
-    ):
-        environment = os.environ | {"PATH": _TOOLS}
-        done = subprocess.run(command, env=environment, capture_output=True, text=True)
-        if done.returncode != 0:
-            raise RuntimeError(
-                f"the executor of PTX could not be built:\n{done.stdout}{done.stderr}"
-            )
+    path.mkdir(parents=True, exist_ok=True)
+    with (path / "building").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        for command in (
+            ["cmake", "-S", str(_ROOT), "-B", str(path), "-G", "Ninja", *options],
+            ["cmake", "--build", str(path), "--parallel", "2"],
+        ):
+            environment = os.environ | {"PATH": _TOOLS}
+            done = subprocess.run(command, env=environment, capture_output=True, text=True)
+            if done.returncode != 0:
+                raise RuntimeError(
+                    f"the executor of PTX could not be built:\n{done.stdout}{done.stderr}"
+                )
     return path
 
 
