@@ -112,8 +112,3 @@ def plane(B: int = 1024, M: int = 4096) -> Case:
     angle = torch.randint(0, 8, (M,), generator=generator) * (torch.pi / 4)
     centres = torch.stack([angle.cos(), angle.sin()], 1)
     return perturbed(centres + 0.05 * torch.randn(M, 2, generator=generator), B)
-
-
-def patches(M: int, B: int = 128) -> Case:
-    """Any number of patches of photographs, 8 × 8 in colour: N = 192."""
-    return perturbed(photograph_crops(M, 8), B)

@@ -13,7 +13,7 @@ from benchmarks.claims import __main__ as claims
 from benchmarks.claims.presets import PRESETS
 from pfgm.cli import demo
 
-STUDIES = {module.name for module in pkgutil.iter_modules(studies.__path__)} - {"build_time"}
+STUDIES = {module.name for module in pkgutil.iter_modules(studies.__path__)}
 
 
 def stop(*arguments, **options):
