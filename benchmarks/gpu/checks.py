@@ -23,7 +23,7 @@ from pfgm import backends
 Environment = Mapping[str, str]
 SMOKE = [sys.executable, "-m", "benchmarks.gpu.smoke"]
 TOOLS = ("memcheck", "racecheck")
-TOOL_SECONDS, SPARE_SECONDS = 60.0, 30.0
+TOOL_SECONDS, SPARE_SECONDS = 90.0, 30.0
 ERROR_STATUS = 86  # of compute-sanitizer, if it found an error
 _ERRORS = re.compile(r"ERROR SUMMARY: (?P<summary>(?P<errors>\d+) errors?)")
 _HAZARDS = re.compile(
