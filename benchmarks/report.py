@@ -9,11 +9,12 @@ from __future__ import annotations
 import json
 from typing import Any
 
+from benchmarks.common.commands import new_parser
 from benchmarks.common.folders import DOCS, RESULTS
 from benchmarks.common.posterior_paths import ONE_THREAD
-from benchmarks.common.tables import Section, format_seconds, print_or_write, table, with_headings
+from benchmarks.common.tables import format_seconds, table
 
-SECTION = Section(DOCS / "benchmarks.md", "benchmarks")
+PAGE = DOCS / "benchmarks.md"
 PEERS = {
     "torch path": "torch path",
     "torch path, compiled": "compiled",
@@ -135,8 +136,25 @@ def report() -> str:
         "Euler step": f"{step_table()}\n\n{circumstances('ode_step')}",
         "Calls on tiny tensors, one thread": f"{calls_table()}\n\n{circumstances('calls')}",
     }
-    return with_headings(parts, 2)
+    return "\n\n".join(f"## {title}\n\n{text}" for title, text in parts.items())
+
+
+def write() -> None:
+    """Puts the main table between its marks in the page."""
+    marks = "<!-- benchmarks: begin -->\n", "\n<!-- benchmarks: end -->"
+    before, rest = PAGE.read_text().split(marks[0])
+    _, after = rest.split(marks[1])
+    PAGE.write_text(main_report().join((before + marks[0], marks[1] + after)))
+
+
+def main() -> None:
+    parser = new_parser(__doc__)
+    parser.add_argument("--write", action="store_true", help=f"write {PAGE.name}")
+    if parser.parse_args().write:
+        write()
+    else:
+        print(report())
 
 
 if __name__ == "__main__":
-    print_or_write(__doc__, SECTION, report, main_report)
+    main()

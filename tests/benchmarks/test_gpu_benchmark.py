@@ -237,28 +237,6 @@ def test_the_table_without_cuda_and_with_failed_cuda():
     assert not gpu_report.failed([failed._replace(path="compiled, tf32")])
 
 
-def test_results_say_which_is_faster():
-    rows = [
-        row("triton", 4e-5, 1e-5),
-        row("cuda", 2e-5, 2e-5),
-        row("triton, uint8", 3e-5),
-        row("cuda, uint8", 4.5e-5),
-        row("triton, medium", 1e-5),
-        row("cuda, bfloat16", 1e-5),
-        *TORCH,
-    ]
-    comparisons = gpu_report.faster(rows)
-    assert comparisons == {
-        FORWARD: {
-            "seconds": {"faster": "cuda", "the other takes": 2},
-            "graph": {"faster": "triton", "the other takes": 2},
-        },
-        f"{FORWARD}, uint8": {"seconds": {"faster": "triton", "the other takes": 1.5}},
-    }
-    said = gpu_report.tally(comparisons)
-    assert said.endswith("by the call triton 1, cuda 1; within graphs triton 1, cuda 0.")
-
-
 def test_the_forward_pass_is_compared_with_the_memory_floor():
     """A copy that reads and writes 3 GB in a ms: 60 MB of references in 20 µs."""
     copy = row("copy", 1e-3, subject=gpu_subjects.PLAIN_COPY, moved=3_000_000_000)
@@ -668,7 +646,7 @@ def test_events_and_graphs_with_stand_ins(monkeypatch):
         captured = "backward" not in row.subject and row.path != "published formula"
         assert bool(row.graph) == captured, row
     assert gpu_report.circumstances(device)["device"] == "a GPU"
-    assert "Faster, of the subjects" in gpu_report.report(rows, left_out, device)
+    assert gpu_report.summary(rows) in gpu_report.report(rows, left_out, device)
 
 
 def test_steps_in_torch_agree_with_the_library():
