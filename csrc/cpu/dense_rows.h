@@ -146,21 +146,21 @@ class DenseRows {
   // the listed ones are infinitely far. Returns whether the rest has any that count. Everything
   // goes into the list if not `in_float`. `known` is relative to an upper bound of the nearest.
   bool split(Index b, const QueryState& known, bool in_float, List& list) const {
-    const Least found = least(b);
+    const Least smallest = least(b);
     list.length = 0;
     list.nearest = kSkipped;
-    if (!found.finite) return take(b, kInfinity, kInfinity, list);
-    const bool nearer = found.value < known.nearest;
-    const double base = nearer ? found.value : known.nearest, r = radius(b);
+    if (!smallest.finite) return take(b, kInfinity, kInfinity, list);
+    const bool nearer = smallest.value < known.nearest;
+    const double base = nearer ? smallest.value : known.nearest, r = radius(b);
     const double fall = nearer ? law_.cutoff : visible_fall(law_, known);
     const Precision<float, R> precision(law_, query(b), problem_.features, base, r);
     const double near = precision.reach(kNear);
     const double far = precision.reach(fall > kNear ? fall : kNear);
-    if (found.value > far) return false;
+    if (smallest.value > far) return false;
     if (!in_float || !FloatWeights(law_, base, r, fall).fits()) return take(b, far, near, list);
     const Index close = number_within(b, near);
-    if (close > kFewCandidates && found.value > kUnderflow && !precision.insufficient()) {
-      list.nearest = found.value;
+    if (close > kFewCandidates && smallest.value > kUnderflow && !precision.insufficient()) {
+      list.nearest = smallest.value;
       return true;
     }
     if (number_within(b, far) <= close + kFewReferences) return take(b, far, near, list);
@@ -189,12 +189,12 @@ class DenseRows {
 
   Least least(Index b) const {
     const float *low = lows_ + b * kFloats, *odd = odds_ + b * kFloats;
-    Least found = {kLargestFloat, true};
+    Least smallest = {kLargestFloat, true};
     for (Index lane = 0; lane < kFloats; ++lane) {
-      if (low[lane] < found.value) found.value = low[lane];
-      if (odd[lane] != 0) found.finite = false;
+      if (low[lane] < smallest.value) smallest.value = low[lane];
+      if (odd[lane] != 0) smallest.finite = false;
     }
-    return found;
+    return smallest;
   }
 
   // packed[feature][reference]. The last reference fills the tile, so that no lane has a distance
