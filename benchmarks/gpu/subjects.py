@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
@@ -56,23 +55,16 @@ class Subject(NamedTuple):
     rounds: int = 30
 
 
-@contextmanager
-def tf32() -> Iterator[None]:
-    """Torch multiplies float32 matrices in TF32."""
-    before = torch.backends.cuda.matmul.allow_tf32
-    torch.backends.cuda.matmul.allow_tf32 = True
-    try:
-        yield
-    finally:
-        torch.backends.cuda.matmul.allow_tf32 = before
-
-
 def in_tf32(call: Call) -> Call:
-    """The call with products in TF32."""
+    """The call with products of float32 matrices in TF32."""
 
     def run() -> Any:
-        with tf32():
+        matmul = torch.backends.cuda.matmul
+        before, matmul.allow_tf32 = matmul.allow_tf32, True
+        try:
             return call()
+        finally:
+            matmul.allow_tf32 = before
 
     return run
 
