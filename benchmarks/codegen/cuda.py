@@ -160,7 +160,8 @@ def short_name(symbol: str) -> str:
     kernel = _KERNEL.fullmatch(_NAMESPACES.sub("", torch._C._demangle(symbol)))
     if kernel is None:
         raise ValueError(f"no name of a kernel: {symbol!r}.")
-    return re.sub(r"\(\w+\)", "", kernel[1])  # the types of enumerators
+    # Without the types of enumerators, and with ">>" as it is written today.
+    return re.sub(r"\(\w+\)|(?<=>) (?=>)", "", kernel[1])
 
 
 def dump(file: Path, architecture: str) -> str:

@@ -164,6 +164,10 @@ INSIDE = "_ZN4pfgm55_GLOBAL__N__b92e854f_22_posterior_mean_cuda_cu_e5a43346"
             f"{INSIDE}9distancesINS0_12WarpProductsINS0_7RoundedELi32ELi64ELb1EEELNS0_6TargetE2EEEvi",
             "distances<WarpProducts<Rounded, 32, 64, true>, 2>",
         ),
+        (
+            f"{INSIDE}12weighted_sumINS0_8WarpSumsIhLi32ELb1EEEEEvi",
+            "weighted_sum<WarpSums<unsigned char, 32, true>>",
+        ),
         ("_Z4loneILb0EEvi", "lone<false>"),
         ("_Z5plainPf", "plain"),
     ],
