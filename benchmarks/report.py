@@ -9,16 +9,16 @@ from __future__ import annotations
 import json
 from typing import Any
 
+from benchmarks.common.commands import new_parser
 from benchmarks.common.folders import DOCS, RESULTS
 from benchmarks.common.posterior_paths import ONE_THREAD
-from benchmarks.common.tables import Section, format_seconds, print_or_write, table, with_headings
+from benchmarks.common.tables import format_seconds, table
 
-SECTION = Section(DOCS / "benchmarks.md", "benchmarks")
+PAGE = DOCS / "benchmarks.md"
 PEERS = {
     "torch path": "torch path",
     "torch path, compiled": "compiled",
     "published formula": "published formula",
-    "KeOps": "KeOps",
     "native, uint8": "native, uint8",
     "native, in a set": "native, in a set",
 }
@@ -103,47 +103,15 @@ def step_table() -> str:
     return table(["", "native", *peers, "bandwidth / copy"], rows)
 
 
-def other_table(module: str) -> str:
-    """Times of the subjects of a module whose subjects have different paths."""
+def calls_table() -> str:
+    """Times of calls on tiny tensors."""
     rows = []
-    for subject, paths in rows_of(module).items():
+    for subject, paths in rows_of("calls").items():
         for path, row in paths.items():
             against = row["times as long"]
             others = (f"{name} {ratio:.3g} ×" for name, ratio in against.items() if name != path)
             rows.append([subject, path, format_seconds(row["median seconds"]), ", ".join(others)])
     return table(["", "path", "time", "times as long"], rows)
-
-
-def size_table() -> str:
-    rows = [
-        [path, format_seconds(row["median seconds"]), f"{row['nanoseconds a reference']:.0f} ns"]
-        for path, row in rows_of("posterior_mean")["number of references"].items()
-    ]
-    return table(["B = 128, N = 192", "time", "a reference"], rows)
-
-
-def memory_table() -> str:
-    rows = [
-        [
-            row["subject"],
-            " × ".join(map(str, row["B, M, N"])),
-            row["path"],
-            row["references"],
-            f"{row['megabytes of references']:.0f} MiB",
-            f"{row['megabytes']:.0f} MiB",
-        ]
-        for row in load("memory")["result"]
-    ]
-    return table(["", "B × M × N", "path", "references", "they take", "extra at the peak"], rows)
-
-
-def codegen_table(module: str) -> str:
-    """What GPU kernels compile to.
-
-    Of a kernel's variants the most registers and bytes, and the fewest 16-byte accesses.
-    """
-    rows = load(module)["result"]["rows"]
-    return table(list(rows[0]), [[str(value) for value in row.values()] for row in rows])
 
 
 def circumstances(module: str) -> str:
@@ -165,17 +133,28 @@ def main_report() -> str:
 def report() -> str:
     parts = {
         "Posterior mean": main_report(),
-        "Number of references": size_table(),
         "Euler step": f"{step_table()}\n\n{circumstances('ode_step')}",
-        "Training step": other_table("training_step"),
-        "Sampling": other_table("sampling"),
-        "Calls on tiny tensors, one thread": f"{other_table('calls')}\n\n{circumstances('calls')}",
-        "Memory": memory_table(),
-        "Triton kernels as compiled": codegen_table("codegen_triton"),
-        "CUDA kernels as compiled": codegen_table("codegen_cuda"),
+        "Calls on tiny tensors, one thread": f"{calls_table()}\n\n{circumstances('calls')}",
     }
-    return with_headings(parts, 2)
+    return "\n\n".join(f"## {title}\n\n{text}" for title, text in parts.items())
+
+
+def write() -> None:
+    """Puts the main table between its marks in the page."""
+    marks = "<!-- benchmarks: begin -->\n", "\n<!-- benchmarks: end -->"
+    before, rest = PAGE.read_text().split(marks[0])
+    _, after = rest.split(marks[1])
+    PAGE.write_text(main_report().join((before + marks[0], marks[1] + after)))
+
+
+def main() -> None:
+    parser = new_parser(__doc__)
+    parser.add_argument("--write", action="store_true", help=f"write {PAGE.name}")
+    if parser.parse_args().write:
+        write()
+    else:
+        print(report())
 
 
 if __name__ == "__main__":
-    print_or_write(__doc__, SECTION, report, main_report)
+    main()

@@ -6,11 +6,9 @@ Trains and measures networks. For each claim NAME it writes tables (CSV), pictur
 DIR; NAME.json has the command, settings, machine, versions and commit. A stopped run continues when
 the command is given again.
 
-Runs from a checkout that is installed with the extra ``test``. From a checkout that is not
-installed, it builds the package in a temporary folder; this needs pfgm's dependencies, Triton,
-diffusers, matplotlib and pytest. ``--data`` replaces the preset's data, for example by
-fashion-mnist:FOLDER. ``--store`` copies tables and pictures to docs/claims, or to its folder
-fashion-mnist.
+Runs from a checkout that is installed with the extra ``test``. ``--data`` replaces the preset's
+data, for example by fashion-mnist:FOLDER. ``--store`` copies tables and pictures to docs/claims, or
+to its folder fashion-mnist.
 """
 
 from __future__ import annotations
@@ -19,31 +17,22 @@ import argparse
 import dataclasses
 import importlib.util
 import os
-import subprocess
 import sys
-import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
 import torch
 
 from benchmarks.claims.examine import copy_results, examine, keep_preset, prepare
-from benchmarks.claims.jobs import ended_by_sigterm, processors
+from benchmarks.claims.jobs import processors
 from benchmarks.claims.measures import accuracy, data_of
 from benchmarks.claims.presets import PRESETS, Preset
 from benchmarks.claims.registry import CLAIMS
-from benchmarks.common.build import (
-    assemble,
-    assemble_with_cuda,
-    environment_with,
-    has_nvcc,
-)
 from benchmarks.common.commands import name_backend, new_parser
 from benchmarks.common.folders import DOCS
 from pfgm.common.files import check_folder
 
 PUBLISHED = DOCS / "claims"
-BUILD_SECONDS = 300
 
 
 def parse(arguments: Sequence[str]) -> tuple[argparse.Namespace, Preset]:
@@ -79,7 +68,7 @@ def published_folder(preset: Preset) -> Path:
 
 def check_packages() -> None:
     """Fails before the training if a package that is needed later is missing."""
-    for package in ("diffusers", "matplotlib"):
+    for package in ("pfgm.kernels", "diffusers", "matplotlib"):
         if importlib.util.find_spec(package) is None:
             raise ImportError(
                 f"{package} is not installed, but the claims need it; install it with: "
@@ -113,34 +102,8 @@ def run(options: argparse.Namespace, preset: Preset, folder: Path) -> None:
             copy_results(folder, name, published_folder(preset))
 
 
-def run_assembled(arguments: Sequence[str]) -> int:
-    """Builds the package in a temporary folder, and runs the command in a process that imports it
-    from there."""
-
-    with ended_by_sigterm(), tempfile.TemporaryDirectory() as name:
-        folder, status = Path(name), 1
-        if has_nvcc() and torch.cuda.is_available():
-            log = folder / "build.log"
-            package, status = assemble_with_cuda(folder / "cuda", log, BUILD_SECONDS)
-        if status != 0:
-            print("The package runs without its extension, which could not be built here.")
-            package = assemble(folder / "pure")
-        environment = environment_with(package, dry=False, native=status == 0)
-        if status != 0:
-            environment.setdefault("PFGM_BACKEND", "torch")
-        command = [sys.executable, str(Path(__file__).resolve()), *arguments]
-        with subprocess.Popen(command, env=environment) as process:
-            try:
-                return process.wait()
-            except BaseException:
-                process.terminate()
-                raise
-
-
 def main(arguments: Sequence[str] | None = None) -> int:
-    arguments = sys.argv[1:] if arguments is None else arguments
-
-    options, preset = parse(arguments)
+    options, preset = parse(sys.argv[1:] if arguments is None else arguments)
     try:
         check_packages()
         data_of(preset)
@@ -149,8 +112,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except (OSError, ValueError, ImportError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    if importlib.util.find_spec("pfgm.kernels") is None:
-        return run_assembled(arguments)
     run(options, preset, folder)
     return 0
 

@@ -1,11 +1,10 @@
 """What the CUDA kernels of csrc/ compile to, read from the installed extension. Needs no GPU.
 
-    python -m benchmarks.codegen.cuda [--only SUBSTRING] [--store]
+    python -m benchmarks.codegen.cuda [--only SUBSTRING]
 
 Prints registers, spills, shared memory and the important instructions of every kernel, for every
 architecture that the extension has code for. Ends with status 1 if a kernel differs from its entry
-in INTENTS. ``--store`` keeps a row for each kernel and architecture in results/codegen_cuda.json.
-Needs cuobjdump, which comes with nvcc and with the package triton.
+in INTENTS. Needs cuobjdump, which comes with nvcc and with the package triton.
 """
 
 from __future__ import annotations
@@ -23,11 +22,11 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
-from benchmarks.codegen import rows as shown
-from benchmarks.codegen.rows import Figures, Row, capability
+import torch
+
+from benchmarks.codegen.rows import Figures, Row, capability, finish, read_usage
 from benchmarks.common.commands import new_parser
 from benchmarks.common.folders import ROOT
-from benchmarks.common.machine import store
 
 CSRC = ROOT / "csrc" / "cuda"
 HOW_TO_BUILD = (
@@ -45,28 +44,16 @@ _COPY, _WIDE = r"LDGSTS\.E(?:\.\w+)*\.128(?:\.|$)", r"\.E(?:\.\w+)*\.(?:128|256)
 # A load of what must not change while the kernel runs. Waiting does not make it see new values.
 _UNCHANGING_LOAD = r"LDG(?:\.\w+)*\.CONSTANT(?:\.|$)"
 _FLUSHING = r"F(?:ADD|MUL|FMA|SETP)(?:\.\w+)*\.FTZ(?:\.|$)"
-# A wait for earlier launches, without a predicate.
-_WAIT = re.compile(r"/\*[0-9a-f]{4,}\*/\s+ACQBULK\b")
-# What may access global memory, let the next launch start, jump or end. Other LD… and ST… are of
-# shared, local or constant memory.
-_MATTERS = re.compile(
-    r"LD(?![CLS])|ST(?![LS])|ATOM(?!S)|RED(?!UX)|CCTL|TEX|TLD|SU(?:LD|ST|RED)|U\w*TMA|UBLK"
-    r"|PREEXIT|BRA|BRX|JM[PX]|CALL|RET|EXIT|KILL|BREAK|BPT"
-)
 
 _USAGE = re.compile(r"^ Function (\S+):\n(.*)$", re.MULTILINE)
 _THREADS = re.compile(
     r"EIATTR_MAX_THREADS\s+Format:\s+\w+\s+Value:\s+0x([0-9a-f]+) 0x([0-9a-f]+) 0x([0-9a-f]+)"
 )
-_OPTIONS = re.compile(r"Tool Command Line Arguments:(.*)")
-_UNWANTED = re.compile(r"(?<!\S)-(?:O ?[0-2]|g|maxrregcount)(?!\S)")
 _DECLARED = re.compile(
     r"__global__\s+void\s+(?:__launch_bounds__\((?:[^()]|\([^()]*\))*\)\s*)?(\w+)\s*\("
 )
-# Arguments of a template, mangled: numbers, types of the language, names, enumerators.
-_NUMBER = re.compile(r"L([bi])(\d+)E")
-_NAME = re.compile(r"(L?)NS\w*?_(\d+)")
-_PLAIN = {"f": "float32", "h": "uint8"}
+_NAMESPACES = re.compile(r"pfgm::|\(anonymous namespace\)::")
+_KERNEL = re.compile(r"(?:void )?(\w+(?:<.*?>)?)\(.*\)")
 
 
 @dataclass(frozen=True)
@@ -94,7 +81,7 @@ INTENTS = {
     r"finish_distances<.*": Intent(4),
     r"differences<.*": Intent(2, copies=True),
     r"weigh<.*": Intent(6),
-    r"weighted_sum<WarpSums<\w+, \d+, true>>": Intent(2, "16816", copies=True),
+    r"weighted_sum<WarpSums<[\w ]+, \d+, true>>": Intent(2, "16816", copies=True),
     r"(weighted_sum|reference_gradient)<.*": Intent(2, ".TF32", copies=True),
     r"(ode_step|normalised_field)_kernel<4, .*": Intent(1, wide=True),
     r"(ode_step|normalised_field)_kernel<1, .*": Intent(1),
@@ -164,50 +151,17 @@ def declared() -> set[str]:
 
 
 def short_name(symbol: str) -> str:
-    """The readable form of a mangled name, such as ``distances<WarpProducts<uint8, 64>, 1>``, with
+    """The readable form of a mangled name, such as ``distances<WarpProducts<float, 64>, 1>``, with
     the number of an enumerator.
 
-    Knows only the rules that the kernels need. c++filt is not installed everywhere.
-
     Raises:
-        ValueError: the name follows other rules.
+        ValueError: it is no name of a kernel.
     """
-    name, rest = "", re.sub("^_ZN?", "", symbol)
-    while length := re.match(r"\d+", rest):  # nested names, each behind its length
-        end = length.end() + int(length[0])
-        name, rest = rest[length.end() : end], rest[end:]
-    if not name:
+    kernel = _KERNEL.fullmatch(_NAMESPACES.sub("", torch._C._demangle(symbol)))
+    if kernel is None:
         raise ValueError(f"no name of a kernel: {symbol!r}.")
-    return name + _arguments(rest)[0]
-
-
-def _arguments(text: str) -> tuple[str, str]:
-    """The readable form of a template's arguments at the beginning of a text, if there are any, and
-    the rest of it."""
-    if not text.startswith("I"):
-        return "", text
-    arguments: list[str] = []
-    rest = text[1:]
-    while not rest.startswith("E"):
-        argument, rest = _argument(rest)
-        arguments.append(argument)
-    return f"<{', '.join(arguments)}>", rest[1:]
-
-
-def _argument(text: str) -> tuple[str, str]:
-    if number := _NUMBER.match(text):
-        value = str(bool(int(number[2]))).lower() if number[1] == "b" else number[2]
-        return value, text[number.end() :]
-    if name := _NAME.match(text):
-        end = name.end() + int(name[2])
-        if name[1]:  # an enumerator: its type, its number
-            value, rest = text[end + 1 :].split("E", 1)
-            return value, rest
-        arguments, rest = _arguments(text[end:])
-        return text[name.end() : end] + arguments, rest[1:]
-    if text[:1] not in _PLAIN:
-        raise ValueError(f"no name of a kernel: it has {text!r}.")
-    return _PLAIN[text[0]], text[1:]
+    # Without the types of enumerators, and with ">>" as it is written today.
+    return re.sub(r"\(\w+\)|(?<=>) (?=>)", "", kernel[1])
 
 
 def dump(file: Path, architecture: str) -> str:
@@ -248,21 +202,12 @@ def _after(part: str, heading: str) -> dict[str, str]:
 
 
 def _figures(usage: str, code: str, about: str, architecture: str) -> Figures:
-    bound, wait = _THREADS.search(about), _WAIT.search(code)
-    # As nothing jumps before the wait, it is on every path.
-    before = _INSTRUCTION.findall(code[: wait.start()]) if wait else []
+    bound = _THREADS.search(about)
     return Figures(
-        *shown.read_usage(usage, architecture),
+        *read_usage(usage, architecture),
         Counter(_INSTRUCTION.findall(code)),
         math.prod(int(n, 16) for n in bound.groups()) if bound else None,
-        wait is not None and not any(map(_MATTERS.match, before)),
     )
-
-
-def compiler_version(file: Path) -> str | None:
-    """The version of the CUDA toolkit that made the machine code, as written in it."""
-    versions = re.findall(rb"Cuda compilation tools, release [\d.]+, V([\d.]+)", file.read_bytes())
-    return ", ".join(sorted({version.decode() for version in versions})) or None
 
 
 # ---- checking ----------------------------------------------------------------------------------
@@ -286,7 +231,7 @@ def is_replaced(kernel: str, architecture: str) -> bool:
     """
     if "<Warpgroup" in kernel:
         return architecture != "90a"
-    loop = re.match(r"distances<WarpProducts<(\w+), (\d+), \d+, (\w+)>", kernel)
+    loop = re.match(r"distances<WarpProducts<([\w ]+), (\d+), \d+, (\w+)>", kernel)
     if loop is None:
         return False
     type_, queries, geforce = loop.groups()
@@ -295,7 +240,7 @@ def is_replaced(kernel: str, architecture: str) -> bool:
         return geforce == "false"
     if newest < 90:
         return False
-    by_warpgroups = type_ in ("float32", "Rounded") and queries == "128"
+    by_warpgroups = type_ in ("float", "Rounded") and queries == "128"
     return geforce == "true" or (architecture == "90a" and by_warpgroups)
 
 
@@ -310,23 +255,10 @@ def problems(kernel: str, architecture: str, figures: Figures) -> list[str]:
     if intent is None:
         return [f"{where} is not listed in INTENTS of codegen/cuda.py; it is not checked."]
     matrix, count = figures.matrix_instructions, figures.count
-    can_wait, waits, unchanging = (
-        capability(architecture) >= 90,
-        count("ACQBULK"),
-        count(_UNCHANGING_LOAD),
-    )
+    unchanging = count(_UNCHANGING_LOAD)
     checks: list[tuple[object, str]] = [
         (
-            waits and not can_wait,
-            "waits for earlier launches, which its devices cannot",
-        ),
-        (
-            can_wait and not figures.waits_first,
-            "does not wait for earlier launches before it accesses global memory, jumps or ends: "
-            "its first statement must be wait_for_earlier_launches()",
-        ),
-        (
-            can_wait and unchanging,
+            capability(architecture) >= 90 and unchanging,
             f"loads global memory as unchanging {unchanging} times, but the launch "
             "before may still write it: leave __restrict__ away from what it reads",
         ),
@@ -345,7 +277,7 @@ def problems(kernel: str, architecture: str, figures: Figures) -> list[str]:
             f"uses {figures.registers} registers per thread; "
             f"{intent.blocks} × {figures.threads} threads allow {limit}",
         ),
-        (count("(?!NOP)") <= _EMPTY + 2 * bool(waits), "is empty"),
+        (count("(?!NOP)") <= _EMPTY + 2 * bool(count("ACQBULK")), "is empty"),
         (
             intent.products and not products,
             f"is meant to have matrix instructions with {intent.products}; it has {seen}",
@@ -377,34 +309,23 @@ def missing(rows: list[Row], expected: Iterable[str]) -> list[str]:
     ]
 
 
-def unwanted_options(text: str) -> list[str]:
-    """Options of the assembler in a dump that make slow code."""
-    return sorted({word for line in _OPTIONS.findall(text) for word in _UNWANTED.findall(line)})
-
-
 def check(file: Path, expected: list[str]) -> tuple[list[Row], list[str]]:
     """All kernels of an extension for the expected architectures, and what is wrong with them."""
     with ThreadPoolExecutor(PROCESSES) as pool:
         texts = list(pool.map(lambda architecture: dump(file, architecture), expected))
-    rows, others = [], []
-    for architecture, text in zip(expected, texts, strict=True):
-        rows += read(text, architecture)
-        others += [f"sm_{architecture} is assembled with {o}." for o in unwanted_options(text)]
-    return rows, missing(rows, expected) + [p for row in rows for p in row.problems] + others
+    pairs = zip(texts, expected, strict=True)
+    rows = [row for text, architecture in pairs for row in read(text, architecture)]
+    return rows, missing(rows, expected) + [p for row in rows for p in row.problems]
 
 
 def main() -> int:
     parser = new_parser(__doc__)
     parser.add_argument("--only", default="", metavar="SUBSTRING", help="print such kernels only")
-    parser.add_argument("--store", action="store_true", help="write results/codegen_cuda.json")
     options = parser.parse_args()
     file, reason = extension(), why_unchecked()
     if file is None or reason is not None:
         parser.error(reason or "")
-    rows, others = check(file, architectures())
-    if options.store:
-        store("codegen_cuda", {"nvcc": compiler_version(file), "rows": shown.summaries(rows)})
-    return shown.finish(rows, others, options.only)
+    return finish(*check(file, architectures()), options.only)
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Figures of compiled kernels, and what both commands print and store of them."""
+"""Figures of compiled kernels, and what both commands print of them."""
 
 from __future__ import annotations
 
@@ -33,8 +33,6 @@ class Figures:
     """Instruction with its modifiers → its number in the code."""
     threads: int | None = None
     """The most threads of a block, by the launch bounds of a CUDA kernel."""
-    waits_first: bool = False
-    """Whether a CUDA kernel waits for earlier launches before all that matters to other ones."""
 
     def count(self, kinds: str) -> int:
         """How many instructions begin with a pattern."""
@@ -81,29 +79,6 @@ def report(rows: Iterable[Row]) -> str:
         lines.append([kernel, f"sm_{architecture}", *cells])
     header = ["kernel", "architecture", "registers", "spills", "shared", "matrix instructions"]
     return table(header, lines)
-
-
-def summaries(rows: Iterable[Row]) -> list[dict[str, str | int]]:
-    """The most of all variants of a kernel on an architecture, by column."""
-    groups: dict[tuple[str, str], list[Figures]] = {}
-    for kernel, architecture, figures, _ in rows:
-        if figures is not None:
-            name = re.split("[<,]", kernel)[0]
-            groups.setdefault((name, f"sm_{architecture}"), []).append(figures)
-    return [
-        {
-            "kernel": kernel,
-            "architecture": architecture,
-            "variants": len(group),
-            "registers": max(each.registers for each in group),
-            "spilled bytes": max(each.spills for each in group),
-            "shared bytes": max(each.shared for each in group),
-            "matrix instructions": ", ".join(
-                sorted({name for each in group for name in each.matrix_instructions})
-            ),
-        }
-        for (kernel, architecture), group in groups.items()
-    ]
 
 
 def finish(rows: Sequence[Row], problems: Sequence[str], only: str = "") -> int:

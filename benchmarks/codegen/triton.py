@@ -1,11 +1,11 @@
 """What the Triton kernels compile to. Needs no GPU.
 
-    python -m benchmarks.codegen.triton [--only SUBSTRING] [--capability 90] [--store]
+    python -m benchmarks.codegen.triton [--only SUBSTRING] [--capability 90]
 
 Compiles every variant that the kernel modules list for sm_80, sm_90, sm_100 and sm_120, prints
 registers, spills, shared memory and the matrix instructions of its PTX, and ends with status 1 if a
 kernel spills, needs more shared memory than a block can have, or lacks instructions that it should
-have. ``--store`` keeps a row for each kernel and architecture in results/codegen_triton.json.
+have.
 """
 
 from __future__ import annotations
@@ -24,10 +24,8 @@ from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from benchmarks.codegen import rows as shown
-from benchmarks.codegen.rows import Figures, Row
+from benchmarks.codegen.rows import Figures, Row, finish, read_usage
 from benchmarks.common.commands import new_parser
-from benchmarks.common.machine import store
 from pfgm.backends.triton import interpreted
 
 if TYPE_CHECKING:  # in the tree, which is what mypy sees, pfgm.kernels is called kernels
@@ -75,7 +73,7 @@ def compile_variant(variant: Variant, capability: int) -> Figures:
 
 def read_figures(usage: str, ptx: str, dynamic_shared: int, capability: int) -> Figures:
     """The figures of one kernel, from its resources as cuobjdump prints them and its PTX."""
-    registers, spills, shared = shown.read_usage(usage, str(capability))
+    registers, spills, shared = read_usage(usage, str(capability))
     counts = Counter(_INSTRUCTION.findall(ptx))
     return Figures(registers, spills, shared + dynamic_shared, counts)
 
@@ -186,18 +184,12 @@ def main() -> int:
     parser = new_parser(__doc__)
     parser.add_argument("--only", default="", metavar="SUBSTRING", help="of the variant's name")
     parser.add_argument("--capability", type=int, choices=SHARED_MEMORY, help="default: all")
-    parser.add_argument("--store", action="store_true", help="write results/codegen_triton.json")
     options = parser.parse_args()
     if interpreted():
         parser.error("TRITON_INTERPRET is set; unset it, the interpreter compiles nothing.")
     chosen = SHARED_MEMORY if options.capability is None else (options.capability,)
     rows = rows_of(chosen, options.only)
-    if options.store:
-        import triton
-
-        result = {"triton": triton.__version__, "rows": shown.summaries(rows)}
-        store("codegen_triton", result)
-    return shown.finish(rows, [problem for row in rows for problem in row.problems])
+    return finish(rows, [problem for row in rows for problem in row.problems])
 
 
 if __name__ == "__main__":

@@ -22,7 +22,7 @@ from pfgm.backends import available
 
 def describe() -> dict[str, Any]:
     """Processor, threads, versions, backends and commit."""
-    packages = ("pfgm", "torch", "numpy", "torchdiffeq", "pykeops", "diffusers")
+    packages = ("pfgm", "torch", "numpy", "torchdiffeq", "diffusers")
     return {
         "processor": _processor(),
         "threads": torch.get_num_threads(),

@@ -5,7 +5,6 @@ A path takes a case, prepares what a trainer would prepare once, and returns the
 
 from __future__ import annotations
 
-import importlib.util
 import math
 from collections.abc import Callable
 
@@ -122,22 +121,6 @@ def published(case: Case) -> Forward:
     return run
 
 
-def keops(case: Case) -> Forward:
-    """The formula by KeOps, which compiles one loop over all pairs."""
-    from pykeops.torch import LazyTensor
-
-    x, z, y = (t.contiguous() for t in case)
-
-    def run() -> Result:
-        points, charges = LazyTensor(x[:, None]), LazyTensor(y[None])
-        squared = ((points - charges) ** 2).sum(-1) + LazyTensor((z**2)[:, None, None])
-        scores = squared.log() * (-(x.shape[1] + 1) / 2)
-        mean = scores.sumsoftmaxweight(charges, dim=1)
-        return mean, scores.logsumexp(dim=1).squeeze(1)
-
-    return run
-
-
 def random_direction(case: Case) -> Tensor:
     """A fixed random G (B, N)."""
     return torch.randn(case.x.shape, generator=torch.Generator().manual_seed(1))
@@ -170,8 +153,6 @@ PATHS: dict[str, Path] = {
     "torch path, compiled": compiled,
     "published formula": published,
 }
-if importlib.util.find_spec("pykeops") is not None:
-    PATHS["KeOps"] = keops
 
 
 # ---- errors -----------------------------------------------------------------------------------

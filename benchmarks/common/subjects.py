@@ -37,22 +37,26 @@ def perturbed(images: Tensor, B: int) -> Case:
     return Case(x.flatten(1), z, images.flatten(1))
 
 
-def photograph_crops(count: int, size: int = 32) -> Tensor:
-    """Crops (count, 3, size, size) of scikit-learn's two photographs, in [-1, 1], half flipped.
-
-    Crops of size 32 stand in for CIFAR-10, which is not available everywhere.
-    """
+def photograph_bytes(count: int, size: int, generator: torch.Generator) -> Tensor:
+    """Crops (count, 3, size, size) of scikit-learn's two photographs, half of them flipped."""
     from sklearn.datasets import load_sample_images
 
     photographs = torch.stack([torch.from_numpy(p.copy()) for p in load_sample_images().images])
     windows = photographs.unfold(1, size, 1).unfold(2, size, 1)  # (2, rows, columns, 3, size, size)
-    generator = torch.Generator().manual_seed(0)
     which, row, column = (
         torch.randint(0, choices, (count,), generator=generator) for choices in windows.shape[:3]
     )
-    crops = pfgm.data.to_unit(windows[which, row, column])
+    crops = windows[which, row, column]
     flipped = torch.rand(count, 1, 1, 1, generator=generator) < 0.5
     return torch.where(flipped, crops.flip(3), crops).contiguous()
+
+
+def photograph_crops(count: int, size: int = 32) -> Tensor:
+    """The same in [-1, 1].
+
+    Crops of size 32 stand in for CIFAR-10, which is not available everywhere.
+    """
+    return pfgm.data.to_unit(photograph_bytes(count, size, torch.Generator().manual_seed(0)))
 
 
 def fashion_mnist() -> Tensor:
@@ -112,8 +116,3 @@ def plane(B: int = 1024, M: int = 4096) -> Case:
     angle = torch.randint(0, 8, (M,), generator=generator) * (torch.pi / 4)
     centres = torch.stack([angle.cos(), angle.sin()], 1)
     return perturbed(centres + 0.05 * torch.randn(M, 2, generator=generator), B)
-
-
-def patches(M: int, B: int = 128) -> Case:
-    """Any number of patches of photographs, 8 × 8 in colour: N = 192."""
-    return perturbed(photograph_crops(M, 8), B)

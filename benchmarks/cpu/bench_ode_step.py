@@ -26,87 +26,49 @@ import functools
 import math
 import resource
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
-import pfgm
-from benchmarks.common import published_ode
-from benchmarks.common.posterior_paths import GAMMA
-from benchmarks.common.published_ode import Z_EXP
+from benchmarks.common.ode_steps import (
+    Z_EXP,
+    Points,
+    Step,
+    our_step,
+    points,
+    published_step,
+    step_errors,
+)
 from benchmarks.cpu.rows import Measured, add_row, measure_paths, replay
 
 pytestmark = pytest.mark.benchmark(timer=replay)
 
-SHAPE = (3, 32, 32)
-N = math.prod(SHAPE)
+N = 3072
 STEPS, Z_MAX, Z_MIN = 100, 40.0, 1e-3
 DT = math.log(Z_MIN / Z_MAX) / STEPS
 TURNS = 31
 
 
-class Case(NamedTuple):
-    """Points (B, *SHAPE) at a level z, a network's field there, and t = log z of each row."""
-
-    x: Tensor
-    field_x: Tensor
-    field_z: Tensor
-    z: float
-    t: Tensor
+def euler_from(z: float) -> Step:
+    """A step of the sampler from level z."""
+    return Step("euler", z, z * math.exp(DT), math.inf)
 
 
-def build(B: int, z: float) -> Case:
-    """Points around random data at level z, and their exact field."""
-    generator = torch.Generator().manual_seed(0)
-    data = torch.rand(16, *SHAPE, generator=generator) * 2 - 1
-    x = data[torch.arange(B) % 16] + z * torch.randn(B, *SHAPE, generator=generator)
-    field_x, field_z = pfgm.field_fn(x, z, data)
-    return Case(x, field_x, field_z, z, torch.full((B,), math.log(z)))
-
-
-def native(case: Case) -> Tensor:
-    """The library's step, in place."""
-    return pfgm.euler_step(
-        case.x,
-        pfgm.Field(case.field_x, case.field_z, gamma=GAMMA, z_exp=Z_EXP),
-        case.z,
-        case.z * math.exp(DT),
-        out=case.x,
-        backend="native",
-    )
-
-
-def published(case: Case) -> Tensor:
-    """The published step, which asks for the level at every step."""
-    return _published_step(case.x, case.field_x, case.field_z, math.exp(float(case.t.mean())))
-
-
-def _published_step(x: Tensor, field_x: Tensor, field_z: Tensor, z: float) -> Tensor:
-    slope = published_ode.slope(x.flatten(1), field_x.flatten(1), field_z, z)
-    return x + DT * slope.view(x.shape)
-
-
-def compiled() -> Callable[[Case], Tensor]:
-    """The published step under torch.compile."""
-    step = torch.compile(_published_step)
-    return lambda case: step(case.x, case.field_x, case.field_z, math.exp(float(case.t.mean())))
-
-
-def add(case: Case) -> Tensor:
+def add(at: Points) -> Tensor:
     """Moves the bytes of a step with almost no arithmetic."""
-    return case.x.add_(case.field_x, alpha=1e-6)
+    return at.x.add_(at.field_x, alpha=1e-6)
 
 
-def copy(B: int) -> Callable[[Case], Tensor]:
+def copy(B: int) -> Callable[[Points], Tensor]:
     """A copy that moves as many bytes as a step of B points."""
     source = torch.ones(3 * B * N // 2)
     target = torch.empty_like(source)
-    return lambda case: target.copy_(source)
+    return lambda at: target.copy_(source)
 
 
-def page_faults(path: Callable[[], Tensor]) -> int:
+def page_faults(path: Callable[[], Any]) -> int:
     """Page faults of one call, after two calls that touch memory for the first time."""
     path()
     path()
@@ -115,40 +77,28 @@ def page_faults(path: Callable[[], Tensor]) -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
 
 
-def error(case: Case) -> float:
-    """The largest relative error of a row of native, against float64."""
-    x, field_x, field_z = (t.double() for t in (case.x, case.field_x, case.field_z))
-    z = case.z
-    exact = pfgm.euler_step(
-        x, pfgm.Field(field_x, field_z), z, z * math.exp(DT), backend="reference"
-    )
-    result = native(case._replace(x=case.x.clone())).double()
-    return float(((result - exact).flatten(1).norm(dim=1) / exact.flatten(1).norm(dim=1)).max())
-
-
-def paths(case: Case) -> dict[str, Callable[[], Tensor]]:
-    """The call of each path, on points of its own."""
-    steps = {
-        "native": native,
+def paths(step: Step, B: int) -> dict[str, Callable[[], Any]]:
+    """The call of each path, on B points of its own."""
+    published = functools.partial(published_step, step)
+    calls: dict[str, Callable[[Points], Any]] = {
+        "native": functools.partial(our_step, step, "native"),
         "published": published,
-        "compiled": compiled(),
+        "compiled": torch.compile(published),
         "add": add,
-        "copy": copy(len(case.x)),
+        "copy": copy(B),
     }
-    return {
-        name: functools.partial(step, case._replace(x=case.x.clone()))
-        for name, step in steps.items()
-    }
+    return {name: functools.partial(call, points(B, N, step.z)) for name, call in calls.items()}
 
 
 @functools.lru_cache(maxsize=1)
 def measure(B: int, z: float) -> Measured:
-    case = build(B, z)
+    step = euler_from(z)
     torch._dynamo.reset()
     with torch.no_grad():
-        run = paths(case)
+        run = paths(step, B)
         faults = {name: page_faults(path) for name, path in run.items()}
-        facts = {"B, N": (B, N), "page faults": faults, "error": error(case)}
+        error = step_errors(step, "native", points(B, N, z))["points"]
+        facts = {"B, N": (B, N), "page faults": faults, "error": error}
         return measure_paths(run, TURNS, facts, warm=True)
 
 
@@ -159,9 +109,8 @@ def bench_euler_step(B: int, z: float, path: str, benchmark: Any) -> None:
     """The published sampler substitutes field_z in 80 of its 100 steps: it does at z = 1, not at z
     = 20."""
     if benchmark.disabled:
-        case = build(2, z)
-        benchmark(paths(case)[path])
-        assert error(case) <= 1e-6
+        benchmark(paths(euler_from(z), 2)[path])
+        assert step_errors(euler_from(z), "native", points(2, N, z))["points"] <= 1e-6
         return
     measured = measure(B, z)
     substituted = "field_z substituted" if z < Z_EXP else "field_z as given"

@@ -36,7 +36,6 @@ from benchmarks.common.subjects import (
     digits_shape,
     fashion_near_data,
     fashion_shape,
-    patches,
     plane,
 )
 from benchmarks.cpu.rows import Measured, add_row, measure_paths, replay
@@ -47,11 +46,11 @@ pytestmark = pytest.mark.benchmark(timer=replay)
 class Subject(NamedTuple):
     """Data, and the paths that compute on them."""
 
-    case: Callable[[], Case]
-    small: Callable[[], Case]
-    """For a run that only checks that everything works."""
+    case: Callable[..., Case]
     paths: tuple[str, ...]
     turns: int
+    sizes: tuple[int, ...] = ()
+    """Arguments of ``case``."""
     backward: bool = False
 
 
@@ -59,55 +58,32 @@ PEERS = ("torch path", "torch path, compiled")
 EACH = ("native", *PEERS, *(path + ONE_THREAD for path in ("native", *PEERS)))
 SUBJECTS = {
     "forward, CIFAR-10 shape": Subject(
-        cifar_shape,
-        lambda: cifar_shape(8, 64),
-        (*EACH, "native, uint8", "native, in a set"),
-        21,
+        cifar_shape, (*EACH, "native, uint8", "native, in a set"), 21
     ),
     "forward, CIFAR-10 shape, B = 32": Subject(
-        lambda: cifar_shape(32),
-        lambda: cifar_shape(2, 64),
-        (*EACH, "published formula", "KeOps"),
-        11,
+        cifar_shape, (*EACH, "published formula"), 11, sizes=(32,)
     ),
     "forward, Fashion-MNIST": Subject(
-        fashion_shape,
-        lambda: fashion_shape(8, 256),
-        (*EACH, "native, uint8", "native, in a set"),
-        7,
+        fashion_shape, (*EACH, "native, uint8", "native, in a set"), 7
     ),
-    "forward, digits": Subject(
-        digits_shape,
-        lambda: digits_shape(8, 64),
-        (*EACH, "KeOps"),
-        101,
-    ),
-    "forward, CIFAR-10 shape, B = 4096": Subject(
-        lambda: cifar_shape(4096), lambda: cifar_shape(16, 64), ("native", *PEERS), 3
-    ),
-    "forward and backward in x, CIFAR-10 shape": Subject(
-        cifar_shape, lambda: cifar_shape(8, 64), EACH, 15, backward=True
-    ),
-    "forward and backward in x, digits": Subject(
-        digits_shape, lambda: digits_shape(8, 64), EACH, 101, backward=True
-    ),
-    "forward, points in the plane": Subject(plane, lambda: plane(8, 64), EACH, 51),
+    "forward, digits": Subject(digits_shape, EACH, 101),
+    "forward, CIFAR-10 shape, B = 4096": Subject(cifar_shape, ("native", *PEERS), 3, sizes=(4096,)),
+    "forward and backward in x, CIFAR-10 shape": Subject(cifar_shape, EACH, 15, backward=True),
+    "forward and backward in x, digits": Subject(digits_shape, EACH, 101, backward=True),
+    "forward, points in the plane": Subject(plane, EACH, 51),
 }
 ROWS = [
-    pytest.param(subject, path, id=f"{subject}: {path}")
-    for subject, (*_, paths, _, _) in SUBJECTS.items()
-    for path in paths
-    if path.removesuffix(ONE_THREAD) in PATHS
+    pytest.param(name, path, id=f"{name}: {path}")
+    for name, subject in SUBJECTS.items()
+    for path in subject.paths
 ]
 
 
 def prepare(subject: Subject, case: Case) -> dict[str, Callable[[], Any]]:
-    """The call of each path that is installed."""
+    """The call of each path."""
     calls = {}
     for name in subject.paths:
-        path = PATHS.get(name.removesuffix(ONE_THREAD))
-        if path is None:
-            continue
+        path = PATHS[name.removesuffix(ONE_THREAD)]
         call = (with_backward(path) if subject.backward else path)(case)
         calls[name] = on_one_thread(call) if name.endswith(ONE_THREAD) else call
     return calls
@@ -140,7 +116,7 @@ def exact_results(subject: Subject, case: Case) -> dict[str, Any]:
 @functools.lru_cache(maxsize=1)
 def measure(name: str) -> Measured:
     subject = SUBJECTS[name]
-    case = subject.case()
+    case = subject.case(*subject.sizes)
     torch._dynamo.reset()
     paths = prepare(subject, case)
     measured = measure_paths(paths, subject.turns, {"B, M, N": shape(case)})
@@ -163,7 +139,7 @@ def check(path: str, errors: dict[str, float]) -> None:
 def bench_posterior_mean(name: str, path: str, benchmark: Any) -> None:
     if benchmark.disabled:
         subject = SUBJECTS[name]
-        case = subject.small()
+        case = subject.case(8, 64)
         run = prepare(subject, case)[path]
         benchmark(run)
         check(path, errors_of(subject, case, run, exact_results(subject, case)[path]))
@@ -172,30 +148,6 @@ def bench_posterior_mean(name: str, path: str, benchmark: Any) -> None:
     errors = measured.facts["errors"][path]
     add_row(benchmark, name, path, measured, errors=errors)
     check(path, errors)
-
-
-SIZES = (1_000, 10_000, 100_000, 1_000_000)
-
-
-@functools.lru_cache(maxsize=1)
-def measure_sizes() -> Measured:
-    images = patches(max(SIZES))
-    cases = {M: images._replace(references=images.references[:M]) for M in SIZES}
-    paths = {f"M = {M}": native(case) for M, case in cases.items()}
-    return measure_paths(paths, 7, {"B, N": images.x.shape})
-
-
-@pytest.mark.parametrize("M", SIZES)
-def bench_number_of_references(M: int, benchmark: Any) -> None:
-    """The same queries against more and more patches of photographs, N = 192."""
-    if benchmark.disabled:
-        case = patches(256)
-        check("native", errors(case, benchmark(native(case)), exact_result(case)))
-        return
-    measured = measure_sizes()
-    each = {f"M = {m}": min(measured.seconds[f"M = {m}"]) / m for m in SIZES}
-    nanoseconds = {"nanoseconds a reference": 1e9 * each[f"M = {M}"]}
-    add_row(benchmark, "number of references", f"M = {M}", measured, **nanoseconds)
 
 
 SETS: dict[str, Path] = {

@@ -19,8 +19,7 @@ checks.json, results.json, table.md and a log of each part. Later times replace 
 table is printed last. The status is not 0 if a build, a check, a test, a sanitizer or one of the
 library's paths failed.
 
-- "triton" and "cuda" are the library's paths, by its backends triton and native. results.json says
-  for each subject which of them is faster.
+- "triton" and "cuda" are the library's paths, by its backends triton and native.
 - Times are the device's, between two events. The L2 cache is overwritten before each call. Each
   call takes the next of several copies of its inputs. The paths of a subject take turns. The device
   is kept busy while a call is prepared, so that Python's time does not count; "host" is Python's
@@ -61,7 +60,7 @@ from benchmarks.common.commands import new_parser
 from benchmarks.gpu.checks import run_check, run_sanitizers, run_tests
 from benchmarks.gpu.clock import Budget, dry, gpu
 from benchmarks.gpu.measure import LOST, Row, lost, run_subjects, suspect
-from benchmarks.gpu.report import circumstances, failed, faster, report
+from benchmarks.gpu.report import circumstances, failed, report
 from benchmarks.gpu.subjects import BACKENDS, all_subjects
 from pfgm.common.files import write_json
 
@@ -95,7 +94,6 @@ def measure(options: argparse.Namespace) -> int:
         every = [*rows, *(row for row in earlier if row.subject not in new)]
         content = {
             "machine": conditions,
-            "faster": faster(every),
             "rows": [row._asdict() for row in every],
             "left out": left_out,
             "suspect": suspect(rows, ours) if rows and lost(device) else None,

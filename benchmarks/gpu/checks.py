@@ -11,10 +11,10 @@ import functools
 import json
 import re
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from benchmarks.common.build import STOPPED, Outcome, last_line, run_logged, tool_path
 from benchmarks.common.folders import ROOT
@@ -23,7 +23,7 @@ from pfgm import backends
 Environment = Mapping[str, str]
 SMOKE = [sys.executable, "-m", "benchmarks.gpu.smoke"]
 TOOLS = ("memcheck", "racecheck")
-TOOL_SECONDS, SPARE_SECONDS = 60.0, 30.0
+TOOL_SECONDS, SPARE_SECONDS = 90.0, 30.0
 ERROR_STATUS = 86  # of compute-sanitizer, if it found an error
 _ERRORS = re.compile(r"ERROR SUMMARY: (?P<summary>(?P<errors>\d+) errors?)")
 _HAZARDS = re.compile(
@@ -67,12 +67,10 @@ def run_check(name: str, device: str, out: Path, environment: Environment, limit
     return Checked(Outcome(title, abs(status), content["text"]), content["able"])
 
 
-def side_by_side(run: Callable[[Path], Outcome], files: list[Path]) -> list[Outcome]:
-    """Runs all files at once."""
-    if not files:
-        return []
-    with ThreadPoolExecutor(len(files)) as pool:
-        return list(pool.map(run, files))
+def side_by_side(run: Callable[[Any], Outcome], what: Sequence[Any]) -> list[Outcome]:
+    """Runs all at once."""
+    with ThreadPoolExecutor(len(what) or 1) as pool:
+        return list(pool.map(run, what))
 
 
 def run_tests(
@@ -138,9 +136,7 @@ def run_sanitizers(out: Path, environment: Environment) -> list[Outcome]:
     command = tool_path("compute-sanitizer")
     if command is None:
         return [Outcome("compute-sanitizer", 0, "not run: it is not found")]
-    with ThreadPoolExecutor(len(TOOLS)) as pool:
-        running = [pool.submit(run_sanitizer, tool, command, out, environment) for tool in TOOLS]
-        return [run.result() for run in running]
+    return side_by_side(lambda tool: run_sanitizer(tool, command, out, environment), TOOLS)
 
 
 if __name__ == "__main__":

@@ -42,48 +42,6 @@ def by_subject(rows: list[Row]) -> dict[str, list[Row]]:
     return subjects
 
 
-# ---- the faster of the library's paths --------------------------------------------------------
-
-
-Faster = dict[str, dict[str, dict[str, Any]]]
-"""Subject → kind of time → the faster path, and how many times as long the other takes.
-
-The subject's name ends with the type of references, if that is not float32.
-"""
-
-
-def faster(rows: list[Row]) -> Faster:
-    """Which of the library's paths is faster, for each subject that both compute."""
-    ratios: Faster = {}
-    for subject, part in by_subject(rows).items():
-        paths = [row.path for row in part if implementation(row.path) == "cuda"]
-        for variant in (path.removeprefix("cuda") for path in paths):
-            compared = {kind: _first(part, variant, kind) for kind in KINDS}
-            known = {kind: winner for kind, winner in compared.items() if winner}
-            if known:
-                ratios[subject + variant] = known
-    return ratios
-
-
-def _first(rows: list[Row], variant: str, kind: str) -> dict[str, Any] | None:
-    times = {name: best(rows, (name + variant,), kind) for name in OURS}
-    known = sorted((time, name) for name, time in times.items() if time is not None)
-    if len(known) < 2:
-        return None
-    return {"faster": known[0][1], "the other takes": known[1][0] / known[0][0]}
-
-
-def tally(ratios: Faster) -> str:
-    """In how many subjects each path is the faster one."""
-    parts = []
-    for kind, words in zip(KINDS, ("by the call", "within graphs"), strict=True):
-        winners = [kinds[kind]["faster"] for kinds in ratios.values() if kind in kinds]
-        counts = ", ".join(f"{name} {winners.count(name)}" for name in OURS)
-        if winners:
-            parts.append(f"{words} {counts}")
-    return f"Faster, of the subjects and types that both compute: {'; '.join(parts)}."
-
-
 # ---- the tables -------------------------------------------------------------------------------
 
 
@@ -172,8 +130,6 @@ def failed(rows: list[Row]) -> bool:
 def report(rows: list[Row], left_out: list[str], device: Device) -> str:
     """The whole page."""
     parts = [summary(rows)]
-    if ratios := faster(rows):
-        parts.append(tally(ratios))
     parts.append(floors(rows))
     if not device.real:
         parts.append("A dry run with a few digits: the times mean nothing.")

@@ -4,21 +4,20 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 import pfgm
-from benchmarks.common import posterior_paths, published_ode, subjects
-from benchmarks.common.posterior_paths import GAMMA
+from benchmarks.common import posterior_paths, subjects
+from benchmarks.common.ode_steps import Points, Step, our_step, points, published_step, step_errors
+from benchmarks.common.posterior_paths import GAMMA, library
 from benchmarks.common.subjects import Case
 from benchmarks.common.turns import Call
 from benchmarks.gpu import contender
 from benchmarks.gpu.clock import Device
-from pfgm.backends.reference import normalised_field
 
 COMPARED_ROWS = 256  # at most, of a result, with float64
 BACKENDS = {"triton": "triton", "cuda": "native"}
@@ -56,23 +55,16 @@ class Subject(NamedTuple):
     rounds: int = 30
 
 
-@contextmanager
-def tf32() -> Iterator[None]:
-    """Torch multiplies float32 matrices in TF32."""
-    before = torch.backends.cuda.matmul.allow_tf32
-    torch.backends.cuda.matmul.allow_tf32 = True
-    try:
-        yield
-    finally:
-        torch.backends.cuda.matmul.allow_tf32 = before
-
-
 def in_tf32(call: Call) -> Call:
-    """The call with products in TF32."""
+    """The call with products of float32 matrices in TF32."""
 
     def run() -> Any:
-        with tf32():
+        matmul = torch.backends.cuda.matmul
+        before, matmul.allow_tf32 = matmul.allow_tf32, True
+        try:
             return call()
+        finally:
+            matmul.allow_tf32 = before
 
     return run
 
@@ -98,11 +90,6 @@ def plain_copy(size: int) -> Subject:
 
 
 # ---- the posterior mean -----------------------------------------------------------------------
-
-
-def our_mean(backend: str, case: Case, precision: str = "high") -> Call:
-    """The posterior mean by the library."""
-    return posterior_paths.library(case, backend, precision)
 
 
 def published(case: Case) -> Call:
@@ -212,7 +199,7 @@ def gemm_formula(case: Case) -> Any:
 
 def our_means(name: str, cases: list[Case], types: bool) -> Paths:
     """One of the library's paths, for references of float32 or of each type."""
-    mean = functools.partial(our_mean, BACKENDS[name])
+    mean = functools.partial(library, backend=BACKENDS[name])
 
     def path(convert: Callable[[Tensor], Tensor]) -> Way:
         converted = with_references(cases, convert)
@@ -237,7 +224,7 @@ def posterior_subject(
     for name in ours:
         paths |= our_means(name, cases, types)
     for name in ours:
-        medium = functools.partial(our_mean, BACKENDS[name], precision="medium")
+        medium = functools.partial(library, backend=BACKENDS[name], precision="medium")
         paths[f"{name}, medium"] = functools.partial(way_on, cases, medium, forward_errors)
     paths |= torch_paths(cases, device, gemm_formula, forward_errors)
     rival = contender.path(device.compiled)
@@ -257,7 +244,7 @@ def backward_subject(build: Callable[[], Case], device: Device, ours: tuple[str,
     cases = copies_of(build(), device)
     ways: Paths = {}
     for name in ours:
-        both = with_backward(functools.partial(our_mean, BACKENDS[name]))
+        both = with_backward(functools.partial(library, backend=BACKENDS[name]))
         ways[name] = functools.partial(way_on, cases, both, backward_errors)
     ways |= torch_paths(cases, device, gemm_formula, backward_errors, True)
     return {name: functools.partial(_uncaptured, way) for name, way in ways.items()}
@@ -293,82 +280,6 @@ def field_subject(build: Callable[[], Case], device: Device, ours: tuple[str, ..
 
 
 # ---- steps of the ODE -------------------------------------------------------------------------
-
-
-class Points(NamedTuple):
-    """Points (B, N), a network's field there, and the solver's history (B, N)."""
-
-    x: Tensor
-    field_x: Tensor
-    field_z: Tensor
-    history: Tensor
-
-
-class Step(NamedTuple):
-    """One step of a solver, from level z to z_next."""
-
-    solver: str
-    z: float
-    z_next: float
-    z_previous: float
-
-
-def points(B: int, N: int, z: float) -> Points:
-    """Points around random data at level z."""
-    generator = torch.Generator().manual_seed(0)
-    data = torch.rand(16, N, generator=generator) * 2 - 1
-    x = data[torch.arange(B) % 16] + z * torch.randn(B, N, generator=generator)
-    mean = data[torch.arange(B) % 16]
-    field_x, field_z = normalised_field(x - mean, torch.full((B,), z), GAMMA)
-    history = mean + 0.01 * torch.randn(B, N, generator=generator)
-    return Points(x, field_x, field_z, history)
-
-
-def our_step(step: Step, backend: str, at: Points) -> Any:
-    """The step by the library, in place."""
-    solver, z, z_next, z_previous = step
-    field = pfgm.Field(at.field_x, at.field_z)
-    if solver == "euler":
-        return pfgm.euler_step(at.x, field, z, z_next, out=at.x, backend=backend)
-    if solver == "heun":
-        return pfgm.heun_step(at.history, at.x, field, z, z_next, out=at.x, backend=backend)
-    return pfgm.multistep_step(
-        at.x,
-        field,
-        z,
-        z_next,
-        at.history,
-        z_previous,
-        out=at.x,
-        mean_out=at.history,
-        backend=backend,
-    )
-
-
-def published_step(step: Step, at: Points) -> Any:
-    """The published Euler or Heun step, or the multistep formula in torch."""
-    x, field_x, field_z, history = at
-    log_step = math.log(step.z_next / step.z)
-    if step.solver == "euler":
-        return x + log_step * published_ode.slope(x, field_x, field_z, step.z)
-    if step.solver == "heun":
-        first = (x - history) / log_step
-        second = published_ode.slope(x, field_x, field_z, step.z_next)
-        return history + 0.5 * log_step * (first + second)
-    mean = x - published_ode.slope(x, field_x, field_z, step.z)
-    weight = -log_step / (2 * math.log(step.z_previous / step.z))
-    toward = mean * (1 + weight) - history * weight
-    return toward + (step.z_next / step.z) * (x - toward), mean
-
-
-def step_errors(step: Step, backend: str, at: Points) -> dict[str, float]:
-    """The largest relative error of a row."""
-    exact = our_step(step, "reference", Points(*(t.double() for t in at)))
-    result = our_step(step, backend, Points(*(t.clone() for t in at)))
-    if step.solver == "multistep":
-        exact, result = exact[0], result[0]
-    difference = (result.double() - exact).norm(dim=1) / exact.norm(dim=1)
-    return {"points": float(difference.max())}
 
 
 def step_bytes(solver: str, values: int) -> int:

@@ -11,27 +11,21 @@ from __future__ import annotations
 
 import statistics
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
-
-import torch
 
 import pfgm
 from benchmarks.common.commands import name_backend, new_parser
 from benchmarks.common.folders import DOCS
 from benchmarks.common.machine import store
 from benchmarks.common.tables import table
+from pfgm import evaluation
 from pfgm.cli import demo
 
 SEEDS = (0, 1, 2)
 PICTURE = DOCS / "images" / "quality.png"
 STEPS = (3, 5, 8, 10, 20, 40, 100)
-HEUN_STEPS = (2, 3, 4, 5, 10, 20, 50)  # two evaluations each
-RUNS: dict[str, dict[str, Any]] = {
-    **pfgm.evaluation.RUNS,
-    # Noise smaller than the step between two of the digits' 17 grey levels, 1/8.
-    "multistep, log to 0.1": {"solver": "multistep", "schedule": "log", "last": 0.1},
-}
 TOLERANCES = (1e-1, 1e-2, 1e-3, 1e-4)  # rtol and atol of rk45
 
 
@@ -47,33 +41,34 @@ class Point(NamedTuple):
     """Standard deviation over the seeds."""
 
 
-def measure(loaded: Any, run: str, setting: float, **options: Any) -> Point:
-    """Measures one solver with one setting."""
-    digits, distances, evaluations = pfgm.data.digits(), [], []
-    for seed in SEEDS:
-        generator = torch.Generator().manual_seed(seed)
-        samples, nfe = loaded.flow.sample(
-            loaded.network, demo.SAMPLES, generator=generator, return_nfe=True, **options
-        )
-        distances.append(pfgm.metrics.frechet_distance(samples.clamp(-1, 1), digits.held_out))
-        evaluations.append(nfe)
-    spread = statistics.stdev(distances)
-    return Point(run, setting, statistics.mean(evaluations), statistics.mean(distances), spread)
-
-
-def measure_all(loaded: Any) -> list[Point]:
+def measure(loaded: Any, seed: int) -> list[evaluation.Point]:
     """Measures all solvers with all settings."""
-    points = []
-    for run, options in RUNS.items():
-        for steps in HEUN_STEPS if options["solver"] == "heun" else STEPS:
-            points.append(measure(loaded, run, steps, steps=steps, **options))
-            print(points[-1], flush=True)
-    for tolerance in TOLERANCES:
-        points.append(
-            measure(loaded, "rk45", tolerance, solver="rk45", rtol=tolerance, atol=tolerance)
-        )
-        print(points[-1], flush=True)
+    flow, network = loaded
+    held_out, n = pfgm.data.digits().held_out, demo.SAMPLES
+    points = evaluation.curve(
+        flow,
+        network,
+        held_out,
+        n=n,
+        steps=STEPS,
+        tolerances=TOLERANCES,
+        seed=seed,
+        progress=True,
+    )
+    # Ends at noise smaller than the step between two of the digits' 17 grey levels, 1/8.
+    short: dict[str, Any] = {"solver": "multistep", "schedule": "log", "last": 0.1}
+    for steps in STEPS:
+        samples, nfe = evaluation.draw_samples(flow, network, n, seed=seed, steps=steps, **short)
+        distance = pfgm.metrics.frechet_distance(samples.clamp(-1, 1), held_out)
+        points.append(evaluation.Point("multistep, log to 0.1", steps, nfe, distance))
     return points
+
+
+def over_seeds(points: Sequence[evaluation.Point]) -> Point:
+    """The mean of one setting's points."""
+    distances = [point.frechet_distance for point in points]
+    spread, nfe = statistics.stdev(distances), statistics.mean(point.nfe for point in points)
+    return Point(points[0].run, points[0].setting, nfe, statistics.mean(distances), spread)
 
 
 def draw(points: list[Point]) -> None:
@@ -96,7 +91,9 @@ def main() -> None:
         if options.model is None:
             demo.run(folder)
             options.model = Path(folder) / "model.safetensors"
-        points = measure_all(pfgm.load(options.model))
+        loaded = pfgm.load(options.model)
+    seeds = [measure(loaded, seed) for seed in SEEDS]
+    points = [over_seeds(each) for each in zip(*seeds, strict=True)]
     rows = [[p.run, f"{p.setting:g}", f"{p.nfe:.0f}", f"{p.distance:.3f}"] for p in points]
     print(table(["solver", "steps or tolerance", "evaluations", "Fréchet distance"], rows))
     if options.store:

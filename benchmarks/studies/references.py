@@ -38,7 +38,12 @@ from torch.multiprocessing.spawn import spawn
 import pfgm
 from benchmarks.common.commands import name_backend, new_parser
 from benchmarks.common.machine import store
-from benchmarks.common.subjects import fashion_mnist, perturbed, photograph_crops
+from benchmarks.common.subjects import (
+    fashion_mnist,
+    perturbed,
+    photograph_bytes,
+    photograph_crops,
+)
 from benchmarks.common.tables import table
 from benchmarks.common.turns import ratio, time_calls
 
@@ -152,26 +157,14 @@ def _field(
 
 
 def write_large(path: Path, rows: int) -> None:
-    """Writes random crops of photographs as bytes (rows, 3072), half of them mirrored."""
-    from sklearn.datasets import load_sample_images
-
-    photographs = [torch.from_numpy(p.copy()).permute(2, 0, 1) for p in load_sample_images().images]
-    windows = torch.stack(photographs).unfold(2, 32, 1).unfold(3, 32, 1)
+    """Writes random crops of photographs as bytes (rows, 3072)."""
     generator = torch.Generator().manual_seed(0)
-    shape = (rows, 3 * 32 * 32)
-    header = {"descr": "|u1", "fortran_order": False, "shape": shape}
+    header = {"descr": "|u1", "fortran_order": False, "shape": (rows, 3 * 32 * 32)}
     with path.open("wb") as file:
         np.lib.format.write_array_header_1_0(file, header)
         for start in range(0, rows, _PART):
             count = min(_PART, rows - start)
-            which, row, column = (
-                torch.randint(0, n, (count,), generator=generator)
-                for n in (len(photographs), windows.shape[2], windows.shape[3])
-            )
-            crops = windows[which, :, row, column]
-            mirrored = torch.rand(count, generator=generator) < 0.5
-            crops[mirrored] = crops[mirrored].flip(3)
-            file.write(crops.contiguous().numpy().data)
+            file.write(photograph_bytes(count, 32, generator).numpy().data)
 
 
 def streamed(folder: Path, rows: int, B: int = 128) -> dict[str, Any]:

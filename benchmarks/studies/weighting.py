@@ -20,7 +20,6 @@ from __future__ import annotations
 import functools
 import itertools
 import json
-import statistics
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -31,11 +30,13 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import pfgm
+from benchmarks.claims.jobs import Row
+from benchmarks.claims.tables import over_seeds, select
 from benchmarks.common.commands import name_backend, new_parser
 from benchmarks.common.machine import store
 from benchmarks.common.tables import table
 from pfgm.common.files import write_json
-from pfgm.flows.batched_sampling import draw_prior, sample_in_batches
+from pfgm.evaluation import draw_samples
 from pfgm.flows.flow import Flow
 from pfgm.flows.poisson import Weighting
 from pfgm.training import TrainConfig, Trainer
@@ -45,8 +46,6 @@ _WEIGHTINGS: dict[str, Weighting] = {METHODS[0]: "published", METHODS[1]: "balan
 _ROWS, _STEPS, _WIDTH = 500, 1000, 32
 _SAMPLES, _BATCH, _CLASSES = 1000, 250, 10
 _FIGURES = ("agreement", "agreement_guided", "frechet_distance", "precision", "recall")
-
-Row = dict[str, Any]
 
 
 def enlarged(images: Tensor) -> Tensor:
@@ -90,11 +89,11 @@ def measure(method: str, with_labels: bool, seed: int) -> Row:
         flow, network, train, config, labels=labels if with_labels else None, loss=loss
     )
     trained = trainer.train().eval()
-    wanted = torch.arange(_SAMPLES) % _CLASSES
-    samples = draw(flow, trained, seed, wanted if with_labels else None)
+    samples = draw(flow, trained, seed)
     row: Row = {"method": method, "labels": with_labels, "seed": seed}
     if with_labels:
-        guided = draw(flow, trained, seed, wanted, guidance=2.0)
+        wanted = torch.arange(_SAMPLES) % _CLASSES
+        guided = draw(flow, trained, seed, guidance=2.0)
         row |= {
             "agreement": agreement(samples, wanted, digits),
             "agreement_guided": agreement(guided, wanted, digits),
@@ -105,16 +104,14 @@ def measure(method: str, with_labels: bool, seed: int) -> Row:
     return row | {"frechet_distance": distance, **measured._asdict()}
 
 
-def draw(
-    flow: Flow, network: nn.Module, seed: int, labels: Tensor | None, **options: Any
-) -> Tensor:
-    """Samples by the multistep solver, 10 steps on the log grid."""
-    samples, _ = sample_in_batches(
+def draw(flow: Flow, network: nn.Module, seed: int, **options: Any) -> Tensor:
+    """Samples by the multistep solver, 10 steps on the log grid. A network of labels gets each."""
+    samples, _ = draw_samples(
         flow,
         network,
-        draw_prior(flow, _SAMPLES, seed),
+        _SAMPLES,
+        seed=seed,
         batch_size=_BATCH,
-        labels=labels,
         solver="multistep",
         schedule="log",
         steps=10,
@@ -131,19 +128,14 @@ def agreement(samples: Tensor, labels: Tensor, digits: pfgm.data.Digits) -> floa
 
 def means(rows: Sequence[Row]) -> list[Row]:
     """The mean of each figure over the seeds, and its standard deviation."""
-    rows = []
-    for method, with_labels in itertools.product(METHODS, (True, False)):
-        part = [r for r in rows if (r["method"], r["labels"]) == (method, with_labels)]
-        if not part:
-            continue
-        row: Row = {"method": method, "labels": with_labels, "seeds": len(part)}
-        for name in _FIGURES:
-            values = [r[name] for r in part if name in r]
-            if values:
-                row[name] = statistics.mean(values)
-                row[f"{name}_spread"] = statistics.stdev(values) if len(values) > 1 else None
-        rows.append(row)
-    return rows
+    figures = {True: _FIGURES, False: _FIGURES[2:]}  # of samples without labels none agree
+    return [
+        row
+        for with_labels in figures
+        for row in over_seeds(
+            select(rows, labels=with_labels), ("method", "labels"), figures[with_labels]
+        )
+    ]
 
 
 def shown(rows: Sequence[Row]) -> str:

@@ -31,9 +31,9 @@ bool other_backend() {
 }
 
 // From a number, or from (address, type, distance between rows).
-Level level_from(const py::handle& given) {
-  if (PyFloat_Check(given.ptr())) return {PyFloat_AS_DOUBLE(given.ptr()), nullptr, Type(), 0};
-  const auto values = py::reinterpret_borrow<py::tuple>(given);
+Level level_from(const py::handle& level) {
+  if (PyFloat_Check(level.ptr())) return {PyFloat_AS_DOUBLE(level.ptr()), nullptr, Type(), 0};
+  const auto values = py::reinterpret_borrow<py::tuple>(level);
   return {0, pointer<const void>(values[0].cast<Address>()),
           static_cast<Type>(values[1].cast<int>()), values[2].cast<Index>()};
 }
@@ -57,24 +57,24 @@ struct Results {
   double gamma;
 
   // The field from x − mean, which it replaces.
-  NormalisedField field(const Problem& given) const {
-    const StridedRows rows = {mean_or_field_x, given.features};
-    return pfgm::field(static_cast<int>(given.type), given.queries, given.features, rows,
-                       reinterpret_cast<Address>(given.radius), gamma, rows, field_z,
-                       given.threads);
+  NormalisedField field(const Problem& problem) const {
+    const StridedRows rows = {mean_or_field_x, problem.features};
+    return pfgm::field(static_cast<int>(problem.type), problem.queries, problem.features, rows,
+                       reinterpret_cast<Address>(problem.radius), gamma, rows, field_z,
+                       problem.threads);
   }
 };
 
-bool mean_on_cpu(Problem given, const Level& level, double factor, const Results& out) {
-  std::vector<double> radius(given.queries);
-  for (Index b = 0; b < given.queries; ++b) radius[b] = level_of(level, b) * factor;
-  given.radius = radius.data();
+bool mean_on_cpu(Problem problem, const Level& level, double factor, const Results& out) {
+  std::vector<double> radius(problem.queries);
+  for (Index b = 0; b < problem.queries; ++b) radius[b] = level_of(level, b) * factor;
+  problem.radius = radius.data();
   const Forward io = {pointer<void>(out.mean_or_field_x), pointer<double>(out.logsumexp), nullptr,
                       nullptr};
   const Kernels& kernels = cpu_kernels();
-  return run_interruptible(given.queries, given, [&] {
-    if (kernels.posterior_mean(given, io).failure != Failure::none) return false;
-    if (out.field_z != 0) normalised_field(out.field(given));
+  return run_interruptible(problem, [&] {
+    if (kernels.posterior_mean(problem, io).failure != Failure::none) return false;
+    if (out.field_z != 0) normalised_field(out.field(problem));
     return true;
   });
 }
@@ -84,21 +84,21 @@ bool mean_on_cpu(Problem given, const Level& level, double factor, const Results
 // soon as the kernels are enqueued: the allocator gives it only to work that follows on the same
 // stream. It begins with columns of a double for each query: radius, nearest, total and, where it
 // is not wanted, the log-sum-exp.
-void mean_on_gpu(Problem given, const Level& level, double factor, const Results& out,
+void mean_on_gpu(Problem problem, const Level& level, double factor, const Results& out,
                  const CudaPlace& place, const py::object& allocate) {
-  const std::size_t column = (given.queries * sizeof(double) + 255) / 256 * 256;
-  const std::size_t bytes = posterior_mean_workspace_cuda(given, place, false);
+  const std::size_t column = (problem.queries * sizeof(double) + 255) / 256 * 256;
+  const std::size_t bytes = posterior_mean_workspace_cuda(problem, place, false);
   const py::object memory = allocate(4 * column + bytes);
   const auto begin = memory.attr("data_ptr")().cast<Address>();
   const auto doubles = [&](int k) { return pointer<double>(begin + k * column); };
   const py::gil_scoped_release released;
-  expand_level_cuda(level, factor, given.queries, doubles(0), place);
-  given.radius = doubles(0);
+  expand_level_cuda(level, factor, problem.queries, doubles(0), place);
+  problem.radius = doubles(0);
   const Forward io = {pointer<void>(out.mean_or_field_x),
                       out.logsumexp != 0 ? pointer<double>(out.logsumexp) : doubles(3), doubles(1),
                       doubles(2)};
-  posterior_mean_cuda(given, io, place, {doubles(4), bytes});
-  if (out.field_z != 0) normalised_field_cuda(out.field(given), place);
+  posterior_mean_cuda(problem, io, place, {doubles(4), bytes});
+  if (out.field_z != 0) normalised_field_cuda(out.field(problem), place);
 }
 #endif
 
@@ -111,25 +111,25 @@ bool direct_mean(Index queries, Index references, Index features, int type, int 
                  double factor, double dimensions, double gamma, Address result, Address logsumexp,
                  Address field_z) {
   if (other_backend()) return false;
-  const Problem given =
-      problem(type, reference_type, queries, references, features, x, features, y, features, 0,
-              dimensions, threads, sketch.is_none() ? 0 : sketch.attr("data_ptr")().cast<Address>(),
-              0, precision, field_z != 0);
+  const Problem problem = pfgm::problem(
+      type, reference_type, queries, references, features, x, features, y, features, 0, dimensions,
+      threads, sketch.is_none() ? 0 : sketch.attr("data_ptr")().cast<Address>(), 0, precision,
+      field_z != 0);
   const Results out = {result, logsumexp, field_z, gamma};
 #ifdef PFGM_HAS_CUDA
   if (!place.is_none()) {
     const auto [device, stream, allocate] = place.cast<std::tuple<int, Address, py::object>>();
-    mean_on_gpu(given, level_from(level), factor, out, {device, stream}, allocate);
+    mean_on_gpu(problem, level_from(level), factor, out, {device, stream}, allocate);
     return true;
   }
 #endif
-  return mean_on_cpu(given, level_from(level), factor, out);
+  return mean_on_cpu(problem, level_from(level), factor, out);
 }
 
 // ---- a step of the ODE ----------------------------------------------------------------------
 
 // The levels of a step. A method with two levels has a third that it does not use.
-struct GivenLevels {
+struct ThreeLevels {
   Method method;
   Level z, z_next, z_previous;
 
@@ -157,19 +157,18 @@ bool finite_and_not_negative(double value) { return value >= 0 && std::isfinite(
 
 // Whether each output is one of the inputs or separate from it, and separate from the other.
 bool outputs_allowed(const OdeStep& step) {
-  const std::size_t of_z =
+  const std::size_t column =
       step.rows * (step.type == Type::float64 ? sizeof(double) : sizeof(float));
-  const std::size_t bytes = step.features * of_z;
-  const auto apart = [](const void* a, std::size_t bytes_of_a, const void* b,
-                        std::size_t bytes_of_b) {
+  const std::size_t bytes = step.features * column;
+  const auto apart = [](const void* a, std::size_t a_bytes, const void* b, std::size_t b_bytes) {
     const auto first = reinterpret_cast<Address>(a), second = reinterpret_cast<Address>(b);
-    return first + bytes_of_a <= second || second + bytes_of_b <= first;
+    return first + a_bytes <= second || second + b_bytes <= first;
   };
   for (const void* out : {step.next, step.mean}) {
     if (out == nullptr) continue;
     for (const void* in : {step.x, step.slope, step.history})
       if (in != nullptr && in != out && !apart(out, bytes, in, bytes)) return false;
-    if (step.field_z != nullptr && !apart(out, bytes, step.field_z, of_z)) return false;
+    if (step.field_z != nullptr && !apart(out, bytes, step.field_z, column)) return false;
   }
   return step.mean == nullptr || apart(step.next, bytes, step.mean, bytes);
 }
@@ -182,11 +181,11 @@ bool direct_step(int method, int type, Index rows, Index features, Address x, Ad
                  Address mean, int threads, [[maybe_unused]] const py::object& place) {
   if (other_backend() || !finite_and_not_negative(gamma) || !finite_and_not_negative(z_exp))
     return false;
-  OdeStep given =
-      step(type, rows, features, {x, features}, {slope, features}, field_z, {history, features}, 0,
-           1, gamma, z_exp, exact, {next, features}, {mean, features}, threads);
-  if (!outputs_allowed(given)) return false;
-  const GivenLevels levels = {static_cast<Method>(method), level_from(z), level_from(z_next),
+  OdeStep step = pfgm::step(type, rows, features, {x, features}, {slope, features}, field_z,
+                            {history, features}, 0, 1, gamma, z_exp, exact, {next, features},
+                            {mean, features}, threads);
+  if (!outputs_allowed(step)) return false;
+  const ThreeLevels levels = {static_cast<Method>(method), level_from(z), level_from(z_next),
                               level_from(z_previous)};
 #ifdef PFGM_HAS_CUDA
   CudaPlace gpu{};
@@ -194,35 +193,35 @@ bool direct_step(int method, int type, Index rows, Index features, Address x, Ad
     const auto [device, stream, row_levels] = place.cast<std::tuple<int, Address, Address>>();
     gpu = {device, stream};
     if (!levels.are_numbers()) {
-      given.levels = pointer<double>(row_levels);
+      step.levels = pointer<double>(row_levels);
       const py::gil_scoped_release released;
       step_levels_cuda(levels.method, levels.z, levels.z_next, levels.z_previous, rows,
                        pointer<double>(row_levels), gpu);
-      ode_step_cuda(given, gpu);
+      ode_step_cuda(step, gpu);
       return true;
     }
   }
   const bool on_gpu = !place.is_none();
 #endif
-  given.level_stride = levels.are_numbers() ? 0 : 1;
+  step.level_stride = levels.are_numbers() ? 0 : 1;
   const Index count = levels.are_numbers() ? 1 : rows;
   std::vector<double> values(3 * count);
   for (Index b = 0; b < count; ++b) {
-    StepLevels found;
-    if (!levels.find(b, given.type, &found)) return false;
-    values[b] = found.z;
-    values[count + b] = found.toward;
-    values[2 * count + b] = found.blend;
+    StepLevels at_row;
+    if (!levels.find(b, step.type, &at_row)) return false;
+    values[b] = at_row.z;
+    values[count + b] = at_row.toward;
+    values[2 * count + b] = at_row.blend;
   }
-  given.levels = values.data();
+  step.levels = values.data();
   const py::gil_scoped_release released;
 #ifdef PFGM_HAS_CUDA
   if (on_gpu) {
-    ode_step_cuda(given, gpu);
+    ode_step_cuda(step, gpu);
     return true;
   }
 #endif
-  ode_step(given);
+  ode_step(step);
   return true;
 }
 

@@ -37,8 +37,9 @@ inline bool on_main_thread() {
 // Runs without the GIL. If a signal handler raises (Ctrl-C raises KeyboardInterrupt), this raises
 // the same exception, and outputs are incomplete.
 template <class Run>
-auto run_interruptible(std::int64_t queries, const Problem& problem, const Run& run) {
-  const double size = static_cast<double>(queries) * static_cast<double>(problem.references) *
+auto run_interruptible(const Problem& problem, const Run& run) {
+  const double size = static_cast<double>(problem.queries) *
+                      static_cast<double>(problem.references) *
                       static_cast<double>(problem.features);
   const bool watched = size >= kInterruptible && on_main_thread();
   try {

@@ -46,24 +46,11 @@ Backward backward(Address grad_mean, Address grad_logsumexp, Address mean, Addre
           pointer<double>(pulls),         kept_in(kept)};
 }
 
-Result run_posterior_mean(const Problem& problem, const Forward& io) {
-  const Kernels& kernels = cpu_kernels();
-  const Status status = run_interruptible(problem.queries, problem,
-                                          [&] { return kernels.posterior_mean(problem, io); });
-  return {static_cast<int>(status.failure), status.row};
-}
-
-Result run_posterior_mean_backward(const Problem& problem, const Backward& io) {
-  const Kernels& kernels = cpu_kernels();
-  const Status status = run_interruptible(
-      problem.queries, problem, [&] { return kernels.posterior_mean_backward(problem, io); });
-  return {static_cast<int>(status.failure), status.row};
-}
-
-Result run_posterior_mean_pulls(const Problem& problem, const Backward& io) {
-  const Kernels& kernels = cpu_kernels();
-  const Status status = run_interruptible(
-      problem.queries, problem, [&] { return kernels.posterior_mean_pulls(problem, io); });
+// A pass over all references, by the kernels of this machine.
+template <auto kPass, class Io>
+Result run_pass(const Problem& problem, const Io& io) {
+  const auto pass = cpu_kernels().*kPass;
+  const Status status = run_interruptible(problem, [&] { return pass(problem, io); });
   return {static_cast<int>(status.failure), status.row};
 }
 
@@ -97,9 +84,9 @@ std::int64_t sketch_bytes(int type, int reference_type, std::int64_t references,
 void run_sketch(int type, int reference_type, std::int64_t references, std::int64_t features,
                 StridedRows y, Address out, int threads) {
   const Kernels& kernels = cpu_kernels();
-  const Problem of = outline(type, reference_type, 0, references, features, y, threads);
+  const Problem problem = outline(type, reference_type, 1, references, features, y, threads);
   const Status status =
-      run_interruptible(1, of, [&] { return kernels.sketch(of, pointer<void>(out)); });
+      run_interruptible(problem, [&] { return kernels.sketch(problem, pointer<void>(out)); });
   if (status.failure == Failure::memory) throw std::bad_alloc();
 }
 
@@ -152,9 +139,9 @@ PYBIND11_MODULE(_native, module) {
            py::arg("x"), py::arg("slope"), py::arg("field_z"), py::arg("history"),
            py::arg("levels"), py::arg("level_stride"), py::arg("gamma"), py::arg("z_exp"),
            py::arg("exact"), py::arg("next"), py::arg("mean"), py::arg("threads"));
-  module.def("posterior_mean", &run_posterior_mean);
-  module.def("posterior_mean_backward", &run_posterior_mean_backward);
-  module.def("posterior_mean_pulls", &run_posterior_mean_pulls);
+  module.def("posterior_mean", &run_pass<&Kernels::posterior_mean, Forward>);
+  module.def("posterior_mean_backward", &run_pass<&Kernels::posterior_mean_backward, Backward>);
+  module.def("posterior_mean_pulls", &run_pass<&Kernels::posterior_mean_pulls, Backward>);
   module.def("any_steep", [](const Problem& problem, const Backward& io) {
     return cpu_kernels().any_steep(problem, io);
   });
@@ -209,12 +196,12 @@ PYBIND11_MODULE(_native, module) {
 #endif
   module.def("cpu_isa", [] { return std::string(cpu_kernels().isa); });
   module.def("cuda_devices", [] {
-    const CudaDevices found = cuda_devices();
-    return py::make_tuple(found.names, found.error);
+    const CudaDevices devices = cuda_devices();
+    return py::make_tuple(devices.names, devices.error);
   });
   module.def("cuda_versions", [] {
-    const CudaVersions found = cuda_versions();
-    return py::make_tuple(found.runtime, found.driver);
+    const CudaVersions versions = cuda_versions();
+    return py::make_tuple(versions.runtime, versions.driver);
   });
   module.def("build_info", &build_info);
 }

@@ -56,7 +56,7 @@ Status by_blocks(const Problem& problem, bool independent, const F& run) {
   const bool share_blocks =
       problem.threads > 1 && problem.threads <= kMaxIndependentThreads && problem.threads <= blocks;
   if (!independent || !share_blocks) return run(with_threads(problem, kSmallBlock, kChunk), 0);
-  std::vector<Status> found(blocks);
+  std::vector<Status> statuses(blocks);
   parallel(blocks, problem.threads, [&](Index task, int) {
     Problem block = problem;
     const Index first = task * kSmallBlock;
@@ -64,10 +64,10 @@ Status by_blocks(const Problem& problem, bool independent, const F& run) {
     block.queries = smaller(kSmallBlock, problem.queries - first);
     block.x = at(problem.x, first * problem.x_stride, problem.type);
     block.radius += first;
-    found[task] = run(block, first);
-    found[task].row += first;
+    statuses[task] = run(block, first);
+    statuses[task].row += first;
   });
-  for (const Status& status : found)
+  for (const Status& status : statuses)
     if (status.failure != Failure::none) return status;
   return {};
 }

@@ -137,14 +137,14 @@ class ByteScreen {
         kept += above + 1;
       }
     }
-    Index found = 0;
-    for (Index lane = 0; lane < kDoubles; ++lane) found += kept[lane];
+    Index number = 0;
+    for (Index lane = 0; lane < kDoubles; ++lane) number += kept[lane];
     // Beyond the last reference the terms are 0.
     for (Index j = count; j < round_up(count, kByteTile); ++j) {
-      found -= bounds[j] == 0;
+      number -= bounds[j] == 0;
       bounds[j] = skip;
     }
-    return found;
+    return number;
   }
 
   // Writes the sketch of all references, y(0), …
@@ -200,14 +200,14 @@ class ByteScreen {
       low = values < low ? values : low;
       high = values > high ? values : high;
     }
-    Range found = {low[0], high[0]};
+    Range range = {low[0], high[0]};
     const auto take = [&](float value) {
-      if (value < found.low) found.low = value;
-      if (value > found.high) found.high = value;
+      if (value < range.low) range.low = value;
+      if (value > range.high) range.high = value;
     };
     for (Index lane = 0; lane < kLanes; ++lane) take(low[lane]), take(high[lane]);
     for (; k < problem_.features; ++k) take(value_of(v[k]));
-    return found;
+    return range;
   }
 
   // Sums over the features of a vector: of its integers, of their squares, and of the squares of
@@ -223,7 +223,7 @@ class ByteScreen {
                     std::int32_t* words) const {
     // If the inverse overflows, `lost` becomes NaN.
     const float inverse = step > 0 ? 1 / step : 0;
-    Sums found;
+    Sums sums;
     for (Index panel = 0; panel < problem_.features; panel += kBytePanel) {
       Floats sum = {}, square = {}, lost = {};
       const Index end = smaller(panel + kBytePanel, problem_.features);
@@ -244,11 +244,11 @@ class ByteScreen {
         }
         vector_at(words + k / 4) = word;
       }
-      found.sum += total(sum);
-      found.square += total(square);
-      found.lost += total(lost);
+      sums.sum += total(sum);
+      sums.square += total(square);
+      sums.lost += total(lost);
     }
-    return found;
+    return sums;
   }
 
   // One vector of values. Beyond the end they are the origin's, which becomes 0 and loses nothing.
@@ -305,15 +305,15 @@ class ByteScreen {
     const float middle = range.low / 2 + range.high / 2;
     const float below = middle - range.low, above = range.high - middle;
     constexpr float most = 127;
-    const float step =
-        (below > above ? below : above) / (most - 0.5f);  // so that rounding stays within a byte
-    const Sums found = round_values(x, middle, step, -most, most, words);
+    // Half a step less than fits, so that rounding stays within a byte.
+    const float step = (below > above ? below : above) / (most - 0.5f);
+    const Sums sums = round_values(x, middle, step, -most, most, words);
     const double b = middle, g = step;
     return {b,
             g,
-            g * found.sum,
-            problem_.features * b * b + 2 * b * g * found.sum + g * g * found.square,
-            length_of(found.lost, g, 0),
+            g * sums.sum,
+            problem_.features * b * b + 2 * b * g * sums.sum + g * g * sums.square,
+            length_of(sums.lost, g, 0),
             error_of(std::fabs(b) + 127 * g)};
   }
 
@@ -359,12 +359,12 @@ class ByteScreen {
       if (sizeof(R) > sizeof(float))                 // float64 is rounded to float32 first
         rounded = 6e-8 * (std::fabs(a) + 255 * h);
     }
-    const Sums found = round_values(y, low, step, 0, 255, words);
+    const Sums sums = round_values(y, low, step, 0, 255, words);
     terms.low[r] = a;
     terms.step[r] = h;
-    terms.sum[r] = problem_.features * a + h * found.sum;
-    terms.square[r] = problem_.features * a * a + 2 * a * h * found.sum + h * h * found.square;
-    terms.lost[r] = std::is_same_v<R, std::uint8_t> ? 0 : length_of(found.lost, h, rounded);
+    terms.sum[r] = problem_.features * a + h * sums.sum;
+    terms.square[r] = problem_.features * a * a + 2 * a * h * sums.sum + h * h * sums.square;
+    terms.lost[r] = std::is_same_v<R, std::uint8_t> ? 0 : length_of(sums.lost, h, rounded);
     terms.error[r] = error_of(std::fabs(a) + 255 * h);
   }
 

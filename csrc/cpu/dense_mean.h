@@ -56,13 +56,13 @@ void add_rows(const DenseRows<R>& rows, const Index* row, Index number, Index fe
         }
         Index each[kSumFeatures];
         for (Index c = 0; c < kSumFeatures; ++c) each[c] = smaller(k + c, features - 1);
-        double found[kRows * kSumFeatures];
+        double part_sums[kRows * kSumFeatures];
         sum_rows<kRows, kOrigin>(weights, origin, rows.packed(0), each, packed_features(features),
-                                 begin, smaller(begin + part, rows.padded()), found);
+                                 begin, smaller(begin + part, rows.padded()), part_sums);
         for (Index q = 0; q < smaller(kRows, number - i); ++q) {
           const Index b = row[i + q];
           for (Index c = 0; c < smaller(kSumFeatures, features - k); ++c)
-            sums[b * features + k + c] += scale_of(b) * found[q * kSumFeatures + c];
+            sums[b * features + k + c] += scale_of(b) * part_sums[q * kSumFeatures + c];
         }
       }
 }
@@ -134,12 +134,12 @@ Status by_rows(const Problem& problem, const Run& run) {
   const Index block = smaller(each, kMaxRows), blocks = divide_up(problem.queries, block);
   DenseWork<R> work(problem, threads);
   if (!work) return {Failure::memory, 0};
-  std::vector<Status> found(blocks);
+  std::vector<Status> statuses(blocks);
   parallel(blocks, static_cast<int>(threads), [&](Index task, int thread) {
     const Index first = task * block, count = smaller(block, problem.queries - first);
-    found[task] = run(first, count, work, thread);
+    statuses[task] = run(first, count, work, thread);
   });
-  for (const Status& status : found)
+  for (const Status& status : statuses)
     if (status.failure != Failure::none) return status;
   return {};
 }

@@ -93,8 +93,8 @@ void sum_panel(Index rows, const float* const* x, const float* const* g, const f
 // References of a chunk in float64.
 struct List {
   Index length;
-  // The smallest squared distance of the row; NaN if one is not finite, kUnderflowed if the result
-  // depends on distances that underflow.
+  // The smallest squared distance of the row; NaN if one is not finite, kFloatUnderflowed if the
+  // result depends on distances that underflow.
   double nearest;
   alignas(64) double squared[kChunk], weight[kChunk], term[kChunk];
   std::int32_t index[kChunk];
@@ -146,21 +146,21 @@ class DenseRows {
   // the listed ones are infinitely far. Returns whether the rest has any that count. Everything
   // goes into the list if not `in_float`. `known` is relative to an upper bound of the nearest.
   bool split(Index b, const QueryState& known, bool in_float, List& list) const {
-    const Least found = least(b);
+    const Least smallest = least(b);
     list.length = 0;
     list.nearest = kSkipped;
-    if (!found.finite) return take(b, kInfinity, kInfinity, list);
-    const bool nearer = found.value < known.nearest;
-    const double base = nearer ? found.value : known.nearest, r = radius(b);
+    if (!smallest.finite) return take(b, kInfinity, kInfinity, list);
+    const bool nearer = smallest.value < known.nearest;
+    const double base = nearer ? smallest.value : known.nearest, r = radius(b);
     const double fall = nearer ? law_.cutoff : visible_fall(law_, known);
     const NeededDigits<float, R> needed(law_, query(b), problem_.features, base, r);
     const double near = needed.reach(kNear);
     const double far = needed.reach(fall > kNear ? fall : kNear);
-    if (found.value > far) return false;
+    if (smallest.value > far) return false;
     if (!in_float || !FloatWeights(law_, base, r, fall).fits()) return take(b, far, near, list);
     const Index candidates = number_within(b, near);
-    if (candidates > kFewCandidates && found.value > kFloatUnderflow && !needed.insufficient()) {
-      list.nearest = found.value;
+    if (candidates > kFewCandidates && smallest.value > kFloatUnderflow && !needed.insufficient()) {
+      list.nearest = smallest.value;
       return true;
     }
     if (number_within(b, far) <= candidates + kFewReferences) return take(b, far, near, list);
@@ -189,12 +189,12 @@ class DenseRows {
 
   Least least(Index b) const {
     const float *low = lows_ + b * kFloats, *not_finite = not_finite_ + b * kFloats;
-    Least found = {kLargestFloat, true};
+    Least smallest = {kLargestFloat, true};
     for (Index lane = 0; lane < kFloats; ++lane) {
-      if (low[lane] < found.value) found.value = low[lane];
-      if (not_finite[lane] != 0) found.finite = false;
+      if (low[lane] < smallest.value) smallest.value = low[lane];
+      if (not_finite[lane] != 0) smallest.finite = false;
     }
-    return found;
+    return smallest;
   }
 
   // packed[feature][reference]. The last reference fills the tile, so that no lane has a distance

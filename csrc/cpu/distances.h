@@ -199,22 +199,22 @@ class Distances {
     double* squared = this->row(b);
     if (listed_ && needed_[b] == 0) return kSkipped;
     pad(squared);
-    const Least found = least(squared);
-    if (sizeof(T) != sizeof(float)) return found.finite ? told_apart(b, found.value) : kNaN;
+    const Least smallest = least(squared);
+    if (sizeof(T) != sizeof(float)) return smallest.finite ? told_apart(b, smallest.value) : kNaN;
     double limit = kInfinity;
-    if (found.finite) {
-      const double base = found.value < known.nearest ? found.value : known.nearest;
+    if (smallest.finite) {
+      const double base = smallest.value < known.nearest ? smallest.value : known.nearest;
       const NeededDigits<T, R> needed(law_, query(b), problem_.features, base, radius(b));
       const double near = needed.reach(kNear);
-      if (found.value > near) return found.value;
+      if (smallest.value > near) return smallest.value;
       Index candidates = 0;
       for (Index j = 0; j < count_; ++j) candidates += squared[j] <= near;
       const bool decisive = candidates <= kFewCandidates || needed.insufficient();
       limit = decisive ? near : kFloatUnderflow;
-      if (found.value > limit) return found.value;
+      if (smallest.value > limit) return smallest.value;
     }
     for (Index j = 0; j < count_; ++j)
-      if (!found.finite || squared[j] <= limit)
+      if (!smallest.finite || squared[j] <= limit)
         squared[j] = exact_distance(query(b), reference(j), problem_.features);
     const Least refined = least(squared);
     return refined.finite ? told_apart(b, refined.value) : kNaN;

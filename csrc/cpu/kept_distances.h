@@ -49,14 +49,14 @@ class KeptDistances {
 
   // Keeps the squared distances up to `limit` of a row.
   void add(Index query, Index first_reference, const double* squared, Index count, double limit) {
-    Index found = 0;
-    for (Index j = 0; j < count; ++j) found += squared[j] <= limit;
-    const Index begin = __atomic_fetch_add(&used_, bytes_of(found), __ATOMIC_RELAXED);
-    if (begin + bytes_of(found) > bytes_) return;
-    list(query, first_reference) = {begin, found};
+    Index number = 0;
+    for (Index j = 0; j < count; ++j) number += squared[j] <= limit;
+    const Index begin = __atomic_fetch_add(&used_, bytes_of(number), __ATOMIC_RELAXED);
+    if (begin + bytes_of(number) > bytes_) return;
+    list(query, first_reference) = {begin, number};
     auto* values = reinterpret_cast<double*>(memory_ + begin);
-    auto* numbers = reinterpret_cast<Number*>(values + found);
-    for (Index j = 0, i = 0; i < found; ++j)
+    auto* numbers = reinterpret_cast<Number*>(values + number);
+    for (Index j = 0, i = 0; i < number; ++j)
       if (squared[j] <= limit) {
         values[i] = squared[j];
         numbers[i++] = static_cast<Number>(j);
@@ -71,20 +71,20 @@ class KeptDistances {
   // Whether the memory holds the distances of this problem.
   bool is_of(const Problem& problem) const {
     if (bytes_ < static_cast<Index>(sizeof(Header))) return false;
-    const Header& found = header();
-    return found.used == bytes_ && found.queries == problem.queries &&
-           found.references == problem.references && found.features == problem.features;
+    const Header& own = header();
+    return own.used == bytes_ && own.queries == problem.queries &&
+           own.references == problem.references && own.features == problem.features;
   }
 
   // Writes the kept distances of a row, and `skipped` where none is kept. Returns their number.
   Index read(Index query, Index first_reference, double skipped, double* squared,
              Index count) const {
     for (Index j = 0; j < padded_count(count); ++j) squared[j] = skipped;
-    const List& of_row = list(query, first_reference);
-    const auto* values = reinterpret_cast<const double*>(memory_ + of_row.begin);
-    const auto* numbers = reinterpret_cast<const Number*>(values + of_row.count);
-    for (Index i = 0; i < of_row.count; ++i) squared[numbers[i]] = values[i];
-    return of_row.count;
+    const List& kept = list(query, first_reference);
+    const auto* values = reinterpret_cast<const double*>(memory_ + kept.begin);
+    const auto* numbers = reinterpret_cast<const Number*>(values + kept.count);
+    for (Index i = 0; i < kept.count; ++i) squared[numbers[i]] = values[i];
+    return kept.count;
   }
 
  private:

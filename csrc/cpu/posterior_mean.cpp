@@ -43,9 +43,9 @@ bool sketch_fits(const Problem& problem) {
   });
 }
 
-Status run_forward(const Problem& given, const Forward& out) {
-  if (!sketch_fits(given)) return {Failure::sketch, 0};
-  const Problem problem = with_threads(given, given.queries, given.references);
+Status run_forward(const Problem& call, const Forward& out) {
+  if (!sketch_fits(call)) return {Failure::sketch, 0};
+  const Problem problem = with_threads(call, call.queries, call.references);
   return with_types(problem, [&](auto t, auto r) {
     if (is_dense<decltype(t)>(problem)) return dense_forward<decltype(r)>(problem, out);
     return by_blocks(problem, true, [&](const Problem& block, Index first) {
@@ -54,9 +54,9 @@ Status run_forward(const Problem& given, const Forward& out) {
   });
 }
 
-Status run_backward(const Problem& given, const Backward& io) {
-  if (!sketch_fits(given)) return {Failure::sketch, 0};
-  const Problem problem = with_threads(given, given.queries, given.references);
+Status run_backward(const Problem& call, const Backward& io) {
+  if (!sketch_fits(call)) return {Failure::sketch, 0};
+  const Problem problem = with_threads(call, call.queries, call.references);
   return with_types(problem, [&](auto t, auto r) {
     Backward rest = io;
     if (is_dense<decltype(t)>(problem) && (io.grad_x || io.grad_radius || io.moments)) {
@@ -71,9 +71,9 @@ Status run_backward(const Problem& given, const Backward& io) {
   });
 }
 
-Status run_pulls(const Problem& given, const Backward& io) {
-  if (!sketch_fits(given)) return {Failure::sketch, 0};
-  const Problem problem = with_threads(given, given.queries, given.references);
+Status run_pulls(const Problem& call, const Backward& io) {
+  if (!sketch_fits(call)) return {Failure::sketch, 0};
+  const Problem problem = with_threads(call, call.queries, call.references);
   return with_types(problem, [&](auto t, auto r) {
     if (is_dense<decltype(t)>(problem)) return dense_pulls<decltype(r)>(problem, io);
     return by_blocks(problem, true, [&](const Problem& block, Index first) {
@@ -83,16 +83,16 @@ Status run_pulls(const Problem& given, const Backward& io) {
 }
 
 bool any_steep(const Problem& problem, const Backward& io) {
-  bool found = false;
+  bool steep = false;
   with_types(problem, [&](auto t, auto r) {
     using T = decltype(t);
     using R = decltype(r);
     const WeightLaw law = weight_law<T>(problem);
-    for (Index b = 0; b < problem.queries && !found; ++b)
-      found = query_is_steep<T, R>(problem, io, law, b);
+    for (Index b = 0; b < problem.queries && !steep; ++b)
+      steep = query_is_steep<T, R>(problem, io, law, b);
     return Status();
   });
-  return found;
+  return steep;
 }
 
 std::int64_t chunk_rows(std::int64_t features, Type reference_type) {

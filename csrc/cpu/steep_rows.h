@@ -21,17 +21,17 @@ constexpr Index kWideLanes = 4 * kDoubles;
 
 template <class T>
 T largest_of(const T* values, Index n) {
-  T found[kWideLanes] = {};
+  T most[kWideLanes] = {};
   const auto take = [](T& largest, T value) {
     const T size = value < 0 ? -value : value;
     largest = size > largest ? size : largest;
   };
   Index k = 0;
   for (; k + kWideLanes <= n; k += kWideLanes)
-    for (Index lane = 0; lane < kWideLanes; ++lane) take(found[lane], values[k + lane]);
-  for (; k < n; ++k) take(found[0], values[k]);
-  for (Index lane = 1; lane < kWideLanes; ++lane) take(found[0], found[lane]);
-  return found[0];
+    for (Index lane = 0; lane < kWideLanes; ++lane) take(most[lane], values[k + lane]);
+  for (; k < n; ++k) take(most[0], values[k]);
+  for (Index lane = 1; lane < kWideLanes; ++lane) take(most[0], most[lane]);
+  return most[0];
 }
 
 template <class T, class R>

@@ -22,12 +22,7 @@ constexpr int kThreads[] = {1, 2, 3, 8};
 Implementation cpu(int threads) {
   const Kernels& kernels = cpu_kernels();
   return {std::string(kernels.isa) + ", " + std::to_string(threads) + " threads",
-          2e-5,
-          1e-4,
-          kernels.posterior_mean,
-          kernels.posterior_mean_backward,
-          ode_step,
-          threads};
+          kernels.posterior_mean, kernels.posterior_mean_backward, threads};
 }
 
 // The mean computed without a sketch.
@@ -92,17 +87,17 @@ std::vector<Case> cases() {
       {48, 33, 527}, {53, 90, 528},   {7, 66, 1025},  {6, 2047, 3},   {7, 2049, 15},  {3, 4100, 2},
       {385, 6, 4},   {391, 70, 2},    {8, 4100, 3},   {65, 2050, 17}, {66, 300, 130}, {70, 200, 64},
       {386, 5, 520}, {50, 2050, 514}, {48, 400, 6000}};
-  std::vector<Case> found;
+  std::vector<Case> cases;
   for (const auto& [B, M, N] : shapes) {
     const bool small = B * M * N < 50000;
     for (int i = 0; i < (small ? 5 : 2); ++i) {
-      const auto seed = static_cast<std::uint64_t>(found.size());
+      const auto seed = static_cast<std::uint64_t>(cases.size());
       const auto type = seed % 2 == 0 ? Type::float32 : Type::float64;
       const double D = seed % 3 == 0 ? kInfinity : seed % 3 == 1 ? 1 : 128;
-      found.push_back({B, M, N, type, static_cast<Type>(seed % 5), D, seed % 4 < 2 ? 0 : 3, seed});
+      cases.push_back({B, M, N, type, static_cast<Type>(seed % 5), D, seed % 4 < 2 ? 0 : 3, seed});
     }
   }
-  return found;
+  return cases;
 }
 
 void check_failures() {
@@ -188,15 +183,15 @@ void check_stops() {
 std::vector<Step> steps() {
   // At the end of a vector, at a task's 2^15 values, and long rows that are split into panels.
   constexpr Index shapes[][2] = {{1, 1}, {3, 7}, {5, 16}, {9, 33}, {40, 1023}, {2, 65537}};
-  std::vector<Step> found;
+  std::vector<Step> steps;
   for (const auto& [rows, features] : shapes)
     for (unsigned bits = 0; bits < 64; bits += features > 1023 ? 5 : 1) {
       const auto bit = [bits](int i) { return (bits >> i & 1) != 0; };
       const Type type = bit(0) ? Type::float64 : Type::float32;
-      found.push_back({rows, features, type, bit(1), bit(2), bit(3), bit(4), bit(5), bits,
-                       bits % 3 == 0 ? Output::x : Output::apart});
+      steps.push_back(
+          {rows, features, type, bit(1), bit(2), bit(3), bit(4), bit(5), bits, bits % 3 == 0});
     }
-  return found;
+  return steps;
 }
 
 std::string usable_isas(std::vector<std::string>* usable) {
@@ -276,8 +271,8 @@ void check_field(std::int64_t rows, std::int64_t features, int threads) {
   field.difference = d.data();
   normalised_field_backward(
       field, {upstream.data(), features, upstream_z.data(), grad_d.data(), grad_z.data()});
-  const auto same = [](double found, double wanted, double tolerance) {
-    if (!(std::fabs(found - wanted) <= tolerance * (1 + std::fabs(wanted))))
+  const auto same = [](double actual, double wanted, double tolerance) {
+    if (!(std::fabs(actual - wanted) <= tolerance * (1 + std::fabs(wanted))))
       fail("a normalised field");
   };
   for (std::int64_t b = 0; b < rows; ++b) {
@@ -339,7 +334,7 @@ int main(int argc, char** argv) {
           run(sketched(threads(i)), all[i], *inputs[i], parts);
         if (half == 0 && all[i].N >= 512) run(keeping(threads(i)), all[i], *inputs[i], parts);
       }
-      for (std::size_t i = 0; i < all_steps.size(); ++i) run(cpu(threads(i)), all_steps[i]);
+      for (std::size_t i = 0; i < all_steps.size(); ++i) run(all_steps[i], threads(i));
     }
     for (const int threads : kThreads) check_fields(threads);
     run_at_once(all, inputs);

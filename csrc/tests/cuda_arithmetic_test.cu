@@ -70,9 +70,9 @@ __global__ void find_squared_distances(int count, Pair* pairs) {
   if (i >= count) return;
   Pair& pair = pairs[i];
   const ReferenceNorms<false> references(pair.squared);
-  const ReferenceNorms<true> of_geforce(pair.squared);
+  const ReferenceNorms<true> geforce_references(pair.squared);
   const DistanceOfQuery<false> exact(pair.norm, pair.unit, references);
-  const DistanceOfQuery<true> tested(pair.norm, pair.unit, of_geforce);
+  const DistanceOfQuery<true> tested(pair.norm, pair.unit, geforce_references);
   pair.lost = false;
   for (int e = 0; e < 2; ++e) {
     pair.exact[e] = static_cast<std::int64_t>(exact(e, pair.sum[e]));
@@ -193,8 +193,8 @@ void check_differences() {
   for_each(bytes.size(), find_squares<false, std::uint8_t>, bytes.data());
   for (const auto& d : bytes) {
     const double exact = std::pow((255.0 * d.x - (2.0 * d.y - 255)) / 255 * d.unit, 2);
-    const double found = d.high + static_cast<double>(d.low);
-    if (!(found >= 0 && std::fabs(found - exact) <= 1e-6 * (exact + 1)))
+    const double actual = d.high + static_cast<double>(d.low);
+    if (!(actual >= 0 && std::fabs(actual - exact) <= 1e-6 * (exact + 1)))
       fail("a difference to a byte is wrong: " + std::to_string(d.y));
   }
   // A difference that float32 does not hold is not cut. One that it holds is.

@@ -17,7 +17,7 @@ struct Points {
 };
 
 std::vector<Points> points() {
-  std::vector<Points> found;
+  std::vector<Points> all;
   const auto near = [](double offset, double spread, double noise) {
     return Points{"spread " + std::to_string(spread) + " at " + std::to_string(offset),
                   [=](Random& random, Index, Index k) {
@@ -29,9 +29,9 @@ std::vector<Points> points() {
                   offset == 0 && spread == 1};
   };
   for (const double offset : {0.0, 1.0, 300.0, 1e4, 1e7})
-    for (const double spread : {1.0, 0.05, 3e-3}) found.push_back(near(offset, spread, 0.3));
+    for (const double spread : {1.0, 0.05, 3e-3}) all.push_back(near(offset, spread, 0.3));
   for (const double scale : {1e-42, 1e-39, 1e-23, 1e-20, 1e-19, 1e12, 1e20, 1e37})
-    found.push_back(near(0, scale, 0.3));
+    all.push_back(near(0, scale, 0.3));
   // All values of a query lie within a few units in the last place. The middle is rounded.
   for (const double white : {1.0, -1.0, 0.5, 1 / 3.0, 1e-38})
     for (const int ulps : {1, 2, 3, 5, 127, 253}) {
@@ -40,10 +40,10 @@ std::vector<Points> points() {
         float unit = std::nextafter(low, 2.0f) - low;
         return static_cast<double>(low + unit * static_cast<float>(random.below(ulps + 1)));
       };
-      found.push_back({std::to_string(white) + " and " + std::to_string(ulps) + " units", value,
-                       [=](Random& random, Index j, Index k) {
-                         return j % 2 ? random.uniform(-1, 1) : value(random, j, k);
-                       }});
+      all.push_back({std::to_string(white) + " and " + std::to_string(ulps) + " units", value,
+                     [=](Random& random, Index j, Index k) {
+                       return j % 2 ? random.uniform(-1, 1) : value(random, j, k);
+                     }});
     }
   const auto with = [&](const char* name, Index row, Index feature, double value) {
     const Points plain = near(0, 1, 0.3);
@@ -52,14 +52,14 @@ std::vector<Points> points() {
         return (row < 0 || i == row) && (feature < 0 || k == feature) ? value : of(random, i, k);
       };
     };
-    found.push_back({name, row < 0 ? other(plain.x) : plain.x, other(plain.y)});
+    all.push_back({name, row < 0 ? other(plain.x) : plain.x, other(plain.y)});
   };
   for (const double huge : {1e5, 1e20, 1e38}) {
     with("one reference is huge", 40, -1, huge);
     with("a feature of one reference is huge", 40, 3, huge);
     with("one feature is huge", -1, 3, huge);
   }
-  return found;
+  return all;
 }
 
 template <class Tested, class T, class R>

@@ -1,6 +1,7 @@
 """Commands that measure name the backend that computes."""
 
 import importlib
+import json
 import os
 import pkgutil
 import sys
@@ -11,9 +12,11 @@ import pytest
 from benchmarks import studies
 from benchmarks.claims import __main__ as claims
 from benchmarks.claims.presets import PRESETS
+from benchmarks.common.folders import RESULTS
+from benchmarks.studies import weighting
 from pfgm.cli import demo
 
-STUDIES = {module.name for module in pkgutil.iter_modules(studies.__path__)} - {"build_time"}
+STUDIES = {module.name for module in pkgutil.iter_modules(studies.__path__)}
 
 
 def stop(*arguments, **options):
@@ -42,3 +45,12 @@ def test_claims_name_their_backend(monkeypatch, tmp_path, preset, chosen, expect
     with pytest.raises(SystemExit):
         claims.run(SimpleNamespace(workers=1), PRESETS[preset], tmp_path)
     assert os.environ["PFGM_BACKEND"] == expected
+
+
+def test_means_over_the_seeds_are_those_that_are_stored():
+    result = json.loads((RESULTS / "weighting.json").read_text())["result"]
+    means = {(row["method"], row["labels"]): row for row in weighting.means(result["rows"])}
+    assert len(means) == len(result["means"])
+    for row in result["means"]:
+        row.pop("seeds")
+        assert means[row["method"], row["labels"]] == pytest.approx(row)
