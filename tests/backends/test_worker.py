@@ -74,7 +74,7 @@ def test_an_error_is_an_answer_of_the_same_process(ask):
     answer = ask("int('seven')")
     assert answer.failure == "ValueError: invalid literal for int() with base 10: 'seven'"
     assert not answer.lost
-    assert "MemoryError" in ask("bytearray(1 << 62)").problem
+    assert "MemoryError" in ask("bytearray(1 << 62)").failure
     assert ask("os.getpid()").value == pid
 
 
