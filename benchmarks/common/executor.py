@@ -10,7 +10,7 @@ import re
 import shutil
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Set
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from types import ModuleType
@@ -119,6 +119,14 @@ class Launch(NamedTuple):
     entry: str  # the kernel's name in the PTX
 
 
+class Executed(NamedTuple):
+    """An instruction that has been executed: its line of a module."""
+
+    module: int
+    entry: str  # the kernel's name in the PTX
+    line: int
+
+
 # machine.h has them in this order.
 _COUNTED = ("mma", "mma to float16", "mma of tf32", "wgmma", "shuffle", "ballot")
 _NAMESPACE = re.compile(r"(\d+)_GLOBAL__N_")
@@ -191,13 +199,20 @@ class Executor:
         return [self.library.ptx_text(i).decode() for i in range(self.library.ptx_modules())]
 
     def reload(self) -> None:
-        """Loads all modules again. Nothing of them has been executed then."""
+        """Loads all modules again. Nothing of them has been launched or executed then."""
+        self.library.ptx_clear_log()
         for module, text in enumerate(self.modules()):
             self.library.ptx_reload(module, text.encode())
 
-    def executed(self, module: int, entry: str) -> list[int]:
-        """The lines of a module whose instructions a kernel has executed."""
-        return [int(line) for line in self.library.ptx_reached(module, entry.encode()).split()]
+    def executed(self) -> Set[Executed]:
+        """What kernels have executed since modules were loaded, of launches since the last call."""
+        entries = {launch.entry for launch in self.launches()}
+        return {
+            Executed(module, entry, int(line))
+            for module in range(self.library.ptx_modules())
+            for entry in entries
+            for line in self.library.ptx_reached(module, entry.encode()).split()
+        }
 
     @contextmanager
     def replaced(self, module: int, text: str) -> Iterator[None]:

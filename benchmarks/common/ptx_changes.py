@@ -6,9 +6,10 @@ import hashlib
 import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from itertools import groupby
 from typing import NamedTuple
 
-from benchmarks.common.executor import Executor, plain_name, source_name
+from benchmarks.common.executor import Executed, Executor, plain_name, source_name
 
 Rewrite = Callable[[str], str]
 
@@ -88,9 +89,7 @@ def _in_one_form(line: str) -> str:
 class Change(NamedTuple):
     kind: str
     capability: int  # that the PTX is for
-    entry: str
-    module: int
-    line: int
+    where: Executed
     place: int  # of the line in the kernel
     before: str
     after: str
@@ -98,37 +97,35 @@ class Change(NamedTuple):
     def __str__(self) -> str:
         """The same whatever the numbers of registers are, and the lines of other kernels."""
         instruction = re.sub(r"%(\w+?)\d+\b", r"%\1", re.sub(r"_Z\w+(_param)", r"\1", self.before))
-        return f"{self.kind}, {plain_name(self.entry)}, sm_{self.capability}: {instruction}"
+        return f"{self.kind}, {plain_name(self.where.entry)}, sm_{self.capability}: {instruction}"
 
 
 class Changes:
-    """Changes of the instructions that kernels have executed until now.
+    """Changes of instructions that kernels have executed.
 
     Attributes:
         places: kind → kernel → its changes.
     """
 
-    def __init__(self, executor: Executor):
+    def __init__(self, executor: Executor, executed: set[Executed]):
         self._executor = executor
         self._lines = [text.split("\n") for text in executor.modules()]
         self.places: dict[str, dict[str, list[Change]]] = {kind: {} for kind in KINDS}
-        for module, lines in enumerate(self._lines):
-            self._find(module, "\n".join(lines))
+        for (module, entry), group in groupby(sorted(executed), lambda each: each[:2]):
+            self._find(module, entry, [each.line for each in group])
 
-    def _find(self, module: int, text: str) -> None:
-        target = re.search(r"\.target sm_(\d+)", text)
-        assert target is not None
-        for match in re.finditer(r"\.entry (\w+)", text):
-            entry, start = match[1], text.count("\n", 0, match.start())
-            kernel = f"{source_name(entry)} sm_{target[1]}"
-            for line in self._executor.executed(module, entry):
-                before = _in_one_form(self._lines[module][line])
-                for kind, (pattern, rewrite) in KINDS.items():
-                    if re.search(pattern, before) and (after := rewrite(before)) != before:
-                        change = Change(
-                            kind, int(target[1]), entry, module, line, line - start, before, after
-                        )
-                        self.places[kind].setdefault(kernel, []).append(change)
+    def _find(self, module: int, entry: str, executed: list[int]) -> None:
+        lines = self._lines[module]
+        target = next(filter(None, (re.match(r"\.target sm_(\d+)", line) for line in lines)))[1]
+        start = next(i for i, line in enumerate(lines) if f".entry {entry}(" in line)
+        kernel = f"{source_name(entry)} sm_{target}"
+        for line in executed:
+            before = _in_one_form(lines[line])
+            for kind, (pattern, rewrite) in KINDS.items():
+                if re.search(pattern, before) and (after := rewrite(before)) != before:
+                    where = Executed(module, entry, line)
+                    change = Change(kind, int(target), where, line - start, before, after)
+                    self.places[kind].setdefault(kernel, []).append(change)
 
     def draw(self, count: int) -> list[Change]:
         """Takes the kinds in turn, and of each a kernel and a place by a fixed seed. Where a kernel
@@ -149,9 +146,8 @@ class Changes:
     @contextmanager
     def made(self, change: Change) -> Iterator[None]:
         """The executor runs the changed kernel."""
-        lines = self._lines[change.module]
-        lines[change.line] = change.after
-        text = "\n".join(lines)
-        lines[change.line] = change.before
-        with self._executor.replaced(change.module, text):
+        module, _, line = change.where
+        lines = self._lines[module].copy()
+        lines[line] = change.after
+        with self._executor.replaced(module, "\n".join(lines)):
             yield

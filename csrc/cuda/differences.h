@@ -31,24 +31,26 @@ __device__ inline void store_lowest(const double (*low)[QUERIES], int rows, int 
   out.lowest[static_cast<Index>(query0 + q) * out.tiles + tile] = stored_lowest(least);
 }
 
-template <class R>
+template <class R, bool PROJECT>
 struct DifferenceMemory {
-  static constexpr int kStages = 4, kQueries = 8;
+  static constexpr int kStages = 4, kQueries = 8, kSources = PROJECT ? 2 : 1;  // x, G
   static constexpr int kPitch = kPanel + 4, kReferencePitch = kPanel + 16 / sizeof(R);
-  float x[kStages][kQueries][kPitch];
+  float x[kStages][kSources][kQueries][kPitch];
   R y[kStages][kTileReferences][kReferencePitch];
   double low[8][kQueries];
 };
-static_assert(sizeof(DifferenceMemory<float>) <= kSharedLimit, "a block fits everywhere");
+static_assert(sizeof(DifferenceMemory<float, true>) <= kSharedLimit, "a block fits everywhere");
 
 // A block has 8 warps and computes 64 references × 8 queries. A lane has reference 8·warp + g and a
-// quarter of the features. It adds at most 256 values in float32 before float64 takes over.
+// quarter of the features. It adds at most 256 values in float32 before float64 takes over. If
+// PROJECT, x are the means, from which G·(y − x) keeps its digits wherever the origin is.
 template <class R, bool PROJECT>
 __global__ void __launch_bounds__(256, 2)
-    differences(const Rows<float> x, const Rows<R> y, int features, const Pairs out) {
+    differences(const Rows<float> x, const Rows<float> upstream, const Rows<R> y, int features,
+                const Pairs out) {
   wait_for_earlier_launches();
   constexpr int kPanels = 256 / (kPanel / 4);
-  using Memory = DifferenceMemory<R>;
+  using Memory = DifferenceMemory<R, PROJECT>;
   constexpr int kQueries = Memory::kQueries;
   Memory& shared = *reinterpret_cast<Memory*>(shared_memory());
   const Lane lane = this_lane();
@@ -62,8 +64,9 @@ __global__ void __launch_bounds__(256, 2)
   pipeline<Memory::kStages>(
       static_cast<int>(divide_up(features, kPanel)),
       [&](int p, int slot) {
-        copy_rows<kQueries, kPanel, Memory::kPitch, 256>(shared.x[slot][0], x, query0, p * kPanel,
-                                                         features);
+        for (int source = 0; source < Memory::kSources; ++source)
+          copy_rows<kQueries, kPanel, Memory::kPitch, 256>(
+              shared.x[slot][source][0], source == 0 ? x : upstream, query0, p * kPanel, features);
         copy_rows<kTileReferences, kPanel, Memory::kReferencePitch, 256>(
             shared.y[slot][0], y, reference - row, p * kPanel, features);
       },
@@ -76,16 +79,17 @@ __global__ void __launch_bounds__(256, 2)
           for (float& v : b) v *= kUnit<R>;
 #pragma unroll
           for (int q = 0; q < kQueries; ++q) {
-            float a[4];
-            load4(shared.x[slot][q] + feature, a);
+            float a[4], g[4];
+            load4(shared.x[slot][0][q] + feature, a);
+            if constexpr (PROJECT) load4(shared.x[slot][1][q] + feature, g);
             for (int i = 0; i < 4; ++i) {
-              const float difference = a[i] - b[i];
-              sum[q] += PROJECT ? a[i] * b[i] : difference * difference;
+              const float difference = b[i] - a[i];
+              sum[q] += difference * (PROJECT ? g[i] : difference);
             }
           }
           if (lane.warp == 0) {  // |x|² of query g
             float a[4];
-            load4(shared.x[slot][lane.g] + feature, a);
+            load4(shared.x[slot][0][lane.g] + feature, a);
             for (float v : a) square += v * v;
           }
         }

@@ -119,10 +119,10 @@ class Launches {
       const bool one = plan_.references == problem_.references;
       const double* const nearest = one ? nullptr : io.nearest + block_.first;
       if (plan_.measures()) split<true>(x(), arrays_.x);
-      split<false>(upstream(io), arrays_.upstream);
+      split<false>(block_rows(io.grad_mean), arrays_.upstream);
       each_chunk([&] {
         if (plan_.measures()) measure(nearest);
-        project(upstream(io));
+        project(io);
         run("pull", {block_.count, arrays_.sums.pieces}, kQueryThreads, sizeof(PullMemory),
             law_.gaussian ? pull<true> : pull<false>, law_, radius(), io.nearest + block_.first,
             io.total + block_.first, arrays_.pairs, chunk_.count, gradient_floor(), first_chunk(),
@@ -131,7 +131,7 @@ class Launches {
       each_chunk([&] {
         if (!one) {
           measure(nearest);
-          project(upstream(io));
+          project(io);
         }
         find_gradients(io);
       });
@@ -180,8 +180,9 @@ class Launches {
     const T* rows = static_cast<const T*>(problem_.y) + chunk_.first * problem_.y_stride;
     return rows_of<T>(rows, problem_.y_stride, chunk_.count);
   }
-  Rows<float> upstream(const Backward& io) const {
-    const float* rows = static_cast<const float*>(io.grad_mean) + block_.first * problem_.features;
+  // Of a tensor whose rows have no gaps.
+  Rows<float> block_rows(const void* values) const {
+    const float* rows = static_cast<const float*>(values) + block_.first * problem_.features;
     return rows_of<float>(rows, problem_.features, block_.count);
   }
   double gradient_floor() const { return weight_floor(problem_, kGradientCutoff); }
@@ -216,7 +217,7 @@ class Launches {
   // distance so far; null means none.
   void measure(const double* nearest) const {
     if (plan_.few)
-      find_differences<false>(x());
+      find_differences<false>(x(), x());
     else
       find_products<false>(arrays_.x);
     // Few tiles give few warps work.
@@ -230,9 +231,9 @@ class Launches {
   }
 
   // G·y of the block and the chunk, up to a number for each query.
-  void project(const Rows<float>& upstream) const {
+  void project(const Backward& io) const {
     if (plan_.few)
-      find_differences<true>(upstream);
+      find_differences<true>(block_rows(io.mean), block_rows(io.grad_mean));
     else
       find_products<true>(arrays_.upstream);
   }
@@ -247,10 +248,10 @@ class Launches {
   }
 
   template <bool PROJECT>
-  void find_differences(const Rows<float>& rows) const {
+  void find_differences(const Rows<float>& rows, const Rows<float>& upstream) const {
     using T = Stored<R>;
-    run("differences", tiles(8, kTileReferences), 256, sizeof(DifferenceMemory<T>),
-        differences<T, PROJECT>, rows, y(), plan_.features, arrays_.pairs);
+    run("differences", tiles(8, kTileReferences), 256, sizeof(DifferenceMemory<T, PROJECT>),
+        differences<T, PROJECT>, rows, upstream, y(), plan_.features, arrays_.pairs);
   }
 
   // By the tiles that the plan has for them.
@@ -463,8 +464,8 @@ class Launches {
   void find_reference_gradient(const Backward& io) const {
     const Grid grid = {divide_up(plan_.features, kSumFeatures), divide_up(chunk_.count, kSumRows)};
     run("reference_gradient", grid, kSumThreads, sizeof(GradientMemory),
-        reference_gradient<Stored<R>>, upstream(io), x(), y(), plan_.features, arrays_.coefficients,
-        plan_.stride, block_.first == 0,
+        reference_gradient<Stored<R>>, block_rows(io.grad_mean), x(), y(), plan_.features,
+        arrays_.coefficients, plan_.stride, block_.first == 0,
         static_cast<float*>(io.grad_y) + chunk_.first * problem_.features);
   }
 
