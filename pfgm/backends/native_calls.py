@@ -34,6 +34,8 @@ _native: Any = native.extension() if available else None
 _POINTS = {dtype: native.TYPES[dtype] for dtype in (torch.float32, torch.float64)}
 _SUBSTITUTIONS = ("exact", "published")
 _NUMBERS = (float, int)
+# Looked up once, as in pfgm/ops/eager.py.
+_empty_like, _threads = torch.empty_like, torch.get_num_threads
 
 
 # ---- arguments -------------------------------------------------------------------------------
@@ -128,7 +130,7 @@ def _problem(
         radius,
         native.PRECISIONS[precision],
         sketch,
-        torch.get_num_threads(),
+        _threads(),
         place,
     )
 
@@ -151,7 +153,7 @@ def posterior_mean(
     problem = _problem(gpu, x, references, level, precision, sketch_of)
     if problem is None:
         return None
-    mean = torch.empty_like(x)
+    mean = _empty_like(x)
     logsumexp = x.new_empty(problem[0], dtype=torch.float64) if with_logsumexp else None
     results = mean.data_ptr(), native.address(logsumexp), 0
     done = _native.direct_mean(*problem, factor, D, 0.0, *results)
@@ -171,7 +173,7 @@ def field(
     problem = _problem(gpu, x, references, z, precision, sketch_of)
     if problem is None:
         return None
-    field_x, field_z = torch.empty_like(x), x.new_empty(problem[0])
+    field_x, field_z = _empty_like(x), x.new_empty(problem[0])
     results = field_x.data_ptr(), 0, field_z.data_ptr()
     done = _native.direct_mean(*problem, 1.0, 1.0, gamma, *results)
     return (field_x, field_z) if done else None
@@ -233,8 +235,8 @@ def step(
     levels = [_level(level, B, len(shape)) for level in (z, z_next, z_previous)]
     if None in levels:
         return None
-    result = torch.empty_like(x) if out is None else out
-    mean = torch.empty_like(x) if with_mean and mean_out is None else mean_out
+    result = _empty_like(x) if out is None else out
+    mean = _empty_like(x) if with_mean and mean_out is None else mean_out
     by_row = gpu is not None and tuple in map(type, levels)
     row_levels = torch.empty(3, B, dtype=torch.float64, device=gpu) if by_row else None
     done = _native.direct_step(
@@ -252,7 +254,7 @@ def step(
         substitution == "exact",
         result.data_ptr(),
         0 if mean is None else mean.data_ptr(),
-        torch.get_num_threads(),
+        _threads(),
         None if gpu is None else (*native.current_stream(gpu), native.address(row_levels)),
     )
     if not done:

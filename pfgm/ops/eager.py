@@ -48,7 +48,8 @@ _NUMBERS = (float, int)
 
 # Names that are looked up once: a call of the CPU kernels on small tensors takes microseconds.
 _strided = torch.strided
-_compiling = torch.compiler.is_compiling
+# Other tracers than Dynamo have a mode, or tensors of their own.
+_compiling = torch.compiler.is_dynamo_compiling
 _dispatch_modes = torch._C._len_torch_dispatch_stack
 _function_modes = torch._C._len_torch_function_stack
 _in_torch_func = torch._C._are_functorch_transforms_active
@@ -56,6 +57,7 @@ _tracing_state = torch._C._get_tracing_state
 _any_autocast = torch._C._is_any_autocast_enabled  # in half the time of a type of device
 _autocasting = torch.is_autocast_enabled  # of the type of device, "cuda" if none is given
 _profiling = torch._C._autograd._profiler_enabled
+_wants_gradients = torch.is_grad_enabled
 
 
 def passes(gpu: torch.device | None, *values: Any, gradients: bool = False) -> bool:
@@ -77,7 +79,7 @@ def passes(gpu: torch.device | None, *values: Any, gradients: bool = False) -> b
         or _profiling()
     ):
         return False
-    differentiates = not gradients and torch.is_grad_enabled()
+    differentiates = not gradients and _wants_gradients()
     for value in values:
         if type(value) is Tensor:
             if (
@@ -154,7 +156,7 @@ def differentiated(
     tensors = problem[:3]
     gpu = _gpu_of(problem.x)
     if (
-        not torch.is_grad_enabled()
+        not _wants_gradients()
         or not any(tensor.requires_grad for tensor in tensors)
         or not passes(gpu, *tensors, problem.sketch, gradients=True)
     ):
@@ -221,7 +223,7 @@ class _PosteriorMean(torch.autograd.Function):
         # derivative.
         batched = any(map(torch._C._functorch.is_legacy_batchedtensor, upstream))
         gradients: tuple[Tensor | None, ...]
-        if torch.is_grad_enabled() or batched or not passes(_gpu_of(x), *upstream):
+        if _wants_gradients() or batched or not passes(_gpu_of(x), *upstream):
             gradients = mean_operator.call_backward(*arguments, ctx.backend)
         elif kept is not None:
             gradients = native.posterior_mean_backward(*arguments, kept)
