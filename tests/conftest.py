@@ -98,30 +98,24 @@ def backend(request):
 
 @pytest.fixture(scope="session")
 def run_kernel_tests(tmp_path_factory):
-    """run_kernel_tests(names, environment, *options) → name → (process, log).
+    """run_kernel_tests(patterns, environment, *options) → process, log.
 
-    Starts a process for each name, all at once: "shared" has the tests of tests/gpu itself, any
-    other name those of a folder in it. A process for each file would start torch more often.
+    Starts a process for the files of tests/gpu that match a pattern.
     """
     started = []
 
-    def run(names, environment, *options):
-        folder = tmp_path_factory.mktemp("output")
-        command = [sys.executable, "-m", "pytest", "-q", "--import-mode=importlib"]
-        running = {}
-        for name in names:
-            log = folder / name
-            tests = ROOT / "tests" / "gpu" / ("" if name == "shared" else name)
-            with log.open("w") as output:
-                process = subprocess.Popen(
-                    [*command, *options, *sorted(tests.glob("test_*.py"))],
-                    env=os.environ | environment | {"OMP_NUM_THREADS": "1"},
-                    stdout=output,
-                    stderr=subprocess.STDOUT,
-                )
-            started.append(process)
-            running[name] = process, log
-        return running
+    def run(patterns, environment, *options):
+        log = tmp_path_factory.mktemp("output") / "log"
+        files = sorted(f for pattern in patterns for f in (ROOT / "tests/gpu").glob(pattern))
+        with log.open("w") as output:
+            process = subprocess.Popen(
+                [sys.executable, "-m", "pytest", "-q", "--import-mode=importlib", *options, *files],
+                env=os.environ | environment | {"OMP_NUM_THREADS": "1"},
+                stdout=output,
+                stderr=subprocess.STDOUT,
+            )
+        started.append(process)
+        return process, log
 
     yield run
     for process in started:

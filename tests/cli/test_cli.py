@@ -701,6 +701,7 @@ def without_streams():
         os.close(descriptor)
 
 
+@pytest.mark.slow
 def test_training_continues_when_its_output_is_gone(tmp_path):
     """Its output is a pipe that is closed after a line, or no stream at all."""
     code = "import os, sys, pfgm.cli; code = pfgm.cli.main(); os.write(2, b'text'); sys.exit(code)"
@@ -753,6 +754,7 @@ def test_a_reader_that_has_seen_enough_ends_info_quietly():
     assert (shown.returncode, shown.stdout, shown.stderr) == (0, "", "")
 
 
+@pytest.mark.slow
 def test_a_signal_leaves_a_loadable_checkpoint(tmp_path, capsys):
     arguments = ["train", "--data", points_in(tmp_path), "--out", str(tmp_path / "run")]
     options = ["--batch-size", "16", "--references", "32", "--checkpoint-every", "2"]

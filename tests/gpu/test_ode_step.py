@@ -288,6 +288,7 @@ def test_opcheck(device, backend, rows, mean_form):
     torch.library.opcheck(torch.ops.pfgm.ode_step_out.default, (*step, backend, out, mean_out))
 
 
+@pytest.mark.slow
 def test_compile(device, backend):
     x, field_x, field_z, _, previous = problem(5, 6, device)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import os
 import platform
@@ -14,7 +15,7 @@ import pytest
 from benchmarks.common import executor
 from pfgm.backends import native
 
-NAMES = ("shared", "cuda")
+PATTERNS = ("test_*.py", "cuda/test_*.py")
 
 if native._native is None:
     pytest.skip("PFGM_NATIVE=0", allow_module_level=True)
@@ -31,26 +32,21 @@ def folder() -> Path:
 
 @pytest.fixture(scope="module")
 def running(folder, run_kernel_tests):
-    """The running tests of the CUDA kernels."""
-    return run_kernel_tests(NAMES, executor.environment(folder))
+    """running(marks) → the running tests of the CUDA kernels by their pattern, all at once."""
+
+    @functools.cache
+    def run(marks):
+        environment = executor.environment(folder)
+        return {p: run_kernel_tests([p], environment, "-m", marks) for p in PATTERNS}
+
+    return run
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", NAMES)
-def test_in_the_executor(running, name):
-    process, output = running[name]
-    assert process.wait() == 0, output.read_text()
-
-
-@pytest.fixture(scope="module")
-def running_slow(folder, run_kernel_tests):
-    return run_kernel_tests(NAMES, executor.environment(folder), "-m", "slow")
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("name", NAMES)
-def test_slow_tests_in_the_executor(running_slow, name):
-    process, output = running_slow[name]
+@pytest.mark.parametrize("pattern", PATTERNS)
+@pytest.mark.parametrize("marks", ["not slow", "slow"])
+def test_in_the_executor(running, pattern, marks):
+    process, output = running(marks)[pattern]
     assert process.wait() == 0, output.read_text()
 
 

@@ -360,19 +360,17 @@ def test_compiled_code_follows_use_backend(compiled, monkeypatch):
     assert used == ["reference"]
 
 
+def steps(x, y, z, gamma, D):
+    field = pfgm.Field(x.sin(), -1 - x.square().sum(1), gamma=gamma, z_exp=2 * gamma)
+    first = pfgm.euler_step(x, field, z, z / 2, out=torch.empty_like(x))
+    second = pfgm.heun_step(first, 2 * x, 3 * x, z, z / 2)
+    return pfgm.multistep_step(second, x.sin(), z, z / 2, x.cos(), 2 * z)[0]
+
+
 VARYING = {
     "field_fn": lambda x, y, z, gamma, D: field_fn(x, z, y, gamma=gamma),
     "log_density": lambda x, y, r, _, D: log_density(x, y, sigma=r, D=D),
-    "in place": lambda x, y, z, gamma, D: pfgm.euler_step(
-        x,
-        pfgm.Field(x.sin(), -1 - x.square().sum(1), gamma=gamma, z_exp=2 * gamma),
-        z,
-        z / 2,
-        out=torch.empty_like(x),
-    ),
-    "from mean": lambda x, y, z, gamma, D: pfgm.multistep_step(
-        pfgm.heun_step(x, 2 * x, 3 * x, z, z / 2), x.sin(), z, z / 2, x.cos(), 2 * z
-    )[0],
+    "steps": steps,
 }
 
 

@@ -24,8 +24,11 @@ def blocks(page):
     return re.findall(r"^```python\n(.*?)^```", page.read_text(), flags=re.DOTALL | re.MULTILINE)
 
 
+SLOW = DOCS / "howto" / "latents.md"  # trains for 700 steps
 BLOCKS = [
-    pytest.param(page, code, id=f"{name(page)}-{index}")
+    pytest.param(
+        page, code, id=f"{name(page)}-{index}", marks=[pytest.mark.slow] if page == SLOW else []
+    )
     for page in PAGES
     for index, code in enumerate(blocks(page))
 ]

@@ -3,7 +3,6 @@ import doctest
 import importlib
 import importlib.metadata
 import importlib.util
-import pkgutil
 import re
 import subprocess
 import sys
@@ -18,9 +17,8 @@ from pfgm import cli
 
 ROOT = Path(__file__).resolve().parents[2]
 MODULES = sorted(
-    module.name
-    for module in pkgutil.walk_packages(pfgm.__path__, "pfgm.")
-    if not module.name.endswith("_native")
+    ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__")
+    for path in (ROOT / "pfgm").rglob("*.py")
 )
 
 

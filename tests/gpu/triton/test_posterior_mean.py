@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import importlib
 import math
 
@@ -22,6 +23,7 @@ from pfgm.backends import triton
 from pfgm.common.tensors import dequantise
 from pfgm.core.problems import PosteriorMean
 
+slow = functools.partial(pytest.param, marks=pytest.mark.slow)
 DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.uint8]
 # At the edges of tiles (queries 4, 16, 32; references 16, 64, padding 16; features 16, 32, 64), and
 # where products take over from differences: 16 queries and 32 features.
@@ -259,8 +261,8 @@ def test_accurate_with_products_that_truncate(op, device, level):
 @pytest.mark.parametrize(
     ("B", "scale"),
     [
-        (4, 1e-33), (4, 2.0**122),
-        *((20, scale) for scale in (1e-33, 1e-25, 2.0**-60, 2.0**60, 1e25, 2.0**122)),
+        (4, 1e-33), (4, 2.0**122), (20, 1e-33), (20, 2.0**122),
+        *(slow(20, scale) for scale in (1e-25, 2.0**-60, 2.0**60, 1e25)),
     ],
 )  # fmt: skip
 def test_very_small_and_very_large_values(op, device, B, scale):
@@ -288,10 +290,10 @@ def test_strides(op, device):
     ("sizes", "D"),
     [
         *(((1, 3, 2), D) for D in (1.0, 64.0, math.inf)),
-        ((5, 17, 65), 64.0),
+        ((5, 17, 513), 64.0),
         ((17, 65, 33), 1.0),
         ((17, 65, 33), math.inf),
-        ((34, 40, 64), 64.0),
+        slow((34, 40, 64), 64.0),
     ],
 )
 @pytest.mark.usefixtures("poisoned")
@@ -310,8 +312,8 @@ def test_gradients_of_chunks_and_blocks(op, device, D):
 
 
 def test_points_with_one_reference_have_no_noise_in_their_gradient(op, device):
-    x, references, _ = problem(20, 40, 64, device=device)
-    sigma = torch.full((20,), 1e-3, dtype=torch.float64, device=device)
+    x, references, _ = problem(17, 40, 33, device=device)
+    sigma = torch.full((17,), 1e-3, dtype=torch.float64, device=device)
     grad_x, _, _ = op.gradients(x, references, sigma, math.inf)
     # The weights of all others are below e^-1000. Only the score's part g (x − mean)/σ² is left.
     mean, _ = op.compute(x, references, sigma, math.inf)

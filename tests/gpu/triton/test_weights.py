@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 
 import numpy as np
@@ -13,6 +14,7 @@ from pfgm.kernels import posterior_mean, weights
 from pfgm.kernels.tuning import Config
 
 SHARED = Config({"BLOCK": 16})
+slow = functools.partial(pytest.param, marks=pytest.mark.slow)
 
 
 @pytest.fixture
@@ -89,7 +91,7 @@ def test_limits_of_weights(device, exponent):
     ("sizes", "D"),
     [
         ((3, 290, 5), 1.0), ((3, 290, 5), math.inf), ((17, 131, 40), 64.0),
-        ((17, 131, 40), math.inf), ((5, 33, 1), 1.0), ((5, 33, 1), 1e9),
+        slow((17, 131, 40), math.inf), ((5, 33, 1), 1.0), ((5, 33, 1), 1e9),
     ],
 )  # fmt: skip
 @pytest.mark.usefixtures("pieces", "poisoned")
@@ -130,7 +132,7 @@ def test_equal_references_in_several_pieces(op, D):
 
 
 @pytest.mark.parametrize("scale", [2.0**-60, 2.0**110])
-@pytest.mark.parametrize("B", [3, 20])
+@pytest.mark.parametrize("B", [slow(3), 20])
 @pytest.mark.usefixtures("pieces")
 def test_very_small_and_very_large_values_in_pieces(op, B, scale):
     x, references, sigma = op.problem(B, 40, 33)
@@ -145,7 +147,7 @@ def test_near_ties_far_from_the_origin_in_pieces(op):
     assert op.mean_error(x, references, radius, 1.0) <= bound
 
 
-@pytest.mark.parametrize("sizes", [(3, 40, 9), (17, 40, 9)])
+@pytest.mark.parametrize("sizes", [(3, 40, 9), slow((17, 40, 9))])
 @pytest.mark.usefixtures("pieces")
 def test_pieces_twice_the_same_bits(op, sizes):
     problem = op.problem(*sizes)
@@ -153,7 +155,7 @@ def test_pieces_twice_the_same_bits(op, sizes):
     assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
 
 
-@pytest.mark.parametrize("row", [10, 200, 289])
+@pytest.mark.parametrize("row", [10, slow(200), 289])
 @pytest.mark.usefixtures("pieces", "small")
 def test_a_value_that_is_not_finite_reaches_the_results(op, row):
     """It is in the first, a middle or the last chunk."""
