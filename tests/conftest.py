@@ -357,13 +357,15 @@ def by_operators(monkeypatch):
 
 @pytest.fixture
 def seeing_mode():
-    """A mode that notes in ``seen`` whether torch's dispatcher called anything."""
+    """A mode that notes in ``seen`` what torch's dispatcher called."""
 
     class Seeing(TorchDispatchMode):
-        seen = False
+        def __init__(self):
+            super().__init__()
+            self.seen = []
 
         def __torch_dispatch__(self, function, types, arguments=(), named=None):
-            self.seen = True
+            self.seen.append(str(function))
             return function(*arguments, **(named or {}))
 
     return Seeing()

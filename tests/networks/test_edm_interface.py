@@ -216,8 +216,3 @@ def test_images_with_channels_last(tmp_path):
     assert pfgm.ReferenceSet(tmp_path / "nhwc.npy").shape[1:] == (8, 8, 3)
     opened = pfgm.datasets.open_data(str(tmp_path / "nhwc.npy"), layout="images").train
     assert torch.equal(opened[:], DATA)
-
-
-def test_a_file_that_does_not_say_its_D():
-    with pytest.raises(ValueError, match=r"D is None; allowed .* float\('inf'\) for a file of EDM"):
-        pfgm.PoissonFlowPP(SHAPE, D=None)

@@ -34,10 +34,9 @@ def points(count=7, dtype=torch.float32, spread=0.3):
     return (pfgm.data.to_unit(images())[:count].double() + spread * noise).to(dtype)
 
 
-def on_disk(rows, folder):
-    path = folder / "rows.npy"
-    np.save(path, rows.numpy())
-    return ReferenceSet(path)
+def on_disk(rows, folder, **options):
+    np.save(folder / "rows.npy", rows.numpy())
+    return ReferenceSet(folder / "rows.npy", **options)
 
 
 # ---- results ----
@@ -451,7 +450,7 @@ def test_a_chunk_is_not_overwritten_while_it_is_copied_to_a_gpu(small_chunks, tm
 def test_mirror_images_count_as_references(small_chunks, tmp_path):
     rows = images(20)
     both = torch.cat([rows, rows.flip(-1)])
-    for references in (ReferenceSet(rows, flips=True), _flipped_file(rows, tmp_path)):
+    for references in (ReferenceSet(rows, flips=True), on_disk(rows, tmp_path, flips=True)):
         assert references.shape == both.shape
         assert torch.equal(references[torch.arange(40)], both)
         assert references.norm == pytest.approx(ReferenceSet(both).norm, rel=1e-12)
@@ -464,11 +463,6 @@ def test_mirror_images_count_as_references(small_chunks, tmp_path):
         *range(20),
         *range(20),
     ]
-
-
-def _flipped_file(rows, folder):
-    np.save(folder / "flipped.npy", rows.numpy())
-    return ReferenceSet(folder / "flipped.npy", flips=True)
 
 
 def test_half_precision_is_computed_in_float32(small_chunks):
