@@ -77,24 +77,23 @@ def small(**arguments):
 # ---- accuracy --------------------------------------------------------------------------------
 
 
+TIGHT = {"rtol": 1e-6, "atol": 1e-6}
+
+
 @pytest.mark.parametrize(
-    ("kind", "N"),
-    [("pfgm", 1), (1, 2), (16, 1), (16, 8), (INFINITY, 2)],
+    ("kind", "N", "options"),
+    [
+        *((kind, N, TIGHT) for kind, N in (("pfgm", 1), (1, 2), (16, 1), (16, 8), (INFINITY, 2))),
+        *((kind, 4, {"dtype": torch.float32, **TIGHT}) for kind in ("pfgm", 16)),
+        *(
+            pytest.param(kind, 64, {"B": 2}, marks=pytest.mark.slow)
+            for kind in ("pfgm", 1, 16, INFINITY)
+        ),
+    ],
 )
-def test_exact_mixture_in_few_dimensions(kind, N):
-    assert worst_error(kind, N, rtol=1e-6, atol=1e-6) < 3e-4
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("kind", ["pfgm", 1, 16, INFINITY])
-def test_exact_mixture_in_64_dimensions(kind):
-    """The documented error is 1e-3 nats per dimension, here with the default tolerance."""
-    assert worst_error(kind, 64, B=2) < 3e-4
-
-
-@pytest.mark.parametrize("kind", ["pfgm", 16])
-def test_exact_mixture_in_float32(kind):
-    assert worst_error(kind, 4, torch.float32, rtol=1e-6, atol=1e-6) < 3e-4
+def test_exact_mixture(kind, N, options):
+    """The documented error is 1e-3 nats per dimension, with the default tolerance."""
+    assert worst_error(kind, N, **options) < 3e-4
 
 
 @pytest.mark.parametrize(("solver", "order"), [("euler", 1), ("heun", 2), ("multistep", 2)])

@@ -234,23 +234,6 @@ def test_a_loop_may_change_outputs_and_predictions_in_place(schedulers, solver, 
     assert torch.equal(sample(change=True), sample(change=False))
 
 
-@pytest.mark.parametrize("flow", [FIELD, DENOISERS[128.0]], ids=name)
-@pytest.mark.parametrize("solver", ["euler", "heun", "multistep"])
-def test_the_exact_network_leads_to_the_data(schedulers, flow, solver):
-    scheduler = scheduler_of(
-        schedulers, flow, solver=solver, prediction_type="field" if flow is FIELD else "mean"
-    )
-    net = flow.empirical(DATA)
-    scheduler.set_timesteps(20)
-    x = scheduler.prior(5, seeded())
-    for call, t in enumerate(scheduler.timesteps):
-        output = net(x, scheduler.sigmas[call].expand(5))
-        if flow is FIELD:
-            output = torch.cat([output[0], output[1].view(-1, 1, 1, 1).expand_as(x)], 1)
-        x = scheduler.step(output, t, x).prev_sample
-    assert float(torch.cdist(x.flatten(1), DATA.flatten(1)).amin(1).max()) < 0.02
-
-
 @pytest.mark.parametrize(
     ("flow", "predicts", "solver"),
     [
