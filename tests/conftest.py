@@ -1,7 +1,5 @@
 """Refuses to test a build of other sources. Holds the oracle of the operations."""
 
-from __future__ import annotations
-
 import hashlib
 import importlib.util
 import math

@@ -1,7 +1,5 @@
 """Data by name and path: the samples in the files, or an error of one sentence."""
 
-from __future__ import annotations
-
 import gzip
 import pickle
 import warnings

@@ -1,7 +1,5 @@
 """Few-step models: the loss against closed forms, and students that arrive in one evaluation."""
 
-from __future__ import annotations
-
 import copy
 import dataclasses
 import json

@@ -1,7 +1,5 @@
 """Evaluation against closed forms and the metrics; the command against both."""
 
-from __future__ import annotations
-
 import csv
 import hashlib
 import json

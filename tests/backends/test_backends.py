@@ -1,8 +1,6 @@
 """The choice of the backend: which ones can run, why others cannot, and their order. All backends
 agree."""
 
-from __future__ import annotations
-
 import importlib.util
 import math
 import os

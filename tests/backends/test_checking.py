@@ -1,7 +1,5 @@
 """pfgm check: every planted fault is a row that failed, and the table says so."""
 
-from __future__ import annotations
-
 import os
 from types import SimpleNamespace
 

@@ -1,7 +1,5 @@
 """The C++ kernels against the oracle: tile edges, accuracy, threads, memory, range of values."""
 
-from __future__ import annotations
-
 import functools
 import math
 import os

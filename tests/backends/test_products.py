@@ -1,8 +1,6 @@
 """The backend "torch" against the oracle, in each of its forms: for the CPU, for a device that must
 not be waited for, for one that is slow at float64, and for one without float64."""
 
-from __future__ import annotations
-
 import math
 
 import pytest

@@ -1,7 +1,5 @@
 """The choice of the backend on a GPU, by verdicts of all kinds, with a stand-in for the GPU."""
 
-from __future__ import annotations
-
 import json
 import math
 import os

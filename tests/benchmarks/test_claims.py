@@ -1,7 +1,5 @@
 """benchmarks/claims: every claim in miniature, and its parts."""
 
-from __future__ import annotations
-
 import csv
 import dataclasses
 import importlib.util

@@ -1,7 +1,5 @@
 """benchmarks/gpu, without a GPU."""
 
-from __future__ import annotations
-
 import ast
 import contextlib
 import json

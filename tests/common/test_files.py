@@ -1,7 +1,5 @@
 """Atomic writing and the trial of output folders."""
 
-from __future__ import annotations
-
 import errno
 import os
 import stat

@@ -1,7 +1,5 @@
 """The transforms of torch.func and forward mode, against the formulas in float64 autograd."""
 
-from __future__ import annotations
-
 import math
 
 import pytest

@@ -1,7 +1,5 @@
 """Array files and memory maps: read in place, loaded or refused; bytes to [-1, 1]."""
 
-from __future__ import annotations
-
 import io
 import json
 import math

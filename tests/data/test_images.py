@@ -1,7 +1,5 @@
 """Folders of images and datasets that are loaded item by item."""
 
-from __future__ import annotations
-
 import io
 import json
 import os

@@ -1,7 +1,5 @@
 """Rows from memory and from files: reading, taking, threads, pickling, memory."""
 
-from __future__ import annotations
-
 import errno
 import gc
 import os

@@ -1,7 +1,5 @@
 """Levels fitted to data: against exact ends of field lines, and where they are used."""
 
-from __future__ import annotations
-
 import math
 import pickle
 

@@ -1,7 +1,5 @@
 """PFGM++ and diffusion: perturbation kernel, preconditioning, loss, sampling."""
 
-from __future__ import annotations
-
 import math
 import warnings
 

@@ -1,7 +1,5 @@
 """posterior_mean, field_fn and log_density: values, limits, forms of argument, errors."""
 
-from __future__ import annotations
-
 import math
 import re
 

@@ -1,7 +1,5 @@
 """What a dtype cannot hold: references beyond float32, and squared distances that underflow."""
 
-from __future__ import annotations
-
 import math
 
 import pytest

@@ -1,7 +1,5 @@
 """The steps of the ODE: values against the formulas, guards, memory, gradients, errors."""
 
-from __future__ import annotations
-
 import itertools
 import math
 

@@ -1,7 +1,5 @@
 """Schedulers and networks of diffusers, with the package itself."""
 
-from __future__ import annotations
-
 import importlib
 import json
 import math

@@ -1,7 +1,5 @@
 """The Poisson flow as a flow-matching path, beside torchcfm, flow_matching and scipy."""
 
-from __future__ import annotations
-
 import math
 
 import numpy as np

@@ -1,7 +1,5 @@
 """The flows as models of k-diffusion, with the package itself."""
 
-from __future__ import annotations
-
 import math
 
 import pytest

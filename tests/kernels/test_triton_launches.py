@@ -4,8 +4,6 @@ launch.
 The driver is replaced, so that no GPU is needed: kernels compile, and launches are recorded.
 """
 
-from __future__ import annotations
-
 import ctypes
 import functools
 import importlib

@@ -1,7 +1,5 @@
 """The metrics against scipy, closed forms, and plain loops."""
 
-from __future__ import annotations
-
 import math
 import re
 import sys

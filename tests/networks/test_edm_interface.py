@@ -1,7 +1,5 @@
 """Networks in code that was written for EDM: levels (B, 1, 1, 1), float64, one-hot labels."""
 
-from __future__ import annotations
-
 import itertools
 import math
 

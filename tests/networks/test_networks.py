@@ -1,7 +1,5 @@
 """The networks: conditioning, configuration, sizes, messages, and that they learn."""
 
-from __future__ import annotations
-
 import copy
 import json
 import math

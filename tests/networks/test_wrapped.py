@@ -1,7 +1,5 @@
 """Networks of other libraries as networks of the flows: from_module."""
 
-from __future__ import annotations
-
 import copy
 import math
 import pickle

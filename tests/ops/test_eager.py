@@ -1,7 +1,5 @@
 """Operations without the dispatcher: when they pass it, and that results are the same."""
 
-from __future__ import annotations
-
 import math
 
 import numpy as np

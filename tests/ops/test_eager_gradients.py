@@ -1,7 +1,5 @@
 """Gradients from kept distances, against those of the operator and the oracle."""
 
-from __future__ import annotations
-
 import math
 
 import numpy as np

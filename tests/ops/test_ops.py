@@ -1,7 +1,5 @@
 """The operations in torch: registration, gradients, tracing and compiling."""
 
-from __future__ import annotations
-
 import math
 import os
 from functools import partial

@@ -1,8 +1,6 @@
 """Grids are checked pixel by pixel, as Pillow reads them; other pictures by the contents of their
 figures."""
 
-from __future__ import annotations
-
 import math
 import os
 import pickle

@@ -1,7 +1,5 @@
 """Chunks that continue each other's sums: the bits of one call over all references."""
 
-from __future__ import annotations
-
 import math
 import os
 

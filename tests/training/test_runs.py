@@ -1,7 +1,5 @@
 """Runs from one configuration."""
 
-from __future__ import annotations
-
 import csv
 import dataclasses
 import json

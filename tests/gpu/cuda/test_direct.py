@@ -1,7 +1,5 @@
 """Calls of the CUDA kernels without the operators: when they are made, and that they agree."""
 
-from __future__ import annotations
-
 import functools
 import math
 

@@ -1,7 +1,5 @@
 """Gradients from the distances that the forward pass kept, in the CUDA kernels."""
 
-from __future__ import annotations
-
 import math
 
 import pytest

@@ -1,7 +1,5 @@
 """Precision "medium" in the CUDA kernels: float32 references, rounded to float16 in products."""
 
-from __future__ import annotations
-
 import functools
 import math
 

@@ -1,7 +1,5 @@
 """The posterior mean and its gradients in CUDA: tiles, and the order of threads."""
 
-from __future__ import annotations
-
 import itertools
 import math
 

@@ -1,7 +1,5 @@
 """The list of the pairs whose distance is computed again, in CUDA."""
 
-from __future__ import annotations
-
 import math
 
 import pytest

@@ -1,7 +1,5 @@
 """The posterior mean and its gradients in Triton: tiles, chunks, refinement, precision."""
 
-from __future__ import annotations
-
 import importlib
 import math
 

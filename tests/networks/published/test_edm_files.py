@@ -1,7 +1,5 @@
 """The files of the trainer of EDM and PFGM++."""
 
-from __future__ import annotations
-
 import collections
 import math
 import pickle

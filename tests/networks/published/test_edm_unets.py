@@ -1,7 +1,5 @@
 """The networks of EDM and PFGM++: their outputs are the published ones."""
 
-from __future__ import annotations
-
 import copy
 from functools import partial
 from pathlib import Path

@@ -1,7 +1,5 @@
 """The checkpoints of PFGM."""
 
-from __future__ import annotations
-
 import numpy as np
 import pytest
 import torch

@@ -1,7 +1,5 @@
 """The networks published with PFGM: names, shapes and outputs are the published ones."""
 
-from __future__ import annotations
-
 from functools import partial
 from pathlib import Path
 

@@ -1,7 +1,5 @@
 """Pickles read as data: what is refused, and the cost of broken and crafted files."""
 
-from __future__ import annotations
-
 import copyreg
 import pickle
 import struct
