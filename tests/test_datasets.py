@@ -35,9 +35,6 @@ def in_file(rows: pfgm.ReferenceSet) -> bool:
     return "file" in repr(rows)
 
 
-# ---- names ------------------------------------------------------------------------------------
-
-
 def test_digits() -> None:
     digits, data = pfgm.data.digits(), open_data("digits")
     assert torch.equal(whole(data.train), digits.train)
@@ -60,9 +57,6 @@ def test_other_names(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
 def test_digits_have_no_folder() -> None:
     with pytest.raises(ValueError, match="data is digits:/tmp; allowed is digits"):
         open_data("digits:/tmp")
-
-
-# ---- Fashion-MNIST ----------------------------------------------------------------------------
 
 
 def idx(values: np.ndarray[Any, Any]) -> bytes:
@@ -202,9 +196,6 @@ def test_the_real_fashion_mnist(monkeypatch: pytest.MonkeyPatch) -> None:
     assert float(torch.cat(values).std()) == pytest.approx(0.3530, abs=5e-3)
 
 
-# ---- CIFAR-10 ---------------------------------------------------------------------------------
-
-
 def cifar(folder: Path) -> dict[str, np.ndarray[Any, Any]]:
     """Two records in each of its files; a record is a label and 3 × 32 × 32 bytes."""
     draw = np.random.default_rng(1)
@@ -271,9 +262,6 @@ def test_damaged_cifar10(tmp_path: Path, damage: str) -> None:
     message = "label 10; allowed are 0 to 9" if damage == "label" else "records of 3073 bytes"
     with pytest.raises(ValueError, match=f"data_batch_2.bin .*{message}"):
         open_data(f"cifar10:{tmp_path}")
-
-
-# ---- files and folders ------------------------------------------------------------------------
 
 
 def save(path: Path, **arrays: np.ndarray[Any, Any]) -> Path:
@@ -431,9 +419,6 @@ def test_an_archive_of_images_by_class(tmp_path: Path) -> None:
     assert open_samples(tmp_path / "pets.zip").shape == (3, 1, 4, 5)
 
 
-# ---- layouts ----------------------------------------------------------------------------------
-
-
 def test_signals_keep_their_shape(tmp_path: Path) -> None:
     """No axis is added to floating-point samples, and none moves; bytes are images."""
     for shape in ((2, 64), (5, 6), (64, 1), (3, 4, 5), (64, 64, 4)):
@@ -470,9 +455,6 @@ def test_resize_is_for_folders_of_images(tmp_path: Path) -> None:
     for source in ("digits", str(tmp_path / "a.npy")):
         with pytest.raises(ValueError, match="resize is 8, but"):
             open_data(source, resize=8)
-
-
-# ---- ranges of values -------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("dtype", [np.float16, np.float32, np.float64])

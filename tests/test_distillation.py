@@ -196,9 +196,6 @@ def test_a_student_arrives_in_one_evaluation(D):
     assert distance(student, 2, last=0.2) < 0.4
 
 
-# ---- the solver -------------------------------------------------------------------------------
-
-
 def test_the_solver_adds_the_noise_of_the_level_and_ends_with_a_mean():
     flow = pfgm.PoissonFlowPP((2,), D=8)
     seen = []
@@ -242,9 +239,6 @@ def test_the_solver_works_only_with_sample():
     flow = diffusion(2)
     with pytest.raises(ValueError, match="solver is 'consistency', which needs noise"):
         flow.decode(flow.empirical(CORNERS), torch.ones(2, 2), solver="consistency")
-
-
-# ---- runs -------------------------------------------------------------------------------------
 
 
 def run_config(teacher, **changes):

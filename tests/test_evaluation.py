@@ -38,9 +38,6 @@ def same(figures: dict[str, float], samples: Tensor, real: Tensor, of: str) -> N
     assert figures["kernel_distance"][of] == kernel
 
 
-# ---- samples ----------------------------------------------------------------------------------
-
-
 def test_figures_are_those_of_the_metrics() -> None:
     samples, held_out, train = normal(20, 3), normal(15, 3, seed=1), normal(50, 3, seed=2)
     figures = evaluate_samples(samples, held_out, train)
@@ -139,9 +136,6 @@ def test_labels_are_drawn_evenly(kind: str) -> None:
     assert evaluation.label_count(lambda x, z: (x, z)) == 0
 
 
-# ---- likelihood -------------------------------------------------------------------------------
-
-
 def gaussian(width: float, N: int) -> tuple[pfgm.PoissonFlowPP, Any]:
     """A flow whose density is N(0, width²) in each of N dimensions."""
     flow = pfgm.PoissonFlowPP((N,), D=math.inf, sigma_min=width)
@@ -214,9 +208,6 @@ def test_rounded_grey_levels_are_still_levels(dtype: torch.dtype) -> None:
         assert torch.equal(((noisy + 1) / 2 * levels).floor().long(), k)
 
 
-# ---- curve ------------------------------------------------------------------------------------
-
-
 def test_curve() -> None:
     data, held_out = normal(60, 2), normal(40, 2, seed=1)
     flow = pfgm.PoissonFlow.from_data(data)
@@ -254,9 +245,6 @@ def test_curve_clamps_images_that_lie_within_the_unit() -> None:
         held_out = torch.full((5, 1, 2, 2), size)
         (point,) = curve(flow, net, held_out, n=4, steps=[], tolerances=[1e-3])
         assert point.frechet_distance == pytest.approx(expected, abs=0.05)
-
-
-# ---- the command ------------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")

@@ -200,9 +200,6 @@ def test_a_mean_that_is_not_finite_names_the_step_and_the_level(solver):
         solver(denoise, torch.ones(2, 2), [9.0, 6.0, 3.0, 1.0])
 
 
-# ---- networks that return the same memory at each call, or change what they are given --------
-
-
 class Reusing(torch.nn.Module):
     """A network that returns the same buffers at each call, as one in a CUDA graph does."""
 
@@ -325,9 +322,6 @@ def test_a_network_that_changes_its_input_is_refused(which, inference, labelled)
         flow.loss(changing("x"), torch.randn(4, 3), condition=condition)
     with pytest.raises(ValueError, match="denoise changed x in place"):
         euler(lambda x, z: x.mul_(0.5), torch.ones(2, 2), [2.0, 1.0])
-
-
-# ---- solvers of one's own ----------------------------------------------------------------------
 
 
 def midpoint(denoise, x, grid, callback=None, *, weight=1.0):

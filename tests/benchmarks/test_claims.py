@@ -106,9 +106,6 @@ def test_a_claim_in_miniature(name, folder):
     assert not {path.stem for path in folder.glob(f"{name}*.png")} & set(tables)
 
 
-# ---- methods ----------------------------------------------------------------------------------
-
-
 def flow_of(method):
     return methods.flow_of(method, MINIATURE)
 
@@ -227,9 +224,6 @@ def test_training_runs_once_and_continues_after_a_stop(tmp_path):
         assert all(torch.equal(a[name], b[name]) for name in a)
 
 
-# ---- samplers ---------------------------------------------------------------------------------
-
-
 class Counted(torch.nn.Module):
     """The exact network of a few images, which counts its evaluations."""
 
@@ -275,9 +269,6 @@ def test_uniform_levels(method, steps):
     assert step_size.levels(flow, "rho", steps) == flow.grid(steps, "rho")
 
 
-# ---- errors of networks -----------------------------------------------------------------------
-
-
 @pytest.mark.parametrize("bits", [8, 3])
 def test_quantised_weights(bits):
     layer = torch.nn.Sequential(torch.nn.Conv2d(3, 5, 3), torch.nn.Linear(50, 4))
@@ -296,9 +287,6 @@ def test_noise_on_the_output():
     output = noisy(torch.full((100, 1, 8, 8), 2.0), torch.zeros(100))
     assert float(output.mean()) == pytest.approx(2, abs=0.01)
     assert float(output.std()) == pytest.approx(0.3, rel=0.05)
-
-
-# ---- references and likelihood ----------------------------------------------------------------
 
 
 def test_variance_of_targets(folder):
@@ -328,9 +316,6 @@ def test_bits_of_a_gaussian_are_its_entropy_on_its_own_data(folder):
     n, N = train.shape
     nats = 0.5 * (N * math.log(2 * math.pi) + float(train.T.cov().logdet()) + N * (n - 1) / n)
     assert row["bits_per_dim"] == pytest.approx(nats / (N * math.log(2)) + math.log2(17 / 2))
-
-
-# ---- tables -----------------------------------------------------------------------------------
 
 
 def test_means_and_ratios(tmp_path):
@@ -402,9 +387,6 @@ def test_pictures_are_saved_with_their_data(tmp_path):
     pictures.bars(values, tmp_path / "b.png", ylabel="f", title="t")
     assert [row["value"] for row in rows_of(tmp_path / "b.csv")] == ["1", "2", "1.5"]
     assert (tmp_path / "b.png").exists()
-
-
-# ---- the run ----------------------------------------------------------------------------------
 
 
 def counted(preset, folder, value):
@@ -603,9 +585,6 @@ def test_samples_that_are_not_finite_have_no_figures(folder):
 def test_settings_are_json():
     for preset in claim_presets.PRESETS.values():
         assert json.loads(json.dumps(preset.described(), allow_nan=False))["width"] > 0
-
-
-# ---- stored results ---------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(

@@ -75,9 +75,6 @@ def contents(source: Source) -> Array:
     return source.read(0, len(source)).numpy()
 
 
-# ---- loaded ---------------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize("suffix", SUFFIXES)
 @pytest.mark.parametrize("dtype", [np.float16, np.float32, np.float64])
 def test_floats_become_float32(tmp_path: Path, suffix: str, dtype: Any) -> None:
@@ -102,9 +99,6 @@ def test_the_tensor_is_independent_of_the_file(tmp_path: Path) -> None:
         file.seek(-16, io.SEEK_END)
         file.write(bytes(16))
     assert torch.equal(loaded, torch.ones(2, 2))
-
-
-# ---- read in place --------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("suffix", SUFFIXES)
@@ -191,9 +185,6 @@ def test_narrow_floats_in_safetensors_are_loaded(tmp_path: Path) -> None:
     assert torch.equal(source.tensor, tensor.float())
 
 
-# ---- read either way ------------------------------------------------------------------------
-
-
 @both_readers
 def test_compressed_archives_are_loaded(tmp_path: Path, read: Read) -> None:
     np.savez_compressed(tmp_path / "a.npz", labels=np.arange(50), images=ramp(50, 2, 3))
@@ -223,9 +214,6 @@ def test_several_arrays_of_other_names_are_named_in_the_error(
     with pytest.raises(ValueError, match=r"2 arrays \(bar, foo\).*images, data or x") as caught:
         read(path)
     assert str(path) in str(caught.value)
-
-
-# ---- refused --------------------------------------------------------------------------------
 
 
 @both_readers
@@ -484,9 +472,6 @@ def test_damage_raises_only_the_documented_errors(
         assert str(path) in str(result)
 
 
-# ---- memory maps ----------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize("offset", [0, 1, 4096, mmap.ALLOCATIONGRANULARITY + 12])
 @pytest.mark.parametrize(
     "part",
@@ -584,9 +569,6 @@ def test_a_map_whose_file_is_gone_is_named(tmp_path: Path) -> None:
     path.unlink()
     with pytest.raises(FileNotFoundError, match=re.escape(str(path))):
         open_source(mapped)
-
-
-# ---- bytes to [-1, 1] -----------------------------------------------------------------------
 
 
 def test_to_unit_of_every_byte() -> None:

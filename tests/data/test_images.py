@@ -101,9 +101,6 @@ def test_a_transparent_colour_of_a_palette_becomes_white(tmp_path: Path) -> None
     assert shown[0, 1].tolist() == [255, 255, 255]
 
 
-# ---- labels and archives ----------------------------------------------------------------------
-
-
 def zipped(folder: Path, path: Path, **options: Any) -> Path:
     with zipfile.ZipFile(path, "w", **options) as archive:
         for file in sorted(folder.rglob("*")):
@@ -285,9 +282,6 @@ def test_names_in_archives_are_no_paths(tmp_path: Path, name: str) -> None:
     assert source.tensor is not None
     np.testing.assert_array_equal(source.tensor[0, 0], pixels(4, 3))
     assert sorted(tmp_path.rglob("*")) == before
-
-
-# ---- images that cannot be read ---------------------------------------------------------------
 
 
 def test_palettes_become_colours(tmp_path: Path) -> None:

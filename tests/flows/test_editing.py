@@ -43,9 +43,6 @@ class Gaussian(nn.Module):
         return x * math.sqrt(first / last)
 
 
-# ---- up and down -----------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize(
     ("solver", "steps", "latent_error", "round_trip"),
@@ -149,9 +146,6 @@ def test_bad_data(method, x, options, error, message):
         getattr(flow, method)(flow.empirical(torch.eye(2)), x, **options)
 
 
-# ---- between data ----------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize("flow", flows((2,))[:2], ids=repr)
 def test_data_are_interpolated_by_their_latents(flow):
     references = torch.randn(30, 2, generator=seeded(0))
@@ -169,9 +163,6 @@ def test_data_are_interpolated_by_their_latents(flow):
             flow.interpolate(net, a, b, count=count)
     with pytest.raises(ValueError, match="x_a has shape"):
         flow.interpolate(net, a, b[:2])
-
-
-# ---- temperature -----------------------------------------------------------------------------
 
 
 def test_rescaling_multiplies_norms_within_those_of_the_prior():

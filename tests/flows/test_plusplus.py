@@ -35,9 +35,6 @@ class Backbone(torch.nn.Module):
         return moved if labels is None else moved + labels[:, None]
 
 
-# ---- hyper-parameters ----
-
-
 @pytest.mark.parametrize("D", DS)
 def test_config_rebuilds_the_flow(D):
     import json
@@ -81,9 +78,6 @@ def test_levels_are_the_same_at_every_D():
 def test_bad_hyper_parameters(arguments, message):
     with pytest.raises(ValueError, match=message):
         PoissonFlowPP((2,), **arguments)
-
-
-# ---- the perturbation kernel ----
 
 
 @pytest.mark.parametrize("D", [1.0, 3.0, 16.0, math.inf])
@@ -131,9 +125,6 @@ def test_perturb_and_prior(generator):
     assert as_bytes.dtype == torch.float32
     again = [flow.prior(3, generator=torch.Generator().manual_seed(5)) for _ in range(2)]
     assert torch.equal(*again)
-
-
-# ---- training ----
 
 
 def test_preconditioning_is_edms(generator):
@@ -239,9 +230,6 @@ def test_labels_restrict_the_references(data):
         flow.loss(net, data, data, condition=condition, reference_labels=every % 2)
 
 
-# ---- sampling ----
-
-
 @pytest.mark.parametrize("D", [1.0, 16.0, 2048.0, math.inf])
 @pytest.mark.parametrize("solver", ["euler", "heun", "multistep", "rk45"])
 def test_samples_of_the_exact_denoiser_are_the_data(data, generator, D, solver):
@@ -297,9 +285,6 @@ def test_churn(data, solver):
             flow.sample(net, 3, churn=1.0, churn_range=wrong)
     with pytest.raises(ValueError, match="with churn allowed are euler and heun"):
         flow.sample(net, 3, churn=1.0, solver="multistep")
-
-
-# ---- conditions ----
 
 
 def conditional(x, sigma, labels=None):
@@ -368,9 +353,6 @@ def test_networks_that_return_something_else(data):
         flow.sample(pfgm.PoissonFlow((2,), data_norm=1.0).empirical(data), 3)
     with pytest.raises(ValueError, match=r"NaN or infinity in step 1, at 17\.5"):
         flow.sample(lambda x, sigma: x / (sigma[:, None] > 30), 3, solver="euler", steps=5)
-
-
-# ---- what sampling costs beside the network ----
 
 
 @pytest.mark.parametrize("kind", ["PoissonFlow", "PoissonFlowPP"])

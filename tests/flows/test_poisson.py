@@ -44,9 +44,6 @@ class Recorder(nn.Module):
         return self.exact(x, z)
 
 
-# ---- hyper-parameters ------------------------------------------------------------------------
-
-
 def test_published_hyper_parameters_follow_from_the_data_norm():
     flow = PoissonFlow((3, 32, 32), data_norm=30.0)
     assert flow.M == 287
@@ -162,9 +159,6 @@ def test_bad_shapes_and_data():
         PoissonFlow.from_data(torch.ones(3, 2, dtype=torch.int64))
 
 
-# ---- perturbation ----------------------------------------------------------------------------
-
-
 def paper_perturbation(flow, n, generator):
     """Norm of the displacement and z by Algorithm 2 as the paper writes it."""
     m = torch.rand(n, generator=generator, dtype=torch.float64) * flow.M
@@ -208,9 +202,6 @@ def test_perturbation_is_reproducible_and_typed():
         flow.perturb(torch.zeros(4, 3, 2))
     with pytest.raises(TypeError, match="x has dtype"):
         flow.perturb(x.long())
-
-
-# ---- loss ------------------------------------------------------------------------------------
 
 
 def test_loss_is_half_the_squared_error_summed_over_the_field():
@@ -307,9 +298,6 @@ def test_wrong_network_shapes_are_named(flow):
         flow.loss(lambda x, z: (x, z[:, None]), torch.zeros(4, 2))
 
 
-# ---- prior -----------------------------------------------------------------------------------
-
-
 def test_prior_is_the_projected_hemisphere():
     flow = PoissonFlow((3,), M=300, z_max=7.0, upper_norm=900.0)
     x = flow.prior(40_000, generator=seeded(0), clip=False).double()
@@ -341,7 +329,6 @@ def test_prior_arguments():
         flow.prior(2, generator=seeded(), device="meta")
 
 
-# ---- few dimensions, any center and scale ----------------------------------------------------
 # With a spread no setting has an absolute scale, and the prior is not cut off.
 
 
@@ -526,9 +513,6 @@ def test_training_follows_the_scale_of_the_data():
         assert (other - drawn[0]).abs().median() < 0.02
 
 
-# ---- the mean behind a field -----------------------------------------------------------------
-
-
 @pytest.mark.parametrize("z", [1e-3, 0.1, 2.0, 4.99, 5.01, 17.0])
 def test_denoise_inverts_the_normalisation(z):
     flow = PoissonFlow((2, 3), data_norm=2.0)
@@ -566,9 +550,6 @@ def test_published_substitution_is_close_for_small_z_only():
         errors.append(float(((result - exact).norm(dim=1) / (x - exact).norm(dim=1)).max()))
     assert errors[0] < 1e-3
     assert 0.01 < errors[1] < 0.2
-
-
-# ---- sampling --------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("schedule", ["log", "rho"])
@@ -729,9 +710,6 @@ def test_bad_references(flow):
     for references in (torch.ones(3, 3), torch.ones(0, 2)):
         with pytest.raises(ValueError, match="references has shape"):
             flow.empirical(references)
-
-
-# ---- flows with a spread, for data far from 0, large, small or uneven ----------------------------
 
 
 def test_rows_far_from_all_others_are_kept():

@@ -44,9 +44,6 @@ def noise_level(radius, D):
     return {"sigma": radius} if math.isinf(D) else {"r": radius}
 
 
-# ---- values ----
-
-
 @pytest.mark.parametrize("D", DIMENSIONS)
 @pytest.mark.parametrize("shape", [(), (7,), (2, 3, 4)])
 def test_mean_and_logsumexp_are_those_of_the_formula(backend, oracle, shape, D):
@@ -140,9 +137,6 @@ def test_field_where_it_vanishes(backend, gamma):
     assert gradient.tolist() == [[slope, 0.0, 0.0, 0.0]]
 
 
-# ---- sizes and layouts ----
-
-
 @pytest.mark.parametrize("D", [1.0, math.inf])
 def test_no_points(backend, D):
     x, references = problem()
@@ -211,9 +205,6 @@ def test_only_needed_gradients_are_requested(backend):
     assert gradient != 0
     with torch.no_grad():
         assert not posterior_mean(x, references, r=r, backend=backend).requires_grad
-
-
-# ---- limits ----
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
@@ -285,9 +276,6 @@ def test_the_direction_of_the_field_far_away(backend):
     close(field_z, torch.tensor([-4 * 0.8]), 1e-6)
 
 
-# ---- densities ----
-
-
 def mixture_density(x, references, sigma, D):
     """The same in one dimension by torch.distributions."""
     kernel = Normal(references, sigma) if math.isinf(D) else StudentT(D, references, sigma)
@@ -342,8 +330,6 @@ def test_density_at_r_0(backend, D):
     density = log_density(x, references, D=D, backend=backend, **noise_level(0.0, D))
     assert density.tolist() == [math.inf, -math.inf]
 
-
-# ---- errors ----
 
 x0, references0 = problem()
 VALUE_ERRORS = [

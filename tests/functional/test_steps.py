@@ -41,9 +41,6 @@ def every_backend(request, monkeypatch):
     return "native"
 
 
-# ---- the formulas, in long double ------------------------------------------------------------
-
-
 def wide(values):
     if isinstance(values, torch.Tensor):
         values = values.detach().double().numpy()
@@ -116,8 +113,6 @@ def problem(B=5, shape=(37,), z=2.0, dtype=torch.float32, seed=0):
 def other(x, seed=1):
     return torch.randn(x.shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
 
-
-# ---- values ----------------------------------------------------------------------------------
 
 SHAPES = [(0, 5), (1, 1), (1, 16), (3, 37), (7, 3072), (70, 513), (2, 70_001)]
 
@@ -289,9 +284,6 @@ def test_threads_change_nothing_but_the_last_digit_of_a_norm_that_they_share(B, 
         torch.testing.assert_close(result, results[0], rtol=0, atol=tolerance)
 
 
-# ---- memory ----------------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize("kind", ["rows apart", "columns", "every other", "unaligned"])
 def test_strided_tensors(backend, strided, kind):
     x, field = problem(5, (37,), 2.0)
@@ -362,9 +354,6 @@ def test_an_out_that_holds_the_field_z_of_other_rows_is_right(backend):
 def test_only_the_outputs_are_written(every_backend, form, step_checks):
     x, field = problem(5, (37,), 2.0)
     step_checks.only_outputs_are_written(x, *field[:2], form, every_backend)
-
-
-# ---- torch -----------------------------------------------------------------------------------
 
 
 def unpacked(rows=False, mean_form=False):
@@ -482,8 +471,6 @@ def test_the_op_itself_has_no_gradient():
         result.sum().backward()
 
 
-# ---- errors ----------------------------------------------------------------------------------
-
 X, V, VZ = torch.zeros(3, 4), torch.zeros(3, 4), -torch.ones(3)
 
 
@@ -590,9 +577,6 @@ def test_more_bad_arguments():
         pfgm.multistep_step(X, V, 2.0, 1.0, None, 3.0)
     with pytest.raises(ValueError, match=r"z_next is -1.0"):
         pfgm.euler_step(X, V, 2.0, -1.0)
-
-
-# ---- as the solvers use them -----------------------------------------------------------------
 
 
 @pytest.mark.parametrize("name", ["euler", "heun", "multistep"])

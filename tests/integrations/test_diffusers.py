@@ -46,9 +46,6 @@ def schedulers(diffusers):
     )
 
 
-# ---- sampling ----
-
-
 @pytest.fixture(scope="module")
 def unets(diffusers):
     """build(channels): a UNet2DModel for digits with so many output channels."""
@@ -341,9 +338,6 @@ def test_wrong_calls(schedulers):
         scheduler.step(x, t, x)
 
 
-# ---- training ----
-
-
 @pytest.mark.parametrize("references", [None, DATA], ids=["clean", "references"])
 @pytest.mark.parametrize("D", [128.0, math.inf])
 def test_squared_error_of_the_residual_is_the_loss(schedulers, unets, D, references):
@@ -438,9 +432,6 @@ def test_networks_of_diffusers_are_networks_of_the_flows(diffusers):
         assert samples.shape == (4, 1, 8, 8)
         with pytest.raises(ValueError, match="has 'labels', which DiTTransformer2DModel"):
             flow.sample(from_module(dit, flow), 4, steps=2, condition={"labels": labels})
-
-
-# ---- loops that were written for DDPM ----
 
 
 @pytest.mark.parametrize("predicts", ["noise", "mean"])
@@ -613,9 +604,6 @@ def test_noise_of_level_one_is_never_refused(schedulers):
         for seed in range(50):
             noise = flow.noise(torch.ones(16), seeded(seed))
             scheduler.add_noise(DATA[:16], noise, scheduler.timesteps[1])
-
-
-# ---- the pipeline ----
 
 
 @pytest.mark.parametrize(("flow", "predicts"), PREDICTIONS[:4], ids=predictions)

@@ -45,9 +45,6 @@ def spread_points(count=64, scale=1.0):
     return scale * torch.randn(count, 2, generator=seeded(1), dtype=torch.float64)
 
 
-# ---- against other packages ----
-
-
 def test_diffusion_without_references_is_torchcfms():
     matching = pytest.importorskip("torchcfm.conditional_flow_matching")
     x0, x1 = torch.randn(2, 8, 3, 4, 4, generator=seeded())
@@ -78,9 +75,6 @@ def test_flow_matchings_solver_takes_the_velocity(D):
         exact_divergence=True,
     )
     torch.testing.assert_close(log_p, marginal(x, end, D)[0].log(), rtol=0, atol=5e-3)
-
-
-# ---- the velocity ----
 
 
 @pytest.mark.parametrize("D", DS)
@@ -190,9 +184,6 @@ def test_integration_is_sampling_and_ends_on_references(D):
     assert (left < 0.4 * distances.values + 1e-5).all()  # 1/e of it, where 1 − t is 0.001
 
 
-# ---- references ----
-
-
 @pytest.mark.parametrize("kind", ["uint8", "set", "float32"])
 def test_references_of_every_kind(kind):
     stored = torch.randint(0, 256, (50, 1, 4, 4), generator=seeded(), dtype=torch.uint8)
@@ -220,9 +211,6 @@ def test_labels_choose_the_references():
     assert matcher.velocity(0.4, x[:0], labels=asked[:0]).shape == x[:0].shape
 
 
-# ---- draws ----
-
-
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_draws_are_those_of_the_generator(dtype):
     x1 = torch.zeros(2000, 3, dtype=dtype)
@@ -244,9 +232,6 @@ def test_half_precision_is_computed_in_float32():
     same = matcher.sample_location_and_conditional_flow(None, half.float(), generator=seeded())
     assert all(torch.equal(a, b) for a, b in zip(sampled, same, strict=True))
     assert torch.equal(matcher.velocity(0.5, half), matcher.velocity(0.5, half.float()))
-
-
-# ---- velocity networks as denoisers ----
 
 
 class Gaussian(torch.nn.Module):
@@ -289,9 +274,6 @@ def test_the_exact_velocity_as_a_denoiser_is_the_exact_denoiser(D):
     net, exact = as_denoiser(PoissonFlowMatcher(D, POINTS).velocity), flow.empirical(POINTS)
     x, sigma = 5 * spread_points(8), torch.logspace(-2, 2, 8, dtype=torch.float64)
     torch.testing.assert_close(net(x, sigma), exact(x, sigma), rtol=0, atol=1e-9)
-
-
-# ---- bad inputs ----
 
 
 @pytest.mark.parametrize(

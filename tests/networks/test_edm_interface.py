@@ -171,8 +171,6 @@ def test_networks_without_images_have_no_resolution():
     assert net.label_dim == 0
 
 
-# ---- data in other forms ----
-
 MAKERS = [pfgm.PoissonFlow.from_data, lambda data: pfgm.PoissonFlowPP.from_data(data, D=8)]
 
 

@@ -351,9 +351,6 @@ def test_training_reduces_the_loss(name: str, losses_in_training: Callable[..., 
     assert sum(losses[-3:]) < 0.5 * sum(losses[:3])
 
 
-# ---- labels ----
-
-
 @pytest.mark.parametrize("name", FIELD_NETWORKS)
 def test_labels(name: str) -> None:
     network = make(name, classes=3)

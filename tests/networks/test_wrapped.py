@@ -60,9 +60,6 @@ def points(generator, dtype=torch.float64):
     return x * torch.tensor([0.6, 30.0, 0.8, 5.0, 60.0]).view(-1, 1, 1, 1), level
 
 
-# ---- the preconditioning of each flow ----
-
-
 def test_residual_is_edms_preconditioning(generator):
     """EDM, table 1, in plain numbers."""
     x, sigma = points(generator)
@@ -192,9 +189,6 @@ def test_data_std_comes_from_the_flow():
     assert from_module(Probe(), PLUSPLUS, data_std=0.9).sigma_data == 0.9
 
 
-# ---- how the network gets the level ----
-
-
 @pytest.mark.parametrize("flow", [IMAGES, PLUSPLUS], ids=["field", "denoiser"])
 @pytest.mark.parametrize("name", ["timestep", "log", "sigma"])
 def test_levels_are_encoded_and_decoded(flow, name):
@@ -219,9 +213,6 @@ def test_a_level_may_be_any_function(generator):
     probe = Probe().double()
     from_module(probe, PLUSPLUS, level=lambda level: 7 * level)(x, sigma)
     assert torch.equal(probe.time, 7 * sigma)
-
-
-# ---- what is returned, and conditions ----
 
 
 def test_every_form_of_result(generator):
@@ -288,9 +279,6 @@ def test_conditions_by_their_own_names_and_others(generator):
     assert probe.y.tolist() == [3, 10, 0, 2, 10]
     with pytest.raises(ValueError, match="has 'text', which Probe does not take"):
         renamed(x, sigma, text=labels)
-
-
-# ---- in use ----
 
 
 @pytest.mark.parametrize(

@@ -37,9 +37,6 @@ def on_disk(rows, folder, **options):
     return ReferenceSet(folder / "rows.npy", **options)
 
 
-# ---- results ----
-
-
 def test_every_operation_takes_a_set(small_chunks):
     x, rows = points(), images()
     flow = pfgm.PoissonFlow.from_data(rows)
@@ -95,9 +92,6 @@ def test_gradient_in_sigma_at_a_large_r_in_parts(small_chunks, backend, D):
     result = gradient(points(spread=30.0), ReferenceSet(rows), backend)
     expected = gradient(points(spread=30.0).double(), rows, "reference")
     assert (result - expected).abs().max() <= 1e-4 * expected.abs().max()
-
-
-# ---- sketches of rows in memory ----
 
 
 class Counted:
@@ -519,9 +513,6 @@ def test_gradients_of_a_compiled_caller(small_chunks, tmp_path, where):
                 torch.autograd.grad(mean.square().sum(), x)
 
 
-# ---- rows ----
-
-
 def test_rows_by_number_slice_and_mask(tmp_path):
     rows = images(30)
     for references in (ReferenceSet(rows), on_disk(rows, tmp_path)):
@@ -625,9 +616,6 @@ def test_bad_draws(count, containing, error, message):
     containing = None if containing is None else torch.tensor(containing)
     with pytest.raises(error, match=message):
         ReferenceSet(torch.rand(10, 1)).draw(count, containing=containing)
-
-
-# ---- storage ----
 
 
 def test_storage_types():

@@ -358,9 +358,6 @@ def test_damaged_runs(tmp_path, flow, network):
             load_run(tmp_path)
 
 
-# ---- checksums --------------------------------------------------------------------------------
-
-
 @pytest.fixture
 def run(tmp_path, flow):
     """The folder of a run with checkpoints of steps 5 and 10, in small files."""
@@ -509,9 +506,6 @@ def test_files_without_checksums_load_with_a_warning(run):
         load_run(run)
 
 
-# ---- small files must not cost much time or memory --------------------------------------------
-
-
 def crafted(path, network, **changes):
     """A file of this format whose description does not fit its tensors."""
     description = {"format": 1, "step": 0, "flow": {"shape": [3], "M": 100}, "network": network}
@@ -571,8 +565,6 @@ def test_endless_descriptions(tmp_path, run):
         with pytest.raises(ValueError, match=r"net\.safetensors cannot be loaded"):
             pfgm.load(path, nn.Linear(1, 2))
 
-
-# ---- checkpoints of earlier versions ----------------------------------------------------------
 
 FIXTURES = Path(__file__).parent / "fixtures"
 TAKEN = torch.tensor([[3.0, -40.0], [0.5, 20.0], [-9.0, 1.0]])

@@ -275,9 +275,6 @@ def test_the_command_starts_from_a_recipe_and_resumes_from_the_folder(tmp_path, 
     assert "holds a run already" in capsys.readouterr().err
 
 
-# ---- ranges, labels, earlier weights ----------------------------------------------------------
-
-
 def images_of(tmp_path, low, high, name="images.npy", shape=(40, 1, 8, 8), dtype=np.float32):
     draw = np.random.default_rng(0).random(shape, dtype=np.float32)
     images = (low + (high - low) * draw).astype(dtype)

@@ -66,9 +66,6 @@ def equal(a, b):
     return all(torch.equal(x, y) for x, y in zip(a, b, strict=True))
 
 
-# ---- settings --------------------------------------------------------------------------------
-
-
 def test_learning_rate():
     constant = TrainConfig(steps=100, warmup=10, learning_rate=2.0, decay="none")
     assert [constant.learning_rate_at(t) for t in (0, 4, 9, 10, 99)] == [0.2, 1.0, 2.0, 2.0, 2.0]
@@ -175,9 +172,6 @@ def test_arguments_of_other_types_are_named(flow, data):
             Trainer(flow, net, data, wrong)
     with pytest.raises(TypeError, match=r"labels is a ndarray; allowed is a torch\.Tensor"):
         Trainer(flow, net, data, SMALL, labels=np.zeros(len(data), dtype=int))
-
-
-# ---- steps -----------------------------------------------------------------------------------
 
 
 def test_an_epoch_sees_every_row_once_and_references_contain_the_batch(data, flow):
@@ -299,9 +293,6 @@ def test_a_report_that_fails_loses_no_steps(tmp_path, data, flow):
         with pytest.raises(OSError, match=name):
             trainer.train()
         assert load_run(tmp_path / name)[2]["step"] == trainer.step == step
-
-
-# ---- stopping and resuming -------------------------------------------------------------------
 
 
 def test_resuming_continues_to_the_same_weights(tmp_path, data, flow):
@@ -637,9 +628,6 @@ def test_figures_that_follow_from_the_data_are_compared_up_to_rounding(tmp_path,
         trainer(0.70001).resume()
 
 
-# ---- reference sets ----
-
-
 @pytest.mark.parametrize(("where", "references"), [("memory", 4096), ("file", 16)])
 def test_a_reference_set_trains_as_its_tensor(tmp_path, data, flow, where, references):
     settings = config(references=references)
@@ -668,9 +656,6 @@ def test_labels_of_a_reference_set(data, flow):
         Trainer(flow, net, source, SMALL, progress=False, labels=rows.labels).train()
     for a, b in zip(*map(weights, networks), strict=True):
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-6)
-
-
-# ---- how a step goes through the network ----
 
 
 def test_steps_in_parts_and_in_half_precision_train_alike(data, flow):
@@ -766,9 +751,6 @@ def test_networks_that_cannot_be_trained(data, flow):
     network.stem.bfloat16().requires_grad_(False)  # a part that is not trained may have any dtype
     network.phase = torch.nn.Parameter(torch.ones(1, dtype=torch.complex64))
     Trainer(flow, network, data, SMALL, progress=False)
-
-
-# ---- labels ----
 
 
 def test_labels_reach_the_network_and_some_are_dropped(data, flow):

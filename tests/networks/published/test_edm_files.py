@@ -198,9 +198,6 @@ def test_the_full_architecture_is_inferred(name, published_shapes):
     assert as_json(infer_config(StandIn("EDMPrecond", state), weights, None)) == config
 
 
-# ---- pfgm convert ----
-
-
 def fails(capsys, *arguments):
     """The error of a command that must fail."""
     capsys.readouterr()
@@ -275,9 +272,6 @@ def test_what_convert_refuses(tmp_path, capsys):
     path.write_bytes(path.read_bytes()[:5000])
     assert "truncated or not a checkpoint" in fails(capsys, "convert", path, *out)
     assert not (tmp_path / "new").exists()
-
-
-# ---- refusals ----
 
 
 def inner(content, *path):

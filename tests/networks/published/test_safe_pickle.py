@@ -33,8 +33,6 @@ def write_archive(path, content, byteorder=b"little"):
         archive.writestr("archive/byteorder", byteorder)
 
 
-# ---- pickles that would do something ----
-
 EXTENSION = 201
 
 
