@@ -94,6 +94,14 @@ def backend(request):
     return request.param
 
 
+@pytest.fixture
+def threads():
+    """Sets the number of threads, and restores it afterwards."""
+    before = torch.get_num_threads()
+    yield torch.set_num_threads
+    torch.set_num_threads(before)
+
+
 @pytest.fixture(scope="session")
 def run_kernel_tests(tmp_path_factory):
     """run_kernel_tests(names, environment, *options) → name → (process, log).
@@ -125,6 +133,27 @@ def run_kernel_tests(tmp_path_factory):
     for process in started:
         process.kill()
         process.wait()
+
+
+@pytest.fixture
+def refusal(capsys):
+    """refusal(*arguments) → the sentence with which the command ends, with exit code 2.
+
+    Before it there may be bars, and as many notices as are expected.
+    """
+
+    from pfgm import cli  # here, because its import takes a while
+
+    def run(*arguments, notices=0):
+        capsys.readouterr()
+        assert cli.main([str(each) for each in arguments]) == 2
+        *others, sentence = capsys.readouterr().err.strip().splitlines()
+        others = [line for line in others if line and "%|" not in line]
+        assert [line[:6] for line in others] == ["pfgm: "] * notices
+        assert sentence.startswith("pfgm: error: ")
+        return sentence
+
+    return run
 
 
 @pytest.fixture(scope="session")

@@ -9,12 +9,9 @@ import pfgm
 DTYPES = [torch.float32, torch.float64]
 
 
-def seeded(seed=0):
-    return torch.Generator().manual_seed(seed)
-
-
 def test_interpolation_keeps_angles_even_and_norms_geometric():
-    a, b = 1e3 * torch.randn(2, 6, 2, 3, generator=seeded(0), dtype=torch.float64)
+    draw = torch.Generator().manual_seed(0)
+    a, b = 1e3 * torch.randn(2, 6, 2, 3, generator=draw, dtype=torch.float64)
     b = b / 50
     weights = torch.linspace(-0.5, 1.5, 9, dtype=torch.float64)
     points = pfgm.interpolate(a, b, weights).flatten(2)

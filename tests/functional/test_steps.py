@@ -270,16 +270,12 @@ def test_sample_shapes_and_mixed_dtypes(backend, shape):
 
 @pytest.mark.skipif(not NATIVE, reason="no native extension")
 @pytest.mark.parametrize(("B", "N", "tolerance"), [(1, 300_001, 1e-12), (40, 3072, 0)])
-def test_threads_change_nothing_but_the_last_digit_of_a_norm_that_they_share(B, N, tolerance):
+def test_threads_change_nothing_but_the_last_digit_of_a_shared_norm(threads, B, N, tolerance):
     x, field = problem(B, (N,), 2.0, torch.float64)
-    threads = torch.get_num_threads()
     results = []
-    try:
-        for count in (1, 2, 5):
-            torch.set_num_threads(count)
-            results.append(pfgm.euler_step(x, field, 2.0, 1.0, backend="native"))
-    finally:
-        torch.set_num_threads(threads)
+    for count in (1, 2, 5):
+        threads(count)
+        results.append(pfgm.euler_step(x, field, 2.0, 1.0, backend="native"))
     for result in results[1:]:
         torch.testing.assert_close(result, results[0], rtol=0, atol=tolerance)
 

@@ -455,9 +455,6 @@ def test_without_nvidias_driver_triton_loads_as_it_does(recorder, monkeypatch):
     assert recorder.loaded == 1
 
 
-# ---- the kernels of the package ---------------------------------------------------------------
-
-
 def launchers():
     """All launchers of the package."""
     modules = [importlib.import_module(name) for name in codegen.MODULES]

@@ -43,16 +43,22 @@ def frechet_by_scipy(a: Tensor, b: Tensor) -> float:
     return float(shift @ shift + np.trace(cov_a) + np.trace(cov_b) - 2 * np.trace(root).real)
 
 
-def precision_recall_by_loops(samples: Tensor, real: Tensor, k: int) -> tuple[float, float]:
-    def distance(p: Array, q: Array) -> float:
-        return math.sqrt(math.fsum((p - q) ** 2))
+def apart(p: Array, q: Array) -> float:
+    return math.sqrt(math.fsum((p - q) ** 2))
 
+
+def radii(members: Array, k: int) -> list[float]:
+    """The distance of each member to its k-th nearest other one."""
+    return [
+        sorted(apart(p, q) for j, q in enumerate(members) if j != i)[k - 1]
+        for i, p in enumerate(members)
+    ]
+
+
+def precision_recall_by_loops(samples: Tensor, real: Tensor, k: int) -> tuple[float, float]:
     def inside(points: Array, members: Array) -> float:
-        balls = [
-            (p, sorted(distance(p, q) for j, q in enumerate(members) if j != i)[k - 1])
-            for i, p in enumerate(members)
-        ]
-        return sum(any(distance(q, p) <= r for p, r in balls) for q in points) / len(points)
+        balls = [*zip(members, radii(members, k), strict=True)]
+        return sum(any(apart(q, p) <= r for p, r in balls) for q in points) / len(points)
 
     a, b = samples.double().flatten(1).numpy(), real.double().flatten(1).numpy()
     return inside(a, b), inside(b, a)
@@ -78,23 +84,6 @@ def test_frechet_agrees_with_scipy(
     assert metrics.frechet_distance(a, b) == pytest.approx(expected, rel=1e-7, abs=1e-7)
 
 
-def diagonal_set(mean: Tensor, deviations: Tensor) -> Tensor:
-    """2N samples with exactly this mean and this diagonal unbiased covariance."""
-    n = len(mean)
-    steps = torch.diag(deviations) * math.sqrt((2 * n - 1) / 2)
-    return torch.cat([mean + steps, mean - steps])
-
-
-@given(dimension=st.integers(1, 8), seed=st.integers(0, 2**31))
-@settings(max_examples=40, deadline=None)
-def test_frechet_of_diagonal_gaussians(dimension: int, seed: int) -> None:
-    means, deviations = normal(2, dimension, seed=seed), normal(2, dimension, seed=seed + 1).abs()
-    deviations[0, 0] = 0
-    a, b = (diagonal_set(m, s) for m, s in zip(means, deviations, strict=True))
-    expected = (means[0] - means[1]).square().sum() + (deviations[0] - deviations[1]).square().sum()
-    assert metrics.frechet_distance(a, b) == pytest.approx(float(expected), rel=1e-12, abs=1e-12)
-
-
 @pytest.mark.parametrize("n", [2, 20, 200])
 @pytest.mark.parametrize("factor", [0.0, 0.5, -1.0, 3.0])
 def test_frechet_of_a_scaled_set_with_singular_covariance(n: int, factor: float) -> None:
@@ -103,15 +92,6 @@ def test_frechet_of_a_scaled_set_with_singular_covariance(n: int, factor: float)
     a = a - a.mean(0)
     expected = (abs(factor) - 1) ** 2 * float(a.square().sum()) / (n - 1)
     assert metrics.frechet_distance(a, a * factor) == pytest.approx(expected, rel=1e-12, abs=1e-11)
-
-
-def test_frechet_of_disjoint_supports_is_the_sum_of_the_traces() -> None:
-    a, b = torch.zeros(30, 100), torch.zeros(30, 100)
-    a[:, :50], b[:, 50:] = normal(30, 50), normal(30, 50, seed=1)
-    expected = float(
-        a.double().var(0).sum() + b.double().var(0).sum() + (a.mean(0) - b.mean(0)).square().sum()
-    )
-    assert metrics.frechet_distance(a, b) == pytest.approx(expected, rel=1e-6)
 
 
 @given(n=st.integers(2, 30), seed=st.integers(0, 2**31), offset=st.floats(-1e3, 1e3))
@@ -386,14 +366,8 @@ def test_what_is_no_tensor_is_named(kind: Any) -> None:
 
 def density_coverage_by_loops(samples: Tensor, real: Tensor, k: int) -> tuple[float, float]:
     a, b = samples.double().flatten(1).numpy(), real.double().flatten(1).numpy()
-
-    def distance(p: Array, q: Array) -> float:
-        return math.sqrt(math.fsum((p - q) ** 2))
-
-    radii = [
-        sorted(distance(p, q) for j, q in enumerate(b) if j != i)[k - 1] for i, p in enumerate(b)
-    ]
-    inside = [[distance(s, p) <= r for p, r in zip(b, radii, strict=True)] for s in a]
+    balls = [*zip(b, radii(b, k), strict=True)]
+    inside = [[apart(s, p) <= r for p, r in balls] for s in a]
     density = sum(sum(row) for row in inside) / (k * len(a))
     return density, sum(map(any, zip(*inside, strict=True))) / len(b)
 

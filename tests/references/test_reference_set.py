@@ -37,22 +37,6 @@ def on_disk(rows, folder, **options):
     return ReferenceSet(folder / "rows.npy", **options)
 
 
-def test_every_operation_takes_a_set(small_chunks):
-    x, rows = points(), images()
-    flow = pfgm.PoissonFlow.from_data(rows)
-    net = flow.empirical(rows[:20])
-    start = flow.prior(3, generator=torch.Generator().manual_seed(0))
-    for call in (
-        lambda y: pfgm.posterior_mean(x, y, r=2.0),
-        lambda y: torch.cat([v.flatten() for v in pfgm.field_fn(x, 2.0, y)]),
-        lambda y: pfgm.log_density(x, y, sigma=0.5, D=64),
-        lambda y: torch.tensor(pfgm.PoissonFlow.from_data(y).z_max),
-        lambda y: flow.sample(flow.empirical(y), 3, x_init=start),
-        lambda y: flow.loss(net, x, y, torch.Generator().manual_seed(0)),
-    ):
-        torch.testing.assert_close(call(ReferenceSet(rows)), call(rows), rtol=1e-5, atol=1e-5)
-
-
 @pytest.mark.parametrize("D", [1.0, 128.0, math.inf])
 @pytest.mark.parametrize("N", [1, 64])
 def test_gradients_of_references_equally_near_in_parts(monkeypatch, N, D):

@@ -48,9 +48,6 @@ def two_vectors(B, M, N):
     return x, (1.1 * sign).expand(M, N).contiguous()
 
 
-# ---- accuracy ----------------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize("D", D_VALUES)
 @pytest.mark.parametrize("sizes", [*TILES, (20, 150, 1100, 4)])
 @pytest.mark.usefixtures("poisoned")
@@ -153,9 +150,6 @@ def test_gradients(op, executor, multiprocessors):
         op.assert_gradient(gradient, expected, ANY)
 
 
-# ---- what is computed --------------------------------------------------------------------------
-
-
 @pytest.fixture
 def products(executor):
     """products(run): matrix instructions for float16 in run(), by kernel."""
@@ -210,9 +204,6 @@ def test_the_order_of_threads_does_not_change_a_bit(op, executor, mean_of):
             results.append(mean_of(*arguments))
         for other in results[1:]:
             assert all(torch.equal(a, b) for a, b in zip(results[0], other, strict=True))
-
-
-# ---- public functions --------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("direct", [True, False])
