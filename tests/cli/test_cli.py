@@ -257,17 +257,8 @@ def test_one_sentence_for_bad_input(run, tmp_path, refusal):
     assert "guidance is 2.0, but the network was trained without labels" in refusal(
         *sample, tmp_path / "x.npy", "--guidance", 2
     )
-    assert "guidance is 2.0, but label is none" in refusal(
-        *sample[:1],
-        "--label",
-        "none",
-        "--pretrained",
-        "digits",
-        *sample[3:],
-        tmp_path / "x.npy",
-        "--guidance",
-        2,
-    )
+    unlabelled = ["sample", "--pretrained", "digits", "--label", "none", "--guidance", 2, "--out"]
+    assert "guidance is 2.0, but label is none" in refusal(*unlabelled, tmp_path / "x.npy")
     evaluate = ["evaluate", "--checkpoint", weights, "--out", tmp_path / "figures"]
     assert "guidance is 2.0, but the network" in refusal(*evaluate, "--guidance", 2)
     assert "device is 'abacus'" in refusal(*sample, tmp_path / "x.npy", "--device", "abacus")
@@ -602,17 +593,12 @@ def test_an_interrupt_while_torch_is_imported_is_one_sentence():
 
 def test_a_picture_needs_images(tmp_path, refusal):
     flow = pfgm.PoissonFlow((3,), data_norm=2.0)
-    pfgm.save(tmp_path / "net.safetensors", flow, pfgm.networks.MLP((3,), width=16))
-    arguments = [
-        "sample",
-        "--checkpoint",
-        tmp_path / "net.safetensors",
-        "--out",
-        tmp_path / "x.png",
-    ]
-    assert "are not images; allowed is a name that ends in .csv or .npy" in refusal(*arguments)
-    arguments[1:3], arguments[-1] = ["--pretrained", "digits"], tmp_path / "x.csv"
-    assert "are images; allowed are names that end in .npy or .png" in refusal(*arguments)
+    weights, out = tmp_path / "net.safetensors", tmp_path / "x.png"
+    pfgm.save(weights, flow, pfgm.networks.MLP((3,), width=16))
+    message = "are not images; allowed is a name that ends in .csv or .npy"
+    assert message in refusal("sample", "--checkpoint", weights, "--out", out)
+    message = "are images; allowed are names that end in .npy or .png"
+    assert message in refusal("sample", "--pretrained", "digits", "--out", tmp_path / "x.csv")
 
 
 def test_usage_errors_have_exit_code_2(capsys):

@@ -130,12 +130,6 @@ def test_the_longest_possible_name_works(tmp_path: Path) -> None:
     assert names(tmp_path) == [name]
 
 
-def test_a_relative_path_works(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.chdir(tmp_path)
-    files.write_atomic("out.bin", lambda file: file.write(b"new"))
-    assert (tmp_path / "out.bin").read_bytes() == b"new"
-
-
 @pytest.mark.parametrize("folder", ["missing", "file"])
 def test_what_is_no_folder_gives_a_sentence_with_the_path(tmp_path: Path, folder: str) -> None:
     (tmp_path / "file").write_bytes(b"")

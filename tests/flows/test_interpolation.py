@@ -6,8 +6,6 @@ from torch import nn
 
 import pfgm
 
-DTYPES = [torch.float32, torch.float64]
-
 
 def test_interpolation_keeps_angles_even_and_norms_geometric():
     draw = torch.Generator().manual_seed(0)
@@ -27,7 +25,7 @@ def test_interpolation_keeps_angles_even_and_norms_geometric():
     torch.testing.assert_close(cosines.acos(), (whole / 4).expand(8, 6), rtol=1e-6, atol=1e-7)
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_interpolation_where_no_circle_or_no_direction_is_given(dtype):
     a = torch.tensor([[3.0, 0.0, 4.0]], dtype=dtype)
     weights = [0.0, 0.5, 1.0]

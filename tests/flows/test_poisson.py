@@ -142,7 +142,10 @@ def test_flows_of_a_file(tmp_path):
         PoissonFlow.from_data({"x": data})
 
 
-def test_bad_shapes_and_data():
+def test_bad_shapes_and_data(flow):
+    for references in (torch.ones(3, 3), torch.ones(0, 2)):
+        with pytest.raises(ValueError, match="references has shape"):
+            flow.empirical(references)
     with pytest.raises(ValueError, match="shape is"):
         PoissonFlow((0, 2), M=200)
     with pytest.raises(ValueError, match="data has shape"):
@@ -285,11 +288,6 @@ def test_loss_reaches_the_parameters_only(flow):
     flow.loss(net, data[:8].detach(), data, seeded(1)).backward()
     assert data.grad is None
     assert any(p.grad is not None and p.grad.abs().sum() > 0 for p in net.parameters())
-
-
-def test_wrong_network_shapes_are_named(flow):
-    with pytest.raises(ValueError, match="net returned shapes"):
-        flow.loss(lambda x, z: (x, z[:, None]), torch.zeros(4, 2))
 
 
 def test_prior_is_the_projected_hemisphere():
@@ -558,7 +556,9 @@ def test_levels_start_where_the_points_are(flow):
     assert flow.sample(net, 3, schedule=rounded.tolist()).shape == (3, 2)
 
 
-def test_a_denoiser_is_no_field(flow):
+def test_networks_that_return_something_else(flow):
+    with pytest.raises(ValueError, match="net returned shapes"):
+        flow.loss(lambda x, z: (x, z[:, None]), torch.zeros(4, 2))
     with pytest.raises(ValueError, match=r"returned a Tensor; needed is \(field_x, field_z\)"):
         flow.sample(lambda x, z: x, 2)
 
@@ -675,12 +675,6 @@ def test_bad_sampling_arguments(arguments, message, flow):
     net = flow.empirical(torch.ones(1, 2))
     with pytest.raises(ValueError, match=message):
         flow.sample(net, **{"n": 4, **arguments})
-
-
-def test_bad_references(flow):
-    for references in (torch.ones(3, 3), torch.ones(0, 2)):
-        with pytest.raises(ValueError, match="references has shape"):
-            flow.empirical(references)
 
 
 def test_rows_far_from_all_others_are_kept():

@@ -217,21 +217,17 @@ def test_half_precision_is_computed_in_float32():
     assert torch.equal(matcher.velocity(0.5, half), matcher.velocity(0.5, half.float()))
 
 
-class Gaussian(torch.nn.Module):
-    """The velocity of normal data of standard deviation `scale` at D = ∞, known exactly."""
-
-    scale = 0.5
-
-    def forward(self, t, x, shift=None):
-        along = t.view(-1, *[1] * (x.ndim - 1))
-        variance = (along * self.scale) ** 2 + (1 - along) ** 2
-        velocity = x * (along * self.scale**2 - (1 - along)) / variance
-        return velocity if shift is None else velocity + shift[:, None]
+def gaussian_velocity(t, x, shift=None):
+    """The velocity of normal data of standard deviation 0.5 at D = ∞, known exactly."""
+    along = t.view(-1, *[1] * (x.ndim - 1))
+    variance = (along * 0.5) ** 2 + (1 - along) ** 2
+    velocity = x * (along * 0.25 - (1 - along)) / variance
+    return velocity if shift is None else velocity + shift[:, None]
 
 
 def test_a_velocity_network_as_a_denoiser():
     """The mean of normal data, s² x/(s² + σ²), at every level; conditions pass through."""
-    net, sigma = as_denoiser(Gaussian()), torch.tensor([1e-3, 0.1, 0.5, 3.0, 80.0])
+    net, sigma = as_denoiser(gaussian_velocity), torch.tensor([1e-3, 0.1, 0.5, 3.0, 80.0])
     x = torch.randn(5, 2, generator=seeded(), dtype=torch.float64)
     expected = x * 0.25 / (0.25 + sigma.double().square()[:, None])
     torch.testing.assert_close(net(x, sigma), expected, rtol=1e-6, atol=1e-6)

@@ -71,8 +71,10 @@ def test_residual_is_edms_preconditioning(generator):
         torch.testing.assert_close(probe.x[row], x[row] / math.sqrt(total))
         expected = d**2 / total * x[row] + s * d / math.sqrt(total) * 0.3 * probe.x[row]
         torch.testing.assert_close(mean[row], expected.detach(), check_dtype=False)
-    same = PLUSPLUS.precondition(probe)(x, sigma)
+    same = PLUSPLUS.precondition(probe)(x, sigma, y=sigma)
     assert torch.equal(mean, same)
+    torch.testing.assert_close(probe.time, sigma.log() / 4)
+    assert probe.y is sigma
 
 
 def test_residual_of_the_field_is_at_the_apparent_level(generator):
