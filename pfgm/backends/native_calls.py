@@ -34,6 +34,8 @@ _native: Any = native.extension() if available else None
 _POINTS = {dtype: native.TYPES[dtype] for dtype in (torch.float32, torch.float64)}
 _SUBSTITUTIONS = ("exact", "published")
 _NUMBERS = (float, int)
+# Looked up once, as in pfgm/ops/eager.py.
+_empty_like, _threads = torch.empty_like, torch.get_num_threads
 
 
 # ---- arguments -------------------------------------------------------------------------------
@@ -72,11 +74,10 @@ def _runs_on(gpu: torch.device, dtype: torch.dtype, references: torch.dtype | No
     return True
 
 
-def _address_of_sketch(sketch_of: SketchOf, x: Tensor, references: Tensor) -> int:
-    if (sketch := sketch_of(0, references, x, "native")) is None:
-        return 0
-    native.check_sketch(sketch, x, references)
-    return sketch.data_ptr()
+def _sketch(sketch_of: SketchOf, x: Tensor, references: Tensor) -> Tensor | None:
+    if (sketch := sketch_of(0, references, x, "native")) is not None:
+        native.check_sketch(sketch, x, references)
+    return sketch
 
 
 # ---- the posterior mean and the field --------------------------------------------------------
@@ -90,7 +91,10 @@ def _problem(
     precision: str,
     sketch_of: SketchOf | None,
 ) -> tuple[Any, ...] | None:
-    """What the calls begin with: B, M, N, types, addresses, level and how to compute."""
+    """What the calls begin with: B, M, N, types, addresses, level and how to compute.
+
+    The sketch is passed as a tensor: a set may drop its own while the kernels read it.
+    """
     if type(x) is not Tensor or type(references) is not Tensor or precision not in PRECISIONS:
         return None
     dtype, reference_dtype, shape, other = x.dtype, references.dtype, x.shape, references.shape
@@ -107,10 +111,10 @@ def _problem(
         or (radius := _level(level, B, len(shape))) is None
     ):
         return None
-    sketch, place = 0, None
+    sketch, place = None, None
     if gpu is None:
         if sketch_of is not None:
-            sketch = _address_of_sketch(sketch_of, x, references)
+            sketch = _sketch(sketch_of, x, references)
     # A set on a GPU is computed in chunks, of which the results are merged.
     elif sketch_of is not None or not _runs_on(gpu, dtype, reference_dtype):
         return None
@@ -128,7 +132,7 @@ def _problem(
         radius,
         native.PRECISIONS[precision],
         sketch,
-        torch.get_num_threads(),
+        _threads(),
         place,
     )
 
@@ -151,7 +155,7 @@ def posterior_mean(
     problem = _problem(gpu, x, references, level, precision, sketch_of)
     if problem is None:
         return None
-    mean = torch.empty_like(x)
+    mean = _empty_like(x)
     logsumexp = x.new_empty(problem[0], dtype=torch.float64) if with_logsumexp else None
     results = mean.data_ptr(), native.address(logsumexp), 0
     done = _native.direct_mean(*problem, factor, D, 0.0, *results)
@@ -171,7 +175,7 @@ def field(
     problem = _problem(gpu, x, references, z, precision, sketch_of)
     if problem is None:
         return None
-    field_x, field_z = torch.empty_like(x), x.new_empty(problem[0])
+    field_x, field_z = _empty_like(x), x.new_empty(problem[0])
     results = field_x.data_ptr(), 0, field_z.data_ptr()
     done = _native.direct_mean(*problem, 1.0, 1.0, gamma, *results)
     return (field_x, field_z) if done else None
@@ -233,8 +237,8 @@ def step(
     levels = [_level(level, B, len(shape)) for level in (z, z_next, z_previous)]
     if None in levels:
         return None
-    result = torch.empty_like(x) if out is None else out
-    mean = torch.empty_like(x) if with_mean and mean_out is None else mean_out
+    result = _empty_like(x) if out is None else out
+    mean = _empty_like(x) if with_mean and mean_out is None else mean_out
     by_row = gpu is not None and tuple in map(type, levels)
     row_levels = torch.empty(3, B, dtype=torch.float64, device=gpu) if by_row else None
     done = _native.direct_step(
@@ -252,7 +256,7 @@ def step(
         substitution == "exact",
         result.data_ptr(),
         0 if mean is None else mean.data_ptr(),
-        torch.get_num_threads(),
+        _threads(),
         None if gpu is None else (*native.current_stream(gpu), native.address(row_levels)),
     )
     if not done:
