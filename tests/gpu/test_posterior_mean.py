@@ -1,5 +1,7 @@
 """The posterior mean and its gradients in every backend against the oracle."""
 
+from __future__ import annotations
+
 import math
 
 import pytest

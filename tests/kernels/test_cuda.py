@@ -1,5 +1,7 @@
 """The CUDA kernels without a GPU: their PTX in the executor of tests/ptx."""
 
+from __future__ import annotations
+
 import json
 import os
 import platform

@@ -1,5 +1,7 @@
 """The posterior mean and its gradients in Triton: tiles, chunks, refinement, precision."""
 
+from __future__ import annotations
+
 import importlib
 import math
 

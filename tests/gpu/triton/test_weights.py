@@ -1,5 +1,7 @@
 """Weights in float32, and rows of weights that several programs share."""
 
+from __future__ import annotations
+
 import math
 
 import numpy as np
