@@ -1,7 +1,5 @@
 """Refuses to test a build of other sources. Holds the oracle of the operations."""
 
-from __future__ import annotations
-
 import hashlib
 import importlib.util
 import math
@@ -96,6 +94,14 @@ def backend(request):
     return request.param
 
 
+@pytest.fixture
+def threads():
+    """Sets the number of threads, and restores it afterwards."""
+    before = torch.get_num_threads()
+    yield torch.set_num_threads
+    torch.set_num_threads(before)
+
+
 @pytest.fixture(scope="session")
 def run_kernel_tests(tmp_path_factory):
     """run_kernel_tests(patterns, environment, *options) → process, log.
@@ -121,6 +127,27 @@ def run_kernel_tests(tmp_path_factory):
     for process in started:
         process.kill()
         process.wait()
+
+
+@pytest.fixture
+def refusal(capsys):
+    """refusal(*arguments) → the sentence with which the command ends, with exit code 2.
+
+    Before it there may be bars, and as many notices as are expected.
+    """
+
+    from pfgm import cli  # here, because its import takes a while
+
+    def run(*arguments, notices=0):
+        capsys.readouterr()
+        assert cli.main([str(each) for each in arguments]) == 2
+        *others, sentence = capsys.readouterr().err.strip().splitlines()
+        others = [line for line in others if line and "%|" not in line]
+        assert [line[:6] for line in others] == ["pfgm: "] * notices
+        assert sentence.startswith("pfgm: error: ")
+        return sentence
+
+    return run
 
 
 @pytest.fixture(scope="session")
@@ -351,13 +378,15 @@ def by_operators(monkeypatch):
 
 @pytest.fixture
 def seeing_mode():
-    """A mode that notes in ``seen`` whether torch's dispatcher called anything."""
+    """A mode that notes in ``seen`` what torch's dispatcher called."""
 
     class Seeing(TorchDispatchMode):
-        seen = False
+        def __init__(self):
+            super().__init__()
+            self.seen = []
 
         def __torch_dispatch__(self, function, types, arguments=(), named=None):
-            self.seen = True
+            self.seen.append(str(function))
             return function(*arguments, **(named or {}))
 
     return Seeing()

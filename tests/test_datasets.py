@@ -1,7 +1,5 @@
 """Data by name and path: the samples in the files, or an error of one sentence."""
 
-from __future__ import annotations
-
 import gzip
 import pickle
 import warnings
@@ -13,7 +11,6 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import save_file
-from torch import Tensor
 
 import pfgm
 from pfgm import datasets
@@ -22,30 +19,16 @@ from pfgm.datasets import open_data, open_samples
 FASHION = Path("/usr/share/datasets/fashion-mnist")
 
 
-def whole(rows: pfgm.ReferenceSet | None) -> Tensor:
-    assert rows is not None
-    return rows[:]
-
-
-def known(rows: pfgm.ReferenceSet | None) -> list[int]:
-    assert rows is not None
-    assert rows.labels is not None
-    return rows.labels.tolist()
-
-
 def in_file(rows: pfgm.ReferenceSet) -> bool:
     return "file" in repr(rows)
 
 
-# ---- names ------------------------------------------------------------------------------------
-
-
 def test_digits() -> None:
     digits, data = pfgm.data.digits(), open_data("digits")
-    assert torch.equal(whole(data.train), digits.train)
-    assert torch.equal(whole(data.held_out), digits.held_out)
-    assert known(data.train) == digits.train_labels.tolist()
-    assert known(data.held_out) == digits.held_out_labels.tolist()
+    assert torch.equal(data.train[:], digits.train)
+    assert torch.equal(data.held_out[:], digits.held_out)
+    assert data.train.labels.tolist() == digits.train_labels.tolist()
+    assert data.held_out.labels.tolist() == digits.held_out_labels.tolist()
     assert (data.classes, data.levels) == (10, 17)
     grey = (digits.train + 1) / 2 * (data.levels - 1)
     assert torch.equal(grey, grey.round())
@@ -62,9 +45,6 @@ def test_other_names(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
 def test_digits_have_no_folder() -> None:
     with pytest.raises(ValueError, match="data is digits:/tmp; allowed is digits"):
         open_data("digits:/tmp")
-
-
-# ---- Fashion-MNIST ----------------------------------------------------------------------------
 
 
 def idx(values: np.ndarray[Any, Any]) -> bytes:
@@ -99,12 +79,12 @@ def test_fashion_mnist_in_a_folder(tmp_path: Path, suffix: str) -> None:
     data = open_data(f"fashion-mnist:{tmp_path}")
     assert data.train.shape == (5, 1, 4, 6)
     assert data.train.dtype == torch.uint8
-    images = whole(data.train)[:, 0].numpy()
+    images = data.train[:][:, 0].numpy()
     np.testing.assert_array_equal(images, arrays["train-images-idx3-ubyte"])
-    held_out = whole(data.held_out)[:, 0].numpy()
+    held_out = data.held_out[:][:, 0].numpy()
     np.testing.assert_array_equal(held_out, arrays["t10k-images-idx3-ubyte"])
-    assert known(data.train) == [9, 0, 3, 3, 1]
-    assert known(data.held_out) == [2, 7, 2]
+    assert data.train.labels.tolist() == [9, 0, 3, 3, 1]
+    assert data.held_out.labels.tolist() == [2, 7, 2]
     assert (data.classes, data.levels) == (10, 256)
 
 
@@ -192,19 +172,15 @@ def test_the_real_fashion_mnist(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("PFGM_DATA", raising=False)
     data = open_data("fashion-mnist")
     assert data.train.shape == (60_000, 1, 28, 28)
-    assert data.held_out is not None
     assert data.held_out.shape == (10_000, 1, 28, 28)
     # Its paper: ten classes of equal numbers (Xiao et al., arXiv 1708.07747).
     for rows in (data.train, data.held_out):
         assert torch.bincount(rows.labels).tolist() == [len(rows) // 10] * 10
-    assert known(data.train)[:4] == [9, 0, 0, 3]
+    assert data.train.labels.tolist()[:4] == [9, 0, 0, 3]
     # The mean and deviation that everyone normalises it by.
     values = [data.train[start : start + 1000].double() / 255 for start in (0, 20_000, 59_000)]
     assert float(torch.cat(values).mean()) == pytest.approx(0.2860, abs=5e-3)
     assert float(torch.cat(values).std()) == pytest.approx(0.3530, abs=5e-3)
-
-
-# ---- CIFAR-10 ---------------------------------------------------------------------------------
 
 
 def cifar(folder: Path) -> dict[str, np.ndarray[Any, Any]]:
@@ -225,17 +201,17 @@ def test_cifar10(tmp_path: Path, inner: str, monkeypatch: pytest.MonkeyPatch) ->
     monkeypatch.setenv("PFGM_DATA", str(tmp_path))
     for source in ("cifar10", f"cifar10:{tmp_path / 'cifar10'}"):
         data = open_data(source)
-        images = whole(data.train).numpy()
+        images = data.train[:].numpy()
         assert images.shape == (10, 3, 32, 32)
-        assert known(data.train) == [0, 9, 1, 8, 2, 7, 3, 6, 4, 5]
+        assert data.train.labels.tolist() == [0, 9, 1, 8, 2, 7, 3, 6, 4, 5]
         third = records["data_batch_3.bin"][1]
         # "the first 1024 bytes are the red channel values … stored in row-major order"
         assert images[5, 0, 1, 2] == third[1 + 32 + 2]
         assert images[5, 2, 31, 31] == third[-1]
         np.testing.assert_array_equal(
-            whole(data.held_out).numpy().reshape(2, -1), records["test_batch.bin"][:, 1:]
+            data.held_out[:].numpy().reshape(2, -1), records["test_batch.bin"][:, 1:]
         )
-        assert known(data.held_out) == [5, 4]
+        assert data.held_out.labels.tolist() == [5, 4]
         assert (data.classes, data.levels) == (10, 256)
 
 
@@ -275,9 +251,6 @@ def test_damaged_cifar10(tmp_path: Path, damage: str) -> None:
         open_data(f"cifar10:{tmp_path}")
 
 
-# ---- files and folders ------------------------------------------------------------------------
-
-
 def save(path: Path, **arrays: np.ndarray[Any, Any]) -> Path:
     if path.suffix == ".npz":
         np.savez(path, **arrays)
@@ -295,7 +268,7 @@ def test_a_file_stays_where_it_is(tmp_path: Path, prefix: str) -> None:
     np.save(tmp_path / "a.npy", ramp(4, 3, 2, 2))
     data = open_data(f"{prefix}{tmp_path / 'a.npy'}")
     assert in_file(data.train)
-    np.testing.assert_array_equal(whole(data.train).numpy(), ramp(4, 3, 2, 2))
+    np.testing.assert_array_equal(data.train[:].numpy(), ramp(4, 3, 2, 2))
     assert data[1:] == (None, 0, 256, (), ())
 
 
@@ -306,12 +279,12 @@ def test_grey_images_get_a_channel_in_place(tmp_path: Path, dtype: torch.dtype) 
     data = open_data(str(tmp_path / "grey.safetensors"), layout="images")
     assert data.train.shape == (5, 1, 3, 4)
     assert in_file(data.train)
-    assert torch.equal(whole(data.train)[:, 0], images)
+    assert torch.equal(data.train[:][:, 0], images)
     assert data.levels == (256 if dtype == torch.uint8 else 0)
     np.savez_compressed(tmp_path / "grey.npz", images.float().numpy())
     compressed = open_samples(tmp_path / "grey.npz", layout="images")
     assert not in_file(compressed)
-    assert torch.equal(whole(compressed)[:, 0], images.float())
+    assert torch.equal(compressed[:][:, 0], images.float())
 
 
 @pytest.mark.parametrize(
@@ -333,7 +306,7 @@ def test_channels_come_first(
     assert rows.shape == becomes
     assert in_file(rows) == (shape == becomes)
     expected = array if shape == becomes else np.moveaxis(array, -1, 1)
-    np.testing.assert_array_equal(whole(rows).numpy(), expected)
+    np.testing.assert_array_equal(rows[:].numpy(), expected)
 
 
 @pytest.mark.parametrize("suffix", [".npz", ".safetensors"])
@@ -350,10 +323,10 @@ def test_labels_and_held_out_samples(
     }
     path = save(tmp_path / f"set{suffix}", **arrays)
     data = open_data(str(path))
-    np.testing.assert_array_equal(whole(data.train)[:, 0].numpy(), arrays["images"])
-    np.testing.assert_array_equal(whole(data.held_out)[:, 0].numpy(), arrays[held_out])
-    assert known(data.train) == [2, 0, 0, 1]
-    assert known(data.held_out) == [5, 0]
+    np.testing.assert_array_equal(data.train[:][:, 0].numpy(), arrays["images"])
+    np.testing.assert_array_equal(data.held_out[:][:, 0].numpy(), arrays[held_out])
+    assert data.train.labels.tolist() == [2, 0, 0, 1]
+    assert data.held_out.labels.tolist() == [5, 0]
     assert (data.classes, data.levels) == (6, 256)
 
 
@@ -415,7 +388,7 @@ def test_a_folder_of_images(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
     for source in (f"folder:{folder}", str(folder), "./digits", "folder:~/digits"):
         data = open_data(source)
         assert data.train.shape == (3, 1, 4, 5)
-        np.testing.assert_array_equal(whole(data.train)[2, 0].numpy(), ramp(4, 5) + 2)
+        np.testing.assert_array_equal(data.train[:][2, 0].numpy(), ramp(4, 5) + 2)
         assert data[1:] == (None, 0, 256, (), ())
 
 
@@ -427,13 +400,10 @@ def test_an_archive_of_images_by_class(tmp_path: Path) -> None:
             archive.write(tmp_path / "a.png", f"pets/{name}/{number}.png")
     for source in (str(tmp_path / "pets.zip"), f"folder:{tmp_path / 'pets.zip'}"):
         data = open_data(source)
-        assert known(data.train) == [0, 1, 1]
+        assert data.train.labels.tolist() == [0, 1, 1]
         assert (data.classes, data.names) == (2, ("cat", "dog"))
-        np.testing.assert_array_equal(whole(data.train)[2, 0].numpy(), ramp(4, 5) + 2)
+        np.testing.assert_array_equal(data.train[:][2, 0].numpy(), ramp(4, 5) + 2)
     assert open_samples(tmp_path / "pets.zip").shape == (3, 1, 4, 5)
-
-
-# ---- layouts ----------------------------------------------------------------------------------
 
 
 def test_signals_keep_their_shape(tmp_path: Path) -> None:
@@ -459,8 +429,8 @@ def test_floats_that_look_like_images_are_asked_about(
     moved = torch.from_numpy(array).reshape(4, 12, 9, -1).permute(0, 3, 1, 2)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        assert torch.equal(whole(open_data(path, layout="images").train), moved)
-        assert torch.equal(whole(open_samples(path, layout="images")), moved)
+        assert torch.equal(open_data(path, layout="images").train[:], moved)
+        assert torch.equal(open_samples(path, layout="images")[:], moved)
         assert open_data(path, layout="as-is").train.shape == (4, *shape)
     assert moved.shape[1:] == images
     with pytest.raises(ValueError, match="layout is 'hwc'"):
@@ -474,9 +444,6 @@ def test_resize_is_for_folders_of_images(tmp_path: Path) -> None:
             open_data(source, resize=8)
 
 
-# ---- ranges of values -------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize("dtype", [np.float16, np.float32, np.float64])
 @pytest.mark.parametrize("suffix", [".npy", ".npz"])
 def test_values_of_a_range_become_minus_one_to_one(tmp_path: Path, dtype: Any, suffix: str) -> None:
@@ -486,7 +453,7 @@ def test_values_of_a_range_become_minus_one_to_one(tmp_path: Path, dtype: Any, s
     assert in_file(train) == (suffix == ".npy")
     assert train.dtype == torch.float32
     expected = torch.from_numpy(images.astype(np.float32)).unsqueeze(1) / 127.5 - 1
-    torch.testing.assert_close(whole(train), expected, rtol=0, atol=2e-7)
+    torch.testing.assert_close(train[:], expected, rtol=0, atol=2e-7)
     torch.testing.assert_close(train[torch.tensor([3, 0])], expected[[3, 0]], rtol=0, atol=2e-7)
     torch.testing.assert_close(torch.cat([*train.chunks()]), expected, rtol=0, atol=2e-7)
     assert train.rms == pytest.approx(float(expected.square().mean().sqrt()), rel=1e-6)

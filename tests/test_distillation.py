@@ -1,7 +1,5 @@
 """Few-step models: the loss against closed forms, and students that arrive in one evaluation."""
 
-from __future__ import annotations
-
 import copy
 import dataclasses
 import json
@@ -70,29 +68,6 @@ def test_another_student_has_a_loss_and_the_teacher_gets_no_gradient():
     with torch.no_grad():
         teacher.s.fill_(3.0)  # the loss has a copy
     assert float(consistency.loss(GaussianEnd(), x, generator=seeded(1)).detach()) == exact
-
-
-@pytest.mark.parametrize("ahead", [None, 1])
-@pytest.mark.parametrize("D", [1.0, 64.0, math.inf])
-def test_rows_move_as_the_solver_moves_them(D, ahead):
-    """Each row moves from its own level, as the multistep solver would move it."""
-    data = torch.randn(40, 2, generator=seeded(), dtype=torch.float64)
-    flow = pfgm.PoissonFlow.from_data(data) if D == 1 else pfgm.PoissonFlowPP((2,), D=D)
-    teacher = flow.empirical(data)
-    consistency = Consistency(flow, teacher, steps=7, ahead=ahead)
-    x = torch.randn(6, 2, generator=seeded(1), dtype=torch.float64)
-    places = torch.tensor([0, 0, 2, 3, 3, 6])
-    expected = [
-        flow.solve(
-            teacher,
-            row[None],
-            consistency.levels[place:][: consistency.ahead + 1],
-            solver="multistep",
-        )[0]
-        for row, place in zip(x, places.tolist(), strict=True)
-    ]
-    consistency._follow_teacher(x, places, {})
-    torch.testing.assert_close(x, torch.cat(expected), rtol=1e-9, atol=1e-9)
 
 
 def test_the_last_step_ends_where_the_teacher_ends():
@@ -198,9 +173,6 @@ def test_a_student_arrives_in_one_evaluation(D):
     assert distance(student, 2, last=0.2) < 0.4
 
 
-# ---- the solver -------------------------------------------------------------------------------
-
-
 def test_the_solver_adds_the_noise_of_the_level_and_ends_with_a_mean():
     flow = pfgm.PoissonFlowPP((2,), D=8)
     seen = []
@@ -244,9 +216,6 @@ def test_the_solver_works_only_with_sample():
     flow = diffusion(2)
     with pytest.raises(ValueError, match="solver is 'consistency', which needs noise"):
         flow.decode(flow.empirical(CORNERS), torch.ones(2, 2), solver="consistency")
-
-
-# ---- runs -------------------------------------------------------------------------------------
 
 
 def run_config(teacher, **changes):

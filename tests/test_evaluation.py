@@ -1,7 +1,5 @@
 """Evaluation against closed forms and the metrics; the command against both."""
 
-from __future__ import annotations
-
 import csv
 import hashlib
 import json
@@ -38,9 +36,6 @@ def same(figures: dict[str, float], samples: Tensor, real: Tensor, of: str) -> N
     assert figures["frechet_distance"][of] == metrics.frechet_distance(samples, real)
     kernel = metrics.kernel_distance(samples, real, subsets=None).mean
     assert figures["kernel_distance"][of] == kernel
-
-
-# ---- samples ----------------------------------------------------------------------------------
 
 
 def test_figures_are_those_of_the_metrics() -> None:
@@ -98,13 +93,6 @@ def test_too_few_rows(counts: tuple[int, int | None, int], message: str) -> None
     evaluate_samples(normal(6, 2), None, normal(12, 2))
 
 
-def test_samples_of_another_shape_or_dtype() -> None:
-    with pytest.raises(ValueError, match="they must be the same"):
-        evaluate_samples(normal(6, 2), normal(6, 3), normal(6, 3))
-    with pytest.raises(TypeError, match=r"torch\.int64"):
-        evaluate_samples(torch.ones(6, 2, dtype=torch.int64), normal(6, 2), normal(6, 2))
-
-
 def test_drawing_depends_on_the_seed_and_not_on_the_batches() -> None:
     data = normal(50, 2)
     flow = pfgm.PoissonFlow.from_data(data)
@@ -139,9 +127,6 @@ def test_labels_are_drawn_evenly(kind: str) -> None:
     assert evaluation.label_count(net) == 3
     assert evaluation.label_count(pfgm.networks.MLP((2,), width=8)) == 0
     assert evaluation.label_count(lambda x, z: (x, z)) == 0
-
-
-# ---- likelihood -------------------------------------------------------------------------------
 
 
 def gaussian(width: float, N: int) -> tuple[pfgm.PoissonFlowPP, Any]:
@@ -185,13 +170,6 @@ def test_bits_per_dim_of_grey_levels(dtype: torch.dtype) -> None:
     assert again == figures
 
 
-def test_noise_stays_within_the_level() -> None:
-    k = torch.arange(17).repeat(100, 1)
-    noisy = evaluation.dequantised(k / 8 - 1, 17, torch.Generator().manual_seed(0))
-    assert torch.equal(((noisy + 1) / 2 * 17).floor().long(), k)
-    assert float(((noisy + 1) / 2 * 17 - k).mean()) == pytest.approx(0.5, abs=0.02)
-
-
 def test_bits_per_dim_refuses_data_without_a_density() -> None:
     flow, net = gaussian(1.0, 2)
     with pytest.raises(ValueError, match="x has 0 rows"):
@@ -206,7 +184,7 @@ def test_bits_per_dim_refuses_data_without_a_density() -> None:
             bits_per_dim(flow, net, x, levels=levels)
 
 
-@pytest.mark.parametrize("dtype", [torch.uint8, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.bfloat16, torch.float16, torch.float32])
 def test_rounded_grey_levels_are_still_levels(dtype: torch.dtype) -> None:
     for levels in (256, 17):
         k = torch.arange(levels)
@@ -214,9 +192,6 @@ def test_rounded_grey_levels_are_still_levels(dtype: torch.dtype) -> None:
         x = (k * 255 / (levels - 1)).round().byte() if dtype == torch.uint8 else x.to(dtype)
         noisy = evaluation.dequantised(x, levels, torch.Generator().manual_seed(0))
         assert torch.equal(((noisy + 1) / 2 * levels).floor().long(), k)
-
-
-# ---- curve ------------------------------------------------------------------------------------
 
 
 def test_curve() -> None:
@@ -258,9 +233,6 @@ def test_curve_clamps_images_that_lie_within_the_unit() -> None:
         assert point.frechet_distance == pytest.approx(expected, abs=0.05)
 
 
-# ---- the command ------------------------------------------------------------------------------
-
-
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A small network of the digits, hardly trained."""
@@ -279,14 +251,11 @@ def evaluate(out: Path, *arguments: object) -> dict[str, Any]:
 
 
 @pytest.fixture
-def fails(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> Callable[..., str]:
-    def run(*arguments: object) -> str:
-        capsys.readouterr()
-        assert cli.main(["evaluate", "--out", str(tmp_path / "out"), *map(str, arguments)]) == 2
-        line = capsys.readouterr().err.strip().splitlines()[-1]
-        assert line.startswith("pfgm: error: ")
+def fails(refusal: Callable[..., str], tmp_path: Path) -> Callable[..., str]:
+    def run(*arguments: object, notices: int = 0) -> str:
+        sentence = refusal("evaluate", "--out", tmp_path / "out", *arguments, notices=notices)
         assert not (tmp_path / "out" / "metrics.json").exists()
-        return line
+        return sentence
 
     return run
 
@@ -457,25 +426,21 @@ def test_one_sentence_for_bad_input(model: Path, tmp_path: Path, fails: Callable
     assert "2 of checkpoint, pretrained and samples" in fails(*checkpoint, "--samples", tmp_path)
     assert "n is 0; allowed is at least 1" in fails(*checkpoint, "--n", 0)
     assert "curve-steps is 0" in fails(*checkpoint, "--curve-steps", 0)
-    assert "steps is 0" in fails(*checkpoint, "--steps", 0)
     assert "samples alone have no likelihood" in fails("--samples", tmp_path, "--likelihood", 1)
     for option, value in (("guidance", 2.0), ("solver", "heun"), ("batch-size", 7)):
         message = fails("--samples", tmp_path, f"--{option}", value)
         assert f"{option} is {value}, but {tmp_path} holds samples that" in message
     assert "allowed is --likelihood N with it" in fails(*checkpoint, "--grey-levels", 17)
     assert "likelihood is 400; allowed are at most 399" in fails(*checkpoint, "--likelihood", 400)
-    assert "allowed are digits, fashion-mnist" in fails(*checkpoint, "--data", "letters")
-    assert "device is 'abacus'" in fails(*checkpoint, "--device", "abacus")
     grey = ["--n", 10, "--steps", 1, "--likelihood", 1, "--grey-levels", 1]
     assert "levels is 1; allowed is at least 2" in fails(*checkpoint, *grey)
-    assert "no checkpoint at" in fails("--checkpoint", tmp_path / "no.safetensors")
     assert "no.npy does not exist" in fails("--samples", tmp_path / "no.npy")
     shape = fails("--samples", tmp_path / "wide.npy")
     assert (
         "samples has shape (4, 4); allowed is (1, 8, 8), the shape of the data digits; give the "
         "data with --data." in shape
     )
-    assert "give --layout images" in fails("--samples", tmp_path / "few.npy")
+    assert "give --layout images" in fails("--samples", tmp_path / "few.npy", notices=1)
     few = fails("--samples", tmp_path / "few.npy", "--layout", "images")
     assert "samples has 5 rows" in few
     np.save(tmp_path / "nan.npy", np.full((9, 1, 8, 8), np.nan, np.float32))

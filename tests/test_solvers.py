@@ -200,9 +200,6 @@ def test_a_mean_that_is_not_finite_names_the_step_and_the_level(solver):
         solver(denoise, torch.ones(2, 2), [9.0, 6.0, 3.0, 1.0])
 
 
-# ---- networks that return the same memory at each call, or change what they are given --------
-
-
 class Reusing(torch.nn.Module):
     """A network that returns the same buffers at each call, as one in a CUDA graph does."""
 
@@ -220,14 +217,11 @@ class Reusing(torch.nn.Module):
         return self.kept if len(self.kept) > 1 else self.kept[0]
 
 
-def flows_of(data):
-    return pfgm.PoissonFlow.from_data(data), pfgm.PoissonFlowPP.from_data(data, D=128)
-
-
 @pytest.fixture(scope="module")
 def labelled():
     """Flows, each with a smooth network for two classes."""
-    flow, plus = flows_of(torch.randn(60, 3, generator=torch.Generator().manual_seed(0)))
+    data = torch.randn(60, 3, generator=torch.Generator().manual_seed(0))
+    flow, plus = pfgm.PoissonFlow.from_data(data), pfgm.PoissonFlowPP.from_data(data, D=128)
 
     def mean(x, level, second=False):
         return x / (1 + level.square())[:, None] + (0.3 if second else 0.0)
@@ -325,9 +319,6 @@ def test_a_network_that_changes_its_input_is_refused(which, inference, labelled)
         flow.loss(changing("x"), torch.randn(4, 3), condition=condition)
     with pytest.raises(ValueError, match="denoise changed x in place"):
         euler(lambda x, z: x.mul_(0.5), torch.ones(2, 2), [2.0, 1.0])
-
-
-# ---- solvers of one's own ----------------------------------------------------------------------
 
 
 def midpoint(denoise, x, grid, callback=None, *, weight=1.0):

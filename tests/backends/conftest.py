@@ -1,7 +1,5 @@
 """A stand-in for a GPU and its verdict."""
 
-from __future__ import annotations
-
 import pytest
 
 from pfgm.backends import verdicts

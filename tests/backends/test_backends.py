@@ -1,8 +1,6 @@
 """The choice of the backend: which ones can run, why others cannot, and their order. All backends
 agree."""
 
-from __future__ import annotations
-
 import importlib.util
 import math
 import os
@@ -406,8 +404,6 @@ def test_a_forced_backend_that_cannot_run_raises_with_the_reason(monkeypatch):
         choose(None, META, torch.float32)
 
 
-# ---- all backends agree ----
-
 DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.float16, torch.uint8]
 # Powers of two: about 1e-40 (subnormal in float32), 1, 1e18 and 1e30.
 SCALES = [2.0**-133, 1.0, 2.0**60, 2.0**100]
@@ -572,8 +568,6 @@ def assert_gradient(actual, expected, tolerance, part):
     floor = (expected.norm() / len(rows) ** 0.5).clamp(min=part)
     assert ((actual - expected).norm(dim=1) <= tolerance * torch.maximum(rows, floor)).all()
 
-
-# ---- the driver that the CUDA kernels need ----
 
 NEEDED = "CUDA       runtime 13.0, needs NVIDIA driver 580 or later; "
 

@@ -1,7 +1,5 @@
 """pfgm check: every planted fault is a row that failed, and the table says so."""
 
-from __future__ import annotations
-
 import os
 from types import SimpleNamespace
 
@@ -92,9 +90,6 @@ def test_each_planted_fault_is_found(monkeypatch):
         assert timing.seconds >= 1
 
 
-# ---- the table ---------------------------------------------------------------------------------
-
-
 def test_the_table():
     rows = [
         Row("torch", "field", 1.5e-7, 2e-5),
@@ -120,9 +115,6 @@ def test_the_table():
         "FAILED: native, digits: took more than 60 s, and was stopped\n"
         "passed: torch\nk."
     )
-
-
-# ---- who is asked what -------------------------------------------------------------------------
 
 
 @pytest.fixture
@@ -204,9 +196,6 @@ def test_a_gpu_that_computes_nothing_has_no_verdict(asked, gpu, monkeypatch, bus
 def test_an_error_ends_the_process_on_a_gpu_alone():
     assert checking._code(CPU).endswith("True)")
     assert checking._code(CUDA).endswith("False)")
-
-
-# ---- the trials --------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("name", [name for name in SMALL if "row" not in name])

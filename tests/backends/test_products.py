@@ -1,15 +1,12 @@
 """The backend "torch" against the oracle, in each of its forms: for the CPU, for a device that must
 not be waited for, for one that is slow at float64, and for one without float64."""
 
-from __future__ import annotations
-
 import math
 
 import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from pfgm import field_fn, posterior_mean
 from pfgm.backends import chunked, products
 from pfgm.common.tensors import dequantise
 from pfgm.core import weights
@@ -283,25 +280,3 @@ def test_autocast_rounds_nothing(form):
     with torch.autocast("cpu", torch.bfloat16):
         rounded = results()
     assert all(torch.equal(a, b) for a, b in zip(plain, rounded, strict=True))
-
-
-def test_values_that_are_not_finite():
-    x, references, _ = problem(5, 3000, 20)
-    for values, name in ((x, "x"), (references, "references")):
-        changed = values.clone()
-        changed[3, 7] = math.nan
-        arguments = (changed, references) if name == "x" else (x, changed)
-        with pytest.raises(ValueError, match=rf"^{name} holds NaN or infinity \(first in row 3\)"):
-            posterior_mean(*arguments, r=1.0, backend="torch")
-
-
-def test_the_field_near_the_data(oracle):
-    x, references, _ = problem(6, 300, 400)
-    z = torch.full((6,), 1e-3, dtype=torch.float64)
-    x = references[:6] + 1e-3 * torch.randn(6, 400, generator=torch.Generator().manual_seed(1))
-    result = torch.cat(
-        [part.reshape(6, -1) for part in field_fn(x, z, references, backend="torch")], 1
-    )
-    E = torch.cat([x.double() - oracle(x, references, z, 1.0)[0], z[:, None]], 1)
-    wanted = -20 * E / (E.norm(dim=1, keepdim=True) + 5)
-    assert ((result - wanted).norm(dim=1) <= 2e-5 * wanted.norm(dim=1)).all()

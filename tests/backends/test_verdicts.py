@@ -1,7 +1,5 @@
 """The choice of the backend on a GPU, by verdicts of all kinds, with a stand-in for the GPU."""
 
-from __future__ import annotations
-
 import json
 import math
 import os
@@ -46,9 +44,6 @@ def chosen(work=DIGITS, dtype=torch.float32, references=None):
     return choose(None, CUDA, dtype, references, work)
 
 
-# ---- without a verdict -------------------------------------------------------------------------
-
-
 def test_without_a_verdict_torch_computes_and_says_so_once(gpu):
     with pytest.warns(RuntimeWarning, match=r"backend torch.* pfgm check --device cuda:0") as seen:
         assert all(chosen(work) is products for work in (1, DIGITS, CIFAR, FASHION))
@@ -77,9 +72,6 @@ def test_nothing_is_said_where_there_are_no_kernels(monkeypatch):
         warnings.simplefilter("error")
         assert chosen() is products
     assert not verdicts.needed(CUDA)
-
-
-# ---- verdicts of all kinds ---------------------------------------------------------------------
 
 
 def test_each_class_of_shapes_has_the_fastest_backend(gpu, verdict):
@@ -142,9 +134,6 @@ def test_nothing_computes_that_has_not_passed(gpu, verdict):
     assert preferred(CUDA)[0] == "none"
     with pytest.raises(TypeError, match=r"x has dtype torch\.float16"):
         chosen(dtype=torch.float16)
-
-
-# ---- the file ----------------------------------------------------------------------------------
 
 
 def test_another_process_reads_what_was_kept(gpu, verdict):
@@ -230,9 +219,6 @@ def test_several_processes_write_and_read_one_file(gpu, verdict):
         thread.join()
     assert wrong == []
     assert [path.suffix for path in verdicts.folder().iterdir()] == [".json"]
-
-
-# ---- the cost ----------------------------------------------------------------------------------
 
 
 def test_a_second_choice_reads_no_file(gpu, verdict, monkeypatch):

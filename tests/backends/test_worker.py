@@ -1,7 +1,5 @@
 """A child process whose hangs and crashes are answers."""
 
-from __future__ import annotations
-
 import os
 import time
 from pathlib import Path

@@ -1,7 +1,5 @@
 """benchmarks/claims: every claim in miniature, and its parts."""
 
-from __future__ import annotations
-
 import csv
 import dataclasses
 import importlib.util
@@ -106,9 +104,6 @@ def test_a_claim_in_miniature(name, folder):
     assert json.loads((folder / f"{name}.json").read_text())["command"] == "the command"
     # The data of no picture overwrite a table.
     assert not {path.stem for path in folder.glob(f"{name}*.png")} & set(tables)
-
-
-# ---- methods ----------------------------------------------------------------------------------
 
 
 def flow_of(method):
@@ -229,9 +224,6 @@ def test_training_runs_once_and_continues_after_a_stop(tmp_path):
         assert all(torch.equal(a[name], b[name]) for name in a)
 
 
-# ---- samplers ---------------------------------------------------------------------------------
-
-
 class Counted(torch.nn.Module):
     """The exact network of a few images, which counts its evaluations."""
 
@@ -277,9 +269,6 @@ def test_uniform_levels(method, steps):
     assert step_size.levels(flow, "rho", steps) == flow.grid(steps, "rho")
 
 
-# ---- errors of networks -----------------------------------------------------------------------
-
-
 @pytest.mark.parametrize("bits", [8, 3])
 def test_quantised_weights(bits):
     layer = torch.nn.Sequential(torch.nn.Conv2d(3, 5, 3), torch.nn.Linear(50, 4))
@@ -298,9 +287,6 @@ def test_noise_on_the_output():
     output = noisy(torch.full((100, 1, 8, 8), 2.0), torch.zeros(100))
     assert float(output.mean()) == pytest.approx(2, abs=0.01)
     assert float(output.std()) == pytest.approx(0.3, rel=0.05)
-
-
-# ---- references and likelihood ----------------------------------------------------------------
 
 
 def test_variance_of_targets(folder):
@@ -330,9 +316,6 @@ def test_bits_of_a_gaussian_are_its_entropy_on_its_own_data(folder):
     n, N = train.shape
     nats = 0.5 * (N * math.log(2 * math.pi) + float(train.T.cov().logdet()) + N * (n - 1) / n)
     assert row["bits_per_dim"] == pytest.approx(nats / (N * math.log(2)) + math.log2(17 / 2))
-
-
-# ---- tables -----------------------------------------------------------------------------------
 
 
 def test_means_and_ratios(tmp_path):
@@ -404,9 +387,6 @@ def test_pictures_are_saved_with_their_data(tmp_path):
     pictures.bars(values, tmp_path / "b.png", ylabel="f", title="t")
     assert [row["value"] for row in rows_of(tmp_path / "b.csv")] == ["1", "2", "1.5"]
     assert (tmp_path / "b.png").exists()
-
-
-# ---- the run ----------------------------------------------------------------------------------
 
 
 def counted(preset, folder, value):
@@ -607,32 +587,24 @@ def test_settings_are_json():
         assert json.loads(json.dumps(preset.described(), allow_nan=False))["width"] > 0
 
 
-# ---- stored results ---------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("name", ["quality", "step-size", "weak"])
-def test_published_figures_of_fashion_mnist(name):
-    folder = ROOT / "docs" / "claims" / "fashion-mnist"
+@pytest.mark.parametrize(
+    ("place", "preset", "seeds", "name"),
+    [
+        *(("claims", "quick", 3, name) for name in CLAIMS),
+        *(("claims/fashion-mnist", "cpu", 2, name) for name in ("quality", "step-size", "weak")),
+    ],
+)
+def test_published_figures_are_complete(place, preset, seeds, name):
+    folder = ROOT / "docs" / place
     known = json.loads((folder / f"{name}.json").read_text())
-    assert known["preset"] == claim_presets.PRESETS["cpu"].described()
+    command = f"python -m benchmarks.claims --only {name} --preset {preset} --out DIR"
+    assert known["command"] == command
+    assert known["preset"] == claim_presets.PRESETS[preset].described()
     assert not known["machine"]["commit"].endswith("-dirty")
     page = (ROOT / "docs" / "claims.md").read_text()
     pictures_of_claim = list(folder.glob(f"{name}*.png"))
-    assert any(f"](claims/fashion-mnist/{path.name})" in page for path in pictures_of_claim)
-    assert {row["seed"] for row in rows_of(folder / f"{name}-seeds.csv")} == {"0", "1"}
-
-
-@pytest.mark.parametrize("name", CLAIMS)
-def test_published_figures_are_complete(name):
-    folder = ROOT / "docs" / "claims"
-    known = json.loads((folder / f"{name}.json").read_text())
-    assert known["command"] == f"python -m benchmarks.claims --only {name} --preset quick --out DIR"
-    assert known["preset"] == claim_presets.PRESETS["quick"].described()
-    assert not known["machine"]["commit"].endswith("-dirty")
-    page = (ROOT / "docs" / "claims.md").read_text()
-    pictures_of_claim = list(folder.glob(f"{name}*.png"))
-    assert any(f"](claims/{path.name})" in page for path in pictures_of_claim)
+    assert any(f"]({place}/{path.name})" in page for path in pictures_of_claim)
     for path in pictures_of_claim:
         assert rows_of(path.with_suffix(".csv"))
-    (seeds,) = folder.glob(f"{name}-seeds.csv")
-    assert {row["seed"] for row in rows_of(seeds)} == {"0", "1", "2"}
+    numbers = {row["seed"] for row in rows_of(folder / f"{name}-seeds.csv")}
+    assert numbers == {str(seed) for seed in range(seeds)}

@@ -1,7 +1,5 @@
 """benchmarks/gpu, without a GPU."""
 
-from __future__ import annotations
-
 import ast
 import contextlib
 import json
@@ -32,9 +30,6 @@ from pfgm.backends.checking import Report, Row
 ROOT = Path(__file__).resolve().parents[2]
 
 
-# ---- the command ------------------------------------------------------------------------------
-
-
 @pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU is there: the command would measure")
 def test_without_a_gpu_nothing_is_measured(tmp_path, capsys):
     assert gpu.main(["--out", str(tmp_path / "out")]) == 0
@@ -62,9 +57,6 @@ def test_a_command_that_takes_too_long_is_stopped(tmp_path):
     assert build.run_logged([sys.executable, "-c", program], log, dict(os.environ), 1) == 124
     assert log.read_text().split("\n")[:2] == ["begun", "stopped after 1 s"]
     assert build.last_line(log) == "stopped after 1 s"
-
-
-# ---- time and budget --------------------------------------------------------------------------
 
 
 class Ticking:
@@ -191,9 +183,6 @@ def test_a_lost_device_ends_the_run_and_names_the_suspect():
     assert failures == {"cuda": ["RuntimeError: an illegal memory access"]}
 
 
-# ---- the tables -------------------------------------------------------------------------------
-
-
 FORWARD = "forward, CIFAR-10 shape, 128 × 4096"
 
 
@@ -256,9 +245,6 @@ def test_the_forward_pass_is_compared_with_the_memory_floor():
     ]
     assert gpu_report.floors(rows[1:]) == ""
     assert gpu_subjects.PLAIN_COPY not in gpu_report.summary(rows)
-
-
-# ---- the build and the checks -----------------------------------------------------------------
 
 
 @pytest.mark.parametrize("dry", [False, True])
@@ -409,9 +395,6 @@ def test_the_smoke_test_has_problems_of_all_sizes_and_types(monkeypatch):
     }  # fmt: skip
 
 
-# ---- the whole command, with replaced parts ------------------------------------------------
-
-
 class Stage:
     """Replaces the slow parts of the command. Each ends with the given status."""
 
@@ -555,9 +538,6 @@ def test_a_subject_that_never_ends_ends_the_process():
             time.sleep(60)
         os._exit(0)
     assert os.waitstatus_to_exitcode(os.waitpid(process, 0)[1]) == gpu.LOST
-
-
-# ---- what is computed -------------------------------------------------------------------------
 
 
 def test_both_of_the_librarys_paths_are_in_every_subject(monkeypatch):

@@ -1,7 +1,5 @@
 """``pfgm check``, the check before the first run on a GPU, and who says which backend computes."""
 
-from __future__ import annotations
-
 import threading
 import time
 

@@ -1,7 +1,5 @@
 """Progress and text for a reader that has closed its stream."""
 
-from __future__ import annotations
-
 import io
 import os
 import sys

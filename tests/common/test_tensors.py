@@ -1,7 +1,5 @@
 """Memory that is written before it is read."""
 
-from __future__ import annotations
-
 import pytest
 import torch
 

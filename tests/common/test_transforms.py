@@ -1,7 +1,5 @@
 """The transforms of torch.func and forward mode, against the formulas in float64 autograd."""
 
-from __future__ import annotations
-
 import math
 
 import pytest
@@ -70,9 +68,6 @@ def ours(x, references, sigma, D, backend=None):
 
 def close(actual, expected, rtol=1e-9, atol=1e-10):
     torch.testing.assert_close(actual, expected, rtol=rtol, atol=atol)
-
-
-# ---- forward mode ----
 
 
 @pytest.mark.parametrize("D", [1.0, 4.5, 128.0, math.inf])
@@ -180,9 +175,6 @@ def test_the_ops_themselves_drop_no_tangent():
         op(forward_ad.make_dual(x, x), references, r, 1.0)
 
 
-# ---- reverse mode and vmap ----
-
-
 @pytest.mark.parametrize("D", [1.0, 4.5, math.inf])
 @pytest.mark.parametrize("held", [False, True])
 def test_transforms_of_reverse_mode(small_chunks, backend, D, held):
@@ -228,9 +220,6 @@ def test_references_that_differ_between_samples(backend):
         return vmap(total)(many), vmap(grad(total))(many), jacrev(total)(references)
 
     close(of(ours, backend), of(naive))
-
-
-# ---- the steps ----
 
 
 @pytest.mark.parametrize("z", [2.0, 7.0])
@@ -292,9 +281,6 @@ def test_a_tangent_goes_through_a_solver(solver):
         actual = jvp(run, (scale,), (scale,))[1]
         expected = (run(scale + 1e-6) - run(scale - 1e-6)) / 2e-6
     close(actual, expected, rtol=1e-6, atol=1e-7)
-
-
-# ---- compiled ----
 
 
 @pytest.mark.skipif(

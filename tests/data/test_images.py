@@ -1,7 +1,5 @@
 """Folders of images and datasets that are loaded item by item."""
 
-from __future__ import annotations
-
 import io
 import json
 import os
@@ -103,9 +101,6 @@ def test_a_transparent_colour_of_a_palette_becomes_white(tmp_path: Path) -> None
     assert shown[0, 1].tolist() == [255, 255, 255]
 
 
-# ---- labels and archives ----------------------------------------------------------------------
-
-
 def zipped(folder: Path, path: Path, **options: Any) -> Path:
     with zipfile.ZipFile(path, "w", **options) as archive:
         for file in sorted(folder.rglob("*")):
@@ -138,7 +133,6 @@ def test_class_folders_give_labels(tmp_path: Path, place: str, packed: bool) -> 
     assert source.label_names == ("ant", "cat", "dog")
     assert labels(source) == [0, 1, 2, 2]
     order = ["ant/z.png", "cat/deep/1.jpg.png", "dog/a.png", "dog/b.png"]
-    assert source.tensor is not None
     np.testing.assert_array_equal(source.tensor[:, 0], np.stack([images[n] for n in order]))
 
 
@@ -173,7 +167,6 @@ def test_data_sets_of_edm(tmp_path: Path, packed: bool, method: int) -> None:
     source = open_source(path)
     assert labels(source) == [5, 5, 0]
     assert source.label_names == ()
-    assert source.tensor is not None
     np.testing.assert_array_equal(source.tensor[1, 0], pixels(4, 3, seed=2))
     edm(folder, {"labels": None})
     path = zipped(folder, tmp_path / "set.zip", compression=method) if packed else folder
@@ -284,12 +277,8 @@ def test_names_in_archives_are_no_paths(tmp_path: Path, name: str) -> None:
         archive.write(tmp_path / "a.png", name)
     before = sorted(tmp_path.rglob("*"))
     source = open_source(tmp_path / "own.zip")
-    assert source.tensor is not None
     np.testing.assert_array_equal(source.tensor[0, 0], pixels(4, 3))
     assert sorted(tmp_path.rglob("*")) == before
-
-
-# ---- images that cannot be read ---------------------------------------------------------------
 
 
 def test_palettes_become_colours(tmp_path: Path) -> None:
@@ -413,7 +402,6 @@ def test_dtypes_of_items(dtype: torch.dtype, kept: torch.dtype) -> None:
     rows = torch.arange(12).view(3, 2, 2).to(dtype)
     source = open_source(TensorDataset(rows))
     assert source.labels is None
-    assert source.tensor is not None
     assert source.dtype == kept
     assert torch.equal(source.tensor, rows.to(kept))
 
@@ -448,8 +436,6 @@ def test_labelled_items(item: Any, convert: Any) -> None:
     rows, labels = torch.arange(12.0).view(3, 4), torch.tensor([7, 0, -1])
     pairs = zip(rows, labels.tolist(), strict=True)
     source = open_source(Items(*(item(convert(row), label) for row, label in pairs)))
-    assert source.tensor is not None
-    assert source.labels is not None
     assert torch.equal(source.tensor, rows)
     assert source.labels.dtype == torch.int64
     assert torch.equal(source.labels, labels)
@@ -476,8 +462,6 @@ def test_pillow_images_as_items() -> None:
     grey = pixels(4, 3)
     images = [Image.fromarray(image) for image in [*colours, grey]]
     source = open_source(Items(*((image, i) for i, image in enumerate(images))))
-    assert source.tensor is not None
-    assert source.labels is not None
     assert source.labels.tolist() == [0, 1, 2]
     expected = np.stack([*colours, np.stack([grey] * 3, -1)]).transpose(0, 3, 1, 2)
     np.testing.assert_array_equal(source.tensor.numpy(), expected, strict=True)
@@ -498,26 +482,22 @@ def test_items_that_differ_are_named(other: Any) -> None:
         open_source(Items(torch.zeros(2), torch.zeros(2), other))
 
 
-@pytest.mark.parametrize("item", ["text", 3, None, [], {}, [[1.0, 2.0]], {"x": 1.0}])
-def test_items_of_other_types_are_refused(item: Any) -> None:
-    with pytest.raises(TypeError, match=r"^Item 0 of the dataset is a \w+; allowed are tensors"):
-        open_source(Items(item))
+OTHERS = ["text", 3, None, [], {}, [[1.0, 2.0]], {"x": 1.0}]
+INTEGERS = [torch.zeros(2, dtype=torch.int64), np.zeros(2, dtype=np.int16)]
 
 
-@pytest.mark.parametrize("item", [torch.zeros(2, dtype=torch.int64), np.zeros(2, dtype=np.int16)])
-def test_items_of_other_dtypes_are_refused(item: Any) -> None:
-    with pytest.raises(TypeError, match=r"^Item 0 of the dataset holds numbers of type .*int"):
-        open_source(Items(item))
-
-
-def test_items_without_dimensions_are_refused() -> None:
-    with pytest.raises(ValueError, match=re.escape("shape (2,); allowed is (n, *S)")):
-        open_source(Items(torch.tensor(1.0), torch.tensor(2.0)))
-
-
-def test_an_empty_dataset_is_refused() -> None:
-    with pytest.raises(ValueError, match=r"^source is a dataset of 0 items; allowed"):
-        open_source(Items())
+@pytest.mark.parametrize(
+    ("items", "error", "message"),
+    [
+        *(([item], TypeError, r"^Item 0 of .* is a \w+; allowed are tensors") for item in OTHERS),
+        *(([item], TypeError, "^Item 0 of .* holds numbers of type .*int") for item in INTEGERS),
+        ([torch.tensor(1.0)] * 2, ValueError, r"shape \(2,\); allowed is \(n, \*S\)"),
+        ([], ValueError, "^source is a dataset of 0 items; allowed"),
+    ],
+)
+def test_items_that_are_refused(items: list[Any], error: type[Exception], message: str) -> None:
+    with pytest.raises(error, match=message):
+        open_source(Items(*items))
 
 
 class NoLength(Dataset[Any]):
@@ -543,15 +523,12 @@ def test_items_are_copied() -> None:
     rows = torch.zeros(3, 2)
     source = open_source(TensorDataset(rows))
     rows += 1
-    assert source.tensor is not None
     assert (source.tensor == 0).all()
 
 
 def test_parts_of_datasets() -> None:
     dataset = TensorDataset(torch.arange(10.0).view(5, 2), torch.arange(5))
     source = open_source(Subset(dataset, [4, 1]))
-    assert source.tensor is not None
-    assert source.labels is not None
     assert source.tensor.tolist() == [[8, 9], [2, 3]]
     assert source.labels.tolist() == [4, 1]
 

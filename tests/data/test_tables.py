@@ -23,7 +23,6 @@ def test_a_file_is_read(tmp_path: Path) -> None:
     rows = data.train[torch.arange(3)]
     assert rows.tolist() == [[1.5, 3, 1], [-2000, 4, 0], [0.25, 5, 1]]
     assert rows.dtype == torch.float32
-    assert data.train.labels is not None
     assert data.train.labels.tolist() == [1, 0, 1]
     assert (data.classes, data.names, data.levels) == (2, ("elm", "oak"), 0)
 
@@ -39,7 +38,6 @@ def test_what_is_written_is_read_back(tmp_path: Path) -> None:
     save_table(path, rows, names, ["oak", "elm, old"] * 25)
     read, labels, classes, columns = load_table(path)
     assert torch.equal(read, rows)
-    assert labels is not None
     assert labels.tolist() == [1, 0] * 25
     assert (classes, columns) == (("elm, old", "oak"), names)
     save_table(path, rows)
@@ -54,7 +52,6 @@ def test_labels_survive_a_range(tmp_path: Path) -> None:
     path = written(tmp_path / "t.csv", "a,y\n0,2\n4,0\n")
     data = open_data(str(path), value_range=(0, 4))
     assert data.train[torch.arange(2)].tolist() == [[-1], [1]]
-    assert data.train.labels is not None
     assert data.train.labels.tolist() == [2, 0]
 
 

@@ -74,9 +74,6 @@ WRONG = {
 }
 
 
-# ---- the posterior mean of a flow ------------------------------------------------------------
-
-
 @pytest.mark.parametrize("N", VALUES)
 def test_the_mean_of_the_exact_field_has_no_error_of_the_field(N):
     """The field in float32 holds |E| to a share of 1e-7, and nothing of it from 1e7 γ on."""
@@ -88,9 +85,6 @@ def test_the_mean_of_the_exact_field_has_no_error_of_the_field(N):
             assert result.dtype == x.dtype
             error = (result - mean64(x, z, data)).norm(dim=1).max()
             assert error < 1e-6 * N
-
-
-# ---- samples ---------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -154,9 +148,6 @@ def test_the_published_rules_without_a_clip(N):
         assert (error[DISTANCES >= 1e7] < 1e-3).all()
 
 
-# ---- other runs ------------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize("solver", SOLVERS)
 @pytest.mark.parametrize("N", [1, 8])
 def test_latents_and_their_data(N, solver):
@@ -214,9 +205,6 @@ def test_the_likelihood_of_points_far_away(N, solver):
         )
         assert ((result.nats - expected) / N).abs().max() < 1e-3
         assert (from_center(flow, result.latent) / from_center(flow, x)).isfinite().all()
-
-
-# ---- the prior -------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("flow", [PoissonFlow((1,), spread=2.0, center=3.0), PoissonFlow.cifar10()])

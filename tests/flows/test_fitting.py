@@ -1,7 +1,5 @@
 """Levels fitted to data: against exact ends of field lines, and where they are used."""
 
-from __future__ import annotations
-
 import math
 import pickle
 
@@ -95,9 +93,6 @@ def test_one_reference_leaves_nothing_to_fit():
     assert len(flow.fit_levels(torch.zeros(1, 2), 3, points=8)) == 4
 
 
-# ---- where they are used ----
-
-
 def test_sampling_uses_them_for_their_solver_and_steps_alone(data):
     flow = PoissonFlow.from_data(data)
     unfitted = PoissonFlow.from_data(data)
@@ -175,9 +170,6 @@ def test_levels_of_another_flow_are_refused(described):
     with pytest.raises((ValueError, TypeError)):
         flow.restore_fitted(described)
     assert flow.fitted_levels == {}
-
-
-# ---- errors ----
 
 
 @pytest.mark.parametrize(

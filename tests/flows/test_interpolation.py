@@ -6,15 +6,10 @@ from torch import nn
 
 import pfgm
 
-DTYPES = [torch.float32, torch.float64]
-
-
-def seeded(seed=0):
-    return torch.Generator().manual_seed(seed)
-
 
 def test_interpolation_keeps_angles_even_and_norms_geometric():
-    a, b = 1e3 * torch.randn(2, 6, 2, 3, generator=seeded(0), dtype=torch.float64)
+    draw = torch.Generator().manual_seed(0)
+    a, b = 1e3 * torch.randn(2, 6, 2, 3, generator=draw, dtype=torch.float64)
     b = b / 50
     weights = torch.linspace(-0.5, 1.5, 9, dtype=torch.float64)
     points = pfgm.interpolate(a, b, weights).flatten(2)
@@ -30,7 +25,7 @@ def test_interpolation_keeps_angles_even_and_norms_geometric():
     torch.testing.assert_close(cosines.acos(), (whole / 4).expand(8, 6), rtol=1e-6, atol=1e-7)
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_interpolation_where_no_circle_or_no_direction_is_given(dtype):
     a = torch.tensor([[3.0, 0.0, 4.0]], dtype=dtype)
     weights = [0.0, 0.5, 1.0]

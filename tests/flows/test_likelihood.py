@@ -74,27 +74,23 @@ def small(**arguments):
     return PoissonFlowPP((3,), **{"D": 16, "sigma_min": 0.1, "sigma_max": 10.0, **arguments})
 
 
-# ---- accuracy --------------------------------------------------------------------------------
+TIGHT = {"rtol": 1e-6, "atol": 1e-6}
 
 
 @pytest.mark.parametrize(
-    ("kind", "N"),
-    [("pfgm", 1), (1, 2), (16, 1), (16, 8), (INFINITY, 2)],
+    ("kind", "N", "options"),
+    [
+        *((kind, N, TIGHT) for kind, N in (("pfgm", 1), (1, 2), (16, 1), (16, 8), (INFINITY, 2))),
+        *((kind, 4, {"dtype": torch.float32, **TIGHT}) for kind in ("pfgm", 16)),
+        *(
+            pytest.param(kind, 64, {"B": 2}, marks=pytest.mark.slow)
+            for kind in ("pfgm", 1, 16, INFINITY)
+        ),
+    ],
 )
-def test_exact_mixture_in_few_dimensions(kind, N):
-    assert worst_error(kind, N, rtol=1e-6, atol=1e-6) < 3e-4
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("kind", ["pfgm", 1, 16, INFINITY])
-def test_exact_mixture_in_64_dimensions(kind):
-    """The documented error is 1e-3 nats per dimension, here with the default tolerance."""
-    assert worst_error(kind, 64, B=2) < 3e-4
-
-
-@pytest.mark.parametrize("kind", ["pfgm", 16])
-def test_exact_mixture_in_float32(kind):
-    assert worst_error(kind, 4, torch.float32, rtol=1e-6, atol=1e-6) < 3e-4
+def test_exact_mixture(kind, N, options):
+    """The documented error is 1e-3 nats per dimension, with the default tolerance."""
+    assert worst_error(kind, N, **options) < 3e-4
 
 
 @pytest.mark.parametrize(("solver", "order"), [("euler", 1), ("heun", 2), ("multistep", 2)])
@@ -196,9 +192,6 @@ def test_error_of_the_centred_prior_on_digits(kind, error):
     assert float(difference.square().mean().sqrt()) == pytest.approx(error, abs=0.03)
 
 
-# ---- the estimator ---------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize("estimator", ["rademacher", "gaussian"])
 def test_hutchinson_is_unbiased(estimator):
     """Probes of many equal rows against the exact divergence, within four standard errors."""
@@ -223,9 +216,6 @@ def test_probes_are_a_function_of_the_generator_and_drawn_once():
     expected = seeded(4)
     torch.randint(0, 2, x.shape, generator=expected)
     assert torch.equal(generator.get_state(), expected.get_state())
-
-
-# ---- results ---------------------------------------------------------------------------------
 
 
 def test_bits_per_dimension():
@@ -262,9 +252,6 @@ def test_no_samples():
     result = flow.log_likelihood(Denoiser(3), torch.zeros(0, 3))
     assert [tuple(t.shape) for t in result[:3]] == [(0,), (0,), (0, 3)]
     assert result.nfe == 0
-
-
-# ---- networks --------------------------------------------------------------------------------
 
 
 def test_the_condition_reaches_the_network():
@@ -346,9 +333,6 @@ def test_progress_shows(capsys):
     flow = small()
     flow.log_likelihood(Denoiser(3, torch.float32), torch.zeros(2, 3), progress=True)
     assert "likelihood" in capsys.readouterr().err
-
-
-# ---- errors ----------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(

@@ -4,8 +4,6 @@ The published formula in float32 sums differences x − x_j. It is the yardstick
 relative error is within the tolerance, so is that of the library.
 """
 
-from __future__ import annotations
-
 import math
 
 import numpy as np

@@ -1,7 +1,5 @@
 """What a dtype cannot hold: references beyond float32, and squared distances that underflow."""
 
-from __future__ import annotations
-
 import math
 
 import pytest
@@ -41,9 +39,6 @@ def forms(monkeypatch):
             yield pfgm.ReferenceSet(references)
 
     return each
-
-
-# ---- references beyond float32 ----
 
 
 @pytest.mark.parametrize(("B", "M", "N"), SIZES)
@@ -99,9 +94,6 @@ def test_an_upstream_gradient_that_is_not_finite_is_none_of_the_references(backe
     mean = posterior_mean(x, rows(5, 2), r=1.0, backend=backend)
     (gradient,) = torch.autograd.grad(mean, x, torch.full((1, 2), math.nan))
     assert gradient.isnan().all()
-
-
-# ---- squared distances that underflow float64 ----
 
 
 @pytest.mark.parametrize(("D", "scale"), [(1.0, 1e-170), (math.inf, 1e-310)])
@@ -176,8 +168,6 @@ def test_float32_points_with_references_whose_squares_underflow(backend, B):
     mean = posterior_mean(x, y, r=1.0, backend=backend)
     assert mean.abs().max() == 0
 
-
-# ---- levels of which the square is no number of float64 ----
 
 TOO_LARGE = "r, sigma or z is 1e.1[5-9].* in row 0, too large .* allowed are at most 1e.130"
 

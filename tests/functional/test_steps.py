@@ -1,7 +1,5 @@
 """The steps of the ODE: values against the formulas, guards, memory, gradients, errors."""
 
-from __future__ import annotations
-
 import itertools
 import math
 
@@ -41,9 +39,6 @@ def every_backend(request, monkeypatch):
         pytest.skip(f"no {request.param} kernels here")
     monkeypatch.setenv("PFGM_CPU_ISA", request.param)
     return "native"
-
-
-# ---- the formulas, in long double ------------------------------------------------------------
 
 
 def wide(values):
@@ -118,8 +113,6 @@ def problem(B=5, shape=(37,), z=2.0, dtype=torch.float32, seed=0):
 def other(x, seed=1):
     return torch.randn(x.shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
 
-
-# ---- values ----------------------------------------------------------------------------------
 
 SHAPES = [(0, 5), (1, 1), (1, 16), (3, 37), (7, 3072), (70, 513), (2, 70_001)]
 
@@ -277,21 +270,14 @@ def test_sample_shapes_and_mixed_dtypes(backend, shape):
 
 @pytest.mark.skipif(not NATIVE, reason="no native extension")
 @pytest.mark.parametrize(("B", "N", "tolerance"), [(1, 300_001, 1e-12), (40, 3072, 0)])
-def test_threads_change_nothing_but_the_last_digit_of_a_norm_that_they_share(B, N, tolerance):
+def test_threads_change_nothing_but_the_last_digit_of_a_shared_norm(threads, B, N, tolerance):
     x, field = problem(B, (N,), 2.0, torch.float64)
-    threads = torch.get_num_threads()
     results = []
-    try:
-        for count in (1, 2, 5):
-            torch.set_num_threads(count)
-            results.append(pfgm.euler_step(x, field, 2.0, 1.0, backend="native"))
-    finally:
-        torch.set_num_threads(threads)
+    for count in (1, 2, 5):
+        threads(count)
+        results.append(pfgm.euler_step(x, field, 2.0, 1.0, backend="native"))
     for result in results[1:]:
         torch.testing.assert_close(result, results[0], rtol=0, atol=tolerance)
-
-
-# ---- memory ----------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("kind", ["rows apart", "columns", "every other", "unaligned"])
@@ -364,9 +350,6 @@ def test_an_out_that_holds_the_field_z_of_other_rows_is_right(backend):
 def test_only_the_outputs_are_written(every_backend, form, step_checks):
     x, field = problem(5, (37,), 2.0)
     step_checks.only_outputs_are_written(x, *field[:2], form, every_backend)
-
-
-# ---- torch -----------------------------------------------------------------------------------
 
 
 def unpacked(rows=False, mean_form=False):
@@ -493,8 +476,6 @@ def test_the_op_itself_has_no_gradient():
         result.sum().backward()
 
 
-# ---- errors ----------------------------------------------------------------------------------
-
 X, V, VZ = torch.zeros(3, 4), torch.zeros(3, 4), -torch.ones(3)
 
 
@@ -601,9 +582,6 @@ def test_more_bad_arguments():
         pfgm.multistep_step(X, V, 2.0, 1.0, None, 3.0)
     with pytest.raises(ValueError, match=r"z_next is -1.0"):
         pfgm.euler_step(X, V, 2.0, -1.0)
-
-
-# ---- as the solvers use them -----------------------------------------------------------------
 
 
 @pytest.mark.parametrize("name", ["euler", "heun", "multistep"])

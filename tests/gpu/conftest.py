@@ -6,8 +6,6 @@ kernels of Triton also run in its interpreter (``TRITON_INTERPRET=1``, set befor
 tests/kernels/test_triton.py and tests/kernels/test_cuda.py start processes with one of these.
 """
 
-from __future__ import annotations
-
 import dataclasses
 import math
 import os

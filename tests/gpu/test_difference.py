@@ -4,8 +4,6 @@ The published formula in float32 sums differences x − x_j. It is the yardstick
 is within the tolerance, so is that of the kernels.
 """
 
-from __future__ import annotations
-
 import math
 
 import pytest

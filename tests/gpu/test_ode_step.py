@@ -1,7 +1,5 @@
 """The steps of the ODE on a GPU, against the reference backend in float64."""
 
-from __future__ import annotations
-
 import math
 
 import pytest

@@ -1,7 +1,5 @@
 """References in parts, on a GPU: the merged results of parts equal the result of the whole."""
 
-from __future__ import annotations
-
 import math
 
 import pytest

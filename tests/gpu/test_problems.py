@@ -1,8 +1,6 @@
 """Problems of all kinds: every result and gradient beside float64, and the same bits in each order
 in which the executor runs warps and blocks."""
 
-from __future__ import annotations
-
 import math
 from dataclasses import dataclass
 from importlib.metadata import version

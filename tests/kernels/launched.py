@@ -4,8 +4,6 @@ pfgm check takes. Kernels are chosen and launched in the executor of PTX, but do
     PFGM_PTX=FOLDER python tests/kernels/launched.py
 """
 
-from __future__ import annotations
-
 import itertools
 import json
 import math

@@ -1,7 +1,5 @@
 """The installed machine code of the CUDA kernels of csrc/ is as intended."""
 
-from __future__ import annotations
-
 import dataclasses
 import re
 import subprocess

@@ -1,7 +1,5 @@
 """The device of a thread, and attributes that are asked for once (csrc/cuda), without a GPU."""
 
-from __future__ import annotations
-
 import os
 import shutil
 import subprocess

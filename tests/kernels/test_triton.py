@@ -1,8 +1,6 @@
 """The Triton kernels where there is no GPU: in the interpreter, and as compiled, in the executor of
 tests/ptx."""
 
-from __future__ import annotations
-
 import importlib.util
 
 import pytest

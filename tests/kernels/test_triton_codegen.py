@@ -1,8 +1,6 @@
 """The Triton kernels compile without spills, and with tensor cores and 16-byte loads where
 intended."""
 
-from __future__ import annotations
-
 import importlib.util
 from collections import Counter
 from itertools import product

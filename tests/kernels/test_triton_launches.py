@@ -4,8 +4,6 @@ launch.
 The driver is replaced, so that no GPU is needed: kernels compile, and launches are recorded.
 """
 
-from __future__ import annotations
-
 import ctypes
 import functools
 import importlib
@@ -455,9 +453,6 @@ def test_without_nvidias_driver_triton_loads_as_it_does(recorder, monkeypatch):
     monkeypatch.setattr(loading, "_exchange_mode", find_exchange_mode)
     launch(Launcher(kernel), *launch_arguments())
     assert recorder.loaded == 1
-
-
-# ---- the kernels of the package ---------------------------------------------------------------
 
 
 def launchers():

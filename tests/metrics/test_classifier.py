@@ -88,25 +88,20 @@ def test_the_command_trains_a_classifier_that_evaluates(tmp_path, capsys):
     assert own["frechet_distance"]["samples"] == pytest.approx(distance, rel=1e-4)
 
 
-def test_one_sentence_for_bad_input(tmp_path, capsys):
-    def fails(*arguments):
-        capsys.readouterr()
-        assert cli.main([str(each) for each in arguments]) == 2
-        return capsys.readouterr().err.strip().splitlines()[-1]
-
+def test_one_sentence_for_bad_input(tmp_path, refusal):
     out = tmp_path / "x.safetensors"
     evaluate = ["evaluate", "--pretrained", "digits", "--out", tmp_path / "e", "--features"]
-    assert "there is no classifier at" in fails(*evaluate, out)
-    assert "allowed is a classifier of the data digits" in fails(*evaluate, "fashion-mnist")
+    assert "there is no classifier at" in refusal(*evaluate, out)
+    assert "allowed is a classifier of the data digits" in refusal(*evaluate, "fashion-mnist")
     network = pfgm.pretrained.pretrained_path("digits")
-    assert "holds no classifier" in fails(*evaluate, network)
-    assert "ends in .safetensors" in fails("features", "--data", "digits", "--out", "x.pt")
-    assert "epochs is 0" in fails("features", "--data", "digits", "--out", out, "--epochs", 0)
+    assert "holds no classifier" in refusal(*evaluate, network)
+    assert "ends in .safetensors" in refusal("features", "--data", "digits", "--out", "x.pt")
+    assert "epochs is 0" in refusal("features", "--data", "digits", "--out", out, "--epochs", 0)
     torch.save({}, tmp_path / "x.pt")
-    assert "not a complete safetensors file" in fails(*evaluate, tmp_path / "x.pt")
+    assert "not a complete safetensors file" in refusal(*evaluate, tmp_path / "x.pt")
     unlabelled = tmp_path / "x.npy"
     pfgm.data.save_array(unlabelled, torch.zeros(9, 1, 8, 8))
-    assert "images with labels" in fails("features", "--data", unlabelled, "--out", out)
+    assert "images with labels" in refusal("features", "--data", unlabelled, "--out", out)
     assert not out.exists()
     assert not (tmp_path / "e").exists()
 

@@ -1,7 +1,5 @@
 """What the tests of the networks share: a short training run."""
 
-from __future__ import annotations
-
 import pytest
 import torch
 

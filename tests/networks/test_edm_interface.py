@@ -1,7 +1,5 @@
 """Networks in code that was written for EDM: levels (B, 1, 1, 1), float64, one-hot labels."""
 
-from __future__ import annotations
-
 import itertools
 import math
 
@@ -173,8 +171,6 @@ def test_networks_without_images_have_no_resolution():
     assert net.label_dim == 0
 
 
-# ---- data in other forms ----
-
 MAKERS = [pfgm.PoissonFlow.from_data, lambda data: pfgm.PoissonFlowPP.from_data(data, D=8)]
 
 
@@ -216,8 +212,3 @@ def test_images_with_channels_last(tmp_path):
     assert pfgm.ReferenceSet(tmp_path / "nhwc.npy").shape[1:] == (8, 8, 3)
     opened = pfgm.datasets.open_data(str(tmp_path / "nhwc.npy"), layout="images").train
     assert torch.equal(opened[:], DATA)
-
-
-def test_a_file_that_does_not_say_its_D():
-    with pytest.raises(ValueError, match=r"D is None; allowed .* float\('inf'\) for a file of EDM"):
-        pfgm.PoissonFlowPP(SHAPE, D=None)

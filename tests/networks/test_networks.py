@@ -1,7 +1,5 @@
 """The networks: conditioning, configuration, sizes, messages, and that they learn."""
 
-from __future__ import annotations
-
 import copy
 import json
 import math
@@ -184,22 +182,6 @@ def test_field_is_zero_with_finite_gradient_where_e_is_zero(gamma: float) -> Non
         assert torch.isfinite(x.grad).all()
 
 
-@pytest.mark.parametrize("name", FIELD_NETWORKS)
-def test_config_round_trip_through_json(name: str) -> None:
-    options = {"data_std": 0.7, "gamma": 3.0}
-    net = make(name, **options)
-    scramble(net)
-    assert json.loads(json.dumps(net.config)) == net.config
-    torch.manual_seed(5)
-    copy = type(net)(**json.loads(json.dumps(net.config)))
-    assert copy.config == net.config
-    copy.load_state_dict(net.state_dict())
-    x, z = torch.randn(3, 1, 8, 8), torch.rand(3)
-    for ours, theirs in zip(net(x, z), copy(x, z), strict=True):
-        assert torch.equal(ours, theirs)
-    assert all(net.config[key] == value for key, value in options.items())
-
-
 def test_tuples_and_lists_are_the_same() -> None:
     assert UNet([1, 8, 8], multipliers=[1, 2]).config == UNet((1, 8, 8), multipliers=(1, 2)).config
     assert MLP([4]).config == MLP((4,)).config
@@ -351,9 +333,6 @@ def test_training_reduces_the_loss(name: str, losses_in_training: Callable[..., 
     loss = partial(flow.loss, net, images.repeat(8, 1, 1, 1), images)
     losses = losses_in_training(net, loss, steps=30, learning_rate=3e-3, seeds=3)
     assert sum(losses[-3:]) < 0.5 * sum(losses[:3])
-
-
-# ---- labels ----
 
 
 @pytest.mark.parametrize("name", FIELD_NETWORKS)

@@ -1,7 +1,5 @@
 """Operations without the dispatcher: when they pass it, and that results are the same."""
 
-from __future__ import annotations
-
 import math
 
 import numpy as np
@@ -101,9 +99,6 @@ def test_the_log_sum_exp(by_operators, one_calls, level, D):
     assert results[1].dtype == torch.float64
 
 
-# ---- where the operators are needed ----------------------------------------------------------
-
-
 class Doubled(torch.Tensor):
     """A subclass of the tensor."""
 
@@ -173,9 +168,6 @@ def test_unusual_tensors_take_the_operators(call, one_calls, name):
     assert one_calls == [True, False, False, False, True]
 
 
-# ---- steps into memory that is given ---------------------------------------------------------
-
-
 @pytest.mark.parametrize("name", FUNCTIONS[2:])
 def test_out_is_written_and_marked(call, one_calls, name):
     values = inputs()
@@ -208,9 +200,6 @@ def test_in_inference_mode(call, one_calls):
         out = torch.empty_like(values[0])
         call("euler_step", values, out=out)
     assert one_calls == [True]
-
-
-# ---- finite values ---------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
@@ -275,9 +264,6 @@ def test_values_of_a_gpu_pass_on_it_alone():
         assert not eager.passes(gpu, there)
     finally:
         torch.set_autocast_enabled("cuda", False)
-
-
-# ---- an operator without the dispatcher ------------------------------------------------------
 
 
 def every_operation(call, values, backend, **levels):

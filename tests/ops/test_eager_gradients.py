@@ -1,7 +1,5 @@
 """Gradients from kept distances, against those of the operator and the oracle."""
 
-from __future__ import annotations
-
 import math
 
 import numpy as np
@@ -129,15 +127,11 @@ def test_few_features_keep_nothing(kept):
     assert kept == [0]
 
 
-def test_the_number_of_threads_changes_no_bit():
-    inputs, before = problem(B=100, M=3000), torch.get_num_threads()
-    try:
-        each = []
-        for threads in (1, 2, 3):
-            torch.set_num_threads(threads)
-            each.append(gradients(*inputs, 1.0, with_references=True))
-    finally:
-        torch.set_num_threads(before)
+def test_the_number_of_threads_changes_no_bit(threads):
+    inputs, each = problem(B=100, M=3000), []
+    for count in (1, 2, 3):
+        threads(count)
+        each.append(gradients(*inputs, 1.0, with_references=True))
     for other in each[1:]:
         assert all(map(torch.equal, each[0], other))
 

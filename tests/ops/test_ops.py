@@ -1,7 +1,5 @@
 """The operations in torch: registration, gradients, tracing and compiling."""
 
-from __future__ import annotations
-
 import math
 import os
 from functools import partial
@@ -32,9 +30,6 @@ def problem(B=3, M=5, shape=(4,), dtype=torch.float64):
 
 def noise_level(radius, D):
     return {"sigma": radius} if math.isinf(D) else {"r": radius}
-
-
-# ---- registration ----
 
 
 @pytest.mark.parametrize(
@@ -195,9 +190,6 @@ def test_the_op_checks_its_own_arguments(error, message, change):
         OP(**arguments | change)
 
 
-# ---- gradients ----
-
-
 def results(x, references, radius, D, backend, function):
     if function == "field_fn":
         return field_fn(x, radius, references, backend=backend)
@@ -283,9 +275,6 @@ def test_backward_uses_the_backend_of_the_forward_pass(monkeypatch):
     monkeypatch.setenv("PFGM_BACKEND", "native")
     outside.sum().backward()
     assert used[2:] == ["reference"]
-
-
-# ---- compiling ----
 
 
 @pytest.fixture

@@ -1,8 +1,6 @@
 """Grids are checked pixel by pixel, as Pillow reads them; other pictures by the contents of their
 figures."""
 
-from __future__ import annotations
-
 import math
 import os
 import pickle
@@ -225,48 +223,57 @@ def test_an_animation_refuses_what_does_not_fit(options: dict[str, Any], message
         plotting.animation(**{**fitting, **options})
 
 
-def test_arguments_are_unchanged() -> None:
-    images = uniform(2, 2, 1, 8, 8) * 100
-    before = images.clone()
+def test_arguments_are_unchanged_and_may_need_a_gradient() -> None:
+    images = (uniform(2, 2, 1, 8, 8) * 100).requires_grad_()
+    before = images.detach().clone()
     plotting.trajectory_grid(images, [2, 1])
     plotting.image_grid(images[0])
     assert torch.equal(images, before)
 
 
-def test_images_that_need_a_gradient_are_drawn() -> None:
-    plotting.image_grid(torch.zeros(2, 1, 8, 8, requires_grad=True))
-
-
-def test_images_in_an_array_are_refused() -> None:
-    images: Any = np.zeros((2, 1, 8, 8))
-    with pytest.raises(TypeError, match=r"images is a ndarray; allowed is a torch\.Tensor"):
+@pytest.mark.parametrize(
+    ("images", "error", "message"),
+    [
+        (np.zeros((2, 1, 8, 8)), TypeError, r"is a ndarray; allowed is a torch\.Tensor"),
+        (torch.zeros(2, 1, 8, 8, dtype=torch.int64), TypeError, r"has dtype torch\.int64"),
+        (torch.full((2, 1, 8, 8), math.nan), ValueError, "holds NaN or infinity"),
+        (torch.full((2, 1, 8, 8), math.inf), ValueError, "holds NaN or infinity"),
+    ],
+)
+def test_images_that_are_refused(images: Any, error: type[Exception], message: str) -> None:
+    with pytest.raises(error, match=f"images {message}"):
         plotting.image_grid(images)
-    with pytest.raises(TypeError, match=r"images is a ndarray; allowed is a torch\.Tensor"):
+    with pytest.raises(error, match=f"images {message}"):
         plotting.trajectory_grid(images[None], [1.0])
 
 
-def without_matplotlib(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
-    monkeypatch.delitem(sys.modules, "pfgm.plotting.shown_figure", raising=False)
-
-
-def test_without_matplotlib_the_extra_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
-    without_matplotlib(monkeypatch)
-    with pytest.raises(ImportError, match=r"matplotlib.*pip install '\.\[demo\]'"):
-        plotting.image_grid(torch.zeros(1, 1, 8, 8))
-
-
-@pytest.mark.parametrize("shape", [(8, 8), (2, 2, 8, 8), (0, 1, 8, 8), (2, 1, 0, 8), (1,) * 5])
-def test_image_grid_refuses_other_shapes(shape: tuple[int, ...]) -> None:
-    with pytest.raises(ValueError, match=re.escape(f"images has shape {shape}; allowed is (n, C")):
-        plotting.image_grid(torch.zeros(shape))
-
-
-@pytest.mark.parametrize("shape", [(2, 8, 8), (2, 2, 2, 8, 8), (2, 0, 1, 8, 8), (1,) * 6])
-def test_trajectory_grid_refuses_other_shapes(shape: tuple[int, ...]) -> None:
-    message = re.escape(f"images has shape {shape}; allowed is (steps, n, C")
-    with pytest.raises(ValueError, match=message):
-        plotting.trajectory_grid(torch.zeros(shape), [1, 2])
+@pytest.mark.parametrize(
+    ("draw", "allowed", "shapes"),
+    [
+        (
+            plotting.image_grid,
+            "(n, C, H, W)",
+            [(8, 8), (2, 2, 8, 8), (0, 1, 8, 8), (2, 1, 0, 8), (1,) * 5],
+        ),
+        (
+            lambda images: plotting.trajectory_grid(images, [1, 2]),
+            "(steps, n, C, H, W)",
+            [(2, 8, 8), (2, 2, 2, 8, 8), (2, 0, 1, 8, 8), (1,) * 6],
+        ),
+        (
+            lambda paths: plotting.trajectory_plot(paths, [1.0] * len(paths)),
+            "(steps",
+            [(1, 3, 2), (4, 0, 2), (4, 3, 3), (4, 2), (4, 3, 1, 2)],
+        ),
+    ],
+)
+def test_other_shapes_are_refused(
+    draw: Callable[..., Any], allowed: str, shapes: list[tuple[int, ...]]
+) -> None:
+    for shape in shapes:
+        message = re.escape(f"s has shape {shape}; allowed is {allowed}")
+        with pytest.raises(ValueError, match=message):
+            draw(torch.zeros(shape))
 
 
 @pytest.mark.parametrize("z", [[1.0], [3.0, 2.0, 1.0], torch.ones(3)])
@@ -281,23 +288,6 @@ def test_counts_below_one_are_refused(count: Any) -> None:
         plotting.image_grid(torch.zeros(1, 1, 8, 8), columns=count)
     with pytest.raises(ValueError, match=f"scale is {count}; only an integer of at least 1"):
         plotting.image_grid(torch.zeros(1, 1, 8, 8), scale=count)
-
-
-@pytest.mark.parametrize("value", [float("nan"), float("inf")])
-def test_values_that_are_not_finite_are_refused(value: float) -> None:
-    with pytest.raises(ValueError, match="images holds NaN or infinity"):
-        plotting.image_grid(torch.full((1, 1, 8, 8), value))
-
-
-def test_other_dtypes_are_refused() -> None:
-    with pytest.raises(TypeError, match=r"images has dtype torch\.int64"):
-        plotting.image_grid(torch.zeros(1, 1, 8, 8, dtype=torch.int64))
-
-
-def test_another_suffix_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match=r"a\.jpg; allowed is a name ending in \.png"):
-        plotting.image_grid(torch.zeros(1, 1, 8, 8), tmp_path / "a.jpg")
-    assert list(tmp_path.iterdir()) == []
 
 
 def test_a_missing_folder_is_named(tmp_path: Path) -> None:
@@ -363,8 +353,12 @@ def draw_curve(_: Tensor, path: Path | None = None, **options: Any) -> Any:
     return plotting.quality_curve({"euler": ([4, 8], [2.0, 1.0])}, path, **options)
 
 
-FIGURES = [draw_field, draw_potential, draw_paths, draw_space, draw_curve]
-OF_DATA = FIGURES[:-1]
+def draw_grid(_: Tensor, path: Path | None = None, **options: Any) -> Any:
+    return plotting.image_grid(uniform(4, 8, 8), path, **options)
+
+
+OF_DATA = [draw_field, draw_potential, draw_paths, draw_space]
+FIGURES = [*OF_DATA, draw_curve, draw_grid]
 
 
 @pytest.mark.parametrize("draw", FIGURES)
@@ -388,7 +382,6 @@ class TestFigures:
         monkeypatch.delattr("matplotlib.pyplot", raising=False)
         monkeypatch.setitem(sys.modules, "matplotlib.pyplot", None)
         draw(ring())
-        plotting.image_grid(torch.zeros(1, 1, 8, 8))
 
     def test_another_suffix_is_refused(self, draw: Callable[..., Any], tmp_path: Path) -> None:
         with pytest.raises(ValueError, match=r"a\.svg; allowed is a name ending in \.png"):
@@ -398,7 +391,8 @@ class TestFigures:
     def test_without_matplotlib_the_extra_is_named(
         self, draw: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        without_matplotlib(monkeypatch)
+        monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+        monkeypatch.delitem(sys.modules, "pfgm.plotting.shown_figure", raising=False)
         with pytest.raises(ImportError, match=r"matplotlib.*pip install '\.\[demo\]'"):
             draw(ring())
 
@@ -539,12 +533,6 @@ def test_trajectory_plot_without_data_magnifies_the_samples() -> None:
     figure = plotting.trajectory_plot(*straight_paths())
     assert [len(axes.collections) for axes in figure.axes[:2]] == [2, 2]
     assert figure.axes[1].get_xlim() == pytest.approx((-1.6, 1.6))
-
-
-@pytest.mark.parametrize("shape", [(1, 3, 2), (4, 0, 2), (4, 3, 3), (4, 2), (4, 3, 1, 2)])
-def test_trajectory_plot_refuses_other_shapes(shape: tuple[int, ...]) -> None:
-    with pytest.raises(ValueError, match=re.escape(f"paths has shape {shape}; allowed is (steps")):
-        plotting.trajectory_plot(torch.zeros(shape), [1.0] * shape[0])
 
 
 def test_trajectory_plot_refuses_other_levels() -> None:

@@ -1,7 +1,5 @@
 """The networks that come with the package."""
 
-from __future__ import annotations
-
 import pytest
 import torch
 from sklearn.svm import SVC

@@ -1,7 +1,5 @@
 """The examples of training in other frameworks, each run as its docstring says."""
 
-from __future__ import annotations
-
 import os
 import re
 import subprocess

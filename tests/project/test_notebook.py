@@ -1,7 +1,5 @@
 """The notebook runs, and the stored one shows its pictures."""
 
-from __future__ import annotations
-
 import copy
 from pathlib import Path
 

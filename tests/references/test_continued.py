@@ -1,7 +1,5 @@
 """Chunks that continue each other's sums: the bits of one call over all references."""
 
-from __future__ import annotations
-
 import math
 import os
 
@@ -183,17 +181,14 @@ def test_rows_between_others_in_memory(chunks_of):
     assert same_bits(results(x, ReferenceSet(strided), 0.2, 1.0), results(x, rows, 0.2, 1.0))
 
 
-def test_the_number_of_threads_changes_no_bit(chunks_of, tmp_path):
+def test_the_number_of_threads_changes_no_bit(chunks_of, threads, tmp_path):
     rows = rows_of(torch.float32, 5000, 600)
     chunks_of(rows, 2048)
     file, x = in_file(rows, tmp_path, flips=True), points_near(rows, 70, 0.2)
-    threads, each = torch.get_num_threads(), []
-    try:
-        for count in (1, 2, 3):
-            torch.set_num_threads(count)
-            each.append(results(x, file, 0.2, 1.0))
-    finally:
-        torch.set_num_threads(threads)
+    each = []
+    for count in (1, 2, 3):
+        threads(count)
+        each.append(results(x, file, 0.2, 1.0))
     assert all(same_bits(other, each[0]) for other in each[1:])
 
 

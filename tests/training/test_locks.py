@@ -1,7 +1,5 @@
 """One run at a time in a folder."""
 
-from __future__ import annotations
-
 import errno
 import fcntl
 import os
@@ -210,11 +208,3 @@ def test_work_that_fails_leaves_no_empty_new_folder(tmp_path, work):
     assert names(tmp_path / "done") == []
     with pytest.raises(ValueError, match="folder is ''; allowed is"), work(""):
         pass
-
-
-def test_an_impossible_folder_is_one_error(tmp_path):
-    (tmp_path / "file").touch()
-    message = "cannot be used as the output folder"
-    with pytest.raises(OSError, match=message), locked(tmp_path / "file" / "run"):
-        pass
-    assert names(tmp_path) == ["file"]

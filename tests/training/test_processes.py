@@ -1,7 +1,5 @@
 """Several processes: sharded references, joint training, and the loss of a process."""
 
-from __future__ import annotations
-
 import csv
 import math
 import os

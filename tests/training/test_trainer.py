@@ -67,9 +67,6 @@ def equal(a, b):
     return all(torch.equal(x, y) for x, y in zip(a, b, strict=True))
 
 
-# ---- settings --------------------------------------------------------------------------------
-
-
 def test_learning_rate():
     constant = TrainConfig(steps=100, warmup=10, learning_rate=2.0, decay="none")
     assert [constant.learning_rate_at(t) for t in (0, 4, 9, 10, 99)] == [0.2, 1.0, 2.0, 2.0, 2.0]
@@ -178,30 +175,6 @@ def test_arguments_of_other_types_are_named(flow, data):
         Trainer(flow, net, data, SMALL, labels=np.zeros(len(data), dtype=int))
 
 
-# ---- steps -----------------------------------------------------------------------------------
-
-
-def test_training_learns(data, flow):
-    # Four points, whose field a small network can learn.
-    corners = data[:4].repeat(16, 1)
-    network = pfgm.networks.MLP((2,), width=32, depth=2, **flow.scaling)
-    trainer = Trainer(
-        flow,
-        network,
-        corners,
-        config(steps=100, batch_size=64, references=64, learning_rate=1e-2, ema=0.9),
-        progress=False,
-    )
-
-    def loss(net):
-        generator = torch.Generator().manual_seed(9)
-        return float(flow.loss(net, corners.repeat(20, 1), corners, generator).detach())
-
-    before = loss(network)
-    averaged = trainer.train()
-    assert loss(averaged) < 0.3 * before
-
-
 def test_an_epoch_sees_every_row_once_and_references_contain_the_batch(data, flow):
     trainer = Trainer(flow, new_network(), data, SMALL)
     seen = []
@@ -290,14 +263,6 @@ def test_training_leaves_the_global_generator_alone(data, flow):
     assert torch.equal(torch.random.get_rng_state(), before)
 
 
-def test_uint8_data(flow):
-    pixels = torch.randint(0, 256, (50, 2), dtype=torch.uint8)
-    trainer = Trainer(
-        pfgm.PoissonFlow.from_data(pixels), new_network(), pixels, SMALL, progress=False
-    )
-    assert trainer.train() is trainer.averaged
-
-
 def test_progress_shows_the_loss(data, flow, capsys):
     Trainer(flow, new_network(), data, SMALL).train()
     shown = capsys.readouterr().err
@@ -306,68 +271,36 @@ def test_progress_shows_the_loss(data, flow, capsys):
     assert "step/s" in shown
 
 
-def broken_pipe():
-    reader, writer = os.pipe()
-    os.close(reader)
-    return os.fdopen(writer, "w")
+def test_a_run_goes_on_without_its_progress_bar(data, flow, monkeypatch):
+    monkeypatch.setattr(sys, "stderr", None)
+    trainer = Trainer(flow, new_network(), data, SMALL)
+    trainer.train()
+    assert trainer.step == SMALL.steps
 
 
-def full_device():
-    return open("/dev/full", "w")
+def test_a_report_that_fails_loses_no_steps(tmp_path, data, flow):
+    """A log that cannot be written, and an evaluation that cannot print."""
 
-
-def use_up(stream):
-    """Drops the buffered text of a stream that cannot be written."""
-    if stream is not None:
-        with open(os.devnull, "w") as nowhere:
-            os.dup2(nowhere.fileno(), stream.fileno())
-        stream.close()
-
-
-@pytest.mark.parametrize("opened", [broken_pipe, full_device, lambda: None])
-def test_a_run_goes_on_without_its_progress_bar(tmp_path, data, flow, opened, monkeypatch):
-    stream = opened()
-    monkeypatch.setattr(sys, "stderr", stream)
-    Trainer(flow, new_network(), data, SMALL, folder=tmp_path).train()
-    use_up(stream)
-    assert load_run(tmp_path)[2]["step"] == SMALL.steps
-
-
-@pytest.mark.parametrize("opened", [broken_pipe, full_device])
-def test_an_evaluation_that_cannot_print_loses_no_steps(tmp_path, data, flow, opened, monkeypatch):
-    stream = opened()
-    monkeypatch.setattr(sys, "stdout", stream)
-    trainer = Trainer(
-        flow,
-        new_network(),
-        data,
-        config(evaluate_every=7),
-        folder=tmp_path,
-        progress=False,
-        evaluate=lambda step, network: print(step, flush=True),
-    )
-    with pytest.raises(OSError, match=r"Broken pipe|No space left"):
-        trainer.train()
-    use_up(stream)
-    assert load_run(tmp_path)[2]["step"] == trainer.step == 7
-
-
-def test_a_log_that_cannot_be_written_loses_no_steps(tmp_path, data, flow):
-    network = new_network()
+    def refused(step, network):
+        raise OSError("stdout cannot be written")
 
     def block(call):
         if call == 11:
-            (tmp_path / "log.csv").unlink()
-            (tmp_path / "log.csv").mkdir()
+            (tmp_path / "log" / "log.csv").unlink()
+            (tmp_path / "log" / "log.csv").mkdir()
 
+    network = new_network()
     network.before = block
-    trainer = Trainer(flow, network, data, config(log_every=5), folder=tmp_path, progress=False)
-    with pytest.raises(OSError, match=r"log\.csv"):
-        trainer.train()
-    assert load_run(tmp_path)[2]["step"] == trainer.step == 15
-
-
-# ---- stopping and resuming -------------------------------------------------------------------
+    for name, settings, step in (
+        ("log", config(log_every=5), 15),
+        ("stdout", config(evaluate_every=7), 7),
+    ):
+        trainer = Trainer(
+            flow, network, data, settings, folder=tmp_path / name, progress=False, evaluate=refused
+        )
+        with pytest.raises(OSError, match=name):
+            trainer.train()
+        assert load_run(tmp_path / name)[2]["step"] == trainer.step == step
 
 
 def test_resuming_continues_to_the_same_weights(tmp_path, data, flow):
@@ -534,16 +467,6 @@ def test_training_in_another_thread(data, flow):
     assert trainer.step == SMALL.steps
 
 
-def test_checkpoints_come_when_due_and_at_the_end(tmp_path, data, flow):
-    Trainer(
-        flow, new_network(), data, config(checkpoint_every=10), folder=tmp_path, progress=False
-    ).train()
-    assert sorted(p.name for p in tmp_path.glob("*.safetensors")) == [
-        "step-00000020.safetensors",
-        "step-00000024.safetensors",
-    ]
-
-
 def test_a_loss_that_is_not_finite_stops_the_run_and_spoils_no_checkpoint(tmp_path, data, flow):
     network = new_network()
 
@@ -703,19 +626,20 @@ def test_figures_that_follow_from_the_data_are_compared_up_to_rounding(tmp_path,
         trainer(0.70001).resume()
 
 
-# ---- reference sets ----
-
-
-@pytest.mark.parametrize(("where", "references"), [("memory", 4096), ("file", 16)])
-def test_a_reference_set_trains_as_its_tensor(tmp_path, data, flow, where, references):
-    settings = config(references=references)
-    expected = Trainer(flow, new_network(), data, settings, progress=False).train()
+@pytest.mark.parametrize(
+    ("where", "references", "classes"), [("memory", 4096, 0), ("file", 16, 0), ("memory", 16, 4)]
+)
+def test_a_reference_set_trains_as_its_tensor(tmp_path, data, flow, where, references, classes):
     np.save(tmp_path / "data.npy", data.numpy())
-    source = data if where == "memory" else tmp_path / "data.npy"
-    rows = pfgm.ReferenceSet(source)
+    rows = pfgm.ReferenceSet(data if where == "memory" else tmp_path / "data.npy")
     assert pfgm.PoissonFlow.from_data(rows).M == flow.M
-    trained = Trainer(flow, new_network(), rows, settings, progress=False).train()
-    for a, b in zip(weights(trained), weights(expected), strict=True):
+    options = {"progress": False, "labels": torch.arange(50) % classes if classes else None}
+    trained = []
+    for source in (rows, data):
+        torch.manual_seed(0)
+        net = pfgm.networks.MLP((2,), width=16, depth=1, classes=classes, **flow.scaling)
+        trained.append(Trainer(flow, net, source, config(references=references), **options).train())
+    for a, b in zip(*map(weights, trained), strict=True):
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-6)
 
 
@@ -724,19 +648,6 @@ def test_labels_beyond_the_classes_of_the_network(data, flow):
     labels = torch.arange(50) % 5
     with pytest.raises(ValueError, match="labels holds 4, but the network has 4 classes"):
         Trainer(flow, network, data, SMALL, progress=False, labels=labels)
-
-
-def test_labels_of_a_reference_set(data, flow):
-    rows = pfgm.ReferenceSet(data, labels=torch.arange(50) % 4)
-    network = pfgm.networks.MLP((2,), width=16, depth=1, classes=4, **flow.scaling)
-    networks = network, copy.deepcopy(network)
-    for net, source in zip(networks, (rows, data), strict=True):
-        Trainer(flow, net, source, SMALL, progress=False, labels=rows.labels).train()
-    for a, b in zip(*map(weights, networks), strict=True):
-        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-6)
-
-
-# ---- how a step goes through the network ----
 
 
 def test_steps_in_parts_and_in_half_precision_train_alike(data, flow):
@@ -834,9 +745,6 @@ def test_networks_that_cannot_be_trained(data, flow):
     Trainer(flow, network, data, SMALL, progress=False)
 
 
-# ---- labels, and the other flow ----
-
-
 def test_labels_reach_the_network_and_some_are_dropped(data, flow):
     seen = []
 
@@ -860,30 +768,3 @@ def test_labels_reach_the_network_and_some_are_dropped(data, flow):
 def test_bad_labels(data, flow, labels):
     with pytest.raises(ValueError, match=r"integers of at least 0, of shape \(50,\)"):
         Trainer(flow, new_network(), data, SMALL, labels=labels)
-
-
-def test_the_other_flow_trains_and_resumes(tmp_path, data):
-    flow = pfgm.PoissonFlowPP((2,), D=16, sigma_data=1.0)
-
-    class Backbone(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.layers = nn.Sequential(nn.Linear(3, 32), nn.SiLU(), nn.Linear(32, 2))
-
-        def forward(self, x, noise):
-            return self.layers(torch.cat([x, noise[:, None]], 1))
-
-    def trainer(**changes):
-        torch.manual_seed(0)
-        network = flow.precondition(Backbone())
-        return Trainer(flow, network, data, config(**changes), folder=tmp_path, progress=False)
-
-    whole = trainer(steps=24, checkpoint_every=12).train()
-    half = trainer(steps=30)
-    assert half.resume() == 24
-    assert equal(weights(half.averaged), weights(whole))
-    loaded, network = pfgm.load(tmp_path, flow.precondition(Backbone()))
-    assert loaded == flow
-    assert loaded.sample(network, 4).shape == (4, 2)
-    with pytest.raises(ValueError, match=r"flow has D = 8\.0; .* with D = 16"):
-        Trainer(flow.with_D(8), network, data, SMALL, folder=tmp_path).resume()

@@ -2,8 +2,6 @@
 for an A100, a GeForce card and an H100. Sums of one sign are then too small, over any number of
 features."""
 
-from __future__ import annotations
-
 import math
 
 import pytest

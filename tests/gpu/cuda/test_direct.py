@@ -1,7 +1,5 @@
 """Calls of the CUDA kernels without the operators: when they are made, and that they agree."""
 
-from __future__ import annotations
-
 import functools
 import math
 
@@ -59,9 +57,6 @@ def assert_close(name, results, expected):
         return assert_same(results, expected)
     for value, wanted in zip(results, expected, strict=True):
         torch.testing.assert_close(value, wanted, rtol=3e-7, atol=1e-6)
-
-
-# ---- results ---------------------------------------------------------------------------------
 
 
 @pytest.mark.usefixtures("poisoned")
@@ -227,9 +222,6 @@ def test_values_that_are_not_finite_stay_in_their_row(call, inputs, one_calls):
     assert one_calls == [True, True]
 
 
-# ---- where the operators are needed ----------------------------------------------------------
-
-
 class Doubled(torch.Tensor):
     """A subclass of the tensor."""
 
@@ -345,9 +337,6 @@ def test_a_set_takes_the_operators(call, inputs, one_calls, name):
     assert one_calls == [False]
 
 
-# ---- errors ----------------------------------------------------------------------------------
-
-
 def error_of(function):
     with pytest.raises((ValueError, TypeError, RuntimeError)) as raised:
         function()
@@ -408,9 +397,6 @@ def test_errors_are_those_of_the_operators(call, inputs, device, by_operators, n
         assert_same(results, expected)  # the function has no such argument, or allows the value
     else:
         assert results == expected
-
-
-# ---- steps into inputs memory -----------------------------------------------------------------
 
 
 @pytest.mark.parametrize("rows", [False, True])
@@ -484,9 +470,6 @@ def test_a_workspace_is_not_used_by_two_calls(call, inputs, by_operators):
     expected = by_operators(lambda: [call("field_fn", each) for each in values])
     for one, wanted in zip(results, expected, strict=True):
         assert_same(one, wanted)
-
-
-# ---- the GPU ---------------------------------------------------------------------------------
 
 
 def test_support_is_asked_once(call, inputs, monkeypatch, one_calls):

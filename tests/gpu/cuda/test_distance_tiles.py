@@ -1,7 +1,5 @@
 """Large tiles of references and queries in the CUDA kernel ``distances``, of 128 × 128 and more."""
 
-from __future__ import annotations
-
 import math
 
 import pytest

@@ -1,7 +1,5 @@
 """Gradients from the distances that the forward pass kept, in the CUDA kernels."""
 
-from __future__ import annotations
-
 import math
 
 import pytest
@@ -145,9 +143,6 @@ def test_values_that_are_not_finite(op, bad, N):
         check(op, *problem, 1.0)
 
 
-# ---- references that have no products ----
-
-
 @pytest.mark.parametrize("multiprocessors", [pytest.param(1, marks=pytest.mark.slow), 8])
 @pytest.mark.parametrize("sizes", [(20, 190, 64), (40, 300, 97), (100, 130, 65)])
 def test_references_that_float16_cannot_hold(op, executor, sizes, multiprocessors):
@@ -161,9 +156,6 @@ def test_references_that_float16_cannot_hold(op, executor, sizes, multiprocessor
     share = 0.5 + 0.01 * torch.rand(B, 1, generator=torch.Generator().manual_seed(0))
     x[:] = one + share.to(x.device) * (other - one)
     check(op, x, references, 2e4 * sigma.clamp(min=0.5), 1.0, 1e-4)
-
-
-# ---- what runs, and what is kept ----
 
 
 def names_of(executor, run):
@@ -218,9 +210,6 @@ def test_what_another_problem_kept_is_refused(op, limits):
     limits(references=128)
     with pytest.raises(ValueError, match="kept is of another problem"):
         gradients(op, results, *arguments, kept)
-
-
-# ---- through the functions of the package ----
 
 
 @pytest.fixture

@@ -1,8 +1,6 @@
 """Tiles of 64 references whose smallest distance is beyond all weights: the CUDA ``weigh`` reads no
 distances of them."""
 
-from __future__ import annotations
-
 import math
 
 import pytest

@@ -1,7 +1,5 @@
 """Sums over references for many queries on an sm_90, with products of warpgroups."""
 
-from __future__ import annotations
-
 import math
 
 import pytest

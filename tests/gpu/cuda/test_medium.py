@@ -1,7 +1,5 @@
 """Precision "medium" in the CUDA kernels: float32 references, rounded to float16 in products."""
 
-from __future__ import annotations
-
 import functools
 import math
 
@@ -48,9 +46,6 @@ def two_vectors(B, M, N):
     sign = 2.0 * (torch.rand(M, 1, generator=generator) < 0.5) - 1
     x = 1e-4 * torch.randn(B, N, generator=generator)
     return x, (1.1 * sign).expand(M, N).contiguous()
-
-
-# ---- accuracy ----------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("D", D_VALUES)
@@ -155,9 +150,6 @@ def test_gradients(op, executor, multiprocessors):
         op.assert_gradient(gradient, expected, ANY)
 
 
-# ---- what is computed --------------------------------------------------------------------------
-
-
 @pytest.fixture
 def products(executor):
     """products(run): matrix instructions for float16 in run(), by kernel."""
@@ -212,9 +204,6 @@ def test_the_order_of_threads_does_not_change_a_bit(op, executor, mean_of):
             results.append(mean_of(*arguments))
         for other in results[1:]:
             assert all(torch.equal(a, b) for a, b in zip(results[0], other, strict=True))
-
-
-# ---- public functions --------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("direct", [True, False])

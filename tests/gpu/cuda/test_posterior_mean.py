@@ -1,7 +1,5 @@
 """The posterior mean and its gradients in CUDA: tiles, and the order of threads."""
 
-from __future__ import annotations
-
 import itertools
 import math
 
@@ -27,9 +25,6 @@ SHAPES = [
 @pytest.fixture
 def backend():
     return "native"
-
-
-# ---- forward ----
 
 
 @pytest.mark.parametrize(
@@ -77,9 +72,6 @@ def test_randomised_shapes(op, D):
         B, M, N = (int(torch.randint(1, n, (), generator=generator)) for n in (70, 200, 90))
         x, references, sigma = op.problem(B, M, N, dtype=DTYPES[trial % 4], seed=trial)
         op.check(x, references, op.radius_of(sigma, D), D)
-
-
-# ---- the order of threads and blocks, parts and shapes change nothing but rounding ----
 
 
 @pytest.mark.parametrize("capability", [80, 90])
@@ -269,9 +261,6 @@ def test_huge_numbers_of_dimensions(op):
             assert (gradient - wanted).abs().max() < 1e-5 * wanted.abs().max()
 
 
-# ---- distances that must be refined ----
-
-
 @pytest.fixture(scope="module")
 def photographs():
     """32 × 32 crops of real photographs."""
@@ -299,9 +288,6 @@ def test_accuracy_contract_on_photographs(op, device, executor, photographs, D, 
         x = points + sigma[:, None].float() * torch.randn(18, 3072, generator=generator)
         tensors = (x.to(device), references.to(device), op.radius_of(sigma, D).to(device))
         op.check(*tensors, D, tolerance=2e-5)
-
-
-# ---- limits ----
 
 
 @pytest.mark.parametrize("scale", [1e-33, 1e-25, 2.0**-60, 2.0**60, 1e25, 1e38])
@@ -345,9 +331,6 @@ def test_every_value_of_narrow_references_is_read_correctly(op, device, B):
     values = torch.arange(256, device=device).to(torch.uint8)
     mean, _ = op.compute(values.float().expand(B, -1), values[None], radius, 1.0)
     assert (mean.double() - (values.double() / 127.5 - 1)).abs().max() <= 1.2e-7
-
-
-# ---- weights without float64 ----
 
 
 def on_a_sphere(B, M, N, squared):
@@ -394,9 +377,6 @@ def test_distances_over_sigma_beyond_float32(op, device, sizes, D):
         torch.testing.assert_close(mean, references[: sizes[0]], rtol=2.0**-20, atol=0.0)
         assert total[0].item() == 3.0
         assert total[1].item() == 1.0
-
-
-# ---- sums in float16 parts ----
 
 
 def feature_errors(op, x, references, radius, D):
@@ -452,9 +432,6 @@ def test_sums_of_tiny_and_huge_references(op, scale):
     assert errors.max() <= 1e-5
 
 
-# ---- layouts ----
-
-
 @pytest.mark.parametrize("N", [33, 64, 513])
 def test_strides_and_alignment(op, device, N):
     for dtype in DTYPES:
@@ -467,9 +444,6 @@ def test_strides_and_alignment(op, device, N):
             op.assert_accurate(op.compute(far, apart, sigma, 1.0), expected, references)
         for points in (x.T.contiguous().T, x[:1].expand(18, -1)):
             op.check(points, references, sigma, 1.0)
-
-
-# ---- gradients ----
 
 
 @pytest.mark.parametrize(
@@ -558,9 +532,6 @@ def test_gradients_beside_one_reference(op, B, D):
     assert expected[0].norm(dim=1).min() < 1e-4 * G.norm(dim=1).min().cpu()
     for gradient, wanted in zip(actual, expected, strict=True):
         op.assert_gradient(gradient, wanted, 1e-5)
-
-
-# ---- as torch sees it ----
 
 
 def test_other_types_are_refused_with_the_reason(op):

@@ -1,7 +1,5 @@
 """The list of the pairs whose distance is computed again, in CUDA."""
 
-from __future__ import annotations
-
 import math
 
 import pytest
@@ -75,9 +73,6 @@ def check_gradients(op, x, references, radius, D):
     op.assert_gradient(actual_radius, grad_radius, 1e-4)
 
 
-# ---- which pairs are listed ----
-
-
 @pytest.mark.parametrize("N", FEATURES)
 @pytest.mark.parametrize("M", [64, 65, 127, 300])
 @pytest.mark.usefixtures("poisoned")
@@ -126,9 +121,6 @@ def test_chunks_and_blocks(op, refined, N):
 def test_more_tiles_than_a_block_has_threads(op, refined):
     problem = all_near_but_one(op, 2, 20_000, 20)
     assert refined(lambda: op.check(*problem, 1.0)) == [2 * 19_999]
-
-
-# ---- references that are not finite, or have no products ----
 
 
 @pytest.mark.parametrize("N", [40, 96])
@@ -219,9 +211,6 @@ def test_differences_too_large_for_float32_are_cut_off(op, device):
     radius = torch.full((4,), 1e-20, dtype=torch.float64, device=device)
     mean, _ = op.compute(x, references, radius, 1.0)
     assert torch.equal(mean, torch.zeros_like(mean))
-
-
-# ---- the order of the list, and the blocks that share it, change nothing ----
 
 
 @pytest.mark.slow

@@ -1,7 +1,5 @@
 """Tiles of 128 references × 128 or 256 queries in precision "medium", multiplied by warpgroups."""
 
-from __future__ import annotations
-
 import math
 
 import pytest

@@ -1,7 +1,5 @@
 """Blocks of the CUDA kernel ``distances`` that share out the features, and ``finish_distances``."""
 
-from __future__ import annotations
-
 import itertools
 import math
 

@@ -1,7 +1,5 @@
 """Trials of pfgm check by the CUDA kernels, and what the environment turns off."""
 
-from __future__ import annotations
-
 import pytest
 
 from pfgm.backends.trials import EXACT, TRIALS, Place, errors

@@ -1,8 +1,6 @@
 """Every CUDA kernel waits for earlier launches before it accesses global memory, in all threads.
 The executor looks at this in each launch on an sm_90; here each kernel is launched on one."""
 
-from __future__ import annotations
-
 import pytest
 import torch
 

@@ -1,7 +1,5 @@
 """Calls of the Triton kernels without the dispatcher: when they are made, and that they agree."""
 
-from __future__ import annotations
-
 import functools
 
 import pytest

@@ -1,7 +1,5 @@
 """Kernels that are compiled and loaded while a CUDA graph is captured."""
 
-from __future__ import annotations
-
 import pytest
 import torch
 from pfgm.kernels import centering, distances, normalised_field, posterior_mean

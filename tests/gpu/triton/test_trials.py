@@ -1,7 +1,5 @@
 """Trials of pfgm check by Triton's kernels."""
 
-from __future__ import annotations
-
 import pytest
 
 from pfgm.backends.trials import TRIALS, errors

@@ -1,7 +1,5 @@
 """The choice among a kernel's configurations."""
 
-from __future__ import annotations
-
 import pytest
 import torch
 from pfgm.kernels import distances, posterior_mean, problem, tuning

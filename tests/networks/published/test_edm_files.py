@@ -1,7 +1,5 @@
 """The files of the trainer of EDM and PFGM++."""
 
-from __future__ import annotations
-
 import collections
 import math
 import pickle
@@ -200,16 +198,6 @@ def test_the_full_architecture_is_inferred(name, published_shapes):
     assert as_json(infer_config(StandIn("EDMPrecond", state), weights, None)) == config
 
 
-# ---- pfgm convert ----
-
-
-def fails(capsys, *arguments):
-    """The error of a command that must fail."""
-    capsys.readouterr()
-    assert cli.main([str(argument) for argument in arguments]) == 2
-    return capsys.readouterr().err.strip()
-
-
 @pytest.mark.parametrize(
     ("file", "state", "option"),
     [
@@ -217,7 +205,7 @@ def fails(capsys, *arguments):
         ("protocol-2.pkl", {"pfgmpp": None}, ["--D", "inf", "--no-ema"]),
     ],
 )
-def test_convert_makes_a_checkpoint(tmp_path, capsys, file, state, option):
+def test_convert_makes_a_checkpoint(tmp_path, capsys, refusal, file, state, option):
     """The samples of the command line are those of the published network, labels included."""
     net, trained = (EDMDenoiser(1, 8, classes=3, **TINY) for _ in range(2))
     path = published_file(tmp_path / file, net, trained, WRITERS[file], **state)
@@ -238,48 +226,45 @@ def test_convert_makes_a_checkpoint(tmp_path, capsys, file, state, option):
     )
     drawn = torch.from_numpy(np.load(tmp_path / "x.npy"))
     torch.testing.assert_close(drawn, correct, rtol=1e-4, atol=1e-4)
-    assert "solver is 'consistency'" in fails(
-        capsys, *sample, "--out", tmp_path / "y.npy", "--solver", "consistency"
+    assert "solver is 'consistency'" in refusal(
+        *sample, "--out", tmp_path / "y.npy", "--solver", "consistency"
     )
 
 
 @pytest.mark.parametrize("file", WRITERS)
-def test_a_published_file_as_a_checkpoint_names_convert(tmp_path, capsys, file):
+def test_a_published_file_as_a_checkpoint_names_convert(tmp_path, refusal, file):
     path = published_file(tmp_path / file, EDMDenoiser(1, 8, **TINY), write=WRITERS[file])
     sentence = f"`pfgm convert {path} --out NAME.safetensors` makes one from a published file"
     sample = ["sample", "--checkpoint", path, "--out", tmp_path / "x.npy"]
-    assert sentence in fails(capsys, *sample)
-    assert sentence in fails(capsys, "evaluate", *sample[1:3], "--out", tmp_path / "new")
+    assert sentence in refusal(*sample)
+    assert sentence in refusal("evaluate", *sample[1:3], "--out", tmp_path / "new")
     assert sorted(each.name for each in tmp_path.iterdir()) == [file]
 
 
-def test_what_convert_refuses(tmp_path, capsys):
+def test_what_convert_refuses(tmp_path, refusal):
     net = EDMDenoiser(1, 8, **TINY)
     path = published_file(tmp_path / "state.pt", net)
     silent = published_file(tmp_path / "edm.pkl", net, write=dumped(4), pfgmpp=None)
     out = ["--out", tmp_path / "new" / "net.safetensors"]
-    assert "D is 64; allowed is 2048, that of" in fails(capsys, "convert", path, *out, "--D", 64)
-    assert "does not say its D; give --D inf" in fails(capsys, "convert", silent, *out)
-    assert "D is -1.0; allowed is any" in fails(capsys, "convert", silent, *out, "--D", -1)
-    assert "M is 291, but" in fails(capsys, "convert", path, *out, "--M", 291)
-    assert "its resolution is 8" in fails(capsys, "convert", path, *out, "--resolution", 9)
-    assert "there is no checkpoint at" in fails(capsys, "convert", tmp_path / "no.pth", *out)
-    assert "names that end in .safetensors" in fails(
-        capsys, "convert", path, "--out", tmp_path / "net.pth"
+    assert "D is 64; allowed is 2048, that of" in refusal("convert", path, *out, "--D", 64)
+    assert "does not say its D; give --D inf" in refusal("convert", silent, *out)
+    assert "D is -1.0; allowed is any" in refusal("convert", silent, *out, "--D", -1)
+    assert "M is 291, but" in refusal("convert", path, *out, "--M", 291)
+    assert "its resolution is 8" in refusal("convert", path, *out, "--resolution", 9)
+    assert "there is no checkpoint at" in refusal("convert", tmp_path / "no.pth", *out)
+    assert "names that end in .safetensors" in refusal(
+        "convert", path, "--out", tmp_path / "net.pth"
     )
     (tmp_path / "a.safetensors").mkdir()
-    assert "a folder or the published" in fails(
-        capsys, "convert", path, "--out", tmp_path / "a.safetensors"
+    assert "a folder or the published" in refusal(
+        "convert", path, "--out", tmp_path / "a.safetensors"
     )
     same = tmp_path / "state.safetensors"
     same.symlink_to(path)
-    assert "the published file" in fails(capsys, "convert", path, "--out", same)
+    assert "the published file" in refusal("convert", path, "--out", same)
     path.write_bytes(path.read_bytes()[:5000])
-    assert "truncated or not a checkpoint" in fails(capsys, "convert", path, *out)
+    assert "truncated or not a checkpoint" in refusal("convert", path, *out)
     assert not (tmp_path / "new").exists()
-
-
-# ---- refusals ----
 
 
 def inner(content, *path):

@@ -1,7 +1,5 @@
 """Pickles read as data: what is refused, and the cost of broken and crafted files."""
 
-from __future__ import annotations
-
 import copyreg
 import pickle
 import struct
@@ -34,8 +32,6 @@ def write_archive(path, content, byteorder=b"little"):
         archive.writestr("archive/data.pkl", content)
         archive.writestr("archive/byteorder", byteorder)
 
-
-# ---- pickles that would do something ----
 
 EXTENSION = 201
 
