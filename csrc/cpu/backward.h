@@ -93,8 +93,8 @@ bool exceeds(const Problem& problem) {
   return false;
 }
 
-// Fails with the first query for which a reference counts that holds a value that T cannot hold.
-// Such a reference gives a moment that is not finite, and so do upstream gradients of that kind.
+// Fails with the first query for which a reference counts that T cannot hold: its moment is not
+// finite, though its upstream gradients are.
 template <class T, class R>
 Status check_moments(const Problem& problem, const Backward& io, const double* moments, Index count,
                      Index first) {
@@ -164,7 +164,7 @@ class BackwardPass {
       project();
       find_coefficients();
       if (needs_sums_) {
-        groups_.weigh(problem_.threads, each(c_), [&](Index b) { return bounds_[b]; });
+        groups_.set_weights(problem_.threads, each(c_), [&](Index b) { return bounds_[b]; });
         weighted_.add(distances_, groups_, mean_, sums_);
       }
       if (io_.grad_y)
@@ -236,7 +236,7 @@ class BackwardPass {
       const bool is_listed = !is_steep_[b] && states_[b].live > 0;
       groups_.note(b, p_.at(b * kStride), distances_.count(),
                    [is_listed](double p) { return is_listed && p != 0; });
-      if (!distances_.dense())  // where all pairs are computed, they are assigned
+      if (!distances_.takes_all_pairs())  // where all pairs are computed, they are assigned
         std::memset(c_.at(b * kStride), 0, padded_count(distances_.count()) * sizeof(double));
     });
   }
@@ -245,7 +245,7 @@ class BackwardPass {
   void project() {
     groups_.arrange(count_, distances_.count(), problem_.threads);
     const auto y = [&](Index j) { return distances_.reference(j); };
-    if (distances_.dense()) {
+    if (distances_.takes_all_pairs()) {
       dense_.template sum<Projection>(
           count_, distances_.count(), features_, [&](Index b) { return mean_ + b * features_; },
           [&](Index b) { return grad_ + b * features_; }, y, each(c_));

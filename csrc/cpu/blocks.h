@@ -35,8 +35,8 @@ constexpr int kMaxIndependentThreads = 8;
 // it costs more than it saves.
 constexpr double kThreadWork = 1 << 19;
 
-// The problem with no more threads than have that much work. Threads wait for each other after at
-// most `queries` and `references`.
+// The problem with no more threads than have that much work, if they wait for each other after
+// every `queries` × `references` pairs.
 Problem with_threads(Problem problem, Index queries, Index references) {
   const double size = static_cast<double>(smaller(queries, problem.queries)) *
                       static_cast<double>(smaller(references, problem.references)) *
@@ -52,10 +52,10 @@ Problem with_threads(Problem problem, Index queries, Index references) {
 template <class F>
 Status by_blocks(const Problem& problem, bool independent, const F& run) {
   const Index blocks = divide_up(problem.queries, kSmallBlock);
-  const bool few =
-      problem.threads > 1 && problem.threads <= kMaxIndependentThreads && problem.threads <= blocks;
   if (problem.features >= kListedFeatures) return run(problem, 0);
-  if (!independent || !few) return run(with_threads(problem, kSmallBlock, kChunk), 0);
+  const bool share_blocks =
+      problem.threads > 1 && problem.threads <= kMaxIndependentThreads && problem.threads <= blocks;
+  if (!independent || !share_blocks) return run(with_threads(problem, kSmallBlock, kChunk), 0);
   std::vector<Status> found(blocks);
   parallel(blocks, problem.threads, [&](Index task, int) {
     Problem block = problem;

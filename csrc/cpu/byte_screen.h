@@ -48,7 +48,7 @@ constexpr bool kByteScreens = false;
 constexpr Index kByteTile = Simd<float>::tile;  // references in a tile
 constexpr Index kWordGroup = 4 * kFloats;       // features in a group of words
 // Features summed before the sums are merged in float64. Up to here the sums of squares of bytes
-// are exact in float32, 255² features a lane < 2^24, and sums of products in int32.
+// are exact in float32, 256 · 255² < 2^24 in a lane, and sums of products in int32.
 constexpr Index kBytePanel = 64 * kWordGroup;
 
 // What the bound needs of a tile of references beside their bytes.
@@ -305,7 +305,8 @@ class ByteScreen {
     const float middle = range.low / 2 + range.high / 2;
     const float below = middle - range.low, above = range.high - middle;
     constexpr float most = 127;
-    const float step = (below > above ? below : above) / (most - 0.5f);
+    const float step =
+        (below > above ? below : above) / (most - 0.5f);  // so that rounding stays within a byte
     const Sums found = round_values(x, middle, step, -most, most, words);
     const double b = middle, g = step;
     return {b,
@@ -354,8 +355,8 @@ class ByteScreen {
     if constexpr (!std::is_same_v<R, std::uint8_t>) {
       const Range range = range_of(y);
       a = low = range.low;
-      h = step = (range.high - range.low) / 254.5f;
-      if (sizeof(R) > sizeof(float))  // float64 is rounded to float32 first
+      h = step = (range.high - range.low) / 254.5f;  // half a step less, as in round()
+      if (sizeof(R) > sizeof(float))                 // float64 is rounded to float32 first
         rounded = 6e-8 * (std::fabs(a) + 255 * h);
     }
     const Sums found = round_values(y, low, step, 0, 255, words);

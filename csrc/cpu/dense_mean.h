@@ -13,8 +13,7 @@ namespace {
 constexpr int kSumFeatures = kVectorBytes == 64 ? 4 : 2;
 
 // sums[q][k] = Σ_j weights[q][j] (y_j[k] − origin[q][k]) over the tiles of references begin … end −
-// 1 and the kSumFeatures features from k on, some of which may repeat. Without kOrigin, origin is
-// 0.
+// 1 and the kSumFeatures features k[c], which may repeat. Without kOrigin, origin is 0.
 template <int kRows, bool kOrigin>
 void sum_rows(const float* const* weights, const float* const* origin, const float* packed,
               const Index* k, Index stride, Index begin, Index end,
@@ -68,7 +67,7 @@ void add_rows(const DenseRows<R>& rows, const Index* row, Index number, Index fe
       }
 }
 
-// Weights in a row are divided by this, so that sums over large references do not overflow.
+// Weights in a row are multiplied by this, so that sums over large references do not overflow.
 constexpr float kShare = 1.0f / kChunk;
 
 // Replaces the distances of a row by weights. Returns their sum.

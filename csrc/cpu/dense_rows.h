@@ -31,14 +31,14 @@ bool is_dense(const Problem& problem) {
          problem.queries >= kFewestRows;
 }
 
-// Features of a packed tile. An odd multiple of 4: with a power of two the same features of all
-// tiles would compete for a few cache sets.
+// Features of a packed tile. An not_finite multiple of 4: with a power of two the same features of
+// all tiles would compete for a few cache sets.
 inline Index packed_features(Index features) {
   return features < 16 ? features : round_up(features + 4, 8) - 4;
 }
 
-// References in a chunk: whole tiles, and such that few of these chunks and of those of
-// chunk_size() end at the same reference.
+// References in a chunk: whole tiles, and a divisor of kChunk or kDenseMultiple, which keeps
+// chunk_rows() small.
 inline Index dense_chunk(const Problem& problem) {
   constexpr Index tile = Simd<float>::tile;
   const Index row = packed_features(problem.features) * static_cast<Index>(sizeof(float));
@@ -119,7 +119,7 @@ class DenseRows {
         packed_(workspace),
         rows_(packed_ + dense_chunk(problem) * packed_features(problem.features)),
         lows_(rows_ + kMaxRows * kFloatStride),
-        odds_(lows_ + kMaxRows * kFloats) {}
+        not_finite_(lows_ + kMaxRows * kFloats) {}
 
   // Packs a chunk of references and computes its squared distances.
   void set_chunk(Index first, Index count) {
@@ -128,7 +128,7 @@ class DenseRows {
     count_ = count;
     for (Index b = 0; b < queries_; ++b) {
       vector_at(lows_ + b * kFloats) = Floats{} + kLargestFloat;
-      vector_at(odds_ + b * kFloats) = Floats{};
+      vector_at(not_finite_ + b * kFloats) = Floats{};
     }
     for (Index j = 0; j < count; j += tile) {
       float* packed = packed_ + j * packed_features(problem_.features);
@@ -153,17 +153,17 @@ class DenseRows {
     const bool nearer = found.value < known.nearest;
     const double base = nearer ? found.value : known.nearest, r = radius(b);
     const double fall = nearer ? law_.cutoff : visible_fall(law_, known);
-    const Precision<float, R> precision(law_, query(b), problem_.features, base, r);
-    const double near = precision.reach(kNear);
-    const double far = precision.reach(fall > kNear ? fall : kNear);
+    const NeededDigits<float, R> needed(law_, query(b), problem_.features, base, r);
+    const double near = needed.reach(kNear);
+    const double far = needed.reach(fall > kNear ? fall : kNear);
     if (found.value > far) return false;
     if (!in_float || !FloatWeights(law_, base, r, fall).fits()) return take(b, far, near, list);
-    const Index close = number_within(b, near);
-    if (close > kFewCandidates && found.value > kUnderflow && !precision.insufficient()) {
+    const Index candidates = number_within(b, near);
+    if (candidates > kFewCandidates && found.value > kFloatUnderflow && !needed.insufficient()) {
       list.nearest = found.value;
       return true;
     }
-    if (number_within(b, far) <= close + kFewReferences) return take(b, far, near, list);
+    if (number_within(b, far) <= candidates + kFewReferences) return take(b, far, near, list);
     take(b, near, near, list);
     return true;
   }
@@ -188,11 +188,11 @@ class DenseRows {
   };
 
   Least least(Index b) const {
-    const float *low = lows_ + b * kFloats, *odd = odds_ + b * kFloats;
+    const float *low = lows_ + b * kFloats, *not_finite = not_finite_ + b * kFloats;
     Least found = {kLargestFloat, true};
     for (Index lane = 0; lane < kFloats; ++lane) {
       if (low[lane] < found.value) found.value = low[lane];
-      if (odd[lane] != 0) found.finite = false;
+      if (not_finite[lane] != 0) found.finite = false;
     }
     return found;
   }
@@ -234,7 +234,7 @@ class DenseRows {
     }
     Floats& low = vector_at(lows_ + b * kFloats);
     low = lowest < low ? lowest : low;
-    vector_at(odds_ + b * kFloats) += zero;
+    vector_at(not_finite_ + b * kFloats) += zero;
   }
 
   Index number_within(Index b, double limit) const {
@@ -282,7 +282,7 @@ class DenseRows {
   const Problem& problem_;
   const WeightLaw& law_;
   const Index first_query_, queries_;
-  float *const packed_, *const rows_, *const lows_, *const odds_;
+  float *const packed_, *const rows_, *const lows_, *const not_finite_;
   Index first_reference_ = 0, count_ = 0;
 };
 

@@ -23,7 +23,7 @@ constexpr Index kFewCandidates = 16;
 // Stands for a distance that is not needed.
 constexpr double kSkipped = std::numeric_limits<double>::max();
 // When float32 distances do not suffice (Distances::refine):
-constexpr double kUnderflow = 1e-30;  // squared distances below this lose digits to underflow
+constexpr double kFloatUnderflow = 1e-30;  // squared distances below this lose digits to underflow
 // Distances below this share of |x| suffer from the rounding of y.
 constexpr double kCloseShare = 0.1;
 // A query is close if its squared distance from the nearest reference is below this share of |x|².
@@ -34,12 +34,13 @@ constexpr double kNear = 20.0;  // a weight below e^-20 of the largest needs no 
 template <class T, class R>
 constexpr bool kHoldsExactly = sizeof(R) <= sizeof(T) && !std::is_same_v<R, std::uint8_t>;
 
-static_assert(kBatch / 8 % kByteTile == 0, "a chunk begins with a tile of the screen");
+constexpr Index kChunkUnit = kBatch / 8;  // whole words of Groups, and tiles of the screen
+static_assert(kChunkUnit % kByteTile == 0, "a chunk begins with a tile of the screen");
 
 template <class R>
 Index chunk_size(const Problem& problem) {
   const Index fitting = kMaxChunkBytes / (problem.features * static_cast<Index>(sizeof(R)));
-  return smaller(kChunk, larger(kBatch / 8, round_up(fitting, kBatch / 8)));
+  return smaller(kChunk, larger(kChunkUnit, round_up(fitting, kChunkUnit)));
 }
 
 template <class T>
@@ -76,11 +77,11 @@ double exact_distance(const T* x, const R* y, Index features) {
   return total;
 }
 
-// What the digits of the distances of one query must suffice for. `base` is the smallest of them.
+// How exact the distances of one query must be. `base` is the smallest of them.
 template <class T, class R>
-class Precision {
+class NeededDigits {
  public:
-  Precision(const WeightLaw& law, const T* x, Index features, double base, double radius)
+  NeededDigits(const WeightLaw& law, const T* x, Index features, double base, double radius)
       : law_(law),
         norm_(kHoldsExactly<T, R> ? 0 : std::sqrt(squared_norm(x, features))),
         base_(base),
@@ -90,11 +91,12 @@ class Precision {
   // No reference beyond this distance has a score that is at most `fall` lower than the best.
   double reach(double fall) const {
     return widened(base_ * (2 * kSumError<T> + 1) + law_.excess_at(fall, base_, radius_) +
-                   kUnderflow);
+                   kFloatUnderflow);
   }
 
   // Whether errors of T would change the weights. The sensitivity of a point drawn from the
-  // references is about features/2; there the errors of many distances average out.
+  // references is about features/2. Half as much again is tolerated, and always 256: there the
+  // errors of many distances average out.
   bool insufficient() const {
     return law_.sensitivity(base_, radius_) > tolerated_ ||
            base_ < kCloseShare * norm_ * kCloseShare * norm_;
@@ -116,6 +118,7 @@ class Precision {
 template <class T, class R>
 class Distances {
  public:
+  // The pairs to compute.
   using Lists = Groups<T, kTileQueries>;
 
   Distances(const Problem& problem, const WeightLaw& law, Index max_queries)
@@ -128,13 +131,13 @@ class Distances {
         padded_(round_up(problem.features, 64) + 16),
         queries_(max_queries * padded_),
         squared_(max_queries * kStride),
-        alive_(max_queries),
+        needed_(max_queries),
         dense_(problem.threads),
         pairs_(problem.threads),
         screen_(problem, screened_ ? max_queries : 0, screened_ ? chunk_size<R>(problem) : 0) {}
 
   explicit operator bool() const {
-    return queries_ && squared_ && alive_ && dense_ && pairs_ && screen_;
+    return queries_ && squared_ && needed_ && dense_ && pairs_ && screen_;
   }
 
   void set_queries(Index first, Index count) {
@@ -183,7 +186,7 @@ class Distances {
     first_reference_ = first;
     count_ = count;
     parallel(queries_count_, problem_.threads, [&](Index b, int) {
-      alive_[b] = kept.read(first_query_ + b, first, kSkipped, row(b), count);
+      needed_[b] = kept.read(first_query_ + b, first, kSkipped, row(b), count);
     });
   }
 
@@ -194,20 +197,20 @@ class Distances {
   // are recomputed if they are few, or if their error would change the weights.
   double refine(Index b, const QueryState& known) {
     double* squared = this->row(b);
-    if (listed_ && alive_[b] == 0) return kSkipped;
+    if (listed_ && needed_[b] == 0) return kSkipped;
     pad(squared);
     const Least found = least(squared);
     if (sizeof(T) != sizeof(float)) return found.finite ? told_apart(b, found.value) : kNaN;
     double limit = kInfinity;
     if (found.finite) {
       const double base = found.value < known.nearest ? found.value : known.nearest;
-      const Precision<T, R> precision(law_, query(b), problem_.features, base, radius(b));
-      const double near = precision.reach(kNear);
+      const NeededDigits<T, R> needed(law_, query(b), problem_.features, base, radius(b));
+      const double near = needed.reach(kNear);
       if (found.value > near) return found.value;
       Index candidates = 0;
       for (Index j = 0; j < count_; ++j) candidates += squared[j] <= near;
-      const bool decisive = candidates <= kFewCandidates || precision.insufficient();
-      limit = decisive ? near : kUnderflow;
+      const bool decisive = candidates <= kFewCandidates || needed.insufficient();
+      limit = decisive ? near : kFloatUnderflow;
       if (found.value > limit) return found.value;
     }
     for (Index j = 0; j < count_; ++j)
@@ -225,7 +228,7 @@ class Distances {
     return static_cast<const T*>(problem_.x) + (first_query_ + b) * problem_.x_stride;
   }
   // Whether all pairs are computed, without lists.
-  bool dense() const { return !listed_; }
+  bool takes_all_pairs() const { return !listed_; }
   double radius(Index b) const { return problem_.radius[first_query_ + b]; }
   Index count() const { return count_; }
 
@@ -247,15 +250,15 @@ class Distances {
   // cost of a screen.
   bool pays(Index count) const {
     if (queries_count_ >= kScreenedQueries) return true;
-    Index alive = 0;
-    for (Index b = 0; b < queries_count_; ++b) alive += alive_[b];
-    return 2 * alive < queries_count_ * count;
+    Index pairs = 0;
+    for (Index b = 0; b < queries_count_; ++b) pairs += needed_[b];
+    return 2 * pairs < queries_count_ * count;
   }
 
   // Replaces bounds by 0 where the distance is needed and by kSkipped elsewhere.
   void choose(Index b, const QueryState& known) {
     double* squared = row(b);
-    alive_[b] = count_;
+    needed_[b] = count_;
     if (!screening_) {
       std::memset(squared, 0, count_ * sizeof(double));
       return;
@@ -263,17 +266,17 @@ class Distances {
     pad(squared);
     Index candidate = -1;
     const double far = farthest(b, known, &candidate);
-    alive_[b] = screen_.choose(b, far, kSkipped, squared, count_);
+    needed_[b] = screen_.choose(b, far, kSkipped, squared, count_);
     // Whatever the bounds are, a query without known distances gets one.
     if (candidate < 0 || squared[candidate] == 0) return;
     squared[candidate] = 0;
-    ++alive_[b];
+    ++needed_[b];
   }
 
   // The squared distance beyond which no reference counts. The cutoff is relative to the sum of all
   // weights, which is at least the weight of the nearest and at least the sum over earlier chunks.
-  // If a reference of the chunk may be nearer than all before, `nearest` becomes the likeliest.
-  double farthest(Index b, const QueryState& known, Index* nearest) const {
+  // If a reference of the chunk may be nearer than all before, `likeliest` becomes it.
+  double farthest(Index b, const QueryState& known, Index* likeliest) const {
     const double* bounds = row(b);
     const double lowest = least(bounds).value;
     double far = kInfinity;
@@ -285,7 +288,7 @@ class Distances {
     if (!(lowest < known.nearest && lowest < kSkipped)) return far;  // padding has kSkipped
     Index candidate = 0;
     while (bounds[candidate] != lowest) ++candidate;
-    *nearest = candidate;
+    *likeliest = candidate;
     double upper = exact_distance(query(b), reference(candidate), problem_.features);
     // The candidate itself and what separate() must see stay within reach.
     if (kMayUnderflow<T, R> && upper < least_square(problem_.features))
@@ -305,17 +308,17 @@ class Distances {
 
   Least least(const double* squared) const {
     Doubles low = Doubles{} + kInfinity;
-    Longs odd = {}, nan = {};
+    Longs not_finite = {}, nan = {};
     for (Index j = 0; j < padded_count(count_); j += kDoubles) {
       const Doubles s = vector_at(squared + j);
       nan |= s != s;
-      odd |= ~(s <= kSkipped);
+      not_finite |= ~(s <= kSkipped);
       low = s < low ? s : low;
     }
     Least result = {kInfinity, true};
     for (Index lane = 0; lane < kDoubles; ++lane) {
       if (nan[lane]) return {kNaN, false};
-      if (odd[lane]) result.finite = false;
+      if (not_finite[lane]) result.finite = false;
       if (low[lane] < result.value) result.value = low[lane];
     }
     return result;
@@ -328,7 +331,7 @@ class Distances {
   const Index padded_;
   Buffer<T> queries_;  // rows of padded_ features, with zeros at the end
   Buffer<double> squared_;
-  Buffer<Index> alive_;
+  Buffer<Index> needed_;
   DenseTiles<T> dense_;
   PairTiles<T, R, kTileQueries> pairs_;
   Screen<T, R> screen_;

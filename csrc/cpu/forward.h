@@ -108,7 +108,7 @@ Status forward(const Problem& problem, const Forward& out) {
           status.failure != Failure::none)
         return status;
       groups.arrange(count, distances.count(), problem.threads);
-      groups.weigh(problem.threads, weights, [&](Index b) { return states[b].total; });
+      groups.set_weights(problem.threads, weights, [&](Index b) { return states[b].total; });
       weighted.add(distances, groups, nullptr, sums);
     }
 

@@ -106,8 +106,8 @@ Status check_singular(const Problem& problem, const WeightLaw& law, const Backwa
   return {};
 }
 
-// A gradient multiplies p_j by (y_j − mean)²/s, which may be large. The cutoff of p_j is this much
-// lower, in nats.
+// A gradient multiplies p_j by (y_j − mean)²/s, which may be large. So p_j counts down to
+// e^-kGradientCutoff of the smallest weight that counts for a mean.
 constexpr double kGradientCutoff = 8;
 
 template <class T, class R>

@@ -87,8 +87,8 @@ class Groups {
   // weights_of(b) are the weights of row b over the chunk; scale_of(b) > 0 bounds the sum of their
   // magnitudes.
   template <class WeightsOf, class ScaleOf>
-  void weigh(int threads, const WeightsOf& weights_of, const ScaleOf& scale_of) {
-    parallel(count_, threads, [&](Index g, int) { weigh(groups_[g], weights_of, scale_of); });
+  void set_weights(int threads, const WeightsOf& weights_of, const ScaleOf& scale_of) {
+    parallel(count_, threads, [&](Index g, int) { set_weights(groups_[g], weights_of, scale_of); });
   }
 
   Index count() const { return count_; }
@@ -162,7 +162,8 @@ class Groups {
   }
 
   template <class WeightsOf, class ScaleOf>
-  static void weigh(Group<T, kRows>& group, const WeightsOf& weights_of, const ScaleOf& scale_of) {
+  static void set_weights(Group<T, kRows>& group, const WeightsOf& weights_of,
+                          const ScaleOf& scale_of) {
     for (Index q = 0; q < kRows; ++q) {
       if (q >= group.rows) {
         for (Index i = 0; i < group.length; ++i) group.weights[i][q] = 0;

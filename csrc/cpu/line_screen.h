@@ -36,7 +36,7 @@ template <class T> constexpr double kSketchError = 64 * std::numeric_limits<T>::
 template <class T> constexpr double kLostDeviation =
     sizeof(T) == sizeof(float) ? 1.1e-19 : 1.5e-154;
 // Bound of the relative error of sums of squares, if they do not underflow: a lane adds at most 196
-// values.
+// values, kPairPanel<float> over four lanes.
 template <class T> constexpr double kSumError = sizeof(T) == sizeof(float) ? 2e-5 : 1e-13;
 
 template <class T, class R>
@@ -74,6 +74,7 @@ class LineScreen {
     } else {
       sketch(count, y, references_.data(), reference_lengths_.data());
     }
+    // A NaN is replaced by the next length: its own bound is NaN, which rules nothing out.
     longest_ = 0;
     for (Index j = 0; j < count; ++j)
       if (!(lengths[j] <= longest_)) longest_ = static_cast<double>(lengths[j]);
@@ -108,10 +109,10 @@ class LineScreen {
   // Replaces bounds of query b by 0 where the squared distance may be at most `far`, and by `skip`
   // elsewhere. Returns the number of zeros.
   Index choose(Index b, double far, double skip, double* bounds, Index count) const {
-    const double lost = std::sqrt(static_cast<double>(kLine * lines_)) * kLostDeviation<T>;
-    const double loss =
-        kSketchError<T> * (static_cast<double>(query_lengths_[b]) + longest_) + 2 * lost;
-    const double distance = std::sqrt(far) + loss;
+    const double underflow = std::sqrt(static_cast<double>(kLine * lines_)) * kLostDeviation<T>;
+    const double lost =
+        kSketchError<T> * (static_cast<double>(query_lengths_[b]) + longest_) + 2 * underflow;
+    const double distance = std::sqrt(far) + lost;
     const double limit = distance * distance / (1 - kSumError<T>);
     Index kept = 0;
     for (Index j = 0; j < count; ++j) {
@@ -123,7 +124,7 @@ class LineScreen {
   }
 
  private:
-  // The same without packing.
+  // As bound(), without packing.
   template <class Out>
   void bound_few(Index count, const T* rows, const Out& out) {
     parallel(divide_up(count, kTaskReferences), problem_.threads, [&](Index task, int) {

@@ -71,8 +71,8 @@ void write_row(const NormalisedField& field, Index row) {
 template <class T>
 void write_gradients(const NormalisedField& field, const NormalisedFieldBackward& io, Index row) {
   const Norm norm = norm_of<T>(field, row);
-  const bool nowhere = norm.size == 0;
-  const double scale = nowhere && field.gamma == 0 ? 0 : norm.scale;
+  const bool at_zero = norm.size == 0;
+  const double scale = at_zero && field.gamma == 0 ? 0 : norm.scale;
   const T* d = row_of<T>(field.difference, row, field.stride);
   const T* upstream = row_of<T>(io.grad_field_x, row, io.grad_field_x_stride);
   const double z = field.z[row];
@@ -82,7 +82,7 @@ void write_gradients(const NormalisedField& field, const NormalisedFieldBackward
                        });
   // In this order nothing overflows that is multiplied by a small number afterwards.
   const double factor =
-      nowhere ? 0 : along / norm.size * scale / std::sqrt(static_cast<double>(field.features));
+      at_zero ? 0 : along / norm.size * scale / std::sqrt(static_cast<double>(field.features));
   T* out = static_cast<T*>(io.grad_difference) + row * field.features;
   for (Index k = 0; k < field.features; ++k)
     out[k] = static_cast<T>(scale * static_cast<double>(upstream[k]) +

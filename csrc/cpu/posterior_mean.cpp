@@ -72,6 +72,7 @@ Status run_backward(const Problem& given, const Backward& io) {
 }
 
 Status run_pulls(const Problem& given, const Backward& io) {
+  if (!sketch_fits(given)) return {Failure::sketch, 0};
   const Problem problem = with_threads(given, given.queries, given.references);
   return with_types(problem, [&](auto t, auto r) {
     if (is_dense<decltype(t)>(problem)) return dense_pulls<decltype(r)>(problem, io);

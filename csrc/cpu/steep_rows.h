@@ -43,6 +43,7 @@ bool is_steep(const WeightLaw& law, double nearest, double total, double radius,
       law.gaussian ? radius : std::sqrt((nearest + radius * radius) / law.exponent / 2);
   const double distance = std::sqrt(nearest + sigma * sigma);
   const double slope = distance / sigma / sigma, rounding = std::numeric_limits<T>::epsilon() / 2;
+  // A mean that close to the nearest reference is rounded to it.
   double error = (total - 1) * kMaxSpread * distance;
   if (total - 1 > rounding / 2 || !kHoldsExactly<T, R>) {
     // A feature of y_j − mean is about 1/√N of the distance. Over many features rounding averages

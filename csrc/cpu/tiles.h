@@ -138,7 +138,7 @@ class DenseTiles {
 
 constexpr Index kPairReferences = 64;  // references packed at a time, those of a word of Groups
 static_assert(kPairReferences == 64);
-// Features packed at a time at most: a tile fits L1.
+// Features packed at a time at most: the rows of a register tile fit L1.
 template <class T> constexpr Index kPairPanel = 3136 / sizeof(T);
 // Features packed at a time: panels of equal width, in whole cache lines. A lane adds at most
 // kMaxAdditions values, or one and a half times as many from 1152 features on: errors of lanes and
@@ -151,7 +151,7 @@ Index pair_panel(Index features) {
   return round_up(divide_up(features, divide_up(features, most)),
                   64 / static_cast<Index>(sizeof(T)));
 }
-constexpr int kPairColumns = kVectorBytes == 64 ? 4 : 2;
+constexpr int kPairColumns = kVectorBytes == 64 ? 4 : 2;  // references in a register tile
 
 // out[q][c] = |x_q − y_c|² over n features, all padded with zeros to whole vectors.
 template <class T>

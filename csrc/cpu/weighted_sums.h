@@ -42,7 +42,7 @@ void sum_tile(const Group<T, kRows>& group, Index begin, Index end, const T* pac
       vector_at(out + q * kSumPanel<T> + v * lanes) = sum[q][v];
 }
 
-// Adds Σ_j weights[b, j] (y_j − origin[b, :]) over the chunk to state[b, :]. Without kOrigin,
+// Adds Σ_j weights[b, j] (y_j − origin[b, :]) over the chunk to sums[b, :]. Without kOrigin,
 // origin is 0.
 template <class T, class R, int kRows, bool kOrigin>
 class WeightedSums {
@@ -53,7 +53,7 @@ class WeightedSums {
   explicit operator bool() const { return static_cast<bool>(packed_); }
 
   void add(const Distances<T, R>& distances, const Groups<T, kRows>& groups, const T* origin,
-           double* state) {
+           double* sums) {
     const Index panels = divide_up(problem_.features, kSumPanel<T>);
     const Index parts = parts_of(panels, problem_.threads, groups.count());
     parallel(panels * parts, problem_.threads, [&](Index task, int thread) {
@@ -63,7 +63,7 @@ class WeightedSums {
       for (Index batch = 0; batch < distances.count(); batch += kBatch) {
         pack(distances, groups, batch, k, n, packed);
         for (Index g = task % parts; g < groups.count(); g += parts)
-          add_group(groups[g], batch, k, n, packed, origin, state);
+          add_group(groups[g], batch, k, n, packed, origin, sums);
       }
     });
   }
@@ -88,7 +88,7 @@ class WeightedSums {
   }
 
   void add_group(const Group<T, kRows>& group, Index batch, Index k, Index n, const T* packed,
-                 const T* origin, double* state) const {
+                 const T* origin, double* sums) const {
     alignas(64) T from[kRows][kSumPanel<T>] = {}, sum[kRows][kSumPanel<T>];
     for (Index s = 0; s < group.segments; ++s) {
       const auto& segment = group.segment[s];
@@ -100,7 +100,7 @@ class WeightedSums {
         sum_tile<T, kRows, kOrigin>(group, segment.begin, segment.end, packed + t, from[0] + t,
                                     sum[0] + t);
       for (Index q = 0; q < group.rows; ++q) {
-        double* out = state + group.row[q] * problem_.features + k;
+        double* out = sums + group.row[q] * problem_.features + k;
         const double scale = group.scale[q];
         for (Index i = 0; i < n; ++i) out[i] += scale * sum[q][i];
       }

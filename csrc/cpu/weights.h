@@ -58,11 +58,11 @@ struct WeightLaw {
 template <class T>
 WeightLaw weight_law(const Problem& problem, double extra_cutoff = 0) {
   const Index all = larger(problem.references, problem.all_references);
-  const double sum = problem.features + problem.dimensions;
+  const double power = problem.features + problem.dimensions;
   double cutoff = kWeightCutoff<T> + std::log(static_cast<double>(all)) + extra_cutoff;
-  // In Σ w (y − x) a weight s^−sum/2 counts times √s, relative to the nearest.
-  if (problem.difference && !std::isinf(sum)) cutoff *= sum / (sum > 2 ? sum - 1 : 1);
-  return {std::isinf(problem.dimensions), sum / 2, cutoff};
+  // In Σ w (y − x) a weight s^−power/2 counts times √s, relative to the nearest.
+  if (problem.difference && !std::isinf(power)) cutoff *= power / (power > 2 ? power - 1 : 1);
+  return {std::isinf(problem.dimensions), power / 2, cutoff};
 }
 
 constexpr double kSmallestDouble = std::numeric_limits<double>::min();
@@ -112,10 +112,10 @@ bool coincide(const T* x, const R* y, Index features) {
   return true;
 }
 
-// Tells references at a query from those whose squared distance underflows. Where r = 0, the latter
-// are farther away than the former, and end_of_row() fails if there is none of the former. With any
-// other r that is too small for them the result is kUnderflowed; else the smallest squared
-// distance. reference(j) is the reference of squared[j].
+// Tells references at a query from others whose squared distance underflows. At r = 0 the others
+// get at least kSmallestDouble, and check_result() fails if no reference is at the query. At an r >
+// 0 that is too small for them the result is kUnderflowed; else the smallest squared distance.
+// reference(j) is the reference of squared[j].
 template <class T, class Reference>
 double separate(const T* x, const Reference& reference, Index features, double radius,
                 double* squared, Index count) {
@@ -196,7 +196,7 @@ inline void widen(const Floats& narrow, Doubles (&wide)[2]) {
   }
 }
 
-// The same with weights in float32, of which the sum in T = float needs no more. The excess is
+// As weigh(), in float32: sums in T = float need no more digits. The excess is
 // formed in float64, because it is a small difference. Its share u of the nearest squared distance
 // is rounded to 6e-8, and so is log(1 + u) times the exponent. At a score of −f the weight e^−f has
 // an error of about 4e-7 f relative to itself, so at most 2e-7 relative to the largest weight.
@@ -267,8 +267,8 @@ inline void rebase(const WeightLaw& law, QueryState& state, double radius, doubl
   state.scale = 1;
   state.live = 0;
   if (!(chunk_nearest < state.nearest)) return;
-  const double fall = state.nearest - chunk_nearest;
-  state.scale = state.total == 0 ? 0 : std::exp(law.relative_score(fall, chunk_nearest, radius));
+  const double excess = state.nearest - chunk_nearest;
+  state.scale = state.total == 0 ? 0 : std::exp(law.relative_score(excess, chunk_nearest, radius));
   state.total *= state.scale;
   state.nearest = chunk_nearest;
 }

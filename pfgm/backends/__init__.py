@@ -105,7 +105,7 @@ def requested(name: str | None = None) -> str | None:
 
 
 def preferred(device: torch.device | str, work: int = 0) -> tuple[str, str]:
-    """The backend that computes in float32 on this device unless one is requested, and why it.
+    """The backend that computes in float32 on this device unless one is requested, and the reason.
 
     Args:
         device: device of the points.
@@ -156,7 +156,8 @@ def choose(
     """The backend called ``name``, else the one in ``PFGM_BACKEND``, else the first that can run of
     native, triton and torch.
 
-    On a GPU the last is the fastest that can run of those that passed :func:`check`, or torch.
+    On a GPU the last is the fastest that can run of those that passed :func:`check`; before any
+    check, torch.
 
     Args:
         name: a backend, or None.

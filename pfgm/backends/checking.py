@@ -21,7 +21,7 @@ from .trials import TRIALS, errors, name_of, seconds_in_turns
 from .verdicts import SIZES, Verdict
 from .worker import Answer, Worker
 
-# What is proven comes first, so that nothing of an earlier backend is in its process.
+# The proven ones first: no kernel of another backend has run in their process.
 _ORDER = ("torch", "reference", "triton", "native")
 _LIMIT = 120.0  # seconds for a task, in which many kernels may be compiled
 _LOSSES = 2  # processes that a backend may lose
@@ -160,18 +160,18 @@ class _Asker:
     def __call__(self, kind: str, name: str, *rest: float) -> Answer:
         left = self._end - time.monotonic()
         if left <= 0:
-            return Answer(problem=f"{_NOT_RUN}: the check has taken {self._seconds:.0f} s")
+            return Answer(failure=f"{_NOT_RUN}: the check has taken {self._seconds:.0f} s")
         if self._losses >= _LOSSES:
-            return Answer(problem=f"{_NOT_RUN}, after {_LOSSES} lost processes")
+            return Answer(failure=f"{_NOT_RUN}, after {_LOSSES} lost processes")
         answer = self._ask([kind, name, self._backend, self._device, *rest], min(_LIMIT, left))
         self._losses += answer.lost
         return answer
 
 
 def _trial_row(ask: _Asker, backend: str, name: str) -> Row:
-    value, problem, _ = ask("trial", name)
-    if problem is not None:
-        return Row(backend, name, failure=problem)
+    value, failure, _ = ask("trial", name)
+    if failure is not None:
+        return Row(backend, name, failure=failure)
     allowed = {result: TRIALS[name].allowed(result) for result in value}
 
     def excess(result: str) -> float:
@@ -257,6 +257,7 @@ def check(
     result = Report(verdicts.title(place), reasons, rows, quick)
     if place.type != "cuda":
         return result
+    # That torch itself is wrong is a verdict too.
     torch_is_wrong = any(row.failure and row.error for row in result.rows if row.backend == "torch")
     if not result.passed and not torch_is_wrong:
         return result._replace(kept=_NOTHING)

@@ -81,10 +81,10 @@ class Arithmetic:
 
 
 def _told_apart(squared: Tensor, x: Tensor, references: Tensor, radius: Tensor) -> Tensor:
-    """Squared distances (B, m) of which only those of equal points are 0 where r = 0.
+    """Squared distances (B, m), which at r = 0 are 0 between equal points only.
 
     Raises:
-        ValueError: a squared distance underflows at another r that is too small for it.
+        ValueError: one underflows at an r > 0 whose square underflows too.
     """
     least = least_square(x.shape[1], x.dtype)
     near = (squared.amin(1, keepdim=True) < least) & (radius.square() < least)
@@ -100,7 +100,7 @@ def _told_apart(squared: Tensor, x: Tensor, references: Tensor, radius: Tensor) 
 
 def _weighted_average(
     problem: PosteriorMean,
-    by: Arithmetic,
+    arithmetic: Arithmetic,
     weighted_sum: Callable[[Tensor, Chunk], Tensor],
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Nearest and total (B, 1), and a weighted average over the references.
@@ -112,11 +112,11 @@ def _weighted_average(
     nearest = torch.full_like(radius, math.inf)
     total = torch.zeros_like(radius)
     weighted: Tensor | float = 0.0
-    for rows in chunks(by.x, references, by.max_pairs, by.max_values):
-        chunk = by.chunk(references[rows])
-        own, excess = by.distances(chunk, radius, nearest)
+    for rows in chunks(arithmetic.x, references, arithmetic.max_pairs, arithmetic.max_values):
+        chunk = arithmetic.chunk(references[rows])
+        own, excess = arithmetic.distances(chunk, radius, nearest)
         if checks_values(x.device) and not bool(excess.amax().isfinite()):
-            raise ValueError(non_finite_message(by.x, references))
+            raise ValueError(non_finite_message(arithmetic.x, references))
         merged = torch.minimum(nearest, own)
         # Before the first chunk there is nothing to rescale. relative is then NaN, from inf − inf.
         relative = log_weight(nearest - merged, merged, radius, D, N)
@@ -126,32 +126,34 @@ def _weighted_average(
         weighted = kept * weighted + weighted_sum(weights, chunk)
         nearest = merged
     if checks_values(x.device):
-        check_underflow(nearest, radius, by.x)
+        check_underflow(nearest, radius, arithmetic.x)
     return nearest, total, weighted / total
 
 
-def posterior_mean(problem: PosteriorMean, by: Arithmetic) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def posterior_mean(
+    problem: PosteriorMean, arithmetic: Arithmetic
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """As in :class:`~pfgm.backends.Backend`."""
     x, references, radius, D = problem[:4]
     if checks_values(x.device):
         check_radius(radius, D)
-    # The difference x − mean may be small beside its terms.
-    weighted_sum = by.sums if problem.difference else by.average
-    nearest, total, result = _weighted_average(problem, by, weighted_sum)
+    # x − mean may be small beside its terms, so these are taken from the origin.
+    weighted_sum = arithmetic.sums if problem.difference else arithmetic.average
+    nearest, total, result = _weighted_average(problem, arithmetic, weighted_sum)
     logsumexp = log_sum_exp(nearest, total, radius[:, None], D, x.shape[1])
     if problem.difference:
-        result = (by.x - by.origin) - result
+        result = (arithmetic.x - arithmetic.origin) - result
     if checks_values(x.device):
         check_range(result, x, references, problem.difference)
     return result.to(x.dtype), logsumexp.squeeze(1), nearest.squeeze(1), total.squeeze(1)
 
 
 def posterior_mean_backward(
-    problem: PosteriorMean, state: State, upstream: Upstream, needs: Needs, by: Arithmetic
+    problem: PosteriorMean, state: State, upstream: Upstream, needs: Needs, arithmetic: Arithmetic
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
     """As in :class:`~pfgm.backends.Backend`."""
     x, references, radius, D = problem[:4]
-    N, wide, r = x.shape[1], by.x, radius[:, None]
+    N, wide, r = x.shape[1], arithmetic.x, radius[:, None]
     center = state.mean.to(wide.dtype)
     G, g = upstream.grad_mean.to(wide.dtype), upstream.grad_logsumexp.to(wide.dtype)[:, None]
     nearest, total = state.nearest[:, None], state.total[:, None]
@@ -161,19 +163,19 @@ def posterior_mean_backward(
     # pull = Σ p G·y equals G·mean for a mean that is not rounded. p comes from the nearest
     # reference. From the log-sum-exp it would lose digits at a small σ, where that is near d²/σ².
     _, _, pull = _weighted_average(
-        problem, by, lambda w, chunk: (w * by.inner(G, chunk)).sum(1, keepdim=True)
+        problem, arithmetic, lambda w, chunk: (w * arithmetic.inner(G, chunk)).sum(1, keepdim=True)
     )
     moment = torch.zeros_like(r)  # Σ p t (s − s_min) / s, or Σ p t (d² − d_min²) / σ²
     grad_x = torch.zeros_like(wide) if needs[0] else None
     grad_references = (
         torch.empty_like(references, memory_format=torch.contiguous_format) if needs[1] else None
     )
-    for rows in chunks(wide, references, by.max_pairs, by.max_values):
-        chunk = by.chunk(references[rows])
-        own, excess = by.distances(chunk, r, nearest)
+    for rows in chunks(wide, references, arithmetic.max_pairs, arithmetic.max_values):
+        chunk = arithmetic.chunk(references[rows])
+        own, excess = arithmetic.distances(chunk, r, nearest)
         excess = excess + (own - nearest)
         p = torch.where(regular, log_weight(excess, nearest, r, D, N).exp() / total, 0.0)
-        t = by.inner(G, chunk) - pull + g
+        t = arithmetic.inner(G, chunk) - pull + g
         unmoved = flat | (p == 0)
         if math.isinf(D):
             c = torch.where(unmoved, 0.0, -p * t / r / r)
@@ -183,9 +185,11 @@ def posterior_mean_backward(
             c = torch.where(unmoved, 0.0, -(N + D) * p * t / s)
             moment += torch.where(unmoved, 0.0, p * t * (excess / s)).sum(1, keepdim=True)
         if grad_x is not None:
-            grad_x -= by.sums(c, chunk) - c.sum(1, keepdim=True) * (center - by.origin)
+            grad_x -= arithmetic.sums(c, chunk) - c.sum(1, keepdim=True) * (
+                center - arithmetic.origin
+            )
         if grad_references is not None:
-            from_points = p.T @ G - c.T @ (wide - by.origin)
+            from_points = p.T @ G - c.T @ (wide - arithmetic.origin)
             grad_references[rows] = (from_points + c.sum(0)[:, None] * chunk.placed).to(
                 references.dtype
             )

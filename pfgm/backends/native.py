@@ -136,6 +136,7 @@ def _cuda_supports(
     if references is not None and references not in _CUDA_REFERENCES:
         names = ", ".join(map(str, _CUDA_REFERENCES))
         return f"on a GPU it reads references in {names}, not {references}"
+    # Without a GPU there are only fake tensors, of which a graph for a GPU may be made.
     return _device_reason(device.index) if torch.cuda.is_available() else None
 
 
@@ -242,7 +243,7 @@ def native_problem(problem: PosteriorMean, all_references: int = 0) -> object:
 
 
 def sketch(references: Tensor, dtype: torch.dtype) -> Tensor | None:
-    """What the CPU kernels keep of references for x of a dtype: a lower bound of each distance.
+    """What the CPU kernels keep of references, to bound their distances from points of a dtype.
 
     With it they need not read references that are too far away. It holds bytes where the processor
     multiplies bytes fast and the references are not bytes themselves (csrc/cpu/byte_screen.h), else
@@ -266,7 +267,7 @@ def sketch(references: Tensor, dtype: torch.dtype) -> Tensor | None:
 
 
 def _sketch_size(references: Tensor, dtype: torch.dtype) -> int:
-    """The number of values of a dtype that a sketch takes the place of."""
+    """The length of a sketch that is held as values of a dtype."""
     M, N = references.shape
     size: int = extension().sketch_bytes(
         type=TYPES[dtype], reference_type=TYPES[references.dtype], references=M, features=N

@@ -74,11 +74,10 @@ def _runs_on(gpu: torch.device, dtype: torch.dtype, references: torch.dtype | No
     return True
 
 
-def _address_of_sketch(sketch_of: SketchOf, x: Tensor, references: Tensor) -> int:
-    if (sketch := sketch_of(0, references, x, "native")) is None:
-        return 0
-    native.check_sketch(sketch, x, references)
-    return sketch.data_ptr()
+def _sketch(sketch_of: SketchOf, x: Tensor, references: Tensor) -> Tensor | None:
+    if (sketch := sketch_of(0, references, x, "native")) is not None:
+        native.check_sketch(sketch, x, references)
+    return sketch
 
 
 # ---- the posterior mean and the field --------------------------------------------------------
@@ -92,7 +91,10 @@ def _problem(
     precision: str,
     sketch_of: SketchOf | None,
 ) -> tuple[Any, ...] | None:
-    """What the calls begin with: B, M, N, types, addresses, level and how to compute."""
+    """What the calls begin with: B, M, N, types, addresses, level and how to compute.
+
+    The sketch is passed as a tensor: a set may drop its own while the kernels read it.
+    """
     if type(x) is not Tensor or type(references) is not Tensor or precision not in PRECISIONS:
         return None
     dtype, reference_dtype, shape, other = x.dtype, references.dtype, x.shape, references.shape
@@ -109,10 +111,10 @@ def _problem(
         or (radius := _level(level, B, len(shape))) is None
     ):
         return None
-    sketch, place = 0, None
+    sketch, place = None, None
     if gpu is None:
         if sketch_of is not None:
-            sketch = _address_of_sketch(sketch_of, x, references)
+            sketch = _sketch(sketch_of, x, references)
     # A set on a GPU is computed in chunks, of which the results are merged.
     elif sketch_of is not None or not _runs_on(gpu, dtype, reference_dtype):
         return None

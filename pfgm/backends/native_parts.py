@@ -1,9 +1,10 @@
 """The posterior mean over references that come in parts, by the CPU kernels.
 
-Each part continues the sums of the parts before it (csrc/api/posterior_mean.h). The kernels know
-the nearest reference of those, and leave out every reference that does not count beside it. If all
-parts but the last have a multiple of :func:`chunk_rows` references, the results are to the bit
-those of one call over all references.
+Each part, a chunk of :mod:`pfgm.references.part`, continues the sums of those before it
+(csrc/api/posterior_mean.h). The kernels know the nearest reference of those, and leave out every
+reference that does not count beside it. If all parts but the last have a multiple of
+:func:`kernel_chunk_rows` references, the results are to the bit those of one call over all
+references.
 """
 
 from __future__ import annotations
@@ -32,7 +33,7 @@ def supports(name: str | None, x: Tensor, references: torch.dtype) -> bool:
     return chosen is native and x.device.type == "cpu"
 
 
-def chunk_rows(features: int, references: torch.dtype) -> int:
+def kernel_chunk_rows(features: int, references: torch.dtype) -> int:
     """The number of references that the kernels take at a time."""
     if not native.has_extension():
         return 1

@@ -44,10 +44,11 @@ __all__ = [
 _SAMPLES = 9  # references whose median is the origin: four of them may be anywhere
 _AGAIN = 16  # references with exact differences on a device that must not be waited for
 _PANEL = 1024  # features for which products of whole numbers up to 2^7 add up to 2^24 at most
-_PIECE = 2.0**7
+_HIGH = 2.0**7
 _ROWS = 512  # references in a sum of float32
 _SMALLEST = torch.finfo(torch.float32).tiny  # a scale that can be divided by
-_PIECES_ROUND = 2.0**-29  # rounding of products by pieces, relative to squared norms
+# Rounding of products by high and low parts, over squared norms: 2^-32, times 8.
+_HIGH_LOW_ROUND = 2.0**-29
 # GPUs that compute float64 at half the rate of float32 or better.
 _NVIDIA = {(6, 0), (7, 0), (8, 0), (9, 0), (10, 0)}
 _AMD = ("gfx906", "gfx908", "gfx90a", "gfx94", "gfx95")
@@ -81,7 +82,7 @@ def _rounds_float32(device: torch.device) -> bool:
 
 
 class _Products(Arithmetic):
-    """Products in float64; averages in float32 where the points are, on the CPU."""
+    """Products in float64; averages of float32 points on the CPU in float32."""
 
     # Pairs and values in a chunk: what stays in the caches of a processor, what keeps a GPU busy.
     most, most_on_device = (1 << 18, 1 << 21), (1 << 21, 1 << 24)
@@ -116,6 +117,7 @@ class _Products(Arithmetic):
     def _exact_near(self, squared: Tensor, chunk: Chunk, known: Tensor) -> Tensor:
         """The same with exact differences for all that may be nearest."""
         least = squared.amin(1, keepdim=True).minimum(known)
+        # Two distances, each off by its rounding × (‖x‖² + ‖y‖²), and ‖y‖² ≤ 2 ‖x‖² + 2 d².
         near = squared <= least + 8 * self.rounding * (self.norms + least)
         for pairs in near.nonzero().split(max(self.max_values // self.x.shape[1], 1)):
             b, j = pairs.unbind(1)
@@ -130,7 +132,7 @@ class _Products(Arithmetic):
         return self._some_exact(squared - squared.amin(1, keepdim=True), chunk)
 
     def _some_exact(self, excess: Tensor, chunk: Chunk) -> tuple[Tensor, Tensor]:
-        """As :meth:`distances`, from how much squared distances exceed the least, with rounding."""
+        """As :meth:`distances`, from rounded excesses (B, m) over the least squared distance."""
         B, N = self.x.shape
         count = min(_AGAIN, excess.shape[1])
         again = excess.topk(count, largest=False).indices
@@ -152,7 +154,7 @@ class _Products(Arithmetic):
             if y.dtype != torch.float32:
                 y = dequantise(y, weights.dtype).float()
             sums = _sum_by_panels(weights, y)
-            if bool(sums.isfinite().all()):
+            if bool(sums.isfinite().all()):  # else beyond float32
                 return sums
         return super().average(weights, chunk)
 
@@ -168,12 +170,12 @@ def _sum_by_panels(weights: Tensor, y: Tensor) -> Tensor:
     return sums.sum(0, dtype=weights.dtype).add_(narrow[:, whole:] @ y[whole:])
 
 
-class _Pieces(_Products):
-    """Products of float32 by pieces, whose errors are 2^8 times smaller than in float32."""
+class _HighLow(_Products):
+    """Products of float32 by high and low parts, with errors 2^8 times smaller than in float32."""
 
     def __init__(self, x: Tensor, references: Tensor) -> None:
         super().__init__(x, references)
-        self.rounding = _PIECES_ROUND
+        self.rounding = _HIGH_LOW_ROUND
 
     def distances(self, chunk: Chunk, radius: Tensor, known: Tensor) -> tuple[Tensor, Tensor]:
         y = chunk.placed
@@ -210,18 +212,18 @@ def _terms(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
 
     All but the last are sums over panels of K that have no rounding.
     """
-    (a_first, a_rest, a_scale), (b_first, b_rest, b_scale) = _pieces(a), _pieces(b)
-    exact = torch.bmm(_panels(a_first), _panels(b_first).mT)
-    rest = torch.cat([a_first, a_rest], 1) @ torch.cat([b_rest, b_first + b_rest], 1).T
+    (a_high, a_low, a_scale), (b_high, b_low, b_scale) = _high_low(a), _high_low(b)
+    exact = torch.bmm(_panels(a_high), _panels(b_high).mT)
+    rest = torch.cat([a_high, a_low], 1) @ torch.cat([b_low, b_high + b_low], 1).T
     return torch.cat([exact, rest[None]]), a_scale * b_scale.T
 
 
-def _pieces(rows: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def _high_low(rows: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Rows (R, K) as whole numbers of 8 bits and the rest, both in float32, and a scale (R, 1)."""
-    scale = _power_of_two(rows.abs().amax(1, keepdim=True)) / _PIECE
+    scale = _power_of_two(rows.abs().amax(1, keepdim=True)) / _HIGH
     values = rows / scale
-    first = values.round()
-    return first.float(), (values - first).float(), scale
+    high = values.round()
+    return high.float(), (values - high).float(), scale
 
 
 def _power_of_two(values: Tensor) -> Tensor:
@@ -242,7 +244,7 @@ def _arithmetic(problem: PosteriorMean) -> Arithmetic:
     in_float64 = wide_dtype(x.device) == torch.float64 and (
         x.dtype == torch.float64 or _has_fast_float64(x.device) or _rounds_float32(x.device)
     )
-    return _Products(x, references) if in_float64 else _Pieces(x, references)
+    return _Products(x, references) if in_float64 else _HighLow(x, references)
 
 
 def _without_autocast(device: torch.device) -> AbstractContextManager[object]:

@@ -2,7 +2,7 @@
 
 A verdict holds for a kind of GPU, its driver, the versions of torch and Triton, and the sources and
 build of pfgm. Each such combination has a file of its own in the user's cache folder, which is
-written at once, so that processes that start together can all read and write it.
+written atomically, so that processes that start together can all read and write it.
 """
 
 from __future__ import annotations
@@ -76,10 +76,11 @@ _SWITCHES = ("PFGM_CUDA_OVERLAP", "PFGM_CUDA_WARPGROUPS")
 
 @functools.cache
 def _sources() -> str:
-    """The digest of the Python sources of the backends and of Triton's kernels."""
+    """The digest of the Python sources that compute, and of Triton's kernels."""
     digest = hashlib.sha256()
     kernels = importlib.util.find_spec("pfgm.kernels")  # a checkout has none
-    places = [Path(__file__).parent]
+    backends = Path(__file__).parent
+    places = [backends, backends.parent / "core"]
     if kernels is not None:
         places += map(Path, kernels.submodule_search_locations or ())
     for path in (path for place in places for path in sorted(place.glob("*.py"))):
@@ -172,7 +173,8 @@ def keep(device: torch.device, verdict: Verdict) -> str:
     if verdict.quick and before is not None and not before.quick:
         failures = verdict.failures | before.failures
         passed = tuple(name for name in verdict.passed if name not in failures)
-        verdict = verdict._replace(failures=failures, passed=passed)
+        speeds = before.speeds | {size: each for size, each in verdict.speeds.items() if each}
+        verdict = Verdict(passed, failures, speeds, quick=False)
     _verdicts[kind] = verdict
     _orders.clear()
     path = _path(kind)

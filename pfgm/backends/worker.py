@@ -26,7 +26,7 @@ class Answer(NamedTuple):
 
     value: Any = None
     """What the task returned."""
-    problem: str | None = None
+    failure: str | None = None
     """Why there is no value: an error, the signal that ended the process, or the time limit."""
     lost: bool = False
     """Whether the process was lost."""
@@ -68,13 +68,13 @@ class Worker:
         """The answer to a task, which JSON can hold, within a limit in seconds."""
         if self._process is None:
             self._start()
-            _, problem = self._line(_START)
-            if problem is not None:
-                return Answer(problem=problem, lost=True)
+            _, failure = self._line(_START)
+            if failure is not None:
+                return Answer(failure=failure, lost=True)
         self._send(json.dumps(task))
-        line, problem = self._line(limit)
-        if problem is not None:
-            return Answer(problem=problem, lost=True)
+        line, failure = self._line(limit)
+        if failure is not None:
+            return Answer(failure=failure, lost=True)
         value, error, goes_on = json.loads(line)
         if not goes_on:
             self.stop()
@@ -176,11 +176,11 @@ def serve(answer: Callable[[Any], Any], lasting: bool = True) -> None:
     print("ready", file=answers, flush=True)
     for line in sys.stdin:
         try:
-            value, problem = answer(json.loads(line)), None
+            value, failure = answer(json.loads(line)), None
         except Exception as error:
             text = (str(error).strip().splitlines() or ["no message"])[0]
-            value, problem = None, f"{type(error).__name__}: {text[:_LONGEST]}"
-        goes_on = problem is None or lasting
-        print(json.dumps([value, problem, goes_on]), file=answers, flush=True)
+            value, failure = None, f"{type(error).__name__}: {text[:_LONGEST]}"
+        goes_on = failure is None or lasting
+        print(json.dumps([value, failure, goes_on]), file=answers, flush=True)
         if not goes_on:
             return

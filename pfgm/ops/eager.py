@@ -54,7 +54,8 @@ _dispatch_modes = torch._C._len_torch_dispatch_stack
 _function_modes = torch._C._len_torch_function_stack
 _in_torch_func = torch._C._are_functorch_transforms_active
 _tracing_state = torch._C._get_tracing_state
-_any_autocast = torch._C._is_any_autocast_enabled  # in half the time of a type of device
+# For any type of device, in half the time of asking for one.
+_any_autocast = torch._C._is_any_autocast_enabled
 _autocasting = torch.is_autocast_enabled  # of the type of device, "cuda" if none is given
 _profiling = torch._C._autograd._profiler_enabled
 _wants_gradients = torch.is_grad_enabled
@@ -79,13 +80,13 @@ def passes(gpu: torch.device | None, *values: Any, gradients: bool = False) -> b
         or _profiling()
     ):
         return False
-    differentiates = not gradients and _wants_gradients()
+    refuses_gradients = not gradients and _wants_gradients()
     for value in values:
         if type(value) is Tensor:
             if (
                 not (value.is_cpu if gpu is None else value.device == gpu)
                 or value.layout is not _strided
-                or (differentiates and value.requires_grad)
+                or (refuses_gradients and value.requires_grad)
                 or value.is_neg()  # a view that stands for its negated memory
                 or value._is_zerotensor()  # zeros without memory
             ):
@@ -106,7 +107,7 @@ def _gpu_of(value: Any) -> torch.device | None:
 def posterior_mean(problem: PosteriorMean, backend: str | None) -> Results:
     """As :func:`pfgm.ops.posterior_mean.compute`."""
     gpu = _gpu_of(problem.x)
-    if passes(gpu, *problem[:3], problem.sketch):
+    if passes(gpu, problem.x, problem.references, problem.radius, problem.sketch):
         return mean_operator.forward(problem, requested(backend))
     return differentiated(problem, backend) or mean_operator.compute(problem, backend)
 
@@ -153,7 +154,7 @@ def differentiated(
     None where that is not possible, or no gradient is wanted. The backward pass calls ``check``
     first, which may raise an error.
     """
-    tensors = problem[:3]
+    tensors = problem.x, problem.references, problem.radius
     gpu = _gpu_of(problem.x)
     if (
         not _wants_gradients()
@@ -167,12 +168,12 @@ def differentiated(
     chosen = choose_for(backend, x, references)
     if len(x) == 0:
         return None
-    results = _PosteriorMean.apply(*tensors, problem, chosen, backend, check)  # type: ignore[no-untyped-call]
+    results = _WithGradients.apply(*tensors, problem, chosen, backend, check)  # type: ignore[no-untyped-call]
     result, logsumexp, nearest, total, _ = results
     return result, logsumexp, nearest, total
 
 
-class _PosteriorMean(torch.autograd.Function):
+class _WithGradients(torch.autograd.Function):
     """(x, references, radius, problem, chosen, backend, check) → results, and what native keeps.
 
     The native kernels keep squared distances: on the CPU, with many features, those of the
@@ -260,7 +261,8 @@ def one_call(
 
 
 def _takes_native(gpu: torch.device, name: str, operands: tuple[Any, ...]) -> bool:
-    """Whether a GPU computes with the native kernels unless the environment names others."""
+    """Whether the native kernels may be asked on a GPU: they are the first choice there, or the
+    environment names a backend, and they see whether it is theirs."""
     x, references, *_ = operands
     has_rows = name != "step" and type(references) is Tensor and references.ndim > 0
     work = x.numel() * (references.shape[0] if has_rows else 1)

@@ -51,7 +51,7 @@ class Operator:
 
     def __call__(self, *groups: Any) -> Any:
         """Calls the operator with its named tuples and single arguments."""
-        return self.overload(*flat(*groups))
+        return self.overload(*as_arguments(*groups))
 
     def groups(self, arguments: Sequence[Any], named: dict[str, Any] | None = None) -> list[Any]:
         """The named tuples and single arguments of a call with these arguments."""
@@ -101,7 +101,7 @@ class Operator:
         return implementation
 
 
-def flat(*groups: Any) -> tuple[Any, ...]:
+def as_arguments(*groups: Any) -> tuple[Any, ...]:
     """The fields of named tuples, and single arguments, as the arguments of an operator."""
     return tuple(chain.from_iterable(g if isinstance(g, tuple) else (g,) for g in groups))
 

@@ -120,7 +120,7 @@ def forward_into(step: OdeStep, backend: str | None, out: Tensor, mean_out: Tens
     if step.field_z is not None:
         inputs.append(step.field_z[:, None])
     if step.row_levels is not None:
-        inputs.append(step.row_levels)
+        inputs.append(step.row_levels.T)
     # Where the kernels cannot write to the layout of an output, the result is copied to it.
     direct = out if _writable(out, inputs) else None
     direct_mean = mean_out if mean_out is None or _writable(mean_out, inputs) else None

@@ -30,7 +30,7 @@ from ..common.tensors import flat_rows, wide_dtype
 from ..core import formulas
 from ..core.problems import PRECISIONS, PosteriorMean, State, Tangents, Upstream
 from ..core.weights import is_flat
-from .library import Operator, flat, no_gradient, save_nothing
+from .library import Operator, as_arguments, no_gradient, save_nothing
 
 _REFERENCE_DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16, torch.uint8)
 
@@ -180,7 +180,7 @@ def forward(problem: PosteriorMean, backend: str | None) -> tuple[Tensor, Tensor
     return chosen.posterior_mean(problem)
 
 
-def _compute(problem: PosteriorMean, backend: str | None) -> tuple[Tensor, ...]:
+def _forward_of_samples(problem: PosteriorMean, backend: str | None) -> tuple[Tensor, ...]:
     return forward(_rows(problem), backend)
 
 
@@ -340,7 +340,7 @@ class _Backward(OnceDifferentiable):
 class _Tangent(OnceDifferentiable):
     """(x, references, radius, their tangents, D, backend, precision) → tangents of mean and lse."""
 
-    shared = (1, 4)
+    shared = (1, 4)  # references and their tangent
 
     @staticmethod
     def forward(
@@ -411,13 +411,13 @@ def tangent_from_gradients(
     """
     x, radius, D = problem.x, problem.radius, problem.D
     wide = center.dtype
-    is_fixed = is_flat(state.nearest, radius, D, x.shape[1])
+    unmoved = is_flat(state.nearest, radius, D, x.shape[1])
     moved = torch.zeros_like(x) if tangents.x is None else tangents.x.to(x.dtype)
-    moved = torch.where(is_fixed[:, None], 0.0, moved)
+    moved = torch.where(unmoved[:, None], 0.0, moved)
     g = (moved.to(wide) * (state.mean.to(wide) - x.to(wide))).sum(1)
     if tangents.radius is not None:
         g = g - radius * tangents.radius
-    g = torch.where(is_fixed, 0.0, g)
+    g = torch.where(unmoved, 0.0, g)
     finite = not math.isinf(D)
     if finite:
         # At r = 0 the gradient r Σ c_j would be 0. A radius too small to change s replaces it.
@@ -425,14 +425,14 @@ def tangent_from_gradients(
     grad_x, _, grad_radius = call_backward(
         problem._replace(radius=radius), state, Upstream(moved, g), [True, False, finite], backend
     )
-    sum_c = torch.where(is_fixed, 0.0, grad_radius / radius if finite else -g / radius / radius)
+    sum_c = torch.where(unmoved, 0.0, grad_radius / radius if finite else -g / radius / radius)
     mean_tangent = grad_x.to(wide) + sum_c[:, None] * (center - x.to(wide))
-    return mean_tangent, torch.where(is_fixed, math.nan, -sum_c)
+    return mean_tangent, torch.where(unmoved, math.nan, -sum_c)
 
 
 def _transformed(problem: PosteriorMean, backend: str | None) -> tuple[Tensor, ...]:
     results: tuple[Tensor, ...]
-    results = _PosteriorMean.apply(*flat(_rows(problem), backend))  # type: ignore[no-untyped-call]
+    results = _PosteriorMean.apply(*as_arguments(_rows(problem), backend))  # type: ignore[no-untyped-call]
     return results
 
 
@@ -444,7 +444,7 @@ def _transformed_backward(
     backend: str | None,
 ) -> tuple[Tensor, ...]:
     gradients: tuple[Tensor, ...] = _Backward.apply(  # type: ignore[no-untyped-call]
-        *flat(upstream, state, needs, _rows(problem), backend)
+        *as_arguments(upstream, state, needs, _rows(problem), backend)
     )
     return _shaped(gradients, needs, problem)
 
@@ -454,7 +454,7 @@ for _forward_op, _backward_op, _transforms in (
     (_FORWARD_VARYING, _BACKWARD_VARYING, (None, None)),
 ):
     _forward_op.register(
-        _compute, fake=_fake, transformed=_transforms[0], gradient=_gradient, save=_save
+        _forward_of_samples, fake=_fake, transformed=_transforms[0], gradient=_gradient, save=_save
     )
     _backward_op.register(
         _backward, fake=_fake_backward, transformed=_transforms[1], gradient=_no_second_derivative

@@ -48,9 +48,9 @@ def _add(running: RunningMean, problem: PosteriorMean) -> None:
 def _end(
     x: Tensor, radius: Tensor, running: RunningMean, D: float, difference: bool
 ) -> tuple[Tensor, Tensor]:
-    # One reference stands for all. The last call uses none.
-    none = x.new_empty(1, *x.shape[1:])
-    problem = PosteriorMean(x, none, radius, D, difference=difference)
+    # check() wants a reference. It is not read.
+    unread = x.new_empty(1, *x.shape[1:])
+    problem = PosteriorMean(x, unread, radius, D, difference=difference)
     check(problem)
     _check_running(running, x)
     transforms.check_no_tangent("posterior_mean_end", x, radius)

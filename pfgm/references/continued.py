@@ -81,7 +81,7 @@ def results(x: Tensor, radius: Tensor, settings: Settings) -> tuple[Tensor, ...]
 def by_tensor(
     x: Tensor, radius: Tensor, settings: Settings
 ) -> tuple[Tensor, Tensor, Tensor, Tensor] | None:
-    """The results of :func:`pfgm.ops.eager.differentiated`; None where that is not open."""
+    """The results of :func:`pfgm.ops.eager.differentiated`; None where that is not possible."""
     rows = settings.part.in_one() if settings.continues and settings.ranks is None else None
     if rows is None or torch.compiler.is_compiling():
         return None
@@ -106,14 +106,14 @@ def _sum_of_chunks(x: Tensor, radius: Tensor, settings: Settings) -> RunningMean
     mirrored_x = _mirror(x, settings) if settings.part.flips else x
     for rows, sketch, mirrored in _chunks(settings, x):
         problem = settings.problem(mirrored_x if mirrored else x, rows, radius, sketch)
-        running = _turned(running, mirrored, settings)
+        running = _mirror_sums(running, mirrored, settings)
         posterior_mean_parts.add(problem, running)
-        running = _turned(running, mirrored, settings)
+        running = _mirror_sums(running, mirrored, settings)
     return running
 
 
-def _turned(running: R, mirrored: bool, settings: Settings) -> R:
-    """The same sums for mirrored points, if they are."""
+def _mirror_sums(running: R, mirrored: bool, settings: Settings) -> R:
+    """The sums with their rows mirrored, if the points are. A second call undoes it."""
     if not mirrored or running.sums is None:
         return running
     return running._replace(sums=_mirror(running.sums, settings))
@@ -142,9 +142,9 @@ def gradients(saved: Saved, settings: Settings, needs: tuple[bool, bool]) -> tup
         if settings.ranks is not None:
             running = running._replace(pulls=settings.ranks.sum(running.pulls))
     for mirrored, part, points in _problems(saved, settings):
-        running = _turned(running, mirrored, settings)
+        running = _mirror_sums(running, mirrored, settings)
         native_parts.add_gradients(part, points.state, points.upstream, running)
-        running = _turned(running, mirrored, settings)
+        running = _mirror_sums(running, mirrored, settings)
     if settings.ranks is not None:
         sums = None if running.sums is None else settings.ranks.sum(running.sums)
         running = running._replace(sums=sums, moments=settings.ranks.sum(running.moments))

@@ -10,7 +10,9 @@ import torch.distributed as dist
 from torch import Tensor
 
 from ..common.tensors import dequantise
-from .ranks import total
+from .ranks import reduce_values
+
+_SQUARED_DEVIATIONS = 6
 
 
 class Measures(NamedTuple):
@@ -61,8 +63,8 @@ class RowSums:
 
     def __init__(self, features: int) -> None:
         # Number of rows; sums of norms and of squares; numbers of values outside [−1, 1], near −1
-        # and near 1; sum of squared deviations.
-        self.sums = torch.zeros(7, dtype=torch.float64, device="cpu")
+        # and near 1; at _SQUARED_DEVIATIONS the sum of squared deviations.
+        self.sums = torch.zeros(_SQUARED_DEVIATIONS + 1, dtype=torch.float64, device="cpu")
         self.deviations = torch.zeros(features, dtype=torch.float64, device="cpu")
         self.origin: Tensor | None = None
         # Least, −most.
@@ -88,12 +90,14 @@ class RowSums:
     def gather(self, group: dist.ProcessGroup | None, processes: int) -> None:
         """Adds the sums of the other processes of a group."""
         assert self.origin is not None
-        origin = total(self.origin, group) / processes
+        origin = reduce_values(self.origin, group) / processes
         shift, rows = self.origin - origin, float(self.sums[0])
-        self.sums[6] += 2 * float(self.deviations @ shift) + rows * float(shift.square().sum())
+        moved = 2 * float(self.deviations @ shift) + rows * float(shift.square().sum())
+        self.sums[_SQUARED_DEVIATIONS] += moved
         self.deviations += rows * shift
-        self.sums, self.deviations = total(self.sums, group), total(self.deviations, group)
-        self.extremes = total(self.extremes, group, dist.ReduceOp.MIN)
+        self.sums = reduce_values(self.sums, group)
+        self.deviations = reduce_values(self.deviations, group)
+        self.extremes = reduce_values(self.extremes, group, dist.ReduceOp.MIN)
         self.origin = origin
 
     def measures(self, shape: tuple[int, ...]) -> Measures:

@@ -68,18 +68,18 @@ class _ChunkShare(NamedTuple):
     """(m, N)."""
     rows: Tensor | slice
     """(k,), numbers of these points."""
-    share: Tensor
+    fraction: Tensor
     """(k,); 0 where it is negligible."""
 
     def select(self, mask: Tensor) -> _ChunkShare:
         """The same chunk for only those points that the mask (B,) selects."""
         selected = mask[self.rows]
-        return self._replace(rows=self.rows[selected], share=self.share[selected])  # type: ignore[index]
+        return self._replace(rows=self.rows[selected], fraction=self.fraction[selected])  # type: ignore[index]
 
     def add(self, values: Tensor, to: Tensor) -> None:
         """Adds values (k, ...) of these points to the sums of all points (B, ...)."""
         if isinstance(self.rows, slice):
-            counts = self.share.view(-1, *[1] * (values.ndim - 1)) > 0
+            counts = self.fraction.view(-1, *[1] * (values.ndim - 1)) > 0
             to += torch.where(counts, values, 0.0)  # the others may be NaN
         else:
             to.index_add_(0, self.rows, values.to(to.dtype))
@@ -177,32 +177,32 @@ def _sum_of_gradients(
     grad_x = torch.zeros(saved.x.shape, dtype=wide_dtype(saved.x.device), device=saved.x.device)
     grad_radius = torch.zeros_like(saved.radius)
     steep = _is_steep(saved, settings)
-    averages = torch.zeros_like(saved.radius)
+    pulls = torch.zeros_like(saved.radius)
     if steep is not None:
-        averages = _averages(saved, chunk_totals, settings, steep)
+        pulls = _pulls(saved, chunk_totals, settings, steep)
     for shared in _shares(saved.x, saved.radius, saved.state, chunk_totals, settings):
         parts = [(shared, False)]
         if steep is not None:
             parts = [(shared.select(~steep), False), (shared.select(steep), True)]
-        for share, wide in parts:
-            if len(share.share) == 0:
+        for selected, in_float64 in parts:
+            if len(selected.fraction) == 0:
                 continue
-            points = saved.select(share.rows)
-            if wide:
+            points = saved.select(selected.rows)
+            if in_float64:
                 points = points._replace(x=points.x.double(), grad_mean=points.grad_mean.double())
-            average = averages[share.rows]
-            share_x, share_radius = _gradients_of(share, points, average, settings, needs)
+            average = pulls[selected.rows]
+            share_x, share_radius = _gradients_of(selected, points, average, settings, needs)
             if needs[0]:
-                share.add(share_x, grad_x)
+                selected.add(share_x, grad_x)
             if needs[1]:
-                share.add(share_radius, grad_radius)
+                selected.add(share_radius, grad_radius)
     return grad_x, grad_radius
 
 
 def _is_steep(saved: Saved, settings: Settings) -> Tensor | None:
     """Mask (B,) of the steep points, whose gradients would show the rounding of the means.
 
-    None if there is none. The bound is that of csrc/cpu/steep_rows.h.
+    None if there is none. As csrc/cpu/steep_rows.h, with a third of its limit.
     """
     N, wide = saved.x.shape[1], saved.radius.dtype
     # On a GPU the kernels compute in float32 only.
@@ -223,23 +223,23 @@ def _is_steep(saved: Saved, settings: Settings) -> Tensor | None:
     return steep if bool(steep.any()) else None
 
 
-def _averages(saved: Saved, chunk_totals: ChunkTotals, settings: Settings, steep: Tensor) -> Tensor:
+def _pulls(saved: Saved, chunk_totals: ChunkTotals, settings: Settings, steep: Tensor) -> Tensor:
     """Σ_i q_i G·(mean_i − mean) (B,) of steep points over all chunks of all processes, in float64.
 
     It is not 0, because mean is rounded.
     """
-    averages = torch.zeros_like(saved.radius)
+    pulls = torch.zeros_like(saved.radius)
     for shared in _shares(saved.x, saved.radius, saved.state, chunk_totals, settings):
         selected = shared.select(steep)
-        if len(selected.share) == 0:
+        if len(selected.fraction) == 0:
             continue
         points = saved.select(selected.rows)
         own = _state(settings.problem(points.x.double(), shared.chunk, points.radius), settings)
-        selected.add(selected.share * _pull(own.mean, points), averages)
-    return averages if settings.ranks is None else settings.ranks.sum(averages)
+        selected.add(selected.fraction * _pull_of_chunk(own.mean, points), pulls)
+    return pulls if settings.ranks is None else settings.ranks.sum(pulls)
 
 
-def _pull(chunk_mean: Tensor, saved: Saved) -> Tensor:
+def _pull_of_chunk(chunk_mean: Tensor, saved: Saved) -> Tensor:
     """G·(mean_i − mean) (B,) of a chunk with the mean mean_i."""
     wide = saved.radius.dtype
     return (saved.grad_mean.to(wide) * (chunk_mean.to(wide) - saved.mean.to(wide))).sum(1)
@@ -256,7 +256,7 @@ def _gradients_of(
     chunk, _, share = chunk_share
     problem = settings.problem(saved.x, chunk, saved.radius)
     own = _state(problem, settings)
-    g = share * (_pull(own.mean, saved) - average + saved.grad_logsumexp)
+    g = share * (_pull_of_chunk(own.mean, saved) - average + saved.grad_logsumexp)
     upstream = Upstream((share[:, None] * saved.grad_mean).to(saved.x.dtype), g)
     needed = [needs[0], False, needs[1]]
     grad_x, _, grad_radius = call_backward(problem, own, upstream, needed, settings.backend)

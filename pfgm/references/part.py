@@ -47,7 +47,8 @@ class Part:
     """Whether the rows are in memory, and one call of the CPU kernels for all of them gives the
     bits of one for each chunk."""
     _buffers: list[tuple[Tensor, Tensor]] = field(init=False, default_factory=list)
-    _states: dict[int, tuple[int, int, int]] = field(init=False, default_factory=dict)
+    _seen: dict[int, tuple[int, int, int]] = field(init=False, default_factory=dict)
+    """First row of a chunk → what shows that it is unchanged."""
     _sketches: dict[int, tuple[tuple[int, int, int], Tensor | None]] = field(
         init=False, default_factory=dict
     )
@@ -56,7 +57,7 @@ class Part:
         if self.end < 0:
             self.end = len(self.source)
         N, dtype = math.prod(self.shape), self.source.dtype
-        step = native_parts.chunk_rows(N, dtype)
+        step = native_parts.kernel_chunk_rows(N, dtype)
         fitting = max(_CHUNK_BYTES // (N * dtype.itemsize), 1)
         self.chunk_rows = fitting // step * step or fitting
         same_bits = self.chunk_rows % step == 0 or len(self) <= self.chunk_rows
@@ -114,7 +115,7 @@ class Part:
         else:
             yield from self.stored_chunks()
 
-    def sketch(self, place: int, chunk: Tensor, x: Tensor, backend: str | None) -> Tensor | None:
+    def sketch(self, start: int, chunk: Tensor, x: Tensor, backend: str | None) -> Tensor | None:
         """The backend's sketch of a chunk (m, *S), kept while the rows stay the same.
 
         The first call returns None, and the second makes the sketch. For a single call with few
@@ -122,7 +123,7 @@ class Part:
         take memory.
 
         Args:
-            place: number of the first row of the chunk.
+            start: number of the first row of the chunk.
             chunk: the chunk.
             x: (B, N), the points.
             backend: the backend of the posterior mean.
@@ -133,18 +134,18 @@ class Part:
         # A compiled graph cannot keep a sketch. Inference tensors and arrays may change unnoticed.
         if torch.compiler.is_compiling() or held.is_inference() or _shares_an_array(held):
             return None
-        known, kept = self._sketches.get(place, (None, None))
+        known, kept = self._sketches.get(start, (None, None))
         if known is not None and kept is None:
             return None  # rows of this shape have none
         state = id(held), held._version, native_calls.sample(chunk)
         if known == state:
             return kept
-        if self._states.get(place) != state:
-            self._states[place] = state
-            self._sketches.pop(place, None)
+        if self._seen.get(start) != state:
+            self._seen[start] = state
+            self._sketches.pop(start, None)
             return None
         kept = posterior_mean.sketch(flat_rows(chunk), x, backend)
-        self._sketches[place] = state, kept
+        self._sketches[start] = state, kept
         return kept
 
     def chunks(self, device: torch.device | str | None = None) -> Iterator[Tensor]:
@@ -157,8 +158,8 @@ class Part:
             ValueError: values that are not finite.
         """
         for _, chunk in self.stored_chunks():
-            # A GPU may read pageable memory itself, as on Grace. A copy that does not wait would
-            # read a buffer into which the next chunk is read, or rows that the caller changes.
+            # Pinned rows are copied without waiting, as in torch: they must stay until a GPU has
+            # read them. Pageable memory a GPU may read itself, as on Grace, so that copy waits.
             chunk = chunk.to(device or self.device, non_blocking=chunk.is_pinned())
             yield chunk
             if self.flips:

@@ -12,7 +12,7 @@ from ..core.problems import State
 _DTYPES = (torch.float32, torch.float64)
 
 
-def total(
+def reduce_values(
     values: Tensor,
     group: dist.ProcessGroup | None,
     operation: dist.ReduceOp.RedOpType = dist.ReduceOp.SUM,

@@ -34,10 +34,11 @@ class ReferenceSet:
     operation, so it cannot have ``fullgraph=True``; with rows in memory and no gradient, or with a
     tensor as references, it can.
 
-    For a tensor on the CPU with 512 or more values in a row, a summary of each row is kept from the
-    second call on. It speeds up calls with points in float32. Summaries take a third of the memory
-    of uint8 rows. Of float32 rows they take a twelfth, or a quarter on processors with VNNI, and
-    of 16-bit rows twice these shares. They are computed again when the tensor has changed.
+    For a tensor on the CPU with 512 or more values in a row, a summary of each row (a sketch) is
+    kept from the second call on. It speeds up calls with points in float32. Sketches take a third
+    of the memory of uint8 rows. Of float32 rows they take a twelfth, or a quarter on processors
+    with VNNI, and of 16-bit rows twice these shares. They are computed again when the tensor has
+    changed.
 
     A gradient needs the rows of the forward pass. ``backward`` raises RuntimeError if a tensor was
     changed in place or a file was written to after the forward pass.
@@ -251,7 +252,8 @@ class ReferenceSet:
             device: where the rows are held; None keeps the device, and loads a file to the CPU.
             dtype: torch.uint8 (for values in [−1, 1], rounded to 256 levels), bfloat16, float16,
                 float32 or float64; None keeps the dtype.
-            pin_memory: use page-locked memory, which GPUs read faster.
+            pin_memory: use page-locked memory, which GPUs read faster. As in torch, do not
+                change rows before the GPU has read them.
 
         Raises:
             ValueError: there is no such device; the dtype is not allowed, or is uint8 and a value
@@ -365,7 +367,7 @@ class ReferenceSet:
                 sums.gather(self.part.group, self.part.processes)
             self._measured = version, sums.measures(self.part.shape)
         measures = self._measured[1]
-        return measures.mirrored() if self.part.flips and measures.mean.ndim > 0 else measures
+        return measures.mirrored() if self.part.flips else measures
 
     def chunks(self, device: torch.device | str | None = None) -> Iterator[Tensor]:
         """Yields the rows of this process and their mirror images in chunks (m, *S) on a device.

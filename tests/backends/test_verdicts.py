@@ -205,6 +205,8 @@ def test_a_quick_check_does_not_clear_what_a_whole_one_found(gpu, verdict):
     verdicts.keep(CUDA, verdict(quick=True, digits=(9, 2, 1, 0)))
     assert verdicts.find(CUDA).passed == ("triton", "torch", "reference")
     assert verdicts.find(CUDA).failures == {"native": "slices: off"}
+    verdicts.keep(CUDA, verdict(quick=True))
+    assert "native" not in verdicts.find(CUDA).passed
     verdicts.keep(CUDA, verdict(digits=(9, 2, 1, 0)))
     assert chosen() is native
 

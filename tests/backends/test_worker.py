@@ -39,11 +39,11 @@ def test_a_crash_is_an_answer_and_the_next_task_has_another_process(ask, code, r
     answer = ask(code)
     assert answer.value is None
     if reason is None:
-        assert "Bad file descriptor" in answer.problem
+        assert "Bad file descriptor" in answer.failure
         assert not answer.lost
         assert ask("os.getpid()").value == first
         return
-    assert reason in answer.problem
+    assert reason in answer.failure
     assert answer.lost
     assert ask("os.getpid()").value not in (first, None)
 
@@ -72,7 +72,7 @@ def test_what_a_process_has_started_ends_with_it(ask):
 def test_an_error_is_an_answer_of_the_same_process(ask):
     pid = ask("os.getpid()").value
     answer = ask("int('seven')")
-    assert answer.problem == "ValueError: invalid literal for int() with base 10: 'seven'"
+    assert answer.failure == "ValueError: invalid literal for int() with base 10: 'seven'"
     assert not answer.lost
     assert "MemoryError" in ask("bytearray(1 << 62)").problem
     assert ask("os.getpid()").value == pid

@@ -381,6 +381,15 @@ def unpacked(rows=False, mean_form=False):
 BEST = "native" if NATIVE else "torch"
 
 
+def test_an_out_in_the_memory_of_the_levels_is_right():
+    memory = torch.rand(3, 3, dtype=torch.float64) + 0.1
+    x, slope = torch.randn(2, 3, 3, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    arguments = x, slope, None, None, 2.0, 0.5, 0.1, memory, 5.0, 5.0, True
+    expected, _ = torch.ops.pfgm.ode_step(*arguments, False, BEST)
+    torch.ops.pfgm.ode_step_out(*arguments, BEST, memory, None)
+    assert torch.equal(memory, expected)
+
+
 @pytest.mark.parametrize(
     ("name", "rows", "mean_form"),
     [(BEST, False, False), (BEST, True, True), ("reference", True, False)],

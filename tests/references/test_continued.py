@@ -83,7 +83,7 @@ def in_file(rows, folder, **options):
 def test_a_set_gives_the_bits_of_a_tensor(chunks_of, tmp_path, kind, N, sigma, B, D):
     """Whether it is in memory, in memory with a sketch, or read from a file chunk by chunk."""
     rows = rows_of(kind, 5001, N)
-    step = native_parts.chunk_rows(N, rows.dtype)
+    step = native_parts.kernel_chunk_rows(N, rows.dtype)
     assert 1 < step < len(rows) / 2
     chunks_of(rows, step + 5)
     held, file = ReferenceSet(rows), in_file(rows, tmp_path)
@@ -99,7 +99,7 @@ def test_a_set_gives_the_bits_of_a_tensor(chunks_of, tmp_path, kind, N, sigma, B
 @pytest.mark.parametrize(("N", "sigma"), [(64, 0.02), (510, 3.0)])
 def test_chunks_of_the_kernels_for_few_features(chunks_of, tmp_path, N, sigma):
     """They are not those of the kernels for many features, so a set's chunks hold several."""
-    step = native_parts.chunk_rows(N, torch.float32)
+    step = native_parts.kernel_chunk_rows(N, torch.float32)
     rows = rows_of(torch.float32, 2 * step + 77, N)
     chunks_of(rows, step)
     x = points_near(rows, 9, sigma)
