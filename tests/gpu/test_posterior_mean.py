@@ -42,7 +42,7 @@ def test_twice_the_same_bits(op):
 # ---- distances that must be refined ----
 
 
-@pytest.mark.parametrize("offset", [slow(0.0), 100.0])
+@pytest.mark.parametrize("offset", [0.0, 100.0])
 @pytest.mark.parametrize("N", [64, 513])
 def test_near_ties_far_from_the_origin(op, backend, N, offset):
     x, references = op.near_ties(20, 70, N, offset)
