@@ -114,6 +114,21 @@ def calls_table() -> str:
     return table(["", "path", "time", "times as long"], rows)
 
 
+def memory_table() -> str:
+    rows = [
+        [
+            row["subject"],
+            " × ".join(map(str, row["B, M, N"])),
+            row["path"],
+            row["references"],
+            f"{row['megabytes of references']:.0f} MiB",
+            f"{row['megabytes']:.0f} MiB",
+        ]
+        for row in load("memory")["result"]
+    ]
+    return table(["", "B × M × N", "path", "references", "they take", "extra at the peak"], rows)
+
+
 def circumstances(module: str) -> str:
     content = load(module)
     machine = content["machine"]
@@ -135,6 +150,7 @@ def report() -> str:
         "Posterior mean": main_report(),
         "Euler step": f"{step_table()}\n\n{circumstances('ode_step')}",
         "Calls on tiny tensors, one thread": f"{calls_table()}\n\n{circumstances('calls')}",
+        "Memory": memory_table(),
     }
     return "\n\n".join(f"## {title}\n\n{text}" for title, text in parts.items())
 

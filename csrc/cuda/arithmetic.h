@@ -140,7 +140,7 @@ __device__ inline std::uint32_t both_halves(float v) {
 }
 
 // The high parts, and the low parts, of two such words.
-__device__ inline TwoHalves apart(std::uint32_t first, std::uint32_t second) {
+__device__ inline TwoHalves separate_halves(std::uint32_t first, std::uint32_t second) {
   return {__byte_perm(first, second, 0x5410), __byte_perm(first, second, 0x7632)};
 }
 

@@ -23,8 +23,8 @@ constexpr int kPanel = 32;           // terms that are added up together: featur
 constexpr int kTileReferences = 64;  // references in a tile, whose smallest distance is kept
 constexpr int kQueryThreads = 256;   // of a block that takes a query
 constexpr int kPiece = 1024;         // references that such a block takes at a time
-constexpr int kSteps = kPiece / kQueryThreads;  // of them, those of a thread
-constexpr int kCenterThreads = 256;             // features of a block of find_center
+constexpr int kThreadReferences = kPiece / kQueryThreads;  // of a piece, those of a thread
+constexpr int kCenterThreads = 256;                        // features of a block of find_center
 
 constexpr Index kMostPairs = Index{1} << 31;  // of a block and a chunk, for places of 32 bits
 constexpr Index kMostReferences = 1 << 16;    // of a chunk, for places of 16 bits
@@ -35,8 +35,8 @@ constexpr int kSumRows = 32, kLargeSumRows = 64, kLargestSumRows = 128;
 constexpr int kSumFeatures = 128, kShareFeatures = 256;
 // Panels of listed references that a block sums: of a part, and of a share (cuda/warpgroup_sums.h).
 constexpr int kPartPanels = 64, kSharePanels = 256;
-constexpr int kListPanels = 6;   // that take as long as what a list takes once
-constexpr int kMostGroups = 32;  // of a block of queries with shares: a lane has one
+constexpr int kListPanels = 6;   // what a list costs once, counted in panels
+constexpr int kMostGroups = 32;  // whose lists are shared out: a lane has one
 
 // ---- element types -----------------------------------------------------------------------------
 
@@ -97,7 +97,7 @@ struct Center {
   float* value_scale;       // the same for references as they are
   float* scaled;            // (width): `at` times `scale`
   int features, width;
-  bool scattered;  // by `scatter`: because sums or differences to the centre are rounded to float16
+  bool scattered;  // by `scatter`, if sums or differences to the centre are rounded to float16
   float excess;    // distances are those of (1 + excess) x and (1 + excess) y
 };
 
@@ -152,7 +152,7 @@ struct ChunkWeights {
 // c_j, p_j and −F c_j of the chunk (cuda/coefficients.h).
 struct Coefficients {
   ChunkWeights c;
-  int* live;  // (queries, pieces): how many c_j may be other than zero
+  int* live_count;  // (queries, pieces): how many c_j may be other than zero
   float* probability;
   float* scaled;
 };
@@ -171,9 +171,9 @@ struct QueryStates {
 struct PieceSums {
   int pieces, size;  // how many, and how many references each has, a multiple of kPiece
   float* sum;        // of the weights
-  int* live;         // how many weights are not zero
-  double* closest;   // (queries): the smallest squared distance so far
-  double* kept;      // (queries): the weight of all earlier chunks, relative to `closest`
+  int* live_count;   // how many weights are not zero
+  double* nearest;   // (queries): the smallest squared distance so far
+  double* earlier;   // (queries): the weight of all earlier chunks, relative to `nearest`
 };
 
 // Sums of each query over the chunks so far, one for each piece of a chunk, and what follows from
@@ -189,7 +189,7 @@ struct Moments {
   double* squares;    // (queries, pieces): at least Σ c_j² of the last chunk
   double* total;      // (queries): Σ c_j over all pieces
   double* exact_sum;  // (queries): C, without rounding
-  double* unit;       // (queries): F, 0 at a limit
+  double* unit;       // (queries): F, 0 at a limit (WeightLaw::at_limit)
   double* grad_radius;
   int pieces, size;  // as many as the first chunk has, and references of each
 

@@ -71,24 +71,24 @@ __global__ void __launch_bounds__(kCenterThreads, 2)
   if (feature < out.features) {
     const int count = static_cast<int>(smaller(y.count, kSamples));
     float values[kSamples];
-    float least = INFINITY, most = -INFINITY, second = INFINITY, last = -INFINITY;
+    float least = INFINITY, most = -INFINITY, second_least = INFINITY, second_most = -INFINITY;
 #pragma unroll
     for (int i = 0; i < kSamples; ++i) {
       if (i >= count) continue;
       const float v = values[i] =
           load_float(y.row(static_cast<Index>(i) * y.count / count) + feature);
-      second = fminf(second, fmaxf(least, v)), least = fminf(least, v);
-      last = fmaxf(last, fminf(most, v)), most = fmaxf(most, v);
+      second_least = fminf(second_least, fmaxf(least, v)), least = fminf(least, v);
+      second_most = fmaxf(second_most, fminf(most, v)), most = fmaxf(most, v);
       largest = fmaxf(largest, fabsf(v));
     }
-    if (count < 3) second = least, last = most;
+    if (count < 3) second_least = least, second_most = most;
     const float share = reciprocal(static_cast<float>(count));
 #pragma unroll
     for (int i = 0; i < kSamples; ++i)
-      if (i < count) mean += fminf(fmaxf(values[i], second), last) * share;
+      if (i < count) mean += fminf(fmaxf(values[i], second_least), second_most) * share;
     // Equal samples say nothing about the others. Their own size is a guess.
     const float guess = fabsf(mean) * 0x1p-10f;
-    near = fmaxf(guess, fmaxf(last - mean, mean - second));
+    near = fmaxf(guess, fmaxf(second_most - mean, mean - second_least));
     spread = fmaxf(guess, fmaxf(most - mean, mean - least));
   }
   spread = over_block<kCenterThreads>(spread, scratch, Most());

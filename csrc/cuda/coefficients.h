@@ -73,16 +73,16 @@ __global__ void __launch_bounds__(kQueryThreads)
 #pragma unroll 1
   for (int start = first; start < first + moments.size && start < references; start += kPiece) {
     const int left = references - start - thread;
-    double squared[kSteps];
-    float projected[kSteps];
+    double squared[kThreadReferences];
+    float projected[kThreadReferences];
 #pragma unroll
-    for (int i = 0; i < kSteps; ++i) {
+    for (int i = 0; i < kThreadReferences; ++i) {
       const int step = i * kQueryThreads;
       squared[i] = step < left ? distances[start + step] : 0;
       projected[i] = step < left ? products[start + step] : 0;
     }
 #pragma unroll
-    for (int i = 0; i < kSteps; ++i) {
+    for (int i = 0; i < kThreadReferences; ++i) {
       const bool known = i * kQueryThreads < left;
       const float p = known ? row.probability(law, row.fall(squared[i])) : 0;
       projection.add_product(p, p != 0 ? projected[i] : 0);  // G·y_j is undefined where p = 0
@@ -168,16 +168,16 @@ __global__ void __launch_bounds__(kQueryThreads, 2)
 #pragma unroll 1
   for (int start = first; start < first + moments.size && start < stride; start += kPiece) {
     const int left = references - start - thread, columns = stride - start - thread;
-    double squared[kSteps];
-    float projected[kSteps];
+    double squared[kThreadReferences];
+    float projected[kThreadReferences];
 #pragma unroll
-    for (int i = 0; i < kSteps; ++i) {
+    for (int i = 0; i < kThreadReferences; ++i) {
       const int step = i * kQueryThreads;
       squared[i] = step < left ? distances[start + step] : 0;
       projected[i] = step < left ? products[start + step] : 0;
     }
 #pragma unroll
-    for (int i = 0; i < kSteps; ++i) {
+    for (int i = 0; i < kThreadReferences; ++i) {
       const int step = i * kQueryThreads;
       const float linear = row.probabilities.fall(squared[i]);
       // per_mass may be no number.
@@ -205,7 +205,7 @@ __global__ void __launch_bounds__(kQueryThreads, 2)
   sum_over_block<kQueryThreads>(sums, shared.sums);
   if (threadIdx.x > 0) return;
   for (int w = 1; w < kQueryThreads / 32; ++w) live += shared.live[w];
-  out.live[query * static_cast<int>(gridDim.y) + piece] = live;
+  out.live_count[query * static_cast<int>(gridDim.y) + piece] = live;
   moments.add(moments.moment, query, piece, sums[0].sum(), first_chunk);
   moments.add(moments.sum, query, piece, sums[1].sum(), first_chunk);
   moments.add(moments.chunk_sum, query, piece, sums[1].sum(), true);

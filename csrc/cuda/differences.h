@@ -8,7 +8,7 @@ namespace pfgm {
 namespace {
 
 // The smallest finite distance; its sign is negative if a distance of the tile is not finite, so
-// that refine looks at the tile.
+// that find_limits looks at the tile.
 struct LeastFinite {
   __device__ double operator()(double a, double b) const {
     const double least = fmin(fabs(a), fabs(b));
@@ -20,14 +20,14 @@ __device__ inline double finite_or_marked(double distance) {
   return distance < INFINITY ? distance : -INFINITY;
 }
 
-// Stores the smallest distance of a tile for each query, from low[row of warps][query].
+// Stores the smallest distance of a tile for each query, from low[warp][query].
 template <int QUERIES>
-__device__ inline void store_lowest(const double (*low)[QUERIES], int rows, int tile, int query0,
+__device__ inline void store_lowest(const double (*low)[QUERIES], int warps, int tile, int query0,
                                     int queries, const Pairs& out) {
   const int q = static_cast<int>(threadIdx.x);
   if (q >= QUERIES || query0 + q >= queries || tile >= out.tiles) return;
   double least = low[0][q];
-  for (int w = 1; w < rows; ++w) least = LeastFinite()(least, low[w][q]);
+  for (int w = 1; w < warps; ++w) least = LeastFinite()(least, low[w][q]);
   out.lowest[static_cast<Index>(query0 + q) * out.tiles + tile] = stored_lowest(least);
 }
 

@@ -26,9 +26,9 @@ __device__ inline void wait_for_earlier_launches() {
 // multiprocessors that have room first, and others have none: that costs more than a launch. So
 // kernels whose blocks take much room do not call this, and large grids do nothing.
 //
-// It comes after the wait. Before it would be safe for the kernels here, which wait for each other,
-// but not for one of someone else that follows: it may count on the launches before this one to
-// have ended, as soon as it has started.
+// It comes after the wait. A call before it would be safe for the kernels here, which wait for each
+// other, but not for one of someone else that follows: it may count on the launches before this one
+// to have ended, as soon as it has started.
 __device__ inline void let_next_launch_start() {
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
   constexpr unsigned long long kSmall = 1 << 17;  // threads, half of those that an H100 holds
@@ -143,8 +143,8 @@ __device__ inline void keep_in_place(float (&d)[COLUMNS][4]) {
   for (int n = 0; n < COLUMNS; ++n)
     for (int e = 0; e < 4; ++e) asm volatile("" : "+f"(d[n][e])::"memory");
 }
-// Fields of 14 bits count 16 bytes: where b is, from one eight values of a column to the next ones,
-// from eight columns to the next ones. No swizzle.
+// Fields of 14 bits, in units of 16 bytes: the address of b, the distance between eights of values
+// in a column, the distance between eights of columns. No swizzle.
 __device__ inline std::uint64_t operand_at(const void* b, int apart) {
   const auto at = static_cast<std::uint32_t>(__cvta_generic_to_shared(b));
   return static_cast<std::uint64_t>((at & 0x3ffff) >> 4) |

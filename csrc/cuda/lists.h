@@ -70,7 +70,7 @@ __device__ inline int live_weights(const PieceSums& sums, int query) {
   int count = 0;
 #pragma unroll 4
   for (int piece = 0; piece < sums.pieces; ++piece)
-    count += sums.live[static_cast<Index>(query) * sums.pieces + piece];
+    count += sums.live_count[static_cast<Index>(query) * sums.pieces + piece];
   return count;
 }
 
@@ -124,8 +124,8 @@ struct ListTask {
   int group, share, shares;
 };
 
-// A block's task if groups have equally many blocks. Also finds the queries of its group. After the
-// last one there is this one again.
+// A block's task if groups have equally many blocks. Also finds the queries of its group. Places
+// after the last query get that one again.
 template <int ROWS>
 __device__ inline ListTask take_even_share(ListMemory<ROWS>& shared, int queries,
                                            const int* order) {
@@ -141,18 +141,18 @@ __device__ inline ListTask take_even_share(ListMemory<ROWS>& shared, int queries
 // threads, two lanes find the rank of one.
 template <int ROWS>
 __device__ inline void find_order(ListMemory<ROWS>& shared, int queries, int* order) {
-  const int share = 2 * queries <= kListThreads<ROWS> ? 1 : 0;
-  const int thread = static_cast<int>(threadIdx.x), query = thread >> share, part = thread & share;
+  const int shift = 2 * queries <= kListThreads<ROWS> ? 1 : 0;
+  const int thread = static_cast<int>(threadIdx.x), query = thread >> shift, part = thread & shift;
   const std::uint32_t key = shared.keys[query];
   int rank = 0;  // keys that are less; those after the last query are not
 #pragma unroll 1
-  for (int other = 16 * part; other < queries; other += 16 << share)
+  for (int other = 16 * part; other < queries; other += 16 << shift)
 #pragma unroll
     for (int i = 0; i < 16; i += 4) {
       const uint4 keys = *reinterpret_cast<const uint4*>(&shared.keys[other + i]);
       rank += (keys.x < key) + (keys.y < key) + (keys.z < key) + (keys.w < key);
     }
-  if (share != 0) rank += __shfl_xor_sync(kAll, rank, 1);
+  if (shift != 0) rank += __shfl_xor_sync(kAll, rank, 1);
   if (part > 0 || query >= queries) return;
   shared.order[rank] = query;
   if (blockIdx.x == 0) order[rank] = query;
@@ -265,8 +265,8 @@ __device__ inline void write_places(std::uint16_t* to, int first, int size, int 
   }
 }
 
-// Gathers weights of query 8n + g for `panels` panels of listed references, of which `count` count;
-// the others get zero, and all do if the query is not `known`. A thread has four weights of a
+// Gathers weights of query 8n + g for `panels` panels of listed references, of which `count` count.
+// The others get zero, and so does a query that is not `known`. A thread has four weights of a
 // panel.
 template <int ROWS, bool HALVES, bool OPERANDS>
 __device__ inline void gather_weights(const float* weights, const std::uint16_t* listed, bool known,
@@ -282,7 +282,7 @@ __device__ inline void gather_weights(const float* weights, const std::uint16_t*
       words[i] = known && place < count ? bits_of(weight) : 0;
     }
     float* const panel_weights = to + kPanel * ROWS * panel;
-    // Part s of the weights: halves that are low or high, or half of the references.
+    // Part s: low (0) or high (1) halves; of float32 the first or the second eight references.
     const auto store = [&](int s, std::uint32_t first, std::uint32_t second) {
       if constexpr (OPERANDS) {
         std::uint32_t* const at = reinterpret_cast<std::uint32_t*>(panel_weights) +
@@ -294,7 +294,8 @@ __device__ inline void gather_weights(const float* weights, const std::uint16_t*
       }
     };
     if constexpr (HALVES) {
-      const TwoHalves front = apart(words[0], words[1]), back = apart(words[2], words[3]);
+      const TwoHalves front = separate_halves(words[0], words[1]),
+                      back = separate_halves(words[2], words[3]);
       store(0, front.low, back.low);
       store(1, front.high, back.high);
     } else {

@@ -33,13 +33,13 @@ struct MergedWeights {
                            const QueryStates& state) {
     const Index query = blockIdx.x;
     const float* const piece_sums = sums.sum + query * sums.pieces;
-    kept = static_cast<float>(sums.kept[query]), own = 0;
+    kept = static_cast<float>(sums.earlier[query]), own = 0;
 #pragma unroll 4
     for (int piece = 0; piece < sums.pieces; ++piece) own += piece_sums[piece];
     per_weight = reciprocal(kept + own);
     if (blockIdx.y > 0 || threadIdx.x > 0) return;
-    const double nearest = sums.closest[query];
-    double total = sums.kept[query];
+    const double nearest = sums.nearest[query];
+    double total = sums.earlier[query];
 #pragma unroll 1
     for (int piece = 0; piece < sums.pieces; ++piece) total += piece_sums[piece];
     state.nearest[query] = nearest;
@@ -72,8 +72,8 @@ __global__ void __launch_bounds__(kMergeThreads)
 
 // Features of a thread and of a block that sums differences. The thread's lie kMergeThreads apart.
 constexpr int kHeldFeatures = 4, kMergeFeatures = kHeldFeatures * kMergeThreads;
-// From this square of a sum of differences on, relative to the size of what is summed, sums over
-// references leave enough digits of it.
+// Sums over references keep enough digits of a sum of differences if its square is at least this,
+// relative to the size of what is summed.
 constexpr float kEnough = 0x1p-6f;
 
 struct MergeMemory {
@@ -83,9 +83,9 @@ struct MergeMemory {
   int before[kMergeThreads / 32];
 };
 
-// The features from the first one of a block on, of a query and of a chunk of references, and their
-// weights, which are words of both_halves if `halves`. `counts` says how many of each `size` of
-// them are not zero.
+// A query and a chunk of references from the block's first feature on, and their weights, which are
+// words of both_halves if `halves`. counts[i] says how many weights of the i-th `size` references
+// are not zero.
 template <class R>
 struct QueryChunk {
   const float* x;
@@ -103,7 +103,7 @@ struct QueryChunk {
     feature0 = static_cast<int>(blockIdx.y) * kMergeFeatures, left = features - feature0;
     x = points.row(query) + feature0, y.at += feature0;
     weights.weight += query * stride, weights.live += query * (stride / 32);
-    counts = sums.live + query * sums.pieces;
+    counts = sums.live_count + query * sums.pieces;
   }
 
   // Calls body(k, feature) for the features of the thread.
@@ -197,7 +197,7 @@ __device__ inline void find_differences(MergeMemory& shared, const QueryChunk<R>
   });
   apart = over_block<kMergeThreads>(apart, shared.scratch, Sum());
   size = over_block<kMergeThreads>(size, shared.scratch, Sum());
-  if (apart >= kEnough * (1 + size)) return;  // no, if a number is out of range
+  if (apart >= kEnough * (1 + size)) return;  // false if a number is NaN or infinite
   sum_differences(shared, chunk, value);
   for (float& v : value) v *= w.per_stored;
 }
@@ -224,7 +224,7 @@ __global__ void __launch_bounds__(kMergeThreads, 4)
   if (!first_chunk)
     chunk.each_feature(
         [&](int k, int feature) { before[k] = merged.kept * merged.per_weight * out[feature]; });
-  find_differences(shared, chunk, parts, features, sums.closest[query] + r * r * law.per_exponent,
+  find_differences(shared, chunk, parts, features, sums.nearest[query] + r * r * law.per_exponent,
                    {share, share, divisor * merged.per_weight, unit * merged.per_weight}, before,
                    value);
   chunk.each_feature([&](int k, int feature) { out[feature] = before[k] + value[k]; });

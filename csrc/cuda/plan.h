@@ -113,8 +113,8 @@ struct Bounds {
 
 Bounds bounds(const Problem& problem, Index pairs) {
   Bounds most;
-  const Index fitting =
-      smaller(limits.queries, larger(kSumRows, limits.parts / 3 / problem.features));
+  const Index fitting = smaller(
+      limits.queries, larger(kSumRows, limits.parts / 3 / problem.features));  // three parts
   // Blocks of nearly equal size: a last one of few queries would read all references for these.
   // Large ones have whole tiles.
   const Index blocks = larger(1, divide_up(problem.queries, fitting));
@@ -217,10 +217,14 @@ struct Plan {
                           costs(), large ? kLargestTile : 64, room);
   }
 
-  // Numbers that the slices of a whole block and chunk take.
+  // Numbers that the slices of a whole block and chunk take, the same in both passes.
   Index slice_numbers() const {
-    const Index slices = tiling(queries, references, true, limits.parts).slices;
-    return slices > 1 ? slices * slice_size(queries, references, rounded) : 0;
+    Index numbers = 0;
+    for (const bool aligned : {false, true}) {
+      const Index slices = tiling(queries, references, aligned, limits.parts).slices;
+      if (slices > 1) numbers = larger(numbers, slices * slice_size(queries, references, rounded));
+    }
+    return numbers;
   }
 };
 
@@ -241,8 +245,8 @@ Shares shares(const Plan& plan, int rows, Index most_parts) {
   const bool enough = lists * panels >= kFewestPanels * kFewestPanels * multiprocessors;
   const Index all = lists * (kListPanels + panels);  // the work of the blocks, at most
   const Index blocks = multiprocessors * divide_up(all, kSharePanels * multiprocessors);
-  // All lists together have at least `slices` times the work of the longest one, so no more blocks
-  // than these share that.
+  // The longest list has at most 1/slices of all work, because its group has as many equal lists.
+  // So at most blocks/slices + 2 blocks share it.
   const Index parts = smaller(blocks / slices + 2, most_parts);
   if (!enough || groups > kMostGroups || parts < 2) return {};
   const Index least = larger(kFewestPanels, divide_up(panels - 1, parts - 1));
@@ -276,7 +280,7 @@ void plan_sums(Plan& plan, bool large, Index most_parts) {
   plan.part_panels = most_parts <= kFewParts ? divide_up(panels, fewest)
                                              : larger(even, divide_up(panels, most_parts));
   plan.parts = divide_up(panels, plan.part_panels);
-  // The workspace is the same where the weights have no halves.
+  // Also where weights have no halves, so that the workspace is the same.
   if (plan.asynchronous && !plan.backward && plan.features >= kShareFeatures)
     for (const SharedGroups& size : kSharedGroups)
       if (plan.shares.rows == 0 && plan.queries >= size.queries)

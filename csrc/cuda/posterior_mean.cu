@@ -254,7 +254,7 @@ class Launches {
         differences<T, PROJECT>, rows, upstream, y(), plan_.features, arrays_.pairs);
   }
 
-  // By the tiles that the plan has for them.
+  // With the tiles that the plan chooses for so many pairs.
   template <bool PROJECT>
   void find_products(const Halves& rows) const {
     const Tiling tiling = plan_.tiling(block_.count, chunk_.count, y().aligned, arrays_.room);

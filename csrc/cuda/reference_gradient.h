@@ -79,9 +79,9 @@ __device__ inline void sum_terms(GradientMemory& shared, const GradientTerms& te
   __syncthreads();
 }
 
-// Adds Σ_b p_bj G_b + w_bj (x_b − y_j) of the block's reference number `row` to `out`, or `begins`
-// with it. A warp does this; a lane has every 32nd feature. Products with x_b and y_j lose digits
-// where these are close: then the warp sums differences.
+// Adds Σ_b p_bj G_b + w_bj (x_b − y_j) of the block's reference number `row` to `out`, or stores it
+// there if it `begins`. A warp does this; a lane has every 32nd feature. Products with x_b and y_j
+// lose digits where these are close: then the warp sums differences.
 template <class R>
 __device__ inline void finish_terms(const GradientMemory& shared, const GradientTerms& terms,
                                     int row, const R* y, int feature0, int features, bool begins,

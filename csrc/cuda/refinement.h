@@ -37,12 +37,13 @@ __device__ inline float logarithm_of_ratio(double a, double b) {
 // law.noise (|x|² + d²) for differences. (exponent/s)·error is the relative error of a weight. If n
 // weights are within a nat of the largest, their errors average out in the mean by a factor of at
 // least √(n/e). If more than law.tolerance is left, or the log-sum-exp lacks digits, references are
-// refined whose weight may be more than e^-law.near times the largest, or more than a weight whose
-// error may be left by law.others nats. All others may have such an error, even if it is a bias.
+// refined whose weight may be more than e^-law.near times the largest, or, if these are fewer, more
+// than e^-n times it, with n = law.others + log(error/allowed). All others together may then have
+// such an error, even if it is a bias.
 //
-// Errors without a bias, law.added (2|x||y| + |y|²), come to that. Those of weights below w have
-// together at most √w times the error of a weight, because their squares have a sum of at most w
-// times all weights. So if only these are too large, ρ times what is allowed, references are
+// Errors without a bias, law.added (2|x||y| + |y|²), are added to that. Those of weights below w
+// have together at most √w times the error of a weight, because their squares have a sum of at most
+// w times all weights. So if only these are too large, ρ times what is allowed, references are
 // refined whose weight may be more than (e^-kOthers/ρ)². Copies of one reference have equal errors.
 // At most a quarter of these reaches the mean: copies with a share p of all weights change it by
 // p (1 − p) times their error.
@@ -93,8 +94,8 @@ struct QueryLimit {
   }
 
   // The largest distance that is refined, or −1 if errors do not change the result. `farthest` is
-  // the largest |y|² that may be refined; so many tiles are `close`: they have a weight within a
-  // nat of the largest.
+  // the largest |y|² that may be refined, `close` the number of tiles with a weight within a nat of
+  // the largest.
   template <bool PRODUCTS>
   __device__ double largest(const WeightLaw& law, double farthest, int close) const {
     const double biased = smallest + noise<PRODUCTS>(law, farthest);
@@ -131,7 +132,7 @@ struct QueryLimit {
   // The power of two that brings the square root of `near` to at least 1, below 2, or the nearest
   // one that float32 holds, and twice of it too.
   __device__ float unit() const {
-    if (!(near < INFINITY)) return 0x1p-76f;
+    if (!(near < INFINITY)) return 0x1p-76f;  // float32 then holds the squares of all differences
     const int power = (static_cast<int>(bits_of(near) >> 52) - 1023) >> 1;
     const int biased = 127 - power;
     return float_of(static_cast<std::uint32_t>(biased < 1 ? 1 : biased > 253 ? 253 : biased) << 23);
@@ -212,7 +213,7 @@ struct SomeTiles {
     return count;
   }
 
-  // Writes the places of these distances, `row` and more, and the minima of tiles.
+  // Writes the places of these distances in the row that begins at `row`, and the minima of tiles.
   __device__ void store(unsigned* list, unsigned row, double* lowest, const Lane& lane) const {
     const unsigned before = (1u << lane.lane) - 1;  // the lanes before this one
     int stored = -1;                                // each of the first lanes stores one minimum

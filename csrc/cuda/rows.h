@@ -4,7 +4,8 @@
 // Short rows share a warp; a longer row has a block. A lane holds up to kHeldValues values of every
 // tensor, so a row is read once although its sum is needed first. Rows with more values than a
 // block holds are read twice, in tiles. If no sum is needed, rows are split into panels instead,
-// one per block. Sums have a fixed order.
+// one per block. Sums have a fixed order. Here a lane is a thread of a row, and a tile what the
+// lanes of a row hold at once.
 #pragma once
 #include <cstdint>
 
@@ -16,7 +17,7 @@ constexpr int kHeldValues = 8;      // values of one tensor in a thread's regist
 constexpr int kLongLanes = 512;     // for a row that is read twice
 constexpr int kPanelLanes = 128;    // for a panel
 constexpr int kShortThreads = 128;  // in a block of short rows
-constexpr std::int64_t kMostPanels = 65535;
+constexpr std::int64_t kMostGridPanels = 65535;
 constexpr int kSumBytes = 32 * sizeof(double) + 16;  // of shared memory for row_result
 
 // Largest number of threads for a row held as a whole, limited by registers. `width` is the number
@@ -43,7 +44,7 @@ inline RowCut cut_rows(std::int64_t rows, std::int64_t features, int width, bool
     return {{(rows + together - 1) / together}, kShortThreads, lanes, true};
   }
   const std::int64_t panels = (wanted + kPanelLanes - 1) / kPanelLanes;
-  if (!summed && panels <= kMostPanels) return {{rows, panels}, kPanelLanes, kPanelLanes, true};
+  if (!summed && panels <= kMostGridPanels) return {{rows, panels}, kPanelLanes, kPanelLanes, true};
   if (wanted > most_lanes(width)) return {{rows}, kLongLanes, kLongLanes, false};
   const int lanes = static_cast<int>((wanted + 31) / 32 * 32);
   return {{rows}, lanes, lanes, true};

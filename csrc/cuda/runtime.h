@@ -66,7 +66,7 @@ inline int architecture_of(const char* name, const void* kernel) {
 }
 
 // Whether kernels may multiply with warpgroups: the device, which is the current one, runs a
-// kernel's code for sm_90a. In other code these kernels are empty. A driver that is told to compile
+// kernel's code for sm_90a. In other code these kernels trap. A driver that is told to compile
 // older code itself takes that in place of the code for the device.
 inline bool has_warpgroups([[maybe_unused]] const char* name, [[maybe_unused]] const void* kernel,
                            [[maybe_unused]] int device) {
@@ -82,8 +82,9 @@ inline bool has_warpgroups([[maybe_unused]] const char* name, [[maybe_unused]] c
 }
 
 // Whether a device has a GeForce card's chip, and a kernel's code on it, which is the current
-// device, has instances for these (`unused` in cuda/distances.h). Their matrix units multiply twice
-// as fast where they add up in float16, and float64 runs at 1/64 of the rate of float32.
+// device, has instances for these (`is_unused` in cuda/warp_products.h). Their matrix units
+// multiply twice as fast where they add up in float16, and float64 runs at 1/64 of the rate of
+// float32.
 inline bool is_geforce(const char* name, const void* kernel, int device) {
   static DeviceNumber known;
   return known.get(device, [=] {

@@ -30,8 +30,8 @@ struct LeastOfRows {
   bool finite[THREADS / 32];
 };
 
-// In place of |y − centre|² of a row after the last one. Its distances are larger than all others,
-// which are sums of squares of float32, and do not count.
+// In place of |y − centre|² of a row after the last one, so that its distances are larger than all
+// that count, which are sums of squares of float32.
 constexpr double kBeyondAll = 0x1p1000;
 
 // Stores the smallest distance of each tile of references for each query. It is marked in all tiles
@@ -176,7 +176,7 @@ struct TileMemory {
     TileSums<Loop> sums;
   };
   double units[Loop::kQueries], norms[Loop::kQueries];
-  static_assert(sizeof(TileSums<Loop>) <= Loop::kFree, "sums that the loop has left stay");
+  static_assert(sizeof(TileSums<Loop>) <= Loop::kReusable, "sums that the loop has left stay");
 };
 
 // Which sums of the tile a thread has: those of its warp's slabs of 16 references with columns of 8

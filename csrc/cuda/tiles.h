@@ -165,10 +165,10 @@ __device__ inline void pipeline(int panels, Stage stage, Compute compute) {
 
 // What a block adds up at a time: panels of its share that belong to one list.
 struct Segment {
-  int work;           // of the share
+  int work;           // panels of the share that it uses up, as counted in Share
   int group, slice;   // of the list
-  int first, panels;  // at most 0 panels if the share ends before them
-  int part;           // of the sums of the list
+  int first, panels;  // panels ≤ 0 if the share ends before the first one
+  int part;           // number among the parts of the list
   bool is_last;
 };
 

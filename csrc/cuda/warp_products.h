@@ -20,7 +20,7 @@ template <class R, int QUERIES, int REFERENCES>
 struct WarpShape {
   using Reference = R;
   static constexpr int kQueries = QUERIES, kReferences = REFERENCES, kThreads = 256;
-  // Whose registers a multiprocessor must hold. With more, compilers would spill.
+  // Blocks whose registers a multiprocessor must hold. With more, compilers would spill.
   static constexpr int kBlocks = QUERIES == 32 || (kRounded<R> && QUERIES == 64) ? 2 : 1;
   static constexpr bool kAhead = QUERIES == 128;
   static constexpr int kReferenceStages = kAhead ? 4 : REFERENCES == 64 ? 3 : 2;
@@ -31,9 +31,9 @@ struct WarpShape {
   static constexpr int kColumns = QUERIES / kSides / 8;  // of 8 queries, of a warp
   static constexpr int kGroups = REFERENCES / 16 / kSlabs;
   static constexpr int kParts = kThreads / 32 / kGroups / kSides;
-  static constexpr int kTurns = 1;
-  // Two parts in float16 take the place of a value that is converted ahead.
-  // Before that, values of short types start in different places of neighbouring rows.
+  static constexpr int kTurns = 1;  // in which the columns are finished
+  // A value that is converted ahead needs room for two float16 parts. Until then rows of short
+  // types start in different places, so that neighbouring rows reach different banks.
   static constexpr int kSpread = kAhead ? 4 / static_cast<int>(sizeof(R)) : 1;
   static constexpr int kPitch = kSpread * kFeatures;
   // Whether neighbouring stretches of so many 16-byte pieces trade places in a row.
@@ -53,7 +53,8 @@ struct WarpShape {
     References references[kReferenceStages];
     Queries queries[kQueryStages];
   };
-  static constexpr std::size_t kFree = ~std::size_t{0};  // all of it when the loop has ended
+  static constexpr std::size_t kReusable =
+      ~std::size_t{0};  // bytes that TileSums may take: all, after the loop
 };
 
 // Copies the panels of a tile, one after the other. A thread copies the same piece of each of its
@@ -73,10 +74,10 @@ class TileCopy {
         left_(center.features - first) {
     const int thread = static_cast<int>(threadIdx.x);
     row_ = thread / kPieces, piece_ = thread % kPieces;
-    rows_ = y.count - reference0 - row_, half_rows_ = x.rows - query0 - half_row();
+    rows_ = y.count - reference0 - row_, query_rows_ = x.rows - query0 - query_row();
     from_ = y.row(rows_ > 0 ? reference0 + row_ : 0) + first + piece_ * kCount;
-    high_ = x.high + static_cast<Index>(half_rows_ > 0 ? query0 + half_row() : 0) * center.width +
-            first + half_panel() * kPanel + thread % kHalfPieces * 8;
+    high_ = x.high + static_cast<Index>(query_rows_ > 0 ? query0 + query_row() : 0) * center.width +
+            first + query_panel() * kPanel + thread % kQueryPieces * 8;
   }
 
   // Starts the copies of the next panels of references.
@@ -107,16 +108,16 @@ class TileCopy {
 
   // The same for queries.
   __device__ void next(typename Shape::Queries& stage) {
-    const int piece = static_cast<int>(threadIdx.x) % kHalfPieces;
+    const int piece = static_cast<int>(threadIdx.x) % kQueryPieces;
 #pragma unroll
-    for (int i = 0; i < kHalfRows; ++i) {
-      const int panel = i * kHalfStep / Shape::kQueries, row = i * kHalfStep % Shape::kQueries;
+    for (int i = 0; i < kQueryRows; ++i) {
+      const int panel = i * kQueryStep / Shape::kQueries, row = i * kQueryStep % Shape::kQueries;
       const std::uint16_t* const high =
-          (row < half_rows_ ? high_ + row * center_.width : high_) + panel * kPanel;
-      auto& half = stage.x[half_panel() + panel];
-      copy_async<16>(&half[0][half_row() + row][8 * piece], high);
+          (row < query_rows_ ? high_ + row * center_.width : high_) + panel * kPanel;
+      auto& half = stage.x[query_panel() + panel];
+      copy_async<16>(&half[0][query_row() + row][8 * piece], high);
       if constexpr (!kRounded<R>)
-        copy_async<16>(&half[1][half_row() + row][8 * piece], high + to_low_);
+        copy_async<16>(&half[1][query_row() + row][8 * piece], high + to_low_);
     }
     high_ += Shape::kFeatures;
   }
@@ -126,18 +127,18 @@ class TileCopy {
   static constexpr int kStep = Shape::kThreads / kPieces;
   static constexpr int kRows = Shape::kReferences / kStep;
   // Of queries: eight threads copy a panel of two rows, which reach different banks.
-  static constexpr int kHalfPieces = kPanel / 8;
-  static constexpr int kHalfStep = Shape::kThreads / kHalfPieces;
-  static constexpr int kHalfRows = Shape::kPanels * Shape::kQueries / kHalfStep;
-  static_assert(kStep <= Shape::kReferences && kHalfRows > 0, "every thread copies");
+  static constexpr int kQueryPieces = kPanel / 8;
+  static constexpr int kQueryStep = Shape::kThreads / kQueryPieces;
+  static constexpr int kQueryRows = Shape::kPanels * Shape::kQueries / kQueryStep;
+  static_assert(kStep <= Shape::kReferences && kQueryRows > 0, "every thread copies");
 
   // The first row and panel of queries that this thread copies, found again to save registers.
-  __device__ static int half_row() {
-    return static_cast<int>(threadIdx.x) / kHalfPieces % Shape::kQueries;
+  __device__ static int query_row() {
+    return static_cast<int>(threadIdx.x) / kQueryPieces % Shape::kQueries;
   }
-  __device__ static int half_panel() {
-    return kHalfStep > Shape::kQueries
-               ? static_cast<int>(threadIdx.x) / kHalfPieces / Shape::kQueries
+  __device__ static int query_panel() {
+    return kQueryStep > Shape::kQueries
+               ? static_cast<int>(threadIdx.x) / kQueryPieces / Shape::kQueries
                : 0;
   }
 
@@ -145,7 +146,7 @@ class TileCopy {
   const bool aligned_;
   const Index to_low_, apart_;  // from a high part to the low part; between rows of y
   int left_, row_, piece_;      // features that are left; what this thread copies
-  int rows_, half_rows_;        // rows that there are from the first one of this thread on
+  int rows_, query_rows_;       // rows that there are from the first one of this thread on
   const R* from_;
   const std::uint16_t* high_;
 };
@@ -237,6 +238,8 @@ __device__ inline void load_query_operands(std::uint32_t (&operands)[TOGETHER][2
 }
 
 // Adds two neighbouring values of `rest` to two totals, and leaves what rounding loses in `rest`.
+// Where the value is the larger one, up to 2^-24 of it is lost, less than its products have lost
+// already.
 __device__ inline void add_rest(float* total, float* rest) {
   const float2 old = {total[0], total[1]}, value = {rest[0], rest[1]};
   const float2 larger = add_pairs(old, value);
@@ -395,8 +398,8 @@ class WarpProducts : public WarpShape<R, QUERIES, REFERENCES> {
 
  private:
   static constexpr int kTogether =
-      QUERIES == 64 && !kRounded<R> ? 4 : 2;  // columns; the others have fewer registers
-  static constexpr int kConvert = kTogether;  // column; elsewhere compilers spill
+      QUERIES == 64 && !kRounded<R> ? 4 : 2;    // columns; the others have fewer registers
+  static constexpr int kConvertAt = kTogether;  // column; elsewhere compilers spill
 
   __device__ void stage_queries(int p) {
     if (p < trips_) copy_.next(stages_.queries[p % kQueryStages]);
@@ -466,7 +469,7 @@ class WarpProducts : public WarpShape<R, QUERIES, REFERENCES> {
         }
         // Matrix units multiply meanwhile.
         if (kAhead && j == 0) stage_next(p);
-        if (kAhead && j == kConvert) convert_ahead(p + 1);
+        if (kAhead && j == kConvertAt) convert_ahead(p + 1);
       }
     }
   }

@@ -73,43 +73,43 @@ class ListedCopy {
 // v as the sum of two TF32 numbers: the nearest one and the rest. The matrix unit cuts off the last
 // bit of the rest. If v is not finite, the rest is not finite either.
 struct Split {
-  std::uint32_t big, small;
+  std::uint32_t high, low;
 };
 
 __device__ inline Split split(float v) {
-  const std::uint32_t big = (bits_of(v) + 0x1000u) & 0xffffe000u;
-  return {big, bits_of(v - float_of(big))};
+  const std::uint32_t high = (bits_of(v) + 0x1000u) & 0xffffe000u;
+  return {high, bits_of(v - float_of(high))};
 }
 
 // Operands of multiply_add, in two parts. If SHORT, values of A are TF32 numbers themselves.
 template <bool SHORT>
 struct OperandA {
-  std::uint32_t big[4], small[4];
+  std::uint32_t high[4], low[4];
 
   __device__ void set(int i, float v) {
     if constexpr (SHORT) {
-      big[i] = bits_of(v);
+      high[i] = bits_of(v);
     } else {
       const Split parts = split(v);
-      big[i] = parts.big, small[i] = parts.small;
+      high[i] = parts.high, low[i] = parts.low;
     }
   }
 };
 
 struct OperandB {
-  std::uint32_t big[2], small[2];
+  std::uint32_t high[2], low[2];
 
   __device__ void set(int i, float v) {
     const Split parts = split(v);
-    big[i] = parts.big, small[i] = parts.small;
+    high[i] = parts.high, low[i] = parts.low;
   }
 };
 
 template <bool SHORT>
 __device__ inline void add_product(float (&d)[4], const OperandA<SHORT>& a, const OperandB& b) {
-  if constexpr (!SHORT) multiply_add(d, a.small, b.big);
-  multiply_add(d, a.big, b.small);
-  multiply_add(d, a.big, b.big);
+  if constexpr (!SHORT) multiply_add(d, a.low, b.high);
+  multiply_add(d, a.high, b.low);
+  multiply_add(d, a.high, b.high);
 }
 
 // Adds Σ reference[feature] · weight[query] over a panel of staged references. The result has 32
@@ -167,7 +167,7 @@ __device__ inline void add_weighted_halves(float (&sum)[2][TILES][4], const R* r
                                            const float* weights, float factor, float (&largest)[4],
                                            const Lane& lane) {
   constexpr int kSteps = kPanel / 16;
-  std::uint32_t big[kSteps][2][4], small[kSteps][2][4];
+  std::uint32_t high_values[kSteps][2][4], low_values[kSteps][2][4];
 #pragma unroll
   for (int step = 0; step < kSteps; ++step)
     for (int pair = 0; pair < 2; ++pair) {
@@ -182,8 +182,8 @@ __device__ inline void add_weighted_halves(float (&sum)[2][TILES][4], const R* r
       }
       for (int f = 0; f < 4; ++f) {
         const TwoHalves parts = split_halves(v[0][f], v[1][f]);
-        big[step][f / 2][2 * pair + f % 2] = parts.high;
-        small[step][f / 2][2 * pair + f % 2] = parts.low;
+        high_values[step][f / 2][2 * pair + f % 2] = parts.high;
+        low_values[step][f / 2][2 * pair + f % 2] = parts.low;
       }
     }
   constexpr bool kLowWeights = !kRounded<R>, kLowValues = !EXACT;
@@ -215,14 +215,14 @@ __device__ inline void add_weighted_halves(float (&sum)[2][TILES][4], const R* r
           multiply_add_halves(d, a, b);
       };
       if constexpr (kLowWeights) {
-        each([&](float (&d)[4], int i, int n) { add(d, big[step][i], low[n]); });
+        each([&](float (&d)[4], int i, int n) { add(d, high_values[step][i], low[n]); });
         first = false;
       }
       if constexpr (kLowValues) {
-        each([&](float (&d)[4], int i, int n) { add(d, small[step][i], high[n]); });
+        each([&](float (&d)[4], int i, int n) { add(d, low_values[step][i], high[n]); });
         first = false;
       }
-      each([&](float (&d)[4], int i, int n) { add(d, big[step][i], high[n]); });
+      each([&](float (&d)[4], int i, int n) { add(d, high_values[step][i], high[n]); });
     }
 #pragma unroll
     for (int i = 0; i < 2; ++i)
@@ -258,7 +258,7 @@ class WarpSums {
  public:
   using Reference = R;
   static constexpr int kRows = ROWS, kFeatures = kSumFeatures, kThreads = kSumThreads;
-  static constexpr int kBlocks = 2;  // whose registers a multiprocessor must hold
+  static constexpr int kBlocks = 2;  // blocks whose registers a multiprocessor must hold
   static constexpr bool kHalves = HALVES;
   static constexpr bool kScaled = HALVES && !kExactHalf<R>;  // references are, before they are cut
   // A lane has 4 neighbouring features, lane g from 4g on.

@@ -21,7 +21,7 @@ struct WarpgroupShape {
   static constexpr int kStages = kThreads > 256 ? 3 : 4;
   static constexpr int kSlabs = 1, kSides = 1, kParts = 1;
   static constexpr int kColumns = kQueries / 8;
-  // In which all columns are finished. More columns at once would take too many registers.
+  // Turns in which the columns are finished. More columns at once would take too many registers.
   static constexpr int kTurns = kColumns > 16 || kThreads > 256 ? 2 : 1;
   static constexpr int kGroups = kReferences / 16, kFeatures = kPanel;
   static constexpr int kPieces = kPanel / 8;  // of 8 features
@@ -38,7 +38,7 @@ struct WarpgroupShape {
     float totals[kRounded<R> ? 1 : kColumns][kSlabs][4][kThreads];  // unused if Rounded
   };
   // When the loop has ended, totals are still needed.
-  static constexpr std::size_t kFree = kRounded<R> ? ~std::size_t{0} : kStages * sizeof(Stage);
+  static constexpr std::size_t kReusable = kRounded<R> ? ~std::size_t{0} : kStages * sizeof(Stage);
 };
 
 __device__ inline int place_of_piece(int row, int piece) { return piece ^ 2 * (row % 4); }
@@ -87,7 +87,7 @@ class WarpgroupCopy {
 
   // The same for panel p of the queries.
   __device__ void copy_queries(typename Shape::Stage& stage, int p) const {
-    if (static_cast<int>(threadIdx.x) >= kQueryThreads) return;
+    if (static_cast<int>(threadIdx.x) >= kCopyThreads) return;
 #pragma unroll
     for (int i = 0; i < Shape::kQueries; i += kQueryStep) {
       const unsigned from = from_query_ + (i < queries_ ? i * width_ : 0) + p * kPanel;
@@ -100,10 +100,10 @@ class WarpgroupCopy {
  private:
   static constexpr int kRows = 32 * Shape::kReferences / Shape::kThreads;  // of a warp
   static constexpr int kStep = 4;  // rows of references, from one copy of a thread to the next
-  static constexpr int kQueryThreads = 256;  // that copy queries
-  static constexpr int kQueryStep = kQueryThreads / Shape::kPieces;
+  static constexpr int kCopyThreads = 256;  // that copy queries
+  static constexpr int kQueryStep = kCopyThreads / Shape::kPieces;
   static_assert(Shape::kPieces == 4, "a warp copies all pieces of eight queries");
-  static_assert(Shape::kThreads >= kQueryThreads && Shape::kQueries % kQueryStep == 0);
+  static_assert(Shape::kThreads >= kCopyThreads && Shape::kQueries % kQueryStep == 0);
 
   const Halves& x_;
   const Index apart_;     // between rows of y
@@ -167,13 +167,13 @@ class WarpgroupStages {
     begin_references(0);
     for (int p = 0; p < kStages - 1; ++p) begin_references(p + 1), begin_queries(p);
   }
-  // Before panel p: its queries and the references of panel p + 1 arrive. 2·kStages − 4 groups
-  // of copies follow them.
-  __device__ void arrive_panel() { arrive<2 * kStages - 4>(); }
+  // Before the first panel: its queries and the references of the next one arrive. 2·kStages − 4
+  // groups of copies follow them.
+  __device__ void arrive_first() { arrive<2 * kStages - 4>(); }
   // In panel p, when its references are converted.
   __device__ void replace_references(int p) { begin_references(p + kStages); }
-  // The queries of panel p + 1 arrive, a group that 2·kStages − 5 others follow after
-  // replace_references(p), and so do its references.
+  // After replace_references(p): the queries of panel p + 1 arrive, which 2·kStages − 5 groups
+  // follow, and before them its references.
   __device__ void arrive_next() { arrive<2 * kStages - 5>(); }
   // In panel p, when the products of panel p − 1 are done.
   __device__ void replace_queries(int p) { begin_queries(p + kStages - 1); }
@@ -210,13 +210,13 @@ class WarpgroupStages {
 constexpr int kProductQueries = 64;
 using PanelSums = float[kProductQueries / 8][4];
 
-// Begins the products of a panel with 64 queries, those of number `group`, in the order of
+// Begins the products of a panel with band `band` of 64 queries, in the order of
 // add_products or add_rounded_products.
 template <bool ROUNDED, class Stage>
 __device__ inline void begin_panel(PanelSums& sums, const ReferencePanel& y, const Stage& stage,
-                                   int group, bool adds) {
+                                   int band, bool adds) {
   constexpr int kApart = sizeof stage.x[0][0];
-  const auto x = [&](int part, int i) { return stage.x[part][2 * i][group * kProductQueries]; };
+  const auto x = [&](int part, int i) { return stage.x[part][2 * i][band * kProductQueries]; };
   keep_in_place(sums);
   begin_products();
   if constexpr (ROUNDED) {
@@ -344,7 +344,7 @@ class WarpgroupProducts : public WarpgroupShape<R, QUERIES, REFERENCES> {
     };
 
     stages_.start();
-    stages_.arrive_panel();
+    stages_.arrive_first();
     if constexpr (kRounded<R>) {
 #pragma unroll 1
       for (int p = 0; p < panels_; ++p) step(p);

@@ -16,8 +16,8 @@ namespace {
 constexpr int kSumQueries = 64;  // that one instruction multiplies
 
 // Each group has a list for each slice of the features, with the same references. The work of a
-// list is counted in panels: kListPanels unless it is empty, and then its own. Lists follow each
-// other, by groups.
+// list is counted in panels: the panels that it lists, and kListPanels more unless it is empty.
+// Lists follow each other, by groups.
 struct Share {
   int first, end;  // of this block, in the work of all lists
   int each;        // of a block
@@ -189,13 +189,13 @@ __device__ inline void load_operands(ValueOperands& to, const R* values, float f
     }
 }
 
-// Begins the products of a panel with 64 queries, those of number `group`, small ones first.
+// Begins the products of a panel with band `band` of 64 queries, small ones first.
 template <int ROWS, bool ROUNDED>
 __device__ inline void begin_weighted(float (&sums)[8][4], const ValueOperands& values,
-                                      const float* weights, int group, bool adds) {
+                                      const float* weights, int band, bool adds) {
   constexpr int kApart = kOperandStep<ROWS> * sizeof(float), kSteps = kPanel / 16;
   const auto operand = [&](int step, int part) {
-    return weights + operand_place<ROWS>(kSumQueries * group, step, part);
+    return weights + operand_place<ROWS>(kSumQueries * band, step, part);
   };
   keep_in_place(sums);
   begin_products();

@@ -11,7 +11,7 @@ namespace {
 
 // nats: a weight so much smaller than the largest needs no more digits
 constexpr double kNear = 20, kRoundedNear = 10;
-// nats: weights that are smaller than one by log M and so much count e^-kOthers of it together.
+// nats: M weights smaller than one by log M and so much are together at most e^-kOthers of it.
 constexpr double kOthers = 2;
 // How much larger distances |x|² + |y|² − 2 x·y are through the cuts of matrix units, relative to
 // 2|x||y| + |y|², where x is close to y. In the executor (tests/ptx) x·y over 256 and 3072 features
@@ -69,8 +69,8 @@ struct WeightLaw {
   double near;             // kNear or kRoundedNear
   double near_spread;  // e^(near/exponent) − 1: beyond nearest + r² by so much a weight is `near`
                        // nats smaller; D finite only
-  float others;        // nats: smaller by so much, all weights together count less than one.
-                       // Infinite if the gradient needs digits of them
+  float others;        // nats: all weights smaller than the largest by so much are together
+                       // less than it. Infinite if the gradient needs digits of them
   double tolerance;    // kTolerance or kRoundedTolerance
   double margin;       // largest error of a distance, relative to |x|² + |y|²
   double noise;        // typical error, relative to 2|x||y| + |y|² of products or |x|² + d² of
@@ -79,7 +79,7 @@ struct WeightLaw {
                        // rounding x to float16; the same for y. 0 if their low parts count too
   double added;        // like `noise`, of adding up panels in one float: rounded to the nearest, so
                        // it has no bias. 0 if two floats add them up
-  std::uint32_t half_a_step, kept;  // a weight is rounded to these bits
+  std::uint32_t half_a_step, mask;  // a weight is rounded to these bits
 
   // How fast the score falls at the squared distance `nearest`. It is infinite where r = 0 on a
   // reference. The largest number that is returned instead still keeps the weight of an equal
@@ -119,7 +119,7 @@ struct WeightLaw {
   // bits are larger than those of any weight, stays NaN.
   __device__ float rounded(float w) const {
     const std::uint32_t bits = bits_of(w), nan = 0x7fc00000u;
-    return float_of(((bits < nan ? bits : nan) + half_a_step) & kept);
+    return float_of(((bits < nan ? bits : nan) + half_a_step) & mask);
   }
 
   // What the gradient needs of the same distance. Distances have larger errors than float32.
@@ -158,8 +158,8 @@ WeightLaw weight_law(const Problem& problem, bool products, bool rounded, bool i
   const double root = std::sqrt(std::fmax(1.0, features / kPanel));  // of the number of panels
   // Products of rounded values are added up in one float.
   const double panel_noise = rounded ? 0x1p-23 + 0x1p-25 * root : 0x1p-22 / root + bias;
-  // If kAddedPanels panels of others are, each addition rounds a sum that may be nearly the whole
-  // one, if few features hold most of it.
+  // If one float adds up kAddedPanels panels of other values, each addition rounds a sum that may
+  // be nearly the whole one, if few features hold most of it.
   const double added = in_one_float ? 0x3p-27 : 0;
   const double byte_noise = problem.reference_type == Type::uint8 ? 0x1p-22 : 0;
   const float power = static_cast<float>(exponent);

@@ -60,9 +60,9 @@ __device__ inline void store_segment(const typename Loop::Memory& shared, const 
 }
 
 // sums[part][query][feature] = Σ_j w_j y_j / divisor over one part of the list of the query's
-// group. `divisor` is a power of two with which no sum of M weighted values overflows; weights have
-// been divided by it. If they are halves instead, times kWeightUnit, 1 over kWeightUnit · divisor
-// is `weight_unit`.
+// group. `divisor` is a power of two with which no sum of M weighted values overflows. Float32
+// weights have been divided by it. Halves have been multiplied by kWeightUnit; then `weight_unit`
+// is 1/(kWeightUnit · divisor).
 template <class Loop>
 __global__ void __launch_bounds__(Loop::kThreads, Loop::kBlocks)
     weighted_sum(const Rows<typename Loop::Reference> y, int features, const float* scale,

@@ -70,20 +70,21 @@ struct Weigher {
   // those that are not zero.
   __device__ void weigh(const Round& round, unsigned alive, const double* distances,
                         const ChunkWeights& out, unsigned lane, float& sum, int& live) const {
+    constexpr int kWordsAtOnce = 4;
     const unsigned place = round.place + lane;
     const unsigned end = round.place + static_cast<unsigned>(round.left);
 #pragma unroll 1
     while (alive != 0) {
-      unsigned to[kSteps];  // ~0 after the last word
-      double squared[kSteps];
+      unsigned to[kWordsAtOnce];  // ~0 after the last word
+      double squared[kWordsAtOnce];
 #pragma unroll
-      for (int i = 0; i < kSteps; ++i, alive &= alive - 1) {
+      for (int i = 0; i < kWordsAtOnce; ++i, alive &= alive - 1) {
         const auto word = static_cast<unsigned>(__ffs(static_cast<int>(alive)) - 1);
         to[i] = alive != 0 ? place + kQueryThreads * word : ~0u;
         squared[i] = to[i] < end ? distances[to[i]] : 0;
       }
 #pragma unroll
-      for (int i = 0; i < kSteps; ++i) {
+      for (int i = 0; i < kWordsAtOnce; ++i) {
         const bool stores = to[i] != ~0u;
         float w = weight(squared[i]);
         if (to[i] >= end) w = 0;
@@ -134,11 +135,11 @@ __global__ void __launch_bounds__(kQueryThreads, kWeighBlocks)
     double nearest = isnan(before) ? -1 : fmin(double_of(least), before);
     if (nearest < 0) nearest = NAN;  // in the minima NaN is −1
     const Fall fall(nearest, law.rate(nearest, radius[query]));
-    const double kept =
+    const double earlier =
         first_chunk ? 0 : state.total[query] * static_cast<double>(law.weight(fall(before)));
     if (lane.lane == 0) {
-      shared.row = {fall, static_cast<float>(floor) * fmaxf(static_cast<float>(kept), 1)};
-      if (piece == 0) sums.closest[query] = nearest, sums.kept[query] = kept;
+      shared.row = {fall, static_cast<float>(floor) * fmaxf(static_cast<float>(earlier), 1)};
+      if (piece == 0) sums.nearest[query] = nearest, sums.earlier[query] = earlier;
     }
   }
   __syncthreads();
@@ -164,7 +165,7 @@ __global__ void __launch_bounds__(kQueryThreads, kWeighBlocks)
   if (thread > 0) return;
   for (int w = 1; w < kQueryThreads / 32; ++w) sum += shared.sums[w], live += shared.live[w];
   sums.sum[query * sums.pieces + piece] = sum;
-  sums.live[query * sums.pieces + piece] = live;
+  sums.live_count[query * sums.pieces + piece] = live;
 }
 
 }  // namespace

@@ -66,7 +66,7 @@ struct Workspace {
   Halves x = {}, upstream = {};
   Pairs pairs = {};
   Slices slices = {};
-  float* units;
+  float* units;  // (queries): what find_limits leaves for refine
   ChunkWeights weights = {};
   PieceSums sums = {};
   int* order;  // of the queries; null means one group
@@ -78,7 +78,7 @@ struct Workspace {
   Moments moments = {};
   double* spare = nullptr;  // (queries): for a gradient that is not wanted
 
-  // Without memory, `kept` may have its size alone.
+  // If bytes are only counted, `kept` needs only its size.
   Workspace(Arena& arena, const Kept& kept, const Problem& problem, const Plan& plan) {
     if (kept.bytes != 0 && kept.bytes != kept_bytes(problem))
       throw std::invalid_argument("what the forward pass kept is of another problem");
@@ -123,20 +123,19 @@ struct Workspace {
     pairs.list = reinterpret_cast<unsigned*>(weights.weight);
     order = plan.queries > kSumRows ? arena.take<int>(plan.queries) : nullptr;
     sums.size = static_cast<int>(plan.piece);
-    sums.live = arena.take<int>(plan.queries * plan.pieces());
+    sums.live_count = arena.take<int>(plan.queries * plan.pieces());
     if (plan.backward) return;
     sums.sum = arena.take<float>(plan.queries * plan.pieces());
-    sums.closest = arena.take<double>(plan.queries);
-    sums.kept = arena.take<double>(plan.queries);
+    sums.nearest = arena.take<double>(plan.queries);
+    sums.earlier = arena.take<double>(plan.queries);
   }
 
   void take_sums(Arena& arena, const Plan& plan) {
     const Index row = plan.queries * plan.features;  // numbers of a part
-    room = plan.parts * row;
-    if (!plan.few) room = larger(room, plan.slice_numbers());
-    // Slices do not take the room of shares, which only the forward pass has: both passes must have
-    // the same slices.
-    parts.sums = arena.take<float>(larger(room, plan.shares.parts * row));
+    // Slices do not take the room of parts, of which the passes have different numbers: both passes
+    // must have the same slices.
+    room = plan.few ? 0 : plan.slice_numbers();
+    parts.sums = arena.take<float>(larger(room, larger(plan.parts, plan.shares.parts) * row));
     slices.products = parts.sums;
     const Index counted = plan.shares.rows > 0 ? divide_up(plan.features, kShareFeatures) : 1;
     parts.counts = arena.take<int>(plan.queries * counted);
@@ -154,7 +153,7 @@ struct Workspace {
     coefficients.probability = arena.take<float>(plan.pairs());
     coefficients.scaled = arena.take<float>(plan.pairs());
     coefficients.c = weights;
-    coefficients.live = sums.live;
+    coefficients.live_count = sums.live_count;
     for (double** each : {&moments.projection, &moments.mass, &moments.moment, &moments.sum,
                           &moments.chunk_sum, &moments.squares})
       *each = arena.take<double>(plan.queries * plan.pieces());

@@ -221,7 +221,7 @@ __global__ void find_rounded_weights(int count, WeightLaw law, const std::uint32
 // NaN stays NaN where weights are rounded, also the one of GPUs, whose bits are all set.
 void check_rounded_weights() {
   WeightLaw law = {};
-  law.half_a_step = 0x1000u, law.kept = ~0x1fffu;
+  law.half_a_step = 0x1000u, law.mask = ~0x1fffu;
   std::vector<std::uint32_t> bits = {0x7fffffffu, 0xffffffffu, 0x7fc00000u, 0xffc00000u};
   for (const float weight : {1.0f, 0x1.004p-3f, 0x1.001p-3f, 0x1.003p-3f})
     bits.push_back(static_cast<std::uint32_t>(raw(weight)));

@@ -58,8 +58,9 @@ def test_programs(folder, name):
 
 
 @pytest.mark.slow
-def test_the_trials_of_check_take_each_kernel_that_can_be_chosen(folder):
-    """On an A100, an H100, an RTX 3090 and an RTX 4090, by the plan's own choice. Nothing runs."""
+def test_launches(folder):
+    """The trials of check take each kernel that can be chosen, and both passes compute distances in
+    the same launch, on an A100, an H100, an RTX 3090 and an RTX 4090. Nothing runs."""
     program = Path(__file__).with_name("launched.py")
     done = subprocess.run(
         [sys.executable, program],
