@@ -155,19 +155,19 @@ def report() -> str:
     return "\n\n".join(f"## {title}\n\n{text}" for title, text in parts.items())
 
 
-def write() -> None:
-    """Puts the main table between its marks in the page."""
+def page() -> str:
+    """The page with the main tables between its marks."""
     marks = "<!-- benchmarks: begin -->\n", "\n<!-- benchmarks: end -->"
     before, rest = PAGE.read_text().split(marks[0])
     _, after = rest.split(marks[1])
-    PAGE.write_text(main_report().join((before + marks[0], marks[1] + after)))
+    return main_report().join((before + marks[0], marks[1] + after))
 
 
 def main() -> None:
     parser = new_parser(__doc__)
     parser.add_argument("--write", action="store_true", help=f"write {PAGE.name}")
     if parser.parse_args().write:
-        write()
+        PAGE.write_text(page())
     else:
         print(report())
 

@@ -163,6 +163,4 @@ def test_readme_commands_are_those_that_are_tested():
 
 
 def test_the_page_shows_the_stored_benchmarks():
-    text = report.SECTION.page.read_text()
-    shown = report.SECTION.replaced(text, report.main_report())
-    assert shown == text, "run python -m benchmarks.report --write"
+    assert report.page() == report.PAGE.read_text(), "run python -m benchmarks.report --write"
