@@ -70,6 +70,27 @@ def test_another_student_has_a_loss_and_the_teacher_gets_no_gradient():
     assert float(consistency.loss(GaussianEnd(), x, generator=seeded(1)).detach()) == exact
 
 
+def test_rows_move_as_the_solver_moves_them():
+    """Each row moves from its own level, as the multistep solver would move it."""
+    data = torch.randn(40, 2, generator=seeded(), dtype=torch.float64)
+    flow = pfgm.PoissonFlowPP((2,), D=64)
+    teacher = flow.empirical(data)
+    consistency = Consistency(flow, teacher, steps=7)
+    x = torch.randn(6, 2, generator=seeded(1), dtype=torch.float64)
+    places = torch.tensor([0, 0, 2, 3, 3, 6])
+    expected = [
+        flow.solve(
+            teacher,
+            row[None],
+            consistency.levels[place:][: consistency.ahead + 1],
+            solver="multistep",
+        )[0]
+        for row, place in zip(x, places.tolist(), strict=True)
+    ]
+    consistency._follow_teacher(x, places, {})
+    torch.testing.assert_close(x, torch.cat(expected), rtol=1e-9, atol=1e-9)
+
+
 def test_the_last_step_ends_where_the_teacher_ends():
     """With one level below the first the target is the end of the teacher's Euler step."""
     flow = diffusion()

@@ -192,6 +192,7 @@ def test_rounded_grey_levels_are_still_levels(dtype: torch.dtype) -> None:
         x = (k * 255 / (levels - 1)).round().byte() if dtype == torch.uint8 else x.to(dtype)
         noisy = evaluation.dequantised(x, levels, torch.Generator().manual_seed(0))
         assert torch.equal(((noisy + 1) / 2 * levels).floor().long(), k)
+    assert float(((noisy + 1) / 2 * levels - k).std()) == pytest.approx(12**-0.5, abs=0.1)
 
 
 def test_curve() -> None:

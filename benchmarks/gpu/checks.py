@@ -96,7 +96,7 @@ def run_tests(
 
 
 def run_sanitizer(tool: str, command: str, out: Path, environment: Environment) -> Outcome:
-    """Runs every CUDA kernel once under a tool of compute-sanitizer."""
+    """Runs problems that take nearly all CUDA kernels under a tool of compute-sanitizer."""
     log = out / f"{tool}.log"
     start = [command, "--tool", tool, "--error-exitcode", str(ERROR_STATUS), "--print-limit", "20"]
     # Other kernels and errors of the API are torch's; the library raises its own errors.

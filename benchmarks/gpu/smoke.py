@@ -3,7 +3,7 @@ one ends.
 
     python -m benchmarks.gpu.smoke [--backend native] [--device cuda]
 
-With the two largest, which are left out, they take every CUDA kernel that can be chosen
+The two largest are left out. With them the problems take every CUDA kernel that can be chosen
 (``tests/kernels/launched.py``). Prints a line after each problem, which shows the one that did not
 end.
 """

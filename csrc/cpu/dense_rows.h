@@ -31,7 +31,7 @@ bool is_dense(const Problem& problem) {
          problem.queries >= kFewestRows;
 }
 
-// Features of a packed tile. An not_finite multiple of 4: with a power of two the same features of
+// Features of a packed tile. An odd multiple of 4: with a power of two the same features of
 // all tiles would compete for a few cache sets.
 inline Index packed_features(Index features) {
   return features < 16 ? features : round_up(features + 4, 8) - 4;
@@ -93,7 +93,7 @@ void sum_panel(Index rows, const float* const* x, const float* const* g, const f
 // References of a chunk in float64.
 struct List {
   Index length;
-  // The smallest squared distance of the row; NaN if one is not finite, kFloatUnderflowed if the
+  // The smallest squared distance of the row; NaN if one is not finite, kUnderflowed if the
   // result depends on distances that underflow.
   double nearest;
   alignas(64) double squared[kChunk], weight[kChunk], term[kChunk];

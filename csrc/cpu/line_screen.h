@@ -74,10 +74,10 @@ class LineScreen {
     } else {
       sketch(count, y, references_.data(), reference_lengths_.data());
     }
-    // A NaN is replaced by the next length: its own bound is NaN, which rules nothing out.
+    // A NaN is passed over: its own bound is NaN, which rules nothing out.
     longest_ = 0;
     for (Index j = 0; j < count; ++j)
-      if (!(lengths[j] <= longest_)) longest_ = static_cast<double>(lengths[j]);
+      if (lengths[j] > longest_) longest_ = static_cast<double>(lengths[j]);
     if (queries_count_ < kDenseQueries) return bound_few(count, rows, out);
     const auto x = [&](Index b) { return queries_.at(b * stride_); };
     tiles_.template sum<Distance>(

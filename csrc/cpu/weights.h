@@ -113,9 +113,9 @@ bool coincide(const T* x, const R* y, Index features) {
 }
 
 // Tells references at a query from others whose squared distance underflows. At r = 0 the others
-// get at least kSmallestDouble, and check_result() fails if no reference is at the query. At an r >
-// 0 that is too small for them the result is kUnderflowed; else the smallest squared distance.
-// reference(j) is the reference of squared[j].
+// get at least kSmallestDouble, and check_result() fails if no reference is at the query. At any
+// other r that is too small for them the result is kUnderflowed; else the smallest squared
+// distance. reference(j) is the reference of squared[j].
 template <class T, class Reference>
 double separate(const T* x, const Reference& reference, Index features, double radius,
                 double* squared, Index count) {
@@ -196,10 +196,10 @@ inline void widen(const Floats& narrow, Doubles (&wide)[2]) {
   }
 }
 
-// As weigh(), in float32: sums in T = float need no more digits. The excess is
-// formed in float64, because it is a small difference. Its share u of the nearest squared distance
-// is rounded to 6e-8, and so is log(1 + u) times the exponent. At a score of −f the weight e^−f has
-// an error of about 4e-7 f relative to itself, so at most 2e-7 relative to the largest weight.
+// As weigh(), in float32: sums in T = float need no more digits. The excess is formed in float64,
+// because it is a small difference. Its share u of the nearest squared distance is rounded to 6e-8,
+// and so is log(1 + u) times the exponent. At a score of −f the weight e^−f has an error of about
+// 4e-7 f relative to itself, so at most 2e-7 relative to the largest weight.
 inline double weigh_in_float(const WeightLaw& law, double nearest, double radius, double fall,
                              const double* squared, double* weights, Index count) {
   const double visible = law.excess_at(fall, nearest, radius);

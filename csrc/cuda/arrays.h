@@ -116,7 +116,7 @@ struct Halves {
 struct Pairs {
   Index stride;
   double* squared;   // (queries, stride)
-  float* projected;  // (queries, stride): G·y; may be null
+  float* projected;  // (queries, stride): G·y up to a number for each query; may be null
   double* lowest;    // (queries, tiles); negative if a distance of the tile, or of others of its
                      // block, is not finite, until find_limits has looked at it
   double* reach;     // (tiles): the largest |y − centre|²

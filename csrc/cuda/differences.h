@@ -1,5 +1,5 @@
 // Squared distances Σ (x − y)² for few queries or features, where matrix units would be idle, on
-// CUDA devices. Also the smallest distance of each tile of references, or G·y.
+// CUDA devices. Also the smallest distance of each tile of references, or G·(y − mean).
 #pragma once
 #include "cuda/intrinsics.h"
 #include "cuda/tile_results.h"

@@ -113,8 +113,9 @@ struct Bounds {
 
 Bounds bounds(const Problem& problem, Index pairs) {
   Bounds most;
-  const Index fitting = smaller(
-      limits.queries, larger(kSumRows, limits.parts / 3 / problem.features));  // three parts
+  const Index fitting =
+      smaller(limits.queries,
+              larger(kSumRows, limits.parts / 3 / problem.features));  // so that three parts fit
   // Blocks of nearly equal size: a last one of few queries would read all references for these.
   // Large ones have whole tiles.
   const Index blocks = larger(1, divide_up(problem.queries, fitting));

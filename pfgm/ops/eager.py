@@ -261,8 +261,8 @@ def one_call(
 
 
 def _takes_native(gpu: torch.device, name: str, operands: tuple[Any, ...]) -> bool:
-    """Whether the native kernels may be asked on a GPU: they are the first choice there, or the
-    environment names a backend, and they see whether it is theirs."""
+    """Whether to ask the native kernels on a GPU: they are the first choice there, or the
+    environment names a backend. The kernels then check whether that is native."""
     x, references, *_ = operands
     has_rows = name != "step" and type(references) is Tensor and references.ndim > 0
     work = x.numel() * (references.shape[0] if has_rows else 1)

@@ -180,7 +180,7 @@ def test_after_its_time_nothing_more_is_run(asked):
 def test_a_gpu_that_computes_nothing_has_no_verdict(asked, gpu, monkeypatch, busy):
     """It may be busy. One that computes wrong numbers has a verdict by which nothing passed."""
     wrong = (
-        Answer(problem="AcceleratorError: all devices are busy") if busy else Answer({"mean": 1.0})
+        Answer(failure="AcceleratorError: all devices are busy") if busy else Answer({"mean": 1.0})
     )
     monkeypatch.setattr(asked.worker, "reply", staticmethod(lambda task: wrong))
     monkeypatch.setattr(checking, "usable_device", lambda name: CUDA)

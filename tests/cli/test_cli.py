@@ -689,7 +689,6 @@ def test_a_reader_that_has_seen_enough_ends_info_quietly():
     assert (shown.returncode, shown.stdout, shown.stderr) == (0, "", "")
 
 
-@pytest.mark.slow
 def test_a_signal_leaves_a_loadable_checkpoint(tmp_path, refusal):
     arguments = ["train", "--data", points_in(tmp_path), "--out", str(tmp_path / "run")]
     options = ["--batch-size", "16", "--references", "32", "--checkpoint-every", "2"]

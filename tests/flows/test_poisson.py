@@ -410,6 +410,30 @@ def test_samples_spread_as_the_data(N):
     assert samples.std(0).mean() == pytest.approx(float(data.std(0).mean()), rel=0.03)
 
 
+def test_beyond_trained_points_the_network_is_evaluated_on_the_line_to_the_center():
+    N = 2
+    data = torch.randn(50, N, generator=seeded(0), dtype=torch.float64) + 5
+    flow = PoissonFlow.from_data(data)
+    net, norms = flow.empirical(data), []
+
+    def watched(x, z):
+        norms.append((x - flow.center).norm(dim=1))
+        return net(x, z)
+
+    x = flow.center + torch.randn(20, N, generator=seeded(1), dtype=torch.float64)
+    x = flow.center + (x - flow.center) * 10.0 ** torch.arange(-5, 15)[:, None].double()
+    for z in (flow.z_max, 1.0, flow.z_min):
+        result = flow.denoise(watched, x, z)
+        expected = pfgm.posterior_mean(x, data, r=z)
+        away = (x - flow.center).norm(dim=1)
+        assert norms[-1].max() <= flow.upper_norm * (1 + 1e-9)
+        variance = torch.linalg.eigvalsh(data.T.cov().view(N, N)).max()
+        bound = (N + 1) * variance / flow.upper_norm
+        assert ((result - expected).norm(dim=1) <= 1.5 * bound + 1e-7).all()
+        near = away <= flow.upper_norm
+        torch.testing.assert_close(result[near], expected[near], rtol=0, atol=1e-7)
+
+
 def test_a_flow_with_a_spread_ends_at_zero():
     flow = PoissonFlow((2,), spread=1.0)
     grid = flow.grid(4)

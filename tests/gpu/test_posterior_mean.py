@@ -11,7 +11,10 @@ import torch
 import pfgm
 from pfgm.core.problems import PosteriorMean, State, Upstream
 
-slow = functools.partial(pytest.param, marks=pytest.mark.slow)
+# Slow in the interpreter.
+slow = functools.partial(
+    pytest.param, marks=[] if torch.cuda.is_available() else [pytest.mark.slow]
+)
 # Differences; products in matrix units; one pass over the references in CUDA.
 SIZES = [(3, 40, 33), (20, 40, 33), slow((20, 40, 512))]
 
@@ -32,7 +35,6 @@ def test_the_nearest_may_come_first_or_last(op):
         op.check(x, order, radius, 1.0)
 
 
-@pytest.mark.slow
 def test_twice_the_same_bits(op):
     problem = op.problem(17, 40, 33)
     first, second = (op.everything(*problem, 1.0) for _ in range(2))

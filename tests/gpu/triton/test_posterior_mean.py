@@ -23,7 +23,10 @@ from pfgm.backends import triton
 from pfgm.common.tensors import dequantise
 from pfgm.core.problems import PosteriorMean
 
-slow = functools.partial(pytest.param, marks=pytest.mark.slow)
+# Slow in the interpreter.
+slow = functools.partial(
+    pytest.param, marks=[] if torch.cuda.is_available() else [pytest.mark.slow]
+)
 DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.uint8]
 # At the edges of tiles (queries 4, 16, 32; references 16, 64, padding 16; features 16, 32, 64), and
 # where products take over from differences: 16 queries and 32 features.

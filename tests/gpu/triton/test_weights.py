@@ -14,7 +14,10 @@ from pfgm.kernels import posterior_mean, weights
 from pfgm.kernels.tuning import Config
 
 SHARED = Config({"BLOCK": 16})
-slow = functools.partial(pytest.param, marks=pytest.mark.slow)
+# Slow in the interpreter.
+slow = functools.partial(
+    pytest.param, marks=[] if torch.cuda.is_available() else [pytest.mark.slow]
+)
 
 
 @pytest.fixture
