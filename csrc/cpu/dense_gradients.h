@@ -186,7 +186,9 @@ Status gradients_of_block(const Problem& problem, const WeightLaw& law, const Ba
         moments[b] +=
             list_coefficients(rows, law, states[b], rows.radius(b), g - averages[b], grad(b),
                               mean(b), features, row_is_steep[b] && one_chunk, list);
-        if (needs_x) add_list(rows, list, list.term, mean(b), features, sums + b * features);
+        // Where no weight counts, terms are those of another row.
+        if (needs_x && states[b].live > 0)
+          add_list(rows, list, list.term, mean(b), features, sums + b * features);
       }
       if (rest) whole[number++] = b;
     }

@@ -54,7 +54,8 @@ void probabilities(const WeightLaw& law, QueryState& state, double radius, const
 }
 
 // Replaces t_j by c_j, after adding g to t_j. Returns the chunk's part of the moment. `bound`
-// becomes a bound of Σ |c_j| whose inverse is finite. All arrays are padded.
+// becomes a bound of Σ |c_j| whose inverse is finite. All arrays are padded. If `live` is 0, t
+// stays.
 double coefficients(const WeightLaw& law, const QueryState& state, double radius, double g,
                     const double* squared, const double* p, double* t, Index count, double* bound) {
   *bound = 1e-300;

@@ -46,7 +46,7 @@ class Arithmetic:
     max_pairs, max_values = MAX_PAIRS, MAX_VALUES  # in a chunk of references
 
     def __init__(self, x: Tensor, references: Tensor) -> None:
-        self.x = x.to(wide_dtype(x.device))
+        self.x = x.to(wide_dtype(x.device)).contiguous()  # as are the results of operators
         self.origin = self.x.new_zeros(())
 
     def chunk(self, references: Tensor) -> Chunk:

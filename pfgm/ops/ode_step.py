@@ -89,7 +89,12 @@ def forward(step: OdeStep, with_mean: bool, backend: str | None) -> tuple[Tensor
     transforms.check_no_tangent("ode_step", *step)
     chosen = choose_for(backend, step.x)
     result, mean = chosen.ode_step(step, with_mean)
-    return result, step.x.new_empty(0) if mean is None else mean
+    return _contiguous(result, step.x.new_empty(0) if mean is None else mean)
+
+
+def _contiguous(result: Tensor, mean: Tensor) -> tuple[Tensor, Tensor]:
+    """As _fake() promises a compiler."""
+    return result.contiguous(), mean.contiguous()
 
 
 def _fake(step: OdeStep, with_mean: bool, backend: str | None) -> tuple[Tensor, Tensor]:
@@ -102,7 +107,7 @@ def _fake(step: OdeStep, with_mean: bool, backend: str | None) -> tuple[Tensor, 
 def _transformed(step: OdeStep, with_mean: bool, backend: str | None) -> tuple[Tensor, Tensor]:
     check(step)
     result, mean = formulas.ode_step(step, with_mean)
-    return result, step.x.new_empty(0) if mean is None else mean
+    return _contiguous(result, step.x.new_empty(0) if mean is None else mean)
 
 
 # ---- ode_step_out ----------------------------------------------------------------------------

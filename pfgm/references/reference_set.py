@@ -271,7 +271,8 @@ class ReferenceSet:
         for start, chunk in self.part.stored_chunks():
             converted = _converted(chunk, dtype)
             if converted is not chunk:
-                check_finite(converted, start)  # values may overflow in a narrower dtype
+                # Values may overflow in a narrower dtype.
+                check_finite(converted, self.part.begin + start)
             held[start : start + len(chunk)] = converted
         moved = copy.copy(self)
         moved.part = replace(self.part, source=InMemory(held), begin=0, end=len(held), finite=True)
@@ -359,7 +360,7 @@ class ReferenceSet:
     def measures(self) -> Measures:
         """Statistics over all rows, computed in one pass and kept until the rows change."""
         version = self.part.version()
-        if self._measured is None or self._measured[0] != version:
+        if self._measured is None or version is None or self._measured[0] != version:
             sums = RowSums(math.prod(self.part.shape))
             for _, chunk in self.part.stored_chunks():
                 sums.add(chunk)
@@ -408,7 +409,9 @@ def _converted(rows: Tensor, dtype: torch.dtype) -> Tensor:
     if rows.dtype == dtype:
         return rows
     if dtype != torch.uint8:
-        return (dequantise(rows, torch.float32) if rows.dtype == torch.uint8 else rows).to(dtype)
+        if rows.dtype == torch.uint8:
+            rows = dequantise(rows, torch.promote_types(dtype, torch.float32))
+        return rows.to(dtype)
     if bool((rows.abs() > 1).any()):
         raise ValueError(
             f"dtype is torch.uint8, but the largest value is {float(rows.abs().max()):.4g}; "

@@ -423,6 +423,24 @@ def error_beside_scale(actual, expected):
     return max(errors)
 
 
+def test_gradients_with_a_reference_just_too_far_to_count():
+    """In a later chunk of references with few features."""
+    x = torch.zeros(16, 2)
+    references = 50 + torch.rand(4096, 2, generator=torch.Generator().manual_seed(0))
+    references[5] = torch.tensor([1.0, 0.0])
+    references[3000] = torch.tensor([0.0, 1 + 5e-6])
+
+    def gradient(dtype):
+        points = x.to(dtype, copy=True).requires_grad_()
+        mean, logsumexp = posterior_mean(
+            points, references.to(dtype), sigma=1e-4, D=math.inf, return_logsumexp=True
+        )
+        (mean.sum() + logsumexp.sum()).backward()
+        return points.grad.double()
+
+    torch.testing.assert_close(gradient(torch.float32), gradient(torch.float64), rtol=1e-6, atol=0)
+
+
 @pytest.mark.parametrize("D", [1.0, 128.0, math.inf])
 @pytest.mark.parametrize("N", [1, 2, 3, 64, 784, 3072])
 def test_gradients_where_references_are_equally_near(threads, N, D):

@@ -310,6 +310,25 @@ def test_compiled_is_the_same(compiled, function, D, backend):
             torch.testing.assert_close(actual, expected, rtol=1e-6, atol=1e-7)
 
 
+@pytest.mark.parametrize("backend", ["torch", "reference"])
+def test_compiled_points_may_be_stored_by_features(compiled, backend):
+    """A compiler counts on results whose rows follow each other."""
+    x, slope = torch.randn(2, 3, 5, generator=torch.Generator().manual_seed(0)).mT
+    y = torch.randn(9, 3, generator=torch.Generator().manual_seed(1))
+
+    def call(x, slope):
+        mean = pfgm.posterior_mean(x, y, r=2.0, backend=backend)
+        step = pfgm.euler_step(x.detach(), slope, 2.0, 1.0, backend=backend)
+        return mean.square().sum(), step
+
+    results = []
+    for function in (call, compiled(call)):
+        points = x.detach().requires_grad_()
+        total, step = function(points, pfgm.Field(slope, -torch.ones(5)))
+        results.append((*torch.autograd.grad(total, points), step))
+    torch.testing.assert_close(*results)
+
+
 @pytest.mark.parametrize("shape", [(2, 2, 2), ()])
 def test_a_compiled_graph_gets_the_tensors_themselves(shape):
     """Inductor saves views that were made in the graph without a version counter."""

@@ -153,6 +153,12 @@ UNCOUNTED = {
 }
 
 
+def test_bytes_in_float64_are_not_rounded():
+    rows = torch.arange(256, dtype=torch.uint8)[:, None]
+    held = torch.cat(list(ReferenceSet(rows).to(dtype=torch.float64).chunks()))
+    assert torch.equal(held, rows.double() / 127.5 - 1)
+
+
 @native_only
 @pytest.mark.parametrize("dtype", [torch.float32, torch.uint8])
 @pytest.mark.parametrize("way", UNCOUNTED)
