@@ -221,7 +221,7 @@ class ByteScreen {
   template <class V>
   Sums round_values(const V* v, float origin, float step, float least, float most,
                     std::int32_t* words) const {
-    // If the inverse overflows, `lost` becomes NaN.
+    // If the inverse overflows, `lost` becomes NaN or infinite.
     const float inverse = step > 0 ? 1 / step : 0;
     Sums sums;
     for (Index panel = 0; panel < problem_.features; panel += kBytePanel) {
@@ -455,8 +455,8 @@ class ByteScreen {
 };
 
 // References of bytes with points in float32. Their sketch in bytes would double their memory, so
-// it holds lines, which are a third. It serves few queries; for many, bytes rule out more
-// references.
+// it holds lines, which are a quarter to a third. It serves few queries; for many, bytes rule out
+// more references.
 class ScreenOfBytes {
   using R = std::uint8_t;
 

@@ -23,9 +23,9 @@ inline void add_lanes(const Floats& values, Doubles& total) {
 // The weight law of one row in float32, relative to its nearest reference at squared distance d².
 // With excess e_j = d_j² − d², the share is u_j = e_j/(d² + r²), or e_j/(2 σ²) if D = ∞. The weight
 // is (1 + u_j)^−(N + D)/2, or e^−u_j. d² is held as the sum of two float32, so the small difference
-// e_j is rounded only to its own 6e-8. u_j and log(1 + u_j) times the exponent have no larger
-// errors. At a score of −f the weight e^−f has an error of about 4e-7 f relative to itself, so at
-// most 2e-7 relative to the largest weight.
+// e_j is rounded only to its own 6e-8. u_j has no larger error, and log(1 + u_j) one of 3e-7
+// (log2_one_plus). At a score of −f the weight e^−f has an error of about 4e-7 f relative to
+// itself, so at most 2e-7 relative to the largest weight.
 class FloatWeights {
  public:
   FloatWeights(const WeightLaw& law, double nearest, double radius, double fall)

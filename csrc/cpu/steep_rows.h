@@ -43,7 +43,8 @@ bool is_steep(const WeightLaw& law, double nearest, double total, double radius,
       law.gaussian ? radius : std::sqrt((nearest + radius * radius) / law.exponent / 2);
   const double distance = std::sqrt(nearest + sigma * sigma);
   const double slope = distance / sigma / sigma, rounding = std::numeric_limits<T>::epsilon() / 2;
-  // A mean that close to the nearest reference is rounded to it.
+  // Where total − 1 is below the rounding, the mean is rounded to the nearest reference: it is off
+  // by at most the weight of the others times their spread.
   double error = (total - 1) * kMaxSpread * distance;
   if (total - 1 > rounding / 2 || !kHoldsExactly<T, R>) {
     // A feature of y_j − mean is about 1/√N of the distance. Over many features rounding averages

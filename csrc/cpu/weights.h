@@ -197,9 +197,9 @@ inline void widen(const Floats& narrow, Doubles (&wide)[2]) {
 }
 
 // As weigh(), in float32: sums in T = float need no more digits. The excess is formed in float64,
-// because it is a small difference. Its share u of the nearest squared distance is rounded to 6e-8,
-// and so is log(1 + u) times the exponent. At a score of −f the weight e^−f has an error of about
-// 4e-7 f relative to itself, so at most 2e-7 relative to the largest weight.
+// because it is a small difference. Its share u of d² + r² is rounded to 6e-8, and log(1 + u) has
+// an error of 3e-7 (log2_one_plus). At a score of −f the weight e^−f has an error of about 4e-7 f
+// relative to itself, so at most 2e-7 relative to the largest weight.
 inline double weigh_in_float(const WeightLaw& law, double nearest, double radius, double fall,
                              const double* squared, double* weights, Index count) {
   const double visible = law.excess_at(fall, nearest, radius);
@@ -278,7 +278,8 @@ inline double visible_fall(const WeightLaw& law, const QueryState& state) {
   return law.cutoff - std::log(state.total > 1 ? state.total : 1);
 }
 
-// Merges a chunk into the state. Its squared distances become weights. Returns their sum.
+// Merges a chunk into the state. Its squared distances become weights. Returns their sum. If none
+// counts, `live` is 0 and the row is left as it is.
 template <class T>
 double merge(const WeightLaw& law, QueryState& state, double radius, double chunk_nearest,
              double* squared, Index count) {
