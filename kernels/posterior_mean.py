@@ -381,13 +381,12 @@ def posterior_mean(
     references: Tensor,
     radius: Tensor,
     D: float,
-    precision: str,
     difference: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Mean or x − mean (B, N) and, in float64, log-sum-exp, squared distance of the nearest
     reference and total weight relative to it, each (B,). All tensors are on one device; rows have
     contiguous features."""
-    problem = Problem(x, references, radius, D, precision)
+    problem = Problem(x, references, radius, D, "high")
     mean = torch.empty_like(x, memory_format=torch.contiguous_format)
     logsumexp, nearest, total = (torch.empty_like(radius) for _ in range(3))
     for rows in problem.blocks():

@@ -453,11 +453,10 @@ def posterior_mean_backward(
     total: Tensor,
     D: float,
     needs: tuple[bool, bool, bool],
-    precision: str,
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
     """Gradients of x (B, N), references (M, N, in float32) and radius (B,); None where not needed.
     All arguments are contiguous; only rows of x and references may lie apart."""
-    problem = Problem(x, references, radius, D, precision, grad_mean)
+    problem = Problem(x, references, radius, D, "high", grad_mean)
     grad_x = torch.empty_like(mean) if needs[0] else None
     grad_references = x.new_empty(references.shape) if needs[1] else None
     grad_radius = torch.empty_like(radius)

@@ -22,7 +22,7 @@ Forward = Callable[[], Result]
 Path = Callable[[Case], Forward]
 
 
-def library(case: Case, backend: str, precision: str = "high") -> Forward:
+def library(case: Case, backend: str) -> Forward:
     """The library on one of its backends."""
 
     def run() -> Result:
@@ -32,7 +32,6 @@ def library(case: Case, backend: str, precision: str = "high") -> Forward:
             r=case.z,
             return_logsumexp=True,
             backend=backend,
-            precision=precision,
         )
         return mean, logsumexp
 

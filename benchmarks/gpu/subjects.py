@@ -223,9 +223,6 @@ def posterior_subject(
     paths: Paths = {}
     for name in ours:
         paths |= our_means(name, cases, types)
-    for name in ours:
-        medium = functools.partial(library, backend=BACKENDS[name], precision="medium")
-        paths[f"{name}, medium"] = functools.partial(way_on, cases, medium, forward_errors)
     paths |= torch_paths(cases, device, gemm_formula, forward_errors)
     rival = contender.path(device.compiled)
     paths[CONTENDER] = functools.partial(way_on, cases, rival, forward_errors)

@@ -18,10 +18,6 @@ namespace pfgm {
 
 enum class Type : int { float32 = 0, float64 = 1, bfloat16 = 2, float16 = 3, uint8 = 4 };
 
-// Of products in matrix units. With medium, those of float32 references have 11 bits on CUDA
-// devices. Everything else is computed as with high.
-enum class Precision : int { high = 0, medium = 1 };
-
 // x, the mean and their gradients have one type, float32 or float64, in which the kernels compute.
 // Features are contiguous. A stride is the distance between rows, in elements. A uint8 value u
 // means u/127.5 − 1.
@@ -39,7 +35,6 @@ struct Problem {
   const void* sketch = nullptr;  // sketch of the references, in the type of x; may be null
   // References of all calls that continue one result, see below; 0 if it takes one call.
   std::int64_t all_references = 0;
-  Precision precision = Precision::high;
   // Whether the forward pass returns x − mean in place of the mean. Near the mean it has digits
   // that a rounded mean has lost. `sums` are then of y_j − x. Backward passes ignore it.
   bool difference = false;

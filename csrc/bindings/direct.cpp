@@ -106,15 +106,14 @@ void mean_on_gpu(Problem problem, const Level& level, double factor, const Resul
 // keeps. Radii are level × factor. `place` is None, or a device, a stream and the function that
 // allocates.
 bool direct_mean(Index queries, Index references, Index features, int type, int reference_type,
-                 Address x, Address y, const py::handle& level, int precision,
-                 const py::object& sketch, int threads, [[maybe_unused]] const py::object& place,
-                 double factor, double dimensions, double gamma, Address result, Address logsumexp,
+                 Address x, Address y, const py::handle& level, const py::object& sketch,
+                 int threads, [[maybe_unused]] const py::object& place, double factor,
+                 double dimensions, double gamma, Address result, Address logsumexp,
                  Address field_z) {
   if (other_backend()) return false;
   const Problem problem = pfgm::problem(
       type, reference_type, queries, references, features, x, features, y, features, 0, dimensions,
-      threads, sketch.is_none() ? 0 : sketch.attr("data_ptr")().cast<Address>(), 0, precision,
-      field_z != 0);
+      threads, sketch.is_none() ? 0 : sketch.attr("data_ptr")().cast<Address>(), 0, field_z != 0);
   const Results out = {result, logsumexp, field_z, gamma};
 #ifdef PFGM_HAS_CUDA
   if (!place.is_none()) {

@@ -58,7 +58,7 @@ Result run_pass(const Problem& problem, const Io& io) {
 Problem outline(int type, int reference_type, std::int64_t queries, std::int64_t references,
                 std::int64_t features, StridedRows y, int threads) {
   return problem(type, reference_type, queries, references, features, 0, 0, y.first, y.second, 0, 0,
-                 threads, 0, 0, 0, false);
+                 threads, 0, 0, false);
 }
 
 std::int64_t kept_bytes(int type, int reference_type, std::int64_t queries, std::int64_t references,
@@ -125,7 +125,7 @@ PYBIND11_MODULE(_native, module) {
            py::arg("queries"), py::arg("references"), py::arg("features"), py::arg("x"),
            py::arg("x_stride"), py::arg("y"), py::arg("y_stride"), py::arg("radius"),
            py::arg("dimensions"), py::arg("threads"), py::arg("sketch") = 0,
-           py::arg("all_references") = 0, py::arg("precision") = 0, py::arg("difference") = false);
+           py::arg("all_references") = 0, py::arg("difference") = false);
   py::class_<Forward>(module, "Forward", py::module_local())
       .def(py::init(&forward), py::kw_only(), py::arg("mean"), py::arg("logsumexp"),
            py::arg("nearest"), py::arg("total"), py::arg("sums") = 0, py::arg("kept") = Memory());

@@ -13,8 +13,7 @@ namespace pfgm {
 inline Problem problem(int type, int reference_type, std::int64_t queries, std::int64_t references,
                        std::int64_t features, Address x, std::int64_t x_stride, Address y,
                        std::int64_t y_stride, Address radius, double dimensions, int threads,
-                       Address sketch, std::int64_t all_references, int precision,
-                       bool difference) {
+                       Address sketch, std::int64_t all_references, bool difference) {
   return {static_cast<Type>(type),
           static_cast<Type>(reference_type),
           queries,
@@ -29,7 +28,6 @@ inline Problem problem(int type, int reference_type, std::int64_t queries, std::
           threads,
           pointer<const void>(sketch),
           all_references,
-          static_cast<Precision>(precision),
           difference};
 }
 

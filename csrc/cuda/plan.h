@@ -293,7 +293,7 @@ Plan plan(const Problem& problem, const Device& device, bool backward, bool keep
   const bool wide = problem.reference_type == Type::float32;
   plan.device = device, plan.features = static_cast<int>(problem.features);
   plan.backward = backward, plan.keeps = keeps;
-  plan.rounded = wide && problem.precision == Precision::medium;
+  plan.rounded = false;
   plan.asynchronous = wide && device.warpgroups;
   const Bounds most =
       bounds(problem, backward ? limits.pairs : pairs_of_chunk(device.l2_cache, device.geforce));

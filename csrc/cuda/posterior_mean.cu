@@ -477,13 +477,12 @@ class Launches {
   Range block_ = {}, chunk_ = {};
 };
 
-// Calls `call` with a value of the type by which kernels take the references. In precision "medium"
-// shorter types are computed as in "high".
+// Calls `call` with a value of the type by which kernels take the references.
 template <class Call>
 void with_type(const Problem& problem, const Call& call) {
   switch (problem.reference_type) {
     case Type::float32:
-      return problem.precision == Precision::medium ? call(Rounded{}) : call(float{});
+      return call(float{});
     case Type::bfloat16:
       return call(BFloat16{});
     case Type::float16:

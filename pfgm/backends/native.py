@@ -43,7 +43,6 @@ TYPES = {  # the numbers of csrc/api/posterior_mean.h
     torch.float16: 3,
     torch.uint8: 4,
 }
-PRECISIONS = {"high": 0, "medium": 1}  # the numbers of the same file
 _CUDA_REFERENCES = (torch.float32, torch.bfloat16, torch.float16, torch.uint8)
 # The failures that the CPU kernels return.
 _RADIUS, _VALUE, _SINGULAR, _MEMORY, _SKETCH, _KEPT, _RANGE, _UNDERFLOW = range(1, 9)
@@ -219,7 +218,7 @@ def native_problem(problem: PosteriorMean, all_references: int = 0) -> object:
 
     all_references is the number in all parts if the references are one part of several.
     """
-    x, references, radius, D, precision, sketch, difference = problem
+    x, references, radius, D, sketch, difference = problem
     if sketch is not None:
         check_sketch(sketch, x, references)
     return extension().Problem(
@@ -237,7 +236,6 @@ def native_problem(problem: PosteriorMean, all_references: int = 0) -> object:
         threads=torch.get_num_threads(),
         sketch=address(sketch),
         all_references=all_references,
-        precision=PRECISIONS[precision],
         difference=difference,
     )
 

@@ -18,7 +18,6 @@ from torch import Tensor
 
 from ..common.checks import as_float
 from ..common.tensors import mark_written, unfilled
-from ..core.problems import PRECISIONS
 from . import native
 
 EULER, HEUN, MULTISTEP = 0, 1, 2
@@ -88,14 +87,13 @@ def _problem(
     x: Tensor,
     references: Any,
     level: Any,
-    precision: str,
     sketch_of: SketchOf | None,
 ) -> tuple[Any, ...] | None:
     """What the calls begin with: B, M, N, types, addresses, level and how to compute.
 
     The sketch is passed as a tensor: a set may drop its own while the kernels read it.
     """
-    if type(x) is not Tensor or type(references) is not Tensor or precision not in PRECISIONS:
+    if type(x) is not Tensor or type(references) is not Tensor:
         return None
     dtype, reference_dtype, shape, other = x.dtype, references.dtype, x.shape, references.shape
     kind, reference_kind = _POINTS.get(dtype), native.TYPES.get(reference_dtype)
@@ -130,7 +128,6 @@ def _problem(
         x.data_ptr(),
         references.data_ptr(),
         radius,
-        native.PRECISIONS[precision],
         sketch,
         _threads(),
         place,
@@ -145,14 +142,13 @@ def posterior_mean(
     factor: float,
     D: Any,
     with_logsumexp: bool,
-    precision: str,
     sketch_of: SketchOf | None,
 ) -> tuple[Tensor, Tensor | None] | None:
     """The mean (B, *S), and the log-sum-exp (B,) if it is wanted. r is the level times the factor.
 
     D is finite. Diffusion takes the way through the operator.
     """
-    problem = _problem(gpu, x, references, level, precision, sketch_of)
+    problem = _problem(gpu, x, references, level, sketch_of)
     if problem is None:
         return None
     mean = _empty_like(x)
@@ -168,11 +164,10 @@ def field(
     references: Any,
     z: Any,
     gamma: Any,
-    precision: str,
     sketch_of: SketchOf | None,
 ) -> tuple[Tensor, Tensor] | None:
     """The normalised field v_x (B, *S) and v_z (B,), for a γ that is allowed."""
-    problem = _problem(gpu, x, references, z, precision, sketch_of)
+    problem = _problem(gpu, x, references, z, sketch_of)
     if problem is None:
         return None
     field_x, field_z = _empty_like(x), x.new_empty(problem[0])

@@ -35,7 +35,6 @@ ALLOWED = {
 }
 """The largest error by the first word of a result's name. That of a mean or field is relative to
 √N, which no reference exceeds. All others are relative to their rows."""
-_MEDIUM = 300  # times as large with precision "medium"
 
 # Points, references and features. They decide which kernels a GPU runs, and with how many blocks
 # in which tiles. No size is a multiple of a tile's.
@@ -117,7 +116,6 @@ class Trial(NamedTuple):
     compute: Callable[[Place], Results]
     quick: bool = False
     """Whether a quick check has it, too."""
-    medium: bool = False
     references: torch.dtype | None = None
     """The type of references, which not all backends read."""
     only: str | None = None
@@ -137,7 +135,7 @@ class Trial(NamedTuple):
 
     def allowed(self, result: str) -> float:
         """The largest error of a result."""
-        return ALLOWED[result.split()[0]] * (_MEDIUM if self.medium else 1)
+        return ALLOWED[result.split()[0]]
 
 
 def name_of(sizes: tuple[int, int, int]) -> str:
@@ -206,12 +204,11 @@ def _mean_and_gradients(
     place: Place,
     data: Data,
     D: float = 1.0,
-    precision: str = "high",
     *,
     needs_references: bool = True,
 ) -> Results:
     x, references, radius, upstream = data
-    problem = PosteriorMean(x, references, radius, D, precision)
+    problem = PosteriorMean(x, references, radius, D)
     mean, logsumexp, nearest, total = place.backend.posterior_mean(problem)
     state = State(mean, nearest, total)
     needs_references &= references.dtype == torch.float32  # other gradients are rounded
@@ -231,10 +228,9 @@ def _shape(
     sizes: tuple[int, int, int],
     D: float,
     dtype: torch.dtype = torch.float32,
-    precision: str = "high",
 ) -> Results:
     data = _data(*sizes, D, dtype, seed=sum(sizes))
-    return _mean_and_gradients(place, data.to(place), D, precision)
+    return _mean_and_gradients(place, data.to(place), D)
 
 
 def _limits(place: Place) -> Results:
@@ -265,7 +261,7 @@ def _field(place: Place, sizes: tuple[int, int, int] = (40, 300, 97)) -> Results
     fields = None
     if place.backend is BACKENDS["native"]:
         gpu = place.device if place.on_gpu else None
-        fields = native_calls.field(gpu, x, references, z, _GAMMA, "high", None)
+        fields = native_calls.field(gpu, x, references, z, _GAMMA, None)
     if fields is None:
         problem = PosteriorMean(x, references, z, 1.0, difference=True)
         difference = place.backend.posterior_mean(problem)[0]
@@ -379,9 +375,7 @@ def _corner(pool: Data, sizes: tuple[int, int, int]) -> Data:
     return Data(x[:B, :N].contiguous(), references[:M, :N].contiguous(), radius[:B], upstream)
 
 
-def _at_many_sizes(
-    place: Place, dtype: torch.dtype = torch.float32, precision: str = "high"
-) -> Results:
+def _at_many_sizes(place: Place, dtype: torch.dtype = torch.float32) -> Results:
     """From few blocks to many, so that a GPU takes each kernel that is best somewhere. Some points
     are compared."""
     results: Results = {}
@@ -392,9 +386,9 @@ def _at_many_sizes(
         if place is EXACT:
             x, radius, G, g, step = x[::step], radius[::step], G[::step], g[::step], 1
         data = Data(x, references, radius, Upstream(G, g)).to(place)
-        values = _mean_and_gradients(place, data, D, precision, needs_references=False)
+        values = _mean_and_gradients(place, data, D, needs_references=False)
         if k == 0:
-            apart = PosteriorMean(*data[:3], D, precision, difference=True)
+            apart = PosteriorMean(*data[:3], D, difference=True)
             values["difference x − mean"] = place.backend.posterior_mean(apart)[0]
         results |= {f"{name} at {name_of(sizes)}": rows[::step] for name, rows in values.items()}
     return results
@@ -470,9 +464,6 @@ def _trials() -> Iterator[tuple[str, Trial]]:
         for sizes in ((5, 70, 37), (66, 500, 100)):
             compute = part(_shape, sizes=sizes, D=1.0, dtype=dtype)
             yield f"{name}, {name_of(sizes)}", Trial(compute, sizes[0] == 66, references=dtype)
-    for sizes in ((66, 500, 100), (590, 1030, 484)):
-        compute = part(_shape, sizes=sizes, D=1.0, precision="medium")
-        yield f"medium, {name_of(sizes)}", Trial(compute, sizes[0] == 66, medium=True)
     yield "ties and limits", Trial(_limits, quick=True)
     yield "x − mean", Trial(_difference, quick=True)
     yield "field", Trial(_field, quick=True)
@@ -484,10 +475,6 @@ def _trials() -> Iterator[tuple[str, Trial]]:
     yield "in small chunks", Trial(_in_chunks, quick=True)
     yield "in each tile", Trial(_in_each_tile, only="triton")
     yield "many sizes", Trial(_at_many_sizes, large=True)
-    yield (
-        "many sizes, medium",
-        Trial(part(_at_many_sizes, precision="medium"), medium=True, large=True, gpus=1),
-    )
     for name, dtype in _TYPES.items():
         if dtype != torch.float64:
             compute = part(_at_many_sizes, dtype=dtype)

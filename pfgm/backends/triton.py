@@ -89,12 +89,12 @@ def _kernels(name: str) -> Any:
 
 
 def posterior_mean(problem: PosteriorMean) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    x, references, radius, D, precision, _, difference = laid_out(problem)
+    x, references, radius, D, _, difference = laid_out(problem)
     if checks_values(x.device):
         check_radius(radius, D)
     with _current_device(x):
         result, logsumexp, nearest, total = _kernels("posterior_mean").posterior_mean(
-            x, references, radius, D, precision, difference
+            x, references, radius, D, difference
         )
     check_distances(nearest, x, references)
     return result, logsumexp, nearest, total
@@ -104,7 +104,7 @@ def posterior_mean_backward(
     problem: PosteriorMean, state: State, upstream: Upstream, needs: Needs
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
     kernels = _kernels("posterior_mean_backward")
-    x, references, radius, D, precision, *_ = laid_out(problem)
+    x, references, radius, D, *_ = laid_out(problem)
     check_singular(is_flat(state.nearest, radius, D, x.shape[1]), upstream.grad_logsumexp)
     with _current_device(x):
         grad_x, grad_references, grad_radius = kernels.posterior_mean_backward(
@@ -115,7 +115,6 @@ def posterior_mean_backward(
             *(value.contiguous() for value in state),
             D,
             needs,
-            precision,
         )
     if grad_references is not None:
         grad_references = grad_references.to(references.dtype)

@@ -6,9 +6,6 @@ from typing import NamedTuple
 
 from torch import Tensor
 
-PRECISIONS = ("high", "medium")
-"""Of matrix products on a GPU."""
-
 
 class PosteriorMean(NamedTuple):
     """A problem: the posterior mean and the log-sum-exp of B points x over M references."""
@@ -21,8 +18,6 @@ class PosteriorMean(NamedTuple):
     """(B,) in float64: r, or sigma at D = ∞."""
     D: float
     """Number of augmented dimensions, above 0."""
-    precision: str = "high"
-    """Precision of matrix products on a GPU, or better: "high" or "medium"."""
     sketch: Tensor | None = None
     """The result of the backend's ``sketch`` for these references. It saves time and does not
     change the result."""

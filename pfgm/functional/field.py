@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
-from typing import Any, Literal, overload
+from collections.abc import Callable, Iterable
+from typing import Any, Literal, NoReturn, overload
 
 import torch
 from torch import Tensor
@@ -14,7 +14,6 @@ from ..common.checks import (
     LARGEST,
     as_float,
     check_at_least_0,
-    check_choice,
     check_dense,
     checks_values,
     is_number,
@@ -23,12 +22,23 @@ from ..common.checks import (
 )
 from ..common.tensors import flat_rows, over_samples
 from ..common.transforms import in_torch_func
-from ..ops import PRECISIONS, PosteriorMean, eager
+from ..ops import PosteriorMean, eager
 from ..references import References, ReferenceSet
 from ..references import posterior_mean as over_set
 from .levels import per_query
 
 _QUERY_DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+
+
+def _refuse(function: str, arguments: Iterable[str]) -> NoReturn:
+    """Raise TypeError for arguments that a function no longer takes, or never did."""
+    name = next(iter(arguments))
+    if name != "precision":
+        raise TypeError(f"{function}() got an unexpected keyword argument {name!r}")
+    raise TypeError(
+        f"{function}() no longer takes precision (since 0.3.0): leave it out, every backend has "
+        "the accuracy of float32."
+    )
 
 
 def _check_tensors(x: Tensor, references: References) -> None:
@@ -101,7 +111,6 @@ def _flat_mean(
     radius: Tensor,
     D: float,
     backend: str | None,
-    precision: str,
     difference: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Points (B, N) in float32 or float64, their mean (B, N), log-sum-exp, nearest and total (B,).
@@ -109,19 +118,18 @@ def _flat_mean(
     With ``difference``, x − mean is in place of the mean. Nearest and total have no gradient
     (:class:`~pfgm.core.problems.State`).
     """
-    check_choice("precision", precision, PRECISIONS)
     flat = _flatten(x)
     if flat.dtype in (torch.bfloat16, torch.float16):
         flat = flat.float()
     if isinstance(references, ReferenceSet):
         part = references.part
-        return flat, *over_set.compute(flat, radius, part, D, backend, precision, difference)
+        return flat, *over_set.compute(flat, radius, part, D, backend, difference)
     if torch.compiler.is_compiling() and not in_torch_func():
         points = x if flat.dtype == x.dtype else x.float()  # see pfgm.ops.posterior_mean
-        problem = PosteriorMean(points, references, radius, D, precision, difference=difference)
+        problem = PosteriorMean(points, references, radius, D, difference=difference)
         return flat, *ops.posterior_mean.compute(problem, backend)
     rows = _flatten(references)
-    problem = PosteriorMean(flat, rows, radius, D, precision, difference=difference)
+    problem = PosteriorMean(flat, rows, radius, D, difference=difference)
     return flat, *eager.posterior_mean(problem, backend)
 
 
@@ -135,7 +143,6 @@ def posterior_mean(
     D: float = ...,
     return_logsumexp: Literal[False] = ...,
     backend: str | None = ...,
-    precision: str = ...,
 ) -> Tensor: ...
 
 
@@ -149,7 +156,6 @@ def posterior_mean(
     D: float = ...,
     return_logsumexp: Literal[True],
     backend: str | None = ...,
-    precision: str = ...,
 ) -> tuple[Tensor, Tensor]: ...
 
 
@@ -162,7 +168,7 @@ def posterior_mean(
     D: float = 1.0,
     return_logsumexp: bool = False,
     backend: str | None = None,
-    precision: str = "high",
+    **removed: NoReturn,
 ) -> Tensor | tuple[Tensor, Tensor]:
     """The average of the references, weighted by the posterior probability of each given x.
 
@@ -196,10 +202,6 @@ def posterior_mean(
         D: number of augmented dimensions, any positive number; 1 is PFGM, infinity diffusion.
         return_logsumexp: return lse too.
         backend: "native", "triton", "torch" or "reference"; None lets :mod:`pfgm.backends` choose.
-        precision: precision of matrix products on a GPU. "high" has the accuracy of float32.
-            "medium" multiplies values of 11 bits, which changes the weights of references at almost
-            equal distances by up to a few per cent. The native backend does so for references in
-            float32. On the CPU both are the same.
 
     Returns:
         mean (B, *S), and with ``return_logsumexp`` also lse (B,) in float64.
@@ -219,11 +221,13 @@ def posterior_mean(
     >>> posterior_mean(torch.tensor([[0.5, 2.0]]), references, r=1.0)
     tensor([[0.5000, 0.0000]])
     """
+    if removed:
+        _refuse("posterior_mean", removed)
     # First in one call, which answers None wherever it does not apply or an argument is wrong.
     if (r is None) != (sigma is None) and type(D) in (float, int) and 0 < D <= LARGEST:
         level, factor = (r, 1.0) if sigma is None else (sigma, math.sqrt(D))
         rows, sketch_of = _in_one(references)
-        options = factor, D, return_logsumexp, precision, sketch_of
+        options = factor, D, return_logsumexp, sketch_of
         results = eager.one_call("posterior_mean", backend, (x, rows, level), options)
         if results is not None:
             mean, logsumexp = results
@@ -231,7 +235,7 @@ def posterior_mean(
     _check_tensors(x, references)
     D = _check_dimensions(D, r is not None)
     radius = _radius(x, r, sigma, D)
-    _, mean, logsumexp, _, _ = _flat_mean(x, references, radius, D, backend, precision)
+    _, mean, logsumexp, _, _ = _flat_mean(x, references, radius, D, backend)
     mean = mean.reshape(x.shape)
     return (mean, logsumexp) if return_logsumexp else mean
 
@@ -243,7 +247,7 @@ def field_fn(
     *,
     gamma: float = 5.0,
     backend: str | None = None,
-    precision: str = "high",
+    **removed: NoReturn,
 ) -> tuple[Tensor, Tensor]:
     """The normalised Poisson field of the references: PFGM's training target.
 
@@ -263,7 +267,7 @@ def field_fn(
             data that contains the clean versions of x.
         gamma: softening of the normalisation, at least 0. The target of a flow has its gamma,
             ``flow.gamma``.
-        backend, precision: as for :func:`posterior_mean`.
+        backend: as for :func:`posterior_mean`.
 
     Returns:
         field_x (B, *S) and field_z (B,), in the dtype of x, or float32 if x has half precision.
@@ -277,18 +281,20 @@ def field_fn(
     >>> field_x, field_z
     (tensor([[-0.3917, -0.3917]]), tensor([-0.5223]))
     """
+    if removed:
+        _refuse("field_fn", removed)
     # First in one call, as in posterior_mean.
     if type(gamma) in (float, int) and 0 <= gamma <= LARGEST:
         rows, sketch_of = _in_one(references)
         field: tuple[Tensor, Tensor] | None
-        options = gamma, precision, sketch_of
+        options = gamma, sketch_of
         field = eager.one_call("field", backend, (x, rows, z), options)
         if field is not None:
             return field
     _check_tensors(x, references)
     check_at_least_0("gamma", gamma)
     radius = per_query("z", z, x)
-    _, difference, *_ = _flat_mean(x, references, radius, 1.0, backend, precision, True)
+    _, difference, *_ = _flat_mean(x, references, radius, 1.0, backend, True)
     field_x, field_z = eager.normalised_field(difference, radius, gamma, backend)
     return field_x.reshape(x.shape), field_z
 
@@ -306,7 +312,7 @@ def mean_from(
     near = is_nearer(away, origin)
 
     def form(difference: bool, rows: Tensor | slice) -> Tensor:
-        arguments = (references, radius[rows], D, None, "high", difference)
+        arguments = (references, radius[rows], D, None, difference)
         mean = _flat_mean(x[rows], *arguments)[1].view(origin[rows].shape)
         return away[rows] - mean if difference else mean - origin[rows]
 
@@ -336,7 +342,7 @@ def log_density(
     sigma: Tensor | float | None = None,
     D: float = 1.0,
     backend: str | None = None,
-    precision: str = "high",
+    **removed: NoReturn,
 ) -> Tensor:
     """Log-density of the references with noise of level r, the exact marginal of the flow.
 
@@ -349,7 +355,7 @@ def log_density(
     +inf on a reference and −inf elsewhere.
 
     Args:
-        x, references, r, sigma, D, backend, precision: as :func:`posterior_mean`.
+        x, references, r, sigma, D, backend: as :func:`posterior_mean`.
 
     Returns:
         (B,) in nats, float64.
@@ -361,10 +367,12 @@ def log_density(
     >>> log_density(torch.zeros(1, 1), torch.zeros(1, 1), r=1.0)  # Cauchy: log(1/π)
     tensor([-1.1447], dtype=torch.float64)
     """
+    if removed:
+        _refuse("log_density", removed)
     _check_tensors(x, references)
     D = _check_dimensions(D, r is not None)
     radius = _radius(x, r, sigma, D)
-    flat, _, logsumexp, nearest, total = _flat_mean(x, references, radius, D, backend, precision)
+    flat, _, logsumexp, nearest, total = _flat_mean(x, references, radius, D, backend)
     N, M = flat.shape[1], references.shape[0]
     # At radius 0 the sum below would be inf − inf, and its gradient NaN.
     at_zero = radius == 0

@@ -4,7 +4,7 @@ Samples are rows (B, N), and levels are float64. :mod:`pfgm.functional` brings a
 form. It calls :mod:`pfgm.ops.eager`, which leaves the operators out where nothing needs them.
 """
 
-from ..core.problems import PRECISIONS, OdeStep, PosteriorMean
+from ..core.problems import OdeStep, PosteriorMean
 from . import (
     eager,
     normalised_field,
@@ -14,7 +14,6 @@ from . import (
 )
 
 __all__ = [
-    "PRECISIONS",
     "OdeStep",
     "PosteriorMean",
     "eager",

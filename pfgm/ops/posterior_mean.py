@@ -28,7 +28,7 @@ from ..common import transforms
 from ..common.checks import is_symbolic
 from ..common.tensors import flat_rows, wide_dtype
 from ..core import formulas
-from ..core.problems import PRECISIONS, PosteriorMean, State, Tangents, Upstream
+from ..core.problems import PosteriorMean, State, Tangents, Upstream
 from ..core.weights import is_flat
 from .library import Operator, as_arguments, no_gradient, save_nothing
 
@@ -136,7 +136,7 @@ def _shaped(
 
 def check(problem: PosteriorMean) -> None:
     """Raises ValueError or TypeError if the arguments are not allowed."""
-    x, references, radius, D, precision = problem[:5]
+    x, references, radius, D = problem[:4]
     if x.ndim != 2 or references.ndim != 2 or x.shape[1] != references.shape[1]:
         raise ValueError(
             f"x and references have shapes {tuple(x.shape)} and {tuple(references.shape)}; "
@@ -165,8 +165,6 @@ def check(problem: PosteriorMean) -> None:
         )
     if not D > 0:
         raise ValueError(f"D is {D}; allowed is any positive number or infinity.")
-    if precision not in PRECISIONS:
-        raise ValueError(f"precision is {precision!r}; allowed are {', '.join(PRECISIONS)}.")
 
 
 def forward(problem: PosteriorMean, backend: str | None) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -238,7 +236,7 @@ def _fake_backward(
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     problem, ctx.backend = _FORWARD.groups(inputs)
-    x, references, radius, D, ctx.precision, sketch, ctx.difference = problem
+    x, references, radius, D, sketch, ctx.difference = problem
     result, _, nearest, total = output
     ctx.D, varying_D = (None, D) if isinstance(D, Tensor) else (D, None)
     ctx.save_for_backward(x, references, radius, result, nearest, total, sketch, varying_D)
@@ -262,7 +260,7 @@ def _gradient(
     x, references, radius, result, nearest, total, sketch, varying_D = ctx.saved_tensors
     mean, grad_mean = mean_and_gradient(x, result, grad_result, ctx.difference)
     operator, D = (_BACKWARD, ctx.D) if varying_D is None else (_BACKWARD_VARYING, varying_D)
-    problem = PosteriorMean(x, references, radius, D, ctx.precision, sketch)
+    problem = PosteriorMean(x, references, radius, D, sketch)
     state, upstream = State(mean, nearest, total), Upstream(grad_mean, grad_logsumexp)
     gradients = operator(upstream, state, needs, problem, ctx.backend)
     grad_x, *rest = (g if needed else None for g, needed in zip(gradients, needs, strict=True))
@@ -314,7 +312,7 @@ class _PosteriorMean(transforms.Rowwise):
     def jvp(ctx: Any, *tangents: Tensor | None) -> tuple[Tensor | None, ...]:
         inputs = (*ctx.saved_tensors[:3], *tangents[:3])
         mean_tangent, lse_tangent = _Tangent.apply(  # type: ignore[no-untyped-call]
-            *inputs, ctx.D, ctx.backend, ctx.precision
+            *inputs, ctx.D, ctx.backend
         )
         return result_tangent(mean_tangent, tangents[0], ctx.difference), lse_tangent, None, None
 
@@ -338,7 +336,7 @@ class _Backward(OnceDifferentiable):
 
 
 class _Tangent(OnceDifferentiable):
-    """(x, references, radius, their tangents, D, backend, precision) → tangents of mean and lse."""
+    """(x, references, radius, their tangents, D, backend) → tangents of mean and lse."""
 
     shared = (1, 4)  # references and their tangent
 
@@ -352,11 +350,10 @@ class _Tangent(OnceDifferentiable):
         tangent_radius: Tensor | None,
         D: float,
         backend: str | None,
-        precision: str,
     ) -> tuple[Tensor, Tensor]:
         # In float64 if the backend supports it, because terms of the size of N + D cancel.
         wide = x.to(tangent_dtype(x, references, backend))
-        problem = PosteriorMean(wide, references, radius, D, precision)
+        problem = PosteriorMean(wide, references, radius, D)
         tangents = Tangents(tangent_x, tangent_references, tangent_radius)
         mean, _, nearest, total = call(problem, backend)
         center = mean.to(radius.dtype)

@@ -30,7 +30,6 @@ def compute(
     part: Part,
     D: float,
     backend: str | None,
-    precision: str,
     difference: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Mean (B, N), log-sum-exp, nearest and total (B,) over the references of all processes.
@@ -50,13 +49,13 @@ def compute(
         # A graph knows no version of the rows, by which the backward pass sees that they changed,
         # and cannot read a file. So the graph breaks here.
         eager: Any = torch.compiler.disable(compute)
-        results = eager(x, radius, part, D, backend, precision, difference)
+        results = eager(x, radius, part, D, backend, difference)
         result, logsumexp, nearest, total = results
         return result, logsumexp, nearest, total
     backend = requested(backend)
     continues = native_parts.supports(backend, x, part.source.dtype) and part.device == x.device
     ranks, version = part.ranks(x), part.version()
-    settings = Settings(part, ranks, D, backend, precision, version, difference, continues)
+    settings = Settings(part, ranks, D, backend, version, difference, continues)
     if wanted and (results := continued.by_tensor(x, radius, settings)) is not None:
         return results
     if wanted or forward_mode() or in_torch_func():

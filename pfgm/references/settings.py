@@ -21,7 +21,6 @@ class Settings(NamedTuple):
     ranks: Ranks | None
     D: float
     backend: str | None
-    precision: str
     version: object
     """Version of the rows in the forward pass."""
     difference: bool
@@ -39,8 +38,7 @@ class Settings(NamedTuple):
         self, x: Tensor, chunk: Tensor, radius: Tensor, sketch: Tensor | None = None
     ) -> PosteriorMean:
         """The posterior mean over one chunk (m, N)."""
-        options = (self.D, self.precision, sketch, self.difference)
-        return PosteriorMean(x, chunk, radius, *options)
+        return PosteriorMean(x, chunk, radius, self.D, sketch, self.difference)
 
     def check_version(self) -> None:
         """Raises RuntimeError if the rows are no longer those of the forward pass."""

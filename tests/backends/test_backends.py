@@ -373,8 +373,6 @@ def test_names_that_are_no_text_are_refused(name):
             call()
     with pytest.raises(ValueError, match="use_backend's name is"), pfgm.use_backend(name):
         pass
-    with pytest.raises(ValueError, match=r"precision is .*; allowed are high, medium"):
-        posterior_mean(x, x, r=1.0, precision=name)
 
 
 def test_unknown_names_are_refused(monkeypatch):

@@ -556,7 +556,7 @@ def test_both_of_the_librarys_paths_are_in_every_subject(monkeypatch):
         assert way.capturable == ("backward" not in subject.name)
         assert (way.moved > 0) == (way.capturable and subject.name.startswith("forward"))
     types = [path for path in others[0].paths(gpu_clock.dry()) if path.startswith("cuda")]
-    assert types == ["cuda", "cuda, uint8", "cuda, bfloat16", "cuda, medium"]
+    assert types == ["cuda", "cuda, uint8", "cuda, bfloat16"]
 
 
 class StandIn(gpu_clock.Device):

@@ -356,16 +356,29 @@ TYPE_ERRORS = [
 ]
 
 
-@pytest.mark.parametrize("function", [posterior_mean, log_density])
-def test_precision_changes_nothing_on_the_cpu(backend, function):
+@pytest.mark.parametrize("value", ["high", "medium", None])
+def test_precision_was_removed(value):
     x, references = torch.randn(3, 5), torch.randn(7, 5)
-    high, medium = (
-        function(x, references, r=1.0, precision=precision, backend=backend)
-        for precision in ("high", "medium")
-    )
-    assert torch.equal(high, medium)
-    with pytest.raises(ValueError, match="precision is 'low'; allowed are high, medium"):
-        function(x, references, r=1.0, precision="low", backend=backend)
+    for name, call in {
+        "posterior_mean": lambda **given: posterior_mean(x, references, r=1.0, **given),
+        "field_fn": lambda **given: field_fn(x, 1.0, references, **given),
+        "log_density": lambda **given: log_density(x, references, r=1.0, **given),
+    }.items():
+        with pytest.raises(
+            TypeError, match=rf"^{name}\(\) no longer takes precision .*: leave it out"
+        ):
+            call(precision=value)
+        with pytest.raises(
+            TypeError, match=rf"^{name}\(\) got an unexpected keyword argument 'k'$"
+        ):
+            call(k=value)
+
+
+def test_no_operator_has_an_argument_precision():
+    for name in torch._C._dispatch_get_all_op_names():
+        if name.startswith("pfgm::"):
+            schema = getattr(torch.ops.pfgm, name.removeprefix("pfgm::")).default._schema
+            assert "precision" not in {argument.name for argument in schema.arguments}
 
 
 def test_integers_beyond_the_range_of_floats_and_texts_are_named():

@@ -237,9 +237,9 @@ class Operation:
         x = pair.mean(0) + 1e-3 * torch.randn(B, N, generator=generator)
         return x.to(self.device), references.to(self.device)
 
-    def compute(self, x, references, radius, D, precision="high"):
+    def compute(self, x, references, radius, D):
         """Mean and log-sum-exp."""
-        return self.module.posterior_mean(PosteriorMean(x, references, radius, D, precision))[:2]
+        return self.module.posterior_mean(PosteriorMean(x, references, radius, D))[:2]
 
     def expected(self, x, references, radius, D):
         return self.oracle(x.cpu(), references.cpu(), radius.cpu(), D)
@@ -268,18 +268,9 @@ class Operation:
         size = radius.cpu().square().clamp(max=1)
         return G, (size * torch.randn(len(x), generator=generator)).to(x.device)
 
-    def gradients(
-        self,
-        x,
-        references,
-        radius,
-        D,
-        needs=(True, True, True),
-        keeps=False,
-        precision="high",
-    ):
+    def gradients(self, x, references, radius, D, needs=(True, True, True), keeps=False):
         """With ``keeps`` from the distances that the forward pass keeps, in the native backend."""
-        problem = PosteriorMean(x, references, radius, D, precision)
+        problem = PosteriorMean(x, references, radius, D)
         kept = (native.room_for_distances(problem),) if keeps else ()
         mean, _, nearest, total = self.module.posterior_mean(problem, *kept)
         upstream = Upstream(*self.upstream(x, radius))

@@ -49,7 +49,7 @@ def check(op, x, references, radius, D=1.0):
     exact = formula(x.double(), references, radius, D)
     assert relative_error(formula(x, references, radius, D), exact, radius) < TOLERANCE
     tensors = (t.to(op.device) for t in (x, references, radius))
-    arguments = PosteriorMean(*tensors, D, "high", difference=True)
+    arguments = PosteriorMean(*tensors, D, difference=True)
     assert relative_error(op.module.posterior_mean(arguments)[0], exact, radius) < TOLERANCE
 
 
@@ -103,7 +103,7 @@ def test_types_of_references(op, N, dtype):
     radius = torch.full((20,), 1e-6, dtype=torch.float64)
     expected = formula(x.double(), references, radius, 1.0)
     tensors = (t.to(op.device) for t in (x, references, radius))
-    arguments = PosteriorMean(*tensors, 1.0, "high", difference=True)
+    arguments = PosteriorMean(*tensors, 1.0, difference=True)
     assert relative_error(op.module.posterior_mean(arguments)[0], expected, radius) < TOLERANCE
 
 
@@ -120,7 +120,7 @@ def test_score(op, N, dtype):
     s = differences.square().sum(2) + radius[:, None] ** 2
     p = (-(N + 1) / 2 * s.log()).softmax(1)
     expected = -(N + 1) * ((p / s)[:, :, None] * differences).sum(1)
-    problem = PosteriorMean(*(t.to(op.device) for t in (x, references, radius)), 1.0, "high")
+    problem = PosteriorMean(*(t.to(op.device) for t in (x, references, radius)), 1.0)
     mean, _, nearest, total = op.module.posterior_mean(problem)
     upstream = Upstream(torch.zeros_like(mean), torch.ones_like(nearest))
     state = State(mean, nearest, total)
@@ -135,7 +135,7 @@ def test_tiny_and_huge_values(op, B, N, times):
     x, references, radius = problem(B, 60, N, 1e-3)
     exact = formula((x * times).double(), references * times, radius * times, math.inf)
     tensors = (t.to(op.device) for t in (x * times, references * times, radius * times))
-    arguments = PosteriorMean(*tensors, math.inf, "high", difference=True)
+    arguments = PosteriorMean(*tensors, math.inf, difference=True)
     result = op.module.posterior_mean(arguments)[0]
     assert relative_error(result, exact, radius * times) < TOLERANCE
 
@@ -145,6 +145,6 @@ def test_difference_beyond_float32(op, B, N):
     """Finite points and references may be further apart than float32 holds."""
     x = torch.full((B, N), 3e38, device=op.device)
     radius = torch.ones(B, dtype=torch.float64, device=op.device)
-    arguments = PosteriorMean(x, -x[:2], radius, 1.0, "high", difference=True)
+    arguments = PosteriorMean(x, -x[:2], radius, 1.0, difference=True)
     with pfgm.debug_checks(), pytest.raises(ValueError, match="so far apart"):
         op.module.posterior_mean(arguments)

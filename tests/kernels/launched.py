@@ -40,24 +40,23 @@ def values(B: int, M: int, N: int, D: float = 1.0, dtype: torch.dtype = torch.fl
     return Data(x, y, radius, Upstream(torch.empty(B, N), torch.empty(B).double()))
 
 
-def compute(B: int, M: int, N: int, dtype: torch.dtype, precision: str, D: float) -> None:
+def compute(B: int, M: int, N: int, dtype: torch.dtype, D: float) -> None:
     """A mean, also as a difference, and its gradients."""
     x, references, radius, upstream = values(B, M, N, D, dtype)
     for difference in (False, True):
-        problem = PosteriorMean(x, references, radius, D, precision, difference=difference)
+        problem = PosteriorMean(x, references, radius, D, difference=difference)
         mean, _, nearest, total = PLACE.backend.posterior_mean(problem)
-    problem = PosteriorMean(x, references, radius, D, precision)
+    problem = PosteriorMean(x, references, radius, D)
     needs = (True, dtype == torch.float32 and M * N < 1 << 24, True)
     PLACE.backend.posterior_mean_backward(problem, State(mean, nearest, total), upstream, needs)
 
 
 def many_sizes() -> None:
-    types = [(torch.float32, "medium")]
-    types += [(t, "high") for t in (torch.float32, torch.bfloat16, torch.float16, torch.uint8)]
+    types = torch.float32, torch.bfloat16, torch.float16, torch.uint8
     for B, M, N in itertools.product(POINTS, REFERENCES, FEATURES):
         if M * N <= MOST and B * N <= MOST:
-            for (dtype, precision), D in itertools.product(types, (1.0, math.inf)):
-                compute(B, M, N, dtype, precision, D)
+            for dtype, D in itertools.product(types, (1.0, math.inf)):
+                compute(B, M, N, dtype, D)
     for features in WIDTHS:
         trials._normalised(PLACE, features)
         trials._steps(PLACE, features)

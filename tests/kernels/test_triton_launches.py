@@ -466,10 +466,10 @@ def every_call(B):
     """The arguments of the launches of all operations for B queries, in both kinds of D."""
     x, references, radius = torch.zeros(B, 64), torch.zeros(40, 64), torch.zeros(B).double()
     for D in (1.0, math.inf):
-        mean, lse, nearest, total = posterior_mean.posterior_mean(x, references, radius, D, "high")
-        posterior_mean.posterior_mean(x, references, radius, D, "high", True)
+        mean, lse, nearest, total = posterior_mean.posterior_mean(x, references, radius, D)
+        posterior_mean.posterior_mean(x, references, radius, D, True)
         posterior_mean_backward.posterior_mean_backward(
-            mean, lse, x, references, radius, mean, nearest, total, D, (True, True, True), "high"
+            mean, lse, x, references, radius, mean, nearest, total, D, (True, True, True)
         )
     normalised_field.launch(x, radius, 5.0, x, torch.zeros(B))
     for levels in ((1.0, 0.5, 0.0, None), (0.0, 0.0, 0.0, torch.zeros(3, B).double())):
@@ -572,7 +572,7 @@ def operations(B=20, x_at=0, y_at=0, radius_at=0, dtype=torch.float32):
     alignment."""
     x, y = view(x_at, length=B * 64).view(B, 64), view(y_at, dtype, 40 * 64).view(40, 64)
     radius = view(radius_at, torch.float64, B)
-    mean, *_ = posterior_mean.posterior_mean(x, y, radius, 1.0, "high")
+    mean, *_ = posterior_mean.posterior_mean(x, y, radius, 1.0)
     field_z = view(length=B)
     normalised_field.launch(mean, radius, 5.0, mean, field_z)
     step = OdeStep(x, mean, field_z, None, 1.0, 0.5, 0.0, None, 5.0, 2.0, True)
@@ -609,9 +609,9 @@ def test_chunks_blocks_and_gradients(monkeypatch, twice):
     x, y, radius = torch.zeros(34, 33), torch.zeros(300, 33), torch.zeros(34).double()
     for _ in range(2):
         twice.clear()
-        mean, lse, nearest, total = posterior_mean.posterior_mean(x, y, radius, 1.0, "high")
+        mean, lse, nearest, total = posterior_mean.posterior_mean(x, y, radius, 1.0)
         posterior_mean_backward.posterior_mean_backward(
-            mean, lse, x, y, radius, mean, nearest, total, 1.0, (True, True, True), "high"
+            mean, lse, x, y, radius, mean, nearest, total, 1.0, (True, True, True)
         )
     assert all(prepared for _, _, prepared in twice)
 

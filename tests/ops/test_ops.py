@@ -56,7 +56,7 @@ def test_opcheck(wanted, D, difference, dtype, count, backend):
     arguments = x[:count], references, radius[:count]
     for index in wanted:
         arguments[index].requires_grad_()
-    torch.library.opcheck(OP, (*arguments, D, "high", None, difference, backend))
+    torch.library.opcheck(OP, (*arguments, D, None, difference, backend))
 
 
 @native_only
@@ -64,13 +64,11 @@ def test_opcheck_with_a_sketch():
     x, references, radius = problem(shape=(513,), dtype=torch.float32)
     sketch = pfgm.ops.posterior_mean.sketch(references, x, "native")
     torch.library.opcheck(
-        OP, (x.requires_grad_(), references, radius, 1.0, "high", sketch), {"backend": "native"}
+        OP, (x.requires_grad_(), references, radius, 1.0, sketch), {"backend": "native"}
     )
-    mean, lse, nearest, total = OP(
-        x.detach(), references, radius, 1.0, "high", sketch, backend="native"
-    )
+    mean, lse, nearest, total = OP(x.detach(), references, radius, 1.0, sketch, backend="native")
     x = x.detach()
-    saved = (mean, nearest, total, [True] * 3, x, references, radius, 1.0, "high", sketch)
+    saved = (mean, nearest, total, [True] * 3, x, references, radius, 1.0, sketch)
     arguments = (torch.ones_like(mean), torch.ones_like(lse), *saved)
     torch.library.opcheck(BACKWARD, arguments, {"backend": "native"})
 

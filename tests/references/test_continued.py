@@ -220,8 +220,6 @@ def test_bad_arguments_of_a_chunk(chunks_of, tmp_path):
     chunks_of(rows, 7)
     x = points_near(rows, 3, 0.2)
     for references in (ReferenceSet(rows), in_file(rows, tmp_path)):
-        with pytest.raises(ValueError, match="precision"):
-            pfgm.posterior_mean(x, references, r=1.0, precision="low")
         with pytest.raises(ValueError, match="NaN or infinity"):
             pfgm.posterior_mean(x / 0, references, r=1.0)
         with pytest.raises(ValueError, match="r"):

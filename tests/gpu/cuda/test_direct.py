@@ -71,19 +71,17 @@ def test_both_ways_give_the_same_bits(call, inputs, by_operators, one_calls, nam
 
 @pytest.mark.usefixtures("poisoned")
 @pytest.mark.parametrize("sizes", [(1, 1, 1), (20, 70, 64), (33, 129, 40)])
-@pytest.mark.parametrize("precision", ["high", "medium"])
 @pytest.mark.parametrize(
     "dtype", [torch.float32, torch.bfloat16, torch.float16, torch.uint8], ids=str
 )
-def test_references_of_every_dtype(call, inputs, by_operators, one_calls, sizes, precision, dtype):
+def test_references_of_every_dtype(call, inputs, by_operators, one_calls, sizes, dtype):
     rows, references, features = sizes
     values = inputs((features,), rows, references)
     values[1] = (100 * values[1].abs()).to(dtype)
 
     def both():
-        options = {"precision": precision}
-        mean = call("posterior_mean", values, return_logsumexp=True, **options)
-        return *mean, *call("field_fn", values, **options)
+        mean = call("posterior_mean", values, return_logsumexp=True)
+        return *mean, *call("field_fn", values)
 
     results = both()
     assert one_calls == [True, True]
@@ -358,7 +356,6 @@ def error_of(function):
         {"gamma": math.inf},
         {"substitution": "fast"},
         {"D": 0.0},
-        {"precision": "low"},
         {"backend": "fast"},
         {"x": "shape"},
         {"x": "int"},

@@ -118,20 +118,6 @@ def test_tiny_and_huge_values(op, turns, N, scale):
         assert op.mean_error(x, references, sigma, D) <= 1e-4 * scale
 
 
-@pytest.mark.parametrize("D", [1.0, math.inf])
-@pytest.mark.usefixtures("poisoned")
-def test_precision_medium(op, turns, D):
-    problem = tiles(op, 18, 300, 40, 4)
-    results = None
-
-    def run():
-        nonlocal results
-        results = op.compute(*problem, D, "medium")
-
-    assert turns(run) == [18 * words(300, 4)]
-    op.assert_accurate(results, op.expected(*problem, D), problem[1], tolerance=3e-3)
-
-
 @pytest.mark.parametrize("N", FEATURES)
 @pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
 @pytest.mark.usefixtures("poisoned")

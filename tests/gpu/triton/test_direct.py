@@ -138,8 +138,6 @@ def test_values_are_checked_as_by_the_operators(inputs):
         pfgm.field_fn(torch.full_like(x, torch.nan), 2.0, references, backend="triton")
     with pytest.raises(ValueError, match="shape"):
         pfgm.field_fn(x, 2.0, references[:, :1], backend="triton")
-    with pytest.raises(ValueError, match="precision"):
-        pfgm.field_fn(x, 2.0, references, backend="triton", precision="low")
     with pytest.raises(ValueError, match="z has shape"):
         pfgm.field_fn(x, torch.ones(4, device=x.device), references, backend="triton")
 

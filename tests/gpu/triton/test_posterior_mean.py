@@ -21,7 +21,6 @@ from pfgm.kernels import problem as problems
 import pfgm
 from pfgm.backends import triton
 from pfgm.common.tensors import dequantise
-from pfgm.core.problems import PosteriorMean
 
 # Slow in the interpreter.
 slow = functools.partial(
@@ -73,20 +72,6 @@ def test_forward(op, device, index, dtype):
     op.check(x, references, radius, D)
 
 
-@pytest.mark.parametrize("D", [1.0, math.inf])
-def test_medium_precision(op, device, D):
-    x, references, sigma = problem(17, 65, 64, device=device)
-    arguments = (x, references, op.radius_of(sigma, D), D)
-    result = triton.posterior_mean(PosteriorMean(*arguments, precision="medium"))[:2]
-    op.assert_accurate(result, op.expected(*arguments), references, tolerance=3e-3)
-
-
-def test_an_unknown_precision_raises(device):
-    x, references, sigma = problem(3, 5, 4, device=device)
-    with pytest.raises(ValueError, match="precision is 'low'; allowed are high, medium"):
-        pfgm.posterior_mean(x, references, sigma=sigma, precision="low")
-
-
 @pytest.mark.parametrize(("B", "D"), [(3, 1.0), (20, math.inf)])
 def test_many_features(op, device, B, D):
     """More than a panel of each kernel, and more than one block of ``merge``."""
@@ -131,7 +116,6 @@ def test_workspace_and_launches_are_bounded(B, N):
             torch.empty(M, N, device="meta"),
             torch.empty(B, device="meta"),
             1.0,
-            "high",
         )
         for M in (100_000, 10_000_000)
     )

@@ -164,6 +164,6 @@ def test_a_value_that_is_not_finite_reaches_the_results(op, row):
     """It is in the first, a middle or the last chunk."""
     x, references, sigma = op.problem(3, 290, 9)
     references[row, 2] = math.nan
-    mean, _, nearest, total = posterior_mean.posterior_mean(x, references, sigma, 1.0, "high")
+    mean, _, nearest, total = posterior_mean.posterior_mean(x, references, sigma, 1.0)
     for result in (mean, nearest, total):
         assert result.isnan().all()
