@@ -25,11 +25,21 @@ from .data.rows import InMemory, OnDisk, Scaled, Source
 from .data.tables import LABEL_NAMES
 from .references import ReferenceSet
 
-__all__ = ["Data", "Layout", "Range", "absolute_source", "is_missing", "open_data", "open_samples"]
+__all__ = [
+    "Data",
+    "Layout",
+    "Range",
+    "absolute_source",
+    "is_missing",
+    "open_data",
+    "open_samples",
+    "takes_layout",
+]
 
 CIFAR10_URL = "https://www.cs.toronto.edu/~kriz/cifar-10-binary.tar.gz"
 _DEBIAN_FOLDER = Path("/usr/share/datasets/fashion-mnist")  # of the package dataset-fashion-mnist
-_FILE_SUFFIXES = (".csv", ".npy", ".npz", ".safetensors", ".zip")
+_ARRAY_SUFFIXES = (".npy", ".npz", ".safetensors")
+_FILE_SUFFIXES = (*_ARRAY_SUFFIXES, ".csv", ".zip")
 _KINDS_OF_PATHS = ("folder", "npz")  # written before a path
 _HELD_OUT_NAMES = ("held_out", "test")
 _ALLOWED = (
@@ -107,7 +117,7 @@ def open_data(
         source: one of the names, or a path. For a file or folder named digits, write ./digits.
         value_range: the values of floating-point data that stand for −1 and 1, such as (0, 255).
             They are converted; the default converts nothing.
-        layout: what arrays in a file are, see :data:`Layout`.
+        layout: what the arrays of an array file are, see :data:`Layout`.
         resize: the height and width of images in a folder or an archive. Their largest central
             square is scaled to it. None takes images of one size as they are.
         progress: show a progress bar while images are read.
@@ -117,14 +127,14 @@ def open_data(
         ImportError: digits need scikit-learn, and images Pillow.
         TypeError: samples are neither floating nor uint8, or uint8 where a range is given; or
             labels are not integers.
-        ValueError: the name is unknown, a file is damaged, arrays do not fit together, or resize
-            is given for what is no folder of images.
+        ValueError: the name is unknown, a file is damaged, arrays do not fit together, or a resize
+            or a layout is given for what does not take it.
 
     >>> data = open_data("digits")
     >>> data.train, data.classes, data.levels
     (ReferenceSet((1398, 1, 8, 8), torch.float32, cpu), 10, 17)
     """
-    check_choice("layout", layout, get_args(Layout))
+    _check_layout(layout, source)
     name, place = _name_and_path(source)
     path = Path(place).expanduser()
     if name in _NAMED and resize is not None:
@@ -173,6 +183,26 @@ def is_missing(source: str) -> bool:
     return bool(place) and not Path(place).expanduser().exists()
 
 
+def takes_layout(source: StrPath) -> bool:
+    """Whether a name or path is that of an array file, whose layout can be chosen.
+
+    >>> takes_layout("digits"), takes_layout("signals.npy")
+    (False, True)
+    """
+    name, place = _name_and_path(os.fspath(source))
+    path = Path(place or source)
+    return name not in _NAMED and path.suffix in _ARRAY_SUFFIXES and not path.is_dir()
+
+
+def _check_layout(layout: Layout, source: StrPath) -> None:
+    check_choice("layout", layout, get_args(Layout))
+    if layout != "auto" and not takes_layout(source):
+        raise ValueError(
+            f"layout is for files that end in {', '.join(_ARRAY_SUFFIXES)}, got {layout!r} for "
+            f"{source}; leave it out."
+        )
+
+
 def _name_and_path(source: str) -> tuple[str, str]:
     """The name of the data or of the kind of path, and the path; one of them may be empty."""
     name, colon, place = source.partition(":")
@@ -203,6 +233,7 @@ def open_samples(
     ...     open_samples(f"{folder}/grey.npy")
     ReferenceSet((5, 1, 8, 8), torch.uint8, file)
     """
+    _check_layout(layout, path)
     return ReferenceSet(_channels_first(_opened(Path(path), resize, progress), layout))
 
 

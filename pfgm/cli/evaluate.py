@@ -18,7 +18,7 @@ from ..common.checks import check_seed
 from ..common.files import output_folder, write_csv, write_json
 from ..common.versions import versions
 from ..data import to_unit
-from ..datasets import Data, Layout, Range, open_data, open_samples
+from ..datasets import Data, Layout, Range, open_data, open_samples, takes_layout
 from ..evaluation import Point
 from ..flows.sampling import check_steps
 from ..metrics import CLASSIFIERS, Classifier, inception_metrics, load_classifier
@@ -129,6 +129,8 @@ class Evaluate:
         if name is None:
             name, run_reading = self._data_of_source()
             reading = {**run_reading, **reading}
+        if self.samples is not None and not takes_layout(name):
+            reading.pop("layout", None)  # it is for the samples
         data = open_data(name, **reading, progress=True)
         source = self._open(device)
         for rows in (data.train, *([source] if isinstance(source, ReferenceSet) else [])):

@@ -5,11 +5,13 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
+import torch
+
 from ..common.checks import check_seed, usable_device
-from ..common.files import check_folder
+from ..common.files import output_folder
 from ..common.messages import print_result
 from ..data import to_unit
-from ..datasets import open_data
+from ..datasets import Data, open_data
 from ..metrics import save_classifier, train_classifier
 
 
@@ -38,7 +40,12 @@ class Features:
         data = open_data(self.data, progress=True)
         if data.train.labels is None or data.train.ndim != 4:
             raise ValueError(f"data is {self.data}; allowed are images with labels.")
-        check_folder(self.out.parent)
+        with output_folder(self.out.parent):
+            print_result(self._train(data, device))
+
+    def _train(self, data: Data, device: torch.device) -> str:
+        """Trains and writes the classifier; returns the line that tells of it."""
+        assert data.train.labels is not None
         classifier = train_classifier(
             to_unit(data.train[:]),
             data.train.labels,
@@ -54,4 +61,4 @@ class Features:
             facts["accuracy"] = accuracy
             shown += f": right on {accuracy:.1%} of the held-out images".replace("%", " %")
         save_classifier(self.out, classifier, **facts)
-        print_result(shown)
+        return shown

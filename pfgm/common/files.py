@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import csv
 import errno
+import fcntl
 import io
 import json
 import os
 import secrets
 import shutil
+import stat
 import struct
-import tempfile
 import zipfile
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
@@ -28,14 +29,18 @@ MALFORMED = (
 # Error codes of systems that cannot open or synchronise a folder.
 _NO_FOLDER_SYNC = (errno.EINVAL, errno.ENOTSUP, errno.EACCES, errno.EPERM)
 
+NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP, errno.EINVAL)
+"""Error codes of file systems without locks, such as Lustre without its option flock."""
+
 
 def write_atomic(path: StrPath, write: Callable[[BinaryIO], object]) -> None:
     """Writes a file so that ``path`` holds either the old content or all of the new content.
 
     The content is written to a temporary file ``.pfgm-*.tmp`` in the same folder, flushed to the
-    disk and renamed to ``path``. The temporary file stays only if the process is killed. A symbolic
-    link is followed. The file mode is the one that ``open(path, "wb")`` would give: the mode of the
-    replaced file, or else 0o666 without the bits of the umask.
+    disk and renamed to ``path``. The temporary file stays only if the process is killed
+    (:func:`remove_leftovers`). A symbolic link is followed. The file mode is the one that
+    ``open(path, "wb")`` would give: the mode of the replaced file, or else 0o666 without the bits
+    of the umask.
 
     Args:
         path: the file to write; its folder must exist.
@@ -47,6 +52,7 @@ def write_atomic(path: StrPath, write: Callable[[BinaryIO], object]) -> None:
         OSError: the folder is missing or not writable, the disk is full, or ``path`` exists and is
             not a regular file.
 
+    >>> import tempfile
     >>> folder = tempfile.TemporaryDirectory()
     >>> path = Path(folder.name) / "greeting.txt"
     >>> write_atomic(path, lambda file: file.write(b"hello"))
@@ -62,10 +68,8 @@ def write_atomic(path: StrPath, write: Callable[[BinaryIO], object]) -> None:
     if target.exists() and not target.is_file():
         raise OSError(f"{path} cannot be written: it exists and is not a regular file.")
     reserve_standard_descriptors()
-    try:
+    with write_errors(path):
         _write_and_rename(target, write)
-    except OSError as error:
-        raise OSError(f"{path} cannot be written: {error.strerror or error}.") from error
 
 
 def write_json(path: StrPath, content: object, *, allow_nan: bool = True) -> None:
@@ -108,6 +112,7 @@ def check_folder(path: StrPath) -> Path:
         ValueError: the name is empty.
         OSError: the folder cannot be created, or no file can be created in it.
 
+    >>> import tempfile
     >>> with tempfile.TemporaryDirectory() as parent:
     ...     check_folder(Path(parent) / "runs" / "first").is_dir()
     True
@@ -115,7 +120,7 @@ def check_folder(path: StrPath) -> Path:
     folder = folder_path(path)
     with folder_errors(folder):
         folder.mkdir(parents=True, exist_ok=True)
-        with tempfile.NamedTemporaryFile(dir=folder, prefix=".pfgm-", suffix=".tmp"):
+        with _temporary_file(folder):
             pass
     return folder
 
@@ -127,7 +132,7 @@ def folder_path(path: StrPath) -> Path:
         ValueError: the name is empty. ``Path("")`` would be the current folder.
     """
     if not os.fspath(path):
-        raise ValueError("the output folder is ''; allowed is a name that is not empty.")
+        raise ValueError("the folder is ''; allowed is a name that is not empty.")
     return Path(path)
 
 
@@ -141,6 +146,15 @@ def absolute_path(path: StrPath) -> Path:
     """
     path = Path(path)
     return path if path.is_absolute() else path.parent.resolve() / path.name
+
+
+@contextmanager
+def write_errors(path: StrPath) -> Iterator[None]:
+    """Rewords an OSError in the block to name the file, as the error of a full disk does not."""
+    try:
+        yield
+    except OSError as error:
+        raise OSError(f"{path} cannot be written: {error.strerror or error}.") from error
 
 
 @contextmanager
@@ -159,6 +173,7 @@ def folder_errors(folder: Path) -> Iterator[None]:
 def output_folder(path: StrPath) -> Iterator[Path]:
     """Runs :func:`check_folder` before a block. If the block fails, empty new folders are removed.
 
+    >>> import tempfile
     >>> with tempfile.TemporaryDirectory() as parent:
     ...     folder = Path(parent) / "runs" / "first"
     ...     try:
@@ -178,13 +193,14 @@ def new_folder(path: StrPath) -> Iterator[Path]:
 
     Until then it is a temporary folder ``.pfgm-*.tmp``: inside ``path`` if that is an empty folder,
     else beside it. If the block fails, nothing appears. The temporary folder stays only if the
-    process is killed.
+    process is killed, and then until the next call for the same place (:func:`remove_leftovers`).
 
     Raises:
         ValueError: ``path`` exists and is not an empty folder.
         OSError: the folder cannot be created; its parent must exist. Or a file cannot be written,
             for example because the disk is full; the message names ``path``.
 
+    >>> import tempfile
     >>> with tempfile.TemporaryDirectory() as parent:
     ...     with new_folder(Path(parent) / "images") as folder:
     ...         _ = (folder / "0.txt").write_text("done")
@@ -195,9 +211,9 @@ def new_folder(path: StrPath) -> Iterator[Path]:
     target = Path(os.path.realpath(path))
     exists = target.is_dir()
     place = target if exists else target.parent
-    temporary = place / f".pfgm-{secrets.token_hex(8)}.tmp"
+    remove_leftovers(place)
     with folder_errors(target):
-        temporary.mkdir()
+        temporary, lock = _create_temporary(place, _make_folder)
     try:
         yield temporary
         with folder_errors(target):
@@ -212,6 +228,8 @@ def new_folder(path: StrPath) -> Iterator[Path]:
         if isinstance(error, OSError) and _is_of_a_write(error, temporary):
             raise OSError(f"{path} cannot be written: {error.strerror}.") from error
         raise
+    finally:
+        os.close(lock)
     _sync_folder(place)
 
 
@@ -222,8 +240,12 @@ def _is_of_a_write(error: OSError, folder: Path) -> bool:
 
 
 def check_new_folder(path: StrPath) -> None:
-    """Raises ValueError unless there is nothing at ``path``, or an empty folder."""
+    """Raises ValueError unless there is nothing at ``path``, or an empty folder.
+
+    What a killed process has left of :func:`new_folder` in the folder is removed.
+    """
     place = folder_path(path)
+    remove_leftovers(place)
     if os.path.lexists(place) and not (place.is_dir() and not any(place.iterdir())):
         kind = "a folder that is not empty" if place.is_dir() else "a file"
         raise ValueError(
@@ -262,25 +284,81 @@ def reserve_standard_descriptors() -> None:
 
 
 def remove_leftovers(folder: StrPath) -> None:
-    """Removes the temporary files of killed processes. No other process may be writing there."""
+    """Removes the temporary files and folders that killed processes have left in a folder.
+
+    Those of running processes stay, because they are locked. So do those that cannot be locked or
+    removed, which do no harm.
+    """
     for path in Path(folder).glob(".pfgm-*.tmp"):
+        with suppress(OSError):
+            descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK)
+            try:
+                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                is_folder = stat.S_ISDIR(os.fstat(descriptor).st_mode)
+                shutil.rmtree(path) if is_folder else path.unlink()
+            finally:
+                os.close(descriptor)
+
+
+def is_open_at(descriptor: int, path: Path) -> bool:
+    """Whether the open file or folder is still the one at the path."""
+    try:
+        return os.path.samestat(os.fstat(descriptor), os.stat(path))
+    except FileNotFoundError:
+        return False
+
+
+def _create_temporary(folder: Path, create: Callable[[Path], int]) -> tuple[Path, int]:
+    """Creates a temporary file or folder. Its descriptor holds a lock that marks it as in use."""
+    while True:
+        path = folder / f".pfgm-{secrets.token_hex(8)}.tmp"
+        descriptor = create(path)
+        try:
+            # A shared lock needs no permission to write, which no folder gives.
+            fcntl.flock(descriptor, fcntl.LOCK_SH | fcntl.LOCK_NB)
+            taken = is_open_at(descriptor, path)
+        except BlockingIOError:
+            taken = False
+        except OSError as error:
+            if error.errno not in NO_LOCKS:
+                os.close(descriptor)
+                raise
+            taken = True
+        if taken:
+            return path, descriptor
+        os.close(descriptor)  # remove_leftovers() came between creation and lock; try again
+
+
+def _make_file(path: Path) -> int:
+    # The tempfile module would create a private file, whatever the umask.
+    return os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666)
+
+
+def _make_folder(path: Path) -> int:
+    path.mkdir()
+    return os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+
+
+@contextmanager
+def _temporary_file(folder: Path) -> Iterator[tuple[Path, BinaryIO]]:
+    """A new temporary file in a block, which removes it unless it has been renamed."""
+    path, descriptor = _create_temporary(folder, _make_file)
+    try:
+        # Open for reading too, or numpy.save would write past Python and not say why it failed.
+        with open(descriptor, "w+b") as file:
+            yield path, file
+    finally:
         path.unlink(missing_ok=True)
 
 
 def _write_and_rename(target: Path, write: Callable[[BinaryIO], object]) -> None:
-    temporary = target.parent / f".pfgm-{secrets.token_hex(8)}.tmp"
-    try:
-        # The tempfile module would create a private file, whatever the umask.
-        with open(temporary, "xb") as file:
-            if target.exists():
-                os.chmod(temporary, target.stat().st_mode & 0o777)
-            write(file)
-            file.flush()
-            os.fsync(file.fileno())
+    with _temporary_file(target.parent) as (temporary, file):
+        if target.exists():
+            os.chmod(temporary, target.stat().st_mode & 0o777)
+        write(file)
+        file.flush()
+        os.fsync(file.fileno())
         os.replace(temporary, target)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise
     _sync_folder(target.parent)
 
 

@@ -35,6 +35,18 @@ def dequantise(references: Tensor, dtype: torch.dtype) -> Tensor:
     return values / 127.5 - 1 if references.dtype == torch.uint8 else values
 
 
+def as_int64(name: str, integers: Tensor) -> Tensor:
+    """The integers as int64, the only wide dtype with which torch compares and orders.
+
+    Raises:
+        ValueError: they are uint64 and one is 2^63 or more, which int64 would make negative.
+    """
+    values = integers.long()
+    if integers.dtype == torch.uint64 and bool((values < 0).any()):
+        raise ValueError(f"{name} must be below 2^63, got {int(values.min()) + 2**64}.")
+    return values
+
+
 def contiguous(values: Tensor) -> Tensor:
     """The values, copied if their memory holds them in another order or negated."""
     return values.resolve_neg().contiguous()

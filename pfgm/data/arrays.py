@@ -19,6 +19,7 @@ from safetensors import safe_open
 from torch import Tensor
 
 from ..common.files import StrPath, write_atomic
+from ..common.tensors import as_int64
 from .rows import InMemory, OnDisk, Source, check_samples
 
 __all__ = ["load_array", "save_array", "to_unit"]
@@ -193,7 +194,9 @@ def read_integers(path: Path, name: str) -> Tensor:
             f"{path} holds {name} of type {array.dtype}; allowed are integers, one label for each "
             "sample."
         )
-    return torch.from_numpy(array.astype(np.int64))
+    return as_int64(
+        f"{name} in {path}", torch.from_numpy(array.astype(array.dtype.newbyteorder("=")))
+    )
 
 
 @contextmanager

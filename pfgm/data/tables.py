@@ -14,6 +14,7 @@ from torch import Tensor
 
 from ..common.checks import natural
 from ..common.files import StrPath, write_csv
+from ..common.tensors import as_int64
 from .rows import check_samples
 
 __all__ = ["LABEL_NAMES", "is_frame", "is_series", "load_table", "round_columns", "save_table"]
@@ -182,7 +183,8 @@ def _labels(column: Any, name: str) -> tuple[Tensor, tuple[str, ...]]:
                 f"{name} has the label {column.min()} in column {column.name!r}; allowed are "
                 "integers from 0, or names."
             )
-        return torch.from_numpy(column.to_numpy(np.int64).copy()), ()
+        values = torch.from_numpy(column.to_numpy(np.dtype(column.dtype.str)).copy())
+        return as_int64(f"column {column.name!r} of {name}", values), ()
     if column.dtype.kind == "f":
         raise ValueError(
             f"{name} has {column.dtype} in column {column.name!r}; allowed are integers from 0, or "

@@ -62,7 +62,9 @@ def load_dataset(dataset: Any, *, progress: bool = False) -> tuple[Tensor, Tenso
                 f"{_name(index)} has {article} integer label; allowed are labels in all items or "
                 f"in none, and item 0 has {first_has}."
             )
-        if labels is not None:
+        if label is not None and labels is not None:
+            if label >= 2**63:
+                raise ValueError(f"{_name(index)} must have a label below 2^63, got {label}.")
             labels[index] = label
     return rows, labels
 

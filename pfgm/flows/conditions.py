@@ -9,6 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..common.tensors import as_int64
+
 Network = Callable[..., Any]
 """``net(x, level, **condition)``; the class of the flow says what it returns."""
 Condition = Mapping[str, Any]
@@ -37,7 +39,12 @@ def check_network(net: object) -> None:
 
 
 def as_condition(name: str, condition: Condition | None) -> Condition:
-    """The condition, empty for None. Raises TypeError unless it holds keyword arguments."""
+    """The condition, empty for None, with labels that are a tensor of integers as int64.
+
+    Raises:
+        TypeError: it does not hold keyword arguments.
+        ValueError: a label does not fit in int64.
+    """
     if condition is None:
         return {}
     if not isinstance(condition, Mapping):
@@ -45,6 +52,9 @@ def as_condition(name: str, condition: Condition | None) -> Condition:
             f"{name} is a {type(condition).__name__}; allowed is a dict of keyword arguments of "
             "the network, such as {'labels': labels}."
         )
+    labels = condition.get("labels")
+    if isinstance(labels, Tensor) and labels.dtype in (torch.uint16, torch.uint32, torch.uint64):
+        return {**condition, "labels": as_int64("labels", labels)}
     return condition
 
 

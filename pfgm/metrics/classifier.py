@@ -20,7 +20,7 @@ from ..common.checks import (
 from ..common.files import MALFORMED, StrPath
 from ..common.messages import progress_bar
 from ..common.tensor_files import read_tensors, write_tensors
-from ..common.tensors import evaluating
+from ..common.tensors import as_int64, evaluating
 
 _FORMAT = 1
 _KIND = "Classifier"
@@ -140,6 +140,7 @@ def train_classifier(
         raise ValueError(f"images has shape {tuple(images.shape)}; allowed is (n, C, H, W).")
     if labels.is_floating_point() or labels.dtype == torch.bool:
         raise TypeError(f"labels has dtype {labels.dtype}; allowed are whole numbers.")
+    labels = as_int64("labels", labels)
     if labels.shape != (len(images),) or int(labels.min()) < 0:
         raise ValueError(
             f"labels has shape {tuple(labels.shape)} and values from {int(labels.min())}; allowed "
@@ -169,7 +170,7 @@ def train_classifier(
                 0.5 * math.pi * step / len(batches)
             )
         logits = net(images[rows].to(device))
-        loss = F.cross_entropy(logits, labels[rows].long().to(device))
+        loss = F.cross_entropy(logits, labels[rows].to(device))
         optimiser.zero_grad()
         loss.backward()
         optimiser.step()

@@ -8,14 +8,18 @@ import torch
 from torch import Tensor, nn
 
 from ..common.checks import checks_values
+from ..common.tensors import as_int64
 
 _FLOOR = 1e-3  # logarithms level off here, as levels below z_min need not be told apart
 _SINES = 8
 _PERIODS = (2.0, 32.0)  # shortest and longest period of the sines, in units of the logarithm
 
 
-def check_labels(labels: Tensor, batch: int, classes: int) -> None:
-    """Raises an error unless labels are a tensor of integers below classes, of shape (B,)."""
+def checked_labels(labels: Tensor, batch: int, classes: int) -> Tensor:
+    """The labels as int64.
+
+    Raises an error unless they are a tensor of integers below classes, of shape (B,).
+    """
     if not isinstance(labels, Tensor):
         raise TypeError(
             f"labels is a {type(labels).__name__}; allowed is a torch.Tensor of integers, of shape "
@@ -28,6 +32,7 @@ def check_labels(labels: Tensor, batch: int, classes: int) -> None:
             f"labels has shape {tuple(labels.shape)} and dtype {labels.dtype}; allowed are "
             f"integers of shape ({batch},)."
         )
+    labels = as_int64("labels", labels)
     # Reading a value would break a compiled graph.
     checked = checks_values(labels.device) and not torch.compiler.is_compiling()
     if checked and bool((labels >= classes).any()):
@@ -35,6 +40,7 @@ def check_labels(labels: Tensor, batch: int, classes: int) -> None:
             f"labels holds {int(labels.max())}; allowed is below {classes}, and below 0 for no "
             "label."
         )
+    return labels
 
 
 class NoiseEmbedding(nn.Module):
@@ -68,7 +74,7 @@ class NoiseEmbedding(nn.Module):
         features = torch.cat([angles.sin(), angles.cos()], 1)
         hidden = nn.functional.silu(self.first(features))
         if labels is not None:
-            check_labels(labels, len(rms), self.classes)
+            labels = checked_labels(labels, len(rms), self.classes)
         if self.classes:
             hidden = hidden + self.labels(self._table_rows(labels, rms))
         return nn.functional.silu(self.second(hidden))

@@ -16,7 +16,7 @@ from torch.utils.data import Dataset
 
 from ..common.checks import is_whole, known_device
 from ..common.files import StrPath, write_atomic
-from ..common.tensors import dequantise
+from ..common.tensors import as_int64, dequantise
 from ..data.opening import open_source
 from ..data.rows import DTYPES, InMemory, Source
 from .drawing import draw_numbers
@@ -389,7 +389,7 @@ class ReferenceSet:
                 f"labels has shape {tuple(labels.shape)} and dtype {labels.dtype}; allowed are "
                 f"integers of shape ({self._rows},)."
             )
-        return labels.cpu().long()
+        return as_int64("labels", labels.cpu())
 
 
 References = Tensor | ReferenceSet

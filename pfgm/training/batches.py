@@ -98,7 +98,7 @@ class Batches:
             return None
         if isinstance(rows, Tensor):
             rows = rows.to(self._labels.device)
-        return self._labels[rows].to(self._device).long()
+        return self._labels[rows].to(self._device)
 
     def _all_data(self) -> References:
         if isinstance(self._data, Tensor) and self._data.device != self._device:

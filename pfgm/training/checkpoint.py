@@ -36,6 +36,8 @@ from .weights_file import (
     write_weights,
 )
 
+PRETRAINED_WEIGHTS = "model.safetensors"
+"""The weights file in a folder of :func:`pfgm.save_pretrained`."""
 STATE_FORMAT = 1
 """The version of the format of a training state. Older states, without a version, have this one."""
 
@@ -90,7 +92,8 @@ def save(
         OSError: the file cannot be written; an existing one is left as it was.
         TypeError: the flow is of a subclass, the network is a function and no module, or its state
             holds something other than tensors.
-        ValueError: the step is no integer of at least 0, or a tensor is on the device "meta".
+        ValueError: the step is no integer of at least 0, a tensor is on the device "meta", or a
+            weight is not finite.
     """
     write_weights(path, flow, network, {"step": natural("step", step)}, distilled)
 
@@ -104,7 +107,7 @@ def load(
     """The flow and the network (in evaluation mode) of a weights file, or of a run's newest one.
 
     Args:
-        path: a ``.safetensors`` file, or the folder of a run.
+        path: a ``.safetensors`` file, or the folder of a run or of :func:`pfgm.save_pretrained`.
         network: takes the weights, in its own dtype; None builds the network that the file
             describes, in the dtype of the weights, or in float32 if they are narrower.
         device: device of the network.
@@ -193,8 +196,11 @@ def _recorded_names(path: StrPath, kind: str) -> list[str]:
 
 
 def _read_newest(path: StrPath) -> tuple[Path, dict[str, Tensor], dict[str, Any]]:
-    """The path, tensors and description of a weights file, or of the newest one of a run."""
+    """The path, tensors and description of a weights file, or of that of a folder."""
     path = Path(path)
+    if path.is_dir() and not (path / "latest.json").exists():
+        model = path / PRETRAINED_WEIGHTS
+        path = model if model.is_file() else path
     if path.is_dir():
         with _suggest_older(path, _check_weights):
             path = path / _newest_names(path)["weights"]

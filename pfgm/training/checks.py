@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from ..common.checks import are_float_images, warn_image_range
+from ..common.tensors import as_int64
 from ..data import to_unit
 from ..flows.flow import Flow
 from ..flows.plusplus import PoissonFlowPP
@@ -127,13 +128,15 @@ def warn_of_range(data: References) -> None:
         warn_image_range(*value_range(data), stacklevel=4)
 
 
-def check_labels(labels: Tensor | None, data: References, classes: int) -> None:
-    """Raises an error unless labels are None or fit the data, and the classes of the network.
+def checked_labels(labels: Tensor | None, data: References, classes: int) -> Tensor | None:
+    """The labels as int64.
+
+    Raises an error unless they are None or fit the data, and the classes of the network.
 
     0 classes means that their number is not known.
     """
     if labels is None:
-        return
+        return None
     if not isinstance(labels, Tensor):
         raise TypeError(f"labels is a {type(labels).__name__}; allowed is a torch.Tensor.")
     if isinstance(data, ReferenceSet) and data.sharded:
@@ -141,7 +144,8 @@ def check_labels(labels: Tensor | None, data: References, classes: int) -> None:
             f"labels are given, but data is {data!r}, whose rows are shared among processes; "
             "allowed with labels are data that each process has in full."
         )
-    if labels.shape != data.shape[:1] or labels.is_floating_point() or int(labels.min()) < 0:
+    fit = labels.shape == data.shape[:1] and not labels.is_floating_point()
+    if not fit or int((labels := as_int64("labels", labels)).min()) < 0:
         raise ValueError(
             f"labels has shape {tuple(labels.shape)} and dtype {labels.dtype}; allowed are "
             f"integers of at least 0, of shape ({len(data)},)."
@@ -151,6 +155,7 @@ def check_labels(labels: Tensor | None, data: References, classes: int) -> None:
             f"labels holds {int(labels.max())}, but the network has {classes} classes; allowed are "
             f"0 to {classes - 1}."
         )
+    return labels
 
 
 def check_same_flow(flow: Flow, saved: Flow, folder: Path) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import errno
 import fcntl
 import json
 import os
@@ -15,17 +14,17 @@ from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 
 from ..common.files import (
+    NO_LOCKS,
     StrPath,
     check_folder,
     folder_errors,
     folder_path,
+    is_open_at,
     remove_new_folders_on_failure,
 )
 from .processes import Processes, ProcessLost
 
 _LOCK_NAME = ".pfgm.lock"
-# Errors of file systems without locks, such as Lustre without its option flock.
-_NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP, errno.EINVAL)
 _TRIES = 10
 _PAUSE = 0.1  # seconds between tries, enough for a run to sign the lock that it has just taken
 
@@ -130,14 +129,14 @@ def _try_lock(file: int, path: Path) -> bool:
     except BlockingIOError:
         return False
     except OSError as error:
-        if error.errno not in _NO_LOCKS:
+        if error.errno not in NO_LOCKS:
             raise
         warnings.warn(
             f"the file system of {path.parent} has no locks ({error.strerror}): a second run "
             "in the folder would not be refused.",
             stacklevel=2,
         )
-    if not _is_at(file, path):
+    if not is_open_at(file, path):  # its previous holder has removed it
         return False
     name = {
         "process": os.getpid(),
@@ -188,17 +187,9 @@ def _close(file: int) -> None:
 
 def _release(file: int, path: Path) -> None:
     with suppress(OSError):  # closing the file ends the lock, even if the file stays
-        if _is_at(file, path):
+        if is_open_at(file, path):
             path.unlink()
     _close(file)
-
-
-def _is_at(file: int, path: Path) -> bool:
-    """Whether the open file is still at the path; its previous holder may have removed it."""
-    try:
-        return os.path.samestat(os.fstat(file), os.stat(path))
-    except FileNotFoundError:
-        return False
 
 
 def _close_in_child() -> None:

@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from ..common.files import csv_text, reserve_standard_descriptors, write_csv
+from ..common.files import csv_text, reserve_standard_descriptors, write_csv, write_errors
 
 
 class Log:
@@ -85,7 +85,7 @@ class _Table:
                 f"{self._path.parent}, the folder of the run, was removed while it trained; "
                 "allowed is to move it after the run."
             )
-        with self._path.open("a", newline="") as file:
+        with write_errors(self._path), self._path.open("a", newline="") as file:
             if not self._fields or file.tell() == 0:  # also if the file was removed
                 self._fields = list(row)
                 rows.append(self._fields)

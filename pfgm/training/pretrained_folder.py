@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import torch
 from torch import nn
 
-from ..common.files import StrPath, output_folder, write_json
+from ..common.files import StrPath, folder_path, output_folder, write_json
 from ..common.versions import versions
 from ..flows.flow import Flow
-from .checkpoint import Loaded, load, save
+from .checkpoint import PRETRAINED_WEIGHTS, Loaded, load, save
 from .weights_file import describe_network
 
-_WEIGHTS = "model.safetensors"
+_CONFIG = "config.json"
 _PIPELINE = "model_index.json"  # of a pipeline of diffusers
 
 
@@ -26,12 +27,16 @@ def save_pretrained(folder: StrPath, flow: Flow, network: nn.Module) -> None:
     naming :func:`from_pretrained`.
 
     Args:
-        folder: a new folder, or one whose files of these names are replaced.
+        folder: a new folder, or one with other files. Those of an earlier call are replaced.
         flow, network: as for :func:`pfgm.save`.
 
     Raises:
         OSError, TypeError, ValueError: as for :func:`pfgm.save`.
+        ValueError: the name is empty, or the folder holds a run or a model of another library,
+            whose files would be replaced.
     """
+    place = folder_path(folder)
+    _check_place(place)
     config = {
         "library_name": "pfgm",
         "versions": versions(),
@@ -39,12 +44,31 @@ def save_pretrained(folder: StrPath, flow: Flow, network: nn.Module) -> None:
         "flow": flow.config,
         "network": describe_network(network),
     }
-    with output_folder(Path(folder)):
-        save(Path(folder) / _WEIGHTS, flow, network)
-        write_json(Path(folder) / "config.json", config)
+    with output_folder(place):
+        save(place / PRETRAINED_WEIGHTS, flow, network)
+        write_json(place / _CONFIG, config)
         # diffusers says that it has no attribute of this name.
         hint = f"{type(flow).__name__}; pfgm.from_pretrained reads this folder"
-        write_json(Path(folder) / _PIPELINE, {"_class_name": hint})
+        write_json(place / _PIPELINE, {"_class_name": hint})
+
+
+def _check_place(folder: Path) -> None:
+    """Raises ValueError if writing would replace files that are not of :func:`save_pretrained`."""
+    for name in ("latest.json", _CONFIG, PRETRAINED_WEIGHTS, _PIPELINE):
+        if (folder / name).exists() and (name == "latest.json" or not is_pretrained(folder)):
+            raise ValueError(
+                f"folder must be new, or hold neither a run nor another model, got {folder} with "
+                f"{name}."
+            )
+
+
+def is_pretrained(folder: Path) -> bool:
+    """Whether a folder holds a model of :func:`save_pretrained`, by its config.json."""
+    try:
+        config = json.loads((folder / _CONFIG).read_text())
+    except (OSError, ValueError, RecursionError):
+        return False
+    return isinstance(config, dict) and config.get("library_name") == "pfgm"
 
 
 def from_pretrained(
@@ -59,7 +83,8 @@ def from_pretrained(
 
     Raises:
         FileNotFoundError: there is no such folder, or no weights in it.
-        ValueError: it holds a pipeline of diffusers, or as for :func:`pfgm.load`.
+        ValueError: the name is empty, the folder holds a pipeline of diffusers, or as for
+            :func:`pfgm.load`.
         TypeError: as for :func:`pfgm.load`.
 
     >>> import pfgm, tempfile
@@ -70,8 +95,8 @@ def from_pretrained(
     >>> flow.sample(net, 5).shape
     torch.Size([5, 2])
     """
-    path = Path(folder)
-    if (path / _PIPELINE).is_file() and not (path / _WEIGHTS).exists():
+    path = folder_path(folder)
+    if (path / _PIPELINE).is_file() and not (path / PRETRAINED_WEIGHTS).exists():
         raise ValueError(
             f"{path} holds a pipeline of diffusers; "
             "pfgm.integrations.diffusers.PoissonFlowPipeline.from_pretrained reads it."
@@ -81,4 +106,4 @@ def from_pretrained(
             f"there is no folder {path}; one on a hub is downloaded first, for example by "
             "huggingface_hub.snapshot_download."
         )
-    return load(path / _WEIGHTS, network, device=device)
+    return load(path / PRETRAINED_WEIGHTS, network, device=device)

@@ -22,7 +22,7 @@ from ..common.checks import (
 )
 from ..common.files import StrPath, absolute_path, write_json
 from ..common.versions import versions
-from ..datasets import Layout, Range, absolute_source
+from ..datasets import Layout, Range, absolute_source, takes_layout
 from ..flows.fitting import check_fitted_steps
 from ..flows.plusplus import PoissonFlowPP
 from ..flows.poisson import PoissonFlow
@@ -225,7 +225,8 @@ class RunConfig(Settings):
         """The configuration in a file, or in the folder of a run.
 
         Raises:
-            FileNotFoundError: there is no configuration.
+            FileNotFoundError: there is no configuration, or only that of a model of
+                :func:`pfgm.save_pretrained`.
             ValueError: the file is no configuration, or names settings that do not exist.
 
         Warns:
@@ -241,6 +242,8 @@ class RunConfig(Settings):
         try:
             content = json.loads(path.read_text())
             if isinstance(content, dict):
+                if "library_name" in content:
+                    raise FileNotFoundError(f"{path} describes a model and not a run.")
                 for record in _RECORDS:
                     content.pop(record, None)
             _check_names(content, cls)
@@ -248,7 +251,9 @@ class RunConfig(Settings):
                 # A run from before there was a choice goes on with the published loss.
                 content.setdefault("weighting", "published")
             if is_run:
-                content.setdefault("layout", "images")  # all that runs from before could read
+                # Runs from before there were layouts read images. Other data ignored the layout.
+                chosen = content.get("layout", "images")
+                content["layout"] = chosen if takes_layout(str(content.get("data"))) else "auto"
             training = content.pop("training", {})
             _check_names(training, TrainConfig)
             config = cls(**content, training=TrainConfig(**training))

@@ -24,6 +24,7 @@ from ..references import ReferenceSet
 from .checkpoint import load
 from .checks import other_setting
 from .locks import locked_for_all
+from .pretrained_folder import is_pretrained
 from .processes import Processes, reports_process_lost
 from .run_config import CONFIG_FILE, RunConfig, Settings, teacher_checksum
 from .run_evaluation import Evaluation
@@ -106,6 +107,8 @@ def start(
                 f"out is {folder}, which holds a run already; add --resume to continue it, or "
                 "choose another folder."
             )
+        elif is_pretrained(folder):
+            raise ValueError(f"out must not be a folder of save_pretrained, got {folder}.")
         return _run(config, folder, device, resume, resume_from, processes, progress, report)
 
 
@@ -279,10 +282,10 @@ def _report_nothing(line: str) -> None:
 def _place_rows(rows: ReferenceSet, config: RunConfig, device: torch.device) -> ReferenceSet:
     """The rows with mirror images, sharded and held as the configuration says."""
     if config.flips:
-        if rows.ndim < 3:
+        if rows.ndim != 4:
             raise ValueError(
-                f"flips is True, but {config.data} has rows of shape {tuple(rows.shape[1:])}, "
-                "which are not images; leave it out."
+                f"flips is for images (C, H, W), got rows of shape {tuple(rows.shape[1:])} from "
+                f"{config.data}; leave it out."
             )
         rows = rows.flipped()
     if config.shared:

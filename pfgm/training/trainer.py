@@ -27,9 +27,9 @@ from .checkpoint import STATE_FORMAT, load_run, save_run
 from .checks import (
     check_config,
     check_data,
-    check_labels,
     check_network,
     check_same_flow,
+    checked_labels,
     warn_of_range,
     warn_of_scales,
     with_settings_of_run,
@@ -124,7 +124,7 @@ class Trainer:
         loss: Callable[..., Tensor] | None = None,
         distilled: bool | None = None,
     ) -> None:
-        self.flow, self.network, self.data, self.labels = flow, network, data, labels
+        self.flow, self.network, self.data = flow, network, data
         check_config(config)
         self._partial_config = config or TrainConfig()  # may leave settings open
         self.config = config = self._partial_config.resolved()
@@ -141,7 +141,7 @@ class Trainer:
         if self.folder is not None:
             check_savable(flow, network)
         check_data(flow, data, config, other_loss=loss is not None)
-        check_labels(labels, data, label_count(network))
+        self.labels = labels = checked_labels(labels, data, label_count(network))
         if not flow.warned_of_range:
             warn_of_range(data)
         warn_of_scales(data)

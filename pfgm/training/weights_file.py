@@ -43,6 +43,7 @@ def write_weights(
         OSError, TypeError, ValueError: as :func:`pfgm.save`.
     """
     check_savable(flow, network)
+    _check_finite(network)
     description = {
         "format": _FORMAT,
         "kind": type(flow).__name__,
@@ -85,6 +86,17 @@ def check_savable(flow: Flow, network: nn.Module) -> None:
             raise ValueError(
                 f'network has a tensor {name!r} on the device "meta", where it has no values; '
                 "allowed are devices that hold values."
+            )
+
+
+def _check_finite(network: nn.Module) -> None:
+    """Raises ValueError if a weight is not finite; a buffer, such as a mask, may be infinite."""
+    for name, weight in network.named_parameters():
+        values = weight.detach()
+        values = values.float() if values.dtype.itemsize == 1 else values  # float8
+        if not bool(values.isfinite().all()):
+            raise ValueError(
+                f"the weights of network must be finite, got a value in {name} that is not."
             )
 
 

@@ -1,7 +1,9 @@
 """Atomic writing and the trial of output folders."""
 
 import errno
+import fcntl
 import os
+import resource
 import stat
 import subprocess
 import sys
@@ -10,10 +12,14 @@ from pathlib import Path
 from typing import BinaryIO
 
 import pytest
+import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+import pfgm
 from pfgm.common import files
+from pfgm.data.tables import save_table
+from pfgm.training.logs import Log
 
 linux_only = pytest.mark.skipif(sys.platform != "linux", reason="needs Linux's special files")
 
@@ -253,3 +259,101 @@ def test_other_errors_in_a_new_folder_stay_as_they_are(tmp_path: Path) -> None:
         (tmp_path / "elsewhere").read_text()
     with pytest.raises(OSError, match=r"^a network$"), files.new_folder(tmp_path / "images"):
         raise OSError("a network")
+
+
+KILLED = """
+import os, sys, importlib.util as u
+from pathlib import Path
+spec = u.spec_from_file_location("files", sys.argv[1])
+files = u.module_from_spec(spec); spec.loader.exec_module(files)
+out = Path(sys.argv[2])
+with files.new_folder(out) as folder:
+    (folder / "0.png").write_text("half")
+    files.write_atomic(out.parent / "a.npy", lambda file: os._exit(9))
+"""
+
+
+def killed_while_writing(out: Path) -> None:
+    """Leaves what a killed process leaves: a folder for `out` and a file beside it."""
+    command = [sys.executable, "-c", KILLED, files.__file__, str(out)]
+    assert subprocess.run(command, check=False).returncode == 9
+
+
+def test_what_dead_processes_left_is_removed_and_what_is_in_use_stays(tmp_path: Path) -> None:
+    killed_while_writing(tmp_path / "images")
+    assert len(names(tmp_path)) == 2
+    with files.new_folder(tmp_path / "others") as folder:
+        (folder / "0.png").write_text("in use")
+        assert names(tmp_path) == [folder.name], "a new folder removes what is left beside it"
+        killed_while_writing(tmp_path / "images")
+        outside = tmp_path / "outside"
+        outside.write_text("kept")
+        (tmp_path / ".pfgm-link.tmp").symlink_to(outside)
+
+        def write(file: BinaryIO) -> None:
+            files.remove_leftovers(tmp_path)
+            assert len(names(tmp_path)) == 4
+            file.write(b"in use")
+
+        files.write_atomic(tmp_path / "a.npy", write)
+    assert names(tmp_path) == [".pfgm-link.tmp", "a.npy", "others", "outside"]
+    assert (tmp_path / "a.npy").read_bytes() == b"in use"
+    assert names(tmp_path / "others") == ["0.png"]
+
+
+def test_a_folder_with_leftovers_alone_is_empty(tmp_path: Path) -> None:
+    (tmp_path / "images").mkdir()
+    killed_while_writing(tmp_path / "images")
+    assert len(names(tmp_path / "images")) == 1
+    files.check_new_folder(tmp_path / "images")
+    assert names(tmp_path / "images") == []
+
+
+def test_a_temporary_file_that_is_removed_before_its_lock_is_made_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real, calls = fcntl.flock, []
+
+    def flock(descriptor: int, kind: int) -> None:
+        calls.append(kind)
+        if len(calls) < 3:
+            next(tmp_path.glob(".pfgm-*")).unlink()
+        if len(calls) == 1:
+            raise BlockingIOError("remove_leftovers() of another process holds it")
+        real(descriptor, kind)
+
+    monkeypatch.setattr(fcntl, "flock", flock)
+    (tmp_path / "out.bin").write_bytes(b"old")
+    files.write_atomic(tmp_path / "out.bin", lambda file: file.write(b"new"))
+    assert (tmp_path / "out.bin").read_bytes() == b"new"
+    assert len(calls) == 3
+
+
+def test_a_file_system_without_locks_keeps_what_may_be_in_use(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def flock(descriptor: int, kind: int) -> None:
+        raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
+
+    monkeypatch.setattr(fcntl, "flock", flock)
+    files.write_atomic(tmp_path / "out.bin", lambda file: files.remove_leftovers(tmp_path))
+    assert names(tmp_path) == ["out.bin"]
+
+
+def test_every_writer_says_why_a_file_cannot_be_written(tmp_path: Path) -> None:
+    flow = pfgm.PoissonFlow((300,), data_norm=1.0)
+    writers: dict[str, Callable[[Path], object]] = {
+        "a.npy": lambda path: pfgm.data.save_array(path, torch.zeros(10_000)),
+        "rows.npy": pfgm.ReferenceSet(torch.rand(1000, 10)).save,
+        "a.safetensors": lambda path: pfgm.save(path, flow, torch.nn.Linear(300, 300)),
+        "a.csv": lambda path: save_table(path, torch.zeros(10_000, 2)),
+        "log.csv": lambda path: Log(path.parent).write(1, {"loss": 1.0, "n" * 5000: 1.0}),
+    }
+    hard = resource.getrlimit(resource.RLIMIT_FSIZE)[1]
+    for name, write in writers.items():
+        resource.setrlimit(resource.RLIMIT_FSIZE, (2000, hard))  # fails as on a full disk
+        try:
+            with pytest.raises(OSError, match=rf"{name} cannot be written: File too large\.$"):
+                write(tmp_path / name)
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY, hard))

@@ -88,6 +88,16 @@ def test_the_command_trains_a_classifier_that_evaluates(tmp_path, capsys):
     assert own["frechet_distance"]["samples"] == pytest.approx(distance, rel=1e-4)
 
 
+def test_a_training_that_fails_leaves_no_folder(tmp_path, refusal, monkeypatch):
+    def fail(*_, **__):
+        raise ValueError("no accuracy")
+
+    monkeypatch.setattr(pfgm.cli.features, "train_classifier", fail)
+    out = tmp_path / "new" / "folder" / "x.safetensors"
+    assert "no accuracy" in refusal("features", "--data", "digits", "--out", out)
+    assert not list(tmp_path.iterdir())
+
+
 def test_one_sentence_for_bad_input(tmp_path, refusal):
     out = tmp_path / "x.safetensors"
     evaluate = ["evaluate", "--pretrained", "digits", "--out", tmp_path / "e", "--features"]

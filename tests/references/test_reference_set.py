@@ -8,8 +8,10 @@ import pytest
 import torch
 
 import pfgm
+from pfgm.datasets import open_data
 from pfgm.references import ReferenceSet
 from pfgm.references import part as module
+from pfgm.training import TrainConfig, Trainer
 
 SHAPE = (2, 3, 5)
 native_only = pytest.mark.skipif(os.environ.get("PFGM_NATIVE") == "0", reason="PFGM_NATIVE=0")
@@ -674,3 +676,34 @@ def test_bad_references():
         pfgm.posterior_mean(torch.zeros(1, 4), ReferenceSet(images()), r=1.0)
     with pytest.raises(TypeError, match=r"a torch\.Tensor and a pfgm\.ReferenceSet"):
         pfgm.posterior_mean(torch.zeros(1, 4), [[1.0, 2.0, 3.0, 4.0]], r=1.0)
+
+
+@pytest.mark.parametrize("dtype", [torch.uint16, torch.uint64])
+def test_unsigned_labels(dtype):
+    labels = torch.arange(20).to(dtype)
+    rows = torch.randn(20, 3)
+    references = ReferenceSet(rows, labels=labels)
+    assert references.labels.equal(torch.arange(20))
+    flow = pfgm.PoissonFlow.from_data(references)
+    net = pfgm.networks.MLP(flow.shape, width=8, classes=20, **flow.scaling)
+    config = TrainConfig(steps=1, batch_size=4)
+    Trainer(flow, net, rows, config, labels=labels, progress=False).train()
+    z = torch.ones(20)
+    own, wide = (net(rows, z, labels=each)[0] for each in (labels, labels.long()))
+    assert torch.equal(own, wide)
+    flow.sample(net, 20, steps=1, condition={"labels": labels})
+
+
+def test_labels_that_int64_cannot_hold_are_refused(tmp_path):
+    large = np.full(20, 2**63 + 5, np.uint64)
+    np.savez(tmp_path / "a.npz", x=np.zeros((20, 3)), labels=large)
+    items = [(torch.zeros(3), label) for label in large]
+    for read in (
+        lambda: ReferenceSet(torch.zeros(20, 3), labels=torch.from_numpy(large)),
+        lambda: open_data(str(tmp_path / "a.npz")),
+        lambda: ReferenceSet(items),
+        lambda: pfgm.metrics.train_classifier(torch.zeros(20, 1, 8, 8), torch.from_numpy(large)),
+        lambda: ReferenceSet(pytest.importorskip("pandas").DataFrame({"a": 1.0, "y": large})),
+    ):
+        with pytest.raises(ValueError, match=r"below 2\^63, got 9223372036854775813\."):
+            read()

@@ -186,7 +186,7 @@ def test_a_file_system_without_locks_gets_a_warning(tmp_path, monkeypatch):
     monkeypatch.setattr(fcntl, "flock", flock)
     with pytest.warns(UserWarning, match="has no locks"), locked(tmp_path):
         pass
-    monkeypatch.setattr(locks, "_NO_LOCKS", ())
+    monkeypatch.setattr(locks, "NO_LOCKS", ())
     message = r"output folder \(Function not implemented\)"
     with pytest.raises(OSError, match=message), locked(tmp_path):
         pass

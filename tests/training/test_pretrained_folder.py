@@ -5,6 +5,9 @@ import torch
 from safetensors import safe_open
 
 import pfgm
+from pfgm import cli
+from pfgm.training import TrainConfig
+from pfgm.training.runs import RunConfig, start
 
 
 def test_a_folder_in_the_layout_of_hugging_face(tmp_path):
@@ -61,3 +64,55 @@ def test_what_is_no_such_folder_is_refused(tmp_path):
     (tmp_path / "model_index.json").write_text("{}")
     with pytest.raises(ValueError, match=r"PoissonFlowPipeline\.from_pretrained reads it"):
         pfgm.from_pretrained(tmp_path)
+
+
+@pytest.mark.parametrize("name", ["latest.json", "config.json", "model_index.json"])
+def test_a_folder_of_something_else_is_kept(tmp_path, name):
+    flow, net = pfgm.PoissonFlowPP((3,), D=16), torch.nn.Linear(3, 3)
+    (tmp_path / name).write_text('{"library_name": "diffusers"}')
+    with pytest.raises(ValueError, match=f"folder must be new, or hold neither .* with {name}"):
+        pfgm.save_pretrained(tmp_path, flow, net)
+    assert [path.name for path in tmp_path.iterdir()] == [name]
+
+
+def test_a_model_is_replaced_by_a_model_and_by_no_run(tmp_path):
+    flow, net = pfgm.PoissonFlowPP((3,), D=16), torch.nn.Linear(3, 3)
+    (tmp_path / "README.md").write_text("of a hub")
+    for _ in range(2):
+        pfgm.save_pretrained(tmp_path, flow, net)
+    before = (tmp_path / "config.json").read_bytes()
+    with pytest.raises(ValueError, match="out must not be a folder of save_pretrained"):
+        start(RunConfig(training=TrainConfig(steps=1)), tmp_path, progress=False)
+    assert (tmp_path / "config.json").read_bytes() == before
+
+
+def test_no_name_and_weights_that_are_not_finite_are_refused(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    flow, net = pfgm.PoissonFlowPP((3,), D=16), torch.nn.Linear(3, 3)
+    net.register_buffer("mask", torch.full((3,), -torch.inf))
+    for call in (lambda: pfgm.save_pretrained("", flow, net), lambda: pfgm.from_pretrained("")):
+        with pytest.raises(ValueError, match="the folder is ''"):
+            call()
+    pfgm.save("masked.safetensors", flow, net)
+    net.bias.data[1] = torch.nan
+    for save in (pfgm.save, pfgm.save_pretrained):
+        with pytest.raises(ValueError, match=r"weights of network must be finite, got .* in bias"):
+            save("model", flow, net)
+    assert [path.name for path in tmp_path.iterdir()] == ["masked.safetensors"]
+
+
+def test_commands_take_the_folder(tmp_path, refusal):
+    flow = pfgm.PoissonFlow((2,), data_norm=1.0)
+    torch.manual_seed(0)
+    net = pfgm.networks.MLP((2,), width=16, **flow.scaling)
+    model, data, out = tmp_path / "model", tmp_path / "x.npy", tmp_path / "run"
+    pfgm.save_pretrained(model, flow, net)
+    assert torch.equal(pfgm.load(model).network.state_dict()["head.weight"], net.head.weight)
+    assert cli.main(["sample", "--checkpoint", str(model), "--n", "20", "--out", str(data)]) == 0
+    train = ["train", "--data", str(data), "--init", str(model), "--steps", "1"]
+    assert cli.main([*train, "--batch-size", "8", "--out", str(out)]) == 0
+    for checkpoint in (model, model / "model.safetensors"):
+        evaluate = ["evaluate", "--checkpoint", str(checkpoint), "--n", "10", "--data", str(data)]
+        assert cli.main([*evaluate, "--out", str(tmp_path / "e")]) == 0
+        assert "give the data with --data" in refusal(*evaluate[:-2], "--out", tmp_path / "e")
+    assert "describes a model and not a run" in refusal("train", "--config", model, "--out", out)

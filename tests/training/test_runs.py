@@ -13,6 +13,7 @@ import torch
 
 import pfgm
 from pfgm import cli
+from pfgm.datasets import open_samples
 from pfgm.training import TrainConfig
 from pfgm.training.checks import warn_of_range, warn_of_scales
 from pfgm.training.runs import RunConfig, start
@@ -246,7 +247,7 @@ def test_points_in_the_plane(tmp_path):
     run(tmp_path / "run", data=str(tmp_path / "points.npy"), training=changed(evaluate_every=6))
     assert not list((tmp_path / "run").glob("*.png"))
     assert (tmp_path / "run" / "evaluations.csv").exists()
-    with pytest.raises(ValueError, match=r"flips is True, but .* rows of shape \(2,\), which are"):
+    with pytest.raises(ValueError, match=r"flips is for images .* rows of shape \(2,\)"):
         run(tmp_path / "flips", data=str(tmp_path / "points.npy"), flips=True)
     with pytest.raises(ValueError, match="has no labels"):
         run(tmp_path / "labels", data=str(tmp_path / "points.npy"), labels=True)
@@ -576,3 +577,19 @@ def test_levels_are_fitted_once_and_kept_when_the_run_is_resumed(tmp_path, monke
     assert pfgm.load(tmp_path / "run").flow.fitted_levels == levels
     with pytest.raises(ValueError, match=r"fit_levels is \(2,\); the run in"):
         run(tmp_path / "run", resume=True, **{**settings, "fit_levels": (2,)})
+
+
+def test_layouts_and_mirror_images_are_for_data_that_have_them(tmp_path):
+    for name, shape in (("signals", (40, 2, 16)), ("volumes", (40, 1, 4, 4, 4))):
+        np.save(tmp_path / f"{name}.npy", np.zeros(shape, np.float32))
+        with pytest.raises(ValueError, match=r"flips is for images \(C, H, W\), got rows of shape"):
+            run(tmp_path / "run", data=str(tmp_path / f"{name}.npy"), flips=True)
+    (tmp_path / "t.csv").write_text("a,b\n1,2\n")
+    for data in ("digits", str(tmp_path / "t.csv"), f"folder:{tmp_path}"):
+        with pytest.raises(ValueError, match=r"layout is for files .*, got 'images' for"):
+            run(tmp_path / "run", data=data, layout="images")
+    with pytest.raises(ValueError, match="layout is for files"):
+        open_samples(tmp_path / "t.csv", layout="as-is")
+    assert not (tmp_path / "run").exists()
+    (tmp_path / "config.json").write_text('{"data": "digits", "layout": "images"}')
+    assert RunConfig.load(tmp_path).layout == "auto"  # of a run that ignored it

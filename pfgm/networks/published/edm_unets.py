@@ -20,7 +20,7 @@ from ...common.tensors import per_row
 from ...flows.plusplus import Preconditioned
 from ..config import MAX_DEPTH, MAX_WIDTH, as_json
 from ..edm_interface import EDMInterface, label_numbers
-from ..embedding import check_labels
+from ..embedding import checked_labels
 from .layers import FOURIER_STD, HALF_SUM, add_attention, positional_features
 
 _ZERO_GAIN = 1e-5  # initial gain of layers whose output starts at almost zero
@@ -324,7 +324,7 @@ class SongUNet(nn.Module):
         else:
             features = positional_features(noise, self._noise)
         if labels is not None:
-            check_labels(labels, len(noise), self.classes)
+            labels = checked_labels(labels, len(noise), self.classes)
         if self.map_label is not None:
             one_hot = self._one_hot(labels, noise)
             features = features + self.map_label(one_hot * math.sqrt(self.classes))
