@@ -5,7 +5,8 @@
 Both run on the same seed, with B = 32, M = 512, N = 784 (Fashion-MNIST) and a network that costs
 nothing, on one thread. They take turns. The time is that of the processor, of which other programs
 take no part: the least of all turns. The difference of the two losses is relative, the largest of
-all turns. ``--store`` writes results/published_losses.json.
+all turns. Whole training steps with PFGM's loss follow: loss, gradient and Adam, with the MLP and
+the U-Net of pfgm.networks. ``--store`` writes results/published_losses.json.
 """
 
 from __future__ import annotations
@@ -17,8 +18,9 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
+import pfgm
 from benchmarks.common.commands import name_backend, new_parser
 from benchmarks.common.folders import DOCS
 from benchmarks.common.machine import store
@@ -27,7 +29,7 @@ from benchmarks.common.tables import table
 from benchmarks.common.turns import take_turns
 from pfgm.data import to_unit
 
-B, M, TURNS = 32, 512, 15
+B, M, TURNS, STEP_TURNS = 32, 512, 15, 7
 Loss = Callable[..., Tensor]
 
 
@@ -97,6 +99,46 @@ def measure(title: str, before: str, after: str, images: Tensor) -> dict[str, An
     }
 
 
+def training_step(network: nn.Module, loss: Loss, images: Tensor) -> Callable[[], None]:
+    """One step of Adam on the loss of the first B images."""
+    adam = torch.optim.Adam(network.parameters())
+
+    def step() -> None:
+        adam.zero_grad()
+        loss(network, images[:B], images).backward()
+        adam.step()
+
+    return step
+
+
+def measure_steps(before: str, after: str, images: Tensor) -> list[dict[str, Any]]:
+    """Times of whole training steps with a loss before and after, for each network."""
+    flow = pfgm.PoissonFlow(images.shape[1:], M=291, sigma=0.01, tau=0.03)
+    networks = {"MLP": pfgm.networks.MLP, "U-Net": pfgm.networks.UNet}
+    rows = []
+    for name, network in networks.items():
+        steps = {
+            when: [training_step(network(flow.shape, **flow.scaling), as_loss(code), images)]
+            for when, code in {"before": before, "after": after}.items()
+        }
+        for each in steps.values():
+            each[0]()
+        seconds = {
+            when: min(turns)
+            for when, turns in take_turns(steps, seconds_of_processor, STEP_TURNS).items()
+        }
+        rows.append(
+            {
+                "network": name,
+                "parameters": sum(p.numel() for p in network(flow.shape).parameters()),
+                "seconds before": seconds["before"],
+                "seconds after": seconds["after"],
+                "times as long": seconds["before"] / seconds["after"],
+            }
+        )
+    return rows
+
+
 def main() -> None:
     name_backend()
     parser = new_parser(__doc__)
@@ -111,9 +153,13 @@ def main() -> None:
         for row in rows
     ]
     print(table(["loss", "published takes", "relative difference"], cells))
+    steps = measure_steps(*losses["PFGM's loss"], images)
+    cells = [[row["network"], f"{row['times as long']:.2f} ×"] for row in steps]
+    print(table(["training step with PFGM's loss", "published takes"], cells))
     if options.store:
         command = "python -m benchmarks.studies.published_losses --store"
-        print(store("published_losses", {"command": command, "B, M, N": [B, M, 784], "rows": rows}))
+        facts = {"command": command, "B, M, N": [B, M, 784], "rows": rows, "steps": steps}
+        print(store("published_losses", facts))
 
 
 if __name__ == "__main__":
