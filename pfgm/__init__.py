@@ -7,7 +7,13 @@ sample are :class:`PoissonFlow` and :class:`PoissonFlowPP`; :func:`load` reads w
 """
 
 import importlib
+from importlib.util import find_spec
+from pkgutil import extend_path
 from typing import TYPE_CHECKING, Any
+
+# In a checkout Python finds these sources first; an installed package has what is compiled.
+if find_spec(f"{__name__}.kernels") is None:
+    __path__ = extend_path(__path__, __name__)
 
 from . import backends, data, solvers
 from .backends import use_backend

@@ -11,9 +11,11 @@ from __future__ import annotations
 import functools
 import importlib
 import importlib.util
+import runpy
 import warnings
 from array import array
 from collections.abc import Sequence
+from pathlib import Path
 from types import ModuleType
 from typing import Any
 
@@ -48,39 +50,34 @@ _CUDA_REFERENCES = (torch.float32, torch.bfloat16, torch.float16, torch.uint8)
 _RADIUS, _VALUE, _SINGULAR, _MEMORY, _SKETCH, _KEPT, _RANGE, _UNDERFLOW = range(1, 9)
 
 
-def _load() -> ModuleType | None:
-    # A broken extension must raise ImportError. It must not look like one that was not built.
+_SOURCES = Path(__file__).parents[2] / "csrc"  # in a checkout
+
+
+def _load() -> tuple[ModuleType | None, str]:
+    """The extension, or None and why there is none.
+
+    A broken extension raises ImportError, because it must not look like one that was not built.
+    """
     if importlib.util.find_spec("pfgm._native") is None:
-        return None
-    return importlib.import_module("pfgm._native")
+        if importlib.util.find_spec("pfgm.kernels") is None:
+            return None, "pfgm was imported from a checkout and is not installed"
+        return None, "pfgm was installed without its native extension (PFGM_NATIVE=0)"
+    extension = importlib.import_module("pfgm._native")
+    beside = Path(extension.__file__ or "").parent == Path(__file__).parents[1]
+    if not beside and _SOURCES.is_dir():
+        digest = runpy.run_path(str(_SOURCES / "source_digest.py"))["source_digest"]()
+        if extension.build_info()["source_digest"] != digest:
+            return None, "pfgm was installed from other sources than those of this checkout"
+    return extension, ""
 
 
-# A checkout has the sources of pfgm.kernels in another place, so only an installation has it.
-_installed = importlib.util.find_spec("pfgm.kernels") is not None
-
-
-def _why_missing() -> str:
-    """Why there is no extension."""
-    if _installed:
-        return "pfgm was installed without its native extension (PFGM_NATIVE=0)"
-    return "pfgm was imported from its sources, in which nothing is compiled"
-
-
-def _warn_of_sources() -> None:
-    """Warns if the sources were imported, which Python finds before an installed pfgm where it is
-    started in a checkout."""
-    if not _installed:
-        warnings.warn(
-            f"{_why_missing()}, so it computes slowly, in plain torch. Start Python in another "
-            "folder, or install the sources where they are: pip install -e .",
-            RuntimeWarning,
-            stacklevel=2,
-        )
-
-
-_native = _load()
-if _native is None:
-    _warn_of_sources()
+_native, _why_missing = _load()
+if "checkout" in _why_missing:
+    warnings.warn(
+        f"{_why_missing}, so it computes slowly, in plain torch. Install it: pip install .",
+        RuntimeWarning,
+        stacklevel=2,
+    )
 
 
 def extension() -> ModuleType:
@@ -90,7 +87,7 @@ def extension() -> ModuleType:
         RuntimeError: pfgm was installed without it.
     """
     if _native is None:
-        raise RuntimeError(f"{_why_missing()}.")
+        raise RuntimeError(f"{_why_missing}.")
     return _native
 
 
@@ -103,7 +100,7 @@ def supports(
     device: torch.device, dtype: torch.dtype, references: torch.dtype | None = None
 ) -> str | None:
     if _native is None:
-        return _why_missing()
+        return _why_missing
     if _on_cuda(device):
         return _cuda_supports(device, dtype, references)
     if device.type != "cpu":
@@ -202,7 +199,7 @@ def describe() -> str:
 def build_lines() -> list[str]:
     """How the extension was built, and the GPUs that its CUDA runtime finds, for ``pfgm info``."""
     if _native is None:
-        return [f"extension  not built: {_why_missing()}"]
+        return [f"extension  not built: {_why_missing}"]
     info = _native.build_info()
     architectures = info["cuda_architectures"] or "none"
     version, driver = _native.cuda_versions()

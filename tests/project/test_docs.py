@@ -59,7 +59,7 @@ FIELDS_OF_FLOWS = [
 
 
 def test_fields_of_flows_are_found():
-    assert len(FIELDS_OF_FLOWS) == 8  # README, drop-in twice, two other pages, three examples
+    assert len(FIELDS_OF_FLOWS) == 7  # drop-in twice, two other pages, three examples
 
 
 @pytest.mark.parametrize("code", FIELDS_OF_FLOWS)
@@ -228,23 +228,15 @@ def span(values, digits):
 
 def figures_of_readme():
     """Phrases of README with figures, made from stored results."""
-    losses = stored("published_losses")["rows"]
-    assert max(row["relative difference"] for row in losses) < 1e-6
-    yield "are the same to 6 digits"
-    yield f"{span([row['times as long'] for row in losses], 0)} times as fast on one thread"
-    subjects = [
-        row["times as long"]
-        for row in stored("posterior_mean")
-        if row.get("path") == "native"
-        and row["subject"].startswith("forward,")
-        and ("CIFAR-10" in row["subject"] or "Fashion" in row["subject"])
-    ]
-    plain, compiled = (
-        span([row[f"torch path{kind}"] for row in subjects], 1) for kind in ("", ", compiled")
-    )
-    yield f"is {plain} times as fast on photographs and Fashion-MNIST, and {compiled} times"
-    yield "below 2e-5 of its size"  # the limit that bench_posterior_mean.py checks
+    results = stored("published_losses")
+    pfgm_loss = results["rows"][0]
+    steps = {row["network"]: row["times as long"] for row in results["steps"]}
+    yield f"The training target alone takes 1/{pfgm_loss['times as long']:.0f} of"
+    yield f"is {steps['MLP']:.0f} times as fast with an MLP and {steps['U-Net']:.1f} times"
 
+
+def figures_of_the_choice():
+    """Phrases of the page on the choice of a flow, likewise."""
     table = "fashion-mnist/quality-means.csv"
     at = {
         (method, count): distances(
@@ -292,9 +284,14 @@ def figures_of_readme():
     yield f"PFGM {likelihood['PFGM']:.2f}"
 
 
-def test_the_figures_of_readme_are_stored_results():
-    text = " ".join(text_without_code(ROOT / "README.md").split())
-    for phrase in figures_of_readme():
+@pytest.mark.parametrize(
+    ("page", "figures"),
+    [(ROOT / "README.md", figures_of_readme), (DOCS / "which-flow.md", figures_of_the_choice)],
+    ids=["README", "which-flow"],
+)
+def test_figures_of_a_first_page_are_stored_results(page, figures):
+    text = " ".join(text_without_code(page).split())
+    for phrase in figures():
         assert phrase in text, phrase
         text = text.replace(phrase, " ")
     text = re.sub(r"\]\([^)]*\)|<img[^>]*>|Python 3\.10|Apache-2\.0", " ", text)
@@ -312,10 +309,18 @@ def test_the_published_losses_of_the_page_are_stored():
             str(row["lines of the target before"]),
         )
         assert f"| {' | '.join(cells)} |" in page
+    for row in stored("published_losses")["steps"]:
+        cells = (
+            row["network"],
+            f"{1e3 * row['seconds before']:.0f} ms",
+            f"{1e3 * row['seconds after']:.0f} ms",
+            f"{row['times as long']:.1f}",
+        )
+        assert f"| {' | '.join(cells)} |" in page
 
 
 SAMPLES_OF_README = re.findall(
-    r"^    \.venv/bin/pfgm (sample --pretrained .*)$", PAGES[0].read_text(), flags=re.MULTILINE
+    r"^    .*\.venv/bin/pfgm (sample --pretrained .*)$", PAGES[0].read_text(), flags=re.MULTILINE
 )
 
 

@@ -3,7 +3,9 @@ import doctest
 import importlib
 import importlib.metadata
 import importlib.util
+import os
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -158,9 +160,50 @@ def test_no_torch_header_in_the_extension():
 def test_readme_commands_are_those_that_are_tested():
     text = (ROOT / "README.md").read_text()
     install = "    python3 -m venv .venv && .venv/bin/pip install "
+    sample = ".venv/bin/pfgm sample --pretrained fashion-mnist --n 100 --out samples.png"
+    assert f"{install}'.[demo]' && {sample}\n" in text
     assert f"{install}'.[demo]' && .venv/bin/pfgm demo\n" in text
     assert f"{install}-e '.[test]' && .venv/bin/pytest -n auto\n" in text
 
 
 def test_the_page_shows_the_stored_benchmarks():
     assert report.page() == report.PAGE.read_text(), "run python -m benchmarks.report --write"
+
+
+@pytest.fixture(scope="module")
+def checkout(tmp_path_factory):
+    """A checkout in which nothing is compiled, and a folder with an installed package."""
+    if importlib.util.find_spec("pfgm._native") is None:
+        pytest.skip("needs the extension")
+    sources, site = tmp_path_factory.mktemp("checkout"), tmp_path_factory.mktemp("site")
+    python = shutil.ignore_patterns("__pycache__", "*.so", "*.safetensors")
+    for name in ("pfgm", "csrc", "kernels"):
+        shutil.copytree(ROOT / name, sources / name, ignore=python)
+    shutil.copy(ROOT / "CMakeLists.txt", sources)
+    shutil.copytree(ROOT / "pfgm", site / "pfgm", ignore=python)
+    shutil.copytree(ROOT / "kernels", site / "pfgm" / "kernels", ignore=python)
+    shutil.copy(importlib.util.find_spec("pfgm._native").origin, site / "pfgm")
+    return sources, site
+
+
+@pytest.mark.parametrize("changed", [False, True])
+def test_python_started_in_a_checkout_finds_what_is_installed(checkout, changed):
+    """Unless it was compiled from other sources."""
+    sources, site = checkout
+    (sources / "csrc" / "cpu" / "added.h").unlink(missing_ok=True)
+    if changed:
+        (sources / "csrc" / "cpu" / "added.h").touch()
+    script = (
+        "import pfgm; print(pfgm.__file__); print(pfgm.backends.available()['native'].usable);"
+        "import pfgm.kernels"
+    )
+    shown = subprocess.run(
+        [sys.executable, "-c", script],
+        cwd=sources,
+        env=os.environ | {"PYTHONPATH": str(site)},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert shown.stdout.split() == [str(sources / "pfgm" / "__init__.py"), str(not changed)]
+    assert ("other sources than those of this checkout" in shown.stderr) is changed
