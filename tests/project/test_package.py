@@ -95,12 +95,12 @@ def test_the_version_is_that_of_the_installed_package():
 
 
 def test_the_version_has_a_date():
-    """The same in the citation and above the newest entry of the changelog."""
+    """The same in the citation and above the newest release of the changelog."""
     citation = (ROOT / "CITATION.cff").read_text()
     (version,) = re.findall(r"^version: (.*)$", citation, flags=re.MULTILINE)
     (date,) = re.findall(r'^date-released: "(.*)"$', citation, flags=re.MULTILINE)
     changelog = (ROOT / "CHANGELOG.md").read_text()
-    released = re.findall(r"^## (\d.*)$", changelog, flags=re.MULTILINE)
+    released = re.findall(r"^## (\d(?!.*unreleased).*)$", changelog, flags=re.MULTILINE)
     assert version == pfgm.__version__
     assert released[0] == f"{version} — {date}"
 
