@@ -131,8 +131,8 @@ class Part:
         held = self.source.tensor
         if held is None or x.dtype != torch.float32 or not held.device == x.device == _CPU:
             return None
-        # A compiled graph cannot keep a sketch. Inference tensors and arrays may change unnoticed.
-        if torch.compiler.is_compiling() or held.is_inference() or _shares_an_array(held):
+        # A compiled graph cannot keep a sketch. Inference tensors count no changes.
+        if torch.compiler.is_compiling() or held.is_inference():
             return None
         known, kept = self._sketches.get(start, (None, None))
         if known is not None and kept is None:
@@ -211,8 +211,3 @@ def check_finite(rows: Tensor, start: int) -> None:
             f"references holds NaN or infinity (first in row {start + bad}); only finite values "
             "are allowed."
         )
-
-
-def _shares_an_array(held: Tensor) -> bool:
-    """Whether the memory belongs to a NumPy array, which can change without torch noticing."""
-    return not held.untyped_storage().resizable()

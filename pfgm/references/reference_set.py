@@ -34,11 +34,11 @@ class ReferenceSet:
     operation, so it cannot have ``fullgraph=True``; with rows in memory and no gradient, or with a
     tensor as references, it can.
 
-    For a tensor on the CPU with 512 or more values in a row, a summary of each row (a sketch) is
-    kept from the second call on. It speeds up calls with points in float32. Sketches take a third
-    of the memory of uint8 rows. Of float32 rows they take a twelfth, or a quarter on processors
-    with VNNI, and of 16-bit rows twice these shares. They are computed again when the tensor has
-    changed.
+    For a tensor on the CPU or an array with 512 or more values in a row, a summary of each row (a
+    sketch) is kept from the second call on. It speeds up calls with points in float32. Sketches
+    take a third of the memory of uint8 rows. Of float32 rows they take a twelfth, or a quarter on
+    processors with VNNI, and of 16-bit rows twice these shares. They are computed again when the
+    rows have changed.
 
     A gradient needs the rows of the forward pass. ``backward`` raises RuntimeError if a tensor was
     changed in place or a file was written to after the forward pass.
@@ -48,7 +48,8 @@ class ReferenceSet:
     ``torch.inference_mode``, and by other code that writes to its memory. Such changes show in a
     sample of contiguous rows in CPU memory: all bytes of up to 1 KiB, else 16 to 64 windows of 64
     bytes. A change of all values is noticed; so is one of a tenth of the rows of a large set,
-    but not one of a few values. ``torch.autograd.graph.increment_version(tensor)`` tells the set.
+    but not one of a few values. ``torch.autograd.graph.increment_version(tensor)`` tells the set;
+    after such a change of an array make a new set.
     These changes are not noticed at all:
 
     - those that torch does not count, of rows on a GPU or that are not contiguous, or in an
