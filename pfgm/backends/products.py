@@ -18,10 +18,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..common.tensors import dequantise, wide_dtype
-from ..core import formulas
+from ..core.arithmetic import Arithmetic, Chunk, Near
 from ..core.problems import Needs, PosteriorMean, State, Upstream
 from . import chunked
-from .chunked import Arithmetic, Chunk
 from .reference import (
     normalised_field,
     normalised_field_backward,
@@ -42,7 +41,6 @@ __all__ = [
 ]
 
 _SAMPLES = 9  # references whose median is the origin: four of them may be anywhere
-_AGAIN = 16  # references with exact differences on a device that must not be waited for
 _PANEL = 1024  # features for which products of whole numbers up to 2^7 add up to 2^24 at most
 _HIGH = 2.0**7
 _ROWS = 512  # references in a sum of float32
@@ -56,11 +54,6 @@ _AMD = ("gfx906", "gfx908", "gfx90a", "gfx94", "gfx95")
 
 def describe() -> str:
     return f"matrix products in torch {torch.__version__}, chunked"
-
-
-def _may_wait(device: torch.device) -> bool:
-    """Whether values may decide what is computed next."""
-    return device.type == "cpu"
 
 
 @functools.cache
@@ -87,18 +80,16 @@ class _Products(Arithmetic):
     # Pairs and values in a chunk: what stays in the caches of a processor, what keeps a GPU busy.
     most, most_on_device = (1 << 18, 1 << 21), (1 << 21, 1 << 24)
 
-    def __init__(self, x: Tensor, references: Tensor) -> None:
-        super().__init__(x, references)
-        device, wide = x.device, self.x.dtype
-        some = references[:: max(len(references) // _SAMPLES, 1)][:_SAMPLES]
-        self.origin = dequantise(some, wide).T.sort(1).values[:, len(some) // 2]
-        self.placed = self.x - self.origin
-        self.norms = self.placed.square().sum(1, keepdim=True)
-        self.rounding = (x.shape[1] + 4) * torch.finfo(torch.float64).eps
-        self.waits = _may_wait(device)
+    def __init__(self, problem: PosteriorMean) -> None:
+        super().__init__(problem)
+        x = problem.x
         self.max_pairs, self.max_values = self.most if self.waits else self.most_on_device
-        self.narrow = self.waits and x.dtype == torch.float32 and not _rounds_float32(device)
+        self.narrow = self.waits and x.dtype == torch.float32 and not _rounds_float32(x.device)
         self._room = self.x.new_empty(0, x.shape[1])
+
+    def _origin(self, references: Tensor) -> Tensor:
+        some = references[:: max(len(references) // _SAMPLES, 1)][:_SAMPLES]
+        return dequantise(some, self.x.dtype).T.sort(1).values[:, len(some) // 2]
 
     def chunk(self, references: Tensor) -> Chunk:
         # In memory that is used for each chunk again: new memory takes longer.
@@ -109,44 +100,31 @@ class _Products(Arithmetic):
             placed.div_(127.5).sub_(1)
         return Chunk(references, placed.sub_(self.origin))
 
-    def squared(self, chunk: Chunk, known: Tensor) -> Tensor:
+    def squared(self, chunk: Chunk) -> Tensor:
         norms = torch.linalg.vector_norm(chunk.placed, dim=1).square()
-        squared = torch.addmm(norms, self.placed, chunk.placed.T, alpha=-2).add_(self.norms)
-        return self._exact_near(squared, chunk, known) if self.waits else squared
+        return torch.addmm(norms, self.placed, chunk.placed.T, alpha=-2).add_(self.norms)
 
-    def _exact_near(self, squared: Tensor, chunk: Chunk, known: Tensor) -> Tensor:
-        """The same with exact differences for all that may be nearest."""
-        least = squared.amin(1, keepdim=True).minimum(known)
-        # Two distances, each off by its rounding × (‖x‖² + ‖y‖²), and ‖y‖² ≤ 2 ‖x‖² + 2 d².
-        near = squared <= least + 8 * self.rounding * (self.norms + least)
-        for pairs in near.nonzero().split(max(self.max_values // self.x.shape[1], 1)):
-            b, j = pairs.unbind(1)
-            y = dequantise(chunk.references[j], squared.dtype)
-            squared[b, j] = formulas.squared_distances(self.x[b, None], y[:, None]).flatten()
-        return squared
-
-    def distances(self, chunk: Chunk, radius: Tensor, known: Tensor) -> tuple[Tensor, Tensor]:
+    def distances(self, chunk: Chunk, known: Tensor) -> tuple[Tensor, Tensor, Near]:
         if self.waits:
-            return super().distances(chunk, radius, known)
-        squared = self.squared(chunk, known)
+            return super().distances(chunk, known)
+        squared = self.squared(chunk)
         return self._some_exact(squared - squared.amin(1, keepdim=True), chunk)
 
-    def _some_exact(self, excess: Tensor, chunk: Chunk) -> tuple[Tensor, Tensor]:
+    def _some_exact(self, excess: Tensor, chunk: Chunk) -> tuple[Tensor, Tensor, Near]:
         """As :meth:`distances`, from rounded excesses (B, m) over the least squared distance."""
-        B, N = self.x.shape
-        count = min(_AGAIN, excess.shape[1])
-        again = excess.topk(count, largest=False).indices
-        nearest, exact = torch.empty_like(self.norms), torch.empty_like(again, dtype=excess.dtype)
-        for rows in formulas.blocks(B, self.max_values // (count * N)):
-            y = dequantise(chunk.references[again[rows]], self.x.dtype)
-            squares = (self.x[rows, None] - y).square()
+        near = self.nearest_of_all(excess)
+        first, exact = [], []
+        for _, _, apart in self.differences(chunk, near, self.x):
+            squares = apart.square_()
+            first.append(squares[:, 0].sum(1, keepdim=True))
             # Sums of differences: without float64 those of squares would lose digits.
-            relative = (squares - squares[:, :1]).sum(2)
-            least = relative.amin(1, keepdim=True)
-            exact[rows] = relative - least
-            nearest[rows] = squares[:, 0].sum(1, keepdim=True) + least
+            exact.append((squares - squares[:, :1]).sum(2))
+        relative = torch.cat(exact)
+        least = relative.amin(1, keepdim=True)
+        nearest = torch.cat(first) + least
         tied = excess <= 8 * self.rounding * (self.norms + nearest)
-        return nearest, torch.where(tied, 0.0, excess).scatter(1, again, exact)
+        excess = torch.where(tied, 0.0, excess).scatter(1, near.j, relative - least)
+        return nearest, excess, near
 
     def average(self, weights: Tensor, chunk: Chunk) -> Tensor:
         if self.narrow:
@@ -173,11 +151,11 @@ def _sum_by_panels(weights: Tensor, y: Tensor) -> Tensor:
 class _HighLow(_Products):
     """Products of float32 by high and low parts, with errors 2^8 times smaller than in float32."""
 
-    def __init__(self, x: Tensor, references: Tensor) -> None:
-        super().__init__(x, references)
+    def __init__(self, problem: PosteriorMean) -> None:
+        super().__init__(problem)
         self.rounding = _HIGH_LOW_ROUND
 
-    def distances(self, chunk: Chunk, radius: Tensor, known: Tensor) -> tuple[Tensor, Tensor]:
+    def distances(self, chunk: Chunk, known: Tensor) -> tuple[Tensor, Tensor, Near]:
         y = chunk.placed
         terms, scale = _terms(self.placed, y)
         if y.dtype == torch.float64:
@@ -189,22 +167,14 @@ class _HighLow(_Products):
         base = terms.sum(0).argmin(1)[None, :, None].expand(len(terms), -1, 1)
         return self._some_exact((terms - terms.gather(2, base)).sum(0), chunk)
 
-    def inner(self, G: Tensor, chunk: Chunk) -> Tensor:
-        return _product(G, chunk.placed)
-
     def average(self, weights: Tensor, chunk: Chunk) -> Tensor:
         y = dequantise(chunk.references, weights.dtype)
         scale = _power_of_two(y.abs().amax())
         return _sum_by_panels(weights, (y / scale).float()) * scale
 
-    def sums(self, factors: Tensor, chunk: Chunk) -> Tensor:
-        return _product(factors, chunk.placed.T)
-
-
-def _product(a: Tensor, b: Tensor) -> Tensor:
-    """a (R, K) times b (C, K) transposed."""
-    terms, scale = _terms(a, b)
-    return terms.sum(0, dtype=a.dtype) * scale
+    def product(self, a: Tensor, b: Tensor) -> Tensor:
+        terms, scale = _terms(a, b.T)
+        return terms.sum(0, dtype=a.dtype) * scale
 
 
 def _terms(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
@@ -240,11 +210,11 @@ def _panels(rows: Tensor) -> Tensor:
 
 
 def _arithmetic(problem: PosteriorMean) -> Arithmetic:
-    x, references = problem.x, problem.references
+    x = problem.x
     in_float64 = wide_dtype(x.device) == torch.float64 and (
         x.dtype == torch.float64 or _has_fast_float64(x.device) or _rounds_float32(x.device)
     )
-    return _Products(x, references) if in_float64 else _HighLow(x, references)
+    return _Products(problem) if in_float64 else _HighLow(problem)
 
 
 def _without_autocast(device: torch.device) -> AbstractContextManager[object]:

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from ..core import formulas
+from ..core.arithmetic import Arithmetic
 from ..core.problems import Needs, OdeStep, PosteriorMean, State, Upstream
 from . import chunked
 
@@ -33,14 +34,13 @@ def sketch(references: Tensor, dtype: torch.dtype) -> None:
 
 
 def posterior_mean(problem: PosteriorMean) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    return chunked.posterior_mean(problem, chunked.Arithmetic(problem.x, problem.references))
+    return chunked.posterior_mean(problem, Arithmetic(problem))
 
 
 def posterior_mean_backward(
     problem: PosteriorMean, state: State, upstream: Upstream, needs: Needs
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-    by = chunked.Arithmetic(problem.x, problem.references)
-    return chunked.posterior_mean_backward(problem, state, upstream, needs, by)
+    return chunked.posterior_mean_backward(problem, state, upstream, needs, Arithmetic(problem))
 
 
 normalised_field = formulas.normalised_field

@@ -7,40 +7,18 @@ needed, because torch can differentiate them.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
 
 import torch
 from torch import Tensor
 
-from ..common.tensors import dequantise, wide_dtype
+from ..common.tensors import wide_dtype
+from .arithmetic import Arithmetic, chunks
 from .problems import OdeStep, PosteriorMean, State, Tangents
 from .weights import at_limit, is_flat, log_weight
 
-MAX_PAIRS = 1 << 20  # (query, reference) pairs in a chunk: 8 MiB for each (B, chunk) matrix
-MAX_VALUES = 1 << 22  # values of references in a chunk: 32 MiB in float64
 # A field has v_z < 0 and ‖v_x‖ < √N. A network's prediction is clamped to these bounds.
 _MAX_V_Z = -1e-5  # a positive v_z would reverse the flow
 _MAX_NORM = 1 - 1e-6  # of v_x, over √N
-
-
-def chunks(
-    x: Tensor, references: Tensor, max_pairs: int = MAX_PAIRS, max_values: int = MAX_VALUES
-) -> Iterator[slice]:
-    """Slices of the references, short enough that a matrix (B, chunk) stays small."""
-    rows = min(max_pairs // max(len(x), 1), max_values // max(x.shape[1], 1))
-    return blocks(len(references), rows)
-
-
-def blocks(count: int, rows: int) -> Iterator[slice]:
-    """Slices of some rows, of one at least, that cover a number of rows."""
-    for start in range(0, count, max(rows, 1)):
-        yield slice(start, start + max(rows, 1))
-
-
-def squared_distances(x: Tensor, y: Tensor) -> Tensor:
-    """Squared distances (B, M) of x (B, N) and y (M, N), as sums of squared differences."""
-    # The matrix product form |x|² + |y|² − 2 x·y suffers from cancellation.
-    return torch.cdist(x, y, compute_mode="donot_use_mm_for_euclid_dist").square()
 
 
 def posterior_mean_tangent(
@@ -59,29 +37,34 @@ def posterior_mean_tangent(
     x, references, radius, D = problem[:4]
     mean, nearest, total = state
     N, wide_type = x.shape[1], mean.dtype
-    wide, r = x.to(wide_type), radius.to(wide_type)[:, None]
+    by, r = Arithmetic(problem), radius.to(wide_type)[:, None]
     nearest, total = nearest[:, None], total[:, None]
     regular, flat = ~at_limit(nearest, r, D), is_flat(nearest, r, D, N)
+    by.center(nearest)
     mean_tangent, lse_tangent = torch.zeros_like(mean), torch.zeros_like(r)
-    for chunk in chunks(x, references):
-        y = dequantise(references[chunk], wide_type)
-        squared = squared_distances(wide, y)
-        p = torch.where(regular, log_weight(squared - nearest, nearest, r, D, N).exp() / total, 0.0)
-        half = torch.zeros_like(squared)  # half of the tangent of ‖x − x_j‖²
+    for rows in chunks(x, references):
+        chunk = by.chunk(references[rows])
+        own, excess, near = by.distances(chunk, nearest)
+        excess = excess + (own - nearest)
+        p = torch.where(regular, log_weight(excess, nearest, r, D, N).exp() / total, 0.0)
+        half = torch.zeros_like(excess)  # half of the tangent of ‖x − x_j‖²
         if tangents.x is not None:
             moved = tangents.x.to(wide_type)
-            half += (wide * moved).sum(1, keepdim=True) - moved @ y.T
+            half += (moved * (by.x - by.centers)).sum(1, keepdim=True)
+            half -= by.inner(moved, chunk, near)
         if tangents.references is not None:
-            moved = tangents.references[chunk].to(wide_type)
-            half += (y * moved).sum(1) - wide @ moved.T
+            moved = tangents.references[rows].to(wide_type)
+            half += by.inner_with(moved, chunk, near)
             mean_tangent += p @ moved
         change = torch.zeros_like(r) if tangents.radius is None else tangents.radius[:, None]
+        squared = nearest + excess
         if math.isinf(D):
             score = (squared * (change / r) - half) / r / r
         else:
             score = -(N + D) * (half + r * change) / (squared + r.square())
         weighted = torch.where(flat | (p == 0), 0.0, p * score)
-        mean_tangent += weighted @ y - weighted.sum(1, keepdim=True) * mean
+        mean_tangent += by.sums(weighted, chunk, near)
+        mean_tangent -= weighted.sum(1, keepdim=True) * (mean - by.centers)
         lse_tangent += weighted.sum(1, keepdim=True)
     return mean_tangent, torch.where(flat, math.nan, lse_tangent).squeeze(1)
 

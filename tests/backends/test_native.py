@@ -15,7 +15,7 @@ import torch
 from pfgm import field_fn, posterior_mean
 from pfgm.backends import native, reference
 from pfgm.common.tensors import dequantise
-from pfgm.core.formulas import squared_distances
+from pfgm.core.arithmetic import squared_distances
 from pfgm.core.problems import PosteriorMean, State, Upstream
 
 if os.environ.get("PFGM_NATIVE") == "0":

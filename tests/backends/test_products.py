@@ -7,10 +7,10 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from pfgm.backends import chunked, products
+from pfgm.backends import chunked, products, reference
 from pfgm.common.tensors import dequantise
-from pfgm.core import weights
-from pfgm.core.problems import PosteriorMean, State, Upstream
+from pfgm.core import arithmetic, formulas, weights
+from pfgm.core.problems import PosteriorMean, State, Tangents, Upstream
 
 FORMS = ("CPU", "fast float64", "slow float64", "no float64")
 
@@ -18,13 +18,13 @@ FORMS = ("CPU", "fast float64", "slow float64", "no float64")
 def take_form(name, monkeypatch):
     if name == "CPU":
         return
-    monkeypatch.setattr(products, "_may_wait", lambda device: False)
-    for module in (chunked, weights):
+    monkeypatch.setattr(arithmetic, "may_wait", lambda device: False)
+    for module in (arithmetic, chunked, weights):
         monkeypatch.setattr(module, "checks_values", lambda device: False)
     if name != "fast float64":
         monkeypatch.setattr(products, "_has_fast_float64", lambda device: False)
     if name == "no float64":
-        for module in (chunked, products):
+        for module in (arithmetic, products):
             monkeypatch.setattr(module, "wide_dtype", lambda device: torch.float32)
 
 
@@ -162,6 +162,79 @@ def test_far_from_the_origin(oracle, form, offset):
     result = solve(x, references, sigma, 1.0, form, difference=True)
     difference = x.double() - wanted[0]
     assert_accurate((result[0], result[1]), (difference, wanted[1]), spread, tolerance_of(form))
+
+
+def crowded(name):
+    """Points, references and radius whose squared distances are small beside the norms."""
+    generator = torch.Generator().manual_seed(0)
+
+    def noise(*shape):
+        return torch.randn(*shape, generator=generator)
+
+    if name == "clusters":  # of spread 1e-6, at distance 1
+        means = torch.nn.functional.normalize(noise(4, 8)).repeat(16, 1) / math.sqrt(2)
+        references = means + 1e-6 * noise(64, 8)
+        return means[:12] + 1e-6 * noise(12, 8), references, torch.full((12,), 1e-6).double()
+    if name == "sizes":
+        references = torch.logspace(-7, 7, 64)[torch.randperm(64, generator=generator)]
+        references = references[:, None] * noise(64, 32)
+        return 1e-7 * noise(12, 32), references, torch.logspace(-7, -5, 12).double()
+    references = noise(2, 16)
+    references[1] = 1e12 * references[1].abs()
+    references = references.flip(0) if name == "large first" else references
+    x = references[int(name == "large first")] + 0.3 * noise(12, 16)
+    return x, references, torch.logspace(-6, 0, 12).double()
+
+
+@pytest.mark.parametrize("D", [1.0, 2048.0, math.inf])
+@pytest.mark.parametrize("name", ["clusters", "sizes", "large first", "large last"])
+def test_distances_small_beside_the_norms(oracle, oracle_gradients, name, D):
+    x, references, sigma = crowded(name)
+    radius = radius_of(sigma, D)
+    mean, lse = oracle(x, references, radius, D)
+    wanted = x.double() - mean
+    size = wanted.norm(dim=1).hypot(sigma)
+    difference, logsumexp, _, _ = solve(x, references, radius, D, "CPU", difference=True)
+    assert ((difference - wanted).norm(dim=1) / size).max() < 1e-6
+    assert ((logsumexp - lse).abs() / lse.abs().clamp(min=1)).max() < 1e-7
+    G = torch.randn(x.shape, generator=torch.Generator().manual_seed(1))
+    g = sigma.square().clamp(max=1)
+    arguments = PosteriorMean(x, references, radius, D)
+    mean, _, nearest, total = products.posterior_mean(arguments)
+    state, upstream = State(mean, nearest, total), Upstream(G, g)
+    result = products.posterior_mean_backward(arguments, state, upstream, (True, True, True))
+    for actual, expected in zip(
+        result, oracle_gradients(x, references, radius, D, G, g), strict=True
+    ):
+        rows = expected.reshape(len(expected), -1)
+        floor = rows.norm(dim=1).clamp(min=1e-6 * rows.norm())
+        assert ((actual.double().reshape(rows.shape) - rows).norm(dim=1) / floor).max() < 2e-5
+
+
+@pytest.mark.parametrize("module", [products, reference])
+@pytest.mark.parametrize("D", [1.0, 128.0, math.inf])
+def test_a_point_on_a_reference_adds_no_noise_to_derivatives(oracle_gradients, module, D):
+    """The factor 1/r² of the difference, which is 0, is 1e32."""
+    generator = torch.Generator().manual_seed(0)
+    references = torch.randn(9, 5, generator=generator)
+    x = references[[2, 5, 5]] + torch.tensor([0.0, 0.0, 1.0])[:, None]
+    radius = torch.tensor([1e-16, 1e-14, 1.0], dtype=torch.float64)
+    G, g = torch.randn(x.shape, generator=generator), torch.ones(3, dtype=torch.float64)
+    arguments = PosteriorMean(x, references, radius, D)
+    mean, _, nearest, total = module.posterior_mean(arguments)
+    state = State(mean, nearest, total)
+    result = module.posterior_mean_backward(arguments, state, Upstream(G, g), (True, True, True))
+    wanted = oracle_gradients(x, references, radius, D, G, g)
+    for actual, expected in zip(result, wanted, strict=True):
+        torch.testing.assert_close(actual.double(), expected, rtol=1e-6, atol=1e-6)
+    # The tangent of the log-sum-exp along all inputs is the product with their gradients.
+    along = [torch.randn(v.shape, generator=generator).double() for v in (x, references)]
+    state = State(mean.double(), nearest, total)
+    tangents = Tangents(*along, torch.zeros_like(radius))
+    _, tangent = formulas.posterior_mean_tangent(arguments, state, tangents)
+    alone = oracle_gradients(x, references, radius, D, 0 * G, g)
+    moved = (alone[0] * along[0]).sum() + (alone[1] * along[1]).sum()
+    torch.testing.assert_close(tangent.sum(), moved, rtol=1e-6, atol=1e-6)
 
 
 @pytest.mark.parametrize("sigma", [1e-6, 1e-4, 1e-2, 1.0])
