@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import os
 import sys
+from collections.abc import MutableMapping
 from typing import Annotated, Any, Union
 
 # The texts of the commands also stand in pfgm.cli, which imports torch; the tests compare them.
@@ -37,8 +38,21 @@ DESCRIPTION = (
 )
 
 
+def sleep_at_barriers(environment: MutableMapping[str, str] = os.environ) -> None:
+    """Makes threads that wait for each other sleep soon, unless the environment says how they wait.
+
+    OpenMP's threads spin for milliseconds at each barrier. If other programs keep the thread that
+    they wait for from running, a training step of hundreds of barriers takes seconds. OpenMP reads
+    the environment when torch is imported.
+    """
+    if not environment.keys() & {"OMP_WAIT_POLICY", "GOMP_SPINCOUNT", "KMP_BLOCKTIME"}:
+        environment["GOMP_SPINCOUNT"] = "1000"  # GNU's runtime: some 50 µs
+        environment["KMP_BLOCKTIME"] = "0"  # Intel's and LLVM's, in milliseconds
+
+
 def main() -> int:
     """Runs the command line of this process and returns its exit code."""
+    sleep_at_barriers()
     arguments = sys.argv[1:]
     if arguments not in (["--version"], ["--help"], ["-h"]):
         try:

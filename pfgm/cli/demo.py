@@ -23,6 +23,7 @@ from ..plotting.figures import require_matplotlib
 from ..solvers import StepInfo
 from ..training import Terminated, TrainConfig, Trainer, checkpoint
 from ..training.locks import locked
+from ..training.threads import training_threads
 
 SAMPLES = 1000
 SOLVER_STEPS = 10
@@ -115,8 +116,9 @@ def _run(
     digits = data.digits()
     flow = PoissonFlow.from_data(digits.train)
     trainer = _trainer(flow, digits, config, conditional, progress)
-    report(f"training on {len(digits.train)} digits, {config.steps} steps")
-    _train(trainer, flow, folder / "model.safetensors", report)
+    with training_threads(trainer) as threads:
+        report(f"training on {len(digits.train)} digits, {config.steps} steps, threads: {threads}")
+        _train(trainer, flow, folder / "model.safetensors", report)
     trained = time.perf_counter()
 
     recorder, labels = _Recorder(), torch.arange(SAMPLES, device="cpu") // _PICTURE_ROW % 10
@@ -154,7 +156,7 @@ def _run(
         },
         "seed": config.seed,
         "steps": config.steps,
-        "threads": torch.get_num_threads(),
+        "threads": threads,
     }
     write_json(folder / "metrics.json", figures)
     report(_summary(figures, folder))

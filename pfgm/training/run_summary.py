@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import os
 
+import torch
 from torch import nn
 
 from ..backends import preferred, requested
@@ -54,7 +55,9 @@ def _data(config: RunConfig, data: Data, rows: ReferenceSet) -> str:
 def _network(network: nn.Module) -> str:
     parameters = [*network.parameters()]
     count = sum(parameter.numel() for parameter in parameters)
-    return f"{type(network).__name__} with {count:,} parameters on {parameters[0].device}"
+    device = parameters[0].device
+    threads = f", threads: {torch.get_num_threads()}" if device.type == "cpu" else ""
+    return f"{type(network).__name__} with {count:,} parameters on {device}{threads}"
 
 
 def _training(trainer: Trainer) -> str:

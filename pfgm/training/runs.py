@@ -32,6 +32,7 @@ from .run_models import build_flow, build_network
 from .run_start import start_from
 from .run_summary import summary
 from .signals import Terminated
+from .threads import training_threads
 from .trainer import Trainer
 
 __all__ = ["RunConfig", "Settings", "start"]
@@ -176,11 +177,15 @@ def _run(
     )
     if resume:
         notes.append(_resume(trainer, resume_from))
-    if trainer.step < trainer.config.steps:
-        notes.append(summary(config, data, rows, trainer))
-    report("\n".join(notes))
     start_removed = _remove_failed_start(folder) if processes.leads else nullcontext()
-    with start_removed, _tells_how_to_continue(trainer, folder, report):
+    with (
+        training_threads(trainer, resumed=resume),
+        start_removed,
+        _tells_how_to_continue(trainer, folder, report),
+    ):
+        if trainer.step < trainer.config.steps:
+            notes.append(summary(config, data, rows, trainer))
+        report("\n".join(notes))
         if processes.leads:
             # The schedule is written in full, so that more steps do not change it later.
             settled = dataclasses.replace(config.training, **trainer.config.schedule._asdict())

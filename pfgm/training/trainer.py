@@ -136,6 +136,7 @@ class Trainer:
         self.loss, self.distilled = loss, distilled
         self.step = 0
         self._saved_step: int | None = None  # of the last checkpoint, written or resumed from
+        self._saved_threads: int | None = None
         self._known_latest: bytes | None = None  # latest.json as this run last read or wrote it
         check_network(network)
         if self.folder is not None:
@@ -166,7 +167,16 @@ class Trainer:
         )
         self._parallel = processes.data_parallel(network)
         self._wrapped = torch.compile(self._parallel) if config.compile else self._parallel
-        self._optimizer = torch.optim.Adam(network.parameters(), betas=(0.9, config.schedule.beta2))
+        self._optimizer = torch.optim.Adam(
+            network.parameters(),
+            betas=(0.9, config.schedule.beta2),
+            # One pass over the weights. The default makes dozens of calls for each, on the CPU a
+            # seventh of a small network's step.
+            fused=all(
+                p.device.type == "cpu" and p.is_floating_point() for p in network.parameters()
+            )
+            or None,
+        )
         self._averaged = copy.deepcopy(network).eval()  # it is never trained itself
         # The first step with a loss that is not finite; 0 means none.
         self._diverged_step = torch.zeros((), dtype=torch.long, device=self._device)
@@ -183,6 +193,24 @@ class Trainer:
     def saved_step(self) -> int | None:
         """The step of the last checkpoint, written or resumed from; None if there is none."""
         return self._saved_step
+
+    @property
+    def saved_threads(self) -> int | None:
+        """The number of threads of the run that the checkpoint resumed from records, or None."""
+        return self._saved_threads
+
+    @property
+    def computes_alone_on_cpu(self) -> bool:
+        """Whether one process trains on the CPU, without compilation."""
+        return self._device.type == "cpu" and self._processes.size == 1 and not self.config.compile
+
+    def rehearsal(self) -> Callable[[], Tensor]:
+        """A function that computes the gradients of the next step for a copy of the network.
+
+        The run, its network and the random numbers stay as they are.
+        """
+        network = copy.deepcopy(self.network).train()
+        return lambda: self._gradients(network)
 
     def train(self) -> nn.Module:
         """Trains up to the configured number of steps.
@@ -293,6 +321,7 @@ class Trainer:
             "rows": len(self.data),
             "network": plain_state(self.network),
             "optimizer": self._optimizer.state_dict(),
+            "threads": torch.get_num_threads(),
         }
         with locked(self.folder):
             try:
@@ -354,20 +383,15 @@ class Trainer:
             raise ValueError(f"{self.folder} holds a run of another network: {reason}") from error
         self.config = config
         self.step = self._saved_step = state["step"]
+        self._saved_threads = state.get("threads")
         self._known_latest = latest
         return self.step
 
     def _train_step(self) -> Tensor:
-        config, step, rank = self.config, self.step, self._processes.rank
-        batch = self._batches.at(step)
-        generator = torch.Generator(self._device).manual_seed(self._noise_seed(step))
+        config, step = self.config, self.step
         for group in self._optimizer.param_groups:
             group["lr"] = config.learning_rate_at(step)
-        devices = [] if self._device.type == "cpu" else [self._device]
-        with torch.random.fork_rng(devices, device_type=_rng_type(self._device)):
-            # Dropout takes no generator, so it uses the global one.
-            torch.manual_seed(seed_of(config.seed, step, 1, *([rank] if rank else [])))
-            loss = self._backward(batch, generator)
+        loss = self._gradients(self._wrapped)
         nn.utils.clip_grad_norm_(self.network.parameters(), config.clip)
         with self._device:  # Adam counts its steps in tensors on the default device
             self._optimizer.step()
@@ -376,6 +400,17 @@ class Trainer:
         first_bad = (self._diverged_step == 0) & ~loss.isfinite()
         self._diverged_step = torch.where(first_bad, step + 1, self._diverged_step)
         return loss
+
+    def _gradients(self, network: Callable[..., Any]) -> Tensor:
+        """Adds the gradients of the next step to those of the network, and returns its loss."""
+        step, rank = self.step, self._processes.rank
+        batch = self._batches.at(step)
+        generator = torch.Generator(self._device).manual_seed(self._noise_seed(step))
+        devices = [] if self._device.type == "cpu" else [self._device]
+        with torch.random.fork_rng(devices, device_type=_rng_type(self._device)):
+            # Dropout takes no generator, so it uses the global one.
+            torch.manual_seed(seed_of(self.config.seed, step, 1, *([rank] if rank else [])))
+            return self._backward(network, batch, generator)
 
     @torch.no_grad()
     def _update_average(self) -> None:
@@ -403,7 +438,9 @@ class Trainer:
         rank = self._processes.rank
         return seed_of(self.config.seed, step, 0, *([rank] if rank else []))
 
-    def _backward(self, batch: Batch, generator: torch.Generator) -> Tensor:
+    def _backward(
+        self, network: Callable[..., Any], batch: Batch, generator: torch.Generator
+    ) -> Tensor:
         """Accumulates the gradients of a batch, part by part, and returns its loss."""
         parts, total = self.config.accumulate, torch.zeros((), device=self._device)
         size = len(batch.x) // parts
@@ -414,7 +451,7 @@ class Trainer:
             with sync, self._autocast():
                 labels = None if batch.labels is None else batch.labels[rows]
                 loss = (self.loss or self.flow.loss)(
-                    self._wrapped,
+                    network,
                     batch.x[rows],
                     batch.references,
                     generator,

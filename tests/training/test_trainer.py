@@ -683,7 +683,7 @@ def test_a_step_in_parts_has_the_gradient_of_the_whole(data, flow):
         network.load_state_dict(state)
         trainer = Trainer(quiet, network, data, config(accumulate=accumulate), progress=False)
         batch = trainer._batches.at(0)
-        trainer._backward(batch, torch.Generator())
+        trainer._backward(network, batch, torch.Generator())
         gradients.append([p.grad for p in network.parameters()])
     for a, b in zip(*gradients, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-6)
