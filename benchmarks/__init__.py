@@ -1,7 +1,7 @@
 """The measurements of the library, run from the root of a checkout.
 
 - :mod:`benchmarks.cpu`: operations on the CPU, by pytest-benchmark;
-- :mod:`benchmarks.gpu`: operations on a GPU;
+- :mod:`benchmarks.gpu`: the posterior mean on a GPU, by pytest-benchmark;
 - :mod:`benchmarks.codegen`: what the GPU kernels compile to;
 - :mod:`benchmarks.claims`: the papers' claims;
 - :mod:`benchmarks.studies`: single questions, such as quality by solver;

@@ -33,7 +33,7 @@ sys.path.append(str(ROOT))
 LONG = ("test_triton_codegen", "test_triton", "test_cuda", "test_native", "test_processes")
 # Quick files of each layer, for the loop of a developer.
 SMOKE = (
-    "backends/test_verdicts.py",
+    "backends/test_passes.py",
     "common/test_files.py",
     "data/test_images.py",
     "flows/test_inpainting.py",

@@ -1,24 +1,23 @@
 """The choice of the implementation that computes the operations.
 
 Every backend is a module with the same functions. Its ``supports`` returns None, or the reason why
-it cannot run. :func:`choose` takes the first backend that can run; on a GPU, where kernels must
-have proved themselves, the fastest that passed :func:`check` (:mod:`pfgm.backends.verdicts`). A
-backend can be requested by name: by ``backend=``, else by :func:`use_backend`, else by the
-environment variable ``PFGM_BACKEND``. If the requested backend cannot run, an error gives the
-reason; no other backend takes its place.
+it cannot run. :func:`choose` takes native where it can run, and on a GPU has passed :func:`check`
+(:mod:`pfgm.backends.passes`), else torch. A backend can be requested by name: by ``backend=``, else
+by :func:`use_backend`, else by the environment variable ``PFGM_BACKEND``. If the requested backend
+cannot run, an error gives the reason; no other backend takes its place.
 """
 
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from . import reference, verdicts
+from . import passes
 from .backend import BACKENDS, Backend
 
 if TYPE_CHECKING:
@@ -104,24 +103,20 @@ def requested(name: str | None = None) -> str | None:
     return name or _requested
 
 
-def preferred(device: torch.device | str, work: int = 0) -> tuple[str, str]:
+def preferred(device: torch.device | str) -> tuple[str, str]:
     """The backend that computes in float32 on this device unless one is requested, and the reason.
-
-    Args:
-        device: device of the points.
-        work: the product of the sizes of the problem, B·M·N.
 
     >>> preferred("cpu")[1]
     'the first that can run'
     """
     device = torch.device(device)
-    usable = available(device)
-    name = next((name for name in _candidates(device, work) if usable[name].usable), "none")
-    if verdicts.needed(device):
-        return name, "as the kernels have not proved themselves here: pfgm check does that"
-    if verdicts.find(device) is not None:
-        return name, "the fastest of those that passed pfgm check"
-    return name, "the first that can run"
+    candidates, usable = _candidates(device), available(device)
+    name = next(name for name in candidates if usable[name].usable)
+    if device.type != "cuda" or not usable["native"].usable:
+        return name, "the first that can run"
+    if name == "native":
+        return name, "which has passed pfgm check"
+    return name, "as native has not passed pfgm check here"
 
 
 @contextmanager
@@ -151,24 +146,19 @@ def choose(
     device: torch.device,
     dtype: torch.dtype,
     references: torch.dtype | None = None,
-    work: int = 0,
 ) -> Backend:
-    """The backend called ``name``, else the one in ``PFGM_BACKEND``, else the first that can run of
-    native, triton and torch.
-
-    On a GPU the last is the fastest that can run of those that passed :func:`check`; before any
-    check, torch.
+    """The backend called ``name``, else the one in ``PFGM_BACKEND``, else native if it can run, and
+    on a GPU has passed :func:`check`, else torch.
 
     Args:
         name: a backend, or None.
         device: device of the points.
         dtype: dtype of the points.
         references: dtype of the references; None means any.
-        work: the product of the sizes of the problem, B·M·N, which matters on a GPU.
 
     Raises:
         ValueError: no backend has that name.
-        Unavailable: the requested backend cannot run, or none that passed; the message says why.
+        Unavailable: the requested backend cannot run; the message says why.
     """
     source = "backend"
     if not name and (name := os.environ.get("PFGM_BACKEND")):
@@ -178,26 +168,20 @@ def choose(
         if reason := backend.supports(device, dtype, references):
             raise Unavailable(f"{source}={name!r} cannot run here: {reason}.")
         return backend
-    for name in _candidates(device, work):
+    for name in _candidates(device):
         backend = BACKENDS[name]
         if backend.supports(device, dtype, references) is None:
             return backend
-    if reference.supports(device, dtype, references) is None:
-        raise Unavailable(
-            f"no backend that computes in {dtype} has passed pfgm check on {device}; allowed is a "
-            "backend that is named (backend=, PFGM_BACKEND)."
-        )
     raise TypeError(f"x has dtype {dtype}; allowed are torch.float32 and torch.float64.")
 
 
 def choose_for(name: str | None, x: Tensor, references: Tensor | None = None) -> Backend:
     """As :func:`choose`, for points x (B, N) and references (M, N) if the operation has some."""
-    if references is None:
-        return choose(name, x.device, x.dtype, work=x.numel() if x.is_cuda else 0)
-    work = x.numel() * references.shape[0] if x.is_cuda else 0
-    return choose(name, x.device, x.dtype, references.dtype, work)
+    return choose(name, x.device, x.dtype, None if references is None else references.dtype)
 
 
-def _candidates(device: torch.device, work: int) -> Iterable[str]:
-    """The backends in the order in which they are tried."""
-    return verdicts.order(device, work) if device.type == "cuda" else BACKENDS
+def _candidates(device: torch.device) -> tuple[str, ...]:
+    """The backends in the order in which they are tried. Others compute by name alone."""
+    if device.type != "cuda" or passes.native_computes(device):
+        return "native", "torch"
+    return ("torch",)

@@ -1,31 +1,35 @@
-"""``pfgm check``: runs fixed problems through the backends, compares and times them.
+"""``pfgm check``: a report on the backends. It stores a pass, and nothing else.
 
-Everything is computed in a child process with a time limit. A backend that crashes or hangs there
-is a row of the table, and a GPU's error does not outlast that process.
+Each backend computes all its trials in one child process, which has a budget of time; this process
+computes the exact results on the CPU, and makes no context on a GPU. A backend that crashes or
+hangs there is a row of the table.
 """
 
 from __future__ import annotations
 
-import itertools
+import contextlib
+import functools
 import math
-import time
+import tempfile
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 
-from ..common.checks import usable_device
-from . import verdicts
+from ..common.checks import known_device
+from . import passes, triton
 from .backend import BACKENDS
-from .trials import TRIALS, errors, name_of, seconds_in_turns
-from .verdicts import SIZES, Verdict
-from .worker import Answer, Worker
+from .trials import EXACT, SIZES, TRIALS, Place, Results, error_of, name_of, seconds_of
+from .worker import Lost, failure_of, sender, values_of
 
-# The proven ones first: no kernel of another backend has run in their process.
-_ORDER = ("torch", "reference", "triton", "native")
-_LIMIT = 120.0  # seconds for a task, in which many kernels may be compiled
-_LOSSES = 2  # processes that a backend may lose
-_TURNS = {True: 0.5, False: 3.0}  # seconds for a timing, in a quick check and in a whole one
+_ORDER = ("torch", "reference", "native", "triton")
+_CONTENDERS = ("plain torch", "compiled TF32")  # times alone
+_KERNELS = ("native", "triton")  # which take passes on a GPU
+# The problem at which a backend must not be slower than torch, to pass on a GPU.
+_DECIDES = f"CIFAR-10, {name_of(SIZES['CIFAR-10'])}"
+_EQUAL_ERRORS = 2  # after so many equal exceptions the turn of a backend ends
+_TIMING = 2.0  # seconds
 
 
 class Row(NamedTuple):
@@ -40,7 +44,7 @@ class Row(NamedTuple):
     seconds: float | None = None
     """The time of a call, of problems that are timed."""
     speed: float | None = None
-    """How many times as fast as plain torch, timed in turns."""
+    """How many times as fast as the backend torch, timed in turns."""
     failure: str | None = None
     """What went wrong, in a sentence; None if nothing did."""
 
@@ -53,14 +57,13 @@ class Report(NamedTuple):
     backends: dict[str, str | None]
     """Name → None, or why the backend cannot run."""
     rows: list[Row]
-    quick: bool
-    kept: str | None = None
-    """Where the verdict is kept, or why it is not; None on devices without one."""
+    stored: tuple[str, ...] = ()
+    """What became of the passes on a GPU, in sentences."""
 
     @property
     def failures(self) -> list[Row]:
-        """The rows that failed."""
-        return [row for row in self.rows if row.failure is not None]
+        """The rows of backends that failed."""
+        return [row for row in self.rows if row.failure and row.backend in BACKENDS]
 
     @property
     def passed(self) -> tuple[str, ...]:
@@ -68,197 +71,209 @@ class Report(NamedTuple):
         failed = {row.backend for row in self.failures}
         return tuple(n for n, why in self.backends.items() if why is None and n not in failed)
 
-    @property
-    def verdict(self) -> Verdict:
-        """What the choice of the backend needs to know."""
-        failures = {row.backend: f"{row.problem}: {row.failure}" for row in reversed(self.failures)}
-        speeds: dict[str, dict[str, float]] = {size: {} for size in SIZES}
-        for row in self.rows:
-            if row.speed is not None:
-                speeds[row.problem][row.backend] = row.speed
-        return Verdict(self.passed, failures, speeds, self.quick)
-
-    def _failure_lines(self) -> list[str]:
-        """What failed. Problems of a backend that were not run for one reason share a line."""
-        lines = []
-        for (backend, why), rows in itertools.groupby(
-            self.failures, lambda row: (row.backend, row.failure)
-        ):
-            problems = [row.problem for row in rows]
-            what = problems[0] if len(problems) == 1 else f"{len(problems)} problems"
-            lines.append(f"FAILED: {backend}, {what}: {why}")
-        return lines
+    def as_dict(self) -> dict[str, Any]:
+        """All of it, as JSON can hold it. The failure of a row says where its error is NaN."""
+        finite = [
+            r if r.error is None or math.isfinite(r.error) else r._replace(error=None)
+            for r in self.rows
+        ]
+        return self._asdict() | {"rows": [r._asdict() for r in finite], "passed": self.passed}
 
     def __str__(self) -> str:
         names = [name for name, why in self.backends.items() if why is None]
-        lines = [self.device]
-        timings = {name: f"{name}, {name_of(sizes)}" for name, sizes in SIZES.items()}
-        for title, are_times in ((_ERRORS, False), (_TIMES, True)):
-            cells: dict[str, dict[str, str]] = {}
-            for row in self.rows:
-                if (row.problem in timings) == are_times:
-                    problem = timings.get(row.problem, row.problem)
-                    cells.setdefault(problem, {})[row.backend] = _cell(row)
-            if cells:
-                lines += ["", _line(title, names)]
-            lines += [_line(p, [row.get(name, "-") for name in names]) for p, row in cells.items()]
+        names += sorted({row.backend for row in self.rows} & set(_CONTENDERS), reverse=True)
+        cells: dict[str, dict[str, str]] = {}
+        for row in self.rows:
+            cells.setdefault(row.problem, {})[row.backend] = _cell(row)
+        lines = [self.device, "", _line("error / bound, or time and speed beside torch", names)]
+        lines += [_line(p, [row.get(name, "-") for name in names]) for p, row in cells.items()]
         lines.append("")
         lines += [f"{name} cannot run: {why}" for name, why in self.backends.items() if why]
-        lines += self._failure_lines()
-        lines.append(f"passed: {', '.join(self.passed) or 'none'}")
-        return "\n".join([*lines, *([self.kept] if self.kept else [])])
-
-
-_NOTHING = (
-    "There is no verdict, as nothing was computed: the GPU may be busy, or have no free memory."
-)
-_NOT_RUN = "not run"
-_ERRORS, _TIMES = "largest error", "time, and speed beside plain torch"
+        lines += [_failed(row) for row in self.rows if row.failure]
+        return "\n".join([*lines, f"passed: {', '.join(self.passed) or 'none'}", *self.stored])
 
 
 def _line(first: str, cells: list[str]) -> str:
-    return (f"{first:56}" + "".join(f"{cell:18}" for cell in cells)).rstrip()
+    return (f"{first:48}" + "".join(f"{cell:20}" for cell in cells)).rstrip()
+
+
+def _failed(row: Row) -> str:
+    return f"FAILED: {row.backend}, {row.problem}: {row.failure}"
 
 
 def _cell(row: Row) -> str:
     if row.failure is not None:
-        return "not run" if row.failure.startswith(_NOT_RUN) else "FAILED"
+        return "FAILED"
     if row.seconds is None:
-        return f"{row.error:.1e}"
-    ms = 1e3 * row.seconds
-    return f"{ms:.{0 if ms >= 100 else 3}{'f' if ms >= 100 else 'g'}} ms, {row.speed:.2f}×"
+        return f"{row.error:.1e} / {row.allowed:.0e}"
+    return f"{1e3 * row.seconds:.3g} ms" + (f", {row.speed:.2f}×" if row.speed else "")
 
 
 # ---- in the child process ----------------------------------------------------------------------
 
 
-def answer(task: list[Any]) -> Any:
-    """Errors of a trial by result, or the seconds of a timing."""
-    kind, name, backend, device, *rest = task
-    if kind == "trial":
-        return errors(name, backend, torch.device(device))
-    return seconds_in_turns(SIZES[name], backend, torch.device(device), *rest)
+def serve(backend: str, name: str, folder: str) -> None:
+    """Computes the trials of a backend, and times it.
+
+    Sends messages (what, problem, value): "doing" before each problem, then "result" with a file,
+    "seconds" with times, or "failure" with a reason; before all else what is known of the device.
+    """
+    send = sender()
+    device = torch.empty(0, device=name).device  # with an index
+    with torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext():
+        reason = None
+        if backend in BACKENDS:
+            reason = BACKENDS[backend].supports(device, torch.float32)
+        send(["about", "title", _title(device)])
+        send(["about", "kind", passes.kind_of(device)])
+        send(["about", "unable", reason])
+        failures: list[str] = []
+        for what, problem, compute in [] if reason else _turn(backend, device, Path(folder)):
+            send(["doing", problem, None])
+            try:
+                send([what, problem, compute()])
+            except Exception as error:
+                failures.append(failure_of(error))
+                send(["failure", problem, failures[-1]])
+                if failures.count(failures[-1]) == _EQUAL_ERRORS:
+                    return
 
 
-def _code(device: torch.device) -> str:
-    lasting = device.type != "cuda"  # after an error, a GPU may answer nothing any more
-    return f"from pfgm.backends import checking, worker; worker.serve(checking.answer, {lasting})"
+def _turn(
+    backend: str, device: torch.device, folder: Path
+) -> Iterator[tuple[str, str, Callable[[], Any]]]:
+    """What to send of which problem, and what computes it."""
+    for number, (name, trial) in enumerate(TRIALS.items()):
+        if backend in BACKENDS and trial.applies(backend, device):
+            place, path = Place(BACKENDS[backend], device, torch.float32), folder / f"{number}.pt"
+            yield "result", name, functools.partial(_saved, trial.compute, place, path)
+    for name, sizes in SIZES.items():
+        if backend != "reference" or name == "digits":  # it is not made for speed
+            compute = functools.partial(seconds_of, sizes, backend, device, _TIMING)
+            yield "seconds", f"{name}, {name_of(sizes)}", compute
 
 
-# ---- in the process that asks ------------------------------------------------------------------
+def _saved(compute: Callable[[Place], Results], place: Place, path: Path) -> str:
+    torch.save({name: result.cpu() for name, result in compute(place).items()}, path)
+    return str(path)
 
 
-class _Asker:
-    """Asks for one backend, until it has lost too many processes or time is up."""
-
-    def __init__(
-        self, worker: Worker, backend: str, device: torch.device, seconds: float, end: float
-    ) -> None:
-        self._ask, self._backend, self._device = worker.ask, backend, str(device)
-        self._seconds, self._end, self._losses = seconds, end, 0
-
-    def __call__(self, kind: str, name: str, *rest: float) -> Answer:
-        left = self._end - time.monotonic()
-        if left <= 0:
-            return Answer(failure=f"{_NOT_RUN}: the check has taken {self._seconds:.0f} s")
-        if self._losses >= _LOSSES:
-            return Answer(failure=f"{_NOT_RUN}, after {_LOSSES} lost processes")
-        answer = self._ask([kind, name, self._backend, self._device, *rest], min(_LIMIT, left))
-        self._losses += answer.lost
-        return answer
+def _title(device: torch.device) -> str:
+    """A device and what else results depend on, in a line."""
+    threads = torch.get_num_threads()
+    more = f"driver {passes.driver()}" if device.type == "cuda" else f"{threads} threads"
+    versions = f"torch {torch.__version__}, Triton {triton.installed()}"
+    return f"{device}: {passes.kind_of(device)}, {more}, {versions}"
 
 
-def _trial_row(ask: _Asker, backend: str, name: str) -> Row:
-    value, failure, _ = ask("trial", name)
-    if failure is not None:
-        return Row(backend, name, failure=failure)
-    allowed = {result: TRIALS[name].allowed(result) for result in value}
+# ---- in this process ---------------------------------------------------------------------------
 
-    def excess(result: str) -> float:
-        error: float = value[result] / allowed[result]
-        return math.inf if math.isnan(error) else error
 
-    worst = max(value, key=excess)
+@functools.cache
+def _exact(name: str) -> Results:
+    return TRIALS[name].compute(EXACT)
+
+
+def _trial_row(backend: str, name: str, path: str) -> Row:
+    """The worst result of a trial, relative to its bound."""
+    results = torch.load(path, weights_only=True)
+    Path(path).unlink()
+    worst, error, allowed = "", 0.0, 1.0
+    for each, wanted in _exact(name).items():
+        own, bound = (
+            error_of(each, results[each].double(), wanted.double()),
+            TRIALS[name].allowed(each),
+        )
+        if not own / bound <= error / allowed or not worst:
+            worst, error, allowed = each, own, bound
+        if math.isnan(error):
+            break
     failure = None
-    if excess(worst) > 1:
-        failure = f"{worst} is off by {value[worst]:.1e}; allowed is {allowed[worst]:.1e}"
-    return Row(backend, name, value[worst], allowed[worst], failure=failure)
+    if not error <= allowed:
+        failure = f"{worst} is off by {error:.1e}; allowed is {allowed:.1e}"
+    return Row(backend, name, error, allowed, failure=failure)
 
 
-def _timing_row(ask: _Asker, backend: str, name: str, quick: bool) -> Row:
-    value, failure, _ = ask("timing", name, _TURNS[quick])
-    if failure is not None:
-        return Row(backend, name, failure=failure)
-    own, plain = value
-    return Row(backend, name, seconds=own, speed=plain / own)
+def _rows(backend: str, device: str, seconds: float, about: dict[str, str | None]) -> Iterator[Row]:
+    """The rows of one backend. What its process knows of the device goes to ``about``."""
+    problem = "start"
+    with tempfile.TemporaryDirectory() as folder:
+        try:
+            for what, problem, value in values_of(_code(backend, device, folder), seconds):
+                if what == "about":
+                    about[problem] = value
+                elif what == "failure":
+                    yield Row(backend, problem, failure=value)
+                elif what == "seconds":
+                    yield Row(backend, problem, seconds=value[0], speed=value[1] / value[0])
+                elif what == "result":
+                    yield _trial_row(backend, problem, value)
+        except Lost as lost:
+            yield Row(backend, problem, failure=str(lost))
 
 
-def _rows(
-    names: list[str],
-    device: torch.device,
-    quick: bool,
-    seconds: float,
-    report: Callable[[str], None],
-) -> Iterator[Row]:
-    end = time.monotonic() + seconds
-    trials = [name for name, trial in TRIALS.items() if trial.quick or not quick]
-    sizes = [name for name in SIZES if not (quick and name == "Fashion-MNIST")]
-    with Worker(_code(device)) as worker:
-        askers = {name: _Asker(worker, name, device, seconds, end) for name in names}
-        failed = set()
-        for backend, ask in askers.items():
-            report(f"{backend} on {device}: results")
-            for trial in trials:
-                if TRIALS[trial].applies(backend, device):
-                    row = _trial_row(ask, backend, trial)
-                    failed |= {backend} if row.failure else set()
-                    yield row
-        for backend, ask in askers.items():
-            report(f"{backend} on {device}: times")
-            for size in sizes if backend not in failed else ():
-                if backend != "reference" or size == "digits":  # it is not made for speed
-                    yield _timing_row(ask, backend, size, quick)
+def _code(backend: str, device: str, folder: str) -> str:
+    return f"from pfgm.backends.checking import serve; serve({backend!r}, {device!r}, {folder!r})"
+
+
+def _decide(backend: str, kind: str, rows: list[Row]) -> str:
+    """Stores a pass, or takes it away after a wrong result. Returns what it did."""
+    where = f"{backend} on {kind}"
+    speed = next((row.speed for row in rows if row.problem == _DECIDES and row.speed), None)
+    try:
+        if any(row.failure and row.error is not None for row in rows):
+            passes.take_away(kind, backend)
+            return f"{where} has no pass, as a result is wrong."
+        if any(row.failure for row in rows) or speed is None:
+            return f"No pass of {where} is stored, as not all was computed."
+        if speed < 1:
+            return f"No pass of {where} is stored, as torch is faster at {_DECIDES}."
+        passes.store(kind, backend)
+    except OSError as error:
+        return f"The pass of {where} cannot be changed ({error}); PFGM_BACKEND names a backend."
+    return f"The pass of {where} is stored."
 
 
 def check(
     device: torch.device | str = "auto",
     *,
-    quick: bool = False,
-    seconds: float = 300.0,
+    seconds: float = 180.0,
     report: Callable[[str], None] = lambda line: None,
 ) -> Report:
     """Runs a fixed set of problems through each backend that can compute on a device.
 
-    Results are compared with float64 on the CPU, and times with plain torch. On a GPU the verdict
-    is kept in the user's cache folder, and decides which backend computes there from now on
-    (docs/backends.md).
+    Results are compared with float64 on the CPU, and times with the backend torch, plain torch and
+    its compiled TF32. On a GPU a pass is stored for native and triton where every result is right
+    and the mean at 128 × 4096 × 3072 is not slower than torch's; a wrong result takes it away.
+    Where native has a pass, it computes (docs/backends.md).
 
     Args:
         device: the device; "auto" is cuda if there is a GPU, else cpu.
-        quick: fewer problems.
-        seconds: after which what is left is not run, and has not passed.
-        report: called with lines of text about the progress, failures and times.
+        seconds: the time that each backend has.
+        report: called with lines of text about the progress and failures.
 
     Raises:
-        ValueError: there is no such device, or it cannot be used.
+        ValueError: there is no such device.
 
-    >>> print(check("cpu", quick=True))  # doctest: +SKIP
+    >>> print(check("cpu"))  # doctest: +SKIP
     """
-    place = torch.empty(0, device=usable_device(str(device))).device  # with an index
-    reasons = {name: BACKENDS[name].supports(place, torch.float32) for name in _ORDER}
-    able = [name for name, reason in reasons.items() if reason is None]
-    rows = []
-    for row in _rows(able, place, quick, seconds, report):
-        rows.append(row)
-        if row.failure is not None and not row.failure.startswith(_NOT_RUN):
-            report(f"FAILED: {row.backend}, {row.problem}: {row.failure}")
-        elif row.seconds is not None:
-            report(f"{row.backend}, {name_of(SIZES[row.problem])}: {_cell(row)}")
-    result = Report(verdicts.title(place), reasons, rows, quick)
-    if place.type != "cuda":
-        return result
-    # That torch itself is wrong is a verdict too.
-    torch_is_wrong = any(row.failure and row.error for row in result.rows if row.backend == "torch")
-    if not result.passed and not torch_is_wrong:
-        return result._replace(kept=_NOTHING)
-    return result._replace(kept=verdicts.keep(place, result.verdict))
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    place = known_device(device, others=" and auto")
+    on_gpu = place.type == "cuda"
+    about: dict[str, str | None] = {"title": str(place)}
+    reasons: dict[str, str | None] = {}
+    rows: list[Row] = []
+    stored: list[str] = []
+    for backend in (*_ORDER, *_CONTENDERS[: 1 + on_gpu]):
+        report(f"{backend} on {place}")
+        first, about["unable"] = len(rows), None
+        for row in _rows(backend, str(place), seconds, about):
+            rows.append(row)
+            if row.failure is not None:
+                report(_failed(row))
+        if backend in BACKENDS:
+            reasons[backend] = about["unable"]
+        if on_gpu and backend in _KERNELS and not about["unable"] and (kind := about.get("kind")):
+            stored.append(_decide(backend, kind, rows[first:]))
+    return Report(str(about["title"]), reasons, rows, tuple(stored))

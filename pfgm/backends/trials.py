@@ -7,13 +7,11 @@ float64 on the CPU gives the exact results.
 from __future__ import annotations
 
 import functools
-import importlib
 import itertools
 import math
 import statistics
 import time
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import AbstractContextManager, nullcontext
 from typing import NamedTuple
 
 import torch
@@ -23,7 +21,6 @@ from ..common.tensors import dequantise, wide_dtype
 from ..core.problems import OdeStep, PosteriorMean, State, Upstream
 from . import native, native_calls
 from .backend import BACKENDS, Backend
-from .verdicts import SIZES
 
 ALLOWED = {
     "mean": 2e-5,
@@ -35,61 +32,26 @@ ALLOWED = {
 }
 """The largest error by the first word of a result's name. That of a mean or field is relative to
 √N, which no reference exceeds. All others are relative to their rows."""
-
-# Points, references and features. They decide which kernels a GPU runs, and with how many blocks
-# in which tiles. No size is a multiple of a tile's.
-SHAPES = {
-    "few points": (5, 70, 37),
-    "32 points a tile": (20, 70, 100),
-    "64 points a tile": (590, 1030, 100),
-    "128 references a tile": (300, 4100, 484),  # more panels than one float adds up
-    "128 references and points a tile": (1020, 2040, 100),
-    "128 references, 256 points a tile": (1020, 4100, 36),
-    "slices, 32 points a tile": (66, 33, 3070),
-    "slices, 64 points a tile": (40, 1500, 2070),
-    "slices, 128 points a tile": (97, 2100, 3076),
+SIZES = {
+    "digits": (128, 1437, 64),
+    "CIFAR-10": (128, 4096, 3072),
+    "Fashion-MNIST": (256, 60000, 784),
 }
-# Sizes at which an A100, an H100, an RTX 3090 and an RTX 4090 take all kernels that they can choose
-# for a type of references (tests/kernels/launched.py).
-_MANY_SIZES = (
-    (20, 40, 2070),
-    (3, 2100, 31),
-    (40, 300, 36),
-    (300, 1100, 36),
-    (300, 2100, 36),
-    (300, 4100, 36),
-    (590, 1200, 36),
-    (590, 4100, 36),
-    (590, 5000, 36),
-    (300, 4100, 484),
-    (1020, 2100, 484),
-    (66, 4100, 1030),
-    (40, 4100, 2070),
-    (97, 4100, 2070),
-    (130, 1100, 2070),
-    (300, 1100, 2070),
-    (40, 1100, 3076),
-    (66, 300, 3076),
-    (97, 2100, 3076),
-    (130, 2100, 3076),
-    (300, 300, 3076),
-    (1020, 300, 3076),
-    (590, 40, 3076),
-    (590, 1100, 3076),
+"""Points, references and features of the problems that are timed, the smallest first."""
+# Points, references and features, from few blocks to many: of differences, of small and large tiles
+# of products, and of features that blocks share. No size is a multiple of a tile's.
+SHAPES = (
+    *((3, 2100, 31), (5, 70, 37), (20, 70, 100), (66, 500, 100), (590, 1030, 100)),
+    *((300, 4100, 484), (1020, 4100, 36), (66, 33, 3070), (40, 1500, 2070), (97, 2100, 3076)),
 )
-_TYPES = {
-    "float64": torch.float64,
-    "bfloat16": torch.bfloat16,
-    "float16": torch.float16,
-    "bytes": torch.uint8,
-}
-# Rows for part of a warp, a block, and longer ones. Odd lengths are read value by value.
-_WIDTHS = (36, 37, 1041, 6150, 8200)
+TYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16, torch.uint8)
+_WIDTHS = (36, 37, 1041, 6150, 8200)  # for part of a warp, a block, and longer; odd, by values
 _ROWS = 5
 _GAMMA = 5.0
 _IN_A_ROW = 20
-_MOST_VALUES = 1 << 21  # of a gradient of references that are compared
-_ROWS_OF_SIZES = 8  # points of the timed problems that are compared
+_COMPARED = 8  # points of large problems that are compared
+_LARGE = 1 << 24  # B·M·N from which on a problem is large
+_BATCH = (70, 300, 97)
 
 Results = dict[str, Tensor]
 
@@ -114,24 +76,18 @@ class Trial(NamedTuple):
     """One problem."""
 
     compute: Callable[[Place], Results]
-    quick: bool = False
-    """Whether a quick check has it, too."""
     references: torch.dtype | None = None
     """The type of references, which not all backends read."""
-    only: str | None = None
-    """The one backend that it is for."""
-    gpus: int = 0
-    """How many GPUs it needs."""
+    on_gpu: bool = False
+    """Whether it is for GPUs alone."""
     large: bool = False
     """Whether the backend ``reference`` is left out: it would take too long."""
 
     def applies(self, backend: str, device: torch.device) -> bool:
         """Whether a backend computes it on a device."""
-        if self.gpus and (device.type != "cuda" or torch.cuda.device_count() < self.gpus):
-            return False
         able = BACKENDS[backend].supports(device, torch.float32, self.references) is None
-        fits = not (self.large and backend == "reference")
-        return able and fits and self.only in (None, backend)
+        here = device.type == "cuda" or not self.on_gpu
+        return able and here and not (self.large and backend == "reference")
 
     def allowed(self, result: str) -> float:
         """The largest error of a result."""
@@ -166,15 +122,8 @@ class Data(NamedTuple):
 
 
 def _data(
-    B: int,
-    M: int,
-    N: int,
-    D: float = 1.0,
-    dtype: torch.dtype = torch.float32,
-    seed: int = 0,
-    near: int | None = None,
+    B: int, M: int, N: int, D: float = 1.0, dtype: torch.dtype = torch.float32, seed: int = 0
 ) -> Data:
-    """``near`` is the number of references, the first ones, that points are close to."""
     generator = torch.Generator().manual_seed(seed)
 
     def normal(*shape: int) -> Tensor:
@@ -188,9 +137,7 @@ def _data(
     references = ((y + 1) * 127.5).round().to(dtype) if dtype == torch.uint8 else y.to(dtype)
     y = dequantise(references, torch.float32)
     sigma = 10 ** (2.5 * uniform(B) - 1.5)
-    first, second = (
-        torch.randint(near or M, (B,), generator=generator, device="cpu") for _ in range(2)
-    )
+    first, second = (torch.randint(M, (B,), generator=generator, device="cpu") for _ in range(2))
     x = y[first] + 0.5 * uniform(B, 1) * (y[second] - y[first]) + sigma[:, None] * normal(B, N)
     radius = sigma.double() * (1.0 if math.isinf(D) else math.sqrt(D))
     upstream = Upstream(normal(B, N), sigma.double().square().clamp(max=1) * normal(B).double())
@@ -201,11 +148,7 @@ def _data(
 
 
 def _mean_and_gradients(
-    place: Place,
-    data: Data,
-    D: float = 1.0,
-    *,
-    needs_references: bool = True,
+    place: Place, data: Data, D: float = 1.0, *, needs_references: bool = True
 ) -> Results:
     x, references, radius, upstream = data
     problem = PosteriorMean(x, references, radius, D)
@@ -218,19 +161,38 @@ def _mean_and_gradients(
     results = {"mean": mean / math.sqrt(x.shape[1]), "log-sum-exp": logsumexp}
     results |= {"gradient of x": grad_x, "gradient of r": grad_radius}  # type: ignore[dict-item]
     if grad_references is not None:
-        step = -(-grad_references.numel() // _MOST_VALUES)
-        results["gradient of references"] = grad_references[::step]
+        results["gradient of references"] = grad_references
     return results
 
 
-def _shape(
-    place: Place,
-    sizes: tuple[int, int, int],
-    D: float,
-    dtype: torch.dtype = torch.float32,
-) -> Results:
-    data = _data(*sizes, D, dtype, seed=sum(sizes))
-    return _mean_and_gradients(place, data.to(place), D)
+def _shape(place: Place, sizes: tuple[int, int, int], D: float, dtype: torch.dtype) -> Results:
+    """Of a large problem some points are compared, and no gradient of references."""
+    data, large = _data(*sizes, D, dtype, seed=sum(sizes)), math.prod(sizes) >= _LARGE
+    step = max(sizes[0] // _COMPARED, 1) if large else 1
+    if place is EXACT:
+        x, references, radius, (G, g) = data
+        data = Data(x[::step], references, radius[::step], Upstream(G[::step], g[::step]))
+        step = 1
+    results = _mean_and_gradients(place, data.to(place), D, needs_references=not large)
+    return {name: rows[::step] for name, rows in results.items()}
+
+
+def _half_way(place: Place, D: float, dtype: torch.dtype) -> Results:
+    """Points half-way between two references, at small levels."""
+    _, references, _, upstream = _data(30, 96, 1536, D, dtype)
+    y = dequantise(references, torch.float32)
+    sigma = torch.tensor([0.1, 0.02, 0.005], dtype=torch.float64, device="cpu").repeat(10)
+    radius = sigma * (1.0 if math.isinf(D) else math.sqrt(D))
+    data = Data((y[:30] + y[30:60]) / 2, references, radius, upstream).to(place)
+    mean, logsumexp, _, _ = place.backend.posterior_mean(PosteriorMean(*data[:3], D))
+    return {"mean": mean / math.sqrt(1536), "log-sum-exp": logsumexp}
+
+
+def _far(place: Place, D: float, dtype: torch.dtype, away: float) -> Results:
+    """Points and levels far beyond all references."""
+    x, references, radius, upstream = _data(30, 96, 300, D, dtype)
+    data = Data(away * x, references, away * radius, upstream).to(place)
+    return _mean_and_gradients(place, data, D)
 
 
 def _limits(place: Place) -> Results:
@@ -255,9 +217,9 @@ def _difference(place: Place) -> Results:
     return {"difference x − mean": place.backend.posterior_mean(problem)[0]}
 
 
-def _field(place: Place, sizes: tuple[int, int, int] = (40, 300, 97)) -> Results:
+def _field(place: Place) -> Results:
     """PFGM's field, by the native kernels in the one call that they have for it."""
-    x, references, z, _ = _data(*sizes).to(place)
+    x, references, z, _ = _data(40, 300, 97).to(place)
     fields = None
     if place.backend is BACKENDS["native"]:
         gpu = place.device if place.on_gpu else None
@@ -321,8 +283,6 @@ def _everything(place: Place, data: Data) -> Results:
 
 # ---- how a GPU is told to compute it -----------------------------------------------------------
 
-_BATCH = (70, 300, 97)
-
 
 def _stacked(batches: Iterable[Results]) -> Results:
     listed = list(batches)
@@ -342,56 +302,10 @@ def _in_chunks(place: Place) -> Results:
     if limit is not None:
         limit(pairs=600, parts=1, queries=17, references=128)
     try:
-        return _shape(place, (40, 700, 68), 1.0)
+        return _shape(place, (40, 700, 68), 1.0, torch.float32)
     finally:
         if limit is not None:
             limit()
-
-
-def _in_each_tile(place: Place) -> Results:
-    """Each of the tiles that a measurement may choose in Triton's kernels."""
-    batches = []
-    for index in range(2):
-        forced: AbstractContextManager[object] = nullcontext()
-        if place.backend is not EXACT.backend:
-            forced = importlib.import_module("pfgm.kernels.tuning").forced(index)
-        with forced:
-            batches += [_shape(place, sizes, 1.0) for sizes in ((130, 500, 100), (590, 500, 100))]
-    return _stacked(batches)
-
-
-@functools.lru_cache(1)
-def _pool(dtype: torch.dtype) -> Data:
-    """What all sizes are cut from: to make data takes longer than to compute."""
-    B, M, N = (max(sizes) for sizes in zip(*_MANY_SIZES, strict=True))
-    return _data(B, M, N, dtype=dtype, near=40)
-
-
-def _corner(pool: Data, sizes: tuple[int, int, int]) -> Data:
-    """The first values of the first rows."""
-    B, M, N = sizes
-    x, references, radius, (G, g) = pool
-    upstream = Upstream(G[:B, :N].contiguous(), g[:B])
-    return Data(x[:B, :N].contiguous(), references[:M, :N].contiguous(), radius[:B], upstream)
-
-
-def _at_many_sizes(place: Place, dtype: torch.dtype = torch.float32) -> Results:
-    """From few blocks to many, so that a GPU takes each kernel that is best somewhere. Some points
-    are compared."""
-    results: Results = {}
-    for k, sizes in enumerate(_MANY_SIZES):
-        B, D = sizes[0], (1.0, math.inf)[k % 2]
-        x, references, radius, (G, g) = _corner(_pool(dtype), sizes)
-        step = max(B // _ROWS_OF_SIZES, 1)
-        if place is EXACT:
-            x, radius, G, g, step = x[::step], radius[::step], G[::step], g[::step], 1
-        data = Data(x, references, radius, Upstream(G, g)).to(place)
-        values = _mean_and_gradients(place, data, D, needs_references=False)
-        if k == 0:
-            apart = PosteriorMean(*data[:3], D, difference=True)
-            values["difference x − mean"] = place.backend.posterior_mean(apart)[0]
-        results |= {f"{name} at {name_of(sizes)}": rows[::step] for name, rows in values.items()}
-    return results
 
 
 def _on_another_stream(place: Place) -> Results:
@@ -416,11 +330,11 @@ def _in_a_graph(place: Place) -> Results:
     if not place.on_gpu:
         return _stacked([_everything(place, batch) for batch in batches])
     held = _data(*_BATCH, seed=9).to(place)
-    with torch.cuda.stream(torch.cuda.Stream(place.device)):
+    graph, stream = torch.cuda.CUDAGraph(), torch.cuda.Stream(place.device)
+    with torch.cuda.stream(stream):
         _everything(place, held)
     torch.cuda.synchronize(place.device)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
+    with torch.cuda.graph(graph, stream=stream):  # which is on the device of the trial
         results = _everything(place, held)
 
     def replayed(batch: Data) -> Results:
@@ -433,86 +347,42 @@ def _in_a_graph(place: Place) -> Results:
     return _stacked([replayed(batch) for batch in batches])
 
 
-def _on_the_second_gpu(place: Place) -> Results:
-    """Another GPU than the current one."""
-    if place.on_gpu:
-        other = 1 if (place.device.index or 0) == 0 else 0
-        place = place._replace(device=torch.device("cuda", other))
-    return _everything(place, _data(*_BATCH).to(place))
-
-
-def _rows_of_size(place: Place, sizes: tuple[int, int, int]) -> Results:
-    """Some points of a problem that is timed."""
-    x, references, radius = _timed(sizes)
-    step = len(x) // _ROWS_OF_SIZES
-    if place is EXACT:
-        x, radius, step = x[::step], radius[::step], 1
-    data = Data(x, references, radius, Upstream(x, radius)).to(place)
-    mean, logsumexp, _, _ = place.backend.posterior_mean(PosteriorMean(*data[:3], 1.0))
-    return {"mean": mean[::step] / math.sqrt(sizes[2]), "log-sum-exp": logsumexp[::step]}
-
-
 # ---- all trials --------------------------------------------------------------------------------
 
 
 def _trials() -> Iterator[tuple[str, Trial]]:
-    part = functools.partial
-    for k, (name, sizes) in enumerate(SHAPES.items()):
-        D = (1.0, math.inf, 128.0)[k % 3]
-        yield f"{name}, {name_of(sizes)}", Trial(part(_shape, sizes=sizes, D=D), quick=k < 3)
-    for name, dtype in _TYPES.items():
-        for sizes in ((5, 70, 37), (66, 500, 100)):
-            compute = part(_shape, sizes=sizes, D=1.0, dtype=dtype)
-            yield f"{name}, {name_of(sizes)}", Trial(compute, sizes[0] == 66, references=dtype)
-    yield "ties and limits", Trial(_limits, quick=True)
-    yield "x − mean", Trial(_difference, quick=True)
-    yield "field", Trial(_field, quick=True)
+    part, half = functools.partial, (torch.bfloat16, torch.float16)
+    cases = [*itertools.product(SHAPES, TYPES), *((s, torch.float32) for s in SIZES.values())]
+    for k, (sizes, dtype) in enumerate(cases):
+        large = math.prod(sizes) >= _LARGE
+        compute = part(_shape, sizes=sizes, D=(1.0, math.inf, 128.0)[k % 3], dtype=dtype)
+        if dtype != torch.float64 or not large:
+            name = f"{name_of(sizes)}, {str(dtype).removeprefix('torch.')}"
+            yield name, Trial(compute, dtype, large=large)
+    for dtype, D in itertools.product((torch.float32, *half), (math.inf, 1.0)):
+        name = f"half-way between {str(dtype).removeprefix('torch.')}, D = {D:g}"
+        yield name, Trial(part(_half_way, D=D, dtype=dtype), dtype)
+    for dtype, D in ((torch.float32, 1e6), (torch.float32, math.inf), (torch.uint8, 1.0)):
+        name = f"far from {str(dtype).removeprefix('torch.')}, D = {D:g}"
+        yield name, Trial(part(_far, D=D, dtype=dtype, away=300.0), dtype)
+    yield "ties and limits", Trial(_limits)
+    yield "x − mean", Trial(_difference)
+    yield "field", Trial(_field)
     for features in _WIDTHS:
-        quick = features == 37
-        yield f"normalised field, {features}", Trial(part(_normalised, features=features), quick)
-        yield f"steps, {features}", Trial(part(_steps, features=features), quick)
-    yield f"{_IN_A_ROW} launches in a row", Trial(_in_a_row, quick=True)
-    yield "in small chunks", Trial(_in_chunks, quick=True)
-    yield "in each tile", Trial(_in_each_tile, only="triton")
-    yield "many sizes", Trial(_at_many_sizes, large=True)
-    for name, dtype in _TYPES.items():
-        if dtype != torch.float64:
-            compute = part(_at_many_sizes, dtype=dtype)
-            yield f"many sizes, {name}", Trial(compute, references=dtype, large=True, gpus=1)
-    yield "another stream", Trial(_on_another_stream, quick=True, gpus=1)
+        yield f"normalised field, {features}", Trial(part(_normalised, features=features))
+        yield f"steps, {features}", Trial(part(_steps, features=features))
+    yield f"{_IN_A_ROW} launches in a row", Trial(_in_a_row)
+    yield "in small chunks", Trial(_in_chunks)
+    yield "another stream", Trial(_on_another_stream, on_gpu=True)
     # Nothing promises that a graph can capture the backend reference.
-    yield "a CUDA graph", Trial(_in_a_graph, quick=True, gpus=1, large=True)
-    yield "the second GPU", Trial(_on_the_second_gpu, quick=True, gpus=2)
-    for name, sizes in SIZES.items():
-        compute = part(_rows_of_size, sizes=sizes)
-        small = name == "digits"
-        yield f"{name}, {name_of(sizes)}", Trial(compute, quick=small, large=not small)
+    yield "a CUDA graph", Trial(_in_a_graph, on_gpu=True, large=True)
 
 
 TRIALS = dict(_trials())
 
 
-# ---- errors ------------------------------------------------------------------------------------
-
-
-@functools.cache
-def _exact(name: str) -> Results:
-    return TRIALS[name].compute(EXACT)
-
-
-def errors(name: str, backend: str, device: torch.device) -> dict[str, float]:
-    """The error of each result of a trial; NaN where a result is not a number."""
-    exact = _exact(name)
-    place = Place(BACKENDS[backend], device, torch.float32)
-    results = TRIALS[name].compute(place)
-    return {
-        result: _error(result, results[result].cpu().double(), wanted.double())
-        for result, wanted in exact.items()
-    }
-
-
-def _error(name: str, result: Tensor, exact: Tensor) -> float:
-    """The largest error of a row."""
+def error_of(name: str, result: Tensor, exact: Tensor) -> float:
+    """The largest error of a row; NaN where a result is not a number."""
     if result.shape != exact.shape:
         return math.nan
     difference, exact = (t.reshape(len(t), -1) for t in (result - exact, exact))
@@ -529,8 +399,7 @@ def _error(name: str, result: Tensor, exact: Tensor) -> float:
 # ---- times -------------------------------------------------------------------------------------
 
 
-@functools.lru_cache(1)
-def _timed(sizes: tuple[int, int, int]) -> tuple[Tensor, Tensor, Tensor]:
+def timed_data(sizes: tuple[int, int, int]) -> tuple[Tensor, Tensor, Tensor]:
     """Points as in training (PFGM, algorithm 2), references (M, N), and z (B,) in float64."""
     B, M, _ = sizes
     _, references, _, (noise, g) = _data(*sizes)
@@ -540,45 +409,42 @@ def _timed(sizes: tuple[int, int, int]) -> tuple[Tensor, Tensor, Tensor]:
     return x, references, level.double() * (1 + g.abs())
 
 
-def _plain(x: Tensor, references: Tensor, z: Tensor) -> Tensor:
+def plain_mean(x: Tensor, references: Tensor, z: Tensor) -> Tensor:
     """The mean in plain torch: matrix product, softmax, matrix product."""
     squared = x.square().sum(1)[:, None] + references.square().sum(1) - 2 * x @ references.T
     scores = -(x.shape[1] + 1) / 2 * torch.log(squared + z[:, None] ** 2)
     return scores.softmax(1) @ references
 
 
-def seconds_in_turns(
-    sizes: tuple[int, int, int], backend: str, device: torch.device, budget: float
+def seconds_of(
+    sizes: tuple[int, int, int], name: str, device: torch.device, budget: float
 ) -> tuple[float, float]:
-    """Seconds of a call of a backend and of plain torch, which take turns for some seconds."""
-    x, references, z = _timed(sizes)
+    """Seconds of a call of a backend or contender, and of torch, in turns for some seconds."""
+    x, references, z = timed_data(sizes)
     x, references, z = x.to(device), references.to(device), z.to(device, wide_dtype(device))
-    problem = PosteriorMean(x, references, z, 1.0)
-    narrow = z.to(x.dtype)
-    calls = (
-        lambda: BACKENDS[backend].posterior_mean(problem),
-        lambda: _plain(x, references, narrow),
-    )
+    problem, narrow = PosteriorMean(x, references, z, 1.0), z.to(x.dtype)
+    plain = plain_mean
+    if name == "compiled TF32":  # in a process of its own
+        torch.backends.cuda.matmul.allow_tf32 = True
+        plain = torch.compile(plain_mean)
 
-    def timed(call: Callable[[], object], count: int) -> float:
-        _wait(device)
+    def call_of(name: str) -> tuple[Tensor, ...]:
+        if name in BACKENDS:
+            return BACKENDS[name].posterior_mean(problem)
+        return (plain(x, references, narrow),)
+
+    def timed(name: str, count: int = 1) -> float:
         started = time.perf_counter()
         for _ in range(count):
-            call()
-        _wait(device)
+            mean, *_ = call_of(name)
+        mean[0, 0].item()  # waits for the device
         return (time.perf_counter() - started) / count
 
-    counts = [1, 1]
-    if sum(timed(call, 1) for call in calls) < budget:  # with kernels that had to be compiled
-        counts = [1 + int(0.02 / timed(call, 1)) for call in calls]
+    names = name, "torch"
+    counts = [1 + int(0.02 / min(timed(each), timed(each))) for each in names]
     ends = time.perf_counter() + budget
     turns: list[list[float]] = []
     while not turns or (time.perf_counter() < ends and len(turns) < 50):
-        turns.append([timed(call, count) for call, count in zip(calls, counts, strict=True)])
-    own, plain = (statistics.median(times) for times in zip(*turns, strict=True))
-    return own, plain
-
-
-def _wait(device: torch.device) -> None:
-    if device.type != "cpu":
-        torch.accelerator.synchronize(device)
+        turns.append([timed(each, count) for each, count in zip(names, counts, strict=True)])
+    own, other = (statistics.median(times) for times in zip(*turns, strict=True))
+    return own, other

@@ -109,11 +109,14 @@ def _parse(arguments: list[str]) -> Any:
 
 
 def _check_values(arguments: list[str]) -> None:
-    """Raises ValueError for an empty value. As a path it would mean the current folder."""
+    """Raises ValueError for an empty value, which as a path would mean the current folder, and for
+    an option that was removed."""
     for before, argument in pairwise(["", *arguments]):
         name, _, value = argument.partition("=") if "=" in argument else (before, "", argument)
         if name.startswith("--") and not value:
             raise ValueError(f"{name[2:]} is ''; allowed is a text that is not empty.")
+    if arguments[:1] == ["check"] and "--quick" in arguments:
+        raise ValueError("check --quick was removed in 0.3.0: there is one check; leave it out.")
 
 
 def _memory_message(error: BaseException) -> str:

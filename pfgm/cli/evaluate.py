@@ -14,7 +14,7 @@ import tyro
 from torch import Tensor
 
 from .. import evaluation
-from ..common.checks import check_seed
+from ..common.checks import check_seed, usable_device
 from ..common.files import output_folder, write_csv, write_json
 from ..common.versions import versions
 from ..data import to_unit
@@ -30,7 +30,6 @@ from ..references import References, ReferenceSet
 from ..training.checkpoint import Loaded, check_solver, load
 from ..training.checks import warn_of_range
 from ..training.runs import RunConfig
-from .check import proven_device
 from .options import PretrainedName, SamplingOptions, check_guidance
 
 _PICTURE_SAMPLES = 100
@@ -116,7 +115,7 @@ class Evaluate:
 
     def run(self) -> None:
         self._check()
-        device = proven_device(self.sampling.device)
+        device = usable_device(self.sampling.device)
         if self.fid:
             find_inception_weights(self.fid_weights)
         options: dict[str, Any] = {

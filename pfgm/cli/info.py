@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 
 from .. import backends
-from ..backends import native, verdicts
+from ..backends import native
 from ..common.messages import print_result
 
 _SHOWN_PACKAGES = ("torch", "numpy", "triton", "torchdiffeq", "safetensors", "tqdm", "tyro")
@@ -32,7 +32,6 @@ class Info:
                 lines.append(f"{device:10} {name}: {state}")
             name, reason = backends.preferred(device)
             lines.append(f"{device:10} default: {name}, {reason}")
-        lines += verdicts.lines()
         if not torch.cuda.is_available():
             lines.append(f"{'cuda':10} torch finds no GPU that it can use; the CPU computes")
         print_result("\n".join([*lines, *native.build_lines()]))

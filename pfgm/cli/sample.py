@@ -17,7 +17,7 @@ import tyro
 from torch import Tensor, nn
 
 from .. import data
-from ..common.checks import check_seed
+from ..common.checks import check_seed, usable_device
 from ..common.files import check_new_folder, new_folder, output_folder
 from ..common.messages import progress_bar
 from ..data.images import save_image
@@ -31,7 +31,6 @@ from ..plotting.figures import require_matplotlib
 from ..pretrained import PRETRAINED, pretrained_path
 from ..solvers import StepInfo
 from ..training import checkpoint
-from .check import proven_device
 from .options import PretrainedName, SamplingOptions, check_guidance
 
 __all__ = ["Sample"]
@@ -78,7 +77,7 @@ class Sample:
 
     def run(self) -> None:
         self._check()
-        device = proven_device(self.sampling.device)
+        device = usable_device(self.sampling.device)
         if notice := checkpoint.check_solver(self._weights, self.sampling.solver):
             print(f"pfgm: {notice}", file=sys.stderr)
         flow, network = checkpoint.load(self._weights, device=device)

@@ -9,10 +9,10 @@ from typing import Annotated
 
 import tyro
 
+from ..common.checks import usable_device
 from ..training import TrainConfig, runs
 from ..training.processes import joined
 from ..training.runs import RunConfig, Settings
-from .check import proven_device
 
 
 @dataclass
@@ -40,7 +40,7 @@ class Train:
 
     def run(self) -> None:
         config = RunConfig.of(self.settings, self.training)
-        with joined(proven_device(self.device), self.timeout) as device:
+        with joined(usable_device(self.device), self.timeout) as device:
             runs.start(
                 config, self.out, device=device, resume=self.resume, resume_from=self.resume_from
             )

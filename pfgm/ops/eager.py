@@ -24,7 +24,8 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
-from ..backends import Backend, choose_for, native, native_calls, requested, verdicts
+from ..backends import Backend, choose_for, native, native_calls, requested
+from ..backends.passes import known as native_passed
 from ..common.checks import debugging
 from ..common.tensors import mark_written
 from ..core.problems import OdeStep, PosteriorMean, State, Upstream
@@ -254,20 +255,16 @@ def one_call(
         or not native_calls.available
         or (gpu is not None and debugging())
         or not passes(gpu, *operands)
-        or (gpu is not None and not chosen and not _takes_native(gpu, name, operands))
+        or (gpu is not None and not chosen and not _takes_native(gpu))
     ):
         return None
     return getattr(native_calls, name)(gpu, *operands, *options)
 
 
-def _takes_native(gpu: torch.device, name: str, operands: tuple[Any, ...]) -> bool:
-    """Whether to ask the native kernels on a GPU: they are the first choice there, or the
-    environment names a backend. The kernels then check whether that is native."""
-    x, references, *_ = operands
-    has_rows = name != "step" and type(references) is Tensor and references.ndim > 0
-    work = x.numel() * (references.shape[0] if has_rows else 1)
-    native_first = verdicts.known_order(gpu, work)[:1] == ("native",)
-    return native_first or bool(os.environ.get("PFGM_BACKEND"))
+def _takes_native(gpu: torch.device) -> bool:
+    """Whether to ask the native kernels on a GPU: they compute there, or the environment names a
+    backend. The kernels then check whether that is native."""
+    return native_passed(gpu) or bool(os.environ.get("PFGM_BACKEND"))
 
 
 def all_finite(values: Tensor) -> bool:

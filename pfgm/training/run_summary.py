@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import os
 
 import torch
@@ -78,9 +77,7 @@ def _backend(trainer: Trainer) -> str:
     name = requested() or os.environ.get("PFGM_BACKEND")
     if name:
         return f"{name} on {device}, as requested"
-    config, features = trainer.config, math.prod(trainer.data.shape[1:])
-    references = max(min(config.references, len(trainer.data)), 1)
-    name, reason = preferred(device, config.batch_size * references * features)
+    name, reason = preferred(device)
     return f"{name} on {device}, {reason}"
 
 

@@ -1,48 +1,56 @@
-"""A stand-in for a GPU and its verdict."""
+"""Stand-ins for GPUs: torch and the extension find two, of two kinds."""
+
+from types import SimpleNamespace
 
 import pytest
+import torch
 
-from pfgm.backends import verdicts
-from pfgm.backends.verdicts import SIZES, Verdict
+from pfgm.backends import native, passes
 
-ALL = ("native", "triton", "torch", "reference")
+KINDS = ("H100", "A100")
 
 
 @pytest.fixture
-def gpu(monkeypatch, tmp_path):
-    """gpu(verdict) → a device "cuda" of which this process knows the verdict, or none.
+def gpus(monkeypatch, tmp_path):
+    """Two GPUs that run the kernels, without a pass, and their state: what is wrong with each, the
+    driver and the current device. The cache folder is a temporary one."""
+    state = SimpleNamespace(problems=["", ""], driver=13000, current=0, kinds=list(KINDS))
 
-    The cache folder is a temporary one.
-    """
-    monkeypatch.setattr(
-        verdicts, "_kind", lambda device: "Stand-in" if device.type == "cuda" else None
+    def index(device):
+        number = torch.device(device).index if isinstance(device, (str, torch.device)) else device
+        return state.current if number is None else number
+
+    extension = native._native
+    info = {**extension.build_info(), "cuda_architectures": "80"} if extension else {}
+    stand_in = SimpleNamespace(
+        build_info=lambda: info,
+        cpu_isa=lambda: "stand-in",
+        cuda_problem=lambda number: state.problems[number],
+        cuda_versions=lambda: (13000, state.driver),
     )
-    monkeypatch.setattr(verdicts.platformdirs, "user_cache_dir", lambda name: tmp_path / name)
-
-    def learn(verdict=None):
-        verdicts._warn_of_unproven.cache_clear()
-        monkeypatch.setattr(verdicts, "_verdicts", {} if verdict is None else {"Stand-in": verdict})
-        monkeypatch.setattr(verdicts, "_orders", {})
-
-    learn()
-    return learn
-
-
-@pytest.fixture
-def verdict():
-    """verdict(passed=…, **speeds): the speeds at a size are those of the backends in ALL."""
-
-    def build(passed=ALL, failures=None, quick=False, **speeds):
-        named = {
-            name.replace("_", "-"): dict(zip(ALL, of, strict=False)) for name, of in speeds.items()
-        }
-        return Verdict(passed, failures or {}, {size: named.get(size, {}) for size in SIZES}, quick)
-
-    return build
+    for name, function in {
+        "is_available": lambda: True,
+        "device_count": lambda: 2,
+        "current_device": lambda: state.current,
+        "get_device_name": lambda device=None: state.kinds[index(device)],
+        "get_device_capability": lambda device=None: (8, 0),
+    }.items():
+        monkeypatch.setattr(torch.cuda, name, function)
+    monkeypatch.setattr(native, "_native", stand_in)
+    monkeypatch.setattr(native, "_able", set())
+    monkeypatch.setattr(passes.platformdirs, "user_cache_dir", lambda name: tmp_path / name)
+    monkeypatch.setattr(passes, "_known", {})
+    monkeypatch.setattr(passes, "driver", lambda: f"{state.driver}")
+    monkeypatch.delenv("PFGM_BACKEND", raising=False)
+    passes._warn_once.cache_clear()
+    native._warn_of_unused_gpu.cache_clear()
+    state.info = info
+    return state
 
 
 @pytest.fixture
-def proven(gpu, verdict):
-    """Every backend has passed on the GPU, and native is the fastest, then Triton."""
-    speeds = (3.0, 2.0, 0.7, 0.1)
-    gpu(verdict(digits=speeds, CIFAR_10=speeds, Fashion_MNIST=speeds))
+def proven(monkeypatch):
+    """Native has passed on every GPU."""
+    monkeypatch.setattr(passes, "has", lambda kind, backend: True)
+    monkeypatch.setattr(passes, "_known", {})
+    monkeypatch.setattr(passes, "kind_of", lambda device: "Stand-in")

@@ -23,7 +23,6 @@ from pfgm.backends import (
     choose,
     native,
     native_calls,
-    preferred,
     products,
     reference,
     requested,
@@ -208,7 +207,7 @@ def test_a_gpu_that_was_busy_is_used_again(monkeypatch):
         warnings.simplefilter("always")
         assert "out of memory" in native.supports(gpu, torch.float32)
         assert not native_calls._runs_on(gpu, torch.float32, None)
-        assert choose(None, gpu, torch.float32) is triton
+        assert choose(None, gpu, torch.float32) is products
         monkeypatch.setattr(native_calls, "_supported", set())
         assert native_calls._runs_on(gpu, torch.float32, None)
         assert native_calls._runs_on(gpu, torch.float32, None)
@@ -225,11 +224,11 @@ def test_an_extension_without_cuda(monkeypatch):
     built_for(monkeypatch, None)
     assert "built without CUDA" in available("cuda")["native"].detail
     assert "CUDA" not in available("cpu")["native"].detail
-    assert choose(None, CUDA, torch.float32) is triton
+    assert choose(None, CUDA, torch.float32) is products
 
 
 @native_only
-@pytest.mark.usefixtures("with_cuda", "proven")
+@pytest.mark.usefixtures("with_cuda", "proven", "gpus")
 def test_order():
     assert choose(None, CPU, torch.float32) is native
     assert choose(None, CPU, torch.float64) is native
@@ -240,25 +239,10 @@ def test_order():
         choose(None, CPU, torch.float16)
 
 
-@native_only
-@pytest.mark.usefixtures("proven")
-def test_the_preferred_backend_has_a_reason(monkeypatch, gpu):
-    for architectures, name in (("90a-real", "native"), (None, "triton")):
-        built_for(monkeypatch, architectures)
-        assert preferred("cuda") == (name, "the fastest of those that passed pfgm check")
-    gpu(None)
-    name, reason = preferred("cuda")
-    assert name == "torch"
-    assert "have not proved themselves" in reason
-    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
-    assert preferred("cuda") == ("torch", "the first that can run")
-    assert preferred("cpu") == ("native", "the first that can run")
-
-
 @pytest.mark.parametrize("device", [CPU, CUDA])
 @pytest.mark.parametrize("architectures", ["90a-real", None])
 @native_only
-@pytest.mark.usefixtures("proven")
+@pytest.mark.usefixtures("proven", "gpus")
 def test_without_triton(monkeypatch, device, architectures):
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     built_for(monkeypatch, architectures)

@@ -1,5 +1,7 @@
-"""pfgm check: every planted fault is a row that failed, and the table says so."""
+"""pfgm check: every planted fault is a row that failed, and only a pass is stored."""
 
+import json
+import math
 import os
 from types import SimpleNamespace
 
@@ -7,195 +9,185 @@ import pytest
 import torch
 
 from pfgm import backends
-from pfgm.backends import checking, trials, verdicts
-from pfgm.backends.checking import Report, Row
+from pfgm.backends import checking, passes, trials
 from pfgm.backends.trials import EXACT, TRIALS, Place
-from pfgm.backends.worker import Answer
+from pfgm.backends.worker import Lost
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda", 0)
-SMALL = [name for name, trial in TRIALS.items() if trial.quick and not trial.gpus]
+SMALL = [name for name, trial in TRIALS.items() if not trial.large and not trial.on_gpu]
+native_only = pytest.mark.skipif(os.environ.get("PFGM_NATIVE") == "0", reason="PFGM_NATIVE=0")
 # Faults of two backends, in the process that computes.
 FAULTS = """
-import os, signal, time, torch
-from pfgm.backends import checking, native, products, trials, worker
-real_answer = checking.answer
-def with_faults(real):
+import os, signal, torch
+from pfgm.backends import checking, native, products, trials
+def with_faults(real, fault_of):
     def faulty(problem, *rest):
         mean, *others = real(problem, *rest)
-        return faults.get(fault, lambda mean: mean)(mean), *others
+        return faults[fault_of(problem)](mean), *others
     return faulty
-def crash(mean):
-    os.kill(os.getpid(), signal.SIGSEGV)
 def lack(mean):
     raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20 GiB.")
-def slow(mean):
-    time.sleep(1)
-    return mean
 faults = {
+    "": lambda mean: mean,
     "wrong": lambda mean: mean + 1e-3,
     "one row": lambda mean: torch.cat([mean[:-1], mean[-1:] * 1.01]),
     "NaN": lambda mean: torch.full_like(mean, torch.nan),
     "memory": lack,
-    "crash": crash,
-    "hang": lambda mean: time.sleep(600),
-    "slow": slow,
+    "crash": lambda mean: os.kill(os.getpid(), signal.SIGSEGV),
 }
-for module in (products, native):
-    module.posterior_mean = with_faults(module.posterior_mean)
-def answer(task):
-    global fault
-    kind, name, backend, *_ = task
-    fault = plan.get((backend, name))
-    return real_answer(task)
+by_features = {31: "wrong", 37: "one row", 100: "NaN", 40: "memory", 97: "memory"}
+products.posterior_mean = with_faults(
+    products.posterior_mean, lambda problem: by_features[problem.x.shape[1]])
+native.posterior_mean = with_faults(native.posterior_mean, lambda problem: "crash")
 """
 
 
+@native_only
 def test_each_planted_fault_is_found(monkeypatch):
-    few, tiles, ragged, *_ = SMALL
-    names = [few, tiles, ragged, "ties and limits", "field", "in small chunks", "x − mean"]
-    torch_faults = dict(
-        zip(names, ("wrong", "one row", "NaN", "memory", "crash", "hang"), strict=False)
+    few, ragged, tiles = (
+        f"{s}, float32" for s in ("3 × 2100 × 31", "5 × 70 × 37", "20 × 70 × 100")
     )
-    plan = {("torch", name): fault for name, fault in torch_faults.items()}
-    plan["native", "digits"] = "slow"
-    code = f"plan = {plan!r}; exec({FAULTS!r}, globals()); worker.serve(answer)"
-    monkeypatch.setattr(checking, "_code", lambda device: code)
-    monkeypatch.setattr(checking, "TRIALS", {name: TRIALS[name] for name in names})
-    ask = checking.Worker.ask
-
-    def impatient(worker, task, limit):  # with the task that hangs alone, however busy all else is
-        return ask(worker, task, 1.0 if task[1:3] == ["in small chunks", "torch"] else limit)
-
-    monkeypatch.setattr(checking.Worker, "ask", impatient)
-    monkeypatch.setattr(checking, "SIZES", {"digits": verdicts.SIZES["digits"]})
-    report = checking.check("cpu", quick=True)
-    failures = {row.problem: row.failure for row in report.failures}
-    assert list(failures) == names
-    assert {row.backend for row in report.failures} == {"torch"}
+    names = [few, ragged, tiles, "ties and limits", "field", "x − mean"]
+    names[5:] = ["steps, 37"]
+    chosen = {name: TRIALS[name] for name in names}
+    code = checking._code
+    monkeypatch.setattr(checking, "TRIALS", chosen)
+    monkeypatch.setattr(
+        checking,
+        "_code",
+        lambda *arguments: (
+            f"exec({FAULTS!r}, globals()); checking.SIZES = {{}}; "
+            f"checking.TRIALS = {{name: trials.TRIALS[name] for name in {names!r}}}; "
+            f"{code(*arguments)}"
+        ),
+    )
+    report = checking.check("cpu")
+    failures = {row.problem: row.failure for row in report.failures if row.backend == "torch"}
+    assert list(failures) == names[:5]
     assert failures[few].startswith("mean is off by 1.0e-03; allowed is 2.0e-05")
-    assert failures[tiles].startswith("mean is off by")
-    assert "is off by nan" in failures[ragged]
-    assert failures["ties and limits"].startswith("OutOfMemoryError: CUDA out of memory. Tried to")
-    assert failures["field"] == "the process was ended by SIGSEGV"
-    assert failures["in small chunks"] == "took more than 1 s, and was stopped"
-    assert failures["x − mean"] == "not run, after 2 lost processes"
-    text = str(report)
-    assert f"FAILED: torch, field: {failures['field']}" in text
-    verdict = report.verdict
-    assert verdict.failures == {"torch": f"{few}: {failures[few]}"}
-    if os.environ.get("PFGM_NATIVE") != "0":  # the slow one has passed, and is not preferred
-        assert report.passed == ("reference", "native")
-        assert verdict.order("digits") == ("reference", "native")
-        (timing,) = [row for row in report.rows if row.backend == "native" and row.seconds]
-        assert timing.seconds >= 1
-
-
-def test_the_table():
-    rows = [
-        Row("torch", "field", 1.5e-7, 2e-5),
-        Row("native", "field", 1e-3, 2e-5, failure="field in x is off by 1.0e-03"),
-        Row("torch", "ties and limits", 0.0, 2e-5),
-        Row("torch", "digits", seconds=1.25e-4, speed=0.9),
-        Row("native", "digits", failure="took more than 60 s, and was stopped"),
-        Row("torch", "CIFAR-10", seconds=0.5, speed=2.0),
+    assert "is off by" in failures[ragged]
+    assert "is off by nan" in failures[tiles]
+    memory = "OutOfMemoryError: CUDA out of memory. Tried to allocate 20 GiB."
+    assert failures["ties and limits"] == failures["field"] == memory  # two equal: the end
+    lost = [row for row in report.rows if row.backend == "native"]
+    assert [(row.problem, row.failure) for row in lost] == [
+        (few, "the process was ended by SIGSEGV")
     ]
-    report = Report("cuda:0: A", {"torch": None, "native": None, "triton": "no"}, rows, False, "k.")
-    lines = [line.split() for line in str(report).splitlines()]
-    assert lines[2:5] == [
-        ["largest", "error", "torch", "native"],
-        ["field", "1.5e-07", "FAILED"],
-        ["ties", "and", "limits", "0.0e+00", "-"],
-    ]
-    assert lines[6][-2:] == ["torch", "native"]
-    assert lines[7][-4:] == ["0.125", "ms,", "0.90×", "FAILED"]
-    assert lines[8][-4:] == ["500", "ms,", "2.00×", "-"]
-    assert str(report).endswith(
-        "triton cannot run: no\n"
-        "FAILED: native, field: field in x is off by 1.0e-03\n"
-        "FAILED: native, digits: took more than 60 s, and was stopped\n"
-        "passed: torch\nk."
-    )
+    assert f"FAILED: torch, field: {memory}" in str(report)
+    assert report.passed == ("reference",)
+    json.dumps(report.as_dict(), allow_nan=False)
 
 
-@pytest.fixture
-def asked(monkeypatch):
-    """The tasks that a worker is asked, which it answers by ``reply(task)``."""
-    tasks = []
+def messages(kind, result="right", speed=2.0):
+    """A turn on a GPU: one trial with a result, and one timing."""
+    yield ["about", "kind", kind]
+    yield ["about", "unable", None]
+    yield ["doing", "field", None]
+    if result == "lost":
+        raise Lost("took more than 180 s, and was stopped")
+    if result == "error":
+        yield ["failure", "field", "OutOfMemoryError: CUDA out of memory"]
+    else:
+        yield ["result", "field", result]
+    yield ["seconds", checking._DECIDES, [1.0, speed]]
 
-    class Stand:
-        def __init__(self, code):
-            self.code = code
+
+@pytest.mark.parametrize("had", [False, True])
+@pytest.mark.parametrize(
+    ("turn", "then"),
+    [
+        ({}, True),
+        ({"speed": 1.0}, True),
+        ({"speed": 0.9}, None),
+        ({"result": "error"}, None),
+        ({"result": "lost"}, None),
+        ({"result": "wrong"}, False),
+    ],
+)
+@native_only
+def test_only_passes_are_stored(gpus, monkeypatch, had, turn, then):
+    """None: what there was before. It is a pass of that kind of GPU, and of that backend, alone."""
+
+    def row(backend, name, path):
+        wrong = "mean is off by 1.0e-03; allowed is 2.0e-05" if path == "wrong" else None
+        return checking.Row(backend, name, 1e-3 if wrong else 1e-7, 2e-5, failure=wrong)
+
+    def values(code, seconds):
+        own = "'native'" in code
+        assert "'cuda:1'" in code
+        return messages(gpus.kinds[1], **(turn if own else {"result": "error"}))
+
+    monkeypatch.setattr(checking, "values_of", values)
+    monkeypatch.setattr(checking, "_trial_row", row)
+    if had:
+        passes.store("A100", "native")
+    report = checking.check("cuda:1")
+    assert passes.has("A100", "native") == (had if then is None else then)
+    assert not passes.has("H100", "native")
+    assert not passes.has("A100", "triton")
+    assert len(report.stored) == 2
+    assert all("on A100" in sentence for sentence in report.stored)
+
+
+@native_only
+def test_where_a_pass_cannot_be_stored_this_is_said(gpus, monkeypatch, tmp_path):
+    (tmp_path / "file").write_text("no folder")
+    monkeypatch.setattr(passes.platformdirs, "user_cache_dir", lambda _: tmp_path / "file" / "x")
+    rows = [checking.Row("native", checking._DECIDES, seconds=1.0, speed=2.0)]
+    said = checking._decide("native", gpus.kinds[0], rows)
+    assert "cannot be changed" in said
+    assert "PFGM_BACKEND" in said
+
+
+@native_only
+def test_this_process_makes_no_context(gpus, monkeypatch):
+    """Nor does it look at a GPU in any other way than to count them."""
+
+    def refuse(*_, **__):
+        raise AssertionError("a GPU was touched")
+
+    for name in ("get_device_name", "get_device_capability", "current_device", "_lazy_init"):
+        monkeypatch.setattr(torch.cuda, name, refuse)
+    for name in ("zeros", "empty"):
+        monkeypatch.setattr(torch, name, refuse)
+    gpus.problems[:] = [None, None]  # which the extension would fail on
+    monkeypatch.setattr(checking, "values_of", lambda code, seconds: messages("A100", "error"))
+    assert checking.check("auto").device == "cuda"
+    with pytest.raises(ValueError, match="cuda:2"):
+        checking.check("cuda:2")
+
+
+@native_only
+@pytest.mark.parametrize("number", [0, 1])
+def test_the_device_is_the_current_one_in_all_trials(gpus, monkeypatch, number):
+    class Device:
+        def __init__(self, device):
+            self.device = device
 
         def __enter__(self):
-            return self
+            self.before, gpus.current = gpus.current, self.device.index
 
         def __exit__(self, *error):
-            pass
+            gpus.current = self.before
 
-        def ask(self, task, limit):
-            tasks.append((*task, limit))
-            return self.reply(task)
+    seen, sent = [], []
 
-        @staticmethod
-        def reply(task):
-            return Answer({"mean": 0.0} if task[0] == "trial" else [1.0, 1.0])
+    def compute(place):
+        seen.append((place.device.index, gpus.current))
+        raise RuntimeError(f"error {len(seen)}")
 
-    monkeypatch.setattr(checking, "Worker", Stand)
-    return SimpleNamespace(tasks=tasks, worker=Stand)
-
-
-def test_what_is_proven_comes_first_and_a_failed_backend_is_not_timed(asked, monkeypatch):
-    def reply(task):
-        return (
-            Answer({"mean": 1.0} if task[2] == "native" else {"mean": 0.0})
-            if (task[0] == "trial")
-            else Answer([1.0, 1.0])
-        )
-
-    monkeypatch.setattr(asked.worker, "reply", staticmethod(reply))
-    said = []
-    report = checking.check("cpu", report=said.append)
-    assert "torch, 128 × 1437 × 64: 1000 ms, 1.00×" in said
-    failed = "FAILED: native, few points, 5 × 70 × 37: mean is off by 1.0e+00; allowed is 2.0e-05"
-    assert (failed in said) == ("native" in report.verdict.failures)
-    assert asked.tasks[0][2] == "torch"
-    timed = [(task[2], task[1]) for task in asked.tasks if task[0] == "timing"]
-    assert timed == [*(("torch", size) for size in verdicts.SIZES), ("reference", "digits")]
-    whole = {task[1] for task in asked.tasks if task[:1] == ("trial",) and task[2] == "torch"}
-    assert whole == {name for name, trial in TRIALS.items() if trial.applies("torch", CPU)}
-    assert "native" in report.verdict.failures or os.environ.get("PFGM_NATIVE") == "0"
-
-
-def test_after_its_time_nothing_more_is_run(asked):
-    report = checking.check("cpu", quick=True, seconds=0)
-    assert asked.tasks == []
-    assert report.passed == ()
-    assert all(row.failure == "not run: the check has taken 0 s" for row in report.rows)
-    count = len([row for row in report.rows if row.backend == "torch"])
-    assert f"FAILED: torch, {count} problems: not run: the check has taken 0 s" in str(report)
-    assert "FAILED" not in str(report).partition("triton cannot run")[0]
-
-
-@pytest.mark.parametrize("busy", [True, False])
-def test_a_gpu_that_computes_nothing_has_no_verdict(asked, gpu, monkeypatch, busy):
-    """It may be busy. One that computes wrong numbers has a verdict by which nothing passed."""
-    wrong = (
-        Answer(failure="AcceleratorError: all devices are busy") if busy else Answer({"mean": 1.0})
+    monkeypatch.setattr(torch.cuda, "device", Device)
+    monkeypatch.setattr(
+        torch, "empty", lambda n, device: SimpleNamespace(device=torch.device(device))
     )
-    monkeypatch.setattr(asked.worker, "reply", staticmethod(lambda task: wrong))
-    monkeypatch.setattr(checking, "usable_device", lambda name: CUDA)
-    monkeypatch.setattr(checking.torch, "empty", lambda n, device: SimpleNamespace(device=device))
-    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
-    report = checking.check("cuda")
-    assert report.passed == ()
-    assert "FAILED: torch, " in str(report)
-    assert report.kept.startswith("There is no verdict" if busy else "The verdict is kept in")
-    assert (verdicts.find(CUDA) is None) == busy
-
-
-def test_an_error_ends_the_process_on_a_gpu_alone():
-    assert checking._code(CPU).endswith("True)")
-    assert checking._code(CUDA).endswith("False)")
+    monkeypatch.setattr(checking, "sender", lambda: sent.append)
+    monkeypatch.setattr(checking, "TRIALS", dict.fromkeys("abc", trials.Trial(compute)))
+    monkeypatch.setattr(checking, "seconds_of", lambda *_: (1.0, 2.0))
+    checking.serve("native", f"cuda:{number}", "folder")
+    assert seen == [(number, number)] * 3
+    assert ["about", "kind", gpus.kinds[number]] in sent
+    assert [what for what, *_ in sent].count("seconds") == 3
+    assert gpus.current == 0
 
 
 @pytest.mark.parametrize("name", [name for name in SMALL if "row" not in name])
@@ -205,7 +197,7 @@ def test_the_truth_of_a_trial_does_not_depend_on_the_backend(name):
     exact, other = TRIALS[name].compute(EXACT), TRIALS[name].compute(place)
     assert exact.keys() == other.keys()
     for result, wanted in exact.items():
-        assert trials._error(result, other[result].double(), wanted.double()) <= 1e-6
+        assert trials.error_of(result, other[result].double(), wanted.double()) <= 1e-6
 
 
 def test_an_error_is_that_of_the_worst_row():
@@ -213,34 +205,33 @@ def test_an_error_is_that_of_the_worst_row():
     result = exact.clone()
     result[2, 0] += 1e-3
     typical = float(exact.norm()) / 3**0.5
-    assert trials._error("mean", result, exact) == pytest.approx(1e-3)
-    assert trials._error("gradient of x", result, exact) == pytest.approx(1e-3 / typical)
+    assert trials.error_of("mean", result, exact) == pytest.approx(1e-3)
+    assert trials.error_of("gradient of x", result, exact) == pytest.approx(1e-3 / typical)
     infinite = torch.tensor([torch.inf, 5.0], dtype=torch.float64)
-    assert trials._error("log-sum-exp", infinite, infinite) == 0
-    assert not trials._error("log-sum-exp", -infinite, infinite) <= 1
-    assert not trials._error("mean", exact[:, :1], exact) <= 1
+    assert trials.error_of("log-sum-exp", infinite, infinite) == 0
+    assert not trials.error_of("log-sum-exp", -infinite, infinite) <= 1
+    assert math.isnan(trials.error_of("mean", exact[:, :1], exact))
 
 
-def test_a_trial_is_for_devices_that_have_what_it_needs(monkeypatch):
-    graph, second = TRIALS["a CUDA graph"], TRIALS["the second GPU"]
+@native_only
+def test_a_trial_is_for_devices_and_types_that_it_needs(gpus):
+    assert gpus.kinds
+    graph = TRIALS["a CUDA graph"]
     assert not graph.applies("torch", CPU)
-    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
     assert graph.applies("torch", CUDA)
-    assert not second.applies("torch", CUDA)
-    assert not TRIALS["in each tile"].applies("torch", CUDA)
-    assert TRIALS["in each tile"].applies("triton", CUDA)
+    assert not graph.applies("reference", CUDA)
     wide = [trial for trial in TRIALS.values() if trial.references == torch.float64]
     assert wide
-    assert not any(trial.applies("triton", CUDA) for trial in wide)
+    assert not any(trial.applies("native", CUDA) for trial in wide)
 
 
-def test_streams_graphs_and_a_second_gpu_with_stand_ins(monkeypatch):
-    """They are told what to do as on a GPU, in the memory of the CPU."""
+def test_streams_and_graphs_with_stand_ins(monkeypatch):
+    """They are told what to do as on a GPU, in the memory of the CPU, and on the trial's device."""
     log = []
 
     class Stream:
         def __init__(self, device=None):
-            log.append("stream")
+            log.append(f"stream on {device}")
 
         def wait_stream(self, other):
             log.append("waits")
@@ -267,7 +258,7 @@ def test_streams_graphs_and_a_second_gpu_with_stand_ins(monkeypatch):
         synchronize=lambda device: log.append("synchronized"),
         _sleep=lambda cycles: log.append("sleeps"),
         CUDAGraph=Graph,
-        graph=lambda graph: Stream(),
+        graph=lambda graph, stream: stream,
     )
     everything = trials._everything
 
@@ -284,6 +275,16 @@ def test_streams_graphs_and_a_second_gpu_with_stand_ins(monkeypatch):
     for compute in (trials._on_another_stream, trials._in_a_graph):
         exact, other = compute(EXACT), compute(place)
         for result, wanted in exact.items():
-            assert trials._error(result, other[result].double(), wanted.double()) <= 1e-6
-    assert log[:7] == ["stream", "stream", "waits", "enters", "sleeps", "leaves", "synchronized"]
+            assert trials.error_of(result, other[result].double(), wanted.double()) <= 1e-6
+    order = [
+        "stream on cpu",
+        "stream on cpu",
+        "waits",
+        "enters",
+        "sleeps",
+        "leaves",
+        "synchronized",
+    ]
+    assert log[:7] == order
     assert log.count("replay") == 3
+    assert log.count("stream on cpu") == len([entry for entry in log if "stream" in entry])

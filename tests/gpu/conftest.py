@@ -16,6 +16,8 @@ import torch
 
 from benchmarks.common import executor as ptx
 from pfgm.backends import native, triton
+from pfgm.backends.backend import BACKENDS as MODULES
+from pfgm.backends.trials import EXACT, TRIALS, Place, error_of
 from pfgm.common.tensors import dequantise
 from pfgm.core.problems import PosteriorMean, State, Upstream
 from pfgm.ops import eager
@@ -299,6 +301,21 @@ class Operation:
         actual = self.gradients(x, references, radius, D)
         for gradient, wanted in zip(actual, expected, strict=True):
             self.assert_gradient(gradient, wanted, tolerance)
+
+
+@pytest.fixture
+def trial_errors(device):
+    """trial_errors(name, backend) → the error of each result of a trial of pfgm check."""
+
+    def errors(name, backend):
+        exact = TRIALS[name].compute(EXACT)
+        results = TRIALS[name].compute(Place(MODULES[backend], device, torch.float32))
+        return {
+            each: error_of(each, results[each].cpu().double(), wanted.double())
+            for each, wanted in exact.items()
+        }
+
+    return errors
 
 
 @pytest.fixture

@@ -2,11 +2,11 @@
 
 import pytest
 
-from pfgm.backends.trials import EXACT, TRIALS, Place, errors
+from pfgm.backends.trials import EXACT, TRIALS, Place
 
 FAST = [
-    "few points, 5 × 70 × 37",
-    "bytes, 5 × 70 × 37",
+    "5 × 70 × 37, float32",
+    "5 × 70 × 37, uint8",
     "ties and limits",
     "field",
     "steps, 37",
@@ -23,8 +23,8 @@ def _on_a_gpu(session_executor, monkeypatch):
 
 
 @pytest.mark.parametrize("name", FAST)
-def test_a_trial_passes(device, name):
-    figures = errors(name, "native", device)
+def test_a_trial_passes(device, name, trial_errors):
+    figures = trial_errors(name, "native")
     trial = TRIALS[name]
     assert {
         each: error for each, error in figures.items() if not error <= trial.allowed(each)

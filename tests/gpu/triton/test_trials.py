@@ -2,14 +2,14 @@
 
 import pytest
 
-from pfgm.backends.trials import TRIALS, errors
+from pfgm.backends.trials import TRIALS
 
-FAST = ["few points, 5 × 70 × 37", "bytes, 5 × 70 × 37", "ties and limits", "steps, 37"]
+FAST = ["5 × 70 × 37, float32", "5 × 70 × 37, uint8", "ties and limits", "steps, 37"]
 
 
 @pytest.mark.parametrize("name", FAST)
-def test_a_trial_passes(device, name):
-    figures = errors(name, "triton", device)
+def test_a_trial_passes(device, name, trial_errors):
+    figures = trial_errors(name, "triton")
     trial = TRIALS[name]
     assert trial.applies("triton", device)
     assert {
