@@ -26,10 +26,7 @@ COMMANDS = {
     ),
     "features": "Train a small classifier of labelled images, for the features of pfgm evaluate.",
     "convert": "Make a checkpoint from a published file of PFGM, PFGM++ or EDM.",
-    "check": (
-        "Compare the backends with exact results, time them, and let a GPU's kernels prove "
-        "themselves."
-    ),
+    "check": "Compare the backends with exact results and time them.",
     "info": "Show versions, backends and why the others cannot run, build flags and threads.",
 }
 DESCRIPTION = (

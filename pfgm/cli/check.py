@@ -13,8 +13,7 @@ from ..common.messages import print_result
 
 @dataclass
 class Check:
-    """Compare the backends with exact results and time them. On a GPU native computes from then on,
-    if it passes."""
+    """Compare the backends with exact results and time them."""
 
     device: str = "auto"
     """auto: cuda if there is a GPU, else cpu."""

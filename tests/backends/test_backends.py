@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 import pfgm
-from pfgm import posterior_mean
+from pfgm import backends, posterior_mean
 from pfgm.backends import (
     Availability,
     available,
@@ -68,7 +68,9 @@ def built_for(monkeypatch, architectures):
     """Pretends that the extension was built for these architectures."""
     extension = native._native
     info = {**extension.build_info(), "cuda_architectures": architectures}
-    stand_in = SimpleNamespace(build_info=lambda: info, cpu_isa=extension.cpu_isa)
+    stand_in = SimpleNamespace(
+        build_info=lambda: info, cpu_isa=extension.cpu_isa, cuda_problem=lambda index: ""
+    )
     monkeypatch.setattr(native, "_native", stand_in)
 
 
@@ -349,6 +351,13 @@ def test_names_that_are_no_text_are_refused(name):
             call()
     with pytest.raises(ValueError, match="use_backend's name is"), pfgm.use_backend(name):
         pass
+
+
+@pytest.mark.parametrize("name", ["PFGM_CUDA_OVERLAP", "PFGM_CUDA_WARPGROUPS", "PFGM_TUNE"])
+def test_a_removed_switch_says_so(monkeypatch, name):
+    monkeypatch.setenv(name, "0")
+    with pytest.warns(RuntimeWarning, match=f"^{name} was removed in 0.3.0 and does nothing"):
+        backends._warn_of_removed()
 
 
 def test_unknown_names_are_refused(monkeypatch):
