@@ -14,6 +14,6 @@ def new_parser(doc: str | None, prog: str | None = None) -> argparse.ArgumentPar
 def name_backend(name: str = "native") -> None:
     """Names the backend of this process and of those that it starts, unless PFGM_BACKEND does.
 
-    So neither a verdict nor what is installed decides what is measured.
+    So neither a pass nor what is installed decides what is measured.
     """
     os.environ["PFGM_BACKEND"] = os.environ.get("PFGM_BACKEND") or name
