@@ -16,6 +16,7 @@ from itertools import pairwise
 import torch
 from torch import Tensor, nn
 
+from .common import draws
 from .common.checks import check_not_empty
 from .common.tensors import flat_rows
 from .flows import Condition, Flow, Network
@@ -114,7 +115,7 @@ class Consistency:
         x = flow._to_floating(x)
         check_not_empty(x)
         levels = torch.tensor(self.levels, dtype=torch.float64, device=x.device)
-        starts = torch.randint(len(levels) - 1, (len(x),), generator=generator, device=x.device)
+        starts = draws.integers(len(levels) - 1, x.shape[:1], generator, device=x.device)
         starts = starts.sort().values
         sigma = levels[starts]
         noisy = x + flow.noise(sigma.to(x.dtype), generator)

@@ -319,7 +319,8 @@ def dormand_prince(
     Raises:
         ValueError: no step is small enough.
     """
-    from torchdiffeq import odeint  # late, because it imports SciPy, which is slow
+    with torch.device("cpu"):  # torchdiffeq makes constants, on what is the default device then
+        from torchdiffeq import odeint  # late, because it imports SciPy, which is slow
 
     try:
         states: Tensor = odeint(

@@ -32,7 +32,8 @@ def debug_checks(enabled: bool = True) -> Iterator[None]:
     """Checks values on every device while the context is open, for the whole process.
 
     On the CPU, values that are not finite always raise an error. On other devices a check would
-    make the host wait for the device, so NaN propagates unless this context is open.
+    make the host wait for the device, so NaN propagates unless this context is open. Functions that
+    torch.compile or torch.export traces check no values.
 
     >>> import pfgm
     >>> with pfgm.debug_checks():
@@ -123,6 +124,17 @@ def _versioned(value: Any) -> Any:
 
 def _version(value: Any) -> int:
     return value._version if isinstance(value, Tensor) else 0
+
+
+def shape_or_type(value: object) -> str:
+    """What an error says of a value that should be a tensor of another shape.
+
+    >>> shape_or_type(torch.zeros(2, 3)), shape_or_type((1, 2))
+    ('shape (2, 3)', 'a tuple')
+    """
+    if isinstance(value, Tensor):
+        return f"shape {tuple(value.shape)}"
+    return f"a {type(value).__name__}"
 
 
 def check_dimensions(shape: Sequence[object]) -> None:
@@ -254,8 +266,11 @@ def _device_reason(error: Exception) -> str:
 
 
 def checks_values(device: torch.device) -> bool:
-    """Whether values on this device are checked: always on the CPU, see :func:`debug_checks`."""
-    return _on_cpu(device) or _debug
+    """Whether values on this device are checked: always on the CPU, see :func:`debug_checks`.
+
+    A compiled or exported graph cannot look at values.
+    """
+    return (_on_cpu(device) or _debug) and not torch.compiler.is_compiling()
 
 
 def debugging() -> bool:

@@ -104,17 +104,18 @@ def per_row(level: Tensor | float, x: Tensor, name: str = "level") -> Tensor:
             raise ValueError(
                 f"{name} is {level!r}; allowed is a number of at least 0 that {x.dtype} can hold."
             )
-        return x.new_full((len(x),), level)
+        return x.new_full(x.shape[:1], level)
     if level.is_complex():
         raise TypeError(f"{name} has dtype {level.dtype}; allowed are real numbers.")
-    if level.ndim > 1 and level.shape == (len(x), *[1] * (x.ndim - 1)):
+    rows = x.shape[0]  # len(x) would fix the batch of a traced or exported network
+    if level.ndim > 1 and level.shape == (rows, *[1] * (x.ndim - 1)):
         level = level.flatten()
-    if level.shape not in ((), (len(x),)):
+    if level.shape not in ((), (rows,)):
         raise ValueError(
-            f"{name} has shape {tuple(level.shape)}; allowed is a number or ({len(x)},), one value "
-            f"for each row of x, or ({len(x)}, 1, …, 1) with a 1 for each dimension of a sample."
+            f"{name} has shape {tuple(level.shape)}; allowed is a number or ({rows},), one value "
+            f"for each row of x, or ({rows}, 1, …, 1) with a 1 for each dimension of a sample."
         )
-    return level.to(x).expand(len(x))
+    return level.to(x).expand(rows)
 
 
 def common_device(
@@ -148,10 +149,24 @@ def network_device(net: Callable[..., Any]) -> torch.device:
     return torch.device("cpu")
 
 
+def parameter_dtype(net: nn.Module, x: Tensor) -> torch.dtype:
+    """The dtype of a network's first parameter; that of x if it has none.
+
+    In a replica of nn.DataParallel, and inside FSDP with use_orig_params=False, parameters are
+    plain attributes of their modules.
+    """
+    for parameter in net.parameters():
+        return parameter.dtype
+    for module in net.modules():
+        for value in module.__dict__.values():
+            if isinstance(value, Tensor) and value.is_floating_point():
+                return value.dtype
+    return x.dtype
+
+
 def is_wider(net: nn.Module, x: Tensor) -> bool:
     """Whether a network is in float64 and x is not."""
-    own = next((parameter.dtype for parameter in net.parameters()), x.dtype)
-    return own == torch.float64 and x.dtype != torch.float64
+    return parameter_dtype(net, x) == torch.float64 and x.dtype != torch.float64
 
 
 @contextmanager

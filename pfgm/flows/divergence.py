@@ -12,6 +12,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from ..common import draws
 from ..common.checks import checks_values
 from ..common.tensors import flat_rows, wide_dtype
 from ..functional import Field, euler_step
@@ -55,12 +56,12 @@ def _hutchinson(probe: Tensor) -> Divergence:
 
 
 def _rademacher(x: Tensor, generator: torch.Generator | None) -> Divergence:
-    bits = torch.randint(0, 2, x.shape, generator=generator, device=x.device)
+    bits = draws.integers(2, x.shape, generator, device=x.device)
     return _hutchinson(bits.to(x.dtype) * 2 - 1)
 
 
 def _gaussian(x: Tensor, generator: torch.Generator | None) -> Divergence:
-    return _hutchinson(torch.randn(x.shape, generator=generator, dtype=x.dtype, device=x.device))
+    return _hutchinson(draws.normal(x.shape, generator, dtype=x.dtype, device=x.device))
 
 
 def _exact(x: Tensor, generator: torch.Generator | None) -> Divergence:

@@ -22,7 +22,15 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ..common.checks import check_dimensions, check_dtype, check_floating, is_whole, layout_hint
+from ..common import draws
+from ..common.checks import (
+    LARGEST,
+    check_dimensions,
+    check_dtype,
+    check_floating,
+    is_whole,
+    layout_hint,
+)
 from ..common.tensors import dequantise, over_samples
 from ..functional.levels import Level
 from ..functional.steps import Field, implied_mean
@@ -156,16 +164,16 @@ class Parametrisation(ABC):
         """
         if not isinstance(sigma, Tensor):
             raise TypeError(f"sigma is a {type(sigma).__name__}; allowed is a torch.Tensor, (B,).")
-        if sigma.ndim == 1 + len(self.shape) and sigma.numel() == len(sigma):
+        if sigma.ndim == 1 + len(self.shape) and sigma.numel() == sigma.shape[0]:
             sigma = sigma.flatten()
         if sigma.ndim != 1:
             raise ValueError(
                 f"sigma has shape {tuple(sigma.shape)}; allowed is (B,), or (B, 1, …, 1) with a 1 "
                 "for each dimension of a sample."
             )
-        shape = (len(sigma), *self.shape)
-        g = torch.randn(shape, generator=generator, dtype=sigma.dtype, device=sigma.device)
-        if math.isfinite(self.D):
+        shape = (sigma.shape[0], *self.shape)
+        g = draws.normal(shape, generator, dtype=sigma.dtype, device=sigma.device)
+        if self.D <= LARGEST:
             # In float64, because draws of a small D can be too small for float32.
             half = torch.full(sigma.shape, self.D / 2, dtype=torch.float64, device=sigma.device)
             spread = torch._standard_gamma(half, generator=generator) / half

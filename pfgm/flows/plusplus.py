@@ -12,6 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from ..common import draws
 from ..common.checks import (
     LARGEST,
     are_float_images,
@@ -20,6 +21,7 @@ from ..common.checks import (
     natural,
     non_negative,
     positive,
+    shape_or_type,
     untouched,
     warn_channels_last,
     warn_image_range,
@@ -38,6 +40,12 @@ from .targets import ExactNetwork, targets_by_label
 # at D = 4 and in 26 % at D = 1.
 _SMALL_D = 4
 _LARGEST_CHURN = math.sqrt(2) - 1  # relative rise of the level in one step (EDM, algorithm 2)
+
+
+_INSTEAD = (
+    " Networks of the field, such as pfgm.networks.UNet, are for PoissonFlow; "
+    "pfgm.networks.Denoiser makes a denoiser of their kind."
+)
 
 
 class EmpiricalDenoiser(ExactNetwork):
@@ -67,6 +75,11 @@ class Preconditioned(nn.Module):
 
     def __init__(self, backbone: nn.Module, sigma_data: float = 0.5) -> None:
         super().__init__()
+        if hasattr(backbone, "sigma_data"):
+            raise ValueError(
+                f"backbone is a {type(backbone).__name__}, which is a denoiser with EDM's "
+                "preconditioning already; use it as it is."
+            )
         self.backbone = backbone
         self.sigma_data = positive("sigma_data", sigma_data)
 
@@ -74,10 +87,10 @@ class Preconditioned(nn.Module):
         sigma = per_row(sigma, x, "sigma")
         noise = sigma.log() / 4
         predicted = self.backbone(self.scaled(x, sigma), noise, **condition)
-        if predicted.shape != x.shape:
+        if not isinstance(predicted, Tensor) or predicted.shape != x.shape:
             raise ValueError(
-                f"backbone returned shape {tuple(predicted.shape)}; needed is that of x, "
-                f"{tuple(x.shape)}."
+                f"backbone returned {shape_or_type(predicted)}; needed is a tensor of the shape "
+                f"of x, {tuple(x.shape)}.{_INSTEAD}"
             )
         return self.mean(x, sigma, predicted.to(x.dtype))
 
@@ -297,7 +310,7 @@ class PoissonFlowPP(Flow):
         (torch.Size([8, 2]), torch.Size([8]))
         """
         x = self._to_floating(x)
-        normal = torch.randn(len(x), generator=generator, dtype=x.dtype, device=x.device)
+        normal = draws.normal(x.shape[:1], generator, dtype=x.dtype, device=x.device)
         sigma = (self.P_mean + self.P_std * normal).exp()
         return x + self.noise(sigma, generator), sigma
 
@@ -353,7 +366,7 @@ class PoissonFlowPP(Flow):
         x = self._to_floating(x)
         check_not_empty(x)
         condition = as_condition("condition", condition)
-        check_rows(condition, len(x))
+        check_rows(condition, x.shape[0])
         x_perturbed, sigma = self.perturb(x, generator)
         target = x
         if references is not None:
@@ -488,9 +501,8 @@ def _evaluate(net: Network, x: Tensor, sigma: Tensor, condition: Condition, D: f
             )
     mean: Tensor = untouched(net, "net", ("x", "sigma"), x, sigma, **condition)
     if not isinstance(mean, Tensor) or mean.shape != x.shape:
-        shape = tuple(mean.shape) if isinstance(mean, Tensor) else type(mean).__name__
         raise ValueError(
-            f"net returned {shape}; needed is a denoiser's mean of the shape of x, "
-            f"{tuple(x.shape)}."
+            f"net returned {shape_or_type(mean)}; needed is a denoiser's mean of the shape of x, "
+            f"{tuple(x.shape)}.{_INSTEAD}"
         )
     return mean

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from ..common import transforms
+from ..common import draws, transforms
 from ..common.checks import (
     are_float_images,
     check_choice,
@@ -340,11 +340,11 @@ class PoissonFlow(Flow):
         """
         x = self._to_floating(x)
         dtype, device = x.dtype, x.device
-        m = self.M * torch.rand(len(x), generator=generator, dtype=dtype, device=device)
-        noise_z = torch.randn(len(x), generator=generator, dtype=dtype, device=device)
+        rows = x.shape[:1]
+        m = self.M * draws.uniform(rows, generator, dtype=dtype, device=device)
+        noise_z = draws.normal(rows, generator, dtype=dtype, device=device)
         noise_z = self.sigma * noise_z.abs()
-        noise_x = torch.randn(x.shape, generator=generator, dtype=dtype, device=device)
-        noise_x = self.sigma * noise_x
+        noise_x = self.sigma * draws.normal(x.shape, generator, dtype=dtype, device=device)
         if self.restrict_M:
             m = torch.where(noise_z < _RESTRICT_BELOW * self.sigma, _RESTRICTED_SHARE * m, m)
         growth = (1 + self.tau) ** m
@@ -407,7 +407,7 @@ class PoissonFlow(Flow):
         x = self._to_floating(x)
         check_not_empty(x)
         condition = as_condition("condition", condition)
-        check_rows(condition, len(x))
+        check_rows(condition, x.shape[0])
         labels = condition.get("labels")
         if references is None:
             references, reference_labels = x, labels
@@ -469,8 +469,8 @@ class PoissonFlow(Flow):
         """
         natural("n", n)
         device = common_device(device, generator)
-        direction = torch.randn(n, self.N, generator=generator, device=device)
-        scale = torch.randn(n, 1, generator=generator, device=device).abs()
+        direction = draws.normal((n, self.N), generator, device=device)
+        scale = draws.normal((n, 1), generator, device=device).abs()
         norm = direction.norm(dim=1, keepdim=True).clamp(min=torch.finfo(direction.dtype).tiny)
         radius = self.z_max * norm / scale.clamp(min=_SMALLEST_NORMAL)
         if clip is None:
@@ -483,7 +483,11 @@ class PoissonFlow(Flow):
     def _center(self, x: Tensor) -> Tensor:
         """The center in the dtype and on the device of x; the copy is kept."""
         key = (x.dtype, x.device)
-        if transforms.in_torch_func() or torch.is_inference_mode_enabled():
+        if (
+            torch.compiler.is_compiling()
+            or transforms.in_torch_func()
+            or torch.is_inference_mode_enabled()
+        ):
             return self.center.to(x.device, x.dtype)  # not usable outside, so it is not kept
         if key not in self._centers:
             self._centers[key] = self.center.to(x.device, x.dtype)
@@ -521,7 +525,7 @@ class PoissonFlow(Flow):
         variance of the data in any direction.
         """
         center = self._center(x)
-        offset = (x - center).reshape(len(x), self.N)
+        offset = (x - center).reshape(x.shape[0], self.N)
         # In wide_dtype, because squares of a large spread overflow.
         norm = torch.linalg.vector_norm(offset, dim=1, dtype=wide_dtype(x.device))
         # Without a branch on values, which would wait for a GPU. At t = 1 lerp returns x itself.

@@ -318,7 +318,7 @@ def mean_from(
 
     # Where rows cannot be told apart, or not without waiting for a GPU or for other processes.
     shared = isinstance(references, ReferenceSet) and references.sharded
-    if shared or in_torch_func() or torch.compiler.is_compiling() or not checks_values(x.device):
+    if shared or in_torch_func() or not checks_values(x.device):
         every = slice(None)
         return torch.where(over_samples(near, x), form(True, every), form(False, every))
     if bool(near.all()) or not bool(near.any()):

@@ -88,8 +88,7 @@ def _converted(
             _check_number(name, value, zero, most)
         return [float(value) for value in values]
     wide = [per_query(name, value, x) for name, value in zip(names, values, strict=True)]
-    # A compiled graph cannot look at values.
-    if checks_values(x.device) and not torch.compiler.is_compiling():
+    if checks_values(x.device):
         for name, level, zero in zip(names, wide, may_be_zero, strict=True):
             if batched(level):
                 continue

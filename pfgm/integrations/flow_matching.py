@@ -21,7 +21,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..common.checks import check_dtype, checks_values, is_number, untouched
+from ..common import draws
+from ..common.checks import check_dtype, checks_values, is_number, shape_or_type, untouched
 from ..common.tensors import common_device, dequantise, over_samples
 from ..flows.plusplus import PoissonFlowPP
 from ..flows.targets import targets_by_label
@@ -150,7 +151,7 @@ class PoissonFlowMatcher:
                 f"x0 has shape {tuple(x0.shape)}; allowed is that of x1, {tuple(x1.shape)}."
             )
         if t is None:
-            t = torch.rand(len(x1), generator=generator, dtype=x1.dtype, device=x1.device)
+            t = draws.uniform(x1.shape[:1], generator, dtype=x1.dtype, device=x1.device)
         t = _check_times(t, x1)
         weight = over_samples(t, x1)
         xt = weight * x1 + (1 - weight) * x0
@@ -239,10 +240,10 @@ class _Denoiser(nn.Module):
         t = 1 / (1 + sigma.to(x.dtype))
         scaled = over_samples(t, x) * x
         velocity = untouched(self.velocity_net, "velocity_net", (), t=t, x=scaled, **condition)
-        if velocity.shape != x.shape:
+        if not isinstance(velocity, Tensor) or velocity.shape != x.shape:
             raise ValueError(
-                f"velocity_net returned shape {tuple(velocity.shape)}; needed is that of x, "
-                f"{tuple(x.shape)}."
+                f"velocity_net returned {shape_or_type(velocity)}; needed is a tensor of the shape "
+                f"of x, {tuple(x.shape)}."
             )
         # 1 − t = σ t; the product has no cancellation.
         return scaled + over_samples(sigma.to(x.dtype) * t, x) * velocity

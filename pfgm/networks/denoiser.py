@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from ..common.checks import check_choice
+from ..common.tensors import parameter_dtype
 from ..flows.plusplus import Preconditioned
 from .config import as_json
 from .edm_interface import EDMInterface, label_numbers
@@ -25,10 +25,6 @@ _INNER_NETWORKS: dict[str, type[FieldNetwork] | type[Published]] = {
 }
 
 
-def _dtype(module: nn.Module) -> torch.dtype:
-    return next(module.parameters()).dtype
-
-
 class _PublishedBackbone(nn.Module):
     """F(x, c_noise) of a published network: its field_x, with c_noise in the place of z."""
 
@@ -37,7 +33,8 @@ class _PublishedBackbone(nn.Module):
         self.network = network
 
     def forward(self, x: Tensor, noise: Tensor) -> Tensor:
-        x, noise = (each.to(_dtype(self)) for each in (x, noise))
+        dtype = parameter_dtype(self, x)
+        x, noise = x.to(dtype), noise.to(dtype)
         # The Fourier features take the logarithm of their argument.
         z = noise.exp() if self.network.config["embedding"] == "fourier" else noise
         field_x: Tensor = self.network(x, z)[0]
@@ -52,7 +49,8 @@ class _Backbone(nn.Module):
         self.network = network
 
     def forward(self, x: Tensor, noise: Tensor, labels: Tensor | None = None) -> Tensor:
-        x, noise = (each.to(_dtype(self)) for each in (x, noise))
+        dtype = parameter_dtype(self, x)
+        x, noise = x.to(dtype), noise.to(dtype)
         condition = {} if labels is None else {"labels": labels}
         # At small D the norm of x tells how much noise it holds, as sigma = exp(4 c_noise) does.
         sigma = (4 * noise).exp()

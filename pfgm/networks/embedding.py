@@ -33,9 +33,7 @@ def checked_labels(labels: Tensor, batch: int, classes: int) -> Tensor:
             f"integers of shape ({batch},)."
         )
     labels = as_int64("labels", labels)
-    # Reading a value would break a compiled graph.
-    checked = checks_values(labels.device) and not torch.compiler.is_compiling()
-    if checked and bool((labels >= classes).any()):
+    if checks_values(labels.device) and bool((labels >= classes).any()):
         raise ValueError(
             f"labels holds {int(labels.max())}; allowed is below {classes}, and below 0 for no "
             "label."
@@ -74,7 +72,7 @@ class NoiseEmbedding(nn.Module):
         features = torch.cat([angles.sin(), angles.cos()], 1)
         hidden = nn.functional.silu(self.first(features))
         if labels is not None:
-            labels = checked_labels(labels, len(rms), self.classes)
+            labels = checked_labels(labels, rms.shape[0], self.classes)
         if self.classes:
             hidden = hidden + self.labels(self._table_rows(labels, rms))
         return nn.functional.silu(self.second(hidden))

@@ -17,6 +17,7 @@ from ..flows.plusplus import PoissonFlowPP, Preconditioned
 from ..flows.poisson import PoissonFlow
 from .fields import FieldNetwork, MeanParts, root_mean_square
 from .level_encodings import LevelFunction, level_encoding
+from .published.pfgm_unets import Published
 
 _PREDICTIONS: dict[type[Flow], tuple[str, ...]] = {
     PoissonFlow: ("residual", "mean", "noise", "score", "field"),
@@ -49,7 +50,7 @@ class WrappedModule(nn.Module):
         """The output of the network at x (B, *S) and an encoded level (B,)."""
         if self._no_label is not None:
             labels = condition.get("labels")
-            none = torch.full((len(x),), self._no_label, device=x.device)
+            none = torch.full(x.shape[:1], self._no_label, device=x.device)
             condition["labels"] = none if labels is None else torch.where(labels < 0, none, labels)
         named = {self._names.get(name, name): value for name, value in condition.items()}
         for name in named:
@@ -86,7 +87,7 @@ def _prediction(x: Tensor, output: Tensor) -> Tensor:
     """
     if output.shape == x.shape:
         return output
-    if x.ndim > 1 and output.shape == (len(x), 2 * x.shape[1], *x.shape[2:]):
+    if x.ndim > 1 and output.shape == (x.shape[0], 2 * x.shape[1], *x.shape[2:]):
         return output[:, : x.shape[1]]
     raise ValueError(
         f"net returned shape {tuple(output.shape)}; needed is that of x, {tuple(x.shape)}, or "
@@ -225,7 +226,7 @@ class WrappedField(nn.Module):
 
     def interpret(self, x: Tensor, z: Tensor, output: Tensor) -> tuple[Tensor, Tensor]:
         """The field (field_x, field_z), (B, *S) and (B,), in the network's output."""
-        if x.ndim < 2 or output.shape != (len(x), x.shape[1] + 1, *x.shape[2:]):
+        if x.ndim < 2 or output.shape != (x.shape[0], x.shape[1] + 1, *x.shape[2:]):
             raise ValueError(
                 f"net returned shape {tuple(output.shape)}; needed is that of x, {tuple(x.shape)}, "
                 "with one channel more, that of field_z."
@@ -296,7 +297,7 @@ def from_module(
         :func:`pfgm.load` needs a network of the same structure to load it into.
 
     Raises:
-        TypeError: flow is of another type.
+        TypeError: flow is of another type, or net is a network of the field of this library.
         ValueError: predicts, level, data_std or variance_preserving is not allowed, or conditions
             has a name that net does not take. When called: a condition has such a name, or the
             output has a wrong shape.
@@ -317,6 +318,11 @@ def from_module(
     if not isinstance(flow, (PoissonFlow, PoissonFlowPP)):
         raise TypeError(
             f"flow is a {type(flow).__name__}; allowed are PoissonFlow and PoissonFlowPP."
+        )
+    if isinstance(net, (FieldNetwork, Published)):
+        raise TypeError(
+            f"net is a {type(net).__name__}, a network of PoissonFlow as it is; for PoissonFlowPP "
+            "pfgm.networks.Denoiser makes a denoiser of its kind."
         )
     allowed = _PREDICTIONS[type(flow)]
     if predicts not in allowed:

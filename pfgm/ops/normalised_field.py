@@ -51,6 +51,10 @@ def compute(
 
 
 def _check(difference: Tensor, z: Tensor) -> None:
+    if difference.ndim != 2 or difference.shape[1] == 0:
+        raise ValueError(
+            f"difference has shape {tuple(difference.shape)}; allowed is (B, N) with N ≥ 1."
+        )
     check_like("z", z, difference, difference.shape[:1], wide_dtype(difference.device))
 
 
@@ -61,11 +65,12 @@ def forward(
     _check(difference, z)
     transforms.check_no_tangent("normalised_field", difference, z)
     if difference.shape[0] == 0:
-        return _fake(difference)
+        return _fake(difference, z)
     return choose_for(backend, difference).normalised_field(difference, z, gamma)
 
 
-def _fake(difference: Tensor, *_: object) -> tuple[Tensor, Tensor]:
+def _fake(difference: Tensor, z: Tensor, *_: object) -> tuple[Tensor, Tensor]:
+    _check(difference, z)
     return difference.new_empty(difference.shape), difference.new_empty(difference.shape[:1])
 
 
@@ -93,6 +98,7 @@ def _backward(
 def _fake_backward(
     grad_field_x: Tensor, grad_field_z: Tensor, difference: Tensor, z: Tensor, *_: object
 ) -> tuple[Tensor, Tensor]:
+    _check(difference, z)
     return difference.new_empty(difference.shape), z.new_empty(z.shape)
 
 

@@ -30,7 +30,7 @@ _STEP_OUT = Operator(
 
 
 def compute(step: OdeStep, with_mean: bool, backend: str | None) -> tuple[Tensor, Tensor | None]:
-    """The next points (B, N), and the mean (B, N) if with_mean is set and the step has a field.
+    """The next points (B, N), and with_mean the mean (B, N), for a step that has a field.
 
     The formula in plain torch replaces the operator where a derivative is needed, and where gamma
     or z_exp is symbolic in a compiled graph.
@@ -85,11 +85,19 @@ def _wants_gradient(step: OdeStep) -> bool:
 
 def forward(step: OdeStep, with_mean: bool, backend: str | None) -> tuple[Tensor, Tensor]:
     """The implementation of ode_step."""
-    check(step)
+    _check(step, with_mean)
     transforms.check_no_tangent("ode_step", *step)
     chosen = choose_for(backend, step.x)
     result, mean = chosen.ode_step(step, with_mean)
     return _contiguous(result, step.x.new_empty(0) if mean is None else mean)
+
+
+def _check(step: OdeStep, with_mean: bool) -> None:
+    check(step)
+    if with_mean and step.field_z is None:
+        raise ValueError(
+            "with_mean is True without field_z, where slope is the mean; allowed is False."
+        )
 
 
 def _contiguous(result: Tensor, mean: Tensor) -> tuple[Tensor, Tensor]:
@@ -98,14 +106,14 @@ def _contiguous(result: Tensor, mean: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _fake(step: OdeStep, with_mean: bool, backend: str | None) -> tuple[Tensor, Tensor]:
-    check(step)
+    _check(step, with_mean)
     x = step.x
-    mean = x.new_empty(x.shape) if with_mean and step.field_z is not None else x.new_empty(0)
+    mean = x.new_empty(x.shape if with_mean else 0)
     return x.new_empty(x.shape), mean
 
 
 def _transformed(step: OdeStep, with_mean: bool, backend: str | None) -> tuple[Tensor, Tensor]:
-    check(step)
+    _check(step, with_mean)
     result, mean = formulas.ode_step(step, with_mean)
     return _contiguous(result, step.x.new_empty(0) if mean is None else mean)
 

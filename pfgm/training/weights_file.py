@@ -169,7 +169,8 @@ def network_in(description: Mapping[str, Any], tensors: Mapping[str, Tensor]) ->
     shapes = {name: tensor.shape for name, tensor in plain_names(tensors).items()}
     if {name: tensor.shape for name, tensor in expected.items()} != shapes:
         raise ValueError("it holds other tensors than the network it describes.")
-    network = build(described["name"], described["config"])
+    with torch.device("cpu"):  # as the tensors, whatever the default device
+        network = build(described["name"], described["config"])
     _widen(network, plain_names(tensors))
     return network
 

@@ -319,12 +319,27 @@ def test_bad_options(options, message):
 
 def test_networks_that_return_something_else(data):
     flow = PoissonFlowPP((2,), D=16)
-    with pytest.raises(ValueError, match=r"net returned \(3, 1\); needed is a denoiser's mean"):
+    with pytest.raises(ValueError, match=r"net returned shape \(3, 1\); .* denoiser's mean"):
         flow.sample(lambda x, sigma: x[:, :1], 3)
-    with pytest.raises(ValueError, match="net returned tuple"):
+    with pytest.raises(
+        ValueError, match=r"net returned a tuple; .* pfgm\.networks\.Denoiser makes"
+    ):
         flow.sample(pfgm.PoissonFlow((2,), data_norm=1.0).empirical(data), 3)
     with pytest.raises(ValueError, match=r"NaN or infinity in step 1, at 17\.5"):
         flow.sample(lambda x, sigma: x / (sigma[:, None] > 30), 3, solver="euler", steps=5)
+
+
+def test_backbones_of_another_kind():
+    flow = PoissonFlowPP((1, 8, 8), D=16)
+    unet, x = pfgm.networks.UNet((1, 8, 8), width=8), torch.zeros(2, 1, 8, 8)
+    with pytest.raises(ValueError, match=r"backbone returned a tuple; .*\.Denoiser makes"):
+        flow.precondition(unet)(x, torch.ones(2))
+    denoiser = pfgm.networks.Denoiser("unet", {"shape": (1, 8, 8), "width": 8})
+    for made in (denoiser, flow.precondition(torch.nn.Identity())):
+        with pytest.raises(ValueError, match="which is a denoiser with EDM's preconditioning"):
+            flow.precondition(made)
+    with pytest.raises(TypeError, match="net is a UNet, a network of PoissonFlow as it is"):
+        pfgm.networks.from_module(unet, flow)
 
 
 @pytest.mark.parametrize("kind", ["PoissonFlow", "PoissonFlowPP"])

@@ -547,8 +547,9 @@ def test_standard_normal_noise_is_refused_as_the_prior(diffusers, schedulers, un
             pipeline(batch_size=batch_size, num_inference_steps=3, generator=seeded())
         assert ("variance_preserving=True" in str(e.value)) == (math.inf == flow.D)
     if math.inf > flow.D:
-        with pytest.raises(ValueError, match="init_noise_sigma exists at D = ∞ only"):
+        with pytest.raises(AttributeError, match="init_noise_sigma exists at D = ∞ only"):
             _ = scheduler.init_noise_sigma
+        assert not hasattr(scheduler, "init_noise_sigma")
         n = 40 if flow.D == 1 else 1000
         noise = torch.randn(n, 1, 8, 8, generator=seeded())
         with pytest.raises(ValueError, match=r"noise is standard normal; at D = .*\.perturb"):
@@ -654,6 +655,19 @@ def test_a_pipeline_with_labels_and_half_precision(diffusers, schedulers):
     assert abs(draw(3) - single).max() < 0.1
 
 
+def test_a_pipeline_from_another_one(diffusers, schedulers, unets):
+    unet, flow = unets(1), DENOISERS[128.0]
+    ddpm = diffusers.DDPMPipeline(unet, diffusers.DDPMScheduler())
+    with pytest.raises(TypeError, match="scheduler is a DDPMScheduler"):
+        schedulers.pipeline.from_pipe(ddpm)
+    first = schedulers.pipeline.from_pipe(ddpm, scheduler=schedulers.plus.from_flow(flow))
+    again = schedulers.pipeline.from_pipe(first)
+    assert again.unet is first.unet is unet
+    assert again.scheduler is first.scheduler
+    again.set_progress_bar_config(disable=True)
+    assert again(num_inference_steps=2, output_type="np").images.shape == (1, 8, 8, 1)
+
+
 def test_wrong_calls_of_the_pipeline(diffusers, schedulers, unets):
     with pytest.raises(TypeError, match="scheduler is a DDPMScheduler; allowed are PoissonFlow"):
         schedulers.pipeline(unets(1), diffusers.DDPMScheduler())
@@ -679,7 +693,10 @@ def test_wrong_options_of_a_scheduler(schedulers):
     scheduler = schedulers.plus.from_flow(DENOISERS[math.inf], level="log")
     with pytest.raises(ValueError, match=r"timesteps has dtype torch\.int64; with level 'log'"):
         scheduler.add_noise(DATA[:2], DATA[:2], torch.tensor([3, 500]))
-    assert not hasattr(scheduler, "alphas_cumprod")
+    with pytest.raises(AttributeError, match="alphas_cumprod exists with level 'timestep' only"):
+        _ = scheduler.alphas_cumprod
+    with pytest.raises(AttributeError, match="no attribute 'gamma'"):
+        _ = scheduler.gamma
     with pytest.raises(ValueError, match="variance_preserving is True with PoissonFlow and"):
         from_module(torch.nn.Identity(), FIELD, variance_preserving=True)
 

@@ -90,6 +90,32 @@ def test_opcheck_of_the_backward_pass(backend, needs):
     torch.library.opcheck(BACKWARD, arguments, {"backend": backend})
 
 
+@pytest.mark.parametrize("shape", [(), (3,), (3, 0), (3, 4, 5)])
+@pytest.mark.parametrize("backend", [BEST, "torch", "reference"])
+@pytest.mark.parametrize("device", ["cpu", "meta"])
+def test_the_normalised_field_is_one_of_rows(shape, backend, device):
+    """With other shapes a kernel would leave memory that it never writes, or divide by 0."""
+    values = torch.ones(shape, device=device)
+    z = torch.ones(shape[:1], dtype=torch.float64, device=device)
+    arguments = (values, z, 5.0, backend)
+    upstream = (values, torch.ones(shape[:1], device=device))
+    for call in (
+        lambda: torch.ops.pfgm.normalised_field(*arguments),
+        lambda: torch.ops.pfgm.normalised_field_backward(*upstream, *arguments),
+    ):
+        with pytest.raises(ValueError, match=r"difference has shape .*; allowed is \(B, N\)"):
+            call()
+
+
+@pytest.mark.parametrize("device", ["cpu", "meta"])
+def test_a_step_from_a_mean_returns_no_mean(device):
+    x = torch.ones(3, 4, device=device)
+    arguments = (x, x, None, None, 2.0, 0.5, 0.0, None, 5.0, 5.0, True)
+    for backend in (BEST, "torch", "reference"):
+        with pytest.raises(ValueError, match="with_mean is True without field_z"):
+            torch.ops.pfgm.ode_step(*arguments, True, backend)
+
+
 @native_only
 @pytest.mark.parametrize("count", [0, 3])
 def test_opcheck_of_references_in_parts(count):

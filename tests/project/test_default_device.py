@@ -5,6 +5,8 @@ Here it is "meta", whose tensors have no memory: one of them in a result is no s
 
 import ast
 import math
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -125,6 +127,28 @@ def measuring(folder):
     ]
     yield torch.tensor(figures, device="cpu")
     yield from pfgm.data.digits()[:2]
+
+
+def test_what_is_loaded_lies_on_its_device(tmp_path):
+    with torch.device("meta"):
+        flow, net = pfgm.load_pretrained("digits")
+        labels = torch.arange(3, device="cpu")
+        samples = flow.sample(net, 3, condition={"labels": labels}, steps=2)
+    assert {each.device.type for each in (*net.parameters(), *net.buffers(), samples)} == {"cpu"}
+
+
+def test_the_first_use_of_rk45_keeps_its_constants():
+    """In a process of its own: torchdiffeq makes constants when it is imported."""
+    program = """
+import torch, pfgm
+flow, x = pfgm.PoissonFlow((2,), data_norm=1.0), torch.ones(1, 2)
+net = flow.empirical(torch.ones(1, 2))
+for device in ("meta", None):
+    torch.set_default_device(device)
+    assert flow.encode(net, x, solver="rk45", rtol=0.1).isfinite().all()
+    assert flow.log_likelihood(net, x, rtol=0.1).nats.isfinite().all()
+"""
+    subprocess.run([sys.executable, "-c", program], check=True, timeout=120)
 
 
 @pytest.mark.parametrize("results", [a_set, sampling, training, measuring])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from diffusers.configuration_utils import ConfigMixin
@@ -32,7 +33,7 @@ class PoissonFlowPipeline(DiffusionPipeline):  # type: ignore[misc]
         scheduler: a :class:`PoissonFlowScheduler` or :class:`PoissonFlowPPScheduler`.
 
     Raises:
-        TypeError: the scheduler is another one.
+        TypeError: the scheduler is another one, or the network is not one of diffusers.
         ValueError: the samples of the flow are not images of 1 or 3 channels.
 
     >>> import pfgm
@@ -59,6 +60,11 @@ class PoissonFlowPipeline(DiffusionPipeline):  # type: ignore[misc]
                 f"scheduler is a {type(scheduler).__name__}; allowed are PoissonFlowScheduler and "
                 "PoissonFlowPPScheduler."
             )
+        if not hasattr(unet, "dtype"):
+            raise TypeError(
+                f"unet must be a network of diffusers, such as UNet2DModel, got a "
+                f"{type(unet).__name__}; flow.sample takes the networks of pfgm."
+            )
         shape = scheduler.flow.shape
         if len(shape) != 3 or shape[0] not in (1, 3):
             raise ValueError(
@@ -66,6 +72,19 @@ class PoissonFlowPipeline(DiffusionPipeline):  # type: ignore[misc]
                 "(C, H, W) with C = 1 or 3."
             )
         self.register_modules(unet=unet, scheduler=scheduler)
+
+    @classmethod
+    def from_pipe(cls, pipeline: DiffusionPipeline, **options: Any) -> PoissonFlowPipeline:
+        """The pipeline with the parts of another one, but for those that are given.
+
+        Args:
+            pipeline: a pipeline with a unet, such as ``DDPMPipeline``.
+            **options: parts, such as scheduler, and those of ``DiffusionPipeline.from_pipe``.
+        """
+        # diffusers takes a network over only if the annotation names its very class.
+        parts = {"unet": pipeline.unet, **options}
+        result: PoissonFlowPipeline = super().from_pipe(pipeline, **parts)
+        return result
 
     def to_json_string(self) -> str:
         """The configuration, whose ``_class_name`` says what reads it.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import inspect
 import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, ClassVar, TypeVar
@@ -155,14 +156,21 @@ class FlowScheduler(SchedulerMixin, ConfigMixin):  # type: ignore[misc]
         It is the first level; with variance_preserving it is 1.
 
         Raises:
-            ValueError: D is finite. The prior is not normal then; start from :meth:`prior`.
+            AttributeError: D is finite. The prior is not normal then; start from :meth:`prior`.
         """
         if math.isfinite(self._flow.D):
-            raise ValueError(
+            raise AttributeError(
                 f"init_noise_sigma exists at D = ∞ only; at D = {self._flow.D:g} the prior is not "
                 "normal: start from scheduler.prior(n), as PoissonFlowPipeline does."
             )
         return 1.0 if self._variance_preserving else self._flow.first_level
+
+    def __getattr__(self, name: str) -> Any:
+        # Called where a property raises AttributeError too, whose message diffusers would replace.
+        attribute = inspect.getattr_static(type(self), name, None)
+        if isinstance(attribute, property):
+            return attribute.__get__(self)
+        return super().__getattr__(name)
 
     def __repr__(self) -> str:
         settings = {name: value for name, value in self.config.items() if name[0] != "_"}
@@ -274,9 +282,15 @@ class FlowScheduler(SchedulerMixin, ConfigMixin):  # type: ignore[misc]
                 pred_original_sample).
 
         Raises:
+            TypeError: model_output is no tensor, as the results of networks of diffusers.
             ValueError: the timestep is not in ``timesteps``, none of them is left, the output has a
                 wrong shape, or the run starts from standard normal noise, which is not the prior.
         """
+        if not isinstance(model_output, Tensor):
+            raise TypeError(
+                f"model_output must be a torch.Tensor, got a {type(model_output).__name__}; a "
+                "network of diffusers returns it as .sample."
+            )
         if self._step_index is None:
             begin = self._begin_index
             self._step_index = self.index_for_timestep(timestep) if begin is None else begin

@@ -324,14 +324,14 @@ class SongUNet(nn.Module):
         else:
             features = positional_features(noise, self._noise)
         if labels is not None:
-            labels = checked_labels(labels, len(noise), self.classes)
+            labels = checked_labels(labels, noise.shape[0], self.classes)
         if self.map_label is not None:
             one_hot = self._one_hot(labels, noise)
             features = features + self.map_label(one_hot * math.sqrt(self.classes))
         if augment is not None:
-            if augment.shape != (len(noise), self.augment_dim) or not self.augment_dim:
+            if augment.shape != (noise.shape[0], self.augment_dim) or not self.augment_dim:
                 raise ValueError(
-                    f"augment has shape {tuple(augment.shape)}; allowed is ({len(noise)}, "
+                    f"augment has shape {tuple(augment.shape)}; allowed is ({noise.shape[0]}, "
                     f"{self.augment_dim}), or None where augment_dim is 0."
                 )
             features = features + self.map_augment(augment)
@@ -340,7 +340,7 @@ class SongUNet(nn.Module):
     def _one_hot(self, labels: Tensor | None, noise: Tensor) -> Tensor:
         """(B, classes), with a row of zeros for no label, and of NaN for one that is too large."""
         if labels is None:
-            return noise.new_zeros(len(noise), self.classes)
+            return noise.new_zeros(noise.shape[0], self.classes)
         numbers = torch.arange(self.classes, device=labels.device)
         one_hot = (labels[:, None] == numbers).to(noise.dtype)
         return torch.where((labels >= self.classes)[:, None], math.nan, one_hot)

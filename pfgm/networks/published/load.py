@@ -93,7 +93,8 @@ def _build(
     with torch.device("meta"):
         expected = kind(**config).state_dict()
     _check_weights(weights, expected)
-    network = kind(**config)
+    with torch.device("cpu"):  # as the weights, whatever the default device
+        network = kind(**config)
     network.load_state_dict(weights)
     return network
 

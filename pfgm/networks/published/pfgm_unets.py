@@ -87,7 +87,8 @@ class Resampling(nn.Module):
         self.register_buffer("kernel", kernel / kernel.sum(), persistent=False)
 
     def _filtered(self, h: Tensor, gain: float, stride: int) -> Tensor:
-        kernel = (gain * self.kernel).to(h.dtype).expand(h.shape[1], 1, 4, 4)
+        # A replica of nn.DataParallel shares the module, and so the kernel, of the first GPU.
+        kernel = (gain * self.kernel).to(h).expand(h.shape[1], 1, 4, 4)
         return F.conv2d(h, kernel, stride=stride, groups=h.shape[1])
 
     def down(self, h: Tensor) -> Tensor:
