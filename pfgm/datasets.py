@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import gzip
 import math
 import os
@@ -22,7 +23,7 @@ from .data.arrays import array_names, from_numpy, open_array, read_integers
 from .data.images import load_images
 from .data.opening import open_source
 from .data.rows import InMemory, OnDisk, Scaled, Source
-from .data.tables import LABEL_NAMES
+from .data.tables import LABEL_NAMES, Table
 from .references import ReferenceSet
 
 __all__ = [
@@ -69,8 +70,8 @@ class Data(NamedTuple):
     for floating numbers from a file."""
     names: tuple[str, ...] = ()
     """The names of the classes, by label; empty if they have none."""
-    column_names: tuple[str, ...] = ()
-    """The names of the columns of a table; empty if they have none."""
+    table: Table | None = None
+    """The columns of a table, which encode and decode its rows."""
 
 
 Range = tuple[float, float]
@@ -88,6 +89,9 @@ def open_data(
     value_range: Range | None = None,
     layout: Layout = "auto",
     resize: int | None = None,
+    label_column: str | None = None,
+    drop_missing: bool = False,
+    table: Table | None = None,
     progress: bool = False,
 ) -> Data:
     """Opens data by name or path. Nothing is downloaded or unpickled.
@@ -104,8 +108,8 @@ def open_data(
       ``dataset.json``, as in the data sets of EDM and StyleGAN.
     - ``npz:PATH``, or a path: a ``.npy``, ``.npz`` or ``.safetensors`` file of samples (n, ...),
       which is read in place if possible.
-    - the path of a ``.csv`` file, a table of numbers with a line of names. A column named labels,
-      label or y has the labels, integers or names.
+    - the path of a ``.csv`` file, a table with a line of names, whose numbers and texts
+      :class:`pfgm.data.Table` encodes.
 
     A file of several arrays has its samples in the array images, data or x. Optional arrays are the
     integer labels (n,) in labels, label or y; held-out samples in held_out or test; and their
@@ -120,6 +124,9 @@ def open_data(
         layout: what the arrays of an array file are, see :data:`Layout`.
         resize: the height and width of images in a folder or an archive. Their largest central
             square is scaled to it. None takes images of one size as they are.
+        label_column, drop_missing: of a table, see :meth:`pfgm.data.Table.read`.
+        table: the columns that are known from other data, such as those of a checkpoint; None
+            learns them.
         progress: show a progress bar while images are read.
 
     Raises:
@@ -128,7 +135,7 @@ def open_data(
         TypeError: samples are neither floating nor uint8, or uint8 where a range is given; or
             labels are not integers.
         ValueError: the name is unknown, a file is damaged, arrays do not fit together, or a resize
-            or a layout is given for what does not take it.
+            or a layout or an option of tables is given for what does not take it.
 
     >>> data = open_data("digits")
     >>> data.train, data.classes, data.levels
@@ -136,6 +143,14 @@ def open_data(
     """
     _check_layout(layout, source)
     name, place = _name_and_path(source)
+    if not name and Path(source).suffix == ".csv":
+        if value_range is not None or resize is not None:
+            raise ValueError(f"range and resize are not for tables, got one for {source}.")
+        return _from_table(Path(source), label_column, drop_missing, table)
+    if label_column or drop_missing:
+        raise ValueError(
+            f"label_column and drop_missing are for .csv files, got one for {source}; leave it out."
+        )
     path = Path(place).expanduser()
     if name in _NAMED and resize is not None:
         raise ValueError(f"resize is {resize}, but data is {source}, of one size; leave it out.")
@@ -279,8 +294,23 @@ def _from_path(
         _classes(train, held_out),
         _levels(train),
         names=source.label_names,
-        column_names=source.column_names,
     )
+
+
+def _from_table(
+    path: Path, label_column: str | None, drop_missing: bool, table: Table | None
+) -> Data:
+    if table is None or table.plain:
+        read = Table.read(path, label_column=label_column, drop_missing=drop_missing)
+        table = read if table is None else dataclasses.replace(table, label=read.label)
+    elif label_column and label_column != (table.label and table.label.name):
+        raise ValueError(
+            f"label_column must be {table.label and table.label.name!r}, as in the checkpoint, got "
+            f"{label_column!r}."
+        )
+    rows, labels = table.encode(path, drop_missing=drop_missing)
+    train = ReferenceSet(rows, labels=labels)
+    return Data(train, None, _classes(train, None), levels=0, names=table.label_names, table=table)
 
 
 def _rows(

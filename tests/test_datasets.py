@@ -269,7 +269,7 @@ def test_a_file_stays_where_it_is(tmp_path: Path, prefix: str) -> None:
     data = open_data(f"{prefix}{tmp_path / 'a.npy'}")
     assert in_file(data.train)
     np.testing.assert_array_equal(data.train[:].numpy(), ramp(4, 3, 2, 2))
-    assert data[1:] == (None, 0, 256, (), ())
+    assert data[1:] == (None, 0, 256, (), None)
 
 
 @pytest.mark.parametrize("dtype", [torch.uint8, torch.float32, torch.bfloat16])
@@ -389,7 +389,7 @@ def test_a_folder_of_images(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
         data = open_data(source)
         assert data.train.shape == (3, 1, 4, 5)
         np.testing.assert_array_equal(data.train[:][2, 0].numpy(), ramp(4, 5) + 2)
-        assert data[1:] == (None, 0, 256, (), ())
+        assert data[1:] == (None, 0, 256, (), None)
 
 
 def test_an_archive_of_images_by_class(tmp_path: Path) -> None:

@@ -17,7 +17,7 @@ from .. import evaluation
 from ..common.checks import check_seed, usable_device
 from ..common.files import output_folder, write_csv, write_json
 from ..common.versions import versions
-from ..data import to_unit
+from ..data import Table, to_unit
 from ..datasets import Data, Layout, Range, open_data, open_samples, takes_layout
 from ..evaluation import Point
 from ..flows.sampling import check_steps
@@ -27,6 +27,7 @@ from ..networks.registry import label_count
 from ..plotting.figures import require_matplotlib
 from ..pretrained import pretrained_path
 from ..references import References, ReferenceSet
+from ..training import checkpoint
 from ..training.checkpoint import Loaded, check_solver, load
 from ..training.checks import warn_of_range
 from ..training.runs import RunConfig
@@ -82,6 +83,9 @@ class Evaluate:
     resize: int | None = None
     """Height and width to which images are scaled, likewise, and those of --samples in a folder or
     archive too."""
+    drop_missing: bool = False
+    """Leave out the rows of a table in which a value is missing, as the training run does if it
+    was told to."""
     features: str | None = None
     """Compare in the features of a classifier as well: digits, fashion-mnist, a file of pfgm
     features, or none. The default is the classifier of the data, if one comes with the package."""
@@ -122,16 +126,18 @@ class Evaluate:
             "value_range": self.range,
             "layout": self.layout,
             "resize": self.resize,
+            "drop_missing": self.drop_missing or None,
         }
         reading = {option: value for option, value in options.items() if value is not None}
         name = self.data
         if name is None:
             name, run_reading = self._data_of_source()
             reading = {**run_reading, **reading}
+        reading["label_column"] = ""  # labels are columns to compare, unless the network takes them
         if self.samples is not None and not takes_layout(name):
             reading.pop("layout", None)  # it is for the samples
-        data = open_data(name, **reading, progress=True)
-        source = self._open(device)
+        data = open_data(name, **reading, table=self._table(), progress=True)
+        source = self._open(device, data.table)
         for rows in (data.train, *([source] if isinstance(source, ReferenceSet) else [])):
             warn_of_range(rows)
         self._check_data(name, data, source)
@@ -154,6 +160,8 @@ class Evaluate:
         figures: dict[str, Any] = {"data": name}
         if isinstance(source, Loaded):
             samples, described = self._draw(source, device)
+            if data.table is not None:
+                samples = data.table.nearest(samples)
             samples = evaluation.clamp_images(samples.to(real.train.device), real.train)
         else:
             samples, described = (
@@ -227,7 +235,17 @@ class Evaluate:
                     "have been drawn; leave it out, or give a checkpoint."
                 )
 
-    def _open(self, device: torch.device) -> Loaded | ReferenceSet:
+    def _table(self) -> Table | None:
+        """The columns of the table that the network of the checkpoint has learned."""
+        return None if self.checkpoint is None else checkpoint.table(self.checkpoint)
+
+    def _open(self, device: torch.device, table: Table | None) -> Loaded | ReferenceSet:
+        if self.samples is not None and table is not None:
+            if self.samples.suffix != ".csv":
+                raise ValueError(
+                    f"samples must be a .csv file, as the data are a table, got {self.samples}."
+                )
+            return ReferenceSet(table.encode(self.samples).rows)
         if self.samples is not None:
             images = self.samples.is_dir() or self.samples.suffix == ".zip"
             return open_samples(

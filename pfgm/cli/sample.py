@@ -21,8 +21,6 @@ from ..common.checks import check_seed, usable_device
 from ..common.files import check_new_folder, new_folder, output_folder
 from ..common.messages import progress_bar
 from ..data.images import save_image
-from ..data.tables import save_table
-from ..datasets import open_data
 from ..evaluation import noise_generator
 from ..flows.batched_sampling import draw_prior, sample_batches
 from ..flows.flow import Flow
@@ -69,9 +67,6 @@ class Sample:
     animate: Path | None = None
     """A .gif file of the samples on their field lines from the prior to data, with a frame for each
     step (images only, at most --batch-size)."""
-    round_to: str | None = None
-    """The table that the network was trained on, such as a .csv file. Columns of at most 20
-    different values are rounded to these values."""
     seed: int = 0
     """Seed of the prior, and of the noise that some solvers add."""
 
@@ -82,7 +77,10 @@ class Sample:
             print(f"pfgm: {notice}", file=sys.stderr)
         flow, network = checkpoint.load(self._weights, device=device)
         images = len(flow.shape) == 3 and flow.shape[0] in (1, 3)
+        table = checkpoint.table(self._weights) if len(flow.shape) == 1 else None
         files = (".csv", ".npy") if len(flow.shape) == 1 else (".npy",)
+        if table is not None and not table.plain:
+            files = (".csv",)  # an array has neither the texts nor the units of the table
         if not images and (self.out.suffix not in files or self.animate):
             raise ValueError(
                 f"out is {self.out}, but samples of shape {flow.shape} are not images; allowed is "
@@ -95,16 +93,14 @@ class Sample:
             )
         if self.out.suffix == ".png" or self.animate:
             require_matplotlib()
-        table = None if self.round_to is None else self._table(self.round_to, flow)
         with output_folder(self.out.parent):
             labels = self._labels(network)
             path: list[tuple[float, Tensor]] = []
-            drawn = self._draw(flow, network, labels, device, path if self.animate else None)
-            batches = self._rounded(drawn, table)
+            batches = self._draw(flow, network, labels, device, path if self.animate else None)
             if self._is_folder():
                 self._write_images(batches)
             else:
-                self._write(torch.cat(list(batches)), labels)
+                self._write(torch.cat(list(batches)), labels, table)
             if self.animate is not None:
                 self._animate(self.animate, flow, path, labels)
         print(self.out)
@@ -185,21 +181,6 @@ class Sample:
                 path.append((0.0, samples.cpu()))
             yield samples
 
-    def _table(self, source: str, flow: Flow) -> Tensor:
-        rows = open_data(source).train
-        if rows.ndim != 2 or tuple(rows.shape[1:]) != flow.shape:
-            raise ValueError(
-                f"round-to is {source}, with rows of shape {tuple(rows.shape[1:])}; allowed is a "
-                f"table whose rows have the shape of the samples, {flow.shape}."
-            )
-        return rows[torch.arange(len(rows), device="cpu")]
-
-    @staticmethod
-    def _rounded(batches: Iterator[Tensor], table: Tensor | None) -> Iterator[Tensor]:
-        if table is None:
-            return batches
-        return (data.round_columns(samples.cpu(), table) for samples in batches)
-
     def _labels(self, network: nn.Module) -> list[int]:
         """The numbers of the labels; empty for samples without labels."""
         classes, names = label_count(network), self._names()
@@ -218,14 +199,16 @@ class Sample:
             return PRETRAINED[self.pretrained].classes
         return checkpoint.label_names(self._weights)
 
-    def _write(self, samples: Tensor, labels: Sequence[int]) -> None:
+    def _write(self, samples: Tensor, labels: Sequence[int], table: data.Table | None) -> None:
         if self.out.suffix == ".npy":
             data.save_array(self.out, samples)
             return
         if self.out.suffix == ".csv":
-            names = self._names() or range(max(labels, default=-1) + 1)
-            each = [names[labels[i % len(labels)]] for i in range(self.n)] if labels else None
-            save_table(self.out, samples, checkpoint.column_names(self._weights), each)
+            if table is None:
+                table = data.Table.numbers([f"x{place}" for place in range(samples.shape[1])])
+            each = torch.tensor(labels, device="cpu")
+            places = torch.arange(self.n, device="cpu") % max(len(labels), 1)
+            table.write(self.out, samples, each[places] if labels else None)
             return
         from ..plotting import image_grid
 

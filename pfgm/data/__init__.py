@@ -2,6 +2,14 @@
 
 from .arrays import load_array, save_array, to_unit
 from .handwritten import Digits, digits
-from .tables import round_columns
+from .tables import EncodedRows, Table
 
-__all__ = ["Digits", "digits", "load_array", "round_columns", "save_array", "to_unit"]
+__all__ = [
+    "Digits",
+    "EncodedRows",
+    "Table",
+    "digits",
+    "load_array",
+    "save_array",
+    "to_unit",
+]

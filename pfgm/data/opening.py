@@ -37,8 +37,8 @@ def open_source(
               place. An array is loaded if it is compressed, in Fortran order, in another byte order
               or of a width that is not in ``DTYPES``. Of several arrays in a file,
               :func:`pfgm.data.load_array` tells which one is read;
-            - a DataFrame of pandas, or the path of a ``.csv`` file: see
-              :func:`pfgm.data.tables.load_table`;
+            - a DataFrame of pandas, or the path of a ``.csv`` file, of numbers, which stay as they
+              are: see :func:`pfgm.data.tables.load_table`. :class:`pfgm.data.Table` encodes texts;
             - the path of a folder or a ``.zip`` archive, whose PNG, JPEG, BMP and WebP images are
               decoded: see :func:`pfgm.data.images.load_images`;
             - a dataset with ``__len__`` and ``__getitem__``, which is loaded: see

@@ -34,14 +34,12 @@ class Source(ABC):
         dtype: the dtype in which the rows are stored, one of ``DTYPES``.
         labels: (n,) int64; None where there are none.
         label_names: the names of the classes, by label; empty where they have none.
-        column_names: the names of the columns of a table; empty where they have none.
     """
 
     shape: tuple[int, ...]
     dtype: torch.dtype
     labels: Tensor | None = None
     label_names: tuple[str, ...] = ()
-    column_names: tuple[str, ...] = ()
 
     @abstractmethod
     def __len__(self) -> int:
@@ -102,7 +100,6 @@ class InMemory(Source):
         tensor: Tensor,
         labels: Tensor | None = None,
         label_names: tuple[str, ...] = (),
-        column_names: tuple[str, ...] = (),
     ) -> None:
         check_dense("source", tensor)
         _check_dtype(tensor.dtype, "source")
@@ -112,7 +109,6 @@ class InMemory(Source):
         self.dtype = tensor.dtype
         self.labels = labels
         self.label_names = label_names
-        self.column_names = column_names
 
     def __len__(self) -> int:
         return len(self._tensor)

@@ -1,26 +1,246 @@
-"""Tables of numbers: .csv files and DataFrames, which pandas reads."""
+"""Tables: ``.csv`` files and DataFrames, as rows of numbers inside and as they are outside."""
 
 from __future__ import annotations
 
+import csv
+import io
 import sys
+import warnings
 from collections.abc import Iterable, Sequence
-from itertools import chain
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, TypeGuard
+from typing import Any, NamedTuple, TypeGuard
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from ..common.checks import natural
-from ..common.files import StrPath, write_csv
-from ..common.tensors import as_int64
+from ..common.files import StrPath, write_atomic
+from .columns import Column, Numbers, Texts, column_from, learn_column
 from .rows import check_samples
 
-__all__ = ["LABEL_NAMES", "is_frame", "is_series", "load_table", "round_columns", "save_table"]
+__all__ = ["LABEL_NAMES", "EncodedRows", "Label", "Table", "is_frame", "is_series", "load_table"]
 
 LABEL_NAMES = ("labels", "label", "y")
 """Names of the arrays and columns that hold labels."""
+
+_SEPARATORS = (",", ";", "\t")
+_INDEX_NAMES = ("", "Unnamed: 0")  # of the index of a DataFrame, as pandas writes and reads it
+_MOST_LABELS = 1000
+_SHOWN = 5  # rows, columns or texts in a message
+
+Array = np.ndarray[Any, Any]
+Cells = dict[str, Array]
+"""The values of columns by name: float64, or texts and truth values with None for a missing one."""
+
+
+class EncodedRows(NamedTuple):
+    """Rows of a table as a flow learns them."""
+
+    rows: Tensor
+    """(n, features), float32."""
+    labels: Tensor | None
+    """(n,), int64: places in :attr:`Label.values`; None without a column of labels."""
+
+
+@dataclass(frozen=True)
+class Label:
+    """The column of labels."""
+
+    name: str
+    place: int
+    """Its place among all columns."""
+    values: tuple[str | bool | int, ...]
+    """The labels, in order; the label of a row is a place here."""
+
+
+@dataclass(frozen=True)
+class Table:
+    """What is known about the columns of a table: data alone, as a checkpoint keeps it.
+
+    Numbers are standardised inside. Outside they have the decimals of the file and stay within the
+    range that was seen; where at most 20 different ones were seen, they are these. Texts are
+    one-hot inside and texts outside.
+
+    Read one with :meth:`read`.
+
+    >>> import pandas
+    >>> flats = pandas.DataFrame({"rooms": [1, 2, 2, 4], "city": ["Ulm", "Bonn", "Ulm", "Bonn"]})
+    >>> table = Table.read(flats)
+    >>> table.encode(flats).rows.shape
+    torch.Size([4, 2])
+    >>> table.decode(table.encode(flats).rows)
+    {'rooms': [1, 2, 2, 4], 'city': ['Ulm', 'Bonn', 'Ulm', 'Bonn']}
+    """
+
+    columns: tuple[Column, ...]
+    label: Label | None = None
+    separator: str = ","
+    decimal: str = "."
+    dropped: str | None = None
+    """The name of a column that numbers the rows, which is left out."""
+
+    @classmethod
+    def read(
+        cls, source: Any, *, label_column: str | None = None, drop_missing: bool = False
+    ) -> Table:
+        """Learns the columns of a table.
+
+        Args:
+            source: a DataFrame, or the path of a ``.csv`` file that begins with a line of names.
+                Its separator is a comma, a semicolon or a tab. With another one than a comma,
+                numbers may have decimal commas.
+            label_column: the name of the column of labels, texts or integers. By default the one
+                that is named labels, label or y, if there is one; "" takes none for labels.
+            drop_missing: leave out rows without a value in some column.
+
+        Raises:
+            ImportError: a file needs pandas, and it is not installed.
+            ValueError: the file is damaged or has no names, names are alike, a value is missing or
+                not finite, a column has too many different texts or is of another type, or there is
+                no row or no column.
+
+        Warns:
+            UserWarning: a first column without a name numbers the rows, and is left out.
+        """
+        name, cells, separator, decimal = _cells(source)
+        dropped = _index_in(cells, name)
+        cells = _complete(
+            {key: column for key, column in cells.items() if key != dropped}, name, drop_missing
+        )
+        label = _learn_label(cells, label_column, name)
+        columns = [
+            learn_column(key, column, name)
+            for key, column in cells.items()
+            if label is None or key != label.name
+        ]
+        rows = len(next(iter(cells.values()))) if cells else 0
+        check_samples((rows, len(columns)), name)
+        return cls(tuple(columns), label, separator, decimal, dropped)
+
+    @classmethod
+    def numbers(cls, names: Sequence[str]) -> Table:
+        """A table of plain numbers, which are the same inside and outside."""
+        return cls(tuple(Numbers(name) for name in names))
+
+    @property
+    def plain(self) -> bool:
+        """Whether nothing is known about the columns but their names (:meth:`numbers`)."""
+        return all(column == Numbers(column.name) for column in self.columns)
+
+    @property
+    def label_names(self) -> tuple[str, ...]:
+        """The labels as texts, by their place; empty if each is its own place."""
+        values = () if self.label is None else self.label.values
+        return () if values == tuple(range(len(values))) else tuple(map(str, values))
+
+    def encode(self, source: Any, *, drop_missing: bool = False) -> EncodedRows:
+        """The rows of a table with these columns, in any order; it may lack the labels.
+
+        Args:
+            source, drop_missing: as for :meth:`read`.
+
+        Raises:
+            ImportError, ValueError: as for :meth:`read`; or a column is missing or too many, or
+                holds a text or a label that this table has not.
+        """
+        name, cells, *_ = _cells(source)
+        known = [column.name for column in self.columns]
+        labelled = self.label is not None and self.label.name in cells
+        wanted = [*known, *([self.label.name] if self.label is not None and labelled else [])]
+        if others := [key for key in cells if key not in wanted and key != self.dropped]:
+            raise ValueError(f"{name} must have the columns {_list(known)}, got {others[0]!r} too.")
+        if missing := [key for key in wanted if key not in cells]:
+            raise ValueError(f"{name} must have a column {missing[0]!r}, got {_list([*cells])}.")
+        cells = _complete({key: cells[key] for key in wanted}, name, drop_missing)
+        rows = [column.encode(cells[column.name], name) for column in self.columns]
+        labels = None
+        if self.label is not None and labelled:
+            places = {value: place for place, value in enumerate(self.label.values)}
+            values = _label_values(cells[self.label.name], self.label.name, name)
+            if unknown := [value for value in values if value not in places]:
+                raise ValueError(
+                    f"{name} must have labels among {_list(self.label.values)} in column "
+                    f"{self.label.name!r}, got {unknown[0]!r}."
+                )
+            labels = torch.tensor([places[value] for value in values], device="cpu")
+        return EncodedRows(torch.from_numpy(np.concatenate(rows, 1).astype(np.float32)), labels)
+
+    def decode(self, rows: Tensor, labels: Tensor | None = None) -> dict[str, list[Any]]:
+        """The columns of rows, with the values that a file holds.
+
+        Args:
+            rows: (n, features), as of :meth:`encode` or from a flow.
+            labels: (n,), places of labels, for the column of labels.
+
+        Raises:
+            ValueError: the shapes do not fit this table or each other.
+        """
+        width = sum(column.width for column in self.columns)
+        if rows.ndim != 2 or rows.shape[1] != width:
+            raise ValueError(f"rows must have the shape (n, {width}), got {tuple(rows.shape)}.")
+        values = rows.detach().cpu().double().numpy()
+        parts = np.split(values, np.cumsum([column.width for column in self.columns])[:-1], 1)
+        decoded = [
+            (column.name, column.decode(part))
+            for column, part in zip(self.columns, parts, strict=True)
+        ]
+        if labels is not None:
+            label = self.label or Label(LABEL_NAMES[0], len(decoded), ())
+            if labels.shape != rows.shape[:1]:
+                raise ValueError(f"labels must be ({len(rows)},), got {tuple(labels.shape)}.")
+            places = labels.tolist()
+            named = [label.values[place] for place in places] if label.values else places
+            decoded.insert(label.place, (label.name, named))
+        return dict(decoded)
+
+    def nearest(self, rows: Tensor) -> Tensor:
+        """The nearest rows that a file can hold, (n, features) float32."""
+        decoded = self.decode(rows)
+        parts = [
+            column.encode(np.array(decoded[column.name], dtype=object), "rows")
+            for column in self.columns
+        ]
+        return torch.from_numpy(np.concatenate(parts, 1).astype(np.float32))
+
+    def write(self, path: StrPath, rows: Tensor, labels: Tensor | None = None) -> None:
+        """Writes rows as a ``.csv`` file, as :meth:`decode` returns them.
+
+        Raises:
+            OSError: the file cannot be written; an existing one is left as it was.
+            ValueError: as for :meth:`decode`.
+        """
+        decoded = self.decode(rows, labels)
+        text = io.StringIO()
+        lines = csv.writer(text, delimiter=self.separator, lineterminator="\n")
+        lines.writerow(decoded)
+        texts = ([self._text(value) for value in column] for column in decoded.values())
+        lines.writerows(zip(*texts, strict=True))
+        write_atomic(path, lambda file: file.write(text.getvalue().encode()))
+
+    def _text(self, value: object) -> str:
+        text = str(value)
+        return text.replace(".", self.decimal) if isinstance(value, float) else text
+
+    def to_dict(self) -> dict[str, Any]:
+        """The table as JSON holds it."""
+        return asdict(self)
+
+    @classmethod
+    def from_dict(cls, content: Any) -> Table:
+        """The table of :meth:`to_dict`.
+
+        Raises:
+            KeyError, TypeError, ValueError: the content is not one.
+        """
+        label = content["label"]
+        if label is not None:
+            label = Label(str(label["name"]), int(label["place"]), tuple(label["values"]))
+        separator, decimal = content["separator"], content["decimal"]
+        if separator not in _SEPARATORS or decimal not in (".", ","):
+            raise ValueError(f"a table has the separators {separator!r} and {decimal!r}.")
+        columns = tuple(column_from(column) for column in content["columns"])
+        return cls(columns, label, separator, decimal, content.get("dropped"))
 
 
 def is_frame(value: object) -> TypeGuard[Any]:
@@ -35,183 +255,250 @@ def is_series(value: object) -> bool:
     return pandas is not None and isinstance(value, pandas.Series)
 
 
-def load_table(table: Any) -> tuple[Tensor, Tensor | None, tuple[str, ...], tuple[str, ...]]:
-    """The numbers of a DataFrame or of a .csv file.
-
-    A .csv file begins with a line of names. The column named labels, label or y, if there is one,
-    has labels: integers from 0, or names, which are numbered in alphabetical order. All other
-    columns are numbers, or True and False, which become 1 and 0.
-
-    Args:
-        table: the DataFrame, or the path of the file.
+def load_table(source: Any) -> tuple[Tensor, Tensor | None, tuple[str, ...]]:
+    """The numbers of a DataFrame or of a ``.csv`` file, as they are.
 
     Returns:
-        The rows (n, columns), float32, in the order of the columns; the labels (n,), int64, or
-        None; the names of the classes, by label, if they have names; and those of the columns.
+        The rows (n, columns), float32; the labels (n,), int64, or None; and their names.
 
     Raises:
-        ImportError: a file needs pandas, and it is not installed.
-        ValueError: the file is damaged or has no line of names, a column holds text, a value is
-            missing or not finite as float32, or there is no row or no column.
-
-    >>> import pandas
-    >>> load_table(pandas.DataFrame({"height": [1.5, 2.0], "y": ["oak", "elm"]}))
-    (tensor([[1.5000],
-            [2.0000]]), tensor([1, 0]), ('elm', 'oak'), ('height',))
+        ImportError, ValueError: as for :meth:`Table.read`; or a column holds texts, which
+            :class:`Table` encodes.
     """
-    name, frame = ("the table", table) if is_frame(table) else (str(table), _read(Path(table)))
-    column = next((label for label in LABEL_NAMES if label in frame.columns), None)
-    labels, names = (None, ()) if column is None else _labels(frame[column], name)
-    if column is not None:
-        frame = frame.drop(columns=column)
-    check_samples(frame.shape, name)
-    rows = np.stack([_numbers(frame.iloc[:, i], name) for i in range(frame.shape[1])], 1)
-    return torch.from_numpy(rows), labels, names, tuple(str(each) for each in frame.columns)
+    table = Table.read(source)
+    for column in table.columns:
+        if isinstance(column, Texts):
+            raise ValueError(
+                f"column {column.name!r} must hold numbers, got texts such as "
+                f"{column.values[0]!r}; pfgm.data.Table encodes them."
+            )
+    plain = Table(tuple(Numbers(c.name) for c in table.columns), table.label, dropped=table.dropped)
+    rows, labels = plain.encode(source)
+    return rows, labels, table.label_names
 
 
-def save_table(
-    path: StrPath,
-    samples: Tensor,
-    columns: Sequence[str] = (),
-    labels: Sequence[object] | None = None,
-) -> None:
-    """Writes samples to a ``.csv`` file, which :func:`load_table` reads back without loss.
-
-    Args:
-        path: the file. If writing fails, an existing file is left as it was.
-        samples: (n, columns), float32.
-        columns: the names of the columns; without names they are x0, x1 and so on.
-        labels: n labels, or their names, for a last column "labels".
-
-    Raises:
-        OSError: the file cannot be written.
-        ValueError: columns or labels are of another number.
-
-    >>> import tempfile
-    >>> with tempfile.TemporaryDirectory() as folder:
-    ...     save_table(f"{folder}/t.csv", torch.tensor([[0.1, 2.0]]), ["height", "age"], ["oak"])
-    ...     print(Path(f"{folder}/t.csv").read_text(), end="")
-    height,age,labels
-    0.1,2.0,oak
-    """
-    head = [*(columns or [f"x{number}" for number in range(samples.shape[1])])]
-    if len(head) != samples.shape[1]:
-        raise ValueError(
-            f"columns are {len(head)} names; allowed are {samples.shape[1]}, one for each column."
-        )
-    # The shortest texts of float32 numbers.
-    lines: Iterable[list[object]] = ([*row.astype(str)] for row in samples.detach().cpu().numpy())
-    if labels is not None:
-        head.append(LABEL_NAMES[0])
-        lines = ([*line, label] for line, label in zip(lines, labels, strict=True))
-    write_csv(path, chain([head], lines))
+# ---- reading ----------------------------------------------------------------------------------
 
 
-def round_columns(samples: Tensor, data: Tensor, most: int = 20) -> Tensor:
-    """Samples of a table, with columns of few values rounded to the values in the data.
-
-    A flow draws continuous values. A column that has at most ``most`` different values in the data,
-    such as 0 and 1 or a number of rooms, takes the nearest of them; half-way the lower one. Other
-    columns stay as they are.
-
-    Args:
-        samples: (n, columns), in the units of the data.
-        data: (m, columns), the rows that were learnt.
-        most: the largest number of different values of a column that is rounded.
-
-    Returns:
-        A new tensor (n, columns) of the dtype and device of the samples.
-
-    Raises:
-        ValueError: the shapes do not fit together, or most is negative.
-
-    >>> table = torch.tensor([[0.0, 1.7], [1.0, 2.9], [1.0, 4.2]])
-    >>> round_columns(torch.tensor([[0.4, 2.1], [1.3, 9.0]]), table, most=2)
-    tensor([[0.0000, 2.1000],
-            [1.0000, 9.0000]])
-    """
-    if samples.ndim != 2 or data.ndim != 2 or samples.shape[1] != data.shape[1] or not len(data):
-        raise ValueError(
-            f"samples has shape {tuple(samples.shape)} and data {tuple(data.shape)}; allowed are "
-            "(n, columns) and (m, columns) with m of at least 1."
-        )
-    most = natural("most", most)
-    rounded = samples.clone()
-    for column, seen in enumerate(data.to(samples).unbind(1)):
-        values = seen.unique()  # sorted
-        if len(values) <= most:
-            borders = (values[1:] + values[:-1]) / 2
-            rounded[:, column] = values[torch.bucketize(samples[:, column].contiguous(), borders)]
-    return rounded
-
-
-def _read(path: Path) -> Any:
+def _pandas() -> Any:
     try:
         import pandas
     except ModuleNotFoundError as error:
         raise ImportError("Tables need pandas; in a checkout: pip install '.[tables]'") from error
+    return pandas
+
+
+def _cells(source: Any) -> tuple[str, dict[str, Any], str, str]:
+    """The name of a table for messages, its columns, its separator and its decimal point."""
+    if is_frame(source):
+        name, separator, decimal = "the table", ",", "."
+        frame = source
+        columns = [_values(frame.iloc[:, i], name) for i in range(frame.shape[1])]
+    else:
+        name = str(source)
+        frame, separator = _read(Path(source))
+        decimal = "." if separator == "," else _decimal(frame)
+        columns = [_parsed(frame.iloc[:, i], decimal, name) for i in range(frame.shape[1])]
+    names = [str(each) for each in frame.columns]
+    if not len(frame) or not names:
+        raise ValueError(f"{name} must have rows and columns, got {len(frame)} × {len(names)}.")
+    if alike := [key for key in names if names.count(key) > 1]:
+        raise ValueError(f"{name} must have different names of columns, got {alike[0]!r} twice.")
+    if not is_frame(source):
+        _check_names(dict(zip(names, columns, strict=True)), name)
+    return name, dict(zip(names, columns, strict=True)), separator, decimal
+
+
+def _read(path: Path) -> tuple[Any, str]:
+    """All cells of a file as texts or missing, and its separator."""
+    pandas = _pandas()
     try:
-        # One name more or less than columns would shift the numbers by a column.
-        frame = pandas.read_csv(path, index_col=False, skipinitialspace=True)
-    except (pandas.errors.ParserError, pandas.errors.EmptyDataError, UnicodeDecodeError) as error:
+        with path.open(newline="", encoding="utf-8-sig") as file:
+            beginning = file.read(1 << 16)
+        if "\0" in beginning:
+            raise ValueError("it holds bytes that are no text")
+        fields = {
+            s: len(next(csv.reader(io.StringIO(beginning), delimiter=s))) for s in _SEPARATORS
+        }
+        separator = max(_SEPARATORS, key=fields.__getitem__)
+        # Without a header all rows must have as many fields as the first.
+        frame = pandas.read_csv(
+            path,
+            sep=separator,
+            header=None,
+            dtype=str,
+            skipinitialspace=True,
+            encoding="utf-8-sig",
+        )
+    except (StopIteration, csv.Error, UnicodeDecodeError, ValueError) as error:
+        reason = " ".join(str(error).split()) or "it has no line"
         raise ValueError(
-            f"{path} is empty, damaged or not a table ({error}); allowed are lines of numbers with "
-            "commas between them, after a line of names."
+            f"{path} must be a table of lines with as many values as there are names in the first "
+            f"line, got one that is empty or damaged ({reason})."
         ) from error
-    if all(_is_number(str(name)) for name in frame.columns):
-        raise ValueError(f"{path} begins with numbers; allowed is a line of names before them.")
-    return frame
+    names = frame.iloc[0].fillna("")
+    return frame.iloc[1:].set_axis(names, axis=1).reset_index(drop=True), separator
+
+
+def _decimal(frame: Any) -> str:
+    commas = frame.apply(lambda column: column.str.fullmatch(r"[+-]?\d+,\d+").any())
+    return "," if commas.any() else "."
+
+
+def _parsed(cells: Any, decimal: str, name: str) -> Array:
+    """The numbers of a column of texts, or its texts. Texts such as 007 are no numbers."""
+    present = cells.dropna()
+    if not len(present):
+        return np.full(len(cells), np.nan)
+    digits = present
+    if decimal == ",":  # 1.234 may be a thousand
+        digits = present.str.replace(".", "?", regex=False).str.replace(",", ".", regex=False)
+    numbers = _pandas().to_numeric(digits, errors="coerce")
+    if numbers.notna().all() and not digits.str.match(r"\s*[+-]?0\d").any():
+        _check_integers(numbers[present.str.fullmatch(r"[+-]?\d+")], cells.name, name)
+        values = np.full(len(cells), np.nan)
+        values[cells.notna().to_numpy()] = numbers.to_numpy(np.float64)
+        return values
+    if numbers.isna().any() and present.str.fullmatch(r"[+-]?\d[\d.,' ]*").all():
+        shown = present[numbers.isna()].iloc[0]
+        raise ValueError(
+            f"{name} must have numbers without separators of thousands, got {shown!r} in column "
+            f"{cells.name!r}."
+        )
+    texts: Array = cells.astype(object).where(cells.notna(), None).to_numpy()
+    return texts
+
+
+def _values(column: Any, name: str) -> Array:
+    """The values of a column of a DataFrame."""
+    kind = column.dtype.kind
+    if kind in "iu":
+        _check_integers(column.dropna(), column.name, name)
+    if kind in "iuf":
+        values: Array = column.to_numpy(np.float64, na_value=np.nan)
+        return values
+    texts = column.astype(object).where(column.notna(), None).to_numpy()
+    if kind == "b" or all(isinstance(each, (str, bool, type(None))) for each in texts):
+        return np.array([each if each is None else _plain(each) for each in texts], dtype=object)
+    raise ValueError(
+        f"{name} must hold numbers, texts and truth values, got {column.dtype} in column "
+        f"{column.name!r}."
+    )
+
+
+def _check_integers(numbers: Any, key: str, name: str) -> None:
+    if len(numbers) and max(numbers.max(), -numbers.min()) > 2**53:
+        raise ValueError(
+            f"{name} must have integers up to 2^53, got {numbers.abs().max()} in column {key!r}; "
+            "leave it out if it numbers the rows."
+        )
+
+
+def _plain(value: Any) -> str | bool:
+    return str(value) if isinstance(value, str) else bool(value)
+
+
+def _check_names(cells: Cells, name: str) -> None:
+    """Raises ValueError if what should be names is probably the first row of the data."""
+    numeric = [key for key, column in cells.items() if column.dtype.kind == "f"]
+    unnamed = bool(numeric) and all(_is_number(key) or not key for key in numeric)
+    index = numeric == [next(iter(cells))] and numeric[0] in _INDEX_NAMES
+    own = [key for key, column in cells.items() if column.dtype.kind == "O" and key in set(column)]
+    if own or (unnamed and not index):
+        raise ValueError(
+            f"{name} must begin with a line of names, got {_list([*cells])} in its first line."
+        )
 
 
 def _is_number(text: str) -> bool:
     try:
-        float(text)
+        float(text.replace(",", "."))
     except ValueError:
         return False
     return True
 
 
-def _labels(column: Any, name: str) -> tuple[Tensor, tuple[str, ...]]:
-    if column.isna().any():
-        raise ValueError(
-            f"{name} has no value in column {column.name!r} of row {_first(column.isna())}; "
-            "allowed is a label for each row."
-        )
-    if column.dtype.kind in "iu":
-        if len(column) and column.min() < 0:
-            raise ValueError(
-                f"{name} has the label {column.min()} in column {column.name!r}; allowed are "
-                "integers from 0, or names."
-            )
-        values = torch.from_numpy(column.to_numpy(np.dtype(column.dtype.str)).copy())
-        return as_int64(f"column {column.name!r} of {name}", values), ()
-    if column.dtype.kind == "f":
-        raise ValueError(
-            f"{name} has {column.dtype} in column {column.name!r}; allowed are integers from 0, or "
-            "names."
-        )
-    names = sorted({str(label) for label in column})
-    numbers = {label: number for number, label in enumerate(names)}
-    return torch.tensor([numbers[str(label)] for label in column], device="cpu"), tuple(names)
+def _index_in(cells: Cells, name: str) -> str | None:
+    """The name of a first column that numbers the rows; it has no name of its own."""
+    first = next(iter(cells))
+    if "" in cells and first != "":
+        raise ValueError(f"{name} must have a name for each column, got none for one.")
+    if first not in _INDEX_NAMES:
+        return None
+    numbers = cells[first]
+    if numbers.dtype.kind != "f" or not bool((np.diff(numbers) > 0).all()):
+        raise ValueError(f"{name} must have a name for each column, got {first!r} for the first.")
+    warnings.warn(
+        f"{name} has a first column {first!r} that numbers the rows and is left out.", stacklevel=4
+    )
+    return first
 
 
-def _numbers(column: Any, name: str) -> np.ndarray[Any, Any]:
-    """The values of a column, float32."""
-    if column.dtype.kind not in "biuf":
+def _complete(cells: Cells, name: str, drop_missing: bool) -> Cells:
+    """The columns without the rows in which a value is missing, or an error that names these."""
+    missing = {
+        key: np.isnan(column) if column.dtype.kind == "f" else _are_none(column)
+        for key, column in cells.items()
+    }
+    if not any(column.any() for column in missing.values()):
+        return cells
+    bad = np.logical_or.reduce([*missing.values()])
+    if not drop_missing:
+        columns = [key for key, column in missing.items() if column.any()]
+        rows = [int(row) + 1 for row in np.flatnonzero(bad)]
         raise ValueError(
-            f"{name} has {column.dtype} in column {column.name!r}; allowed are numbers, and names "
-            f"in a column called {', '.join(LABEL_NAMES[:-1])} or {LABEL_NAMES[-1]}."
+            f"{name} must have a value in each cell, got none in {len(rows)} rows ({_list(rows)}, "
+            f"counted from 1) in the columns {_list(columns)}; fill them in, or leave these rows "
+            "out with --drop-missing (drop_missing=True)."
         )
-    with np.errstate(over="ignore"):
-        values: np.ndarray[Any, Any] = column.to_numpy(np.float32)
-    if not (finite := np.isfinite(values)).all():
-        raise ValueError(
-            f"{name} has the value {column.iloc[_first(~finite)]} in column {column.name!r} of row "
-            f"{_first(~finite)}; allowed are finite numbers."
-        )
-    return values
+    if bad.all():
+        raise ValueError(f"{name} must have rows without missing values, got none.")
+    return {key: column[~bad] for key, column in cells.items()}
 
 
-def _first(where: Any) -> int:
-    """The number of the first row where it is true; rows count from 0, without the names."""
-    return int(np.argmax(np.asarray(where)))
+def _are_none(column: Array) -> Array:
+    return np.array([value is None for value in column], dtype=bool)
+
+
+def _list(values: Iterable[object]) -> str:
+    values = [*values]
+    shown = ", ".join(map(str, values[:_SHOWN]))
+    return shown + (", …" if len(values) > _SHOWN else "")
+
+
+# ---- labels -----------------------------------------------------------------------------------
+
+
+def _learn_label(cells: Cells, wanted: str | None, name: str) -> Label | None:
+    found = (
+        [key for key in LABEL_NAMES if key in cells] if wanted is None else [wanted] * bool(wanted)
+    )
+    if len(found) > 1:
+        raise ValueError(
+            f"{name} must have one column of labels, got {_list(found)}; name it with "
+            "--label-column (label_column=…)."
+        )
+    if not found:
+        return None
+    if found[0] not in cells:
+        raise ValueError(f"label_column must be one of {_list(cells)}, got {wanted!r}.")
+    values = sorted(
+        {*_label_values(cells[found[0]], found[0], name)}, key=lambda v: (isinstance(v, str), v)
+    )
+    if len(values) > _MOST_LABELS:
+        raise ValueError(
+            f"column {found[0]!r} of {name} must have at most {_MOST_LABELS} different labels, got "
+            f"{len(values)}."
+        )
+    return Label(found[0], [*cells].index(found[0]), tuple(values))
+
+
+def _label_values(column: Array, key: str, name: str) -> list[Any]:
+    if column.dtype.kind != "f":
+        return [*column]
+    if not bool((column == np.round(column)).all()) or np.abs(column).max() > 2**53:
+        raise ValueError(
+            f"column {key!r} of {name} must have texts or integers up to 2^53 as labels, got "
+            "other numbers."
+        )
+    return [int(value) for value in column]

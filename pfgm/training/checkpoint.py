@@ -26,6 +26,7 @@ from torch import Tensor, nn
 from ..common.checks import natural, usable_device
 from ..common.checksums import checksum_of
 from ..common.files import MALFORMED, StrPath, write_atomic
+from ..data.tables import Table
 from ..flows.flow import Flow
 from .compiled import load_plain_state
 from .weights_file import (
@@ -75,6 +76,7 @@ def save(
     *,
     step: int = 0,
     distilled: bool | None = None,
+    table: Table | None = None,
 ) -> None:
     """Writes the network's weights and all that :func:`load` needs to use them.
 
@@ -87,6 +89,7 @@ def save(
         step: training steps of the network.
         distilled: whether it is a few-step model (:mod:`pfgm.distillation`); ``pfgm sample`` allows
             the solver consistency for these alone. None does not say.
+        table: the columns of the table whose rows the network has learned.
 
     Raises:
         OSError: the file cannot be written; an existing one is left as it was.
@@ -95,7 +98,10 @@ def save(
         ValueError: the step is no integer of at least 0, a tensor is on the device "meta", or a
             weight is not finite.
     """
-    write_weights(path, flow, network, {"step": natural("step", step)}, distilled)
+    facts: dict[str, Any] = {"step": natural("step", step)}
+    if table is not None:
+        facts["table"] = table.to_dict()
+    write_weights(path, flow, network, facts, distilled)
 
 
 def load(
@@ -178,21 +184,24 @@ def label_names(path: StrPath) -> list[str]:
     Raises:
         FileNotFoundError, ValueError: as :func:`load`.
     """
-    return _recorded_names(path, "label_names")
+    names = _read_newest(path)[2].get("label_names", [])
+    return [str(name) for name in names] if isinstance(names, list) else []
 
 
-def column_names(path: StrPath) -> list[str]:
-    """The names of the columns of the table that a network was trained on; often empty.
+def table(path: StrPath) -> Table | None:
+    """The columns of the table that a network was trained on; None if it was not.
 
     Raises:
         FileNotFoundError, ValueError: as :func:`load`.
     """
-    return _recorded_names(path, "column_names")
-
-
-def _recorded_names(path: StrPath, kind: str) -> list[str]:
-    names = _read_newest(path)[2].get(kind, [])
-    return [str(name) for name in names] if isinstance(names, list) else []
+    path, _, description = _read_newest(path)
+    try:
+        if "table" in description:
+            return Table.from_dict(description["table"])
+        names = description.get("column_names")  # of version 0.2, which learnt plain numbers
+        return Table.numbers([str(name) for name in names]) if names else None
+    except MALFORMED as error:
+        raise ValueError(f"{path} holds no table: {_reason(error)}") from error
 
 
 def _read_newest(path: StrPath) -> tuple[Path, dict[str, Tensor], dict[str, Any]]:
@@ -221,7 +230,7 @@ def save_run(
     distilled: bool | None = None,
     *,
     label_names: Sequence[str] = (),
-    column_names: Sequence[str] = (),
+    table: Table | None = None,
     after: int | None = None,
 ) -> None:
     """Writes a checkpoint of a run: state, weights, then latest.json; removes the oldest.
@@ -234,7 +243,7 @@ def save_run(
         step: of the checkpoint.
         distilled: as for :func:`save`.
         label_names: the names of the labels 0, 1, …; empty if they have none.
-        column_names: the names of the columns of a table; likewise.
+        table: the columns of a table that was learnt.
         after: step of the checkpoint that the run wrote last or was resumed from. Other checkpoints
             above it belong to an abandoned continuation and are removed. None is `step`.
     """
@@ -246,9 +255,10 @@ def save_run(
     write_atomic(folder / names["state"], lambda file: file.write(content.getbuffer()))
     content.close()  # frees three times the memory of the weights
     facts: dict[str, Any] = {"step": step, "state_checksum": checksum}
-    for kind, named in (("label_names", label_names), ("column_names", column_names)):
-        if named:
-            facts[kind] = [*named]
+    if label_names:
+        facts["label_names"] = [*label_names]
+    if table is not None:
+        facts["table"] = table.to_dict()
     write_weights(folder / names["weights"], flow, averaged, facts, distilled)
     latest = json.dumps({"step": step, **names})
     write_atomic(folder / "latest.json", lambda file: file.write(latest.encode()))

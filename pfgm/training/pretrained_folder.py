@@ -10,6 +10,7 @@ from torch import nn
 
 from ..common.files import StrPath, folder_path, output_folder, write_json
 from ..common.versions import versions
+from ..data.tables import Table
 from ..flows.flow import Flow
 from .checkpoint import PRETRAINED_WEIGHTS, Loaded, load, save
 from .weights_file import describe_network
@@ -18,7 +19,9 @@ _CONFIG = "config.json"
 _PIPELINE = "model_index.json"  # of a pipeline of diffusers
 
 
-def save_pretrained(folder: StrPath, flow: Flow, network: nn.Module) -> None:
+def save_pretrained(
+    folder: StrPath, flow: Flow, network: nn.Module, *, table: Table | None = None
+) -> None:
     """Writes a flow and its network as a folder that can be uploaded to a model hub.
 
     The folder holds ``model.safetensors``, which is the file of :func:`pfgm.save` and all that
@@ -28,7 +31,7 @@ def save_pretrained(folder: StrPath, flow: Flow, network: nn.Module) -> None:
 
     Args:
         folder: a new folder, or one with other files. Those of an earlier call are replaced.
-        flow, network: as for :func:`pfgm.save`.
+        flow, network, table: as for :func:`pfgm.save`.
 
     Raises:
         OSError, TypeError, ValueError: as for :func:`pfgm.save`.
@@ -45,7 +48,7 @@ def save_pretrained(folder: StrPath, flow: Flow, network: nn.Module) -> None:
         "network": describe_network(network),
     }
     with output_folder(place):
-        save(place / PRETRAINED_WEIGHTS, flow, network)
+        save(place / PRETRAINED_WEIGHTS, flow, network, table=table)
         write_json(place / _CONFIG, config)
         # diffusers says that it has no attribute of this name.
         hint = f"{type(flow).__name__}; pfgm.from_pretrained reads this folder"

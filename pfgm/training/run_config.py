@@ -51,7 +51,7 @@ class Settings:
     data: str = "digits"
     """digits, fashion-mnist, cifar10, folder:PATH of images, the path of a .zip archive of images,
     of a .npy, .npz or .safetensors file of samples (n, ...): uint8, or floating point (images in
-    [-1, 1], or see range), or of a .csv file."""
+    [-1, 1], or see range), or of a .csv file, a table of numbers and texts."""
     range: Range | None = None
     """The values LOW HIGH of floating-point data that stand for black and white, such as 0 255 or
     0 1; they become -1 and 1. By default the data are in [-1, 1] already."""
@@ -62,6 +62,11 @@ class Settings:
     resize: int | None = None
     """Height and width to which the central square of each image is scaled, for folders and
     archives of images."""
+    label_column: str | None = None
+    """The column of a table whose texts or integers the network is told as labels. By default,
+    with --labels, the one that is named labels, label or y; without, all columns are learned."""
+    drop_missing: bool = False
+    """Leave out the rows of a table in which a value is missing."""
     method: Method = "pfgm"
     """The flow: with one augmented dimension, with D, or with infinitely many (diffusion)."""
     D: float = _DEFAULT_D
@@ -133,7 +138,11 @@ class Settings:
             raise ValueError(
                 f"flow is {self.flow!r}; allowed are hyper-parameters and their values, by name."
             )
-        for name in ("labels", "flips", "shared"):
+        if self.label_column is not None and not isinstance(self.label_column, str):
+            raise ValueError(f"label_column must be a text, got {self.label_column!r}.")
+        if self.label_column is not None:
+            object.__setattr__(self, "labels", True)
+        for name in ("labels", "flips", "shared", "drop_missing"):
             check_bool(name, getattr(self, name))
         check_choice("method", self.method, get_args(Method))
         if self.teacher is None:
@@ -192,7 +201,13 @@ class RunConfig(Settings):
     @property
     def reading(self) -> dict[str, Any]:
         """How :func:`pfgm.datasets.open_data` reads the data, as keyword arguments."""
-        return {"value_range": self.range, "layout": self.layout, "resize": self.resize}
+        return {
+            "value_range": self.range,
+            "layout": self.layout,
+            "resize": self.resize,
+            "label_column": self.label_column if self.labels else "",
+            "drop_missing": self.drop_missing,
+        }
 
     @property
     def settings(self) -> Settings:

@@ -43,7 +43,7 @@ class Evaluation:
         if len(rows) > _MAX_COMPARED_ROWS:
             generator = torch.Generator().manual_seed(0)
             rows = against.draw(_MAX_COMPARED_ROWS, generator=generator)
-        self._rows, self._against = rows, against
+        self._rows, self._against, self._table = rows, against, data.table
         if self._draws_pictures and config.training.evaluate_every:
             require_matplotlib()
 
@@ -58,6 +58,8 @@ class Evaluation:
 
             image_grid(samples[:_PICTURE_SAMPLES], self._folder / f"samples-{step:08d}.png")
             samples = samples.clamp(-1, 1)
+        if self._table is not None:
+            samples = self._table.nearest(samples)
         against = to_unit(self._against[self._rows].cpu())
         precision, recall = metrics.precision_recall(samples, against)
         return {

@@ -22,6 +22,7 @@ from ..flows.flow import Flow
 from ..flows.poisson import PoissonFlow
 from ..references import ReferenceSet
 from .checkpoint import load
+from .checkpoint import table as table_of
 from .checks import other_setting
 from .locks import locked_for_all
 from .pretrained_folder import is_pretrained
@@ -141,7 +142,11 @@ def _run(
 ) -> nn.Module:
     report = report if processes.leads else _report_nothing
     shown = progress and processes.leads
-    data = open_data(config.data, **config.reading, progress=shown)
+    earlier = _checkpoint_at(folder, resume_from) if resume else config.init or config.teacher
+    table = None
+    if earlier is not None and Path(config.data).suffix == ".csv":
+        table = table_of(earlier)
+    data = open_data(config.data, **config.reading, table=table, progress=shown)
     if config.labels and data.classes == 0:
         raise ValueError(f"labels is True, but {config.data} has no labels.")
     rows = _place_rows(data.train, config, device)
@@ -169,7 +174,7 @@ def _run(
         progress=progress,
         labels=rows.labels if config.labels else None,
         label_names=data.names if config.labels else (),
-        column_names=data.column_names,
+        table=data.table,
         evaluate=Evaluation(config, flow, data, folder, device) if processes.leads else None,
         report=report,
         loss=loss,
@@ -244,12 +249,16 @@ def _model(
         return *load(config.teacher), notes
     if config.init is not None and resume:
         # The checkpoint of the run itself has the network that it started with.
-        newest = folder if resume_from is None else folder / f"step-{resume_from:08d}.safetensors"
-        return *load(newest), []
+        return *load(_checkpoint_at(folder, resume_from)), []
     if config.init is not None:
         return start_from(config, rows, data.classes)
     flow = build_flow(config, rows)
     return flow, build_network(config, flow, rows, data.classes), []
+
+
+def _checkpoint_at(folder: Path, step: int | None) -> Path:
+    """The weights file of a step of a run, or the folder for its newest one."""
+    return folder if step is None else folder / f"step-{step:08d}.safetensors"
 
 
 def _check_teacher(config: RunConfig, checksum: str, folder: Path) -> None:

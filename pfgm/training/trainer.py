@@ -19,6 +19,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from ..common.files import MALFORMED, folder_path, remove_leftovers
 from ..common.messages import progress_bar
+from ..data.tables import Table
 from ..flows.flow import Flow
 from ..networks.registry import label_count
 from ..references import References
@@ -79,7 +80,7 @@ class Trainer:
         labels: integers (n,) from 0. They go to the network as its argument ``labels``, and the
             target of a point is the field of the references with its label.
         label_names: the names of the labels 0, 1, …, which checkpoints record.
-        column_names: the names of the columns of a table, which checkpoints record.
+        table: the columns of the table that data are the rows of, which checkpoints record.
         report: called once by the first process with a line of text: the time left, estimated from
             the first steps.
         loss: replaces the loss of the flow and takes the same arguments, such as
@@ -118,7 +119,7 @@ class Trainer:
         progress: bool = True,
         labels: Tensor | None = None,
         label_names: Sequence[str] = (),
-        column_names: Sequence[str] = (),
+        table: Table | None = None,
         evaluate: Callable[[int, nn.Module], Mapping[str, float]] | None = None,
         report: Callable[[str], None] | None = None,
         loss: Callable[..., Tensor] | None = None,
@@ -130,7 +131,7 @@ class Trainer:
         self.config = config = self._partial_config.resolved()
         self.folder = None if folder is None else folder_path(folder)
         self.progress = progress
-        self.label_names, self.column_names = tuple(label_names), tuple(column_names)
+        self.label_names, self.table = tuple(label_names), table
         self.evaluate = evaluate
         self.report = report
         self.loss, self.distilled = loss, distilled
@@ -333,7 +334,7 @@ class Trainer:
                     self.step,
                     self.distilled,
                     label_names=self.label_names,
-                    column_names=self.column_names,
+                    table=self.table,
                     after=self._saved_step or self.step,
                 )
                 self._saved_step = self.step

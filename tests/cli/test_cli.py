@@ -1,4 +1,3 @@
-import csv
 import json
 import os
 import re
@@ -182,36 +181,73 @@ def test_signals_from_a_file_to_samples(tmp_path):
     assert cli.main(evaluate) == 0
 
 
-def test_a_table_to_rounded_samples(tmp_path, refusal):
-    pytest.importorskip("pandas")
+def test_a_table_comes_back_with_its_columns(tmp_path, refusal):
+    """By one command each, with and without labels; resumed, evaluated and continued."""
+    pandas = pytest.importorskip("pandas")
     generator = np.random.default_rng(0)
-    rows = [f"{generator.normal():.4f},{i % 2},{'ab'[i % 2]}" for i in range(40)]
-    table = tmp_path / "table.csv"
-    table.write_text("\n".join(["size,flag,label", *rows]))
-    out = str(tmp_path / "run")
-    arguments = ["train", "--data", str(table), "--labels", "--width", "16", "--out", out]
-    assert cli.main([*arguments, *TRAIN]) == 0
-    path = tmp_path / "samples.npy"
-    sample = ["sample", "--checkpoint", out, "--n", "30", "--label", "b", "--out", str(path)]
-    assert cli.main([*sample, "--round-to", str(table)]) == 0
-    rounded = np.load(path)
-    assert set(rounded[:, 1]) <= {0.0, 1.0}
-    assert cli.main(sample) == 0
-    assert not set(np.load(path)[:, 1]) <= {0.0, 1.0}
-    np.testing.assert_array_equal(rounded[:, 0], np.load(path)[:, 0])
-    assert "whose rows have the shape of the samples" in refusal(*sample, "--round-to", "digits")
-    drawn = np.load(path)
-    sample[-1] = str(tmp_path / "samples.csv")
-    assert cli.main(sample) == 0
-    with open(sample[-1], newline="") as file:
-        header, *lines = csv.reader(file)
-    assert header == ["size", "flag", "labels"]
-    assert [line[2] for line in lines] == ["b"] * 30
-    np.testing.assert_array_equal(np.array([line[:2] for line in lines], np.float32), drawn)
-    sample[sample.index("b")] = "none"
-    assert cli.main(sample) == 0
-    assert open_data(sample[-1]).column_names == ("size", "flag")
-    assert open_data(sample[-1]).classes == 0
+    frame = pandas.DataFrame(
+        {
+            "size": generator.normal(70, 20, 60).round(1),
+            "label": generator.choice(["old", "new"], 60),
+            "rooms": generator.integers(1, 5, 60),
+        }
+    )
+    table, rows, out = tmp_path / "t.csv", tmp_path / "rows.csv", str(tmp_path / "run")
+    frame.to_csv(table, index=False)
+    train = ["train", "--data", str(table), "--width", "16", *TRAIN, "--evaluate-every", "12"]
+    sample = ["sample", "--n", "30", "--out", str(rows)]
+    for name, options, label in (
+        ("run", [], []),
+        ("labels", ["--labels"], ["--label", "old"]),
+        ("named", ["--label-column", "rooms"], ["--label", "3"]),
+    ):
+        run = str(tmp_path / name)
+        assert cli.main([*train, *options, "--samples", "20", "--out", run]) == 0
+        assert cli.main([*sample, "--checkpoint", run, *label]) == 0
+        drawn = pandas.read_csv(rows)
+        assert list(drawn) == list(frame)
+        assert set(drawn["label"]) <= {"old", "new"}
+        assert set(drawn["rooms"]) <= {1, 2, 3, 4}
+        assert drawn["size"].between(frame["size"].min(), frame["size"].max()).all()
+        if label:
+            assert set(map(str, drawn["label" if name == "labels" else "rooms"])) == {label[1]}
+        evaluate = ["evaluate", "--n", "40", "--out", str(tmp_path / "e")]
+        assert cli.main([*evaluate, "--checkpoint", run]) == 0
+    assert cli.main([*evaluate, "--samples", str(rows), "--data", str(table)]) == 0
+    assert cli.main(["train", "--out", out, "--resume", "--steps", "14"]) == 0
+    # The columns of the checkpoint, not those of other data, decide what is inside.
+    frame[["rooms", "size", "label"]].iloc[:40].to_csv(tmp_path / "u.csv", index=False)
+    other = [*train[:2], str(tmp_path / "u.csv"), "--width", "16", *TRAIN, "--init", out]
+    assert cli.main([*other, "--out", str(tmp_path / "more")]) == 0
+    tables = [pfgm.training.checkpoint.table(each) for each in (out, tmp_path / "more")]
+    assert tables[0] == tables[1]
+    assert "a name that ends in .csv" in refusal(*sample[:3], "--checkpoint", out, "--out", "x.npy")
+    np.save(tmp_path / "x.npy", np.zeros((40, 3), np.float32))
+    samples = ["--samples", tmp_path / "x.npy", "--data", table]
+    assert "samples must be a .csv file" in refusal(*evaluate, *samples)
+    assert "range and resize are not for tables" in refusal(*train, "--out", "x", "--range", 0, 1)
+    assert "are for .csv files" in refusal("train", "--out", "x", "--drop-missing")
+
+
+def test_a_checkpoint_of_plain_columns(tmp_path):
+    """Version 0.2 learned the numbers of a table as they are, and recorded the names."""
+    pandas = pytest.importorskip("pandas")
+    frame = pandas.DataFrame({"a": np.arange(40.0), "b": np.arange(40.0) % 3})
+    frame.to_csv(tmp_path / "t.csv", index=False)
+    flow = pfgm.PoissonFlow.from_data(frame)
+    net = pfgm.networks.MLP((2,), width=8, **flow.scaling)
+    pfgm.save_pretrained(tmp_path / "model", flow, net, table=pfgm.data.Table.read(frame))
+    assert not pfgm.training.checkpoint.table(tmp_path / "model").plain
+    facts = {"step": 0, "column_names": ["a", "b"]}
+    path = tmp_path / "old.safetensors"
+    pfgm.training.weights_file.write_weights(path, flow, net, facts, None)
+    table = pfgm.training.checkpoint.table(path)
+    assert table.plain
+    rows = open_data(str(tmp_path / "t.csv"), table=table).train[:]
+    np.testing.assert_array_equal(rows, frame.to_numpy(np.float32))
+    out = tmp_path / "rows.csv"
+    assert cli.main(["sample", "--checkpoint", str(path), "--n", "5", "--out", str(out)]) == 0
+    assert list(pandas.read_csv(out)) == ["a", "b"]
 
 
 def test_photographs_of_many_sizes(tmp_path):

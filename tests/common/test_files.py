@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 
 import pfgm
 from pfgm.common import files
-from pfgm.data.tables import save_table
+from pfgm.data.tables import Table
 from pfgm.training.logs import Log
 
 linux_only = pytest.mark.skipif(sys.platform != "linux", reason="needs Linux's special files")
@@ -346,7 +346,7 @@ def test_every_writer_says_why_a_file_cannot_be_written(tmp_path: Path) -> None:
         "a.npy": lambda path: pfgm.data.save_array(path, torch.zeros(10_000)),
         "rows.npy": pfgm.ReferenceSet(torch.rand(1000, 10)).save,
         "a.safetensors": lambda path: pfgm.save(path, flow, torch.nn.Linear(300, 300)),
-        "a.csv": lambda path: save_table(path, torch.zeros(10_000, 2)),
+        "a.csv": lambda path: Table.numbers(["a"]).write(path, torch.zeros(10_000, 1)),
         "log.csv": lambda path: Log(path.parent).write(1, {"loss": 1.0, "n" * 5000: 1.0}),
     }
     hard = resource.getrlimit(resource.RLIMIT_FSIZE)[1]

@@ -1,3 +1,7 @@
+"""Tables: read or refused, encoded and decoded, kept as data."""
+
+import json
+import warnings
 from pathlib import Path
 
 import numpy as np
@@ -5,10 +9,17 @@ import pytest
 import torch
 
 import pfgm
-from pfgm.data.tables import load_table, round_columns, save_table
+from pfgm.data.tables import Table, load_table
 from pfgm.datasets import open_data
 
 pandas = pytest.importorskip("pandas")
+
+FLATS = """area,rooms,year,flag,"city, town",zip,price
+84.8,3,1959,yes,Ulm,007,572648.5
+45.0,2,1965,no,Bonn,010,131278.25
+60.5,2,2001,yes,Ulm,007,286529
+89.3,4,1932,no,Gera,010,194377.1
+"""
 
 
 def written(path: Path, text: str) -> Path:
@@ -16,43 +27,196 @@ def written(path: Path, text: str) -> Path:
     return path
 
 
-def test_a_file_is_read(tmp_path: Path) -> None:
-    """Quoted names, spaces, integers, True and False; the labels leave the other columns."""
-    text = '"a, b", n,label,flag\n1.5, 3,oak,True\n-2e3, 4,elm,False\n0.25, 5,oak,True\n'
-    data = open_data(str(written(tmp_path / "t.csv", text)))
-    rows = data.train[torch.arange(3)]
-    assert rows.tolist() == [[1.5, 3, 1], [-2000, 4, 0], [0.25, 5, 1]]
+def test_a_file_comes_back_as_it_is(tmp_path: Path) -> None:
+    path = written(tmp_path / "t.csv", FLATS)
+    table = Table.read(path)
+    rows, labels = table.encode(path)
     assert rows.dtype == torch.float32
-    assert data.train.labels.tolist() == [1, 0, 1]
-    assert (data.classes, data.names, data.levels) == (2, ("elm", "oak"), 0)
+    assert rows.shape == (4, 9)  # three columns for the cities, one for two texts
+    assert labels is None
+    torch.testing.assert_close(rows.mean(0), torch.zeros(9), atol=1e-6, rtol=0)
+    spreads = rows.var(0, correction=0)
+    torch.testing.assert_close(spreads[[0, 1, 2, 3, 7, 8]], torch.ones(6))
+    assert spreads[4:7].mean() == pytest.approx(1)
+    assert table.decode(rows) == {
+        "area": [84.8, 45.0, 60.5, 89.3],
+        "rooms": [3, 2, 2, 4],
+        "year": [1959, 1965, 2001, 1932],
+        "flag": ["yes", "no", "yes", "no"],
+        "city, town": ["Ulm", "Bonn", "Ulm", "Gera"],
+        "zip": ["007", "010", "007", "010"],
+        "price": [572648.5, 131278.25, 286529.0, 194377.1],
+    }
+    table.write(tmp_path / "again.csv", rows)
+    assert (tmp_path / "again.csv").read_text() == FLATS.replace("286529\n", "286529.0\n")
+    assert Table.from_dict(json.loads(json.dumps(table.to_dict()))) == table
 
 
-def test_what_is_written_is_read_back(tmp_path: Path) -> None:
-    """Every digit, names with commas, quotes and line ends, and labels by name."""
-    values = np.random.default_rng(0).normal(size=(50, 3)) * 10.0 ** np.arange(-30, 31, 30)
-    rows, names, path = (
-        torch.from_numpy(values).float(),
-        ("a, b", '"c"\nd', "e"),
-        tmp_path / "t.csv",
+def test_samples_take_values_that_the_file_could_hold(tmp_path: Path) -> None:
+    """Any rows at all: few values, decimals, integers, and the range that was seen."""
+    generator = np.random.default_rng(0)
+    frame = pandas.DataFrame(
+        {
+            "few": generator.choice([0.5, 2.0, 7.0], 200),
+            "integer": generator.integers(-50, 1000, 200),
+            "cents": generator.uniform(0, 10, 200).round(2),
+            "real": generator.normal(size=200),
+            "true": generator.random(200) < 0.3,
+            "text": pandas.Categorical(generator.choice(["a", "b", "c"], 200)),
+        }
     )
-    save_table(path, rows, names, ["oak", "elm, old"] * 25)
-    read, labels, classes, columns = load_table(path)
+    table = Table.read(frame)
+    rows = 5 * torch.randn(3000, table.encode(frame).rows.shape[1])
+    sampled = pandas.DataFrame(table.decode(rows))
+    assert set(sampled["few"]) == {0.5, 2.0, 7.0}
+    for name in ("integer", "cents", "real"):
+        assert sampled[name].min() == frame[name].min()
+        assert sampled[name].max() == frame[name].max()
+    assert sampled["integer"].dtype == np.int64
+    assert (sampled["cents"].round(2) == sampled["cents"]).all()
+    assert set(sampled["true"]) == {True, False}
+    assert set(sampled["text"]) == {"a", "b", "c"}
+    nearest = table.nearest(rows)
+    assert table.decode(nearest)["few"] == sampled["few"].tolist()
+    torch.testing.assert_close(nearest, table.encode(sampled).rows)
+    # The nearest of few values, against a search over all.
+    few = rows[:, 0].double() * frame["few"].std(ddof=0) + frame["few"].mean()
+    seen = torch.tensor([0.5, 2.0, 7.0], dtype=torch.float64)
+    assert sampled["few"].tolist() == seen[(few[:, None] - seen).abs().argmin(1)].tolist()
+
+
+def test_labels_are_texts_or_integers(tmp_path: Path) -> None:
+    path = written(tmp_path / "t.csv", "a,kind,y\n1.5,oak,7\n2.5,elm,3\n3.5,oak,7\n")
+    for column, names, expected in (
+        ("kind", ("elm", "oak"), [1, 0, 1]),
+        ("y", ("3", "7"), [1, 0, 1]),
+        (None, ("3", "7"), [1, 0, 1]),
+    ):
+        data = open_data(str(path), label_column=column)
+        assert data.train.labels.tolist() == expected
+        assert (data.classes, data.names, data.levels) == (2, names, 0)
+        data.table.write(tmp_path / "again.csv", data.train[:], data.train.labels)
+        assert (tmp_path / "again.csv").read_text() == path.read_text()
+        without = data.table.decode(data.train[:])
+        assert len(without) == 2
+    assert open_data(str(path), label_column="").train.labels is None
+    zero = written(tmp_path / "z.csv", "a,label\n1,0\n2,1\n")
+    assert open_data(str(zero)).names == ()
+    for wrong, message in (("b", "must be one of a, kind, y"), ("a", "texts or integers up to")):
+        with pytest.raises(ValueError, match=message):
+            open_data(str(path), label_column=wrong)
+
+
+@pytest.mark.parametrize(
+    ("text", "decoded"),
+    [
+        ("a;b\n1,5;2,5\n2,5;3\n", {"a": [1.5, 2.5], "b": [2.5, 3.0]}),
+        ("a\tb\n1.5\tx y\n", {"a": [1.5], "b": ["x y"]}),
+        ('"a;b, c",d\n1, x\n', {"a;b, c": [1], "d": ["x"]}),
+        ("\ufeffa,b\n1,2\n", {"a": [1], "b": [2]}),
+        ("a,b\n1e3,-2e-3\n", {"a": [1000], "b": [-0.002]}),
+        (",a\n0,5\n1,6\n", {"a": [5, 6]}),
+        ("Unnamed: 0,a\n3,5\n7,6\n", {"a": [5, 6]}),
+    ],
+)
+def test_other_files_are_read(tmp_path: Path, text: str, decoded: dict[str, list[object]]) -> None:
+    path = written(tmp_path / "t.csv", text)
+    with warnings.catch_warnings(record=True) as warned:
+        warnings.simplefilter("always")
+        table = Table.read(path)
+    rows, labels = table.encode(path)
+    assert table.decode(rows, labels) == decoded
+    assert ["numbers the rows" in str(each.message) for each in warned] == (
+        [] if table.dropped is None else [True]
+    )
+    table.write(tmp_path / "again.csv", rows)
+    assert Table.read(tmp_path / "again.csv").decode(rows) == decoded
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("", "empty or damaged"),
+        ("1,2\n3,4\n", "must begin with a line of names, got 1, 2"),
+        ("1,1\n3,4\n", "must have different names of columns, got '1' twice"),
+        ("1e5,1e6\n1,2\n", "must begin with a line of names"),
+        ("1.5,\n1,2\n", "must have a name for each column|must begin with a line of names"),
+        ("12.5,Ulm\n3,Bonn\n", "must begin with a line of names"),
+        ("Ulm,yes\nBonn,no\nUlm,no\n", "must begin with a line of names, got Ulm, yes"),
+        ("a,b\n1,2,3\n4,5,6\n", "as many values as there are names.*Expected 2 fields in line 2"),
+        ("a,b\n1,2\n1,2,3\n", "Expected 2 fields in line 3"),
+        ("a,b\n1,5,2,5\n", "Expected 2 fields in line 2"),
+        ("a,\n0,5\n", "must have a name for each column"),
+        (",a\n1,5\n1,6\n", "must have a name for each column, got '' for the first"),
+        ("label,y,a\n1,2,3\n", "must have one column of labels, got label, y; name it with"),
+        ("a,b\n1,2\n3,\n,\n4,5\n", r"got none in 2 rows \(2, 3, .*\) in the columns a, b; fill"),
+        ("a,label\n1,0\n2,\n", r"got none in 1 rows \(2, .*\) in the columns label"),
+        ("a,b\n1,inf\n", "column 'b' of .* must hold finite numbers"),
+        (
+            "a,b\n1,12345678901234567890\n",
+            r"integers up to 2\^53, got 12345678901234567.* column 'b'",
+        ),
+        ("a;b\n1.234;2,5\n1,2;3\n", "without separators of thousands, got '1.234' in column 'a'"),
+        ('a,b\n"1,234",2\n5,3\n', "without separators of thousands, got '1,234'"),
+        ("a\n" + "".join(f"t{i}\n" for i in range(101)), "at most 100 different texts, got 101"),
+        ("a,b\n", "must have rows and columns, got 0 × 2"),
+        ("label\n1\n", "allowed is"),
+        ("a\0b\n1\n", "empty or damaged"),
+        ('"a,b\n1,2\n', "empty or damaged"),
+    ],
+)
+def test_what_is_no_table_is_refused(tmp_path: Path, text: str, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        Table.read(written(tmp_path / "t.csv", text))
+
+
+def test_rows_with_missing_values_are_left_out_where_that_is_asked_for(tmp_path: Path) -> None:
+    path = written(tmp_path / "t.csv", "a,b,y\n1,x,0\n,y,0\n3,,1\n4,x,\n5,z,1\n")
+    data = open_data(str(path), drop_missing=True)
+    assert data.table.decode(data.train[:], data.train.labels) == {
+        "a": [1, 5],
+        "b": ["x", "z"],
+        "y": [0, 1],
+    }
+    with pytest.raises(ValueError, match="must have rows without missing values"):
+        Table.read(written(path, "a,b\n1,\n,2\n"), drop_missing=True)
+
+
+def test_another_file_is_encoded_by_name_or_refused(tmp_path: Path) -> None:
+    path = written(tmp_path / "t.csv", "a,city,y\n1.5,Ulm,0\n2.5,Bonn,1\n")
+    table = Table.read(path)
+    swapped = pandas.DataFrame({"city": ["Bonn"], "a": [9.5]})
+    rows, labels = table.encode(swapped)
+    assert labels is None
+    assert torch.equal(rows[:, 1], table.encode(path).rows[1:, 1])
+    assert float(rows[0, 0]) == pytest.approx((9.5 - 2.0) / 0.5)
+    for frame, message in (
+        (swapped.assign(b=1.0), "must have the columns a, city, got 'b' too"),
+        (swapped[["a"]], "must have a column 'city', got a"),
+        (swapped.assign(city="Gera"), "'city' of the table must hold values that were seen"),
+        (swapped.assign(a="x"), "column 'a' of the table must hold numbers, got texts"),
+        (swapped.assign(y=5), "must have labels among 0, 1 in column 'y', got 5"),
+        (swapped.assign(a=pandas.Timestamp(0)), "must hold numbers, texts and truth values"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            table.encode(frame)
+    for wrong in (torch.zeros(2, 3), torch.zeros(2)):
+        with pytest.raises(ValueError, match=r"rows must have the shape \(n, 2\)"):
+            table.decode(wrong)
+    with pytest.raises(ValueError, match=r"labels must be \(2,\)"):
+        table.decode(torch.zeros(2, 2), torch.zeros(3, dtype=torch.int64))
+
+
+def test_plain_numbers_are_the_same_inside_and_outside(tmp_path: Path) -> None:
+    """Every digit of float32, and names with commas, quotes and line ends."""
+    values = np.random.default_rng(0).normal(size=(50, 3)) * 10.0 ** np.arange(-30, 31, 30)
+    rows, names = torch.from_numpy(values).float(), ("a, b", '"c"\nd', "e")
+    table = Table.numbers(names)
+    table.write(tmp_path / "t.csv", rows, torch.arange(50) % 2)
+    read, labels, label_names = load_table(tmp_path / "t.csv")
     assert torch.equal(read, rows)
-    assert labels.tolist() == [1, 0] * 25
-    assert (classes, columns) == (("elm, old", "oak"), names)
-    save_table(path, rows)
-    assert load_table(path)[3] == ("x0", "x1", "x2")
-    for wrong in ({"labels": [0]}, {"columns": ["a"]}):
-        with pytest.raises(ValueError, match=r"zip|are 1 names; allowed are 3"):
-            save_table(path, rows, **wrong)
-    assert load_table(path)[3] == ("x0", "x1", "x2")
-
-
-def test_labels_survive_a_range(tmp_path: Path) -> None:
-    path = written(tmp_path / "t.csv", "a,y\n0,2\n4,0\n")
-    data = open_data(str(path), value_range=(0, 4))
-    assert data.train[torch.arange(2)].tolist() == [[-1], [1]]
-    assert data.train.labels.tolist() == [2, 0]
+    assert labels.tolist() == [0, 1] * 25
+    assert label_names == ()
 
 
 def test_a_frame_is_taken_where_arrays_are() -> None:
@@ -66,28 +230,35 @@ def test_a_frame_is_taken_where_arrays_are() -> None:
     assert flow.spread == pfgm.PoissonFlow.from_data(expected).spread
     with pytest.raises(TypeError, match=r"a Series of pandas; allowed is its array, series.to_n"):
         pfgm.ReferenceSet(frame["a"])
+    with pytest.raises(ValueError, match=r"got texts such as 'x'; pfgm\.data\.Table encodes"):
+        pfgm.ReferenceSet(frame.assign(d="x"))
 
 
 @pytest.mark.parametrize(
-    ("text", "message"),
+    "change",
     [
-        ("", "is empty, damaged or not a table"),
-        ("1,2\n3,4\n", "begins with numbers; allowed is a line of names"),
-        ("a,b\n1,x\n", "has object in column 'b'; allowed are numbers, and names in a column"),
-        ("a,b\n1,2\n3,\n", "has the value nan in column 'b' of row 1; allowed are finite numbers"),
-        ("a,b\n1,inf\n", "has the value inf in column 'b' of row 0"),
-        ("a,b\n1,1e39\n", "has the value 1e\\+39 in column 'b' of row 0"),
-        ("a,b\n1,2\n1,2,3\n", "is empty, damaged or not a table"),
-        ("a,label\n1,0\n2,\n", "has no value in column 'label' of row 1"),
-        ("a,label\n1,0\n2,-1\n", "has the label -1 in column 'label'"),
-        ("a,label\n1,0.5\n2,1\n", "has float64 in column 'label'; allowed are integers"),
-        ("a,b\n", "allowed is"),
-        ("label\n1\n", "allowed is"),
+        {"columns": [{"kind": "code", "name": "a"}]},
+        {"columns": [{"kind": "numbers", "name": "a", "scale": 0.0}]},
+        {"columns": [{"kind": "numbers", "name": "a", "center": float("nan")}]},
+        {"columns": [{"kind": "texts", "name": "a", "values": ["x"], "center": [], "scale": 1}]},
+        {"columns": [{"kind": "numbers", "name": "a", "eval": "1"}]},
+        {"columns": [{"kind": "numbers", "name": "a", "decimals": 10**9}]},
+        {"columns": [{"kind": "numbers", "name": "a", "low": 1.0, "high": 0.0}]},
+        {"columns": [{"kind": "texts", "name": "a", "values": [[]], "center": [0], "scale": 1}]},
+        {
+            "columns": [
+                {"kind": "texts", "name": "a", "values": ["x"] * 101, "scale": 1, "center": []}
+            ]
+        },
+        {"separator": "x"},
+        {"columns": 3},
+        {"label": {"name": "y"}},
     ],
 )
-def test_what_is_no_table_is_refused(tmp_path: Path, text: str, message: str) -> None:
-    with pytest.raises(ValueError, match=message):
-        load_table(written(tmp_path / "t.csv", text))
+def test_crafted_tables_are_refused(tmp_path: Path, change: dict[str, object]) -> None:
+    content = {**Table.numbers(["a"]).to_dict(), **change}
+    with pytest.raises((KeyError, TypeError, ValueError)):
+        Table.from_dict(content)
 
 
 def test_without_pandas_the_message_names_the_extra(
@@ -95,46 +266,4 @@ def test_without_pandas_the_message_names_the_extra(
 ) -> None:
     monkeypatch.setitem(__import__("sys").modules, "pandas", None)
     with pytest.raises(ImportError, match="Tables need pandas"):
-        load_table(written(tmp_path / "t.csv", "a\n1\n"))
-
-
-def test_columns_are_rounded_to_the_values_seen() -> None:
-    """Against a search of the nearest value; columns of more values stay to the bit."""
-    generator = torch.Generator().manual_seed(0)
-    data = torch.stack(
-        [
-            torch.randint(2, (300,), generator=generator).double(),
-            torch.tensor([-3.0, 0.1, 0.2, 7.0]).double()[torch.arange(300) % 4],
-            torch.randn(300, generator=generator, dtype=torch.float64),
-        ],
-        1,
-    )
-    samples = 5 * torch.randn(1000, 3, generator=generator, dtype=torch.float64)
-    before = samples.clone()
-    rounded = round_columns(samples, data)
-    for column in (0, 1):
-        seen = data[:, column].unique()
-        nearest = (samples[:, column, None] - seen).abs().argmin(1)
-        assert torch.equal(rounded[:, column], seen[nearest])
-    assert torch.equal(rounded[:, 2], samples[:, 2])
-    assert torch.equal(samples, before)
-    assert torch.equal(round_columns(samples, data, most=1), samples)
-    with pytest.raises(ValueError, match=r"samples has shape \(1000, 3\) and data \(300, 2\)"):
-        round_columns(samples, data[:, :2])
-
-
-def test_rounding_brings_back_the_shares_of_a_column() -> None:
-    """Samples of a flow are continuous: the Kolmogorov–Smirnov distance of a column of 0 and 1 to
-    its data is near the share of a value, and near 0 after rounding."""
-    generator = torch.Generator().manual_seed(0)
-    ones = (torch.rand(400, generator=generator) < 0.3).float()
-    data = torch.stack([ones, torch.randn(400, generator=generator)], 1)
-    samples = data[torch.arange(4000) % 400] + 0.1 * torch.randn(4000, 2, generator=generator)
-
-    def distance(column: torch.Tensor) -> float:
-        at = torch.cat([column, ones]).unique()
-        shares = [torch.searchsorted(x.sort()[0], at, right=True) / len(x) for x in (column, ones)]
-        return float((shares[0] - shares[1]).abs().max())
-
-    assert distance(samples[:, 0]) > 0.3
-    assert distance(round_columns(samples, data)[:, 0]) < 0.01
+        Table.read(written(tmp_path / "t.csv", "a\n1\n"))

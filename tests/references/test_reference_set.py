@@ -694,7 +694,6 @@ def test_labels_that_int64_cannot_hold_are_refused(tmp_path):
         lambda: open_data(str(tmp_path / "a.npz")),
         lambda: ReferenceSet(items),
         lambda: pfgm.metrics.train_classifier(torch.zeros(20, 1, 8, 8), torch.from_numpy(large)),
-        lambda: ReferenceSet(pytest.importorskip("pandas").DataFrame({"a": 1.0, "y": large})),
     ):
         with pytest.raises(ValueError, match=r"below 2\^63, got 9223372036854775813\."):
             read()

@@ -162,6 +162,8 @@ def test_a_run_from_before_there_were_layouts_reads_images(tmp_path):
         "value_range": None,
         "layout": "images",
         "resize": None,
+        "label_column": "",
+        "drop_missing": False,
     }
 
 
