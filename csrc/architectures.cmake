@@ -1,25 +1,15 @@
-# Sets `result` to the architectures to compile for: those of the GPUs of this machine, of which
-# `capabilities` has a line each, as far as nvcc knows them. Without a GPU, an A100 and an H100. Other
-# GPUs compile the PTX for sm_80 at the first call.
+# Sets `result` to the architectures to compile for: sm_80 with its PTX, which the driver compiles for
+# other GPUs at the first call, and those of the GPUs of this machine, of which `capabilities` has a
+# line each, as far as nvcc knows them.
 function(pfgm_architectures result capabilities known)
   string(REGEX MATCHALL "[0-9]+\\.[0-9]" present "${capabilities}")
   list(TRANSFORM present REPLACE "\\." "")
   list(REMOVE_DUPLICATES present)
-  set(architectures)
+  set(architectures 80)
   foreach(architecture IN LISTS present)
-    if(architecture LESS 80)
-      continue()
-    elseif(NOT known MATCHES "compute_${architecture}(\n|$)")
-      list(APPEND architectures 80)
-    elseif(architecture EQUAL 90)
-      list(APPEND architectures 90a-real)
-    else()
-      list(APPEND architectures ${architecture})
+    if(architecture GREATER 80 AND known MATCHES "compute_${architecture}(\n|$)")
+      list(APPEND architectures ${architecture}-real)
     endif()
   endforeach()
-  if(NOT architectures)
-    set(architectures 80 90a-real)
-  endif()
-  list(REMOVE_DUPLICATES architectures)
   set(${result} "${architectures}" PARENT_SCOPE)
 endfunction()

@@ -24,7 +24,7 @@ from pathlib import Path
 
 import torch
 
-from benchmarks.codegen.rows import Figures, Row, capability, finish, read_usage
+from benchmarks.codegen.rows import Figures, Row, finish, read_usage
 from benchmarks.common.commands import new_parser
 from benchmarks.common.folders import ROOT
 
@@ -37,12 +37,10 @@ PROCESSES = 2
 
 _REGISTERS = 1 << 16  # of a multiprocessor
 _MOST_REGISTERS = 255  # of a thread
-_EMPTY = 4  # instructions of an empty kernel, at most, and two more if it waits
+_EMPTY = 4  # instructions of an empty kernel, at most
 
 _INSTRUCTION = re.compile(r"/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([A-Z][\w.]*)")
 _COPY, _WIDE = r"LDGSTS\.E(?:\.\w+)*\.128(?:\.|$)", r"\.E(?:\.\w+)*\.(?:128|256)(?:\.|$)"
-# A load of what must not change while the kernel runs. Waiting does not make it see new values.
-_UNCHANGING_LOAD = r"LDG(?:\.\w+)*\.CONSTANT(?:\.|$)"
 _FLUSHING = r"F(?:ADD|MUL|FMA|SETP)(?:\.\w+)*\.FTZ(?:\.|$)"
 
 _USAGE = re.compile(r"^ Function (\S+):\n(.*)$", re.MULTILINE)
@@ -73,15 +71,12 @@ class Intent:
 
 # By patterns of whole names, the first that matches.
 INTENTS = {
-    r"(distances<WarpgroupProducts|weighted_sum<WarpgroupSums)<.*": Intent(
-        1, "64x64x16", copies=True
-    ),
     r"distances<.*": Intent(1, "16816", copies=True),
     r"finish_distances<.*, false>": Intent(4, wide=True),
     r"finish_distances<.*": Intent(4),
     r"differences<.*": Intent(2, copies=True),
     r"weigh<.*": Intent(6),
-    r"weighted_sum<WarpSums<[\w ]+, \d+, true>>": Intent(2, "16816", copies=True),
+    r"weighted_sum<[\w ]+, true>": Intent(2, "16816", copies=True),
     r"(weighted_sum|reference_gradient)<.*": Intent(2, ".TF32", copies=True),
     r"(ode_step|normalised_field)_kernel<4, .*": Intent(1, wide=True),
     r"(ode_step|normalised_field)_kernel<1, .*": Intent(1),
@@ -102,7 +97,7 @@ def extension() -> Path | None:
 
 
 def architectures() -> list[str]:
-    """The architectures that the extension has machine code for, as in "90a"."""
+    """The architectures that the extension has machine code for, as in "80"."""
     if extension() is None:
         return []
     built: str | None = importlib.import_module("pfgm._native").build_info()["cuda_architectures"]
@@ -182,7 +177,7 @@ def dump(file: Path, architecture: str) -> str:
 
 
 def read(text: str, architecture: str) -> list[Row]:
-    """Every kernel of this architecture in a dump, which for sm_90 also contains sm_90a."""
+    """Every kernel of this architecture in a dump, which may contain others."""
     rows = []
     for part in text.split("\nFatbin elf code:\n"):
         if f"arch = sm_{architecture}\n" not in part[:200]:
@@ -223,27 +218,6 @@ def stem(kernel: str) -> str:
     return kernel.split("<")[0]
 
 
-def is_replaced(kernel: str, architecture: str) -> bool:
-    """Whether another kernel takes its place.
-
-    Warpgroups have tiles of 128 × 128 on sm_90a. GeForce cards have kernels of their own, and run
-    the code for sm_80 or sm_120. Other cards run the code for sm_80 too.
-    """
-    if "<Warpgroup" in kernel:
-        return architecture != "90a"
-    loop = re.match(r"distances<WarpProducts<([\w ]+), (\d+), \d+, (\w+)>", kernel)
-    if loop is None:
-        return False
-    type_, queries, geforce = loop.groups()
-    newest = capability(architecture)
-    if newest >= 120:
-        return geforce == "false"
-    if newest < 90:
-        return False
-    by_warpgroups = type_ in ("float", "Rounded") and queries == "128"
-    return geforce == "true" or (architecture == "90a" and by_warpgroups)
-
-
 def register_limit(threads: int, blocks: int) -> int:
     """The most registers per thread with which so many blocks fit, a multiple of 8."""
     return min(_REGISTERS // (threads * blocks) // 8 * 8, _MOST_REGISTERS)
@@ -255,21 +229,10 @@ def problems(kernel: str, architecture: str, figures: Figures) -> list[str]:
     if intent is None:
         return [f"{where} is not listed in INTENTS of codegen/cuda.py; it is not checked."]
     matrix, count = figures.matrix_instructions, figures.count
-    unchanging = count(_UNCHANGING_LOAD)
-    checks: list[tuple[object, str]] = [
-        (
-            capability(architecture) >= 90 and unchanging,
-            f"loads global memory as unchanging {unchanging} times, but the launch "
-            "before may still write it: leave __restrict__ away from what it reads",
-        ),
-    ]
-    if is_replaced(kernel, architecture):
-        checks.append((matrix, "is not meant to multiply: it is never launched"))
-        return [f"{where} {what}." for wrong, what in checks if wrong]
     seen = ", ".join(matrix) or "no matrix instructions"
     limit = register_limit(figures.threads or 32, intent.blocks)
     products = matrix and all((intent.products or "") in name for name in matrix)
-    checks += [
+    checks: list[tuple[object, str]] = [
         (figures.spills, f"spills {figures.spills} bytes per thread"),
         (figures.threads is None, "has no launch bounds"),
         (
@@ -277,7 +240,7 @@ def problems(kernel: str, architecture: str, figures: Figures) -> list[str]:
             f"uses {figures.registers} registers per thread; "
             f"{intent.blocks} × {figures.threads} threads allow {limit}",
         ),
-        (count("(?!NOP)") <= _EMPTY + 2 * bool(count("ACQBULK")), "is empty"),
+        (count("(?!NOP)") <= _EMPTY, "is empty"),
         (
             intent.products and not products,
             f"is meant to have matrix instructions with {intent.products}; it has {seen}",

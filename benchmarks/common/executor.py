@@ -28,7 +28,7 @@ _ROOT = Path(__file__).resolve().parents[2]
 _TOOLS = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", "")])
 # The native backend keeps what it asks devices up to 63, and tests change the device.
 _DEVICE = 100
-_ARCHITECTURES = "80-virtual;90a-virtual"
+_ARCHITECTURE = "80-virtual"
 # By capability, the KiB of shared memory that a block may have.
 SHARED = {80: 163, 86: 99, 89: 99, 90: 227, 100: 227, 120: 99}
 
@@ -40,7 +40,7 @@ def why_unbuilt() -> str | None:
     return f"no {' and no '.join(missing)} on PATH" if missing else None
 
 
-def build(folder: str = "ptx", architectures: str = _ARCHITECTURES, *options: str) -> Path:
+def build(folder: str = "ptx", *options: str) -> Path:
     """Builds the executor, and the extension with the kernels' PTX, in a folder of build/. Only
     changed sources are compiled again. A second process waits until the first has built.
 
@@ -59,7 +59,7 @@ def build(folder: str = "ptx", architectures: str = _ARCHITECTURES, *options: st
     options = (
         "-DPFGM_PTX=ON",
         "-DPFGM_CUDA=1",
-        f"-DCMAKE_CUDA_ARCHITECTURES={architectures}",
+        f"-DCMAKE_CUDA_ARCHITECTURES={_ARCHITECTURE}",
         f"-DPython_EXECUTABLE={sys.executable}",
         *options,
     )
@@ -128,7 +128,7 @@ class Executed(NamedTuple):
 
 
 # machine.h has them in this order.
-_COUNTED = ("mma", "mma to float16", "mma of tf32", "wgmma", "shuffle", "ballot")
+_COUNTED = ("mma", "mma of tf32", "shuffle", "ballot")
 _NAMESPACE = re.compile(r"(\d+)_GLOBAL__N_")
 _IDENTIFIER = re.compile(r"(\d+)")
 
@@ -169,12 +169,11 @@ class Executor:
         """Of warps and blocks: 0 ascending, 1 descending, others random, some instructions each."""
         self.set(order=seed, preempt=40 if seed > 1 else 0)
 
-    def device(self, capability: int, multiprocessors: int = 4, l2_cache: int = 50 << 20) -> None:
+    def device(self, capability: int, multiprocessors: int = 4) -> None:
         self.capability = capability
         self.set(
             capability=capability,
             multiprocessors=multiprocessors,
-            l2=l2_cache,
             shared=SHARED[capability] << 10,
         )
 

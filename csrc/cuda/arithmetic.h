@@ -13,32 +13,6 @@ __device__ inline std::uint32_t bits_of(float v) { return __float_as_uint(v); }
 __device__ inline double double_of(std::int64_t bits) { return __longlong_as_double(bits); }
 __device__ inline std::int64_t bits_of(double v) { return __double_as_longlong(v); }
 
-// The sums, or the differences, of two pairs. On sm_100 this is one instruction.
-__device__ inline float2 add_pairs(float2 a, float2 b) {
-#if __CUDA_ARCH__ >= 1000
-  float2 c;
-  asm("{.reg .b64 a, b, c; mov.b64 a, {%2, %3}; mov.b64 b, {%4, %5}; add.rn.f32x2 c, a, b; "
-      "mov.b64 {%0, %1}, c;}"
-      : "=f"(c.x), "=f"(c.y)
-      : "f"(a.x), "f"(a.y), "f"(b.x), "f"(b.y));
-  return c;
-#else
-  return {a.x + b.x, a.y + b.y};
-#endif
-}
-__device__ inline float2 subtract_pairs(float2 a, float2 b) {
-#if __CUDA_ARCH__ >= 1000
-  float2 c;
-  asm("{.reg .b64 a, b, c; mov.b64 a, {%2, %3}; mov.b64 b, {%4, %5}; sub.rn.f32x2 c, a, b; "
-      "mov.b64 {%0, %1}, c;}"
-      : "=f"(c.x), "=f"(c.y)
-      : "f"(a.x), "f"(a.y), "f"(b.x), "f"(b.y));
-  return c;
-#else
-  return {a.x - b.x, a.y - b.y};
-#endif
-}
-
 // 1/v for normal v whose reciprocal is normal, to the last bit or nearly so. Unlike a division it
 // has no branches.
 __device__ inline float reciprocal(float v) {
@@ -144,12 +118,6 @@ __device__ inline TwoHalves separate_halves(std::uint32_t first, std::uint32_t s
   return {__byte_perm(first, second, 0x5410), __byte_perm(first, second, 0x7632)};
 }
 
-// Of the two halves of a word.
-__device__ inline float sum_of_squares(std::uint32_t halves) {
-  const float first = half_of_word(halves, 0), second = half_of_word(halves, 1);
-  return first * first + second * second;
-}
-
 // ---- sums in two floats ------------------------------------------------------------------------
 
 // high + low, with about twice the digits of float32.
@@ -157,12 +125,24 @@ struct TwoFloats {
   float high, low;
 
   __device__ double sum() const { return static_cast<double>(high) + low; }
+  // Nothing that `high` loses is rounded away, whichever is larger (Knuth's TwoSum). Kahan's sum is
+  // an addition shorter, but rounds each value.
+  __device__ void add(float value) {
+    const float larger = high + value, part = larger - high;
+    low += (high - (larger - part)) + (value - part);
+    high = larger;
+  }
+  // Adds a b, with the rounding error of the product.
+  __device__ void add_product(float a, float b) {
+    const float product = rounded_product(a, b);
+    add(product);
+    low += fmaf(a, b, -product);
+  }
 };
 
-__device__ inline TwoFloats sum_of(const TwoFloats& a, const TwoFloats& b) {
-  const float high = a.high + b.high, b_part = high - a.high;
-  const float rest = (a.high - (high - b_part)) + (b.high - b_part);
-  return {high, a.low + b.low + rest};
+__device__ inline TwoFloats sum_of(TwoFloats a, const TwoFloats& b) {
+  a.add(b.high);
+  return {a.high, a.low + b.low};
 }
 
 // v ≥ 0 in two floats: its first 24 digits, and the rest. `power` is by how much its exponent is
@@ -184,28 +164,6 @@ __device__ inline float2 add_sums(const float2& a, const float2& b) {
   const TwoFloats sum = sum_of({a.x, a.y}, {b.x, b.y});
   return {sum.high, sum.low};
 }
-
-// Kahan's sum: total − lost is the sum of all values to about twice the digits of float32.
-__device__ inline void add_compensated(float& total, float& lost, float value) {
-  value -= lost;
-  const float larger = total + value;
-  lost = (larger - total) - value;
-  total = larger;
-}
-
-// A sum of float32 values in two floats.
-struct CompensatedSum {
-  float total = 0, lost = 0;
-
-  __device__ void add(float value) { add_compensated(total, lost, value); }
-  // Adds a b, with the rounding error of the product.
-  __device__ void add_product(float a, float b) {
-    const float product = rounded_product(a, b);
-    add(product);
-    lost -= fmaf(a, b, -product);
-  }
-  __device__ TwoFloats result() const { return {total, -lost}; }
-};
 
 }  // namespace
 }  // namespace pfgm

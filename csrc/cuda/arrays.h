@@ -29,14 +29,9 @@ constexpr int kCenterThreads = 256;                        // features of a bloc
 constexpr Index kMostPairs = Index{1} << 31;  // of a block and a chunk, for places of 32 bits
 constexpr Index kMostReferences = 1 << 16;    // of a chunk, for places of 16 bits
 
-// Queries of a small, a large and a very large group of the weighted sums, and features of the
-// blocks that sum.
-constexpr int kSumRows = 32, kLargeSumRows = 64, kLargestSumRows = 128;
-constexpr int kSumFeatures = 128, kShareFeatures = 256;
-// Panels of listed references that a block sums: of a part, and of a share (cuda/warpgroup_sums.h).
-constexpr int kPartPanels = 64, kSharePanels = 256;
-constexpr int kListPanels = 6;   // what a list costs once, counted in panels
-constexpr int kMostGroups = 32;  // whose lists are shared out: a lane has one
+// Queries of a group of the weighted sums, and features of the blocks that sum.
+constexpr int kSumRows = 32, kSumFeatures = 128;
+constexpr int kPartPanels = 64;  // of listed references that a block sums, at most
 
 // ---- element types -----------------------------------------------------------------------------
 
@@ -46,17 +41,10 @@ struct BFloat16 {
 struct Float16 {
   std::uint16_t bits;
 };
-// float32 of which matrix units multiply what float16 holds, in precision "medium".
-struct Rounded {
-  float value;
-};
-template <class R> constexpr bool kRounded = false;
-template <> constexpr bool kRounded<Rounded> = true;
 
 // load4 returns elements as numbers in this unit. In it, all types but float32 are exact in TF32.
 template <class R> constexpr bool kShort = true;
 template <> constexpr bool kShort<float> = false;
-template <> constexpr bool kShort<Rounded> = false;
 template <class R> constexpr float kUnit = 1;
 template <> constexpr float kUnit<std::uint8_t> = 1 / 255.0f;  // u/127.5 − 1 = (2u − 255)/255
 // Which of them are exact in float16 too.
@@ -97,17 +85,18 @@ struct Center {
   float* value_scale;       // the same for references as they are
   float* scaled;            // (width): `at` times `scale`
   int features, width;
-  bool scattered;  // by `scatter`, if sums or differences to the centre are rounded to float16
-  float excess;    // distances are those of (1 + excess) x and (1 + excess) y
+  float excess;  // references are multiplied by 1 + excess before they are centred
+
+  // |y − centre|² from that of a reference as it is multiplied.
+  __device__ double true_square(double squared) const { return squared - 2.0 * excess * squared; }
 };
 
-// Rows times a power of two as high + low. If `rounded`, only high is multiplied.
+// Rows times a power of two as high + low.
 struct Halves {
   std::uint16_t *high, *low;  // (rows, width)
   double* units;              // (rows): turns a product with scaled references into the true one
   int rows;
   Rows<float> whole;  // the rows themselves
-  bool rounded;
 };
 
 // ---- pairs of queries and references -----------------------------------------------------------
@@ -134,13 +123,10 @@ enum class Target { distances, projections, slice };
 // features.
 struct Slices {
   Index stride;      // distance between rows
-  void* products;    // (slices, queries, stride) of SliceSum
+  float2* products;  // (slices, queries, stride): sums in two floats
   double* squares;   // (slices, stride): of centred references, times the square of the scale
   int count, trips;  // trips of a slice; the last slice may have fewer
 };
-
-// The sum of both floats. Products of Rounded references are added up in one float.
-template <class R> using SliceSum = std::conditional_t<kRounded<R>, float, float2>;
 
 // The weights of a chunk, and a bit for each that is not zero. Rows of `weight` are pairs.stride
 // apart, rows of `live` a 32nd of that. A weight is a float32 number, or a word of both_halves.
@@ -184,10 +170,8 @@ struct Moments {
   // forward pass. It is 0 at a limit.
   double* mass;
   double* moment;     // (queries, pieces): moment times law.exponent
-  double* sum;        // (queries, pieces): Σ c_j of the rounded c_j
-  double* chunk_sum;  // (queries, pieces): the same of the last chunk alone
+  double* chunk_sum;  // (queries, pieces): Σ c_j of the rounded c_j of the last chunk
   double* squares;    // (queries, pieces): at least Σ c_j² of the last chunk
-  double* total;      // (queries): Σ c_j over all pieces
   double* exact_sum;  // (queries): C, without rounding
   double* unit;       // (queries): F, 0 at a limit (WeightLaw::at_limit)
   double* grad_radius;
@@ -217,7 +201,7 @@ struct Moments {
 struct Lists {
   int* listed;  // (groups, stride): which they are, and the last one again up to a whole panel
   int* counts;  // (groups): how many
-  // (groups, stride, queries of a group): their weights, in panels of pair_place or operand_place.
+  // (groups, stride, queries of a group): their weights, in panels of pair_place.
   // Padding (repeated references, queries past the end) has weight 0.
   float* weights;
   Index stride;
@@ -226,10 +210,9 @@ struct Lists {
 // Sums over parts of the lists, so that queries with many weights have more blocks than others.
 struct Parts {
   float* sums;  // (parts, queries, features); only parts with a listed reference are written
-  int* counts;  // (slices, queries): how many are written
+  int* counts;  // (queries): how many are written
   int queries;
-  int slices;  // of kShareFeatures features with parts of their own, or one of all features
-  int panels;  // of listed references in a part, or at least in a share (cuda/warpgroup_sums.h)
+  int panels;  // of listed references in a part
 };
 
 }  // namespace

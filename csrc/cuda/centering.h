@@ -13,13 +13,14 @@ constexpr int kSamples = 16;  // references whose mean is the centre
 constexpr int kSplitThreads = 256;
 constexpr int kHeld = 8;  // pairs of values in the registers of a thread of split_rows
 // Powers of two of the largest centred values as float16, which holds less than 2^16. References
-// outside of the sample may be larger by 2^11. Then sums of products with a low part, which are
-// less than 2^10 each, still fit float16 if not nearly all of a panel are that large.
+// outside of the sample may be larger by 2^11.
 constexpr int kQueryPower = 5, kReferencePower = 4;
 // The same of values that are not centred, in weighted sums. Others may be larger by 2^4.
 constexpr int kValuePower = 11;
 
-// In products the unit of bytes is 1/255 as float32 has it, so that they are a little too large.
+// In products the unit of bytes is 1/255 as float32 has it, so that references are a little too
+// large, and centred at c/(1 + excess). Queries are centred there too and made as much smaller, and
+// norms are those of neither. So distances from products have no bias beside those of `refine`.
 template <class R> constexpr float kExcess = 0;
 template <>
 constexpr float kExcess<std::uint8_t> =
@@ -45,16 +46,6 @@ __device__ inline double inverse_powers(float a, float b) {
   return double_of(biased << 52);
 }
 
-// A number in [−1/2, 1/2) for each feature, without a pattern. Errors of rounding to float16 would
-// add up where values repeat over the features. Relative to a centre that is scattered by more than
-// such an error they average out.
-__device__ inline float scatter(int feature) {
-  std::uint32_t bits = static_cast<std::uint32_t>(feature) * 2654435769u;
-  bits = (bits ^ bits >> 15) * 2246822507u;
-  bits ^= bits >> 13;
-  return static_cast<float>(static_cast<std::int32_t>(bits)) * 0x1p-32f;
-}
-
 // The mean of evenly spaced references, and how far they are from it. One of them may be far from
 // all others, so in the mean the smallest and the largest value count as the next ones. If the
 // largest distance is more than kFar times what it is without these, it does not count.
@@ -63,8 +54,6 @@ constexpr float kFar = 1 << 12;
 template <class R>
 __global__ void __launch_bounds__(kCenterThreads, 2)
     find_center(const Rows<R> y, const Center out) {
-  wait_for_earlier_launches();
-  let_next_launch_start();
   float* scratch = reinterpret_cast<float*>(shared_memory());
   const int feature = static_cast<int>(blockIdx.x * blockDim.x + threadIdx.x);
   float mean = 0, spread = 0, near = 0, largest = 0;
@@ -94,7 +83,6 @@ __global__ void __launch_bounds__(kCenterThreads, 2)
   spread = over_block<kCenterThreads>(spread, scratch, Most());
   near = over_block<kCenterThreads>(near, scratch, Most());
   if (near > 0 && spread > kFar * near) spread = near;
-  if (out.scattered && feature < out.features) mean += spread * 0x1p-7f * scatter(feature);
   if (feature < out.width) out.at[feature] = mean;
   largest = over_block<kCenterThreads>(largest, scratch, Most());
   if (threadIdx.x == 0) out.spread[blockIdx.x] = spread, out.largest[blockIdx.x] = largest;
@@ -117,13 +105,11 @@ __device__ inline float largest_of(const float* group_values, int groups, float 
 
 // The two parts of a row of queries minus the centre, or of upstream gradients, which are not
 // centred. norms[row] = |x − centre|², of values that are scaled, so that float32 holds their
-// squares, and rounded if only their high parts are multiplied. Threads keep the first values of
-// an aligned row, and load all others twice. Blocks share out the scaled centre.
+// squares. Threads keep the first values of an aligned row, and load all others twice. Blocks share
+// out the scaled centre.
 template <bool CENTERED>
 __global__ void __launch_bounds__(kSplitThreads, 1)
     split_rows(const Rows<float> rows, const Center center, double* norms, const Halves out) {
-  wait_for_earlier_launches();
-  let_next_launch_start();
   SplitMemory& shared = *reinterpret_cast<SplitMemory*>(shared_memory());
   const Lane lane = this_lane();
   const Index row = blockIdx.x;
@@ -134,7 +120,9 @@ __global__ void __launch_bounds__(kSplitThreads, 1)
       rows.aligned ? static_cast<int>(smaller(center.features / 2, kHeld * kSplitThreads)) : 0;
   const float own_spread = lane.lane < groups ? center.spread[lane.lane] : 0;
   const float own_largest = CENTERED && lane.lane < groups ? center.largest[lane.lane] : 0;
-  const auto centered = [&](float v, float origin) { return (v - origin) + center.excess * v; };
+  const auto centered = [&](float v, float origin) {
+    return (v - origin) + center.excess * (2 * origin - v);
+  };
   float2 first[kHeld] = {};  // of the pairs
   if (held > 0) {
     float2 origin[kHeld];
@@ -171,19 +159,12 @@ __global__ void __launch_bounds__(kSplitThreads, 1)
 
   auto* high = reinterpret_cast<std::uint32_t*>(out.high + row * center.width);
   auto* low = reinterpret_cast<std::uint32_t*>(out.low + row * center.width);
-  const float low_count = out.rounded ? 0 : 1;  // how often norms count what the high part leaves
-  CompensatedSum squares;
+  TwoFloats squares = {};
   const auto store = [&](int pair, float2 v) {
     v.x *= x_scale, v.y *= x_scale;
     const TwoHalves parts = split_halves(v.x, v.y);
     high[pair] = parts.high, low[pair] = parts.low;
-    if (!CENTERED) return;
-    const auto counted = [&](float whole, float front) {
-      return front + low_count * (whole - front);
-    };
-    const float a = counted(v.x, half_of_word(parts.high, 0));
-    const float b = counted(v.y, half_of_word(parts.high, 1));
-    squares.add(a * a + b * b);
+    if (CENTERED) squares.add_product(v.x, v.x), squares.add_product(v.y, v.y);
   };
 #pragma unroll
   for (int i = 0; i < kHeld; ++i) {
@@ -204,9 +185,10 @@ __global__ void __launch_bounds__(kSplitThreads, 1)
 #pragma unroll 1
   for (int i = static_cast<int>(row) * kSplitThreads + thread; i < center.width; i += step)
     center.scaled[i] = center.at[i] * y_scale;
-  TwoFloats norm[1] = {squares.result()};
+  TwoFloats norm[1] = {squares};
   sum_over_block<kSplitThreads>(norm, shared.squares);
-  if (thread == 0) norms[row] = norm[0].sum() * inverse_powers(x_scale, x_scale);
+  if (thread == 0)
+    norms[row] = (1 + 2.0 * center.excess) * norm[0].sum() * inverse_powers(x_scale, x_scale);
 }
 
 }  // namespace

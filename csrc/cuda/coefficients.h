@@ -7,7 +7,7 @@
 // The following form avoids the cancellation. With e_j = d_j² − d₀² and moment = Σ p_j t_j e_j/s_j
 // (D = ∞: Σ p_j t_j e_j/σ²):
 //     C = moment − g                             D = ∞: C = −g
-//     ∂L/∂x = F (Σ_j c_j (x − y_j) + (C − Σ_j c_j) (x − mean)), C − Σ c_j from rounding c_j
+//     ∂L/∂x = F (Σ_j c_j (mean − y_j) + C (x − mean))
 //     ∂L/∂r = r F C                              D = ∞: ∂L/∂σ = (g d₀²/σ² + moment)/σ
 //     ∂L/∂y_j = Σ_b (p_bj G_b − F_b c_bj (x_b − y_j))
 #pragma once
@@ -54,8 +54,6 @@ template <bool GAUSSIAN>
 __global__ void __launch_bounds__(kQueryThreads)
     pull(WeightLaw law, const double* radius, const double* nearest, const double* total,
          const Pairs pairs, int references, double floor, bool first_chunk, const Moments moments) {
-  wait_for_earlier_launches();
-  let_next_launch_start();
   PullMemory& shared = *reinterpret_cast<PullMemory*>(shared_memory());
   law.gaussian = GAUSSIAN;
   const int thread = static_cast<int>(threadIdx.x), piece = static_cast<int>(blockIdx.y);
@@ -69,7 +67,7 @@ __global__ void __launch_bounds__(kQueryThreads)
   const RowProbabilities row = shared.row;
   const double* const distances = pairs.squared + at;
   const float* const products = pairs.projected + at;
-  CompensatedSum projection, mass;
+  TwoFloats projection = {}, mass = {};
 #pragma unroll 1
   for (int start = first; start < first + moments.size && start < references; start += kPiece) {
     const int left = references - start - thread;
@@ -89,7 +87,7 @@ __global__ void __launch_bounds__(kQueryThreads)
       mass.add(p);
     }
   }
-  TwoFloats sums[] = {projection.result(), mass.result()};
+  TwoFloats sums[] = {projection, mass};
   sum_over_block<kQueryThreads>(sums, shared.sums);
   if (threadIdx.x > 0) return;
   moments.add(moments.projection, query, piece, sums[0].sum(), first_chunk);
@@ -143,8 +141,6 @@ __global__ void __launch_bounds__(kQueryThreads, 2)
                       const double* total, const double* grad_logsumexp, const Pairs pairs,
                       int references, double floor, bool first_chunk, const Moments moments,
                       const Coefficients out) {
-  wait_for_earlier_launches();
-  let_next_launch_start();
   CoefficientMemory& shared = *reinterpret_cast<CoefficientMemory*>(shared_memory());
   law.gaussian = GAUSSIAN;
   const Lane lane = this_lane();
@@ -162,7 +158,7 @@ __global__ void __launch_bounds__(kQueryThreads, 2)
   const double* const distances = pairs.squared + at;
   const float* const products = pairs.projected + at;
   std::uint32_t* const words = out.c.live + query * (stride / 32) + lane.warp;
-  CompensatedSum moment, sum;
+  TwoFloats moment = {}, sum = {};
   float size = 0, largest = 0;  // of c_j
   int live = 0;
 #pragma unroll 1
@@ -201,13 +197,12 @@ __global__ void __launch_bounds__(kQueryThreads, 2)
   }
   if (lane.lane == 0) shared.live[lane.warp] = live;
   largest = over_block<kQueryThreads>(largest, shared.largest, Most());
-  TwoFloats sums[] = {moment.result(), sum.result(), {size, 0}};
+  TwoFloats sums[] = {moment, sum, {size, 0}};
   sum_over_block<kQueryThreads>(sums, shared.sums);
   if (threadIdx.x > 0) return;
   for (int w = 1; w < kQueryThreads / 32; ++w) live += shared.live[w];
   out.live_count[query * static_cast<int>(gridDim.y) + piece] = live;
   moments.add(moments.moment, query, piece, sums[0].sum(), first_chunk);
-  moments.add(moments.sum, query, piece, sums[1].sum(), first_chunk);
   moments.add(moments.chunk_sum, query, piece, sums[1].sum(), true);
   moments.squares[query * moments.pieces + piece] = sums[2].sum() * largest;
 }
@@ -216,15 +211,12 @@ __global__ void __launch_bounds__(kQueryThreads, 2)
 __global__ void __launch_bounds__(kMomentThreads)
     finish_moments(const WeightLaw law, const double* radius, const double* nearest,
                    const double* grad_logsumexp, int queries, const Moments moments) {
-  wait_for_earlier_launches();
-  let_next_launch_start();
   const int query = static_cast<int>(blockIdx.x * blockDim.x + threadIdx.x);
   if (query >= queries) return;
   const double r = radius[query], low = nearest[query], g = grad_logsumexp[query];
   const double moment = moments.over_pieces(moments.moment, query) / law.exponent;
   const double exact_sum = law.gaussian ? -g : moment - g;
   const double unit = law.at_limit(low, r) ? 0 : unit_of(law, low, r);
-  moments.total[query] = moments.over_pieces(moments.sum, query);
   moments.exact_sum[query] = exact_sum;
   moments.unit[query] = unit;
   moments.grad_radius[query] = law.at_limit(low, r) ? 0

@@ -42,14 +42,12 @@ struct DifferenceMemory {
 static_assert(sizeof(DifferenceMemory<float, true>) <= kSharedLimit, "a block fits everywhere");
 
 // A block has 8 warps and computes 64 references × 8 queries. A lane has reference 8·warp + g and a
-// quarter of the features. It adds at most 256 values in float32 before float64 takes over. If
+// quarter of the features, and adds up those of a panel in float32, panels in two floats. If
 // PROJECT, x are the means, from which G·(y − x) keeps its digits wherever the origin is.
 template <class R, bool PROJECT>
 __global__ void __launch_bounds__(256, 2)
     differences(const Rows<float> x, const Rows<float> upstream, const Rows<R> y, int features,
                 const Pairs out) {
-  wait_for_earlier_launches();
-  constexpr int kPanels = 256 / (kPanel / 4);
   using Memory = DifferenceMemory<R, PROJECT>;
   constexpr int kQueries = Memory::kQueries;
   Memory& shared = *reinterpret_cast<Memory*>(shared_memory());
@@ -57,8 +55,7 @@ __global__ void __launch_bounds__(256, 2)
   const int row = 8 * lane.warp + lane.g;
   const Index reference = static_cast<Index>(blockIdx.x) * kTileReferences + row;
   const Index query0 = static_cast<Index>(blockIdx.y) * kQueries;
-  double total[kQueries] = {}, norm = 0;
-  float sum[kQueries] = {}, square = 0;
+  TwoFloats total[kQueries] = {}, norm = {};
   if constexpr (!PROJECT) clear_list(out);
 
   pipeline<Memory::kStages>(
@@ -71,6 +68,7 @@ __global__ void __launch_bounds__(256, 2)
             shared.y[slot][0], y, reference - row, p * kPanel, features);
       },
       [&](int p, int slot) {
+        float sum[kQueries] = {}, square = 0;
 #pragma unroll
         for (int half = 0; half < 8; half += 4) {
           const int feature = 8 * lane.t + half;
@@ -93,16 +91,12 @@ __global__ void __launch_bounds__(256, 2)
             for (float v : a) square += v * v;
           }
         }
-        if ((p + 1) % kPanels == 0 || (p + 1) * kPanel >= features) {
-          for (int q = 0; q < kQueries; ++q) total[q] += sum[q], sum[q] = 0;
-          norm += square, square = 0;
-        }
+        for (int q = 0; q < kQueries; ++q) total[q].add(sum[q]);
+        norm.add(square);
       });
 
   for (int q = 0; q < kQueries; ++q) {
-    double& value = total[q];
-    value += __shfl_xor_sync(kAll, value, 1);
-    value += __shfl_xor_sync(kAll, value, 2);
+    const double value = over_quad(total[q].sum());
     const Index query = query0 + q;
     const bool known = query < x.count && reference < y.count;
     if constexpr (PROJECT) {
@@ -120,11 +114,10 @@ __global__ void __launch_bounds__(256, 2)
     __syncthreads();
     store_lowest<kQueries>(shared.low, 8, static_cast<int>(blockIdx.x), static_cast<int>(query0),
                            x.count, out);
-    norm += __shfl_xor_sync(kAll, norm, 1);
-    norm += __shfl_xor_sync(kAll, norm, 2);
+    const double squared = over_quad(norm.sum());
     const Index query = query0 + lane.g;
     if (blockIdx.x == 0 && lane.warp == 0 && lane.t == 0 && query < x.count)
-      out.norms[query] = norm;
+      out.norms[query] = squared;
   }
 }
 

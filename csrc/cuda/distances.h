@@ -2,61 +2,40 @@
 // units, on CUDA devices.
 //
 // distances computes |x|² + |y|² − 2 x·y, of centred data in two float16 parts (cuda/centering.h).
-// For Rounded references they are the distances between centred values rounded to float16: one
-// product takes the place of three. It also finds the smallest distance of each tile of references.
-// Its other results are G·y, up to a number for each query. A reference that float16 cannot hold
-// has no products; its G·y is then computed without them. If there are few pairs, blocks share out
-// the features, and finish_distances adds up the sums over slices of these.
+// It also finds the smallest distance of each tile of references. Its other results are G·y, up to
+// a number for each query. A reference that float16 cannot hold has no products; its G·y is then
+// computed without them. If there are few pairs, blocks share out the features, and
+// finish_distances adds up the sums over slices of these.
 //
-// A main loop adds up the products of a tile, panel after panel: WarpProducts or, on sm_90a and for
-// many pairs, WarpgroupProducts. What becomes of them is in cuda/tile_results.h.
+// The main loop (cuda/warp_products.h) adds up the products of a tile, panel after panel. What
+// becomes of them is in cuda/tile_results.h.
 #pragma once
 #include "cuda/tile_results.h"
 #include "cuda/warp_products.h"
-#include "cuda/warpgroup_products.h"
 
 namespace pfgm {
 namespace {
-
-constexpr std::size_t kSharedLimitOfWarpgroups = 227 << 10;  // of sm_90
-template <int QUERIES, int REFERENCES>
-constexpr std::size_t kTileBytes =
-    sizeof(TileMemory<WarpProducts<float, QUERIES, REFERENCES, false>>);
-template <class R, int QUERIES, int REFERENCES>
-constexpr std::size_t kWarpgroupBytes =
-    sizeof(TileMemory<WarpgroupProducts<R, QUERIES, REFERENCES>>);
-static_assert(kTileBytes<64, 64> <= kSharedLimit && kTileBytes<64, 128> <= kSharedLimit &&
-                  kTileBytes<128, 128> <= kSharedLimit,
-              "a block fits everywhere");
-static_assert(kWarpgroupBytes<float, 128, 128> <= kSharedLimitOfWarpgroups &&
-                  kWarpgroupBytes<float, 128, 192> <= kSharedLimitOfWarpgroups &&
-                  kWarpgroupBytes<Rounded, 256, 128> <= kSharedLimitOfWarpgroups,
-              "a block fits on sm_90");
 
 // For a slice, blockIdx.z says which slice of the features a block takes.
 template <class Loop, Target TARGET>
 __global__ void __launch_bounds__(Loop::kThreads, Loop::kBlocks)
     distances(const Halves x, const Rows<typename Loop::Reference> y, const Center center,
               const Pairs out, const Slices slices) {
-  wait_for_earlier_launches();
-  if constexpr (Loop::is_unused()) {
-    __trap();
-  } else {
-    constexpr bool kSlice = TARGET == Target::slice;
-    auto& shared = *reinterpret_cast<TileMemory<Loop>*>(shared_memory());
-    const int reference0 = static_cast<int>(blockIdx.x) * Loop::kReferences;
-    const int query0 = static_cast<int>(blockIdx.y) * Loop::kQueries;
-    if constexpr (TARGET == Target::distances) clear_list(out);
-    load_queries<TARGET>(shared, x, query0, out);
-    const int first_trip = kSlice ? static_cast<int>(blockIdx.z) * slices.trips : 0;
-    const int first = first_trip * Loop::kFeatures;
-    const int left = static_cast<int>(divide_up(center.features - first, Loop::kFeatures));
-    const int trips = kSlice && slices.trips < left ? slices.trips : left;
-    Loop loop(shared.loop, x, query0, y, reference0, center, first, trips);
-    loop.template run<TARGET>(shared.sums, [&](auto total, auto rest) {
-      finish_tile<TARGET>(shared, total, rest, x, y, center, out, slices);
-    });
-  }
+  constexpr bool kSlice = TARGET == Target::slice;
+  auto& shared = *reinterpret_cast<TileMemory<Loop>*>(shared_memory());
+  static_assert(sizeof(shared) <= kSharedLimit, "a block fits everywhere");
+  const int reference0 = static_cast<int>(blockIdx.x) * Loop::kReferences;
+  const int query0 = static_cast<int>(blockIdx.y) * Loop::kQueries;
+  if constexpr (TARGET == Target::distances) clear_list(out);
+  load_queries<TARGET>(shared, x, query0, out);
+  const int first_trip = kSlice ? static_cast<int>(blockIdx.z) * slices.trips : 0;
+  const int first = first_trip * Loop::kFeatures;
+  const int left = static_cast<int>(divide_up(center.features - first, Loop::kFeatures));
+  const int trips = kSlice && slices.trips < left ? slices.trips : left;
+  Loop loop(shared.loop, x, query0, y, reference0, center, first, trips);
+  loop.run(shared.sums, [&](auto& total, auto& rest) {
+    finish_tile<TARGET>(shared, total, rest, x, y, center, out, slices);
+  });
 }
 
 // ---- slices of the features ------------------------------------------------------------------
@@ -66,12 +45,10 @@ constexpr int kFinishThreads = 32 * kFinishWarps;
 
 // Distances, or G·y, from the sums over slices. A block takes a tile of references. A lane takes
 // two neighbouring ones. The sums are added up in the order of the slices.
-template <class R, bool GEFORCE, bool PROJECT>
+template <class R, bool PROJECT>
 __global__ void __launch_bounds__(kFinishThreads)
     finish_distances(const Halves x, const Rows<R> y, const Center center, const Pairs out,
                      const Slices slices) {
-  wait_for_earlier_launches();
-  let_next_launch_start();
   const Lane lane = this_lane();
   const int reference = static_cast<int>(blockIdx.x) * kTileReferences + 2 * lane.lane;
   const int query0 = (static_cast<int>(blockIdx.y) * kFinishWarps + lane.warp) * kFinishQueries;
@@ -91,27 +68,20 @@ __global__ void __launch_bounds__(kFinishThreads)
 #pragma unroll
     for (int q = 0; q < kFinishQueries; ++q) {
       const Index query = query0 + q < x.rows ? query0 + q : query0;
-      const SliceSum<R>* const at = static_cast<const SliceSum<R>*>(slices.products) +
-                                    (static_cast<Index>(slice) * x.rows + query) * slices.stride +
-                                    from;
-      if constexpr (kRounded<R>) {
-        const float2 more = *reinterpret_cast<const float2*>(at);
-        sum[q][0].x += more.x, sum[q][1].x += more.y;
-      } else {
-        const float4 more = *reinterpret_cast<const float4*>(at);
-        sum[q][0] = add_sums(sum[q][0], {more.x, more.y});
-        sum[q][1] = add_sums(sum[q][1], {more.z, more.w});
-      }
+      const float4 more = *reinterpret_cast<const float4*>(
+          slices.products + (static_cast<Index>(slice) * x.rows + query) * slices.stride + from);
+      sum[q][0] = add_sums(sum[q][0], {more.x, more.y});
+      sum[q][1] = add_sums(sum[q][1], {more.z, more.w});
     }
   }
 
   const double per_scale = center.scale[1];
   double squared[2], farthest = 0;
   for (int e = 0; e < 2; ++e) {
-    squared[e] = scaled[e] * per_scale * per_scale;
+    squared[e] = center.true_square(scaled[e] * per_scale * per_scale);
     farthest = fmax(farthest, reach_of(scaled[e], squared[e], center.features, known[e]));
   }
-  const ReferenceNorms<kSlowFloat64<GEFORCE>> reference_norms(squared);
+  const ReferenceNorms reference_norms(squared);
   if constexpr (!PROJECT)
     if (query0 == 0) {
       farthest = over_warp(farthest, Most());
@@ -133,8 +103,7 @@ __global__ void __launch_bounds__(kFinishThreads)
         out.projected[place] = both.x;
       all_finite = all_finite && fabsf(both.x) < INFINITY && fabsf(both.y) < INFINITY;
     } else {
-      const DistanceOfQuery<kSlowFloat64<GEFORCE>> distance_of(out.norms[query], unit,
-                                                               reference_norms);
+      const DistanceOfQuery distance_of(out.norms[query], unit, reference_norms);
       std::uint64_t distance[2], low = kInfiniteBits;
       bool infinite = false;
       for (int e = 0; e < 2; ++e) {

@@ -40,33 +40,20 @@ class Stream {
   Stream& operator=(const Stream&) = delete;
 
   int multiprocessors() const { return multiprocessors_of(device_); }
+  // See check_code.
+  template <class... Parameters>
+  void check(const char* name, void (*kernel)(Parameters...)) const {
+    check_code(name, reinterpret_cast<const void*>(kernel));
+  }
   int major() const { return attribute_of<cudaDevAttrComputeCapabilityMajor>(device_); }
-  int l2_cache() const { return attribute_of<cudaDevAttrL2CacheSize>(device_); }  // bytes
-  // See architecture_of.
-  template <class... Parameters>
-  int architecture(const char* name, void (*kernel)(Parameters...)) const {
-    return architecture_of(name, reinterpret_cast<const void*>(kernel));
-  }
-  // See has_warpgroups. `kernel` may be any kernel.
-  template <class... Parameters>
-  bool warpgroups(void (*kernel)(Parameters...)) const {
-    return has_warpgroups("warpgroups", reinterpret_cast<const void*>(kernel), device_);
-  }
-  // See is_geforce. `kernel` may be any kernel.
-  template <class... Parameters>
-  bool geforce(void (*kernel)(Parameters...)) const {
-    return is_geforce("geforce", reinterpret_cast<const void*>(kernel), device_);
-  }
 
   template <class... Parameters, class... Arguments>
   void launch(const Launch& shape, void (*kernel)(Parameters...), Arguments... arguments) const {
     if (shape.grid.x == 0 || shape.grid.y == 0 || shape.grid.z == 0) return;
-    const void* const code = reinterpret_cast<const void*>(kernel);
-    if (shape.shared > kUnasked) allow_shared_memory(shape.kernel, code, device_, shape.shared);
-    cudaLaunchConfig_t config = configuration(shape);
-    cudaLaunchAttribute overlap = overlapping();
-    if ((!capturing_ || may_overlap_in_graphs()) && may_overlap(shape.kernel, code, device_))
-      config.attrs = &overlap, config.numAttrs = 1;
+    if (shape.shared > kUnasked)
+      allow_shared_memory(shape.kernel, reinterpret_cast<const void*>(kernel), device_,
+                          shape.shared);
+    const cudaLaunchConfig_t config = configuration(shape);
     check_runtime(shape.kernel,
                   cudaLaunchKernelEx(&config, kernel, static_cast<Parameters>(arguments)...));
     if (checks_launches() && !capturing_)
@@ -84,18 +71,6 @@ class Stream {
     config.dynamicSmemBytes = shape.shared;
     config.stream = stream_;
     return config;
-  }
-
-  // The launch may start before the one before it in the stream has ended, if that is of a kernel:
-  // when all its blocks have let it (let_next_launch_start) or have ended. The launch waits for the
-  // rest, and for what was written, itself. In a graph that is captured the two kernels get a
-  // programmatic edge. Nothing else changes: copies, events and launches of others that follow wait
-  // for the end of this one.
-  static cudaLaunchAttribute overlapping() {
-    cudaLaunchAttribute attribute = {};
-    attribute.id = cudaLaunchAttributeProgrammaticStreamSerialization;
-    attribute.val.programmaticStreamSerializationAllowed = 1;
-    return attribute;
   }
 
   const CurrentDevice current_;

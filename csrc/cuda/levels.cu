@@ -26,8 +26,6 @@ __device__ double level_of(const Level& level, Index row) {
 
 __global__ void __launch_bounds__(kLevelThreads)
     expand_level(const Level level, double factor, Index rows, double* out) {
-  wait_for_earlier_launches();
-  let_next_launch_start();
   const Index row = this_row();
   if (row < rows) out[row] = level_of(level, row) * factor;
 }
@@ -35,8 +33,6 @@ __global__ void __launch_bounds__(kLevelThreads)
 __global__ void __launch_bounds__(kLevelThreads)
     find_step_levels(Method method, const Level z, const Level z_next, const Level z_previous,
                      Index rows, double* out) {
-  wait_for_earlier_launches();
-  let_next_launch_start();
   const Index row = this_row();
   if (row >= rows) return;
   const StepLevels result =

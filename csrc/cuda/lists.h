@@ -4,9 +4,6 @@
 // that have a weight for any of them. Queries with similar numbers of weights need similar
 // references, so these are taken together. The weights of the listed references are gathered,
 // because they lie apart, and are read for each slice of the features.
-//
-// A large group reads each reference half as often for a query as a small one does, but its list is
-// longer.
 #pragma once
 #include "cuda/threads.h"
 #include "cuda/tiles.h"
@@ -14,11 +11,9 @@
 namespace pfgm {
 namespace {
 
-constexpr int kRankedQueries = 16;  // of a block of order_queries
-
-template <int ROWS> constexpr int kListThreads = ROWS <= 64 ? 8 * ROWS : 512;
-
-constexpr int kGatheredPanels = 192;  // of a block of list_references, at most
+constexpr int kRankedQueries = 16;    // of a block of order_queries
+constexpr int kListThreads = 256;     // of a block of list_references
+constexpr int kGatheredPanels = 192;  // of such a block, at most
 
 // The place of the first of a thread's `own` things: `count` earlier ones and those of threads
 // before it come first. `count` then counts those of all threads too. `before` has a place for each
@@ -78,8 +73,6 @@ __device__ inline int live_weights(const PieceSums& sums, int query) {
 // each other then need similar references. Equal queries keep their order.
 __global__ void __launch_bounds__(kQueryThreads)
     order_queries(const PieceSums sums, int queries, int* order) {
-  wait_for_earlier_launches();
-  let_next_launch_start();
   int* counts = reinterpret_cast<int*>(shared_memory());
   const int thread = static_cast<int>(threadIdx.x);
 #pragma unroll 1
@@ -104,13 +97,9 @@ struct ListedWord {
   int place;
 };
 
-template <int ROWS>
 struct ListMemory {
-  std::uint32_t keys[kListThreads<ROWS>];
-  int order[kListThreads<ROWS>];
-  int live[kListThreads<ROWS> / 32];  // weights that are not zero, of 32 queries of the order
-  int scratch[kListThreads<ROWS> / 32];
-  int queries[ROWS];
+  int scratch[kListThreads / 32];
+  int queries[kSumRows];
   std::uint16_t listed[kPanel * kGatheredPanels];
 
   __device__ ListedWord* words() { return reinterpret_cast<ListedWord*>(this + 1); }
@@ -119,111 +108,18 @@ struct ListMemory {
   }
 };
 
-// What a block of list_references gathers: one of the shares of a group's list.
-struct ListTask {
-  int group, share, shares;
-};
-
-// A block's task if groups have equally many blocks. Also finds the queries of its group. Places
-// after the last query get that one again.
-template <int ROWS>
-__device__ inline ListTask take_even_share(ListMemory<ROWS>& shared, int queries,
-                                           const int* order) {
-  const int block = static_cast<int>(blockIdx.x), thread = static_cast<int>(threadIdx.x);
-  const int shares = static_cast<int>(gridDim.x) / divide_up32(queries, ROWS);
-  const int group = block / shares;
-  const int place = static_cast<int>(smaller(ROWS * group + thread, queries - 1));
-  if (thread < ROWS) shared.queries[thread] = order ? order[place] : place;
-  return {group, block % shares, shares};
-}
-
-// Finds the order of the queries from their keys. If there are at most half as many queries as
-// threads, two lanes find the rank of one.
-template <int ROWS>
-__device__ inline void find_order(ListMemory<ROWS>& shared, int queries, int* order) {
-  const int shift = 2 * queries <= kListThreads<ROWS> ? 1 : 0;
-  const int thread = static_cast<int>(threadIdx.x), query = thread >> shift, part = thread & shift;
-  const std::uint32_t key = shared.keys[query];
-  int rank = 0;  // keys that are less; those after the last query are not
-#pragma unroll 1
-  for (int other = 16 * part; other < queries; other += 16 << shift)
-#pragma unroll
-    for (int i = 0; i < 16; i += 4) {
-      const uint4 keys = *reinterpret_cast<const uint4*>(&shared.keys[other + i]);
-      rank += (keys.x < key) + (keys.y < key) + (keys.z < key) + (keys.w < key);
-    }
-  if (shift != 0) rank += __shfl_xor_sync(kAll, rank, 1);
-  if (part > 0 || query >= queries) return;
-  shared.order[rank] = query;
-  if (blockIdx.x == 0) order[rank] = query;
-}
-
-// Shares out the blocks to at most 8 groups. Each group has one block, and of the others a number
-// in proportion to `panels`, which its lane gives and which are at least 1.
-__device__ inline ListTask share_out(int panels, int groups, const Lane& lane) {
-  const int block = static_cast<int>(blockIdx.x);
-  int sum = panels;
-  for (int apart = 1; apart < 8; apart *= 2) {
-    const int lower = __shfl_sync(kAll, sum, lane.lane - apart);
-    if (lane.lane >= apart) sum += lower;
-  }
-  const auto total = static_cast<unsigned>(__shfl_sync(kAll, sum, groups - 1));
-  const unsigned others = gridDim.x - static_cast<unsigned>(groups);
-  const int end = lane.lane + 1 + static_cast<int>(others * static_cast<unsigned>(sum) / total);
-  const int group = __popc(__ballot_sync(kAll, lane.lane < groups && end <= block));
-  const int before = __shfl_sync(kAll, end, group - 1), last = __shfl_sync(kAll, end, group);
-  const int first = group == 0 ? 0 : before;
-  return {group, block - first, last - first};
-}
-
-// The same if groups have blocks in proportion to the panels that their lists can have: a list has
-// at most all references, and at most as many as its queries have weights. There are several
-// groups, and at most kListThreads queries. With ORDER every block finds the order, as
-// order_queries does.
-template <int ROWS, bool ORDER>
-__device__ inline ListTask take_uneven_share(ListMemory<ROWS>& shared, const PieceSums& sums,
-                                             int queries, int references, int* order,
-                                             const Lane& lane) {
-  constexpr int kThreads = kListThreads<ROWS>, kWarps = ROWS / 32;  // of the block; of a group
-  const int thread = static_cast<int>(threadIdx.x), groups = divide_up32(queries, ROWS);
-  const bool known = thread < queries;
-  // Keys have the order of the numbers of weights, and of equal queries.
-  shared.keys[thread] =
-      known ? static_cast<std::uint32_t>(live_weights(sums, thread) * kThreads + thread) : ~0u;
-  if constexpr (ORDER) {
-    __syncthreads();
-    find_order(shared, queries, order);
-  } else if (known) {
-    shared.order[thread] = order[thread];
-  }
-  __syncthreads();
-  const int query = shared.order[known ? thread : queries - 1];
-  const int live = known ? static_cast<int>(shared.keys[query] / kThreads) : 0;
-  const int warp_count = __reduce_add_sync(kAll, live);
-  if (lane.lane == 0) shared.live[lane.warp] = warp_count;
-  __syncthreads();
-  int most = 0;  // listed references of the lane's group
-  if (lane.lane < groups)
-    for (int warp = 0; warp < kWarps; ++warp) most += shared.live[kWarps * lane.lane + warp];
-  const int panels = divide_up32(most < references ? most : references, kPanel);
-  const ListTask task = share_out(panels > 0 ? panels : 1, groups, lane);
-  if (thread / ROWS == task.group) shared.queries[thread % ROWS] = query;
-  return task;
-}
-
-// Finds which references each half of the queries needs. A warp takes 32 of them for a half at a
+// Finds which references each half of the queries needs. A warp takes 32 words for a half at a
 // time.
-template <int ROWS>
-__device__ inline void find_needed(ListMemory<ROWS>& shared, const std::uint32_t* live,
+__device__ inline void find_needed(ListMemory& shared, const std::uint32_t* live,
                                    std::uint32_t stride, int words, const Lane& lane) {
-  constexpr int kHalf = ROWS / 2;
+  constexpr int kHalf = kSumRows / 2;
 #pragma unroll 1
-  for (int i = lane.warp; i < 2 * divide_up32(words, 32); i += kListThreads<ROWS> / 32) {
+  for (int i = lane.warp; i < 2 * divide_up32(words, 32); i += kListThreads / 32) {
     const int w = i / 2 * 32 + lane.lane, half = i % 2;
     const std::uint32_t* const from = live + (w < words ? w : words - 1);
     const int* const queries = shared.queries + kHalf * half;
     unsigned bits = 0;
-#pragma unroll(kHalf < 32 ? kHalf : 32)  // more loads at a time would spill
+#pragma unroll
     for (int q = 0; q < kHalf; ++q) bits |= from[static_cast<std::uint32_t>(queries[q]) * stride];
     if (w < words) shared.words()[w].bits[half] = bits;
   }
@@ -231,10 +127,8 @@ __device__ inline void find_needed(ListMemory<ROWS>& shared, const std::uint32_t
 
 // Finds the places of the listed references, and returns their number. A thread has words that
 // follow each other.
-template <int ROWS>
-__device__ inline int find_places(ListMemory<ROWS>& shared, int words) {
-  constexpr int kThreads = kListThreads<ROWS>;
-  const int each = divide_up32(words, kThreads), first = each * static_cast<int>(threadIdx.x);
+__device__ inline int find_places(ListMemory& shared, int words) {
+  const int each = divide_up32(words, kListThreads), first = each * static_cast<int>(threadIdx.x);
   const int last = first + each < words ? first + each : words;
   int own = 0, count = 0;
 #pragma unroll 1
@@ -244,7 +138,7 @@ __device__ inline int find_places(ListMemory<ROWS>& shared, int words) {
     word.place = own;
     own += __popc(word.bits[0]);
   }
-  const int before = place_of<kThreads>(own, count, shared.scratch);
+  const int before = place_of<kListThreads>(own, count, shared.scratch);
 #pragma unroll 1
   for (int w = first; w < last; ++w) shared.words()[w].place += before;
   __syncthreads();
@@ -268,7 +162,7 @@ __device__ inline void write_places(std::uint16_t* to, int first, int size, int 
 // Gathers weights of query 8n + g for `panels` panels of listed references, of which `count` count.
 // The others get zero, and so does a query that is not `known`. A thread has four weights of a
 // panel.
-template <int ROWS, bool HALVES, bool OPERANDS>
+template <bool HALVES>
 __device__ inline void gather_weights(const float* weights, const std::uint16_t* listed, bool known,
                                       int n, int count, int panels, float* __restrict__ to,
                                       const Lane& lane) {
@@ -281,91 +175,65 @@ __device__ inline void gather_weights(const float* weights, const std::uint16_t*
       const float weight = weights[listed[place < count ? place : count - 1]];
       words[i] = known && place < count ? bits_of(weight) : 0;
     }
-    float* const panel_weights = to + kPanel * ROWS * panel;
-    // Part s: low (0) or high (1) halves; of float32 the first or the second eight references.
+    // Pair 0 has the low halves, pair 1 the high ones; of float32 the first or the second eight
+    // references.
+    TwoHalves front = {words[2], words[0]}, back = {words[3], words[1]};
+    if constexpr (HALVES)
+      front = separate_halves(words[0], words[1]), back = separate_halves(words[2], words[3]);
+    float* const panel_weights = to + kPanel * kSumRows * panel;
     const auto store = [&](int s, std::uint32_t first, std::uint32_t second) {
-      if constexpr (OPERANDS) {
-        std::uint32_t* const at = reinterpret_cast<std::uint32_t*>(panel_weights) +
-                                  operand_place<ROWS>(8 * n + lane.g, step, s) + lane.t;
-        at[0] = first, at[kOperandStep<ROWS>] = second;
-      } else {
-        float* const pair = panel_weights + pair_place(n, 2 * step + s, lane.lane);
-        *reinterpret_cast<std::uint64_t*>(pair) = first | static_cast<std::uint64_t>(second) << 32;
-      }
+      *reinterpret_cast<uint2*>(panel_weights + pair_place(n, 2 * step + s, lane.lane)) = {first,
+                                                                                           second};
     };
-    if constexpr (HALVES) {
-      const TwoHalves front = separate_halves(words[0], words[1]),
-                      back = separate_halves(words[2], words[3]);
-      store(0, front.low, back.low);
-      store(1, front.high, back.high);
-    } else {
-      store(0, words[0], words[1]);
-      store(1, words[2], words[3]);
-    }
+    store(0, front.low, back.low);
+    store(1, front.high, back.high);
   }
 }
 
 // The list of a group, and the weights of what is listed. All blocks of a group find which
-// references are listed, and share out the panels of their list. If UNEVEN, groups that may have
-// longer lists have more blocks. With ORDER these find the order first. If HALVES, weights are
-// words of both_halves. If OPERANDS, products of the sums are asynchronous.
+// references are listed, and share out the panels of the list. If HALVES, weights are words of
+// both_halves.
 //
 // If a multiprocessor needs to hold two blocks only, threads have registers for more loads at a
 // time.
-template <int ROWS, bool UNEVEN, bool ORDER, bool HALVES, bool OPERANDS>
-__global__ void __launch_bounds__(kListThreads<ROWS>, 2)
-    list_references(const ChunkWeights weights, const PieceSums sums, int* order, int references,
-                    const Lists out, const Parts parts) {
-  wait_for_earlier_launches();
-  let_next_launch_start();
-  static_assert(HALVES || !OPERANDS, "operands are halves");
-  constexpr int kThreads = kListThreads<ROWS>;
-  ListMemory<ROWS>& shared = *reinterpret_cast<ListMemory<ROWS>*>(shared_memory());
+template <bool HALVES>
+__global__ void __launch_bounds__(kListThreads, 2)
+    list_references(const ChunkWeights weights, const int* order, int references, const Lists out,
+                    const Parts parts) {
+  ListMemory& shared = *reinterpret_cast<ListMemory*>(shared_memory());
   const Lane lane = this_lane();
   const int thread = static_cast<int>(threadIdx.x), words = divide_up32(references, 32);
-  ListTask task;
-  if constexpr (UNEVEN)
-    task = take_uneven_share<ROWS, ORDER>(shared, sums, parts.queries, references, order, lane);
-  else
-    task = take_even_share(shared, parts.queries, order);
-  const int known = static_cast<int>(smaller(ROWS, parts.queries - ROWS * task.group));
+  const int shares = static_cast<int>(gridDim.x) / divide_up32(parts.queries, kSumRows);
+  const int group = static_cast<int>(blockIdx.x) / shares;
+  const int share = static_cast<int>(blockIdx.x) % shares;
+  const int known = static_cast<int>(smaller(kSumRows, parts.queries - kSumRows * group));
+  if (thread < kSumRows) {  // places after the last query get that one again
+    const int place = kSumRows * group + (thread < known ? thread : known - 1);
+    shared.queries[thread] = order ? order[place] : place;
+  }
   __syncthreads();
   find_needed(shared, weights.live, static_cast<std::uint32_t>(out.stride / 32), words, lane);
   __syncthreads();
   const int count = find_places(shared, words), panels = divide_up32(count, kPanel);
-  if (task.share == 0 && thread == 0) out.counts[task.group] = count;
-  if (task.share == 0 && thread < known) {
-    int* const parts_of = parts.counts + shared.queries[thread];
-    if constexpr (OPERANDS)  // the sums write those of lists that are not empty
-#pragma unroll 1
-      for (int slice = 0; slice < parts.slices; ++slice)
-        parts_of[slice * static_cast<Index>(parts.queries)] = 0;
-    else
-      *parts_of = divide_up32(panels, parts.panels);
-  }
+  if (share == 0 && thread == 0) out.counts[group] = count;
+  if (share == 0 && thread < known)
+    parts.counts[shared.queries[thread]] = divide_up32(panels, parts.panels);
 
-  const int each = divide_up32(panels, task.shares), first = task.share * each;
+  const int each = divide_up32(panels, shares), first = share * each;
   const int own = static_cast<int>(larger(0, smaller(each, panels - first)));
   const int size = kPanel * own, left = count - kPanel * first;
 #pragma unroll 1
-  for (int w = thread; w < words; w += kThreads) {
-    const ListedWord word = shared.words()[w];
-    write_places(shared.listed, kPanel * first, size, w, word);
-  }
+  for (int w = thread; w < words; w += kListThreads)
+    write_places(shared.listed, kPanel * first, size, w, shared.words()[w]);
   __syncthreads();
-  const Index at = task.group * out.stride + kPanel * first;
+  const Index at = group * out.stride + kPanel * first;
 #pragma unroll 1
-  for (int i = thread; i < size; i += kThreads)
+  for (int i = thread; i < size; i += kListThreads)
     out.listed[at + i] = shared.listed[i < left ? i : left - 1];
-  constexpr int kTogether = kThreads / kPanel * 4;  // queries whose weights are gathered at once
-  static_assert(ROWS % kTogether == 0);
-#pragma unroll 1
-  for (int q = 0; q < ROWS; q += kTogether) {
-    const int n = q / 8 + lane.warp / 2, query = 8 * n + lane.g;
-    gather_weights<ROWS, HALVES, OPERANDS>(
-        weights.weight + shared.queries[query] * out.stride, shared.listed, query < known, n,
-        static_cast<int>(smaller(left, size)), own, out.weights + ROWS * at, lane);
-  }
+  const int n = lane.warp / 2, query = 8 * n + lane.g;
+  gather_weights<HALVES>(weights.weight + shared.queries[query] * out.stride, shared.listed,
+                         query < known, n, static_cast<int>(smaller(left, size)), own,
+                         out.weights + kSumRows * at, lane);
 }
 
 }  // namespace

@@ -13,8 +13,7 @@ template <int WIDTH>
 __device__ inline void sum_parts(const Parts& parts, Index query, int feature, Index features,
                                  float (&sum)[WIDTH]) {
   const Index at = query * features + feature;
-  const int slice = parts.slices > 1 ? feature / kShareFeatures : 0;
-  const int count = parts.counts[slice * static_cast<Index>(parts.queries) + query];
+  const int count = parts.counts[query];
   for (float& value : sum) value = 0;
 #pragma unroll 4
   for (int i = 0; i < count; ++i) {
@@ -55,8 +54,6 @@ __global__ void __launch_bounds__(kMergeThreads)
     merge(const WeightLaw law, const double* radius, float* mean, const Parts parts,
           const PieceSums sums, float divisor, int features, bool first_chunk,
           const QueryStates state) {
-  wait_for_earlier_launches();
-  let_next_launch_start();
   const Index query = blockIdx.x;
   const MergedWeights weights(law, radius[query], sums, state);
   const int feature = WIDTH * static_cast<int>(blockIdx.y * kMergeThreads + threadIdx.x);
@@ -211,8 +208,6 @@ __global__ void __launch_bounds__(kMergeThreads, 4)
                      const ChunkWeights weights, Index stride, bool halves, float unit,
                      const PieceSums sums, float divisor, int features, bool first_chunk,
                      const QueryStates state) {
-  wait_for_earlier_launches();
-  let_next_launch_start();
   auto& shared = *reinterpret_cast<MergeMemory*>(shared_memory());
   const Index query = blockIdx.x;
   const double r = radius[query];
@@ -230,21 +225,19 @@ __global__ void __launch_bounds__(kMergeThreads, 4)
   chunk.each_feature([&](int k, int feature) { out[feature] = before[k] + value[k]; });
 }
 
-// Adds the chunk's Σ c_j (x − y_j) to grad_x. The last chunk turns the sum into ∂L/∂x. What c_j
-// lose where they are rounded counts as if it were at the mean.
+// Adds the chunk's Σ c_j (mean − y_j) to grad_x. The last chunk turns the sum into ∂L/∂x. Beside a
+// reference the mean is as good as x, and far from all of them it is near the y_j.
 template <class R>
 __global__ void __launch_bounds__(kMergeThreads, 4)
     merge_gradient(const WeightLaw law, const double* radius, const double* nearest,
-                   const Rows<float> x, const Rows<R> y, float* grad_x, const float* mean,
+                   const Rows<float> x, const Rows<float> mean, const Rows<R> y, float* grad_x,
                    const Parts parts, const ChunkWeights weights, Index stride,
                    const PieceSums sums, const Moments moments, int features, bool first_chunk,
                    bool last_chunk) {
-  wait_for_earlier_launches();
-  let_next_launch_start();
   auto& shared = *reinterpret_cast<MergeMemory*>(shared_memory());
   const Index query = blockIdx.x;
   const double r = radius[query], sum = moments.over_pieces(moments.chunk_sum, query, sums.pieces);
-  const QueryChunk<R> chunk(x, y, weights, stride, false, sums, features);
+  const QueryChunk<R> chunk(mean, y, weights, stride, false, sums, features);
   const Index at = query * features + chunk.feature0;
   float before[kHeldFeatures] = {}, value[kHeldFeatures];
   if (!first_chunk)
@@ -253,13 +246,13 @@ __global__ void __launch_bounds__(kMergeThreads, 4)
   const double size = square_root64(sum * sum + squares);
   find_differences(shared, chunk, parts, features, nearest[query] + r * r * law.per_exponent,
                    {static_cast<float>(sum), static_cast<float>(size), 1, 1}, before, value);
-  const double unit = moments.unit[query];
-  const double rest = moments.exact_sum[query] - moments.total[query];
+  const double unit = moments.unit[query], sum_c = moments.exact_sum[query];
+  const float* const point = x.row(query) + chunk.feature0;
   chunk.each_feature([&](int k, int feature) {
     float result = before[k] + value[k];
     if (last_chunk) {
-      const double apart = static_cast<double>(chunk.x[feature]) - mean[at + feature];
-      result = unit == 0 ? 0 : static_cast<float>(unit * (result + rest * apart));
+      const double apart = static_cast<double>(point[feature]) - chunk.x[feature];
+      result = unit == 0 ? 0 : static_cast<float>(unit * (result + sum_c * apart));
     }
     grad_x[at + feature] = result;
   });

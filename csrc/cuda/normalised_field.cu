@@ -41,7 +41,6 @@ __device__ void write(const Held& held, const NormalisedField& field, Index row,
 template <int WIDTH, bool WHOLE>
 __global__ void __launch_bounds__(most_threads(WIDTH, WHOLE))
     normalised_field_kernel(NormalisedField field, int lanes) {
-  wait_for_earlier_launches();
   const RowLane at = row_lane(field.rows, lanes);
   const double z = field.z[at.row];
   Held held = {};

@@ -116,7 +116,6 @@ __device__ double squared_norm(const OdeStep& step, const RowLane& at) {
 template <int WIDTH, bool WHOLE>
 __global__ void __launch_bounds__(most_threads(WIDTH, WHOLE))
     ode_step_kernel(OdeStep step, Levels common, bool summed, int lanes) {
-  wait_for_earlier_launches();
   const RowLane at = row_lane(step.rows, lanes);
   Levels level = common;
   if (step.level_stride != 0)

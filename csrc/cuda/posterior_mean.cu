@@ -5,9 +5,9 @@
 // centred by cuda/centering.h) or differences, finish_distances if blocks of distances share out
 // the features, find_limits and refine (cuda/refinement.h), weigh (cuda/weights.h), list_references
 // (cuda/lists.h), weighted_sum (cuda/weighted_sums.h) and merge (cuda/merging.h). distances and
-// weighted_sum have a main loop of warps, or of warpgroups where products are asynchronous
-// (cuda/warp_products.h and the three beside it). The backward pass (cuda/coefficients.h,
-// reference_gradient.h) takes the distances that the forward pass kept, or computes them again.
+// weighted_sum have a main loop each (cuda/warp_products.h, cuda/warp_sums.h). The backward pass
+// (cuda/coefficients.h, reference_gradient.h) takes the distances that the forward pass kept, or
+// computes them again.
 // Launches depend on shapes, the device and whether distances are kept. Nothing waits for the
 // device, and CUDA graphs can capture the launches.
 #include <cmath>
@@ -50,26 +50,12 @@ double difference_floor(const Problem& problem) {
   return std::fmax(std::pow(weight_floor(problem), 1 / part), std::exp(-80.0));
 }
 
-Device device_of(const Stream& stream) {
-  return {stream.multiprocessors(), stream.major(), stream.l2_cache(),
-          stream.geforce(find_center<float>), stream.warpgroups(find_center<float>)};
-}
+Device device_of(const Stream& stream) { return {stream.multiprocessors(), stream.major()}; }
 
 WeightLaw weight_law(const Problem& problem, const Plan& plan) {
-  const bool products = !plan.few;
-  return weight_law(problem, products, products && plan.rounded,
-                    products && plan.asynchronous && !plan.rounded, plan.backward || plan.keeps,
+  return weight_law(problem, !plan.few, plan.backward || plan.keeps,
                     plan.device.major < 9 ? kEarlierBias : kBias);
 }
-
-// The type by which kernels read references that they do not multiply in float16.
-template <class R>
-using Stored = std::conditional_t<kRounded<R>, float, R>;
-
-// Whether references have the size of float32. Kernels for asynchronous products and for large
-// groups of queries are made for these alone: with shorter types they gain less, or their registers
-// spill.
-template <class R> constexpr bool kWide = sizeof(R) == sizeof(float);
 
 // Queries of the present block, or references of the present chunk.
 struct Range {
@@ -175,10 +161,9 @@ class Launches {
     const float* rows = static_cast<const float*>(problem_.x) + block_.first * problem_.x_stride;
     return rows_of<float>(rows, problem_.x_stride, block_.count);
   }
-  template <class T = Stored<R>>
-  Rows<T> y() const {
-    const T* rows = static_cast<const T*>(problem_.y) + chunk_.first * problem_.y_stride;
-    return rows_of<T>(rows, problem_.y_stride, chunk_.count);
+  Rows<R> y() const {
+    const R* rows = static_cast<const R*>(problem_.y) + chunk_.first * problem_.y_stride;
+    return rows_of<R>(rows, problem_.y_stride, chunk_.count);
   }
   // Of a tensor whose rows have no gaps.
   Rows<float> block_rows(const void* values) const {
@@ -197,11 +182,10 @@ class Launches {
   // The centre of all references, or of as many as an int counts.
   void find_references_center() const {
     if (plan_.few) return;
-    using T = Stored<R>;
     const Index count = smaller(problem_.references, std::numeric_limits<int>::max());
-    const Rows<T> y = rows_of<T>(problem_.y, problem_.y_stride, count);
+    const Rows<R> y = rows_of<R>(problem_.y, problem_.y_stride, count);
     run("find_center", {divide_up(plan_.width(), kCenterThreads)}, kCenterThreads,
-        sizeof(float) * kCenterThreads / 32, find_center<T>, y, arrays_.center);
+        sizeof(float) * kCenterThreads / 32, find_center<R>, y, arrays_.center);
   }
 
   // The parts of the block's queries, which are CENTERED, or of its G.
@@ -227,7 +211,7 @@ class Launches {
       limit_distances<4>(nearest);
     const Index most = divide_up(static_cast<Index>(block_.count) * chunk_.count, kRefineWarps);
     run("refine", {smaller(kRefineBlocks * plan_.device.multiprocessors, most)}, kRefineThreads, 0,
-        refine<Stored<R>>, x(), y(), plan_.features, arrays_.units, arrays_.pairs);
+        refine<R>, x(), y(), plan_.features, arrays_.units, arrays_.pairs);
   }
 
   // G·y of the block and the chunk, up to a number for each query.
@@ -249,69 +233,39 @@ class Launches {
 
   template <bool PROJECT>
   void find_differences(const Rows<float>& rows, const Rows<float>& upstream) const {
-    using T = Stored<R>;
-    run("differences", tiles(8, kTileReferences), 256, sizeof(DifferenceMemory<T, PROJECT>),
-        differences<T, PROJECT>, rows, upstream, y(), plan_.features, arrays_.pairs);
+    run("differences", tiles(8, kTileReferences), 256, sizeof(DifferenceMemory<R, PROJECT>),
+        differences<R, PROJECT>, rows, upstream, y(), plan_.features, arrays_.pairs);
   }
 
   // With the tiles that the plan chooses for so many pairs.
   template <bool PROJECT>
   void find_products(const Halves& rows) const {
-    const Tiling tiling = plan_.tiling(block_.count, chunk_.count, y().aligned, arrays_.room);
-    const Index slices = tiling.slices;
-    if (tiling.queries == 32) return find_in_warps<PROJECT, 32, 64>(rows, slices);
-    if (tiling.references == 64) return find_in_warps<PROJECT, 64, 64>(rows, slices);
-    if (tiling.queries == 64) return find_in_warps<PROJECT, 64, 128>(rows, slices);
-    if constexpr (kWide<R>) {
-      if (plan_.asynchronous) return find_in_warpgroups<PROJECT>(rows, tiling);
-    }
-    find_in_warps<PROJECT, 128, 128>(rows, slices);
-  }
-
-  template <bool PROJECT, int QUERIES, int REFERENCES>
-  void find_in_warps(const Halves& rows, Index slices) const {
-    if (plan_.device.geforce)
-      find_with<WarpProducts<R, QUERIES, REFERENCES, true>, PROJECT>(rows, slices);
-    else
-      find_with<WarpProducts<R, QUERIES, REFERENCES, false>, PROJECT>(rows, slices);
-  }
-
-  template <bool PROJECT>
-  void find_in_warpgroups(const Halves& rows, const Tiling& tiling) const {
-    const Index slices = tiling.slices;
-    if constexpr (kRounded<R>) {
-      if (tiling.queries == 256)
-        return find_with<WarpgroupProducts<R, 256, 128>, PROJECT>(rows, slices);
-    } else {
-      if (tiling.references == 192)
-        return find_with<WarpgroupProducts<R, 128, 192>, PROJECT>(rows, slices);
-    }
-    find_with<WarpgroupProducts<R, 128, 128>, PROJECT>(rows, slices);
+    const Tiling tiling = plan_.tiling(block_.count, chunk_.count, arrays_.room);
+    if (tiling.queries == 32) return find_with<WarpProducts<R, 32, 64>, PROJECT>(rows, tiling);
+    if (tiling.queries == 64) return find_with<WarpProducts<R, 64, 64>, PROJECT>(rows, tiling);
+    find_with<WarpProducts<R, 128, 128>, PROJECT>(rows, tiling);
   }
 
   template <class Loop, bool PROJECT>
-  void find_with(const Halves& rows, Index slices) const {
+  void find_with(const Halves& rows, const Tiling& tiling) const {
     Grid grid = tiles(Loop::kQueries, Loop::kReferences);
     const auto find = [&](auto* kernel, const Slices& sums) {
-      run("distances", grid, Loop::kThreads, sizeof(TileMemory<Loop>), kernel, rows, y<R>(),
+      run("distances", grid, Loop::kThreads, sizeof(TileMemory<Loop>), kernel, rows, y(),
           arrays_.center, arrays_.pairs, sums);
     };
-    if (slices == 1)
+    if (tiling.slices == 1)
       return find(distances < Loop, PROJECT ? Target::projections : Target::distances >, Slices{});
     const Index trips = divide_up(plan_.features, Loop::kFeatures);
     Slices sums = arrays_.slices;
     sums.stride = round_up(chunk_.count, kPanel);
-    sums.trips = static_cast<int>(divide_up(trips, slices));
+    sums.trips = static_cast<int>(divide_up(trips, tiling.slices));
     sums.count = static_cast<int>(divide_up(trips, sums.trips));
-    sums.squares = reinterpret_cast<double*>(static_cast<SliceSum<R>*>(sums.products) +
-                                             sums.count * block_.count * sums.stride);
+    sums.squares =
+        reinterpret_cast<double*>(sums.products + sums.count * block_.count * sums.stride);
     grid.z = sums.count;
     find(distances<Loop, Target::slice>, sums);
     run("finish_distances", tiles(kFinishWarps * kFinishQueries, kTileReferences), kFinishThreads,
-        0,
-        plan_.device.geforce ? finish_distances<R, true, PROJECT>
-                             : finish_distances<R, false, PROJECT>,
-        rows, y<R>(), arrays_.center, arrays_.pairs, sums);
+        0, finish_distances<R, PROJECT>, rows, y(), arrays_.center, arrays_.pairs, sums);
   }
 
   // ---- weights and their sums -----------------------------------------------------------------
@@ -326,82 +280,32 @@ class Launches {
         first_chunk(), state, arrays_.weights, arrays_.sums);
   }
 
-  // The references that groups of queries need, and their weights. The order of the queries, if
-  // there is one, is found for the first chunk. In the others it only decides how long the lists
-  // are.
-  template <int ROWS, bool HALVES, bool OPERANDS>
-  void list() const {
-    constexpr int kThreads = kListThreads<ROWS>;
-    int* const order = order_of_groups<ROWS>();
-    const bool ordered = order && first_chunk(), uneven = order && block_.count <= kThreads;
-    if (ordered && !uneven)
+  // The parts of Σ w y / divisor. The order of the queries, if there is one, is found for the first
+  // chunk. In the others it only decides how long the lists are.
+  template <bool HALVES>
+  void sum(float divisor) const {
+    int* const order = block_.count > kSumRows ? arrays_.order : nullptr;
+    if (order && first_chunk())
       run("order_queries", {divide_up(block_.count, kRankedQueries)}, kQueryThreads,
           sizeof(int) * static_cast<std::size_t>(block_.count), order_queries, arrays_.sums,
           block_.count, order);
-    const auto kernel = !uneven   ? list_references<ROWS, false, false, HALVES, OPERANDS>
-                        : ordered ? list_references<ROWS, true, true, HALVES, OPERANDS>
-                                  : list_references<ROWS, true, false, HALVES, OPERANDS>;
-    const Index groups = divide_up(block_.count, ROWS), panels = divide_up(chunk_.count, kPanel);
-    const Index wanted = smaller(list_blocks(groups, uneven), groups * panels);
-    // So many that no share has more than kGatheredPanels.
-    const Index blocks = larger(wanted, groups * (1 + divide_up(panels, kGatheredPanels)));
-    run("list_references", {uneven ? blocks : blocks / groups * groups}, kThreads,
-        ListMemory<ROWS>::bytes(chunk_.count), kernel, arrays_.weights, arrays_.sums, order,
+    const Index groups = divide_up(block_.count, kSumRows),
+                panels = divide_up(chunk_.count, kPanel);
+    run("list_references", {groups * list_shares(groups, panels)}, kListThreads,
+        ListMemory::bytes(chunk_.count), list_references<HALVES>, arrays_.weights, order,
         chunk_.count, arrays_.lists, arrays_.parts);
+    run("weighted_sum",
+        {divide_up(plan_.features, kSumFeatures), groups, divide_up(panels, plan_.part_panels)},
+        kSumThreads, sizeof(typename WarpSums<R, HALVES>::Memory), weighted_sum<R, HALVES>, y(),
+        plan_.features, arrays_.center.value_scale, 1 / (kWeightUnit * divisor), order,
+        arrays_.lists, arrays_.parts);
   }
 
-  // Blocks that share out the lists, as many on each multiprocessor. Each of them finds the whole
-  // list of its group. The time of this grows with their number, and the time in which the lists
-  // are gathered becomes shorter. If shares are even, the longest list decides that time. 24 is the
-  // best constant by predicted times.
-  Index list_blocks(Index groups, bool uneven) const {
-    const int multiprocessors = plan_.device.multiprocessors;
-    Index each = 1;  // of a multiprocessor
-    while (!uneven && each * each * multiprocessors < 24 * groups) ++each;
-    return each * multiprocessors;
-  }
-
-  // The order of the queries; null if there is one group.
-  template <int ROWS>
-  int* order_of_groups() const {
-    return block_.count > ROWS ? arrays_.order : nullptr;
-  }
-
-  // The parts of Σ w y / divisor.
-  template <bool HALVES>
-  void sum(float divisor) {
-    if constexpr (HALVES && kWide<R>) {
-      const int shared = y().aligned && takes_warpgroups() ? plan_.shares.rows : 0;
-      if (shared == kLargestSumRows) return sum_shares<kLargestSumRows>(divisor);
-      if (shared == kLargeSumRows) return sum_shares<kLargeSumRows>(divisor);
-      if (plan_.rows == kLargeSumRows) return sum_groups<kLargeSumRows, true>(divisor);
-    }
-    sum_groups<kSumRows, HALVES>(divisor);
-  }
-
-  template <int ROWS, bool HALVES>
-  void sum_groups(float divisor) {
-    using T = std::conditional_t<HALVES, R, Stored<R>>;
-    arrays_.parts.slices = 1, arrays_.parts.panels = static_cast<int>(plan_.part_panels);
-    list<ROWS, HALVES, false>();
-    const Grid grid = {divide_up(plan_.features, kSumFeatures), divide_up(block_.count, ROWS),
-                       divide_up(divide_up(chunk_.count, kPanel), plan_.part_panels)};
-    run_sums<WarpSums<T, ROWS, HALVES>>(grid, divisor);
-  }
-
-  template <int ROWS>
-  void sum_shares(float divisor) {
-    arrays_.parts.slices = static_cast<int>(divide_up(plan_.features, kShareFeatures));
-    arrays_.parts.panels = static_cast<int>(plan_.shares.least);
-    list<ROWS, true, true>();
-    run_sums<WarpgroupSums<R, ROWS>>({plan_.shares.blocks}, divisor);
-  }
-
-  template <class Loop>
-  void run_sums(Grid grid, float divisor) const {
-    run("weighted_sum", grid, Loop::kThreads, sizeof(typename Loop::Memory), weighted_sum<Loop>,
-        y<typename Loop::Reference>(), plan_.features, arrays_.center.value_scale,
-        1 / (kWeightUnit * divisor), order_of_groups<Loop::kRows>(), arrays_.lists, arrays_.parts);
+  // Blocks that share out the list of a group. Each of them finds the whole list: the more there
+  // are, the longer this takes, and the shorter the gathering. None has more than kGatheredPanels.
+  Index list_shares(Index groups, Index panels) const {
+    const Index wanted = smaller(panels, 2 * plan_.device.multiprocessors / groups);
+    return larger(wanted, 1 + divide_up(panels, kGatheredPanels));
   }
 
   // Merges the sums of the chunk with the result of earlier ones, which may not be aligned.
@@ -423,7 +327,7 @@ class Launches {
 
   void merge_differences(float* difference, float divisor, const QueryStates& state) const {
     run("merge_difference", {block_.count, divide_up(plan_.features, kMergeFeatures)},
-        kMergeThreads, sizeof(MergeMemory), merge_difference<Stored<R>>, law_, radius(), x(), y(),
+        kMergeThreads, sizeof(MergeMemory), merge_difference<R>, law_, radius(), x(), y(),
         difference, arrays_.parts, arrays_.weights, plan_.stride, plan_.halves,
         plan_.halves ? 1 / kWeightUnit : divisor, arrays_.sums, divisor, plan_.features,
         first_chunk(), state);
@@ -455,18 +359,16 @@ class Launches {
     const Index at = block_.first * problem_.features;
     sum<false>(1);
     run("merge_gradient", {block_.count, divide_up(plan_.features, kMergeFeatures)}, kMergeThreads,
-        sizeof(MergeMemory), merge_gradient<Stored<R>>, law_, radius(), nearest, x(), y(),
-        static_cast<float*>(io.grad_x) + at, static_cast<const float*>(io.mean) + at, arrays_.parts,
-        arrays_.weights, plan_.stride, arrays_.sums, arrays_.moments, plan_.features, first_chunk(),
-        last_chunk());
+        sizeof(MergeMemory), merge_gradient<R>, law_, radius(), nearest, x(), block_rows(io.mean),
+        y(), static_cast<float*>(io.grad_x) + at, arrays_.parts, arrays_.weights, plan_.stride,
+        arrays_.sums, arrays_.moments, plan_.features, first_chunk(), last_chunk());
   }
 
   void find_reference_gradient(const Backward& io) const {
     const Grid grid = {divide_up(plan_.features, kSumFeatures), divide_up(chunk_.count, kSumRows)};
-    run("reference_gradient", grid, kSumThreads, sizeof(GradientMemory),
-        reference_gradient<Stored<R>>, block_rows(io.grad_mean), x(), y(), plan_.features,
-        arrays_.coefficients, plan_.stride, block_.first == 0,
-        static_cast<float*>(io.grad_y) + chunk_.first * problem_.features);
+    run("reference_gradient", grid, kSumThreads, sizeof(GradientMemory), reference_gradient<R>,
+        block_rows(io.grad_mean), x(), y(), plan_.features, arrays_.coefficients, plan_.stride,
+        block_.first == 0, static_cast<float*>(io.grad_y) + chunk_.first * problem_.features);
   }
 
   const Problem& problem_;
@@ -477,7 +379,7 @@ class Launches {
   Range block_ = {}, chunk_ = {};
 };
 
-// Calls `call` with a value of the type by which kernels take the references.
+// Calls `call` with a value of the type of the references.
 template <class Call>
 void with_type(const Problem& problem, const Call& call) {
   switch (problem.reference_type) {
@@ -514,7 +416,7 @@ void limit_cuda(const CudaLimits& to) { limits = to; }
 
 std::string cuda_problem(int device) {
   try {
-    Stream({device, 0}).architecture("merge", merge<4>);
+    Stream({device, 0}).check("merge", merge<4>);
   } catch (const std::runtime_error& error) {
     return error.what();
   }

@@ -8,10 +8,10 @@ namespace pfgm {
 namespace {
 
 // Of a block of reference_gradient. References are the rows of its result, and queries are listed.
-struct GradientMemory : WarpSums<float, kSumRows, false>::Memory {
+struct GradientMemory : WarpSums<float, false>::Memory {
   float2 totals[kSumRows];  // −Σ_b w_bj, and what its errors are relative to
 };
-static_assert(sizeof(GradientMemory) <= 49 << 10, "GeForce cards hold two blocks");
+static_assert(sizeof(GradientMemory) <= 49 << 10, "every card holds two blocks");
 
 // The rows of queries, and those of p_bj and w_bj = −F c_bj for the block's references. `count`
 // queries are listed.
@@ -59,7 +59,7 @@ __device__ inline void sum_terms(GradientMemory& shared, const GradientTerms& te
             const float* const pair = weights + pair_place(lane.warp, s, lane.lane);
             const float2 w = *reinterpret_cast<const float2*>(pair);
             const float2 absolute = {fabsf(w.x), fabsf(w.y)};
-            total = add_pairs(total, w), size = add_pairs(size, absolute);
+            total.x += w.x, total.y += w.y, size.x += absolute.x, size.y += absolute.y;
             largest = fmaxf(largest, fmaxf(absolute.x, absolute.y));
           }
         add_weighted<kSumRows / 8, kSumPitch<float>>(sum, shared.rows[slot][0] + 32 * lane.warp,
@@ -124,7 +124,6 @@ __global__ void __launch_bounds__(kSumThreads)
     reference_gradient(const Rows<float> upstream, const Rows<float> x, const Rows<R> y,
                        int features, const Coefficients coefficients, Index stride,
                        bool first_block, float* grad_y) {
-  wait_for_earlier_launches();
   auto& shared = *reinterpret_cast<GradientMemory*>(shared_memory());
   constexpr int kListed = kPanel * kPartPanels;
   const int feature0 = static_cast<int>(blockIdx.x) * kSumFeatures;

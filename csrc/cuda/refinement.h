@@ -36,17 +36,10 @@ __device__ inline float logarithm_of_ratio(double a, double b) {
 // that differs between references is typically law.noise (2|x||y| + |y|²) for products, and
 // law.noise (|x|² + d²) for differences. (exponent/s)·error is the relative error of a weight. If n
 // weights are within a nat of the largest, their errors average out in the mean by a factor of at
-// least √(n/e). If more than law.tolerance is left, or the log-sum-exp lacks digits, references are
-// refined whose weight may be more than e^-law.near times the largest, or, if these are fewer, more
+// least √(n/e). If more than kTolerance is left, or the log-sum-exp lacks digits, references are
+// refined whose weight may be more than e^-kNear times the largest, or, if these are fewer, more
 // than e^-n times it, with n = law.others + log(error/allowed). All others together may then have
 // such an error, even if it is a bias.
-//
-// Errors without a bias, law.added (2|x||y| + |y|²), are added to that. Those of weights below w
-// have together at most √w times the error of a weight, because their squares have a sum of at most
-// w times all weights. So if only these are too large, ρ times what is allowed, references are
-// refined whose weight may be more than (e^-kOthers/ρ)². Copies of one reference have equal errors.
-// At most a quarter of these reaches the mean: copies with a share p of all weights change it by
-// p (1 − p) times their error.
 struct QueryLimit {
   double base, norm;  // the smallest distance, |x|²
   double root;        // |x|
@@ -54,7 +47,6 @@ struct QueryLimit {
   double smallest;    // error of values too small for float16, or of squares too small for float32
   double bound;       // of the error of a difference between distances
   double near;        // a distance that may be refined is at most so large
-  double edge;        // at this distance a weight is law.near nats smaller than the largest
 
   // `width` is √features. Without PRODUCTS distances are found from differences. `per_scale` is 1
   // over the scale of the centred references.
@@ -62,35 +54,21 @@ struct QueryLimit {
   __device__ void start(const WeightLaw& law, double r, float width, float per_scale) {
     root = square_root64(norm);
     s = base + r * r;
-    // Values of references, and sums of products in float16, are rounded to multiples of 2^-24.
-    // The bound of the error uses |y|² ≤ 2 (d² + |x|²). It counts twice, because the smallest
-    // distance has an error too.
-    smallest =
-        PRODUCTS ? root * (0x1p-24 * per_scale) * (1 + width * 0x1p-7f) : width * width * 0x1p-126;
+    // Values of references are rounded to multiples of 2^-24 of their scale. The bound of the error
+    // uses |y|² ≤ 2 (d² + |x|²). It counts twice, because the smallest distance has an error too.
+    smallest = PRODUCTS ? root * (0x1p-24 * per_scale) : width * width * 0x1p-126;
     const float smallest_count = PRODUCTS ? 4 * width : 4;
     bound = 2 * law.margin * (3 * norm + 2 * base) + smallest_count * smallest;
     within = law.gaussian ? 2 * r * r : s * law.per_exponent;
-    const double spread = law.gaussian ? law.near * within : law.near_spread * s;
-    if (PRODUCTS && law.rounding > 0) {
-      const double step = 0x1p-24 * per_scale;  // of values too small for float16
-      edge = base + spread;
-      smallest += (square_root64(edge) + width * width * step) * step;
-      bound = 8 * noise<PRODUCTS>(law, 2 * (base + norm)) + 4 * smallest;
-    }
-    near = base + bound + spread;
+    near = base + bound + (law.gaussian ? kNear * within : law.near_spread * s);
     if (!(near == near)) near = INFINITY;
   }
 
-  // The typical error of a distance; `y_squared` is |y|². Distances between rounded values have the
-  // smaller an error the smaller they are.
+  // The typical error of a distance; `y_squared` is |y|².
   template <bool PRODUCTS>
   __device__ double noise(const WeightLaw& law, double y_squared) const {
-    // The rounding errors of single differences mostly average out.
-    if (!PRODUCTS) return law.noise * (norm + base) + 0x1p-26 * base;
-    const double y = square_root64(y_squared), sums = law.noise * (2 * root * y + y_squared);
-    if (law.rounding == 0) return sums;
-    return sums + 2 * law.rounding * square_root64(edge) * (root + y) +
-           0x1p-24 * (norm + y_squared);
+    if (!PRODUCTS) return law.byte_noise * (norm + base) + law.noise * base;
+    return law.noise * (2 * root * square_root64(y_squared) + y_squared);
   }
 
   // The largest distance that is refined, or −1 if errors do not change the result. `farthest` is
@@ -98,32 +76,20 @@ struct QueryLimit {
   // the largest.
   template <bool PRODUCTS>
   __device__ double largest(const WeightLaw& law, double farthest, int close) const {
-    const double biased = smallest + noise<PRODUCTS>(law, farthest);
-    double random = 0;
-    if (PRODUCTS && law.added > 0)
-      random = law.added * (2 * root * square_root64(farthest) + farthest);
-    const double error = biased + random;
+    const double error = smallest + noise<PRODUCTS>(law, farthest);
     const float score = law.gaussian
                             ? (base == 0 ? 0 : static_cast<float>(base / within))
                             : static_cast<float>(law.exponent) * fabsf(logf(static_cast<float>(s)));
     // The error may be at most √averaged times that of one weight, and as large as the score
     // allows.
-    const double one = law.tolerance * within;
+    const double one = kTolerance * within;
     const float averaged = fmaxf(static_cast<float>(close) * (1 / 2.718f), 1);
     const float score_limit = fmaxf(1, score) * static_cast<float>(kDigits);
     const double most = one * fminf(square_root(averaged), score_limit);
-    const auto matters = [&](double v) { return v > most || near == INFINITY; };
-    if (!matters(error))  // The smallest distance is a result itself.
-      return error > law.tolerance * kDigits * base ? base + bound : -1;
-    const double allowed = one * fminf(1, score_limit);
-    float nats = law.others + logarithm_of_ratio(biased, allowed);
-    if (PRODUCTS && law.added > 0) {
-      const float random_nats =
-          2 * (static_cast<float>(kOthers) + logarithm_of_ratio(random, allowed));
-      const bool both = matters(biased) || law.others == INFINITY;
-      nats = both ? fmaxf(nats, random_nats) : random_nats;
-    }
-    if (near == INFINITY || !(nats < law.near)) return near;
+    if (!(error > most || near == INFINITY))  // The smallest distance is a result itself.
+      return error > kTolerance * kDigits * base ? base + bound : -1;
+    const float nats = law.others + logarithm_of_ratio(error, one * fminf(1, score_limit));
+    if (near == INFINITY || !(nats < static_cast<float>(kNear))) return near;
     const float few = fmaxf(nats, 0);
     const float larger = law.gaussian ? few : few * relative_growth(few * law.per_power);
     return base + bound + larger * within;
@@ -265,8 +231,6 @@ template <bool PRODUCTS, int WARPS>
 __global__ void __launch_bounds__(32 * WARPS, 1)
     find_limits(const WeightLaw law, const double* radius, const double* nearest, const Pairs pairs,
                 int references, float width, const float* scale, float* units) {
-  wait_for_earlier_launches();
-  let_next_launch_start();
   auto& shared = *reinterpret_cast<LimitMemory<WARPS>*>(shared_memory());
   double* const low = reinterpret_cast<double*>(&shared + 1);
   double* const reach = low + pairs.tiles;
@@ -341,7 +305,7 @@ __device__ inline TwoFloats sum_of_squares(const float* x, const R* y, int featu
   const R zero = {};
   const float nothing = two_floats(&zero).high;  // its difference from `zero` is 0
   const float twice = 2 * unit;
-  float total = 0, lost = 0;
+  TwoFloats total = {};
   x += lane, y += lane;
 #pragma unroll 1
   for (int left = features; left > 0; left -= 32 * kAhead) {
@@ -375,10 +339,12 @@ __device__ inline TwoFloats sum_of_squares(const float* x, const R* y, int featu
       }
       // Beside a byte that the query is rounded from, the rest is not small: its square counts.
       const float more = std::is_same_v<R, std::uint8_t> ? high + 0.25f * rest : high;
-      add_compensated(total, lost, high * high + more * rest);
+      // (high + rest/2)² with what float32 loses of high²: the score may be thousands of nats.
+      total.add_product(high, high);
+      total.low += more * rest;
     }
   }
-  return {total, -lost};
+  return total;
 }
 
 // Σ (x − y)², computed by a warp. All lanes get the result. If the input is not finite, it is NaN,
@@ -410,7 +376,6 @@ template <class R>
 __global__ void __launch_bounds__(kRefineThreads, kRefineBlocks)
     refine(const Rows<float> x, const Rows<R> y, int features, const float* units,
            const Pairs pairs) {
-  wait_for_earlier_launches();
   const Lane lane = this_lane();
   const unsigned block = blockIdx.x, listed = *pairs.listed;
   const unsigned each = listed / gridDim.x, more = listed % gridDim.x;  // blocks have one more

@@ -57,73 +57,10 @@ inline int multiprocessors_of(int device) {
   return attribute_of<cudaDevAttrMultiProcessorCount>(device);
 }
 
-// The architecture that a kernel's code on the current device was compiled for, 90 for sm_90. It is
-// older than the device if the build has no code for the device's own architecture.
-inline int architecture_of(const char* name, const void* kernel) {
+// Throws if the build has no code of a kernel that the current device runs.
+inline void check_code(const char* name, const void* kernel) {
   cudaFuncAttributes attributes;
   check_runtime(name, cudaFuncGetAttributes(&attributes, kernel));
-  return attributes.ptxVersion;
-}
-
-// Whether kernels may multiply with warpgroups: the device, which is the current one, runs a
-// kernel's code for sm_90a. In other code these kernels trap. A driver that is told to compile
-// older code itself takes that in place of the code for the device.
-inline bool has_warpgroups([[maybe_unused]] const char* name, [[maybe_unused]] const void* kernel,
-                           [[maybe_unused]] int device) {
-#ifdef PFGM_WARPGROUPS
-  static DeviceNumber known;
-  return known.get(device, [=] {
-    if (attribute_of<cudaDevAttrComputeCapabilityMajor>(device) != 9) return 0;
-    return architecture_of(name, kernel) == 90 ? 1 : 0;
-  }) != 0;
-#else
-  return false;
-#endif
-}
-
-// Whether a device has a GeForce card's chip, and a kernel's code on it, which is the current
-// device, has instances for these (`is_unused` in cuda/warp_products.h). Their matrix units
-// multiply twice as fast where they add up in float16, and float64 runs at 1/64 of the rate of
-// float32.
-inline bool is_geforce(const char* name, const void* kernel, int device) {
-  static DeviceNumber known;
-  return known.get(device, [=] {
-    const int major = attribute_of<cudaDevAttrComputeCapabilityMajor>(device);
-    const int minor = attribute_of<cudaDevAttrComputeCapabilityMinor>(device);
-    if (major < 12 && !(major == 8 && (minor == 6 || minor == 9))) return 0;
-    const int architecture = architecture_of(name, kernel);
-    return architecture < 90 || architecture >= 120 ? 1 : 0;
-  }) != 0;
-}
-
-// Whether kernels may start before the launch before them has ended, because their code waits for
-// it (wait_for_earlier_launches) and the driver can capture such launches in a graph. The device
-// alone does not decide it: code for sm_80 never waits, also where the driver compiles it for a
-// newer device. All kernels of a build have code for the same architectures, so the first one that
-// is launched on a device, which is the current one, answers for all.
-inline bool may_overlap([[maybe_unused]] const char* name, [[maybe_unused]] const void* kernel,
-                        [[maybe_unused]] int device) {
-#if CUDART_VERSION >= 12030
-  static DeviceNumber known;
-  return known.get(device, [=] {
-    if (environment_is("PFGM_CUDA_OVERLAP", "0")) return false;
-    int driver = 0;
-    check_runtime("cudaDriverGetVersion", cudaDriverGetVersion(&driver));
-    return driver >= 12030 && architecture_of(name, kernel) >= 90;
-  }) != 0;
-#else
-  return false;
-#endif
-}
-
-// Whether warpgroups multiply where they can. Where not, tiles are as small as for references that
-// are not aligned: code for sm_90a has large tiles for warpgroups alone.
-inline bool takes_warpgroups() { return !environment_is("PFGM_CUDA_WARPGROUPS", "0"); }
-
-// Whether launches may overlap in graphs, too. No GPU has shown yet that they may.
-inline bool may_overlap_in_graphs() {
-  static const bool may = environment_is("PFGM_CUDA_OVERLAP", "graphs");
-  return may;
 }
 
 // Whether each launch is waited for, so that an error names its kernel.

@@ -1,51 +1,12 @@
 // Squared distances |x|² + |y|² − 2 x·y from norms and products, on CUDA devices.
 //
-// They are float64. Where float64 is slow, they are computed in two floats, to about 2^-45 of the
-// norms, and become float64 by their bits.
+// They are computed in two floats, to about 2^-45 of the norms, and become float64 by their bits:
+// float64 runs at 1/64 of the rate of float32 on GeForce cards.
 #pragma once
 #include "cuda/arithmetic.h"
 
 namespace pfgm {
 namespace {
-
-// Whether float64 runs at 1/64 of the rate of float32: on GeForce cards, and with code for compute
-// capability 10.3. Code for 10.0 runs there too, with the float64 that is fast on 10.0.
-#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ == 1030
-template <bool GEFORCE>
-constexpr bool kSlowFloat64 = true;
-#else
-template <bool GEFORCE>
-constexpr bool kSlowFloat64 = GEFORCE;
-#endif
-
-// |y|² of two references.
-template <bool TWO_FLOATS>
-struct ReferenceNorms {
-  double squared[2];
-
-  __device__ explicit ReferenceNorms(const double (&norms)[2]) : squared{norms[0], norms[1]} {}
-};
-
-// The distances of a query to two references, as bits of float64. Products are sums of two floats,
-// in the query's unit.
-template <bool TWO_FLOATS>
-class DistanceOfQuery {
- public:
-  __device__ DistanceOfQuery(double norm, double unit, const ReferenceNorms<TWO_FLOATS>& y)
-      : norm_(norm), unit_(unit), y_(y) {}
-
-  __device__ std::uint64_t operator()(int reference, float2 product) const {
-    const double sum = static_cast<double>(product.x) + product.y;
-    const double distance = y_.squared[reference] + norm_ - 2 * unit_ * sum;
-    return static_cast<std::uint64_t>(bits_of(distance <= 0 ? 0 : distance));
-  }
-
- private:
-  const double norm_, unit_;
-  const ReferenceNorms<TWO_FLOATS>& y_;
-};
-
-// ---- in two floats ---------------------------------------------------------------------------
 
 // The exponent of v ≥ 0 in the bits of float64. Those of squares of float32 are larger than 512;
 // that of 0 counts as 512.
@@ -84,8 +45,8 @@ __device__ inline std::uint64_t bits_of_sum(const TwoFloats& v, int exponent) {
   return (static_cast<std::uint64_t>(bits) << 29) + power + static_cast<std::uint64_t>(places);
 }
 
-template <>
-struct ReferenceNorms<true> {
+// |y|² of two references.
+struct ReferenceNorms {
   TwoFloats squared[2];  // over powers of two
   int exponents[2];      // of these
 
@@ -97,10 +58,11 @@ struct ReferenceNorms<true> {
   }
 };
 
-template <>
-class DistanceOfQuery<true> {
+// The distances of a query to two references, as bits of float64. Products are sums of two floats,
+// in the query's unit.
+class DistanceOfQuery {
  public:
-  __device__ DistanceOfQuery(double norm, double unit, const ReferenceNorms<true>& y)
+  __device__ DistanceOfQuery(double norm, double unit, const ReferenceNorms& y)
       : y_(y), norm_exponent_(exponent_of(norm)), twice_unit_exponent_(exponent_of(unit) + 1) {
     norm_ = two_floats_over(norm, norm_exponent_);
   }
@@ -117,7 +79,7 @@ class DistanceOfQuery<true> {
   }
 
  private:
-  const ReferenceNorms<true>& y_;
+  const ReferenceNorms& y_;
   const int norm_exponent_, twice_unit_exponent_;
   TwoFloats norm_;
 };

@@ -1,5 +1,5 @@
 // What becomes of the sums of a tile of pairs: distances and their minima, G·y, or the sums over a
-// slice of the features. A main loop leaves them (cuda/warp_products.h, cuda/warpgroup_products.h).
+// slice of the features. The main loop leaves them (cuda/warp_products.h).
 #pragma once
 #include "cuda/arrays.h"
 #include "cuda/squared_distances.h"
@@ -97,11 +97,10 @@ class ProductUnit {
 template <class R>
 __device__ inline float centered_product(const float* g, const R* y, const float* center,
                                          int features, int lane) {
-  float total = 0, lost = 0;
+  TwoFloats total = {};
 #pragma unroll 1
-  for (int k = lane; k < features; k += 32)
-    add_compensated(total, lost, g[k] * (load_float(y + k) - center[k]));
-  return static_cast<float>(over_warp(static_cast<double>(total) - lost, Sum()));
+  for (int k = lane; k < features; k += 32) total.add(g[k] * (load_float(y + k) - center[k]));
+  return static_cast<float>(over_warp(total.sum(), Sum()));
 }
 
 // A warp's part of a tile: some queries, and at most 32 references, one for each of the first
@@ -160,10 +159,10 @@ struct TileSums : OtherHalf<(Loop::kParts > 1 ? Loop::kReferences : 0), Loop::kQ
 
   // Stores the squares of references g and g + 8 of the 16 from `first` on, whose parts the lanes t
   // have.
-  __device__ void store_squares(int part, int first, const Lane& lane, const float (&square)[2],
-                                const float (&lost)[2]) {
+  __device__ void store_squares(int part, int first, const Lane& lane,
+                                const TwoFloats (&square)[2]) {
     for (int e = 0; e < 2; ++e) {
-      const double sum = over_quad(static_cast<double>(square[e]) - lost[e]);
+      const double sum = over_quad(square[e].sum());
       if (lane.t == 0) squares[part][first + 8 * e + lane.g] = sum;
     }
   }
@@ -176,8 +175,10 @@ struct TileMemory {
     TileSums<Loop> sums;
   };
   double units[Loop::kQueries], norms[Loop::kQueries];
-  static_assert(sizeof(TileSums<Loop>) <= Loop::kReusable, "sums that the loop has left stay");
 };
+
+// Sums of a thread, in registers: total + rest.
+template <class Loop> using Sums = float[Loop::kSlabs][Loop::kColumns][4];
 
 // Which sums of the tile a thread has: those of its warp's slabs of 16 references with columns of 8
 // queries. If two halves of the warps have every second panel of the same sums, each half finishes
@@ -211,8 +212,8 @@ __device__ inline void load_queries(TileMemory<Loop>& shared, const Halves& x, i
 
 // Leaves the sums that the other half of the warps finishes, and moves the thread's own ones to the
 // first columns.
-template <class Loop, class Total, class Rest>
-__device__ inline void exchange_halves(TileSums<Loop>& sums, Total& total, Rest& rest,
+template <class Loop>
+__device__ inline void exchange_halves(TileSums<Loop>& sums, Sums<Loop>& total, Sums<Loop>& rest,
                                        const ThreadSums<Loop>& at) {
   constexpr int kColumns = ThreadSums<Loop>::kColumns;
 #pragma unroll
@@ -220,11 +221,10 @@ __device__ inline void exchange_halves(TileSums<Loop>& sums, Total& total, Rest&
     for (int i = 0; i < 4; ++i) {
       const int column = 8 * (kColumns * (1 - at.part) + j) + 2 * at.lane.t + i % 2;
       const int own = kColumns + j;
-      const float sum = at.part > 0 ? total.at(0, j, i) : total.at(0, own, i);
-      const float more = at.part > 0 ? rest.at(0, j, i) : rest.at(0, own, i);
+      const float sum = at.part > 0 ? total[0][j][i] : total[0][own][i];
+      const float more = at.part > 0 ? rest[0][j][i] : rest[0][own][i];
       sums.products[at.row(0) + 8 * (i / 2)][column] = {sum, more};
-      if (at.part > 0)
-        total.sums[0][j][i] = total.at(0, own, i), rest.sums[0][j][i] = rest.at(0, own, i);
+      if (at.part > 0) total[0][j][i] = total[0][own][i], rest[0][j][i] = rest[0][own][i];
     }
 }
 
@@ -237,10 +237,10 @@ __device__ inline float2 joined(const TileSums<Loop>& sums, float2 own, int row,
 
 // ---- a slice of the features -------------------------------------------------------------------
 
-template <class Loop, class Total, class Rest>
-__device__ inline void store_slice(const TileSums<Loop>& sums, const Total& total, const Rest& rest,
-                                   const ThreadSums<Loop>& at, int queries, const Slices& slices) {
-  using R = typename Loop::Reference;
+template <class Loop>
+__device__ inline void store_slice(const TileSums<Loop>& sums, const Sums<Loop>& total,
+                                   const Sums<Loop>& rest, const ThreadSums<Loop>& at, int queries,
+                                   const Slices& slices) {
   const Index slice = blockIdx.z;
   const int thread = static_cast<int>(threadIdx.x);
   if (blockIdx.y == 0 && thread < Loop::kReferences && at.reference0 + thread < slices.stride)
@@ -251,21 +251,16 @@ __device__ inline void store_slice(const TileSums<Loop>& sums, const Total& tota
       const int column =
           at.side0 + 8 * (ThreadSums<Loop>::kColumns * at.part + j) + 2 * at.lane.t + odd;
       if (at.query0 + column >= queries) continue;
-      SliceSum<R>* const to = static_cast<SliceSum<R>*>(slices.products) +
-                              (slice * queries + at.query0 + column) * slices.stride;
+      float2* const to = slices.products + (slice * queries + at.query0 + column) * slices.stride;
 #pragma unroll
       for (int s = 0; s < Loop::kSlabs; ++s)
         for (int e = 0; e < 2; ++e) {
           const int row = at.row(s) + 8 * e;
           // A store of a pair needs neighbouring registers. Sums that it took as they are would
           // have these in the loop too, where compilers would spill.
-          float2 sum = {total.at(s, j, 2 * e + odd) + 0.0f, rest.at(s, j, 2 * e + odd) + 0.0f};
+          float2 sum = {total[s][j][2 * e + odd] + 0.0f, rest[s][j][2 * e + odd] + 0.0f};
           sum = joined(sums, sum, row, column);
-          if (at.reference0 + row >= slices.stride) continue;
-          if constexpr (kRounded<R>)
-            to[at.reference0 + row] = sum.x + sum.y;
-          else
-            to[at.reference0 + row] = sum;
+          if (at.reference0 + row < slices.stride) to[at.reference0 + row] = sum;
         }
     }
 }
@@ -289,7 +284,7 @@ struct ThreadReferences {
       for (int e = 0; e < 2; ++e) {
         const int row = at.row(s) + 8 * e;
         const double scaled = sums.scaled_square(row);
-        squared[s][e] = scaled * per_scale * per_scale;
+        squared[s][e] = center.true_square(scaled * per_scale * per_scale);
         known[s][e] = at.reference0 + row < references;
         farthest = fmax(farthest, reach_of(scaled, squared[s][e], center.features, known[s][e]));
         if (!known[s][e]) squared[s][e] = kBeyondAll;
@@ -305,65 +300,58 @@ struct ThreadReferences {
 
 // Stores the thread's distances, and leaves the smallest ones of each query, or stores its G·y.
 // Returns whether all are finite.
-template <Target TARGET, class Loop, class Total, class Rest>
-__device__ inline bool store_pairs(TileMemory<Loop>& shared, Total total, Rest rest,
-                                   const ThreadSums<Loop>& at, const ThreadReferences<Loop>& y,
-                                   int queries, const Pairs& out) {
-  constexpr bool kTwoFloats = kSlowFloat64<Loop::kGeforce>;
+template <Target TARGET, class Loop>
+__device__ inline bool store_pairs(TileMemory<Loop>& shared, const Sums<Loop>& total,
+                                   const Sums<Loop>& rest, const ThreadSums<Loop>& at,
+                                   const ThreadReferences<Loop>& y, int queries, const Pairs& out) {
   constexpr bool kProject = TARGET == Target::projections;
-  constexpr int kColumns = ThreadSums<Loop>::kColumns / Loop::kTurns;  // of a turn
   TileSums<Loop>& sums = shared.sums;
   const auto stride = static_cast<unsigned>(out.stride);
   const int first_column = at.first_query() + 2 * at.lane.t;
   bool all_finite = true;
-#pragma unroll 1
-  for (int turn = 0; turn < Loop::kTurns; ++turn) {
 #pragma unroll
-    for (int j = 0; j < kColumns; ++j) {
-      std::uint64_t least[2] = {kInfiniteBits, kInfiniteBits};
+  for (int j = 0; j < ThreadSums<Loop>::kColumns; ++j) {
+    std::uint64_t least[2] = {kInfiniteBits, kInfiniteBits};
 #pragma unroll
-      for (int odd = 0; odd < 2; ++odd) {
-        const int column = first_column + 8 * (kColumns * turn + j) + odd;
-        const bool inside = at.query0 + column < queries;
-        const double unit = shared.units[column], norm = kProject ? 0 : shared.norms[column];
-        const ProductUnit projection(unit);
+    for (int odd = 0; odd < 2; ++odd) {
+      const int column = first_column + 8 * j + odd;
+      const bool inside = at.query0 + column < queries;
+      const double unit = shared.units[column], norm = kProject ? 0 : shared.norms[column];
+      const ProductUnit projection(unit);
 #pragma unroll
-        for (int s = 0; s < Loop::kSlabs; ++s) {
-          const unsigned place = static_cast<unsigned>(at.query0 + column) * stride +
-                                 static_cast<unsigned>(at.reference0 + at.row(s));
-          const ReferenceNorms<kTwoFloats> reference_norms(y.squared[s]);
-          const DistanceOfQuery<kTwoFloats> distance_of(norm, unit, reference_norms);
-          for (int e = 0; e < 2; ++e) {
-            float2 product = {total.at(s, j, 2 * e + odd), rest.at(s, j, 2 * e + odd)};
-            product = joined(sums, product, at.row(s) + 8 * e, column);
-            if constexpr (kProject) {
-              const float projected = projection(product);
-              if (inside && y.known[s][e]) (out.projected + place)[8 * e] = projected;
-              all_finite = all_finite && fabsf(projected) < INFINITY;
-            } else {
-              const std::uint64_t distance = distance_of(e, product);
-              if (inside && y.known[s][e]) (out.squared + place)[8 * e] = double_of(distance);
-              all_finite = all_finite && static_cast<std::uint32_t>(distance >> 32) < 0x7ff00000u;
-              least[odd] = Least()(least[odd], distance);
-            }
+      for (int s = 0; s < Loop::kSlabs; ++s) {
+        const unsigned place = static_cast<unsigned>(at.query0 + column) * stride +
+                               static_cast<unsigned>(at.reference0 + at.row(s));
+        const ReferenceNorms reference_norms(y.squared[s]);
+        const DistanceOfQuery distance_of(norm, unit, reference_norms);
+        for (int e = 0; e < 2; ++e) {
+          float2 product = {total[s][j][2 * e + odd], rest[s][j][2 * e + odd]};
+          product = joined(sums, product, at.row(s) + 8 * e, column);
+          if constexpr (kProject) {
+            const float projected = projection(product);
+            if (inside && y.known[s][e]) (out.projected + place)[8 * e] = projected;
+            all_finite = all_finite && fabsf(projected) < INFINITY;
+          } else {
+            const std::uint64_t distance = distance_of(e, product);
+            if (inside && y.known[s][e]) (out.squared + place)[8 * e] = double_of(distance);
+            all_finite = all_finite && static_cast<std::uint32_t>(distance >> 32) < 0x7ff00000u;
+            least[odd] = Least()(least[odd], distance);
           }
         }
       }
-      if constexpr (!kProject) {
-        auto* const to =
-            &sums.least.rows[8 * at.group + at.lane.g][first_column + 8 * (kColumns * turn + j)];
-        *reinterpret_cast<double2*>(to) = {double_of(least[0]), double_of(least[1])};
-      }
     }
-    if constexpr (Loop::kTurns > 1) total.template drop<kColumns>(), rest.template drop<kColumns>();
+    if constexpr (!kProject) {
+      auto* const to = &sums.least.rows[8 * at.group + at.lane.g][first_column + 8 * j];
+      *reinterpret_cast<double2*>(to) = {double_of(least[0]), double_of(least[1])};
+    }
   }
   return all_finite;
 }
 
 // Finishes the sums of a tile, total + rest. The loop has stored the squares of the references in
 // `shared`; the barrier that they need is here.
-template <Target TARGET, class Loop, class Total, class Rest>
-__device__ inline void finish_tile(TileMemory<Loop>& shared, Total total, Rest rest,
+template <Target TARGET, class Loop>
+__device__ inline void finish_tile(TileMemory<Loop>& shared, Sums<Loop>& total, Sums<Loop>& rest,
                                    const Halves& x, const Rows<typename Loop::Reference>& y,
                                    const Center& center, const Pairs& out, const Slices& slices) {
   const ThreadSums<Loop> at;

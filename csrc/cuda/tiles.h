@@ -17,7 +17,6 @@ __device__ inline void load4(const float* from, float (&v)[4]) {
   const float4 four = *reinterpret_cast<const float4*>(from);
   v[0] = four.x, v[1] = four.y, v[2] = four.z, v[3] = four.w;
 }
-__device__ inline void load4(const Rounded* from, float (&v)[4]) { load4(&from->value, v); }
 __device__ inline void load4(const BFloat16* from, float (&v)[4]) {
   const uint2 pairs = *reinterpret_cast<const uint2*>(from);
   v[0] = float_of(pairs.x << 16), v[1] = float_of(pairs.x & 0xffff0000u);
@@ -56,7 +55,6 @@ __device__ inline void load8(const R* from, int known, float (&v)[8]) {
 
 // One value, in float32.
 __device__ inline float load_float(const float* from) { return *from; }
-__device__ inline float load_float(const Rounded* from) { return from->value; }
 __device__ inline float load_float(const BFloat16* from) {
   return float_of(static_cast<std::uint32_t>(from->bits) << 16);
 }
@@ -163,15 +161,6 @@ __device__ inline void pipeline(int panels, Stage stage, Compute compute) {
 
 // ---- listed references -------------------------------------------------------------------------
 
-// What a block adds up at a time: panels of its share that belong to one list.
-struct Segment {
-  int work;           // panels of the share that it uses up, as counted in Share
-  int group, slice;   // of the list
-  int first, panels;  // panels ≤ 0 if the share ends before the first one
-  int part;           // number among the parts of the list
-  bool is_last;
-};
-
 // Weights in halves are multiplied by it. The largest weight is then far from overflow, and others
 // are off by at most 2^-39 of it.
 constexpr float kWeightUnit = 0x1p14f;
@@ -190,37 +179,12 @@ __device__ inline int pair_place(int n, int s, int lane) {
   return 2 * (32 * (kPanel / 8 * n + s) + lane);
 }
 
-// For asynchronous products a panel has the weights of ROWS queries in other places, in words
-// of two halves: as operands (begin_product) of 16 references, first low halves and then high ones.
-// The words from operand_place on have references 16 step + t and 16 step + t + 4, t < 4; those
-// from kOperandStep after it the ones that come 8 later.
-template <int ROWS> constexpr int kOperandStep = 4 * ROWS;
-template <int ROWS>
-__device__ inline int operand_place(int query, int step, int part) {
-  return 4 * query + 2 * kOperandStep<ROWS> * (2 * step + part);
-}
-
 // ---- products of a tile -------------------------------------------------------------------------
 
 // The panel of a lane: references g and g + 8, features 8t to 8t + 7, times the scale and centred,
 // in two parts, as the operands of two products.
 struct ReferencePanel {
   std::uint32_t high[2][4], low[2][4];
-};
-
-// Sums of a thread in registers.
-template <int SLABS, int COLUMNS>
-struct SumsInRegisters {
-  float (&sums)[SLABS][COLUMNS][4];
-
-  __device__ float at(int slab, int column, int i) const { return sums[slab][column][i]; }
-  // Leaves out the first COUNT columns, which are half of those that are left.
-  template <int COUNT>
-  __device__ void drop() {
-    for (int s = 0; s < SLABS; ++s)
-      for (int j = 0; j < COUNT; ++j)
-        for (int i = 0; i < 4; ++i) sums[s][j][i] = sums[s][COUNT + j][i];
-  }
 };
 
 }  // namespace

@@ -1,5 +1,5 @@
 // Products of a tile of queries and references in the matrix units of warps: the main loop of
-// `distances` (cuda/distances.h) on all devices.
+// `distances` (cuda/distances.h).
 #pragma once
 #include "cuda/intrinsics.h"
 #include "cuda/threads.h"
@@ -8,9 +8,10 @@
 namespace pfgm {
 namespace {
 
-// A block has REFERENCES × QUERIES pairs. A warp has one or two slabs of 16 references. With 64
-// references, each half of the warps takes every second panel. With 128 queries, each half of the
-// warps takes half of these, and the block converts references one panel ahead, for all its warps.
+// A block has REFERENCES × QUERIES pairs. A warp has one or two slabs of 16 references. In tiles of
+// 64 references each half of the warps takes every second panel. In those of 128 × 128 each half of
+// the warps takes half of the queries, and the block converts references one panel ahead, for all
+// its warps.
 //
 // A lane accesses 16 bytes. Eight lanes, which have two rows, must reach different banks. So in
 // rows of float32 the 16-byte pieces of odd rows trade places in pairs; rows of queries have 64
@@ -21,17 +22,14 @@ struct WarpShape {
   using Reference = R;
   static constexpr int kQueries = QUERIES, kReferences = REFERENCES, kThreads = 256;
   // Blocks whose registers a multiprocessor must hold. With more, compilers would spill.
-  static constexpr int kBlocks = QUERIES == 32 || (kRounded<R> && QUERIES == 64) ? 2 : 1;
+  static constexpr int kBlocks = QUERIES == 32 ? 2 : 1;
   static constexpr bool kAhead = QUERIES == 128;
-  static constexpr int kReferenceStages = kAhead ? 4 : REFERENCES == 64 ? 3 : 2;
-  static constexpr int kQueryStages = kAhead ? 2 : kReferenceStages;
+  static_assert(REFERENCES == (kAhead ? 128 : 64));
+  static constexpr int kReferenceStages = kAhead ? 4 : 3, kQueryStages = kAhead ? 2 : 3;
   static constexpr int kPanels = kAhead ? 1 : 2, kFeatures = kPanels * kPanel;  // of a stage
-  static constexpr int kQueryParts = kRounded<R> ? 1 : 2;
-  static constexpr int kSlabs = kAhead ? 2 : 1, kSides = kAhead ? 2 : 1;
+  static constexpr int kSlabs = kAhead ? 2 : 1, kSides = kAhead ? 2 : 1, kParts = 2 / kSides;
   static constexpr int kColumns = QUERIES / kSides / 8;  // of 8 queries, of a warp
   static constexpr int kGroups = REFERENCES / 16 / kSlabs;
-  static constexpr int kParts = kThreads / 32 / kGroups / kSides;
-  static constexpr int kTurns = 1;  // in which the columns are finished
   // A value that is converted ahead needs room for two float16 parts. Until then rows of short
   // types start in different places, so that neighbouring rows reach different banks.
   static constexpr int kSpread = kAhead ? 4 / static_cast<int>(sizeof(R)) : 1;
@@ -47,14 +45,12 @@ struct WarpShape {
     float center[kFeatures];
   };
   struct Queries {
-    std::uint16_t x[kPanels][kQueryParts][QUERIES][kPanel];  // panel, part, query
+    std::uint16_t x[kPanels][2][QUERIES][kPanel];  // panel, high or low, query
   };
   struct Memory {
     References references[kReferenceStages];
     Queries queries[kQueryStages];
   };
-  static constexpr std::size_t kReusable =
-      ~std::size_t{0};  // bytes that TileSums may take: all, after the loop
 };
 
 // Copies the panels of a tile, one after the other. A thread copies the same piece of each of its
@@ -116,8 +112,7 @@ class TileCopy {
           (row < query_rows_ ? high_ + row * center_.width : high_) + panel * kPanel;
       auto& half = stage.x[query_panel() + panel];
       copy_async<16>(&half[0][query_row() + row][8 * piece], high);
-      if constexpr (!kRounded<R>)
-        copy_async<16>(&half[1][query_row() + row][8 * piece], high + to_low_);
+      copy_async<16>(&half[1][query_row() + row][8 * piece], high + to_low_);
     }
     high_ += Shape::kFeatures;
   }
@@ -152,7 +147,7 @@ class TileCopy {
 };
 
 // Row g + 8e has features from `rows[e]` on; in odd rows of float32 pieces of four trade places.
-// squares[e] is the sum of their squares, of their high parts if R is Rounded.
+// squares[e] is the sum of their squares.
 template <class R>
 __device__ inline ReferencePanel convert(const R* const (&rows)[2], const float* center,
                                          float scale, int known, const Lane& lane,
@@ -179,15 +174,13 @@ __device__ inline ReferencePanel convert(const R* const (&rows)[2], const float*
       for (int k = 0; k < 8; ++k) v[k] = fmaf(v[k], scale, -c[k]);
     }
     squares[e] = 0;
-    if constexpr (!kRounded<R>)
-      for (float value : v) squares[e] += value * value;
+    for (float value : v) squares[e] += value * value;
 #pragma unroll
     for (int i = 0; i < 4; ++i) {
       const TwoHalves parts = split_halves(v[2 * i], v[2 * i + 1]);
       // Operands have features 0, 1 of rows g and g + 8, then features 2, 3.
       panel.high[i / 2][i % 2 * 2 + e] = parts.high;
       panel.low[i / 2][i % 2 * 2 + e] = parts.low;
-      if constexpr (kRounded<R>) squares[e] += sum_of_squares(parts.high);
     }
   }
   return panel;
@@ -205,7 +198,7 @@ __device__ inline void store_panel(R* slab, const ReferencePanel& panel, const L
   for (int i = 0; i < 2; ++i) {
     const std::uint32_t (&high)[4] = panel.high[i], (&low)[4] = panel.low[i];
     operand_of(slab, i, lane) = {high[0], high[1], high[2], high[3]};
-    if constexpr (!kRounded<R>) operand_of(slab, 2 + i, lane) = {low[0], low[1], low[2], low[3]};
+    operand_of(slab, 2 + i, lane) = {low[0], low[1], low[2], low[3]};
   }
 }
 
@@ -217,7 +210,6 @@ __device__ inline ReferencePanel load_panel(R* slab, const Lane& lane) {
     const uint4 high = operand_of(slab, i, lane);
     panel.high[i][0] = high.x, panel.high[i][1] = high.y;
     panel.high[i][2] = high.z, panel.high[i][3] = high.w;
-    if constexpr (kRounded<R>) continue;
     const uint4 low = operand_of(slab, 2 + i, lane);
     panel.low[i][0] = low.x, panel.low[i][1] = low.y;
     panel.low[i][2] = low.z, panel.low[i][3] = low.w;
@@ -237,15 +229,12 @@ __device__ inline void load_query_operands(std::uint32_t (&operands)[TOGETHER][2
   }
 }
 
-// Adds two neighbouring values of `rest` to two totals, and leaves what rounding loses in `rest`.
-// Where the value is the larger one, up to 2^-24 of it is lost, less than its products have lost
-// already.
-__device__ inline void add_rest(float* total, float* rest) {
-  const float2 old = {total[0], total[1]}, value = {rest[0], rest[1]};
-  const float2 larger = add_pairs(old, value);
-  const float2 lost = subtract_pairs(value, subtract_pairs(larger, old));
-  total[0] = larger.x, total[1] = larger.y;
-  rest[0] = lost.x, rest[1] = lost.y;
+// Adds `rest` to the total, and leaves what rounding loses in it. Where it is the larger one, up to
+// 2^-24 of it is lost, less than its products have lost already.
+__device__ inline void add_rest(float& total, float& rest) {
+  const float larger = total + rest;
+  rest -= larger - total;
+  total = larger;
 }
 
 // The same for TOGETHER columns of 8 queries from column `first` on.
@@ -256,7 +245,7 @@ __device__ inline void add_rests(float (&total)[SLABS][COLUMNS][4],
   for (int s = 0; s < SLABS; ++s)
 #pragma unroll
     for (int j = 0; j < TOGETHER; ++j)
-      for (int e = 0; e < 4; e += 2) add_rest(&total[s][first + j][e], &rest[s][first + j][e]);
+      for (int e = 0; e < 4; ++e) add_rest(total[s][first + j][e], rest[s][first + j][e]);
 }
 
 // Adds the products with TOGETHER columns of 8 queries from column `first` on to the rest:
@@ -266,10 +255,7 @@ __device__ inline void add_rests(float (&total)[SLABS][COLUMNS][4],
 // Matrix units round every addition toward zero, so panels are added up outside of them, in two
 // floats, total + rest. The products of a panel are added to the rest. What the new total cannot
 // hold of that is the next rest (add_rests).
-//
-// If HALF_SUMS, the products with a low part of a panel are added up in float16. They are 2^11
-// times smaller than the product of the high parts, so the digits that float16 lacks do not count.
-template <bool HALF_SUMS, int TOGETHER, int SLABS, int COLUMNS>
+template <int TOGETHER, int SLABS, int COLUMNS>
 __device__ inline void add_products(float (&rest)[SLABS][COLUMNS][4], int first,
                                     const ReferencePanel (&y)[SLABS], const std::uint16_t* x_high,
                                     const std::uint16_t* x_low) {
@@ -282,81 +268,27 @@ __device__ inline void add_products(float (&rest)[SLABS][COLUMNS][4], int first,
       for (int s = 0; s < SLABS; ++s)
         for (int j = 0; j < TOGETHER; ++j) multiply(i, s, j);
   };
-  std::uint32_t small[SLABS][TOGETHER][2] = {};
   each([&](int i, int s, int j) {
-    if constexpr (HALF_SUMS)
-      multiply_add_halves(small[s][j], y[s].low[i], x_highs[j][i]);
-    else
-      multiply_add_halves(rest[s][first + j], y[s].low[i], x_highs[j][i]);
+    multiply_add_halves(rest[s][first + j], y[s].low[i], x_highs[j][i]);
   });
   each([&](int i, int s, int j) {
-    if constexpr (HALF_SUMS)
-      multiply_add_halves(small[s][j], y[s].high[i], x_lows[j][i]);
-    else
-      multiply_add_halves(rest[s][first + j], y[s].high[i], x_lows[j][i]);
+    multiply_add_halves(rest[s][first + j], y[s].high[i], x_lows[j][i]);
   });
   each([&](int i, int s, int j) {
     multiply_add_halves(rest[s][first + j], y[s].high[i], x_highs[j][i]);
   });
-  if constexpr (HALF_SUMS)
-#pragma unroll
-    for (int s = 0; s < SLABS; ++s)
-#pragma unroll
-      for (int j = 0; j < TOGETHER; ++j)
-        for (int e = 0; e < 4; ++e)
-          rest[s][first + j][e] += half_of_word(small[s][j][e / 2], e % 2);
-}
-
-// The same for the high parts alone. What is lost where one float adds up the panels is less than
-// rounding to float16 loses.
-template <int TOGETHER, int SLABS, int COLUMNS>
-__device__ inline void add_rounded_products(float (&total)[SLABS][COLUMNS][4], int first,
-                                            const ReferencePanel (&y)[SLABS],
-                                            const std::uint16_t* x) {
-  float panel[SLABS][TOGETHER][4];
-  std::uint32_t operands[TOGETHER][2][2];
-  load_query_operands(operands, x);
-#pragma unroll
-  for (int s = 0; s < SLABS; ++s)
-    for (int j = 0; j < TOGETHER; ++j) multiply_halves(panel[s][j], y[s].high[0], operands[j][0]);
-#pragma unroll
-  for (int s = 0; s < SLABS; ++s)
-    for (int j = 0; j < TOGETHER; ++j)
-      multiply_add_halves(panel[s][j], y[s].high[1], operands[j][1]);
-#pragma unroll
-  for (int s = 0; s < SLABS; ++s)
-    for (int j = 0; j < TOGETHER; ++j)
-      for (int e = 0; e < 4; ++e) total[s][first + j][e] += panel[s][j][e];
 }
 
 // ---- the main loop -----------------------------------------------------------------------------
 
-// The sums of a tile of the features [first, first + trips · kFeatures), panel after panel. GEFORCE
-// says whether it is for such a card.
-template <class R, int QUERIES, int REFERENCES, bool GEFORCE>
+// The sums of a tile of the features [first, first + trips · kFeatures), panel after panel.
+template <class R, int QUERIES, int REFERENCES>
 class WarpProducts : public WarpShape<R, QUERIES, REFERENCES> {
  public:
   using Shape = WarpShape<R, QUERIES, REFERENCES>;
   using Shape::kAhead, Shape::kColumns, Shape::kFeatures, Shape::kParts, Shape::kSlabs;
   using Shape::kQueryStages, Shape::kReferenceStages;
   using typename Shape::Memory;
-  static constexpr bool kGeforce = GEFORCE;
-
-  // Whether no launch takes it from this code: devices that run it have a GeForce card's chip, or
-  // not (is_geforce in cuda/runtime.h), or have warpgroups.
-  __device__ static constexpr bool is_unused() {
-#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 1200
-    return !GEFORCE;
-#elif defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
-#if defined(PFGM_WARPGROUPS) && defined(__CUDA_ARCH_FEAT_SM90_ALL)
-    if (sizeof(R) == sizeof(float) && QUERIES == 128) return true;
-#endif
-    return GEFORCE;
-#else
-    return false;
-#endif
-  }
-
   __device__ WarpProducts(Memory& stages, const Halves& x, int query0, const Rows<R>& y,
                           int reference0, const Center& center, int first, int trips)
       : stages_(stages),
@@ -367,13 +299,8 @@ class WarpProducts : public WarpShape<R, QUERIES, REFERENCES> {
 
   // Calls finish(total, rest) with the sums of the thread, which are total + rest. Leaves the
   // squares of the references in `tile`.
-  template <Target TARGET, class Sums, class Finish>
-  __device__ void run(Sums& tile, const Finish& finish) {
-    // Whether the totals of columns are found while matrix units multiply for the next ones, and
-    // those of the last columns after the next barrier. Elsewhere it gains nothing, or compilers
-    // spill.
-    constexpr bool kLate =
-        kAhead && !kRounded<R> && !GEFORCE && TARGET != Target::projections && sizeof(R) != 2;
+  template <class Tile, class Finish>
+  __device__ void run(Tile& tile, const Finish& finish) {
     for (int p = 0; p < kReferenceStages - 1; ++p) {
       if (p < kQueryStages - 1) stage_queries(p);
       stage_references(p);
@@ -386,20 +313,17 @@ class WarpProducts : public WarpShape<R, QUERIES, REFERENCES> {
     int p = 0;
 #pragma unroll 1
     do {  // There is a panel. A loop that may make no trip takes more registers.
-      step<kLate>(p);
+      step(p);
     } while (++p < trips_);
-    if constexpr (kLate) add_rests<2 * kTogether>(total_, rest_, kColumns - 2 * kTogether);
     wait_copies<0>();
     __syncthreads();
-    tile.store_squares(part_, converted_, lane_, square_, square_lost_);
-    using Own = SumsInRegisters<kSlabs, kColumns>;
-    finish(Own{total_}, Own{rest_});
+    tile.store_squares(part_, converted_, lane_, square_);
+    finish(total_, rest_);
   }
 
  private:
-  static constexpr int kTogether =
-      QUERIES == 64 && !kRounded<R> ? 4 : 2;    // columns; the others have fewer registers
-  static constexpr int kConvertAt = kTogether;  // column; elsewhere compilers spill
+  static constexpr int kTogether = QUERIES == 64 ? 4 : 2;  // columns; others have fewer registers
+  static constexpr int kConvertAt = kTogether;             // column; elsewhere compilers spill
 
   __device__ void stage_queries(int p) {
     if (p < trips_) copy_.next(stages_.queries[p % kQueryStages]);
@@ -430,25 +354,20 @@ class WarpProducts : public WarpShape<R, QUERIES, REFERENCES> {
     store_panel(stages_.references[p % kReferenceStages].y[converted_], panel, lane_);
   }
   __device__ void add_squares() {
-    for (int e = 0; e < 2; ++e) add_compensated(square_[e], square_lost_[e], squares_[e]);
+    for (int e = 0; e < 2; ++e) square_[e].add(squares_[e]);
   }
 
   // Adds the products of the panels of stage p.
-  template <bool LATE>
   __device__ void step(int p) {
     wait_copies<kAhead ? kReferenceStages - 3 : kReferenceStages - 2>();
     __syncthreads();  // copies have arrived, and no thread uses what the next ones replace
     if constexpr (!kAhead) stage_next(p);
 #pragma unroll
     for (int half = part_, i = 0; i < Shape::kPanels / kParts; half += kParts, ++i) {
-      // Without a branch between them, the products of two panels take turns. Short types need too
-      // many registers for that.
-      constexpr bool kBranch = !kAhead && (kParts > 1 || sizeof(R) < 4 || kRounded<R>);
-      if (kBranch && features_ <= p * kFeatures + half * kPanel) continue;
+      if (!kAhead && features_ <= p * kFeatures + half * kPanel) continue;
       ReferencePanel panel[kSlabs];
       if constexpr (!kAhead) panel[0] = convert_panel(p, half);
       add_squares();
-      if constexpr (LATE) add_rests<kTogether>(total_, rest_, kColumns - 2 * kTogether);
       if constexpr (kAhead)
         for (int s = 0; s < kSlabs; ++s)
           panel[s] = load_panel(
@@ -457,16 +376,9 @@ class WarpProducts : public WarpShape<R, QUERIES, REFERENCES> {
 #pragma unroll
       for (int j = 0; j < kColumns; j += kTogether) {
         const int query = column0_ + 8 * j + lane_.g;
-        if constexpr (kRounded<R>) {
-          add_rounded_products<kTogether>(total_, j, panel, &queries[0][query][8 * lane_.t]);
-        } else {
-          add_products<GEFORCE, kTogether>(rest_, j, panel, &queries[0][query][8 * lane_.t],
-                                           &queries[1][query][8 * lane_.t]);
-          if (!LATE)
-            add_rests<kTogether>(total_, rest_, j);
-          else if (j + kTogether < kColumns)
-            add_rests<kTogether>(total_, rest_, (j > 0 ? j : kColumns) - kTogether);
-        }
+        add_products<kTogether>(rest_, j, panel, &queries[0][query][8 * lane_.t],
+                                &queries[1][query][8 * lane_.t]);
+        add_rests<kTogether>(total_, rest_, j);
         // Matrix units multiply meanwhile.
         if (kAhead && j == 0) stage_next(p);
         if (kAhead && j == kConvertAt) convert_ahead(p + 1);
@@ -485,7 +397,8 @@ class WarpProducts : public WarpShape<R, QUERIES, REFERENCES> {
   const int part_ = kParts > 1 ? other_ : 0, column0_ = kAhead ? 8 * kColumns * other_ : 0;
   const int converted_ = 16 * (kAhead ? lane_.warp : group_);  // first row that the warp converts
   float total_[kSlabs][kColumns][4] = {}, rest_[kSlabs][kColumns][4] = {};
-  float square_[2] = {}, square_lost_[2] = {}, squares_[2];
+  TwoFloats square_[2] = {};
+  float squares_[2];
 };
 
 }  // namespace

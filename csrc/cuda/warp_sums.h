@@ -1,5 +1,5 @@
 // Weighted sums over listed rows with the products of warps, to the accuracy of float32: the main
-// loop of `weighted_sum` (cuda/weighted_sums.h) on all devices, and of `reference_gradient`.
+// loop of `weighted_sum` (cuda/weighted_sums.h) and of `reference_gradient`.
 #pragma once
 #include "cuda/threads.h"
 #include "cuda/tiles.h"
@@ -7,7 +7,7 @@
 namespace pfgm {
 namespace {
 
-constexpr int kSumThreads = kSumFeatures;
+constexpr int kSumThreads = kSumFeatures, kSumTiles = kSumRows / 8;
 
 // Between staged rows: 32 bytes more than a multiple of the 32 banks, so that the accesses of a
 // warp lie in different banks.
@@ -161,7 +161,7 @@ __device__ inline float weight_of_halves(const float* weights, int query, int re
 // Adds Σ reference[feature] · weight[query] over a panel of staged references, as add_weighted
 // does. References are multiplied by `factor` before they are cut into halves; weights are pairs of
 // halves. `largest` keeps the largest reference of each of the lane's features. If EXACT,
-// float16 holds references as they are. Weights of Rounded references have no low part.
+// float16 holds references as they are.
 template <bool EXACT, int TILES, int PITCH, class R>
 __device__ inline void add_weighted_halves(float (&sum)[2][TILES][4], const R* references,
                                            const float* weights, float factor, float (&largest)[4],
@@ -186,7 +186,6 @@ __device__ inline void add_weighted_halves(float (&sum)[2][TILES][4], const R* r
         low_values[step][f / 2][2 * pair + f % 2] = parts.low;
       }
     }
-  constexpr bool kLowWeights = !kRounded<R>, kLowValues = !EXACT;
   // Products of four sums take turns, so that none waits for another.
 #pragma unroll
   for (int n0 = 0; n0 < TILES; n0 += 2) {
@@ -206,23 +205,19 @@ __device__ inline void add_weighted_halves(float (&sum)[2][TILES][4], const R* r
         for (int n = 0; n < 2; ++n)
           for (int i = 0; i < 2; ++i) multiply(panel[i][n], i, n);
       };
-      bool first = step == 0;  // of the panel
-      const auto add = [&](float (&d)[4], const std::uint32_t (&a)[4],
-                           const std::uint32_t (&b)[2]) {
-        if (first)
-          multiply_halves(d, a, b);
+      each([&](float (&d)[4], int i, int n) {
+        if (step == 0)
+          multiply_halves(d, high_values[step][i], low[n]);
         else
-          multiply_add_halves(d, a, b);
-      };
-      if constexpr (kLowWeights) {
-        each([&](float (&d)[4], int i, int n) { add(d, high_values[step][i], low[n]); });
-        first = false;
-      }
-      if constexpr (kLowValues) {
-        each([&](float (&d)[4], int i, int n) { add(d, low_values[step][i], high[n]); });
-        first = false;
-      }
-      each([&](float (&d)[4], int i, int n) { add(d, high_values[step][i], high[n]); });
+          multiply_add_halves(d, high_values[step][i], low[n]);
+      });
+      if constexpr (!EXACT)
+        each([&](float (&d)[4], int i, int n) {
+          multiply_add_halves(d, low_values[step][i], high[n]);
+        });
+      each([&](float (&d)[4], int i, int n) {
+        multiply_add_halves(d, high_values[step][i], high[n]);
+      });
     }
 #pragma unroll
     for (int i = 0; i < 2; ++i)
@@ -251,73 +246,39 @@ __device__ inline void add_weighted_floats(float (&sum)[2][TILES][4], const R* r
 
 // ---- the main loop -----------------------------------------------------------------------------
 
-// Σ w y over one part of the list of ROWS queries, for kSumFeatures features. A warp has 32
-// features and all queries. Weights are float32 numbers, or halves if HALVES.
-template <class R, int ROWS, bool HALVES>
+// Σ w y over one part of the list of a group, for kSumFeatures features. A warp has 32 features and
+// all queries. Weights are float32 numbers, or halves if HALVES.
+template <class R, bool HALVES>
 class WarpSums {
  public:
-  using Reference = R;
-  static constexpr int kRows = ROWS, kFeatures = kSumFeatures, kThreads = kSumThreads;
-  static constexpr int kBlocks = 2;  // blocks whose registers a multiprocessor must hold
-  static constexpr bool kHalves = HALVES;
   static constexpr bool kScaled = HALVES && !kExactHalf<R>;  // references are, before they are cut
-  // A lane has 4 neighbouring features, lane g from 4g on.
-  static constexpr int kRuns = 1, kRun = 4;
 
   struct Memory {
     using Value = R;
     static constexpr int kStages = 2;
     R rows[kStages][kPanel][kSumPitch<R>];
-    float weights[kStages][kPanel * ROWS];
+    float weights[kStages][kPanel * kSumRows];
     std::uint16_t listed[kPanel * kPartPanels];
     int scratch[kSumThreads / 32];
-    int queries[ROWS];
+    int queries[kSumRows];
   };
 
-  // The segment of a block: one part of a list.
-  class Work {
-   public:
-    __device__ Work(const Lists& lists, const Parts& parts, const Lane&)
-        // The last queries of the order have most weights. Their blocks start first.
-        : group_(static_cast<int>(gridDim.y - 1 - blockIdx.y)),
-          first_(static_cast<int>(blockIdx.z) * parts.panels) {
-      const int left = lists.counts[group_] - first_ * kPanel;
-      const int count = static_cast<int>(smaller(left, parts.panels * kPanel));
-      panels_ = left <= 0 ? 0 : static_cast<int>(divide_up(count, kPanel));
-    }
-    __device__ int begin() const { return 0; }
-    __device__ int end() const { return 1; }
-    __device__ Segment segment(int) const {
-      return {1,      group_,  static_cast<int>(blockIdx.x),
-              first_, panels_, static_cast<int>(blockIdx.z),
-              false};
-    }
-    // list_references has stored the number of parts.
-    __device__ void finish(const Memory&, const Segment&, const Parts&) const {}
-
-   private:
-    const int group_, first_;
-    int panels_;
-  };
-
-  __device__ static constexpr bool is_unused() { return false; }
-
-  // `weights` are those of the segment, `scale` the factor of references.
-  __device__ WarpSums(Memory& shared, const Rows<R>& y, int features, const Segment& segment,
+  // `weights` are those of the part, which has so many panels; `scale` is the factor of references.
+  __device__ WarpSums(Memory& shared, const Rows<R>& y, int features, int panels,
                       const float* weights, const float* scale)
       : shared_(shared),
-        copy_(shared, y, kFeatures * segment.slice, features),
+        copy_(shared, y, kSumFeatures * static_cast<int>(blockIdx.x), features),
         weights_(weights + 4 * static_cast<int>(threadIdx.x)),
-        panels_(segment.panels),
+        panels_(panels),
         factor_(kScaled ? scale[0] : 1) {}
 
   __device__ void run() {
     each_panel([&](int slot) {
       if constexpr (HALVES)
-        add_weighted_halves<kExactHalf<R>, kTiles, kSumPitch<R>>(
+        add_weighted_halves<kExactHalf<R>, kSumTiles, kSumPitch<R>>(
             sum_, values(slot), shared_.weights[slot], factor_, largest_, lane_);
       else
-        add_weighted<kTiles, kSumPitch<R>>(sum_, values(slot), shared_.weights[slot], lane_);
+        add_weighted<kSumTiles, kSumPitch<R>>(sum_, values(slot), shared_.weights[slot], lane_);
     });
   }
 
@@ -330,30 +291,24 @@ class WarpSums {
 
   // The same sums without halves of the references. Weights are multiplied by `unit`.
   __device__ void run_in_floats(float unit) {
-    clear();
-    each_panel([&](int slot) {
-      add_weighted_floats<kTiles, kSumPitch<R>>(sum_, values(slot), shared_.weights[slot], unit,
-                                                lane_);
-    });
-  }
-
-  // Of the thread's feature f of a run and query 8n + 2t + odd.
-  __device__ float sum(int, int f, int n, int odd) const { return sum_[f / 2][n][f % 2 * 2 + odd]; }
-
- private:
-  static constexpr int kTiles = ROWS / 8;
-
-  __device__ const R* values(int slot) const { return shared_.rows[slot][0] + 32 * lane_.warp; }
-
-  __device__ void clear() {
     for (auto& features : sum_)
       for (auto& tile : features)
         for (float& value : tile) value = 0;
+    each_panel([&](int slot) {
+      add_weighted_floats<kSumTiles, kSumPitch<R>>(sum_, values(slot), shared_.weights[slot], unit,
+                                                   lane_);
+    });
   }
+
+  // Of feature 32 warp + 4g + f of the block and query 8n + 2t + odd.
+  __device__ float sum(int f, int n, int odd) const { return sum_[f / 2][n][f % 2 * 2 + odd]; }
+
+ private:
+  __device__ const R* values(int slot) const { return shared_.rows[slot][0] + 32 * lane_.warp; }
 
   template <class Body>
   __device__ void each_panel(const Body& body) {
-    constexpr int kPanelWeights = kPanel * ROWS;
+    constexpr int kPanelWeights = kPanel * kSumRows;
     pipeline<Memory::kStages>(
         panels_,
         [&](int p, int slot) {
@@ -372,11 +327,10 @@ class WarpSums {
   const int panels_;
   const float factor_;
   const Lane lane_ = this_lane();
-  float sum_[2][kTiles][4] = {}, largest_[4] = {};
+  float sum_[2][kSumTiles][4] = {}, largest_[4] = {};
 };
-// The driver takes 1 KiB more for each block. So GeForce cards hold two blocks in 100 KiB.
-static_assert(sizeof(WarpSums<float, kSumRows, true>::Memory) <= 49 << 10,
-              "GeForce cards hold two blocks");
+// The driver takes 1 KiB more for each block. So cards with 100 KiB hold two blocks.
+static_assert(sizeof(WarpSums<float, true>::Memory) <= 49 << 10, "every card holds two blocks");
 
 }  // namespace
 }  // namespace pfgm

@@ -10,7 +10,7 @@ namespace pfgm {
 namespace {
 
 // nats: a weight so much smaller than the largest needs no more digits
-constexpr double kNear = 20, kRoundedNear = 10;
+constexpr double kNear = 20;
 // nats: M weights smaller than one by log M and so much are together at most e^-kOthers of it.
 constexpr double kOthers = 2;
 // How much larger distances |x|² + |y|² − 2 x·y are through the cuts of matrix units, relative to
@@ -21,7 +21,7 @@ constexpr double kOthers = 2;
 constexpr double kBias = 0x1.4p-24, kEarlierBias = 0x1.8p-23;
 // Relative error of a weight that needs no refinement. That of the smallest distance and of scores
 // is kDigits of it.
-constexpr double kTolerance = 1.5e-4, kRoundedTolerance = 2e-2, kDigits = 0x1p-4;
+constexpr double kTolerance = 2e-5, kDigits = 0x1p-2;
 
 // How much a squared distance exceeds that of the nearest reference, times a rate. On GeForce cards
 // float64 runs at 1/64 of the rate of float32. So the difference is taken of two floats, which the
@@ -66,20 +66,13 @@ struct WeightLaw {
   double exponent;         // (N + D)/2; 1/2 at D = ∞
   double per_exponent;     // 1 over it
   float power, per_power;  // both in float32
-  double near;             // kNear or kRoundedNear
-  double near_spread;  // e^(near/exponent) − 1: beyond nearest + r² by so much a weight is `near`
+  double near_spread;  // e^(kNear/exponent) − 1: beyond nearest + r² by so much a weight is kNear
                        // nats smaller; D finite only
   float others;        // nats: all weights smaller than the largest by so much are together
                        // less than it. Infinite if the gradient needs digits of them
-  double tolerance;    // kTolerance or kRoundedTolerance
   double margin;       // largest error of a distance, relative to |x|² + |y|²
-  double noise;        // typical error, relative to 2|x||y| + |y|² of products or |x|² + d² of
-                       // differences
-  double rounding;     // typical error of |x| in the direction of x − y, relative to |x|, from
-                       // rounding x to float16; the same for y. 0 if their low parts count too
-  double added;        // like `noise`, of adding up panels in one float: rounded to the nearest, so
-                       // it has no bias. 0 if two floats add them up
-  std::uint32_t half_a_step, mask;  // a weight is rounded to these bits
+  double noise;        // typical error, relative to 2|x||y| + |y|² of products or d² of differences
+  double byte_noise;   // the same of differences to bytes, relative to |x|² + d²
 
   // How fast the score falls at the squared distance `nearest`. It is infinite where r = 0 on a
   // reference. The largest number that is returned instead still keeps the weight of an equal
@@ -115,13 +108,6 @@ struct WeightLaw {
     return exponential(u > 0x1p100f ? -INFINITY : -fall);
   }
 
-  // A weight that halves hold without a low part, if only high parts are multiplied. NaN, whose
-  // bits are larger than those of any weight, stays NaN.
-  __device__ float rounded(float w) const {
-    const std::uint32_t bits = bits_of(w), nan = 0x7fc00000u;
-    return float_of(((bits < nan ? bits : nan) + half_a_step) & mask);
-  }
-
   // What the gradient needs of the same distance. Distances have larger errors than float32.
   __device__ Ratios ratios(float linear) const {
     const float nearest = gaussian ? 1 : reciprocal(1 + linear * per_power);
@@ -144,42 +130,31 @@ struct WeightLaw {
   }
 };
 
-// `products` says whether distances are computed from products instead of differences, `rounded`
-// whether of values rounded to float16, `in_one_float` whether one float adds up several panels of
-// others, and `gradient` whether a gradient may take them. `bias` is that of the matrix units.
-WeightLaw weight_law(const Problem& problem, bool products, bool rounded, bool in_one_float,
-                     bool gradient, double bias) {
+// `products` says whether distances are computed from products instead of differences, `gradient`
+// whether a gradient may take them. `bias` is that of the matrix units.
+WeightLaw weight_law(const Problem& problem, bool products, bool gradient, double bias) {
   const bool gaussian = std::isinf(problem.dimensions);
   const double features = static_cast<double>(problem.features);
   const double exponent = gaussian ? 0.5 : (features + problem.dimensions) / 2;
   const double length = features > 8192 ? features / 8192 : 1;
   // Sums over panels of 32 features are rounded, which mostly averages out. Matrix units cut each
   // addend of an instruction toward zero, which is a bias that does not.
-  const double root = std::sqrt(std::fmax(1.0, features / kPanel));  // of the number of panels
-  // Products of rounded values are added up in one float.
-  const double panel_noise = rounded ? 0x1p-23 + 0x1p-25 * root : 0x1p-22 / root + bias;
-  // If one float adds up kAddedPanels panels of other values, each addition rounds a sum that may
-  // be nearly the whole one, if few features hold most of it.
-  const double added = in_one_float ? 0x3p-27 : 0;
-  const double byte_noise = problem.reference_type == Type::uint8 ? 0x1p-22 : 0;
+  const double panels = std::fmax(1.0, features / kPanel);
+  const double panel_noise = 0x1p-22 / std::sqrt(panels) + bias;
+  // Differences and their squares are rounded, and sums of eight. These errors average out.
+  const double difference_noise = 0x1p-21 / std::sqrt(features);
   const float power = static_cast<float>(exponent);
-  const double near = rounded ? kRoundedNear : kNear;
   const double others = std::log(static_cast<double>(problem.references)) + kOthers;
   return {gaussian,
           exponent,
           1 / exponent,
           power,
           1 / power,
-          near,
-          gaussian ? 0 : std::expm1(near / exponent),
+          gaussian ? 0 : std::expm1(kNear / exponent),
           gradient ? INFINITY : static_cast<float>(others),
-          rounded ? kRoundedTolerance : kTolerance,
           length * (products ? 0x1p-18 : 0x1p-21),
-          products ? panel_noise : byte_noise,
-          rounded ? 0x1p-12 / std::sqrt(features) : 0,
-          added,
-          rounded ? 0x1000u : 0u,
-          rounded ? 0xffffe000u : ~0u};
+          products ? panel_noise : difference_noise,
+          problem.reference_type == Type::uint8 ? 0x1p-22 : 0};
 }
 
 }  // namespace

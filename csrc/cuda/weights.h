@@ -8,7 +8,7 @@
 namespace pfgm {
 namespace {
 
-constexpr int kWeighBlocks = 6;  // of a multiprocessor; those of GeForce cards hold no more
+constexpr int kWeighBlocks = 6;  // of a multiprocessor; some hold no more
 
 // What the weights of a query need.
 struct RowWeights {
@@ -49,11 +49,7 @@ struct Weigher {
   RowWeights row;
   float factor;
 
-  __device__ float weight(double squared) const {
-    const float w = law.weight(row.fall(squared));
-    // The sum is that of the weights by which references are multiplied.
-    return HALVES ? law.rounded(w) : w;
-  }
+  __device__ float weight(double squared) const { return law.weight(row.fall(squared)); }
 
   // A bit for each word whose tile has a weight that is not zero, as its smallest distance says. A
   // lane looks at one word. A weight that is NaN counts.
@@ -114,8 +110,6 @@ __global__ void __launch_bounds__(kQueryThreads, kWeighBlocks)
     weigh(WeightLaw law, const double* radius, const Pairs pairs, int references, double floor,
           float factor, bool first_chunk, const QueryStates state, const ChunkWeights out,
           const PieceSums sums) {
-  wait_for_earlier_launches();
-  let_next_launch_start();
   WeighMemory& shared = *reinterpret_cast<WeighMemory*>(shared_memory());
   law.gaussian = GAUSSIAN;  // known to the compiler, which leaves the other law out
   const Lane lane = this_lane();

@@ -48,7 +48,7 @@ struct Lasting {
 // The number of bytes that a forward pass can keep; 0 if the backward pass takes several blocks or
 // chunks.
 Index kept_bytes(const Problem& problem) {
-  const Bounds most = bounds(problem, least_pairs());
+  const Bounds most = bounds(problem, limits.pairs / 4);
   if (most.queries != problem.queries || most.references < problem.references) return 0;
   Arena counted(nullptr, 0);
   Lasting(counted, problem.queries, problem.references, problem.features);
@@ -103,9 +103,7 @@ struct Workspace {
     pairs.listed = arena.take<unsigned>(1);
     units = arena.take<float>(plan.queries);
     if (plan.few) return;
-    center.scattered = plan.rounded || plan.device.geforce;
     if (plan.measures()) x = take_halves(arena, plan);
-    x.rounded = plan.rounded;
     if (plan.backward) upstream = take_halves(arena, plan);
   }
 
@@ -135,11 +133,10 @@ struct Workspace {
     // Slices do not take the room of parts, of which the passes have different numbers: both passes
     // must have the same slices.
     room = plan.few ? 0 : plan.slice_numbers();
-    parts.sums = arena.take<float>(larger(room, larger(plan.parts, plan.shares.parts) * row));
-    slices.products = parts.sums;
-    const Index counted = plan.shares.rows > 0 ? divide_up(plan.features, kShareFeatures) : 1;
-    parts.counts = arena.take<int>(plan.queries * counted);
-    // There is room for small groups, of which there are more.
+    parts.sums = arena.take<float>(larger(room, plan.parts * row));
+    parts.panels = static_cast<int>(plan.part_panels);
+    parts.counts = arena.take<int>(plan.queries);
+    slices.products = reinterpret_cast<float2*>(parts.sums);
     const Index groups = divide_up(plan.queries, kSumRows);
     lists.listed = arena.take<int>(groups * plan.stride);
     lists.counts = arena.take<int>(groups);
@@ -154,10 +151,10 @@ struct Workspace {
     coefficients.scaled = arena.take<float>(plan.pairs());
     coefficients.c = weights;
     coefficients.live_count = sums.live_count;
-    for (double** each : {&moments.projection, &moments.mass, &moments.moment, &moments.sum,
-                          &moments.chunk_sum, &moments.squares})
+    for (double** each : {&moments.projection, &moments.mass, &moments.moment, &moments.chunk_sum,
+                          &moments.squares})
       *each = arena.take<double>(plan.queries * plan.pieces());
-    for (double** each : {&moments.total, &moments.exact_sum, &moments.unit, &spare})
+    for (double** each : {&moments.exact_sum, &moments.unit, &spare})
       *each = arena.take<double>(plan.queries);
     moments.pieces = static_cast<int>(plan.pieces());
     moments.size = sums.size;

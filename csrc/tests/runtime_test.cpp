@@ -14,8 +14,6 @@ namespace {
 CUcontext current = nullptr;
 std::set<int> with_context;
 int sets = 0, asked = 0, allowed = 0, preferred = 0;
-int driver = 0, compiled_for = 0, asked_kernels = 0;
-int major = 9;  // of the compute capability
 bool refuses = false;
 
 CUcontext context_of(int device) {
@@ -67,19 +65,12 @@ cudaError_t cudaSetDevice(int device) {
   current = context_of(device);
   return cudaSuccess;
 }
-cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, int device) {
+cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr, int device) {
   ++asked;
-  *value = attribute == cudaDevAttrComputeCapabilityMajor ? major : 100 + device;
+  *value = 100 + device;
   return cudaSuccess;
 }
-cudaError_t cudaDriverGetVersion(int* version) {
-  *version = driver;
-  return cudaSuccess;
-}
-cudaError_t cudaFuncGetAttributes(cudaFuncAttributes* attributes, const void*) {
-  ++asked_kernels;
-  attributes->ptxVersion = compiled_for;
-  attributes->binaryVersion = 90;
+cudaError_t cudaFuncGetAttributes(cudaFuncAttributes*, const void*) {
   return refuses ? cudaErrorInvalidDeviceFunction : cudaSuccess;
 }
 cudaError_t cudaFuncSetAttribute(const void*, cudaFuncAttribute attribute, int) {
@@ -169,59 +160,14 @@ void check_attributes() {
   require(preferred == 4, "a kernel does not prefer shared memory");
 }
 
-// Each case has a device of its own, because the answer for a device is kept.
-void check_overlap() {
-  const char kernels[2] = {};
-  const auto overlaps = [&](int device, int kernel = 0) {
-    return may_overlap("kernel", &kernels[kernel], device);
-  };
-  const bool can = CUDART_VERSION >= 12030;
-  driver = 13000, compiled_for = 90;
-  for (int i = 0; i < 3; ++i) require(overlaps(0, i % 2) == can, "code for sm_90 does not overlap");
-  require(asked_kernels == (can ? 1 : 0), "more than one kernel was asked on a device");
-  compiled_for = 120;
-  require(overlaps(1) == can, "code for sm_120 does not overlap");
-  compiled_for = 80;
-  require(!overlaps(2) && !overlaps(2), "code for sm_80 overlaps, and never waits");
-  require(overlaps(0) == can, "another device changed the answer");
-  require(!overlaps(1000), "the answer for a high number is that of another device");
-  compiled_for = 90, driver = 12020;
-  require(!overlaps(3), "a driver that cannot capture overlapping launches gets them");
-  driver = 12030, refuses = true;
-  require(throws([&] { overlaps(4); }) == can, "a kernel without code for the device is no error");
-  refuses = false;
-  require(overlaps(4) == can, "a refused question was kept");
-}
-
-// The build has code for sm_90a. Each case has a device of its own.
-void check_warpgroups() {
+void check_refusals() {
   const char kernel = 0;
-  const auto has = [&](int device) { return has_warpgroups("kernel", &kernel, device); };
-  major = 9, compiled_for = 90;
-  require(has(0) && has(0), "an sm_90 has no warpgroups");
-  compiled_for = 80;
-  require(!has(1), "code for sm_80, whose kernels of warpgroups are empty, has warpgroups");
-  major = 10, compiled_for = 100;
-  require(!has(2), "an sm_100 has warpgroups");
-  require(has(0), "another device changed the answer");
-}
-
-// Each case has a device of its own.
-void check_switches() {
-  const char kernel = 0;
-  driver = 13000, compiled_for = 90, major = 9;
-  setenv("PFGM_CUDA_OVERLAP", "0", 1);
-  setenv("PFGM_CUDA_WARPGROUPS", "0", 1);
-  require(!takes_warpgroups(), "warpgroups multiply that were told not to");
-  require(!may_overlap("kernel", &kernel, 10), "launches overlap that were told not to");
-  setenv("PFGM_CUDA_OVERLAP", "graphs", 1);
-  setenv("PFGM_CUDA_WARPGROUPS", "", 1);
-  require(may_overlap("kernel", &kernel, 11) == (CUDART_VERSION >= 12030), "no launches overlap");
-  require(takes_warpgroups(), "an empty variable turns warpgroups off");
+  check_code("kernel", &kernel);
   require(!is_capturing(nullptr), "a stream is captured that is not");
-  require(is_capturing(reinterpret_cast<cudaStream_t>(&driver)), "a captured stream is not");
+  require(is_capturing(reinterpret_cast<cudaStream_t>(&sets)), "a captured stream is not");
   refuses = true;
   require(throws([] { is_capturing(nullptr); }), "a stream that may not be asked is no error");
+  require(throws([&] { check_code("kernel", &kernel); }), "a kernel without code is no error");
   refuses = false;
 }
 
@@ -230,8 +176,6 @@ void check_switches() {
 int main() {
   check_current_device();
   check_attributes();
-  check_overlap();
-  check_warpgroups();
-  check_switches();
+  check_refusals();
   std::printf("devices and attributes are as they should be\n");
 }

@@ -23,7 +23,7 @@ from pfgm.backends.backend import BACKENDS
 from pfgm.backends.trials import EXACT, TRIALS, Data, Place
 from pfgm.core.problems import PosteriorMean, State, Upstream
 
-GPUS = {80: 108, 86: 84, 89: 128, 90: 132}  # capability → multiprocessors
+GPUS = {80: 108, 86: 84, 89: 128, 90: 132, 120: 170}  # capability → multiprocessors
 POINTS = (1, 3, 20, 40, 66, 97, 130, 300, 590, 1020)
 REFERENCES = (1, 40, 300, 1100, 2100, 4100, 20000)
 FEATURES = (1, 31, 36, 100, 484, 1030, 2070, 3076)

@@ -16,6 +16,7 @@ from benchmarks.common import executor
 from pfgm.backends import native
 
 PATTERNS = ("test_*.py", "cuda/test_*.py")
+CSRC = Path(__file__).resolve().parents[2] / "csrc/cuda"
 
 if native._native is None:
     pytest.skip("PFGM_NATIVE=0", allow_module_level=True)
@@ -60,7 +61,7 @@ def test_programs(folder, name):
 @pytest.mark.slow
 def test_launches(folder):
     """The trials of check take each kernel that can be chosen, and both passes compute distances in
-    the same launch, on an A100, an H100, an RTX 3090 and an RTX 4090. Nothing runs."""
+    the same launch, on an A100, an H100, and RTX 3090, 4090 and 5090. Nothing runs."""
     program = Path(__file__).with_name("launched.py")
     done = subprocess.run(
         [sys.executable, program],
@@ -69,4 +70,12 @@ def test_launches(folder):
         text=True,
         check=True,
     )
-    assert json.loads(done.stdout) == {name: [] for name in ("80", "86", "89", "90")}
+    assert json.loads(done.stdout) == {name: [] for name in ("80", "86", "89", "90", "120")}
+
+
+def test_one_ptx_is_the_proof_for_all_gpus():
+    """Code for sm_80 runs on all of them, compiled by the driver: no kernel has other code for some
+    of them."""
+    sources = [*CSRC.glob("*.h"), *CSRC.glob("*.cu")]
+    assert len(sources) > 20
+    assert [path.name for path in sources if "__CUDA_ARCH" in path.read_text()] == []

@@ -17,7 +17,7 @@ def test_the_program(tmp_path):
         pytest.skip("NOT TESTED: no nvcc, with which CUDA's headers come")
     program = tmp_path / "runtime_test"
     source = ROOT / "csrc" / "tests" / "runtime_test.cpp"
-    options = ["-std=c++17", f"-I{ROOT / 'csrc'}", "--cudart", "none", "-DPFGM_WARPGROUPS=1"]
+    options = ["-std=c++17", f"-I{ROOT / 'csrc'}", "--cudart", "none"]
     build = [nvcc, *options, source, "-o", program]
     for command in (build, [program]):
         done = subprocess.run(command, capture_output=True, text=True)

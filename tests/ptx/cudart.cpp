@@ -35,15 +35,12 @@ int context;
 std::vector<std::string> log_lines;
 int skip;  // whether kernels are launched, but do not run
 
-// The kernel that the device runs: of PTX for sm_90a on an sm_90 alone, of other PTX on this and
-// later architectures. The newest one counts.
+// The kernel that the device runs: of the newest PTX that is not newer than it.
 Kernel* kernel_of(const Function& f) {
   const Module* best = nullptr;
   for (const int n : f.binary->modules) {
     const Module& m = *modules[static_cast<size_t>(n)];
-    const bool special = m.target_name.back() == 'a';
-    if (special ? m.target != device.capability : m.target > device.capability) continue;
-    if (!best || m.target > best->target || (m.target == best->target && special)) best = &m;
+    if (m.target <= device.capability && (!best || m.target > best->target)) best = &m;
   }
   if (!best) return nullptr;
   const auto k = best->kernels.find(f.name);
@@ -64,8 +61,8 @@ CUresult set_current(CUcontext to) {
   return CUDA_SUCCESS;
 }
 
-cudaError_t launch(Kernel* k, dim3 grid, dim3 block, void** args, size_t shared, u32 allowed_shared,
-                   bool overlaps) {
+cudaError_t launch(Kernel* k, dim3 grid, dim3 block, void** args, size_t shared,
+                   u32 allowed_shared) {
   if (!k) return fail(cudaErrorInvalidDeviceFunction);
   try {
     parse_kernel(*k);
@@ -103,7 +100,6 @@ cudaError_t launch(Kernel* k, dim3 grid, dim3 block, void** args, size_t shared,
   l.grid[0] = grid.x, l.grid[1] = grid.y, l.grid[2] = grid.z;
   l.block[0] = block.x, l.block[1] = block.y, l.block[2] = block.z;
   l.shared = static_cast<u32>(shared);
-  l.overlaps = overlaps && k->module->target >= 90;
   l.params.resize(k->params_size);
   for (size_t p = 0; p < k->params.size(); ++p)
     std::memcpy(l.params.data() + k->params[p].offset, args[p], k->params[p].size);
@@ -122,12 +118,10 @@ cudaError_t launch(Kernel* k, dim3 grid, dim3 block, void** args, size_t shared,
   return cudaSuccess;
 }
 
-cudaError_t launch(const void* host, dim3 grid, dim3 block, void** args, size_t shared,
-                   bool overlaps) {
+cudaError_t launch(const void* host, dim3 grid, dim3 block, void** args, size_t shared) {
   const auto f = functions.find(host);
   if (f == functions.end()) return fail(cudaErrorInvalidDeviceFunction);
-  return launch(kernel_of(f->second), grid, block, args, shared, f->second.allowed_shared,
-                overlaps);
+  return launch(kernel_of(f->second), grid, block, args, shared, f->second.allowed_shared);
 }
 
 }  // namespace
@@ -175,7 +169,7 @@ cudaError_t __cudaGetKernel(cudaKernel_t* to, const void* entry) {
 }
 cudaError_t __cudaLaunchKernel(cudaKernel_t k, dim3 grid, dim3 block, void** args, size_t shared,
                                cudaStream_t) {
-  return launch(reinterpret_cast<const void*>(k), grid, block, args, shared, false);
+  return launch(reinterpret_cast<const void*>(k), grid, block, args, shared);
 }
 unsigned __cudaPushCallConfiguration(dim3, dim3, size_t, void*) { return 0; }
 cudaError_t __cudaPopCallConfiguration(dim3*, dim3*, size_t*, void*) { return cudaErrorUnknown; }
@@ -183,15 +177,11 @@ cudaError_t __cudaPopCallConfiguration(dim3*, dim3*, size_t*, void*) { return cu
 // ---- the runtime --------------------------------------------------------------------------------
 
 cudaError_t cudaLaunchKernelExC(const cudaLaunchConfig_t* c, const void* func, void** args) {
-  bool overlaps = false;
-  for (unsigned a = 0; a < c->numAttrs; ++a)
-    if (c->attrs[a].id == cudaLaunchAttributeProgrammaticStreamSerialization)
-      overlaps = c->attrs[a].val.programmaticStreamSerializationAllowed;
-  return launch(func, c->gridDim, c->blockDim, args, c->dynamicSmemBytes, overlaps);
+  return launch(func, c->gridDim, c->blockDim, args, c->dynamicSmemBytes);
 }
 cudaError_t cudaLaunchKernel(const void* func, dim3 grid, dim3 block, void** args, size_t shared,
                              cudaStream_t) {
-  return launch(func, grid, block, args, shared, false);
+  return launch(func, grid, block, args, shared);
 }
 cudaError_t cudaDriverGetVersion(int* v) { return *v = 13000, cudaSuccess; }
 cudaError_t cudaRuntimeGetVersion(int* v) { return *v = 13000, cudaSuccess; }
@@ -211,9 +201,6 @@ cudaError_t cudaDeviceGetAttribute(int* v, cudaDeviceAttr a, int) {
   switch (a) {
     case cudaDevAttrMultiProcessorCount:
       *v = device.multiprocessors;
-      break;
-    case cudaDevAttrL2CacheSize:
-      *v = device.l2;
       break;
     case cudaDevAttrComputeCapabilityMajor:
       *v = device.capability / 10;
@@ -312,7 +299,6 @@ int ptx_set(const char* name, int value) {
                                                   {"anywhere", &options.anywhere},
                                                   {"skip", &skip},
                                                   {"multiprocessors", &device.multiprocessors},
-                                                  {"l2", &device.l2},
                                                   {"capability", &device.capability},
                                                   {"shared", &device.shared}};
   const auto f = all.find(name);
@@ -383,7 +369,7 @@ int ptx_launch(int module, const char* name, const u32* grid, const u32* block, 
   const auto f = modules.at(static_cast<size_t>(module))->kernels.find(name);
   if (f == modules[static_cast<size_t>(module)]->kernels.end()) return -1;
   return launch(f->second.get(), dim3(grid[0], grid[1], grid[2]),
-                dim3(block[0], block[1], block[2]), args, shared, 1 << 20, false);
+                dim3(block[0], block[1], block[2]), args, shared, 1 << 20);
 }
 
 }  // extern "C"

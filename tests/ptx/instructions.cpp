@@ -744,8 +744,6 @@ template <int SPACE> u8* place(Warp& w, const Ins& i, int lane, u64 at, u32 byte
              r ? ", past the end of " : "", r ? r->name.c_str() : "");
       return nowhere;
     }
-    if (w.block->launch->overlaps && !w.waited)
-      report("global memory before griddepcontrol.wait", &w, &i, lane, "%s", r->name.c_str());
     if (!options.anywhere) check_global(w, i, lane, *r, at, bytes, writes, atomic);
     return reinterpret_cast<u8*>(at);
   }
@@ -1098,8 +1096,6 @@ void bra(Warp& w, const Ins& i) {
   w.select = true;
 }
 void ret(Warp& w, const Ins& i) {
-  if (w.block->launch->overlaps && !w.waited)
-    report("a thread ends without griddepcontrol.wait", &w, &i, __builtin_ctz(w.mask), "");
   w.alive &= ~w.mask;
   w.blocked &= ~w.mask;
   set_here(w, w.here & ~w.mask, w.pc);
@@ -1123,14 +1119,6 @@ void bar(Warp& w, const Ins& i) {  // o: id, threads; x: 0 sync, 1 arrive
   ++w.syncs;
 }
 void nothing(Warp&, const Ins&) {}
-void dependency_wait(Warp& w, const Ins&) { w.waited = true; }  // by warp: lanes are together there
-// fence.proxy.async: all writes that happened before are before what asynchronous products read
-// later.
-void publish(Warp& w, const Ins&) {
-  std::copy(w.vc, w.vc + kMostWarps, w.published);
-  ++w.vc[w.id];  // later writes of this warp are not
-}
-
 // ---- building -----------------------------------------------------------------------------------
 
 bool is_float(Ty t) { return t == Ty::f32 || t == Ty::f64 || t == Ty::f16 || t == Ty::bf16; }
@@ -1181,18 +1169,6 @@ template <int OP> Handler halves(Ty t) {
   }
 }
 
-// A pair of float32 in a register of 64 bits.
-template <int OP> void pair_op(Warp& w, const Ins& i) {
-  float* d = w.reg<float>(i.o[0]);
-  const float *a = w.reg<float>(i.o[1]), *b = w.reg<float>(i.o[2]),
-              *c = i.o[3] < 0 ? a : w.reg<float>(i.o[3]);
-  PTX_LANES(for (int e = 2 * l; e < 2 * l + 2; ++e) d[e] =
-                canonical(OP == 0   ? a[e] + b[e]
-                          : OP == 1 ? a[e] - b[e]
-                          : OP == 2 ? a[e] * b[e]
-                                    : std::fma(a[e], b[e], c[e])));
-}
-
 // add, sub and fma of float32 and shorter types. OP: 0 add, 1 sub, 2 fma
 template <class H, int OP> void mixed(Warp& w, const Ins& i) {
   float* d = w.reg<float>(i.o[0]);
@@ -1210,12 +1186,6 @@ Handler arithmetic(const Builder& b, Ty t) {
   const bool ftz = b.has("ftz"), hi = b.has("hi");
   if (b.has("rz") || b.has("rm") || b.has("rp") || b.has("sat") || b.has("cc") || b.has("relu"))
     throw std::runtime_error("modifier");
-  if (t == Ty::f32x2) {
-    if (n == "add") return pair_op<0>;
-    if (n == "sub") return pair_op<1>;
-    if (n == "mul") return pair_op<2>;
-    if (n == "fma") return pair_op<3>;
-  }
   if (ftz && t == Ty::f32) {
     if (n == "add") return two<float, float, float, ftz2_add<float>>;
     if (n == "sub") return two<float, float, float, ftz2_sub<float>>;
@@ -1953,11 +1923,8 @@ bool build(Builder& b, Ins& i) {
   if (n == "bra") return i.fn = bra, true;
   if (n == "ret" || n == "exit") return i.fn = ret, true;
   if (n == "trap") return i.fn = trap, true;
-  if (n == "griddepcontrol") return i.fn = b.has("wait") ? dependency_wait : nothing, true;
-  if (n == "fence" && b.has("proxy"))
-    return i.fn = b.has("async") && !b.has("global") ? publish : nothing, b.has("async");
-  if (n == "membar" || n == "fence" || n == "nanosleep" || n == "prefetch" || n == "discard" ||
-      n == "applypriority" || n == "brkpt")
+  if (n == "membar" || (n == "fence" && !b.has("proxy")) || n == "nanosleep" || n == "prefetch" ||
+      n == "discard" || n == "applypriority" || n == "brkpt")
     return i.fn = nothing, true;
   return false;
 }

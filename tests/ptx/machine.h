@@ -59,7 +59,6 @@ enum class Ty : u8 {
   u64,
   s64,
   f64,
-  f32x2,
   b128
 };
 int size_of(Ty t);
@@ -69,7 +68,7 @@ struct Ins;
 using Handler = void (*)(Warp&, const Ins&);
 
 // Instructions that are counted in each launch: how often a warp executes them.
-enum Counted : u8 { kOthers, kMma, kMmaToHalf, kMmaOfTf32, kWgmma, kShuffle, kBallot, kCounted };
+enum Counted : u8 { kOthers, kMma, kMmaOfTf32, kShuffle, kBallot, kCounted };
 extern u64 counts[kCounted];
 
 struct Ins {
@@ -118,8 +117,7 @@ struct Kernel {
 
 struct Module {
   std::string text;
-  int target = 0;           // 80
-  std::string target_name;  // sm_90a
+  int target = 0;  // 80
   std::map<std::string, Symbol> symbols;
   std::map<std::string, std::unique_ptr<Kernel>> kernels;
   std::string extern_shared;  // its name
@@ -135,7 +133,7 @@ void parse_kernel(Kernel& k);
 struct Options {
   int order = 0;     // of warps and blocks: 0 ascending, 1 descending, ≥ 2 random with this seed
   int preempt = 0;   // random orders: most instructions before another warp runs; 0 none
-  int late = 1;      // asynchronous copies and products take place when they are waited for
+  int late = 1;      // asynchronous copies take place when they are waited for
   int truncate = 0;  // sums of matrix units: 0 rounded to nearest, 1 cut as by the device's
   int noise = 0;     // of approximate functions: 0 none, else a seed
   int anywhere = 0;  // kernels may use all memory, without checks of races
@@ -144,7 +142,7 @@ extern Options options;
 
 // The device that programs see. Its matrix units are those of its capability.
 struct Device {
-  int multiprocessors = 4, l2 = 50 << 20, capability = 90, shared = 227 << 10;
+  int multiprocessors = 4, capability = 90, shared = 227 << 10;
 };
 extern Device device;
 
@@ -181,7 +179,7 @@ struct Shadow {
   u8 wwarp = 0, wlane = 0, pending = 0, split = 0;
   u32 wsync = 0, rsync = 0;  // numbers of warp barriers then
   u32 wturn = 0;             // the instruction of the warp that wrote last
-  u8 rlane = 0, rwarp = 0, async_reads = 0;
+  u8 rlane = 0, rwarp = 0;
   u32 rclock[kMostWarps] = {};
 };
 
@@ -195,20 +193,6 @@ struct LaneCopies {
   std::deque<std::vector<Copy>> groups;
 };
 
-// A warp's 16 rows of a product that a warpgroup has issued.
-struct Product {
-  int n = 0, k = 16;
-  bool adds = false, bfloat = false, tf32 = false;
-  std::vector<s32> d;  // registers
-  bool a_in_shared = false;
-  u64 a_descriptor = 0;
-  int a_row = 0;  // first row of the warp
-  u64 b = 0;      // descriptor
-  bool b_transposed = false, a_transposed = false;
-  float scale_a = 1, scale_b = 1;
-  std::vector<float> now;  // what it adds to, as it was before
-  const Ins* ins = nullptr;
-};
 struct Block;
 
 enum class State : u8 { running, barrier, yielded, done };
@@ -227,21 +211,14 @@ struct Warp {
   State state = State::running;
   int id = 0;
   int barrier = -1;
-  u32 expected = 0;     // threads at the barrier
-  bool waited = false;  // griddepcontrol.wait
+  u32 expected = 0;  // threads at the barrier
   u32 syncs = 1;
   u64 executed = 0;
   s64 budget = 0;
   std::vector<LaneCopies> copies;
-  std::vector<std::vector<Product>> products;  // groups, the last is open
   u32 vc[kMostWarps] = {};
-  u32 published[kMostWarps] =
-      {};  // writes of each warp until then are before a fence.proxy.async that is before now
-  size_t issued = 0;  // products of its warpgroup
   std::vector<u8> local;
-  bool same_value = false;   // a store changes nothing: it races with no other store of the value
-  std::vector<u8> at_fence;  // the register file at the last wgmma.fence
-  std::vector<s32> waited_for;  // registers of products that were waited for since then
+  bool same_value = false;  // a store changes nothing: it races with no other store of the value
 
   template <class T> T* reg(s32 at) const { return reinterpret_cast<T*>(R + at); }
 };
@@ -251,7 +228,6 @@ struct Launch {
   u32 grid[3], block[3];
   u32 shared;
   std::vector<u8> params;
-  bool overlaps;
 };
 
 struct Block {
@@ -264,12 +240,6 @@ struct Block {
   int count;
   Shadow* shadow;                                      // by word
   std::unordered_map<u32, std::vector<Shadow>> bytes;  // of words with parts
-  struct Issued {
-    const Ins* ins;
-    u64 descriptor, a_descriptor;
-    bool adds;
-  };
-  std::vector<Issued> issued[kMostWarps / 4];  // products of each warpgroup
 };
 
 extern u32 launch_number;

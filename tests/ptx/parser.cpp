@@ -38,12 +38,12 @@ int size_of(Ty t) {
 
 static Ty type_named(const std::string& s) {
   static const std::map<std::string, Ty> all = {
-      {"pred", Ty::pred},   {"b8", Ty::b8},     {"u8", Ty::u8},       {"s8", Ty::s8},
-      {"b16", Ty::b16},     {"u16", Ty::u16},   {"s16", Ty::s16},     {"f16", Ty::f16},
-      {"bf16", Ty::bf16},   {"b32", Ty::b32},   {"u32", Ty::u32},     {"s32", Ty::s32},
-      {"f32", Ty::f32},     {"tf32", Ty::tf32}, {"f16x2", Ty::f16x2}, {"bf16x2", Ty::bf16x2},
-      {"b64", Ty::b64},     {"u64", Ty::u64},   {"s64", Ty::s64},     {"f64", Ty::f64},
-      {"f32x2", Ty::f32x2}, {"b128", Ty::b128}};
+      {"pred", Ty::pred}, {"b8", Ty::b8},     {"u8", Ty::u8},       {"s8", Ty::s8},
+      {"b16", Ty::b16},   {"u16", Ty::u16},   {"s16", Ty::s16},     {"f16", Ty::f16},
+      {"bf16", Ty::bf16}, {"b32", Ty::b32},   {"u32", Ty::u32},     {"s32", Ty::s32},
+      {"f32", Ty::f32},   {"tf32", Ty::tf32}, {"f16x2", Ty::f16x2}, {"bf16x2", Ty::bf16x2},
+      {"b64", Ty::b64},   {"u64", Ty::u64},   {"s64", Ty::s64},     {"f64", Ty::f64},
+      {"b128", Ty::b128}};
   const auto found = all.find(s);
   return found == all.end() ? Ty::none : found->second;
 }
@@ -255,8 +255,7 @@ std::unique_ptr<Module> load_module(const std::string& given) {
     }
     if (word == ".target") {
       r.space();
-      m->target_name = r.name();
-      m->target = std::atoi(m->target_name.c_str() + 3);
+      m->target = std::atoi(r.name().c_str() + 3);  // sm_80
       r.line();
       continue;
     }
@@ -372,9 +371,7 @@ s32 Builder::target(int operand) {
 }
 
 static Counted kind_of(const Builder& b) {
-  if (b.op[0] == "mma")
-    return b.has("tf32") ? kMmaOfTf32 : b.types() == 4 && b.type(3) == Ty::f16 ? kMmaToHalf : kMma;
-  if (b.op[0] == "wgmma") return b.has("mma_async") ? kWgmma : kOthers;
+  if (b.op[0] == "mma") return b.has("tf32") ? kMmaOfTf32 : kMma;
   if (b.op[0] == "shfl") return b.has("bfly") ? kShuffle : kOthers;
   return b.op[0] == "vote" && b.has("ballot") ? kBallot : kOthers;
 }

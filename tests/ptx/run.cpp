@@ -113,8 +113,6 @@ static void touch(Warp& w, const Ins& i, int lane, u32 at, Shadow& s, bool write
     }
   }
   if (writes) {
-    if (s.async_reads)
-      report("shared write before a product has read", &w, &i, lane, "byte %u", at - kReserved);
     for (int other = 0; other < w.block->count; ++other)
       if (s.rclock[other] >= clock_floor && other != w.id && w.vc[other] < s.rclock[other])
         report("shared write after read", &w, &i, lane, "byte %u, of warp %d", at - kReserved,
@@ -272,15 +270,10 @@ static void run_block(const Launch& launch, Workshop& shop, u32 x, u32 y, u32 z)
     w.R = shop.files + static_cast<u64>(id) * k.registers;
     const u32 mine = std::min<u32>(32, threads - 32 * static_cast<u32>(id));
     w.alive = mine == 32 ? FULL : (1u << mine) - 1;
-    w.blocked = 0, w.select = true, w.state = State::running, w.waited = false, w.budget = 0;
+    w.blocked = 0, w.select = true, w.state = State::running, w.budget = 0;
     std::fill(w.pcs, w.pcs + 32, 0);
     w.copies.assign(32, {});
-    w.products.assign(1, {});
-    w.at_fence.clear();
-    w.waited_for.clear();
-    w.issued = 0;
-    for (int other = 0; other < kMostWarps; ++other)
-      w.vc[other] = clock - 1, w.published[other] = 0;
+    std::fill(w.vc, w.vc + kMostWarps, clock - 1);
     w.vc[id] = clock;
     if (k.local) w.local.assign(32ull * k.local, 0xff);
     for (const auto& [at, c] : k.constants)
@@ -356,19 +349,16 @@ static void run_block(const Launch& launch, Workshop& shop, u32 x, u32 y, u32 z)
       if (expected && arrived > expected)
         report("too many threads at a barrier", &shop.warps[0], nullptr, 0, "%u of %u", arrived,
                expected);
-      u32 all[kMostWarps] = {}, published[kMostWarps] = {};
+      u32 all[kMostWarps] = {};
       for (int id = 0; id < b.count; ++id) {
         const Warp& w = shop.warps[id];
         if (w.state == State::barrier && w.barrier == bar)
-          for (int o = 0; o < b.count; ++o)
-            all[o] = std::max(all[o], w.vc[o]),
-            published[o] = std::max(published[o], w.published[o]);
+          for (int o = 0; o < b.count; ++o) all[o] = std::max(all[o], w.vc[o]);
       }
       for (int id = 0; id < b.count; ++id) {
         Warp& w = shop.warps[id];
         if (w.state == State::barrier && w.barrier == bar) {
-          std::copy(all, all + b.count, w.vc),
-              std::copy(published, published + b.count, w.published);
+          std::copy(all, all + b.count, w.vc);
           ++w.vc[id];
           w.state = State::running;
           progress = true;
@@ -401,15 +391,10 @@ static void run_block(const Launch& launch, Workshop& shop, u32 x, u32 y, u32 z)
           }
         if (!c.open.empty()) report("a thread ends before its copies", &w, nullptr, 0, "");
       }
-    for (const auto& g : w.products)
-      if (!g.empty()) {
-        report("a warp ends before its products", &w, nullptr, 0, "");
-        break;
-      }
   }
   // pending marks of copies that never ended
   for (u32 word = 0; word < (b.shared_end + 3) / 4; ++word)
-    shop.shadow[word].pending = 0, shop.shadow[word].async_reads = 0, shop.shadow[word].split = 0;
+    shop.shadow[word].pending = 0, shop.shadow[word].split = 0;
   clock_floor = top + 2;
 }
 

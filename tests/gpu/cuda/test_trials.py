@@ -1,4 +1,4 @@
-"""Trials of pfgm check by the CUDA kernels, and what the environment turns off."""
+"""Trials of pfgm check by the CUDA kernels."""
 
 import pytest
 
@@ -29,16 +29,3 @@ def test_a_trial_passes(device, name, trial_errors):
     assert {
         each: error for each, error in figures.items() if not error <= trial.allowed(each)
     } == {}
-
-
-@pytest.mark.parametrize("backend", ["native"])
-def test_warpgroups_can_be_turned_off(op, executor, monkeypatch):
-    executor.device(90, 1)
-    x, references, sigma = op.problem(100, 129, 36)
-    used = []
-    for value in ("1", "0"):
-        monkeypatch.setenv("PFGM_CUDA_WARPGROUPS", value)
-        executor.launches()
-        op.check(x, references, sigma, 1.0)
-        used.append(any("Warpgroup" in launch.entry for launch in executor.launches()))
-    assert used == [True, False]
