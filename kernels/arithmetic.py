@@ -1,48 +1,50 @@
-"""Reading references, and sums and powers of two that several kernels need, in Triton."""
+"""Reading references, sums in two floats, and tiles, shared by the kernels."""
 
 from __future__ import annotations
 
+from typing import Any
+
+import torch
 import triton
 import triton.language as tl
 
-EXCESS = tl.constexpr(127 * 2.0**-31)  # 255 times 1/255 as float32 has it, less 1
+# Float32 products in six products of bfloat16 parts on matrix units. The interpreter and AMD's
+# units take float32 itself.
+PRECISION = "ieee" if triton.knobs.runtime.interpret or torch.version.hip else "bf16x6"
+FUSED: dict[str, Any] = {"enable_fp_fusion": True}
+"""Of every launch: versions of Triton differ in whether they fuse a product and a sum unasked."""
+
+
+def with_registers(count: int, warps: int) -> dict[str, Any]:
+    """Options of a launch whose threads may have so many registers: the compiler would spill some
+    to fit one more block."""
+    return FUSED | {"num_warps": warps} | ({} if torch.version.hip else {"maxnreg": count})
+
+
+def cdiv(count: int, each: int) -> int:
+    """count / each, rounded up."""
+    return -(-count // each)
+
+
+def power_of_two(count: int) -> int:
+    """The smallest power of two that is at least count."""
+    return 1 << (count - 1).bit_length()
 
 
 @triton.jit
-def load_references(pointers, mask, dtype: tl.constexpr):
-    """References as floating point, zero outside of mask. A uint8 value u means u/127.5 − 1."""
+def unit_of(y):
+    """The factor by which ``load_references`` multiplies: a byte u means (2u − 255)/255."""
+    return 255.0 if y.dtype.element_ty == tl.uint8 else 1.0
+
+
+@triton.jit
+def load_references(pointers, mask):
+    """References times ``unit_of`` them, in float32 without rounding; zero outside of mask."""
     values = tl.load(pointers, mask=mask, other=0)
+    whole = values.to(tl.float32)
     if values.dtype == tl.uint8:
-        # The difference of two rounded numbers would lose digits near 0.
-        floating = tl.where(mask, (2.0 * values.to(dtype) - 255.0) * (1.0 / 255.0), 0.0).to(dtype)
-    else:
-        floating = values.to(dtype)
-    return floating
-
-
-@triton.jit
-def centered_references(pointers, mask, scale, center):
-    """References times a power of two, minus the centre times it; rounded once.
-
-    The unit 1/255 of bytes is that of float32, so that they are (1 + EXCESS) times too large.
-    """
-    values = tl.load(pointers, mask=mask, other=0)
-    unit = scale
-    if values.dtype == tl.uint8:
-        whole = tl.where(mask, 2.0 * values.to(tl.float32) - 255.0, 0.0)
-        unit *= 1.0 / 255.0
-    else:
-        whole = values.to(tl.float32)
-    return tl.fma(whole, tl.broadcast_to(unit, whole.shape), tl.broadcast_to(-center, whole.shape))
-
-
-@triton.jit
-def scale_to(largest, POWER: tl.constexpr):
-    """The power of two that brings a float32 ``largest`` > 0 to at least 2^POWER, below twice that.
-    For 0 and values that are not finite it is some power of two."""
-    exponent = (largest.to(tl.int32, bitcast=True) >> 23) & 255
-    biased = tl.minimum(tl.maximum(254 + POWER - exponent, 1), 254)
-    return (biased << 23).to(tl.float32, bitcast=True)
+        whole = tl.where(mask, 2.0 * whole - 255.0, 0.0)
+    return whole
 
 
 @triton.jit
@@ -51,3 +53,54 @@ def add_compensated(total, lost, value):
     value -= lost
     larger = total + value
     return larger, (larger - total) - value
+
+
+@triton.jit
+def head_of(value):
+    """The first 12 of a float32's 24 bits. Products of two heads, or of 12 bits and 255, are
+    exact."""
+    return (value.to(tl.int32, bitcast=True) & -4096).to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def exact_difference(a, y, pointers, mask, power):
+    """a − y times a power of two and ``unit_of(y)``, as high + low, which have no rounding."""
+    a = a * power
+    b = load_references(pointers, mask) * power
+    rest = tl.zeros_like(a)
+    if y.dtype.element_ty == tl.uint8:
+        head = head_of(a)
+        rest = (a - head) * 255.0
+        a = head * 255.0
+    high = a - b
+    minus_b = high - a
+    low = (a - (high - minus_b)) - (b + minus_b) + rest
+    whole = high + low
+    return whole, low - (whole - high)
+
+
+@triton.jit
+def add_exactly(total, rest, value):
+    """Knuth's sum: total + rest is the sum of all values, and only ``rest`` is rounded."""
+    larger = total + value
+    added = larger - total
+    return larger, rest + ((total - (larger - added)) + (value - added))
+
+
+@triton.jit
+def add_square(total, rest, high, low):
+    """Adds (high + low)² to total + rest, in two floats."""
+    head = head_of(high)
+    tail = high - head
+    total, rest = add_exactly(total, rest, head * head)
+    total, rest = add_exactly(total, rest, 2.0 * head * tail)
+    return total, rest + (tail * tail + low * (2.0 * high + low))
+
+
+@triton.jit
+def scale_to_one(largest):
+    """The power of two that brings a float32 ``largest`` > 0 to between 1 and 2. For 0 and values
+    that are not finite it is some power of two."""
+    exponent = (largest.to(tl.int32, bitcast=True) >> 23) & 255
+    biased = tl.minimum(tl.maximum(254 - exponent, 1), 254)
+    return (biased << 23).to(tl.float32, bitcast=True)

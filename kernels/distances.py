@@ -1,442 +1,434 @@
 """Squared distances between a block of queries and a chunk of references, in Triton.
 
-``distances`` computes |x|² + |y|² − 2 x·y from matrix products, with the data centred by
-``find_center`` and each value split into two float16 parts (centering.py). For few queries or
-features, ``differences`` computes Σ (x − y)² instead. Both find the smallest distance of each tile
-and, for the backward pass, G·y. ``refine`` then corrects what must be exact (refinement.py).
+``multiply`` computes |x|² + |y|² − 2 x·y of centred data from products, which matrix units make
+fast. Where the error that is left would change a result, ``refine`` computes distances again from
+differences, in two floats. Of few features ``subtract`` computes Σ (x − y)² in float64 at once.
+
+Bytes are exact in units of 1/255 (``unit_of``), in which all differences are taken.
 """
 
 from __future__ import annotations
 
-import functools
 import math
-from collections.abc import Callable, Iterator
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from . import centering
-from .arithmetic import add_compensated, centered_references, load_references
-from .launching import KEPT, Launcher
-from .memory import NOTHING, Layout, Space, Step
-from .problem import Errors, Problem, Shape, cdiv, padded, part
-from .refinement import (
-    LIMITS,
-    MAX_REFINE_PROGRAMS,
-    MIN_REFINE_TILES,
-    NEAR,
-    OTHERS,
-    find_limits,
-    refine,
-    refine_config,
+from .arithmetic import (
+    FUSED,
+    PRECISION,
+    add_compensated,
+    add_square,
+    cdiv,
+    exact_difference,
+    load_references,
+    scale_to_one,
+    unit_of,
 )
-from .tuning import Choice, Config
-from .variant import REFERENCES, Variant, variant
+from .law import excess_at, exponent_of, rate_of, score_at
+
+MAX_PAIRS = 1 << 22  # queries × references of 12 bytes; half as many of 20 in the backward pass
+MAX_VALUES = 1 << 22  # of a block of queries, or of the partial sums of a chunk
+MAX_QUERIES = 4096  # in a block
+MAX_REFERENCES = 1 << 16  # in a chunk
+MIN_PRODUCTS = 32  # features, from which on distances come from products
+PIECES = 64  # at most, of the references of a chunk
+
+# Largest error of a distance from products, relative to |x|² + |y|², and its typical size relative
+# to 2|x||y| + |y|² for 32 features. Sums over panels of 32 features are rounded, which mostly
+# averages out. Matrix units round toward zero, which averages out less.
+MARGIN, NOISE = 2.0**-18, 2.0**-22
+# Relative error of a weight that needs no refinement: of one in a gradient, which is a product with
+# it, and in a mean, where errors of several weights average out. ``test_contract`` holds both.
+TOLERANCE, GRADIENT_TOLERANCE = 2e-5, 3e-6
+NEAR = 20.0  # nats: a weight e^-20 times the largest needs no more digits
+OTHERS = 2.0  # nats: M weights that are smaller by log M and so much count e^-2 together
+LARGEST = tl.constexpr(3.4028234663852886e38)  # that float32 holds, also of a difference
+SAMPLES = tl.constexpr(16)  # references whose mean is the centre
+TILE = 64  # references of a tile of distances
 
 
-@triton.jit
-def finish_distances(distance, squared, lowest, row, column, B, M, width, pairs_stride, tiles):
-    """Stores distances and the smallest of the tile for each query; in float64.
+@triton.jit(do_not_specialize=["M"])
+def center_rows(
+    x, y, upstream, centered, center, norms, scales, y_scale, M, N, x_stride, y_stride,
+    UPSTREAM: tl.constexpr, FEATURES: tl.constexpr,
+):  # fmt: skip
+    """One query minus the centre of the references, times ``unit_of(y)``, and the squared norm
+    without this factor. scales[row] is the power of two that brings it to about 1, scales[B + row]
+    that of ``upstream``, y_scale that of centred references.
 
-    Rows of distances are padded with infinity to a multiple of 16 references.
+    The centre is the mean of evenly spaced references. One of them may be far from the others, so
+    the smallest and the largest value of a feature count as the next ones.
     """
-    known = (row < B)[:, None] & (column < M)[None, :]
-    finite = tl.abs(distance) < float("inf")
-    distance = tl.where(finite, tl.maximum(distance, 0.0), float("nan"))
-    place = row[:, None] * pairs_stride + column[None, :]  # below 2^31, as MAX_PAIRS is
-    filled = tl.where(known, distance, float("inf"))
-    tl.store(squared + place, filled, mask=(row < B)[:, None] & (column < width)[None, :])
-    least = tl.min(tl.where(known & finite, distance, float("inf")), 1)
-    # A negative minimum marks a tile with a distance that is not finite. ``refine`` looks at it.
-    overflows = tl.max((known & (finite == 0)).to(tl.int32), 1)
-    least = tl.where(overflows > 0, -tl.maximum(least, 1e-300), least)
-    tile = tl.program_id(1)
-    tl.store(lowest + row.to(tl.int64) * tiles + tile, least, mask=row < B)
-
-
-@triton.jit
-def split_product(b_high, b_low, a_high, a_low, HIGH: tl.constexpr):
-    """Σ (b_high + b_low)(a_high + a_low) without low · low; only high · high unless HIGH."""
-    if HIGH:
-        product = tl.dot(b_low, a_high)
-        product = tl.dot(b_high, a_low, product)
-        product = tl.dot(b_high, a_high, product)
-    else:
-        product = tl.dot(b_high, a_high)
-    return product
+    row, B = tl.program_id(0).to(tl.int64), tl.num_programs(0)
+    sample = (tl.arange(0, SAMPLES).to(tl.int64) * M) // SAMPLES
+    index = tl.arange(0, SAMPLES)[:, None]
+    norm = tl.zeros([FEATURES], tl.float64)
+    most = tl.zeros([FEATURES], tl.float32)
+    upstream_most, spread, whole_spread = most, most, most
+    for start in range(0, N, FEATURES):
+        feature = start + tl.arange(0, FEATURES)
+        known = feature < N
+        place = y + sample[:, None] * y_stride + feature[None, :]
+        values = load_references(place, (sample >= 0)[:, None] & known[None, :])
+        least, greatest = tl.argmin(values, 0)[None, :], tl.argmax(values, 0)[None, :]
+        second = tl.min(tl.where(index == least, float("inf"), values), 0)
+        last = tl.max(tl.where(index == greatest, float("-inf"), values), 0)
+        inner = tl.minimum(tl.maximum(values, second[None, :]), last[None, :])
+        mean = tl.sum(inner * (1.0 / SAMPLES), 0)
+        spread = tl.maximum(spread, tl.max(tl.abs(inner - mean[None, :]), 0))
+        whole_spread = tl.maximum(whole_spread, tl.max(tl.abs(values - mean[None, :]), 0))
+        a = tl.load(x + row * x_stride + feature, mask=known, other=0.0).to(tl.float64)
+        apart = tl.where(known, a * unit_of(y) - mean.to(tl.float64), 0.0)
+        norm += apart * apart
+        rounded = apart.to(tl.float32)
+        most = tl.maximum(most, tl.abs(rounded))
+        tl.store(centered + row * N + feature, rounded, mask=known)
+        tl.store(center + feature, mean, mask=feature < tl.where(row == 0, N, 0))
+        if UPSTREAM:
+            g = tl.load(upstream + row * N + feature, mask=known, other=0.0)
+            upstream_most = tl.maximum(upstream_most, tl.abs(g))
+    inner_spread, any_spread = tl.max(spread, 0), tl.max(whole_spread, 0)
+    size = tl.where(inner_spread > 0.0, inner_spread, tl.where(any_spread > 0.0, any_spread, 1.0))
+    tl.store(norms + row, tl.sum(norm, 0) / unit_of(y) / unit_of(y))
+    tl.store(scales + row, scale_to_one(tl.max(most, 0)))
+    tl.store(y_scale, scale_to_one(size), mask=row == 0)
+    if UPSTREAM:
+        tl.store(scales + B + row, scale_to_one(tl.max(upstream_most, 0)))
 
 
 @triton.jit(do_not_specialize=["B", "M", "tiles"])
-def distances(
-    y,
-    scaled_center,
-    scale,
-    high,
-    low,
-    units,
-    norms,
-    upstream_high,
-    upstream_low,
-    upstream_units,
-    squared,
-    lowest,
-    reach,
-    projected,
-    B,
-    M,
-    width,
-    N,
-    x_stride,
-    y_stride,
-    pairs_stride,
-    tiles,
-    HIGH: tl.constexpr,
-    PROJECT: tl.constexpr,
-    ROWS: tl.constexpr,
-    TILE: tl.constexpr,
-    PANEL: tl.constexpr,
-):
-    """|x|² + |y|² − 2 x·y of centred data for ROWS queries and TILE references, and G·(y − center)
-    for the backward pass. reach[tile] is the largest |y|² of the tile.
+def multiply(
+    rows, y, center, scales, y_scale, norms, squared, lowest, reach, projected,
+    B, M, width, N, y_stride, pairs_stride, tiles,
+    PROJECT: tl.constexpr, ROWS: tl.constexpr, TILE: tl.constexpr, PANEL: tl.constexpr,
+    PRECISION: tl.constexpr,
+):  # fmt: skip
+    """|x|² + |y|² − 2 x·y for ROWS centred queries and TILE references. lowest[row, tile] is the
+    smallest of these distances, reach[tile] the largest |y|². PROJECT writes only the products, of
+    other rows.
 
-    Tiles are references × queries, because matrix units take 64 rows, more than there may be
-    queries. Matrix units round every addition toward zero, so panels are added up outside of them,
-    in two floats. References are split in registers, after they came through shared memory.
+    Distances from M to ``width``, a multiple of 16, are infinite. Those beyond the range of float32
+    are NaN, and do not count. Matrix units round every addition toward zero, so panels are added up
+    outside of them, in two floats.
     """
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     column = tl.program_id(1) * TILE + tl.arange(0, TILE)
     y_rows = y + column.to(tl.int64)[:, None] * y_stride
-    x_rows = row.to(tl.int64)[None, :] * x_stride
-    y_scale = tl.load(scale)
+    x_rows = rows + row.to(tl.int64)[None, :] * N
+    scale = tl.load(scales + row, mask=row < B, other=1.0)
+    b_scale = tl.load(y_scale)
     total = tl.zeros([TILE, ROWS], tl.float32)
     lost = tl.zeros([TILE, ROWS], tl.float32)
-    projection = tl.zeros([TILE, ROWS], tl.float32)
-    projection_lost = tl.zeros([TILE, ROWS], tl.float32)
     square = tl.zeros([TILE], tl.float32)
     square_lost = tl.zeros([TILE], tl.float32)
     for k in range(0, N, PANEL):
         feature = k + tl.arange(0, PANEL)
+        c = tl.load(center + feature, mask=feature < N, other=0.0)
         known = (column < M)[:, None] & (feature < N)[None, :]
-        c = tl.load(scaled_center + feature, mask=feature < x_stride, other=0.0)
-        b = centered_references(y_rows + feature[None, :], known, y_scale, c[None, :])
-        square, square_lost = add_compensated(square, square_lost, tl.sum(b * b, 1))
-        b_high = b.to(tl.float16)
-        b_low = (b - b_high.to(tl.float32)).to(tl.float16)
-        place = x_rows + feature[:, None]
-        inside = (row < B)[None, :] & (feature < x_stride)[:, None]
-        a_high = tl.load(high + place, mask=inside, other=0.0)
-        a_low = tl.load(low + place, mask=inside, other=0.0)
-        product = split_product(b_high, b_low, a_high, a_low, HIGH)
+        b = (load_references(y_rows + feature[None, :], known) - c[None, :]) * b_scale
+        inside = (row < B)[None, :] & (feature < N)[:, None]
+        a = tl.load(x_rows + feature[:, None], mask=inside, other=0.0) * scale[None, :]
+        product = tl.dot(b, a, input_precision=PRECISION)
         total, lost = add_compensated(total, lost, product)
-        if PROJECT:
-            g_high = tl.load(upstream_high + place, mask=inside, other=0.0)
-            g_low = tl.load(upstream_low + place, mask=inside, other=0.0)
-            product = split_product(b_high, b_low, g_high, g_low, HIGH)
-            projection, projection_lost = add_compensated(projection, projection_lost, product)
-    wide = y_scale.to(tl.float64)
-    y_norm = (square.to(tl.float64) - square_lost.to(tl.float64)) / wide / wide
-    norm = tl.load(norms + row, mask=row < B, other=0.0)
-    unit = tl.load(units + row, mask=row < B, other=0.0)
-    products = (total.to(tl.float64) - lost.to(tl.float64)) * unit[None, :]
-    distance = tl.trans(y_norm[:, None] + norm[None, :] - 2.0 * products)
-    finish_distances(distance, squared, lowest, row, column, B, M, width, pairs_stride, tiles)
-    tile = tl.program_id(1)
-    # Larger references have no products in float16; they do not count.
-    counts = (column < M) & (y_norm * wide * wide <= N * 2.0**32)
-    farthest = tl.max(tl.where(counts, y_norm, 0.0), 0)
-    tl.store(reach + tile, farthest, mask=tl.program_id(0) == 0)
+        if not PROJECT:
+            square, square_lost = add_compensated(square, square_lost, tl.sum(b * b, 1))
+    unit = b_scale.to(tl.float64) * unit_of(y)
+    a_unit = scale.to(tl.float64) * (1.0 if PROJECT else unit_of(y))
+    products = (total.to(tl.float64) - lost.to(tl.float64)) / (unit * a_unit)[None, :]
+    place = row[:, None] * pairs_stride + column[None, :]  # below 2^31, as MAX_PAIRS is
+    known = (row < B)[:, None] & (column < M)[None, :]
     if PROJECT:
-        unit = tl.load(upstream_units + row, mask=row < B, other=0.0)
-        sums = (projection.to(tl.float64) - projection_lost.to(tl.float64)) * unit[None, :]
-        place = row.to(tl.int64)[:, None] * pairs_stride + column[None, :]
-        known = (row < B)[:, None] & (column < M)[None, :]
-        tl.store(projected + place, tl.trans(sums).to(tl.float32), mask=known)
+        tl.store(projected + place, tl.trans(products).to(tl.float32), mask=known)
+    else:
+        y_norm = (square.to(tl.float64) - square_lost.to(tl.float64)) / unit / unit
+        norm = tl.load(norms + row, mask=row < B, other=0.0)
+        d = tl.trans(y_norm[:, None] + norm[None, :] - 2.0 * products)
+        finite = tl.abs(d) < float("inf")
+        d = tl.where(finite, tl.maximum(d, 0.0), float("nan"))
+        filled = tl.where(known, d, float("inf"))
+        tl.store(squared + place, filled, mask=(row < B)[:, None] & (column < width)[None, :])
+        least = tl.min(tl.where(known & finite, d, float("inf")), 1)
+        tile = tl.program_id(1)
+        tl.store(lowest + row * tiles + tile, least, mask=row < B)
+        counts = (column < M) & (y_norm < float("inf"))
+        farthest = tl.max(tl.where(counts, y_norm, 0.0), 0)
+        tl.store(reach + tile, farthest, mask=tl.program_id(0) == 0)
 
 
-@triton.jit(do_not_specialize=["B", "M", "tiles"])
-def differences(
-    x,
-    upstream,
-    y,
-    squared,
-    lowest,
-    norms,
-    projected,
-    B,
-    M,
-    width,
-    N,
-    x_stride,
-    y_stride,
-    pairs_stride,
-    tiles,
-    PROJECT: tl.constexpr,
-    ROWS: tl.constexpr,
-    TILE: tl.constexpr,
-    PANEL: tl.constexpr,
-):
-    """The same results from Σ (x − y)². Float32 sums of 256 values are added in float64."""
+@triton.jit(do_not_specialize=["B", "M", "segment"])
+def subtract(
+    x, y, upstream, squared, closest, projected,
+    B, M, width, N, x_stride, y_stride, pairs_stride, segment,
+    PROJECT: tl.constexpr, ROWS: tl.constexpr, TILE: tl.constexpr,
+):  # fmt: skip
+    """Σ (x − y)² of few features for ROWS queries and a segment of references, in float64, and
+    closest[row, segment], the smallest. PROJECT also writes Σ G (y − x)."""
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
-    column = tl.program_id(1) * TILE + tl.arange(0, TILE)
-    x_rows = x + row.to(tl.int64)[:, None] * x_stride
-    y_rows = y + column.to(tl.int64)[:, None] * y_stride
-    g_rows = upstream + row.to(tl.int64)[:, None] * N
-    distance = tl.zeros([ROWS, TILE], tl.float64)
-    projection = tl.zeros([ROWS, TILE], tl.float64)
-    norm = tl.zeros([ROWS], tl.float64)
-    for start in range(0, N, 256 * PANEL):
-        squares = tl.zeros([ROWS, TILE, PANEL], tl.float32)
-        products = tl.zeros([ROWS, TILE, PANEL], tl.float32)
-        x_squares = tl.zeros([ROWS, PANEL], tl.float32)
-        for k in range(start, min(start + 256 * PANEL, N), PANEL):
-            feature = (k + tl.arange(0, PANEL))[None, :]
-            a = tl.load(x_rows + feature, mask=(row < B)[:, None] & (feature < N), other=0.0)
-            b = load_references(y_rows + feature, (column < M)[:, None] & (feature < N), tl.float32)
-            difference = a[:, None, :] - b[None, :, :]
-            squares += difference * difference
-            x_squares += a * a
+    x_rows = x + row.to(tl.int64) * x_stride
+    g_rows = upstream + row.to(tl.int64) * N
+    least = tl.full([ROWS], float("inf"), tl.float64)
+    first = tl.program_id(1) * segment
+    for start in range(first, min(first + segment, width), TILE):
+        column = start + tl.arange(0, TILE)
+        y_rows = y + column.to(tl.int64) * y_stride
+        total = tl.zeros([ROWS, TILE], tl.float64)
+        product = tl.zeros([ROWS, TILE], tl.float64)
+        for k in range(0, N):
+            a = tl.load(x_rows + k, mask=row < B, other=0.0).to(tl.float64) * unit_of(y)
+            b = load_references(y_rows + k, column < M).to(tl.float64)
+            apart = a[:, None] - b[None, :]
+            apart = tl.where(tl.abs(apart) <= LARGEST * unit_of(y), apart, float("nan"))
+            total += apart * apart
             if PROJECT:
-                g = tl.load(g_rows + feature, mask=(row < B)[:, None] & (feature < N), other=0.0)
-                products += g[:, None, :] * b[None, :, :]
-        distance += tl.sum(squares.to(tl.float64), 2)
-        norm += tl.sum(x_squares.to(tl.float64), 1)
+                g = tl.load(g_rows + k, mask=row < B, other=0.0).to(tl.float64)
+                product -= g[:, None] * apart
+        total *= 1.0 / (unit_of(y) * unit_of(y))
+        product *= 1.0 / unit_of(y)
+        total = tl.where(tl.abs(total) < float("inf"), total, float("nan"))
+        total = tl.where((column < M)[None, :], total, float("inf"))
+        place = row[:, None] * pairs_stride + column[None, :]
+        known = (row < B)[:, None] & (column < width)[None, :]
+        tl.store(squared + place, total, mask=known)
         if PROJECT:
-            projection += tl.sum(products.to(tl.float64), 2)
-    finish_distances(distance, squared, lowest, row, column, B, M, width, pairs_stride, tiles)
-    tl.store(norms + row, norm, mask=row < tl.where(tl.program_id(1) == 0, B, 0))
-    if PROJECT:
-        place = row.to(tl.int64)[:, None] * pairs_stride + column[None, :]
-        known = (row < B)[:, None] & (column < M)[None, :]
-        tl.store(projected + place, projection.to(tl.float32), mask=known)
+            tl.store(projected + place, product.to(tl.float32), mask=known)
+        least = tl.where(tl.sum((total != total).to(tl.int32), 1) > 0, float("nan"), least)
+        smaller = tl.min(total, 1) < least
+        least = tl.where(smaller, tl.min(total, 1), least)
+    tl.store(closest + row * tl.num_programs(1) + tl.program_id(1), least, mask=row < B)
+
+
+@triton.jit
+def find_limit(
+    row, radius, before, norms, unit, lowest, reach, N, tiles, exponent, others,
+    MARGIN: tl.constexpr, NOISE: tl.constexpr, TOLERANCE: tl.constexpr, NEAR: tl.constexpr,
+    AVERAGES: tl.constexpr, GAUSSIAN: tl.constexpr, SWEEP: tl.constexpr,
+):  # fmt: skip
+    """The distance up to which those of a query are computed again, which may be −1, and one up to
+    which weights count.
+
+    The error of a distance is at most MARGIN (|x|² + |y|²). Its part that differs between
+    references is typically NOISE (2|x||y| + |y|²), averaged over the panels of 32 features. Times
+    ``rate`` it is the relative error of a weight. AVERAGES says that a mean is wanted: if n weights
+    are within a nat of the largest, their errors average out by a factor of at least √(n/e). If
+    more than TOLERANCE is left, or the log-sum-exp lacks digits, all references are refined whose
+    weight may be more than e^-NEAR times the largest, or, for a mean, more than a weight whose
+    error may be left by ``others`` nats. A mixture of exact and approximate distances would be
+    biased, so else at most the smallest one is refined.
+    """
+    base = before
+    for start in range(0, tiles, SWEEP):
+        tile = start + tl.arange(0, SWEEP)
+        low = tl.load(lowest + row * tiles + tile, mask=tile < tiles, other=float("inf"))
+        base = tl.minimum(base, tl.min(low, 0))
+    r, norm = tl.load(radius + row), tl.load(norms + row)
+    features = tl.full((), N, tl.float64)
+    rate = rate_of(base, r, exponent, GAUSSIAN)
+    # |y|² ≤ 2 (d² + |x|²), and the minimum has an error too. Values that are too small for float32
+    # have an error of their own.
+    smallest = (features / unit + tl.sqrt(features * norm)) / unit * 2.0**-120
+    bound = 2.0 * (MARGIN * (3.0 * norm + 2.0 * base) + smallest)
+    near = base + bound + excess_at(NEAR, rate, exponent, GAUSSIAN)
+    near = tl.where(near == near, near, float("inf"))
+    farthest, close = norm * 0.0, tl.full((), 0, tl.int32)
+    for start in range(0, tiles, SWEEP):
+        tile = start + tl.arange(0, SWEEP)
+        low = tl.load(lowest + row * tiles + tile, mask=tile < tiles, other=float("inf"))
+        close += tl.sum(((low - base) * rate <= 1.0).to(tl.int32), 0)
+        norms_y = tl.load(reach + tile, mask=tile < tiles, other=0.0)
+        farthest = tl.maximum(farthest, tl.max(tl.where(low <= near, norms_y, 0.0), 0))
+    noise = NOISE / tl.sqrt(tl.maximum(features / 32.0, 1.0)) * tl.maximum(features / 8192.0, 1.0)
+    error = smallest + noise * (2.0 * tl.sqrt(norm * farthest) + farthest)
+    # Errors of the smallest distance are those of the log-sum-exp, whose size is the score.
+    score = tl.abs(score_at(base, r, exponent, GAUSSIAN))
+    needed = TOLERANCE * tl.minimum(1.0, tl.maximum(score, 1.0) / 16.0)
+    allowed = needed
+    if AVERAGES:
+        averaged = tl.sqrt(tl.maximum(close.to(tl.float64) / 2.718, 1.0))
+        allowed = TOLERANCE * tl.minimum(averaged, tl.maximum(score, 1.0) / 16.0)
+        nats = tl.log(error * rate / needed) + others
+        fewer = base + bound + excess_at(tl.maximum(nats, 0.0), rate, exponent, GAUSSIAN)
+        near = tl.where(nats < NEAR, tl.minimum(near, fewer), near)
+    matters = (error * rate > allowed) | (near == float("inf"))
+    only_nearest = tl.where(error > TOLERANCE / 16.0 * base, base + bound, -1.0)
+    return tl.where(matters, near, only_nearest), near
+
+
+@triton.jit(do_not_specialize=["M", "tiles", "segment", "first"])
+def refine(
+    x, y, radius, nearest, norms, y_scale, lowest, reach, squared, closest,
+    M, N, x_stride, y_stride, pairs_stride, tiles, segment, first,
+    exponent: tl.float64, others: tl.float64,
+    MARGIN: tl.constexpr, NOISE: tl.constexpr, TOLERANCE: tl.constexpr, NEAR: tl.constexpr,
+    AVERAGES: tl.constexpr, GAUSSIAN: tl.constexpr, SWEEP: tl.constexpr, BLOCK: tl.constexpr,
+    FEATURES: tl.constexpr,
+):  # fmt: skip
+    """Computes distances of one query again in a segment of references, up to ``find_limit`` and
+    where they are NaN. closest[row, segment] becomes the smallest, or NaN if one is still NaN."""
+    row = tl.program_id(0).to(tl.int64)
+    before = tl.full((), float("inf"), tl.float64)
+    if first == 0:
+        before = tl.load(nearest + row)
+    unit = tl.load(y_scale).to(tl.float64) * unit_of(y)
+    limit, near = find_limit(
+        row, radius, before, norms, unit, lowest, reach, N, tiles, exponent, others,
+        MARGIN, NOISE, TOLERANCE, NEAR, AVERAGES, GAUSSIAN, SWEEP,
+    )  # fmt: skip
+    # Differences times a power of two have squares in the range of float32. A reference whose
+    # differences still have not is too far away to have a weight.
+    power = scale_to_one(tl.minimum(tl.sqrt(near) * unit_of(y), 2.0**76).to(tl.float32))
+    back = 1.0 / (power.to(tl.float64) * unit_of(y))
+    largest = tl.minimum(LARGEST * (power.to(tl.float64) * unit_of(y)), LARGEST).to(tl.float32)
+    least = tl.full((), float("inf"), tl.float64)
+    begin = tl.program_id(1) * segment
+    for start in range(begin, min(begin + segment, M), BLOCK):
+        index = tl.arange(0, BLOCK)
+        place = squared + row * pairs_stride + start + index
+        d = tl.load(place, mask=start + index < M, other=float("inf"))
+        needed = ((d <= limit) | (d != d)) & (start + index < M)
+        count = tl.sum(needed.to(tl.int32), 0)
+        for _ in range(0, count):
+            j = tl.min(tl.where(needed, index, BLOCK), 0)
+            needed = needed & (index != j)
+            y_row = y + (start + j).to(tl.int64) * y_stride
+            total = tl.zeros([FEATURES], tl.float32)
+            rest = total
+            for k in range(0, N, FEATURES):
+                feature = k + tl.arange(0, FEATURES)
+                known = feature < N
+                a = tl.load(x + row * x_stride + feature, mask=known, other=0.0)
+                high, low = exact_difference(a, y, y_row + feature, known, power)
+                high, low = tl.where(known, high, 0.0), tl.where(known, low, 0.0)
+                high = tl.where(tl.abs(high) <= largest, high, float("nan"))
+                cut = (tl.abs(high) > 2.0**55) & (low == low)
+                high, low = tl.where(cut, 2.0**55, high), tl.where(cut, 0.0, low)
+                total, rest = add_square(total, rest, high, low)
+            lanes = total.to(tl.float64) + rest.to(tl.float64)
+            exact = tl.maximum(tl.sum(lanes, 0), 0.0) * back * back
+            # NaN, where values are not finite or too far apart, reaches the result.
+            exact = tl.where(tl.sum(lanes, 0) < float("inf"), exact, float("nan"))
+            d = tl.where(index == j, exact, d)
+        if count > 0:
+            tl.store(place, d, mask=start + index < M)
+        least = tl.where(tl.sum((d != d).to(tl.int32), 0) > 0, float("nan"), least)
+        smaller = tl.min(d, 0) < least
+        least = tl.where(smaller, tl.min(d, 0), least)
+    tl.store(closest + row * tl.num_programs(1) + tl.program_id(1), least)
 
 
 # ---- launches ---------------------------------------------------------------------------------
 
 
-def distance_configs(shape: Shape) -> list[Config]:
-    """Configurations of the kernel that computes distances.
+class Sizes(NamedTuple):
+    """The largest numbers of queries in a block and of references in a chunk."""
 
-    Few queries get small tiles, so that every multiprocessor has some. Larger tiles read each value
-    less often. But sums in two floats need registers, and with 64 × 64 some would spill.
-    """
-    if shape.few:
-        panel = 64 if shape.features >= 64 else 16
-        # On sm_120, G·y of references in half precision would spill registers with 4 queries.
-        half = shape.references in (torch.bfloat16, torch.float16)
-        rows = 2 if shape.project and half and panel == 64 else 4
-        return [Config({"ROWS": rows, "TILE": 16, "PANEL": panel}, num_stages=1)]
-    return [Config({"ROWS": 32, "TILE": 64, "PANEL": 32})]
-
-
-DISTANCES = Choice(distance_configs)
-NOT_USED = "x"
-"""A tensor that is passed where a kernel reads and writes none."""
-
-_distances, _differences = Launcher(distances), Launcher(differences)
-_find_limits, _refine = Launcher(find_limits), Launcher(refine)
-
-
-class Block(NamedTuple):
-    """What the launches for a block of queries depend on."""
-
-    shape: Shape
-    rows: int
-    references: int
-    """M, those of all chunks."""
+    block: int
     chunk: int
-    """The number of references in the largest chunk."""
-    N: int
-    x_stride: int
-    y_stride: int
-    exponent: float
-    gaussian: bool
-    errors: Errors
-    device: torch.device
-
-    @property
-    def pairs_stride(self) -> int:
-        return padded(self.chunk)
 
 
-def memory(block: Block) -> dict[str, int]:
-    """The numbers of values that ``Pairs`` writes, by name."""
-    rows, pairs, shape = block.rows, block.rows * block.pairs_stride, block.shape
-    tiles = cdiv(block.chunk, min(config["TILE"] for config in DISTANCES.configs(shape)))
-    sizes = {"norms": rows, "squared": pairs, "lowest": rows * tiles, "limits": 2 * rows}
-    if shape.project:
-        sizes["projected"] = pairs
-    if not shape.few:
-        sizes |= {"reach": tiles} | centering.memory(rows, block.N, shape.project)
-    return sizes
+def sizes_of(B: int, M: int, N: int, gradient: bool) -> Sizes:
+    fitting = min(MAX_QUERIES, max(16, MAX_VALUES // N))
+    # A last block of few queries would read all references. Large blocks have whole tiles.
+    part = cdiv(B, max(1, cdiv(B, fitting)))
+    block = max(1, min(part if fitting < 128 else cdiv(part, 32) * 32, B, fitting))
+    chunk = max(MAX_PAIRS // (2 if gradient else 1) // block // 128, 1) * 128
+    return Sizes(block, min(M, chunk, MAX_REFERENCES))
 
 
-@functools.lru_cache(KEPT)
-def centering_steps(block: Block) -> tuple[Step, ...]:
-    """Those before the first chunk."""
-    if block.shape.few:
-        return ()
-    strides = block.x_stride, block.y_stride
-    project = block.shape.project
-    byte_references = block.shape.references == torch.uint8
-    return centering.steps(
-        block.rows, block.references, block.N, *strides, project, byte_references
-    )
+def parts_of(count: int, each: int) -> list[slice]:
+    """Slices of at most so many."""
+    return [slice(start, min(start + each, count)) for start in range(0, count, each)]
 
 
-class Steps(NamedTuple):
-    """How distances to a chunk are found."""
-
-    tiles: int
-    distances: Step
-    limits: Step
-    refine: Step
-
-
-@functools.lru_cache(KEPT)
-def steps(block: Block, M: int, first: bool, config: Config) -> Steps:
-    tiles = cdiv(M, config["TILE"])
-    return Steps(
-        tiles,
-        _distances_step(block, M, tiles, config),
-        _limits_step(block, tiles, first),
-        _refine_step(block, M, tiles, config),
-    )
-
-
-def _distances_step(block: Block, M: int, tiles: int, config: Config) -> Step:
-    shape, rows, N = block.shape, block.rows, block.N
-    grid = (cdiv(rows, config["ROWS"]), tiles, 1)
-    sizes = (rows, M, padded(M), N)
-    strides = (block.y_stride, block.pairs_stride, tiles)
-    projected = "projected" if shape.project else NOT_USED
-    if shape.few:
-        launch = _differences(
-            grid, (*sizes, block.x_stride, *strides), (), (shape.project,), config
-        )
-        upstream = "upstream" if shape.project else NOT_USED
-        return Step(launch, ("x", upstream, "y", "squared", "lowest", "norms", projected))
-    flags = (shape.precision == "high", shape.project)
-    launch = _distances(grid, (*sizes, padded(N), *strides), (), flags, config)
-    queries = ("high", "low", "units")
-    upstream_names = tuple(f"upstream_{name}" for name in queries) if shape.project else queries
-    read = ("y", "scaled_center", "scale", *queries, "norms", *upstream_names)
-    return Step(launch, (*read, "squared", "lowest", "reach", projected))
-
-
-def _limits_step(block: Block, tiles: int, first: bool) -> Step:
-    products = not block.shape.few
-    spread = 0.0 if block.gaussian else math.expm1(NEAR / block.exponent)
-    margin, noise, tolerance = block.errors
-    # The gradient needs digits of weights that the mean does not.
-    others = math.inf if block.shape.project else math.log(block.references) + OTHERS
-    launch = _find_limits(
-        (block.rows, 1, 1),
-        (block.N, tiles),
-        (block.exponent, spread, margin, noise, NEAR, others, tolerance),
-        (first, products, block.gaussian),
-        LIMITS,
-    )
-    # Without products neither is read.
-    reach, scale = ("reach", "scale") if products else ("norms", NOT_USED)
-    return Step(launch, ("radius", "nearest", "lowest", reach, "norms", scale, "limits"))
-
-
-def _refine_step(block: Block, M: int, tiles: int, config: Config) -> Step:
-    segment = max(MIN_REFINE_TILES, cdiv(tiles, MAX_REFINE_PROGRAMS))
-    project = block.shape.project and not block.shape.few
-    launch = _refine(
-        (block.rows, cdiv(tiles, segment), 1),
-        (M, block.N, block.x_stride, block.y_stride, block.pairs_stride, tiles, segment),
-        (),
-        (project, config["TILE"]),
-        refine_config(block.N),
-    )
-    upstream_names = (
-        ("upstream", "center", "projected") if project else (NOTHING, NOTHING, NOT_USED)
-    )
-    return Step(launch, ("x", "y", "limits", "squared", "lowest", *upstream_names))
+def padded(references: int) -> int:
+    """references rounded up to a multiple of 16, which is whole 16-byte accesses for any type."""
+    return cdiv(references, 16) * 16
 
 
 class Pairs:
-    """Distances of a block of queries to one chunk of references at a time."""
+    """Squared distances of a block of queries to one chunk of references at a time.
+
+    Attributes:
+        squared: (B, chunk).
+        closest: (B, programs), the smallest of segments of the chunk.
+        projected: (B, chunk), Σ G y less a number for each query, if G is given.
+    """
+
+    closest: Tensor
 
     def __init__(
-        self, problem: Problem, rows: slice, layout: Callable[[Block], Layout], **arguments: Tensor
+        self,
+        x: Tensor,
+        references: Tensor,
+        radius: Tensor,
+        D: float,
+        chunk: int,
+        upstream: Tensor | None = None,
     ) -> None:
-        """arguments: other tensors of the operation, ``nearest`` among them."""
-        x, references = part(problem.x, rows), problem.references
-        if problem.upstream is not None:
-            arguments["upstream"] = part(problem.upstream, rows)
-        self.count = rows.stop - rows.start
-        self.shape = problem.shape(self.count)
-        self.block = Block(
-            self.shape,
-            self.count,
-            problem.count,
-            problem.chunk,
-            problem.features,
-            x.stride(0),
-            references.stride(0),
-            problem.exponent,
-            problem.gaussian,
-            problem.errors(self.shape),
-            x.device,
-        )
-        self.references = references
-        self.space = Space(
-            layout(self.block),
-            x=x,
-            radius=part(problem.radius, rows),
-            references=references,
-            y=part(references, slice(0, problem.chunk)),
-            **arguments,
-        )
-        for step in centering_steps(self.block):
-            self.space.run(step)
+        """upstream (B, N) is contiguous: G of the backward pass."""
+        self.x, self.radius, self.upstream = x, radius, upstream
+        self.B, self.N = x.shape
+        self.gaussian, self.exponent = math.isinf(D), exponent_of(self.N, D)
+        self.count, self.stride = len(references), padded(chunk)
+        self.squared = radius.new_empty(self.B, self.stride)
+        self.projected = x.new_empty((self.B, self.stride) if upstream is not None else 0)
+        self.products = self.N >= MIN_PRODUCTS
+        if self.products:
+            self._center(references)
 
-    def measure(self, chunk: slice, first: bool = False) -> None:
-        """Squared distances (and G·(y − a constant)), exact where it matters.
+    def _center(self, references: Tensor) -> None:
+        x, like = self.x, self.radius
+        self.centered, self.center = x.new_empty(self.B, self.N), x.new_empty(self.N)
+        self.scales, self.y_scale = x.new_empty(2 * self.B), x.new_empty(1)
+        self.norms = like.new_empty(self.B)
+        given = self.upstream is not None
+        center_rows[(self.B,)](
+            x, references, self.upstream if given else x, self.centered, self.center, self.norms,
+            self.scales, self.y_scale, self.count, self.N, x.stride(0), references.stride(0),
+            UPSTREAM=given, FEATURES=64, **FUSED,
+        )  # fmt: skip
 
-        ``nearest`` is the smallest distance in other chunks. It is not read in the first.
-        """
-        M = chunk.stop - chunk.start
-        if self.block.references > M:
-            self.space.give("y", self.references[chunk])
+    def measure(self, y: Tensor, nearest: Tensor, first: bool) -> None:
+        """Distances to a chunk y. ``nearest`` (B,) are the smallest of other chunks, and not read
+        for the first one."""
+        pieces = min(PIECES, cdiv(len(y), TILE))
+        segment = cdiv(cdiv(len(y), pieces), TILE) * TILE
+        pieces = cdiv(len(y), segment)
+        self.closest = self.radius.new_empty(self.B, pieces)
+        if self.products:
+            self._multiply(y)
+            self._refine(y, nearest, first, segment)
+        else:
+            given = self.upstream is not None
+            subtract[cdiv(self.B, 16), pieces](
+                self.x, y, self.upstream if given else self.x, self.squared, self.closest,
+                self.projected, self.B, len(y), padded(len(y)), self.N, self.x.stride(0),
+                y.stride(0), self.stride, segment, PROJECT=given, ROWS=16, TILE=TILE, **FUSED,
+            )  # fmt: skip
 
-        def run(config: Config) -> None:
-            # Set in every launch: timing launches other configurations before the chosen one.
-            self.steps = steps(self.block, M, first, config)
-            self.space.run(self.steps.distances)
+    def _multiply(self, y: Tensor) -> None:
+        tiles = cdiv(len(y), TILE)
+        self.lowest = self.radius.new_empty(self.B, tiles)
+        self.reach = self.radius.new_empty(tiles)
+        rows = 16 if self.B <= 16 else 32
+        operands = [(self.centered, self.scales, False)]
+        if self.upstream is not None:
+            operands.append((self.upstream, self.scales[self.B :], True))
+        for of, scales, project in operands:
+            multiply[cdiv(self.B, rows), tiles](
+                of, y, self.center, scales, self.y_scale, self.norms, self.squared, self.lowest,
+                self.reach, self.projected, self.B, len(y), padded(len(y)), self.N, y.stride(0),
+                self.stride, tiles, project, rows, TILE, 32, PRECISION, **FUSED,
+            )  # fmt: skip
 
-        DISTANCES.launch(self.shape, self.block.device, run)
-        self.space.run(self.steps.limits)
-        self.space.run(self.steps.refine)
-
-
-def shapes(references: torch.dtype) -> Iterator[Shape]:
-    """One shape for each class that has its own configurations. TF32 is listed for float32 only: it
-    does not change how references are read."""
-    precisions = ("high", "medium") if references == torch.float32 else ("high",)
-    for rows in (4, 32, 128, 512):
-        for precision in precisions:
-            for project in (False, True):
-                yield Shape(rows, 4096, references, precision, project)
-
-
-def variants() -> list[Variant]:
-    """Every type of references and configuration, with and without G·y."""
-    result = []
-    for dtype in REFERENCES:
-        for shape in shapes(dtype):
-            for config in distance_configs(shape):
-                constants: dict[str, Any] = {"PROJECT": shape.project} | config.options
-                if shape.few:
-                    wide = dtype != torch.uint8  # a thread takes 8 of a tile's 1024 values
-                    result.append(variant(differences, constants, dtype, wide_loads=wide))
-                    continue
-                constants["HIGH"] = shape.precision == "high"
-                result.append(variant(distances, constants, dtype, products=True))
-    return list({each.name: each for each in result}.values())
+    def _refine(self, y: Tensor, nearest: Tensor, first: bool, segment: int) -> None:
+        averages = self.upstream is None
+        refine[self.B, self.closest.shape[1]](
+            self.x, y, self.radius, nearest, self.norms, self.y_scale, self.lowest, self.reach,
+            self.squared, self.closest, len(y), self.N, self.x.stride(0), y.stride(0), self.stride,
+            cdiv(len(y), TILE), segment, int(first), self.exponent, math.log(self.count) + OTHERS,
+            MARGIN, NOISE, TOLERANCE if averages else GRADIENT_TOLERANCE, NEAR, averages,
+            self.gaussian, SWEEP=256, BLOCK=TILE, FEATURES=512, **FUSED,
+        )  # fmt: skip

@@ -30,7 +30,7 @@ ROOT = Path(__file__).resolve().parents[1]
 # For benchmarks/. Last, so that an installed pfgm is found before the bare source tree.
 sys.path.append(str(ROOT))
 # The slowest files. Workers start with them.
-LONG = ("test_triton_codegen", "test_triton", "test_cuda", "test_native", "test_processes")
+LONG = ("test_triton_code", "test_triton", "test_cuda", "test_native", "test_processes")
 # Quick files of each layer, for the loop of a developer.
 SMOKE = (
     "backends/test_passes.py",

@@ -89,25 +89,28 @@ def _kernels(name: str) -> Any:
 
 
 def posterior_mean(problem: PosteriorMean) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    x, references, radius, D, _, difference = laid_out(problem)
+    problem = laid_out(problem)
+    x, references, radius, D = problem[:4]
     if checks_values(x.device):
         check_radius(radius, D)
     with _current_device(x):
-        result, logsumexp, nearest, total = _kernels("posterior_mean").posterior_mean(
-            x, references, radius, D, difference
+        results: tuple[Tensor, Tensor, Tensor, Tensor]
+        results = _kernels("posterior_mean").posterior_mean(
+            x, references, radius, D, problem.difference
         )
-    check_distances(nearest, x, references)
-    return result, logsumexp, nearest, total
+    check_distances(results[2], x, references)
+    return results
 
 
 def posterior_mean_backward(
     problem: PosteriorMean, state: State, upstream: Upstream, needs: Needs
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-    kernels = _kernels("posterior_mean_backward")
-    x, references, radius, D, *_ = laid_out(problem)
+    x, references, radius, D = laid_out(problem)[:4]
     check_singular(is_flat(state.nearest, radius, D, x.shape[1]), upstream.grad_logsumexp)
     with _current_device(x):
-        grad_x, grad_references, grad_radius = kernels.posterior_mean_backward(
+        grad_x, grad_references, grad_radius = _kernels(
+            "posterior_mean_backward"
+        ).posterior_mean_backward(
             *(gradient.contiguous() for gradient in upstream),
             x,
             references,

@@ -199,10 +199,10 @@ def small(request: pytest.FixtureRequest, backend: str, monkeypatch: pytest.Monk
         limits = request.getfixturevalue("limits")
         limits(pairs=600, parts=1, queries=17, references=128)
         return
-    from pfgm.kernels import problem
+    from pfgm.kernels import distances
 
-    monkeypatch.setattr(problem, "MAX_PAIRS", 600)
-    monkeypatch.setattr(problem, "MAX_QUERIES", 17)
+    monkeypatch.setattr(distances, "MAX_PAIRS", 600)
+    monkeypatch.setattr(distances, "MAX_QUERIES", 17)
 
 
 class Operation:

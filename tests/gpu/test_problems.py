@@ -313,36 +313,52 @@ CUDA_MISSED = {
     ),
 }
 TRITON_MISSED = {
-    "mma: results d1, d2, reference_gradient, sm_80: mma.sync.aligned.m16n8k8.row.col.f32.tf32.tf32"
+    "a copy of 0 bytes, multiply, sm_80: cp.async.ca.shared.global [%r+0], [%rd+0], 0x4, %r;": (
+        "Rows of a tile after the last of nine queries."
+    ),
+    "mma: operands a1, a2, weighted_sum, sm_80: mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16"
     ".f32 {%r, %r, %r, %r}, {%r, %r, %r, %r}, {%r, %r}, {%r, %r, %r, %r};": (
-        "A product of low parts, 2^-11 of the sum at most, which is rounded to half precision."
+        "Bytes are one part of bfloat16, so that the other parts are 0."
     ),
-    "≤ for <, refine, sm_80: setp.lt.s32 %p, %r, 1;": (
-        "With one feature there would be no loop. Triton compiles another kernel for that number."
+    "mma: operands b0, b1, weighted_sum, sm_80: mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16"
+    ".f32 {%r, %r, %r, %r}, {%r, %r, %r, %r}, {%r, %r}, {%r, %r, %r, %r};": (
+        "Bytes are one part of bfloat16, so that the other parts are 0."
     ),
-    "a shuffle that stays in its lane, reference_gradient, sm_80: "
-    "shfl.sync.bfly.b32 %r, %r, 1, 31, -1;": (
-        "The size of half of the queries counts twice. It moves the bound below which differences "
-        "are summed."
+    "mma: operands b0, b1, multiply, sm_80: mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16"
+    ".f32 {%r, %r, %r, %r}, {%r, %r, %r, %r}, {%r, %r}, {%r, %r, %r, %r};": (
+        "Products of low parts: at most 8e-11 of a result changes."
     ),
-    "> for ≥, differences, sm_80: setp.ge.s32 %p, %r, %r;": (
-        "Whether a stretch of features is empty. None is: it begins before the last feature."
+    "mma: operands a1, a2, reference_gradient, sm_80: mma.sync.aligned.m16n8k16.row.col.f32.bf16"
+    ".bf16.f32 {%r, %r, %r, %r}, {%r, %r, %r, %r}, {%r, %r}, {%r, %r, %r, %r};": (
+        "Features after the first, which are 0."
     ),
-    "mma: operands b0, b1, reference_gradient, sm_80: mma.sync.aligned.m16n8k8.row.col.f32.tf32"
-    ".tf32.f32 {%r, %r, %r, %r}, {%r, %r, %r, %r}, {%r, %r}, {%r, %r, %r, %r};": (
-        "Features 8 to 15 in the kernel for one feature, which are 0."
+    "a load 16 bytes on, merge_gradient, sm_80: ld.shared.b32 %r, [%r+2048];": (
+        "Features after the second, which are not stored."
     ),
-    "a shuffle that stays in its lane, find_center, sm_80: shfl.sync.bfly.b32 %r, %r, 8, 31, -1;": (
-        "How far a feature of a sample is from its centre. It counts where another reference is "
-        "4096 times as far."
+    "≤ for <, multiply, sm_80: setp.lt.s32 %p, %r, %r;": (
+        "A panel after the last, which is loaded early and not used."
     ),
-    "≤ for <, pull, sm_80: setp.lt.s32 %p, %r, 1;": (
-        "A row of one distance would be empty. Rows are padded to multiples of 16."
+    "> for ≥, subtract, sm_80: setp.ge.s32 %p, %r, %r;": (
+        "Whether a segment of references is empty. None is."
     ),
-    "> for ≥, weighted_sum, sm_80: setp.ge.s32 %p, %r, %r;": (
-        "Of a stretch that begins where references end zeros are summed."
+    "fma: factor and addend, merge_gradient, sm_80: fma.rn.f32 %r, %r, %r, %r;": (
+        "It moves the bound below which differences are summed. No bit of a result changes."
     ),
-}
+    "a shuffle that stays in its lane, center_rows, sm_80: "
+    "shfl.sync.bfly.b32 %r, %r, 16, 31, -1;": (
+        "Another power of two brings values to about 1."
+    ),
+    "≤ for <, weigh, sm_80: setp.lt.u32 %p, %r, 2139095040;": (
+        "Whether the argument of a logarithm is infinite. None is."
+    ),
+    "fma: factor and addend, refine, sm_80: fma.rn.f32 %r, %r, %r, %r;": (
+        "Features after the last, whose differences are set to 0."
+    ),
+    "a shuffle that stays in its lane, merge_gradient, sm_80: "
+    "shfl.sync.bfly.b32 %r, %r, 4, 31, -1;": (
+        "It moves the bound below which differences are summed. 5e-7 of a gradient changes."
+    ),
+}  # fmt: skip
 
 
 def check(problem: Problem, op, executor, orders=ORDERS) -> None:
@@ -421,4 +437,4 @@ def test_single_changes_of_ptx_are_noticed(op, backend, executor, prepared):
         print(f"{change}\n    line {change.place}, {change.before}: {result}", flush=True)
         if result == "missed":
             missed.append(str(change))
-    assert sorted(missed) == sorted(TRITON_MISSED if by_triton else CUDA_MISSED)
+    assert set(missed) == set(TRITON_MISSED if by_triton else CUDA_MISSED)

@@ -36,7 +36,7 @@ def test_in_the_executor(run_kernel_tests, tests):
     if reason := executor.why_unbuilt():
         pytest.skip(f"Triton's kernels are NOT TESTED as compiled: {reason}")
     environment = executor.environment(executor.build())
-    environment |= {"PFGM_PTX_TRITON": "80", "PFGM_TUNE": "0"}
+    environment |= {"PFGM_PTX_TRITON": "80"}
     process, output = run_kernel_tests(["test_*.py"], environment, *tests)
     assert process.wait() == 0, output.read_text()
 
