@@ -26,6 +26,7 @@ from .arithmetic import (
     load_references,
     scale_to_one,
     unit_of,
+    with_registers,
 )
 from .law import excess_at, exponent_of, rate_of, score_at
 
@@ -405,7 +406,8 @@ class Pairs:
             subtract[cdiv(self.B, 16), pieces](
                 self.x, y, self.upstream if given else self.x, self.squared, self.closest,
                 self.projected, self.B, len(y), padded(len(y)), self.N, self.x.stride(0),
-                y.stride(0), self.stride, segment, PROJECT=given, ROWS=16, TILE=TILE, **FUSED,
+                y.stride(0), self.stride, segment, PROJECT=given, ROWS=16, TILE=TILE,
+                **(with_registers(144, warps=4) if given else FUSED),
             )  # fmt: skip
 
     def _multiply(self, y: Tensor) -> None:
