@@ -455,14 +455,14 @@ class ByteScreen {
 };
 
 // References of bytes with points in float32. Their sketch in bytes would double their memory, so
-// it holds lines, which are a quarter to a third. It serves few queries; for many, bytes rule out
-// more references.
+// it holds lines, which are a quarter to a third. Bytes rule out more references, but for a block
+// of queries that gains less than packing the bytes takes. So they serve where there is no sketch.
 class ScreenOfBytes {
   using R = std::uint8_t;
 
  public:
   ScreenOfBytes(const Problem& problem, Index max_queries, Index max_references)
-      : by_lines_(problem.sketch && max_queries < kScreenedQueries),
+      : by_lines_(problem.sketch),
         lines_(problem, by_lines_ ? max_queries : 0, by_lines_ ? max_references : 0),
         bytes_(problem, nullptr, by_lines_ ? 0 : max_queries, by_lines_ ? 0 : max_references) {}
 
