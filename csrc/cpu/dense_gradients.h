@@ -50,12 +50,12 @@ double list_coefficients(const DenseRows<R>& rows, const WeightLaw& law, QuerySt
 // Replaces the distances of a row by c_j / scale, and terms are G·(y_j − mean). Returns the row's
 // part of the moment. The scale keeps sums over large references from overflowing.
 inline double row_coefficients(const FloatWeights& law, double total, double g, const float* terms,
-                               float* row, Index padded, double* scale) {
+                               float* row, const float* low, Index padded, double* scale) {
   const float inverse = static_cast<float>(1 / total), upstream = static_cast<float>(g);
   Doubles moment = {};
   Floats size = Floats{} + std::numeric_limits<float>::min();
   law.weigh(
-      row, padded,
+      row, low, padded,
       [&](Index j, const Floats& u, const Floats& w) {
         const Floats weighted =
             w == 0.0f ? Floats{} : w * inverse * (vector_at(terms + j) + upstream);
@@ -83,15 +83,18 @@ void project_rows(const DenseRows<R>& rows, const Index* row, Index number, Inde
   for (Index j = 0; j < rows.padded(); j += tile)
     for (Index k = 0; k < features; k += panel) {
       const float *grad[kTileQueries], *mean[kTileQueries];
-      float* out[kTileQueries];
       for (Index q = 0; q < number; ++q) {
         grad[q] = grad_of(row[q]) + k;
         mean[q] = mean_of(row[q]) + k;
-        out[q] = terms + q * kFloatStride + j;
       }
-      sum_panel<Projection, kTileQueries>(number, mean, grad, rows.packed(j) + k * tile,
-                                          smaller(panel, features - k), k == 0, out,
-                                          [](int, auto&) {});
+      sum_panel<Projection, kTileQueries>(
+          number, mean, grad, rows.packed(j) + k * tile, smaller(panel, features - k),
+          [&](int q, const Floats(&part)[kTileVectors]) {
+            for (int v = 0; v < kTileVectors; ++v) {
+              Floats& term = vector_at(terms + q * kFloatStride + j + v * kFloats);
+              term = k == 0 ? part[v] : term + part[v];
+            }
+          });
     }
 }
 
@@ -199,9 +202,9 @@ Status gradients_of_block(const Problem& problem, const WeightLaw& law, const Ba
         const Index b = whole[i + q];
         const FloatWeights weights(law, states[b].nearest, rows.radius(b),
                                    visible_fall(law, states[b]));
-        moments[b] +=
-            row_coefficients(weights, states[b].total, io.grad_logsumexp[first + b],
-                             terms + q * kFloatStride, rows.row(b), rows.padded(), &scales[b]);
+        moments[b] += row_coefficients(weights, states[b].total, io.grad_logsumexp[first + b],
+                                       terms + q * kFloatStride, rows.row(b), rows.low_row(b),
+                                       rows.padded(), &scales[b]);
       }
     }
     if (needs_x)

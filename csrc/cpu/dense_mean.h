@@ -71,10 +71,10 @@ void add_rows(const DenseRows<R>& rows, const Index* row, Index number, Index fe
 constexpr float kShare = 1.0f / kChunk;
 
 // Replaces the distances of a row by weights. Returns their sum.
-inline double weigh_row(const FloatWeights& law, float* row, Index padded) {
+inline double weigh_row(const FloatWeights& law, float* row, const float* low, Index padded) {
   Doubles total = {};
   law.weigh(
-      row, padded,
+      row, low, padded,
       [&](Index j, const Floats&, const Floats& w) {
         add_lanes(w, total);
         vector_at(row + j) = w * kShare;
@@ -194,7 +194,7 @@ Status mean_of_block(const Problem& problem, const WeightLaw& law, const Forward
       }
       if (rest) {
         const FloatWeights weights(law, state.nearest, radius, fall);
-        const double weight = weigh_row(weights, rows.row(b), rows.padded());
+        const double weight = weigh_row(weights, rows.row(b), rows.low_row(b), rows.padded());
         state.total += weight;
         if (difference && is_close(rows.query(b), features, state.nearest)) {
           close[close_number++] = b;

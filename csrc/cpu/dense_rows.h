@@ -47,21 +47,15 @@ inline Index dense_chunk(const Problem& problem) {
   return tiles * tile;
 }
 
-// Features summed at a time: panels of equal width, of which a packed tile fits the L1 cache.
-inline Index dense_panel(Index features) {
-  return divide_up(features, divide_up(features, kMaxAdditions));
-}
-
 template <class F, int... kIndex>
 void unroll(const F& f, Indices<kIndex...>) {
   (f(kIndex), ...);
 }
 
-// Adds Σ Term over a panel of n features to out[q][reference]; assigns it if `fresh`. Calls
-// finish(q, sums) for each row.
+// Calls finish(q, sums) for each row, with Σ Term over a panel of n features.
 template <class Term, int kRows, class Finish>
-void sum_panel(const float* const* x, const float* const* g, const float* y, Index n, bool fresh,
-               float* const* out, const Finish& finish) {
+void sum_panel(const float* const* x, const float* const* g, const float* y, Index n,
+               const Finish& finish) {
   constexpr Index lanes = kFloats, tile = Simd<float>::tile;
   Floats sum[kRows][kTileVectors];
   set_zero(sum);
@@ -71,23 +65,22 @@ void sum_panel(const float* const* x, const float* const* g, const float* y, Ind
     for (int q = 0; q < kRows; ++q)
       for (int v = 0; v < kTileVectors; ++v) Term::add(sum[q][v], x[q][k], g[q][k], reference[v]);
   }
-  const auto store = [&](int q) {
-    for (int v = 0; v < kTileVectors; ++v) {
-      Floats& whole = vector_at(out[q] + v * lanes);
-      if (!fresh) sum[q][v] += whole;
-      whole = sum[q][v];
-    }
-    finish(q, sum[q]);
-  };
-  unroll(store, typename CountTo<kRows>::Type());
+  unroll([&](int q) { finish(q, sum[q]); }, typename CountTo<kRows>::Type());
 }
 
 template <class Term, int kRows, class Finish>
 void sum_panel(Index rows, const float* const* x, const float* const* g, const float* y, Index n,
-               bool fresh, float* const* out, const Finish& finish) {
+               const Finish& finish) {
   if constexpr (kRows > 1)
-    if (rows < kRows) return sum_panel<Term, kRows - 1>(rows, x, g, y, n, fresh, out, finish);
-  sum_panel<Term, kRows>(x, g, y, n, fresh, out, finish);
+    if (rows < kRows) return sum_panel<Term, kRows - 1>(rows, x, g, y, n, finish);
+  sum_panel<Term, kRows>(x, g, y, n, finish);
+}
+
+// Adds a value to the sum of two floats.
+inline void add_exactly(const Floats& value, Floats& high, Floats& low) {
+  const Floats sum = high + value, added = sum - high;
+  low += (high - (sum - added)) + (value - added);
+  high = sum;
 }
 
 // References of a chunk in float64.
@@ -106,7 +99,7 @@ class DenseRows {
   // Values of float32 for `workspace`.
   static Index space(const Problem& problem) {
     return dense_chunk(problem) * packed_features(problem.features) +
-           kMaxRows * (kFloatStride + 2 * kFloats);
+           kMaxRows * (kFloatStride * (has_low(problem) ? 2 : 1) + 2 * kFloats);
   }
 
   // Rows are those of queries first … first + count − 1.
@@ -118,8 +111,9 @@ class DenseRows {
         queries_(count),
         packed_(workspace),
         rows_(packed_ + dense_chunk(problem) * packed_features(problem.features)),
-        lows_(rows_ + kMaxRows * kFloatStride),
-        not_finite_(lows_ + kMaxRows * kFloats) {}
+        least_(rows_ + kMaxRows * kFloatStride),
+        not_finite_(least_ + kMaxRows * kFloats),
+        low_rows_(has_low(problem) ? not_finite_ + kMaxRows * kFloats : nullptr) {}
 
   // Packs a chunk of references and computes its squared distances.
   void set_chunk(Index first, Index count) {
@@ -127,7 +121,7 @@ class DenseRows {
     first_reference_ = first;
     count_ = count;
     for (Index b = 0; b < queries_; ++b) {
-      vector_at(lows_ + b * kFloats) = Floats{} + kLargestFloat;
+      vector_at(least_ + b * kFloats) = Floats{} + kLargestFloat;
       vector_at(not_finite_ + b * kFloats) = Floats{};
     }
     for (Index j = 0; j < count; j += tile) {
@@ -139,7 +133,7 @@ class DenseRows {
           measure(b, j, k, smaller(panel, problem_.features - k), packed + k * tile);
     }
     for (Index b = 0; b < queries_; ++b)
-      for (Index j = count; j < padded(); ++j) row(b)[j] = std::numeric_limits<float>::infinity();
+      for (Index j = count; j < padded(); ++j) remove(b, j);
   }
 
   // Splits the references that may count for query b into a list and the rest of its row, in which
@@ -159,8 +153,11 @@ class DenseRows {
     if (smallest.value > far) return false;
     if (!in_float || !FloatWeights(law_, base, r, fall).fits()) return take(b, far, near, list);
     const Index candidates = number_within(b, near);
-    if (candidates > kFewCandidates && smallest.value > kFloatUnderflow && !needed.insufficient()) {
-      list.nearest = smallest.value;
+    if (candidates > kFewCandidates && smallest.value > kFloatUnderflow && !needed.insufficient() &&
+        needed.average_out(
+            row(b), float_limit(near), candidates, [&](Index j) { return squared(b, j); },
+            [&](Index j) { return reference(j); })) {
+      list.nearest = nearest(b, smallest.value);
       return true;
     }
     if (number_within(b, far) <= candidates + kFewReferences) return take(b, far, near, list);
@@ -168,7 +165,9 @@ class DenseRows {
     return true;
   }
 
+  // Squared distances, rounded, and what rounding them left; null where they have one panel alone.
   float* row(Index b) const { return rows_ + b * kFloatStride; }
+  float* low_row(Index b) const { return low_rows_ ? low_rows_ + b * kFloatStride : nullptr; }
   // Packed features of the references from the j-th on, the first of a tile.
   const float* packed(Index j) const { return packed_ + j * packed_features(problem_.features); }
   Index count() const { return count_; }
@@ -187,11 +186,40 @@ class DenseRows {
     bool finite;  // whether all values are finite
   };
 
+  static bool has_low(const Problem& problem) {
+    return dense_panel(problem.features) < problem.features;
+  }
+
+  double squared(Index b, Index j) const {
+    const double high = row(b)[j];
+    return low_rows_ ? high + static_cast<double>(low_row(b)[j]) : high;
+  }
+
+  // The smallest squared distance of a row, from the smallest rounded one.
+  double nearest(Index b, double rounded) const {
+    if (!low_rows_) return rounded;
+    const float *high = row(b), *low = low_row(b), smallest = static_cast<float>(rounded);
+    Floats least = Floats{} + kLargestFloat;
+    for (Index j = 0; j < padded(); j += kFloats) {
+      const Ints lower = (vector_at(high + j) == smallest) & (vector_at(low + j) < least);
+      least = lower ? vector_at(low + j) : least;
+    }
+    float rest = least[0];
+    for (Index lane = 1; lane < kFloats; ++lane) rest = least[lane] < rest ? least[lane] : rest;
+    return rounded + static_cast<double>(rest);
+  }
+
+  // Makes a reference infinitely far.
+  void remove(Index b, Index j) const {
+    row(b)[j] = std::numeric_limits<float>::infinity();
+    if (low_rows_) low_row(b)[j] = 0;
+  }
+
   Least least(Index b) const {
-    const float *low = lows_ + b * kFloats, *not_finite = not_finite_ + b * kFloats;
+    const float *least = least_ + b * kFloats, *not_finite = not_finite_ + b * kFloats;
     Least smallest = {kLargestFloat, true};
     for (Index lane = 0; lane < kFloats; ++lane) {
-      if (low[lane] < smallest.value) smallest.value = low[lane];
+      if (least[lane] < smallest.value) smallest.value = least[lane];
       if (not_finite[lane] != 0) smallest.finite = false;
     }
     return smallest;
@@ -212,17 +240,34 @@ class DenseRows {
   void measure(Index b, Index j, Index k, Index n, const float* packed) const {
     const Index count = smaller(kTileQueries, queries_ - b);
     const float* x[kTileQueries];
-    float* out[kTileQueries];
-    for (Index q = 0; q < count; ++q) {
-      x[q] = query(b + q) + k;
-      out[q] = row(b + q) + j;
+    for (Index q = 0; q < count; ++q) x[q] = query(b + q) + k;
+    const bool last = k + n == problem_.features;
+    if (!low_rows_) {
+      sum_panel<Distance, kTileQueries>(count, x, x, packed, n,
+                                        [&](int q, const Floats(&squared)[kTileVectors]) {
+                                          for (int v = 0; v < kTileVectors; ++v)
+                                            vector_at(row(b + q) + j + v * kFloats) = squared[v];
+                                          note(b + q, squared);
+                                        });
+      return;
     }
-    if (k + n < problem_.features)
-      sum_panel<Distance, kTileQueries>(count, x, x, packed, n, k == 0, out, [](int, auto&) {});
-    else
-      sum_panel<Distance, kTileQueries>(
-          count, x, x, packed, n, k == 0, out,
-          [&](int q, const Floats(&squared)[kTileVectors]) { note(b + q, squared); });
+    sum_panel<Distance, kTileQueries>(
+        count, x, x, packed, n, [&](int q, const Floats(&part)[kTileVectors]) {
+          Floats squared[kTileVectors];
+          for (int v = 0; v < kTileVectors; ++v) {
+            Floats& high = vector_at(row(b + q) + j + v * kFloats);
+            Floats& low = vector_at(low_row(b + q) + j + v * kFloats);
+            if (k == 0) high = low = Floats{};
+            add_exactly(part[v], high, low);
+            if (last) {  // what is left is half a unit in the last place at most
+              const Floats rest = low;
+              low = Floats{};
+              add_exactly(rest, high, low);
+            }
+            squared[v] = high;
+          }
+          if (last) note(b + q, squared);
+        });
   }
 
   // Keeps the smallest distance of row b in each lane, and whether all are finite.
@@ -232,8 +277,8 @@ class DenseRows {
       lowest = squared[v] < lowest ? squared[v] : lowest;
       zero += squared[v] * 0.0f;  // NaN if the distance is not finite
     }
-    Floats& low = vector_at(lows_ + b * kFloats);
-    low = lowest < low ? lowest : low;
+    Floats& least = vector_at(least_ + b * kFloats);
+    least = lowest < least ? lowest : least;
     vector_at(not_finite_ + b * kFloats) += zero;
   }
 
@@ -255,9 +300,9 @@ class DenseRows {
       if (std::isinf(far) || any(vector_at(squared + j) <= most))
         for (Index i = j; i < smaller(j + kFloats, count_); ++i)
           if (std::isinf(far) || squared[i] <= most) {
-            list.squared[list.length] = static_cast<double>(squared[i]);
+            list.squared[list.length] = this->squared(b, i);
             list.index[list.length++] = static_cast<std::int32_t>(i);
-            squared[i] = std::numeric_limits<float>::infinity();
+            remove(b, i);
           }
     for (Index i = 0; i < list.length; ++i) {
       if (std::isinf(near) || list.squared[i] <= near)
@@ -282,7 +327,7 @@ class DenseRows {
   const Problem& problem_;
   const WeightLaw& law_;
   const Index first_query_, queries_;
-  float *const packed_, *const rows_, *const lows_, *const not_finite_;
+  float *const packed_, *const rows_, *const least_, *const not_finite_, *const low_rows_;
   Index first_reference_ = 0, count_ = 0;
 };
 

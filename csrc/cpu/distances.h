@@ -20,6 +20,9 @@ constexpr Index kListedFeatures = 512;  // with fewer features all pairs are com
 constexpr Index kMaxChunkBytes = 16 << 20;
 // Up to this many references near the nearest always have their distances recomputed.
 constexpr Index kFewCandidates = 16;
+// Where they are more, so many of them tell whether rounding errors average out, beginning with
+// few.
+constexpr Index kSamples[] = {4, 16, 64}, kMostSamples = 64;
 // Stands for a distance that is not needed.
 constexpr double kSkipped = std::numeric_limits<double>::max();
 // When float32 distances do not suffice (Distances::refine):
@@ -29,6 +32,9 @@ constexpr double kCloseShare = 0.1;
 // A query is close if its squared distance from the nearest reference is below this share of |x|².
 constexpr double kCloseSquare = 0.25;
 constexpr double kNear = 20.0;  // a weight below e^-20 of the largest needs no more digits
+// Tolerated error of a score, and as a multiple of √N: one and a half times what is left of the
+// rounding of N distinct terms, about 50 of them in a sum.
+constexpr double kScoreError = 1e-5, kAverageScoreError = 1.2e-6;
 
 // Whether T represents every R exactly. If not, distances have an error relative to |y| too.
 template <class T, class R>
@@ -77,12 +83,29 @@ double exact_distance(const T* x, const R* y, Index features) {
   return total;
 }
 
+// The positions of `count` of the values up to `most`, evenly spaced among them. Their `number` is
+// at least `count`, and `count` at least 2.
+template <class V>
+void sample(const V* values, V most, Index number, Index count, Index* sampled) {
+  constexpr Index block = 64;
+  const auto wanted = [=](Index i) { return i * (number - 1) / (count - 1); };
+  for (Index begin = 0, before = 0, i = 0; i < count; begin += block) {
+    Index inside = 0;
+    for (Index j = begin; j < begin + block; ++j) inside += values[j] <= most;
+    for (Index j = begin, at = before; i < count && wanted(i) < before + inside; ++j)
+      if (values[j] <= most && at++ == wanted(i)) sampled[i++] = j;
+    before += inside;
+  }
+}
+
 // How exact the distances of one query must be. `base` is the smallest of them.
 template <class T, class R>
 class NeededDigits {
  public:
   NeededDigits(const WeightLaw& law, const T* x, Index features, double base, double radius)
       : law_(law),
+        x_(x),
+        features_(features),
         norm_(kHoldsExactly<T, R> ? 0 : std::sqrt(squared_norm(x, features))),
         base_(base),
         radius_(radius),
@@ -94,12 +117,42 @@ class NeededDigits {
                    kFloatUnderflow);
   }
 
-  // Whether errors of T would change the weights. The sensitivity of a point drawn from the
-  // references is about features/2. Half as much again is tolerated, and always 256: there the
-  // errors of many distances average out.
+  // Whether errors of T would change the weights even if they average out. The sensitivity of a
+  // point drawn from the references is about features/2. Half as much again is tolerated, and
+  // always 256.
   bool insufficient() const {
     return law_.sensitivity(base_, radius_) > tolerated_ ||
            base_ < kCloseShare * norm_ * kCloseShare * norm_;
+  }
+
+  // Whether the errors of `candidates` distances, those up to `near`, average out. Where the terms
+  // of a sum repeat, or one is much larger than the others, they have one sign instead. The errors
+  // of a few tell. squared_of(j) is the distance of reference(j) with all its digits. A single sum
+  // of few terms leaves too little to be worth the look.
+  template <class V, class Squared, class Reference>
+  bool average_out(const V* squared, V near, Index candidates, const Squared& squared_of,
+                   const Reference& reference) const {
+    if (features_ <= kMaxAdditions) return true;
+    const double tolerated =
+        std::fmax(kScoreError, kAverageScoreError * std::sqrt(static_cast<double>(features_)));
+    for (const Index samples : kSamples) {
+      const Index count = smaller(samples, candidates);
+      Index sampled[kMostSamples];
+      sample(squared, near, candidates, count, sampled);
+      double sum = 0, squares = 0;
+      for (Index i = 0; i < count; ++i) {
+        if (i + 1 < count) prefetch(reference(sampled[i + 1]), features_);
+        const double exact = exact_distance(x_, reference(sampled[i]), features_);
+        if (exact == 0) continue;
+        const double error =
+            law_.sensitivity(exact, radius_) * (squared_of(sampled[i]) / exact - 1);
+        sum += error;
+        squares += error * error;
+      }
+      const double most = static_cast<double>(count) * tolerated;
+      if (squares <= most * tolerated && std::fabs(sum) <= most / 2) return true;
+    }
+    return false;
   }
 
  private:
@@ -111,6 +164,8 @@ class NeededDigits {
   }
 
   const WeightLaw& law_;
+  const T* x_;
+  const Index features_;
   const double norm_, base_, radius_, tolerated_;
 };
 
@@ -194,7 +249,7 @@ class Distances {
   // if a distance is not finite, kUnderflowed if the result depends on distances that underflow.
   //
   // If a float32 distance overflowed, all are recomputed in float64. Distances near the smallest
-  // are recomputed if they are few, or if their error would change the weights.
+  // are recomputed if they are few, or if their errors would change the weights.
   double refine(Index b, const QueryState& known) {
     double* squared = this->row(b);
     if (listed_ && needed_[b] == 0) return kSkipped;
@@ -209,13 +264,24 @@ class Distances {
       if (smallest.value > near) return smallest.value;
       Index candidates = 0;
       for (Index j = 0; j < count_; ++j) candidates += squared[j] <= near;
-      const bool decisive = candidates <= kFewCandidates || needed.insufficient();
+      const bool decisive = candidates <= kFewCandidates || needed.insufficient() ||
+                            !needed.average_out(
+                                squared, near, candidates, [&](Index j) { return squared[j]; },
+                                [&](Index j) { return reference(j); });
       limit = decisive ? near : kFloatUnderflow;
       if (smallest.value > limit) return smallest.value;
     }
-    for (Index j = 0; j < count_; ++j)
-      if (!smallest.finite || squared[j] <= limit)
-        squared[j] = exact_distance(query(b), reference(j), problem_.features);
+    Index last = -1;
+    const auto recompute_last = [&] {
+      if (last >= 0) squared[last] = exact_distance(query(b), reference(last), problem_.features);
+    };
+    for (Index j = 0; j < count_; ++j) {
+      if (smallest.finite && !(squared[j] <= limit)) continue;
+      prefetch(reference(j), problem_.features);
+      recompute_last();
+      last = j;
+    }
+    recompute_last();
     const Least refined = least(squared);
     return refined.finite ? told_apart(b, refined.value) : kNaN;
   }

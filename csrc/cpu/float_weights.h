@@ -47,14 +47,16 @@ class FloatWeights {
   bool fits() const { return fits_; }
 
   // Calls use(j, u, w) for the vectors of a row in which any weight counts, and skip(j) for
-  // the others. Where a weight does not count, u and w are 0.
+  // the others. Where a weight does not count, u and w are 0. A squared distance is the sum of
+  // squared[j] and low[j], if `low` is not null.
   template <class Use, class Skip>
-  void weigh(const float* squared, Index padded, const Use& use, const Skip& skip) const {
+  void weigh(const float* squared, const float* low, Index padded, const Use& use,
+             const Skip& skip) const {
     if (gaussian_)
-      return each(squared, padded, use, skip,
+      return each(squared, low, padded, use, skip,
                   [](const Floats& u) { return exponential2(u * -kLog2e); });
     const float exponent = exponent_;
-    each(squared, padded, use, skip,
+    each(squared, low, padded, use, skip,
          [exponent](const Floats& u) { return exponential2(-exponent * log2_one_plus(u)); });
   }
 
@@ -65,11 +67,12 @@ class FloatWeights {
 
  private:
   template <class Use, class Skip, class Weight>
-  void each(const float* squared, Index padded, const Use& use, const Skip& skip,
+  void each(const float* squared, const float* low, Index padded, const Use& use, const Skip& skip,
             const Weight& weight) const {
     for (Index j = 0; j < padded; j += kFloats) {
       // Rounding may make the nearest a little nearer than in the forward pass.
-      const Floats difference = vector_at(squared + j) - high_ - low_;
+      Floats difference = vector_at(squared + j) - high_ - low_;
+      if (low) difference += vector_at(low + j);
       const Floats excess = difference > 0.0f ? difference : Floats{};
       const Ints seen = excess <= visible_;
       if (!any(seen)) {

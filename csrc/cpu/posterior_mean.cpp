@@ -6,8 +6,8 @@
 #include "api/posterior_mean.h"
 
 #include "cpu/backward.h"
+#include "cpu/cancelled_rows.h"
 #include "cpu/dense_gradients.h"
-#include "cpu/forward.h"
 
 namespace pfgm {
 namespace PFGM_ISA {
@@ -47,10 +47,10 @@ Status run_forward(const Problem& call, const Forward& out) {
   if (!sketch_fits(call)) return {Failure::sketch, 0};
   const Problem problem = with_threads(call, call.queries, call.references);
   return with_types(problem, [&](auto t, auto r) {
-    if (is_dense<decltype(t)>(problem)) return dense_forward<decltype(r)>(problem, out);
-    return by_blocks(problem, true, [&](const Problem& block, Index first) {
-      return forward<decltype(t), decltype(r)>(block, outputs_from(first, problem, out));
-    });
+    if constexpr (std::is_same_v<decltype(t), float>)
+      if (problem.difference && out.mean && !out.sums)
+        return difference_pass<decltype(r)>(problem, out);
+    return forward_pass<decltype(t), decltype(r)>(problem, out);
   });
 }
 

@@ -9,7 +9,7 @@ namespace {
 // ---- all pairs: references feature by feature, one to a lane --------------------------------
 
 constexpr Index kPanel = 256;            // features in a packed tile
-constexpr Index kMaxAdditions = 64;      // into one sum of T before it is merged in float64
+constexpr Index kMaxAdditions = 64;      // into one sum of T before it is merged with more digits
 constexpr Index kPrefetchFeatures = 64;  // how far ahead a reference is prefetched, in features
 
 // What one feature adds for a pair: to the squared distance, or to g · (y − x).
@@ -27,14 +27,21 @@ struct Projection {
   }
 };
 
-// Adds the sum over n features to out[q][r] for a tile of references; assigns it if `fresh`.
+// Features summed at a time in a dense tile: panels of equal width. The same for any number of
+// queries, so that a row alone has the same distances as in a batch.
+inline Index dense_panel(Index features) {
+  return divide_up(features, divide_up(features, kMaxAdditions));
+}
+
+// Adds the sum over n features, in panels, to out[q][r] for a tile of references; assigns it if
+// `fresh`.
 template <class Term, class T, int kRows>
-void sum_features(const T* const* x, const T* const* g, const T* y, Index n, bool fresh,
-                  double* const* out) {
+void sum_features(const T* const* x, const T* const* g, const T* y, Index n, Index panel,
+                  bool fresh, double* const* out) {
   using Vector = typename Simd<T>::Vector;
   constexpr Index lanes = Simd<T>::lanes, tile = Simd<T>::tile;
-  for (Index begin = 0; begin < n; begin += kMaxAdditions) {
-    const Index end = smaller(begin + kMaxAdditions, n);
+  for (Index begin = 0; begin < n; begin += panel) {
+    const Index end = smaller(begin + panel, n);
     Vector sum[kRows][kTileVectors];
     set_zero(sum);
     for (Index k = begin; k < end; ++k) {
@@ -54,11 +61,11 @@ void sum_features(const T* const* x, const T* const* g, const T* y, Index n, boo
 }
 
 template <class Term, class T, int kRows>
-void sum_features(Index rows, const T* const* x, const T* const* g, const T* y, Index n, bool fresh,
-                  double* const* out) {
+void sum_features(Index rows, const T* const* x, const T* const* g, const T* y, Index n,
+                  Index panel, bool fresh, double* const* out) {
   if constexpr (kRows > 1)
-    if (rows < kRows) return sum_features<Term, T, kRows - 1>(rows, x, g, y, n, fresh, out);
-  sum_features<Term, T, kRows>(x, g, y, n, fresh, out);
+    if (rows < kRows) return sum_features<Term, T, kRows - 1>(rows, x, g, y, n, panel, fresh, out);
+  sum_features<Term, T, kRows>(x, g, y, n, panel, fresh, out);
 }
 
 template <class T>
@@ -76,15 +83,17 @@ class DenseTiles {
     const Index tiles = divide_up(references, Simd<T>::tile);
     const Index parts = parts_of(tiles, threads_, divide_up(queries, kTileQueries));
     const Index part = round_up(divide_up(queries, parts), kTileQueries);
+    const Index panel = dense_panel(features), packed_panels = kPanel / panel * panel;
     parallel(tiles * parts, threads_, [&](Index task, int thread) {
       const Index first = task % parts * part, last = smaller(first + part, queries);
       const Index j = task / parts * Simd<T>::tile;
       T* packed = packed_.at(thread * kPanel * Simd<T>::tile);
-      for (Index k = 0; k < features; k += kPanel) {
-        const Index n = smaller(kPanel, features - k);
+      for (Index k = 0; k < features; k += packed_panels) {
+        const Index n = smaller(packed_panels, features - k);
         pack(y, j, smaller(Simd<T>::tile, references - j), k, n, packed);
         for (Index b = first; b < last; b += kTileQueries)
-          add_rows<Term>(b, smaller(kTileQueries, last - b), last, j, k, n, packed, x, g, out);
+          add_rows<Term>(b, smaller(kTileQueries, last - b), last, j, k, n, panel, packed, x, g,
+                         out);
       }
     });
   }
@@ -114,8 +123,8 @@ class DenseTiles {
 
  private:
   template <class Term, class Queries, class Factors, class Out>
-  static void add_rows(Index b, Index rows, Index last, Index j, Index k, Index n, const T* packed,
-                       const Queries& x, const Factors& g, const Out& out) {
+  static void add_rows(Index b, Index rows, Index last, Index j, Index k, Index n, Index panel,
+                       const T* packed, const Queries& x, const Factors& g, const Out& out) {
     const T *from[kTileQueries], *factor[kTileQueries];
     double* to[kTileQueries];
     for (Index q = 0; q < rows; ++q) {
@@ -127,7 +136,7 @@ class DenseTiles {
       prefetch(x(next) + k, n);
       prefetch(out(next) + j, Simd<T>::tile);
     }
-    sum_features<Term, T, kTileQueries>(rows, from, factor, packed, n, k == 0, to);
+    sum_features<Term, T, kTileQueries>(rows, from, factor, packed, n, panel, k == 0, to);
   }
 
   const int threads_;
@@ -139,14 +148,11 @@ class DenseTiles {
 constexpr Index kPairReferences = 64;  // references packed at a time, those of a word of Groups
 // Features packed at a time at most: the rows of a register tile fit L1.
 template <class T> constexpr Index kPairPanel = 3136 / sizeof(T);
-// Features packed at a time: panels of equal width, in whole cache lines. A lane adds at most
-// kMaxAdditions values, or one and a half times as many from 1152 features on: errors of lanes and
-// panels average out, and that of a distance, as a share of it, is no larger than with 512
-// features.
+// Features packed at a time: panels of equal width, in whole cache lines, of which a lane adds at
+// most kMaxAdditions.
 template <class T>
 Index pair_panel(Index features) {
-  const Index additions = features < 1152 ? kMaxAdditions : kMaxAdditions * 3 / 2;
-  const Index most = smaller(kPairPanel<T>, additions * Simd<T>::lanes);
+  const Index most = smaller(kPairPanel<T>, kMaxAdditions * Simd<T>::lanes);
   return round_up(divide_up(features, divide_up(features, most)),
                   64 / static_cast<Index>(sizeof(T)));
 }

@@ -654,6 +654,96 @@ def test_few_and_many_queries_give_the_same_results(D, dtype):
         torch.testing.assert_close(lse[few], one_lse, rtol=1e-7, atol=1e-6)
 
 
+# ---- rounding errors that do not average out ----
+
+
+def true_field(x, radius, mean):
+    E = torch.cat([x.double() - mean, radius[:, None]], 1)
+    return -math.sqrt(x.shape[1]) * E / (E.norm(dim=1, keepdim=True) + 5)
+
+
+def field_of(x, radius, references):
+    field = field_fn(x, radius, references, backend="native")
+    return torch.cat([field[0], field[1][:, None]], 1)
+
+
+def field_error(actual, expected):
+    return ((actual.double() - expected).norm(dim=1) / expected.norm(dim=1)).max().item()
+
+
+def with_terms_that_repeat(name, N, copies):
+    """Points and references at the same distance, or nearly: many features add the same number."""
+    generator = torch.Generator().manual_seed(N)
+    x = torch.zeros(16, N)
+    if name == "constant":
+        one = torch.full((2, N), 0.63738866)
+        one[1] *= 1 + 8.4654e-5
+        one[1, ::2] *= -1
+        return x, one.repeat(copies, 1)
+    if name == "brighter":  # x has as many values as features
+        x = torch.randn(1, N, generator=generator).repeat(16, 1)
+        shift = torch.full((2, N), 0.63738866)
+        shift[1] *= 1 + 8.4654e-5
+        shift[1, ::2] *= -1
+        return x, (x[:1] + shift).repeat(copies, 1)
+    if name == "binary":
+        images = torch.zeros(2, N)
+        for image in images:
+            image[torch.randperm(N, generator=generator)[: N // 2]] = 0.7
+        return x, images.repeat(copies, 1)
+    x[:, 0] = torch.linspace(1, 2, 16)  # one feature is larger than the sum of the others
+    return x, 0.05 * (torch.rand(9 * copies, N, generator=generator) < 0.5)
+
+
+@pytest.mark.parametrize("copies", [9, 22, 40])
+@pytest.mark.parametrize("N", [256, 500, 784, 3072])
+@pytest.mark.parametrize("name", ["constant", "brighter", "binary", "one feature"])
+def test_terms_that_repeat(isa, oracle, oracle_gradients, name, N, copies):
+    x, references = with_terms_that_repeat(name, N, copies)
+    radius = torch.full((16,), 0.0493, dtype=torch.float64)
+    mean, lse = oracle(x, references, radius, 1.0)
+    expected = true_field(x, radius, mean)
+    field = field_of(x, radius, references)
+    assert field_error(field, expected) <= 1e-5
+    actual_mean, actual_lse = forward(x, references, radius, 1.0)
+    assert row_error(actual_mean, mean, references.double().norm(dim=1).max()) <= 1e-5
+    assert (actual_lse - lse).abs().max() <= (1e-5 if N < 784 else 2e-5)
+    for row in (slice(0, 1), slice(15, 16)):
+        alone = field_of(x[row], radius[row], references)
+        assert field_error(alone, field[row].double()) <= 5e-6
+    G = torch.randn(x.shape, generator=torch.Generator().manual_seed(1))
+    zero = torch.zeros(16, dtype=torch.float64)
+    wanted = oracle_gradients(x, references, radius, 1.0, G, zero, needs_references=False)
+    actual = backward(x, references, radius, 1.0, G, zero, needs=(True, False, False))
+    assert_gradient(actual[0], wanted[0], 3e-5)
+
+
+@pytest.mark.parametrize("B", [1, 9, 70])
+@pytest.mark.parametrize(("N", "pairs"), [(784, 16), (3072, 3), (300, 40), (2, 2), (2, 2000)])
+def test_the_field_midway_between_opposite_references(isa, N, pairs, B):
+    generator = torch.Generator().manual_seed(N)
+
+    def on_grid(rows):  # so that the sum and the difference of two are exact
+        return (torch.rand(rows, N, generator=generator) * 256).round() / 256
+
+    middle, arms = 2 * on_grid(1) - 1, 0.25 + on_grid(pairs)
+    references = torch.cat([middle + arms, middle - arms])
+    radius = torch.full((B,), 1.3e-4, dtype=torch.float64)
+    field = field_of(middle.repeat(B, 1), radius, references)
+    assert (field[:, :-1].norm(dim=1) <= 1e-8 * field[:, -1].abs()).all()
+
+
+@pytest.mark.parametrize("B", [5, 50, 130])
+def test_a_sketch_of_bytes_serves_any_number_of_points(isa, B):
+    """With a sketch that is wrong the result is wrong."""
+    x, references, sigma = problem(B, 70, 600, reference_dtype=torch.uint8)
+    arguments = PosteriorMean(x, references, sigma.clamp(min=1), math.inf)
+    right, *_ = native.posterior_mean(arguments)
+    sketch = 100 * native.sketch(references, torch.float32)
+    wrong, *_ = native.posterior_mean(arguments._replace(sketch=sketch))
+    assert not torch.allclose(right, wrong)
+
+
 # ---- few features: rows of float32 beside lists in float64 (csrc/cpu/dense_rows.h) ----
 
 # At the edges of tiles, of blocks of 64 queries, of panels of 64 features and of chunks.

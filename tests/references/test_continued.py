@@ -224,3 +224,19 @@ def test_bad_arguments_of_a_chunk(chunks_of, tmp_path):
             pfgm.posterior_mean(x / 0, references, r=1.0)
         with pytest.raises(ValueError, match="r"):
             pfgm.posterior_mean(x, references, r=torch.tensor([1.0, -1.0, 1.0]))
+
+
+@pytest.mark.parametrize("N", [6, 600])
+def test_the_field_midway_between_opposite_references(chunks_of, tmp_path, N):
+    """The two halves of each pair are in different chunks."""
+    arms = (
+        torch.randint(64, 320, (4096, 2, N // 2), generator=torch.Generator().manual_seed(0)) / 256
+    )
+    rows = torch.cat([0.5 + arms, 0.5 - arms])
+    chunks_of(rows, 2048)
+    x = torch.full((9, 2, N // 2), 0.5)
+    x[8] += 1
+    field_x, field_z = pfgm.field_fn(x, 1.3e-4, in_file(rows, tmp_path))
+    wanted = pfgm.field_fn(x.double(), 1.3e-4, rows.double(), backend="reference")
+    assert (field_x[:8].flatten(1).norm(dim=1) <= 1e-8 * field_z[:8].abs()).all()
+    torch.testing.assert_close(field_x[8].double(), wanted[0][8], rtol=1e-5, atol=1e-6)
