@@ -55,12 +55,13 @@ def _resampled(h: Tensor, kernel: Tensor, direction: str, padding: int | None = 
     By default the padding is such that H and W become exactly H/2 and W/2, or 2H and 2W.
     """
     channels, size = h.shape[1], kernel.shape[-1]
-    padding = (size - 1) // 2 if padding is None else padding
+    # A pair, because torch.jit.trace of torch 2.6 takes no size of a tensor for both.
+    padded = ((size - 1) // 2,) * 2 if padding is None else (padding, padding)
     kernel = kernel.to(h.dtype).expand(channels, 1, size, size)
     if direction == "down":
-        return F.conv2d(h, kernel, stride=2, padding=padding, groups=channels)
+        return F.conv2d(h, kernel, stride=2, padding=padded, groups=channels)
     # Upsampling adds three zeros to each pixel; the factor 4 makes up for them.
-    return F.conv_transpose2d(h, 4 * kernel, stride=2, padding=padding, groups=channels)
+    return F.conv_transpose2d(h, 4 * kernel, stride=2, padding=padded, groups=channels)
 
 
 class EDMConv(nn.Conv2d):
@@ -98,7 +99,7 @@ class PyramidConv(EDMConv):
         """(B, inputs, H, W) to (B, outputs, H/2, W/2)."""
         # The convolution also pads for the filter, which then needs no padding.
         margin = 1 + (self.resample_filter.shape[-1] - 1) // 2
-        wide = F.conv2d(h, self.weight, padding=margin)
+        wide = F.conv2d(h, self.weight, padding=(margin, margin))
         return _resampled(wide, self.resample_filter, "down", padding=0) + self.bias[:, None, None]
 
 
