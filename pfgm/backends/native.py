@@ -158,12 +158,12 @@ def _device_reason(index: int | None) -> str | None:
 
 
 def _has_code_for(capability: tuple[int, int], architectures: str) -> bool:
-    """Whether a build for these architectures has machine code for a GPU, as "80 90a-real" has for
+    """Whether a build for these architectures has machine code for a GPU, as "80 90-real" has for
     8.0, 8.6, 8.9 and 9.0. For others the driver compiles PTX."""
     for each in architectures.split():
         number, _, kind = each.partition("-")
         major, minor = divmod(int(number.rstrip("af")), 10)
-        # Code for sm_90a runs there alone.
+        # Code for "90a", which CMAKE_CUDA_ARCHITECTURES may name, runs on 9.0 alone.
         same = minor == capability[1] if number.endswith("a") else minor <= capability[1]
         if kind != "virtual" and major == capability[0] and same:
             return True

@@ -190,7 +190,7 @@ def _half_way(place: Place, D: float, dtype: torch.dtype) -> Results:
 
 def _far(place: Place, D: float, dtype: torch.dtype, away: float) -> Results:
     """Points and levels far beyond all references."""
-    x, references, radius, upstream = _data(30, 96, 300, D, dtype)
+    x, references, radius, upstream = _data(30, 96, 520, D, dtype)
     data = Data(away * x, references, away * radius, upstream).to(place)
     return _mean_and_gradients(place, data, D)
 
@@ -207,11 +207,12 @@ def _limits(place: Place) -> Results:
     return {"mean": mean / math.sqrt(x.shape[1]), "log-sum-exp": logsumexp}
 
 
-def _difference(place: Place) -> Results:
-    """x − mean, which is small beside its terms."""
-    x, references, radius, _ = _data(40, 300, 96)
-    references = references[:1] + 1e-2 * references
-    x = references[:40] + 1e-3 * x
+def _difference(place: Place, dtype: torch.dtype) -> Results:
+    """x − mean, which is small beside its terms where references are in float32."""
+    x, references, radius, _ = _data(40, 300, 96, dtype=dtype)
+    if dtype == torch.float32:
+        references = references[:1] + 1e-2 * references
+        x = references[:40] + 1e-3 * x
     data = Data(x, references, radius.clamp(0.03, 0.3), Upstream(x, radius)).to(place)
     problem = PosteriorMean(*data[:3], math.inf, difference=True)
     return {"difference x − mean": place.backend.posterior_mean(problem)[0]}
@@ -366,7 +367,9 @@ def _trials() -> Iterator[tuple[str, Trial]]:
         name = f"far from {str(dtype).removeprefix('torch.')}, D = {D:g}"
         yield name, Trial(part(_far, D=D, dtype=dtype, away=300.0), dtype)
     yield "ties and limits", Trial(_limits)
-    yield "x − mean", Trial(_difference)
+    for dtype in (torch.float32, *half, torch.uint8):
+        name = f"x − mean of {str(dtype).removeprefix('torch.')}"
+        yield name, Trial(part(_difference, dtype=dtype), dtype)
     yield "field", Trial(_field)
     for features in _WIDTHS:
         yield f"normalised field, {features}", Trial(part(_normalised, features=features))

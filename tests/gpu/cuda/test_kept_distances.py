@@ -65,19 +65,6 @@ def check(op, x, references, radius, D, tolerance=None, change=1e-6):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("architecture", [90, 100])
-def test_shares_of_lists(op, executor, limits, architecture):
-    """Distances are the same in both passes, though only the forward pass has these sums. If their
-    parts had twice the room, and slices of the features could take it, they would differ."""
-    executor.device(architecture, 32)
-    limits(parts=3 * 256 * 1536)
-    x, references, sigma = op.problem(256, 700, 1536)
-    arguments = x, references, op.radius_of(sigma.clamp(min=0.05), 1.0), 1.0
-    results, kept = keeping(*arguments)
-    assert_same(gradients(op, results, *arguments, kept), gradients(op, results, *arguments, None))
-
-
-@pytest.mark.slow
 @pytest.mark.parametrize(
     ("multiprocessors", "dtype"), [(1, torch.float32), *((8, dtype) for dtype in DTYPES)], ids=str
 )
