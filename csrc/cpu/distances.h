@@ -32,8 +32,8 @@ constexpr double kCloseShare = 0.1;
 // A query is close if its squared distance from the nearest reference is below this share of |x|².
 constexpr double kCloseSquare = 0.25;
 constexpr double kNear = 20.0;  // a weight below e^-20 of the largest needs no more digits
-// Tolerated error of a score, and as a multiple of √N: one and a half times what is left of the
-// rounding of N distinct terms, about 50 of them in a sum.
+// Tolerated error of a score, and as a multiple of √N. It lies above the rounding of N distinct
+// terms, about 50 of them in a sum, or too many rows of real images would be computed again.
 constexpr double kScoreError = 1e-5, kAverageScoreError = 1.2e-6;
 
 // Whether T represents every R exactly. If not, distances have an error relative to |y| too.
@@ -127,8 +127,9 @@ class NeededDigits {
 
   // Whether the errors of `candidates` distances, those up to `near`, average out. Where the terms
   // of a sum repeat, or one is much larger than the others, they have one sign instead. The errors
-  // of a few tell. squared_of(j) is the distance of reference(j) with all its digits. A single sum
-  // of few terms leaves too little to be worth the look.
+  // of a few tell. squared_of(j) is the distance of reference(j) with all its digits. With
+  // one panel alone the field is off by less than 3e-5 where all terms are equal, so none is looked
+  // at.
   template <class V, class Squared, class Reference>
   bool average_out(const V* squared, V near, Index candidates, const Squared& squared_of,
                    const Reference& reference) const {
