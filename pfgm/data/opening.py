@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 from torch import Tensor
-from torch.utils.data import Dataset
+from torch.utils.data import DataLoader, Dataset
 
 from ..common.files import StrPath
 from .arrays import from_numpy, open_array, open_mapped
@@ -18,9 +18,12 @@ from .rows import InMemory, Source, check_samples
 from .tables import is_frame, is_series, load_table
 from .torch_datasets import load_dataset
 
+Samples = Tensor | np.ndarray[Any, Any] | StrPath | Dataset[Any] | DataLoader[Any] | Source
+"""What :func:`open_source` opens, beside DataFrames of pandas."""
+
 
 def open_source(
-    source: Tensor | np.ndarray[Any, Any] | StrPath | Dataset[Any] | Source,
+    source: Samples,
     *,
     progress: bool = False,
 ) -> Source:
@@ -41,8 +44,8 @@ def open_source(
               are: see :func:`pfgm.data.tables.load_table`. :class:`pfgm.data.Table` encodes texts;
             - the path of a folder or a ``.zip`` archive, whose PNG, JPEG, BMP and WebP images are
               decoded: see :func:`pfgm.data.images.load_images`;
-            - a dataset with ``__len__`` and ``__getitem__``, which is loaded: see
-              :func:`pfgm.data.torch_datasets.load_dataset`;
+            - a dataset with ``__len__`` and ``__getitem__``, or a DataLoader of one, which is
+              loaded: see :func:`pfgm.data.torch_datasets.load_dataset`;
             - a source, which is returned as it is.
         progress: show a progress bar while images or a dataset are loaded.
 
@@ -84,11 +87,13 @@ def open_source(
         if path.is_dir() or (path.suffix == ".zip" and path.is_file()):
             return InMemory(*load_images(path, progress=progress))
         return open_array(path)
-    if hasattr(source, "__getitem__") and not isinstance(source, Mapping):
+    numbered = hasattr(source, "__getitem__") and not isinstance(source, Mapping)
+    if numbered or isinstance(source, DataLoader):
         rows, labels = load_dataset(source, progress=progress)
         check_samples(rows.shape, "source")
         return InMemory(rows, labels)
     raise TypeError(
         f"source is a {type(source).__name__}; allowed are a tensor, a NumPy array, a DataFrame, "
-        "the path of a file or a folder of images, and a dataset with __len__ and __getitem__."
+        "the path of a file or a folder of images, and a dataset with __len__ and __getitem__ or "
+        "its DataLoader."
     )

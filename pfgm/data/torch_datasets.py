@@ -1,4 +1,4 @@
-"""Map-style datasets of torch, loaded item by item into one tensor."""
+"""Map-style datasets and loaders of torch, loaded item by item into one tensor."""
 
 from __future__ import annotations
 
@@ -10,7 +10,15 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import IterableDataset
+from torch.utils.data import (
+    BatchSampler,
+    DataLoader,
+    IterableDataset,
+    RandomSampler,
+    SequentialSampler,
+    default_collate,
+    default_convert,
+)
 
 from ..common.messages import progress_bar
 from .arrays import from_numpy
@@ -22,7 +30,9 @@ _KEPT_DTYPES = (torch.uint8, torch.bfloat16, torch.float16, torch.float32)
 
 
 def load_dataset(dataset: Any, *, progress: bool = False) -> tuple[Tensor, Tensor | None]:
-    """Loads every item of a map-style dataset once.
+    """Loads every item of a map-style dataset once, or of the dataset of a DataLoader.
+
+    Order and batches of a DataLoader are left out, as those of training are drawn by its own seed.
 
     An item is a sample, a sequence or a mapping. The sample of a sequence is its first value. The
     sample of a mapping is the value of the key image, images, x or data, or else the first value. A
@@ -35,9 +45,13 @@ def load_dataset(dataset: Any, *, progress: bool = False) -> tuple[Tensor, Tenso
 
     Raises:
         TypeError: a sample is of another type or dtype.
+        ValueError: a DataLoader selects or repeats items, or collates them by a function of its
+            own.
         ValueError: there are no items; samples differ in shape or dtype; only some items have
             labels; or an image that Pillow has not decoded yet has more than 8 bits a channel.
     """
+    if isinstance(dataset, DataLoader):
+        dataset = _loaded_by(dataset)
     count = _length(dataset)
     first, label = _split(dataset[0])
     channels = _image_channels(first, 0)
@@ -67,6 +81,31 @@ def load_dataset(dataset: Any, *, progress: bool = False) -> tuple[Tensor, Tenso
                 raise ValueError(f"{_name(index)} must have a label below 2^63, got {label}.")
             labels[index] = label
     return rows, labels
+
+
+def _loaded_by(loader: DataLoader[Any]) -> Any:
+    """The dataset of a DataLoader that takes each item once and leaves it as it is."""
+    sampler, batches = loader.sampler, loader.batch_sampler
+    custom = None
+    if not isinstance(loader.dataset, IterableDataset):
+        if not (batches is None or type(batches) is BatchSampler):
+            custom = f"batch_sampler, a {type(batches).__name__}"
+        elif not (type(sampler) is SequentialSampler or _visits_all(sampler, loader.dataset)):
+            custom = f"sampler, a {type(sampler).__name__}"
+    if loader.collate_fn not in (default_collate, default_convert):
+        custom = "collate_fn"
+    if custom is not None:
+        raise ValueError(
+            f"source must be a DataLoader of all items as they are, got one with its own {custom}; "
+            "give a dataset of the samples, such as its own (loader.dataset) or a Subset of it."
+        )
+    return loader.dataset
+
+
+def _visits_all(sampler: Any, dataset: Any) -> bool:
+    """Whether a sampler shuffles the items and leaves none out."""
+    shuffles = type(sampler) is RandomSampler and not sampler.replacement
+    return shuffles and sampler.num_samples == len(dataset)
 
 
 def _length(dataset: Any) -> int:

@@ -8,7 +8,6 @@ import warnings
 from collections.abc import Sequence
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -26,8 +25,8 @@ from ..common.checks import (
     warn_channels_last,
     warn_image_range,
 )
-from ..common.files import StrPath
 from ..common.tensors import common_device, flat_rows, over_samples, per_row
+from ..data.opening import Samples
 from ..functional import posterior_mean
 from ..functional.levels import Level
 from ..references import References, ReferenceSet
@@ -186,7 +185,7 @@ class PoissonFlowPP(Flow):
 
     @classmethod
     def from_data(
-        cls, data: References | np.ndarray[Any, Any] | StrPath, *, D: float, **overrides: Any
+        cls, data: Samples | ReferenceSet, *, D: float, **overrides: Any
     ) -> PoissonFlowPP:
         """The flow for data (n, *S), all that :class:`pfgm.ReferenceSet` takes.
 

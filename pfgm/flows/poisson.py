@@ -23,12 +23,12 @@ from ..common.checks import (
     warn_channels_last,
     warn_image_range,
 )
-from ..common.files import StrPath
 from ..common.tensors import common_device, flat_rows, over_samples, per_row, wide_dtype
+from ..data.opening import Samples
 from ..functional import euler_step, field_fn, posterior_mean
 from ..functional.levels import Level
 from ..functional.steps import Field
-from ..references import References, ReferenceSet, measure
+from ..references import References, ReferenceSet, as_references, measure
 from ..solvers import SCHEDULES
 from .conditions import Condition, Network, as_condition, check_rows, with_inner_networks
 from .flow import Flow
@@ -186,9 +186,7 @@ class PoissonFlow(Flow):
         self.substitution = substitution
 
     @classmethod
-    def from_data(
-        cls, data: References | np.ndarray[Any, Any] | StrPath, **overrides: Any
-    ) -> PoissonFlow:
+    def from_data(cls, data: Samples | ReferenceSet, **overrides: Any) -> PoissonFlow:
         """The flow for data (n, *S), all that :class:`pfgm.ReferenceSet` takes.
 
         Data are floating point, or uint8, which means u/127.5 − 1. Samples of 64 or more values
@@ -218,8 +216,7 @@ class PoissonFlow(Flow):
         """
         if isinstance(data, np.ndarray):
             data = torch.as_tensor(data, device="cpu")
-        if not isinstance(data, (Tensor, ReferenceSet)):
-            data = ReferenceSet(data)
+        data = as_references(data)
         if data.ndim < 1 or len(data) == 0:
             raise ValueError(f"data has shape {tuple(data.shape)}; allowed is (n, *S) with n ≥ 1.")
         if isinstance(data, Tensor):

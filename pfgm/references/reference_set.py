@@ -12,13 +12,12 @@ import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.utils.data import Dataset
 
 from ..common.checks import is_whole, known_device
 from ..common.files import StrPath, write_atomic
 from ..common.tensors import as_int64, dequantise
-from ..data.opening import open_source
-from ..data.rows import DTYPES, InMemory, Source
+from ..data.opening import Samples, open_source
+from ..data.rows import DTYPES, InMemory
 from .drawing import draw_numbers
 from .measures import Measures, RowSums
 from .part import Part, check_finite
@@ -59,11 +58,11 @@ class ReferenceSet:
 
     Args:
         source: a tensor or array (M, *S); a memory map; a ``.npy``, ``.npz`` or ``.safetensors``
-            file, which is not loaded unless it is compressed; a folder of images of one size; or a
-            :class:`torch.utils.data.Dataset` of samples or of (sample, label) pairs. uint8 means
-            u/127.5 − 1. Rows keep their shape. For a file of images (n, H, W, C) or (n, H, W) take
-            ``pfgm.datasets.open_data(path).train``: a set of (n, C, H, W), which the command line
-            uses too.
+            file, which is not loaded unless it is compressed; a folder of images of one size; a
+            :class:`torch.utils.data.Dataset` of samples or of (sample, label) pairs; or its
+            DataLoader. uint8 means u/127.5 − 1. Rows keep their shape. For a file of images
+            (n, H, W, C) or (n, H, W) take ``pfgm.datasets.open_data(path).train``: a set of
+            (n, C, H, W), which the command line uses too.
         flips: add the mirror image of each row (last axis reversed), as rows M to 2M − 1. It is
             for images (M, C, H, W) or (M, H, W); the columns of a table would change their order.
         labels: (M,) integers, for a source without labels.
@@ -86,7 +85,7 @@ class ReferenceSet:
 
     def __init__(
         self,
-        source: Tensor | np.ndarray[Any, Any] | StrPath | Dataset[Any] | Source,
+        source: Samples,
         *,
         flips: bool = False,
         labels: Tensor | None = None,
@@ -395,6 +394,13 @@ class ReferenceSet:
 
 References = Tensor | ReferenceSet
 """The types that every operation accepts as references."""
+
+
+def as_references(data: Samples | ReferenceSet, *, progress: bool = False) -> References:
+    """Data (n, *S): a tensor or a set as it is, anything else as a set."""
+    if isinstance(data, (Tensor, ReferenceSet)):
+        return data
+    return ReferenceSet(data, progress=progress)
 
 
 def measure(data: References) -> Measures:

@@ -25,7 +25,7 @@ _FEWEST_PIXELS = 64  # in images; data with fewer columns are tables
 _SCALES = 100.0  # ratio of spreads at which the smaller one is lost (PoissonFlow.from_data)
 
 # Settings that may differ between a resumed run and the run that it continues.
-_MAY_DIFFER = ("steps", "checkpoint_every", "evaluate_every", "log_every", "compile")
+_MAY_DIFFER = ("steps", "checkpoint_every", "evaluate_every", "log_every", "log", "compile")
 
 
 def check_config(config: object) -> None:
@@ -39,11 +39,6 @@ def check_config(config: object) -> None:
 
 def check_data(flow: Flow, data: References, config: TrainConfig, *, other_loss: bool) -> None:
     """Raises an error unless the flow, or another loss, can train on the data."""
-    if not isinstance(data, (Tensor, ReferenceSet)):
-        raise TypeError(
-            f"data is a {type(data).__name__}; allowed are a torch.Tensor and a "
-            "pfgm.ReferenceSet, which takes arrays, DataFrames and paths."
-        )
     single_sample = config.references == 0 and not other_loss
     if single_sample and not isinstance(flow, PoissonFlowPP):
         raise ValueError(

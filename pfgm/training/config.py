@@ -8,6 +8,7 @@ import reprlib
 from typing import Literal, NamedTuple, get_args
 
 from ..common.checks import LARGEST, as_number, check_bool, check_choice, check_seed
+from .logs import LogTo
 
 _PUBLISHED_STEPS = 100_000  # from this number of steps on, the published settings are the defaults
 
@@ -97,6 +98,10 @@ class TrainConfig:
     """Steps between evaluations; 0 means none."""
     log_every: int = 50
     """Steps between reports of the loss."""
+    log: LogTo = "csv"
+    """Where reports and evaluations go: csv (log.csv and evaluations.csv, which are always
+    written), tensorboard or wandb as well. wandb takes its settings from its environment
+    variables, such as WANDB_MODE=offline and WANDB_PROJECT."""
     seed: int = 0
     """Seed of batches, perturbation and dropout."""
 
@@ -117,6 +122,7 @@ class TrainConfig:
             if not 0 <= as_number(values[name]) < 1:
                 raise ValueError(f"{name} is {values[name]!r}; allowed is 0 to below 1.")
         check_choice("decay", values["decay"], get_args(Decay))
+        check_choice("log", self.log, get_args(LogTo))
         check_choice("precision", self.precision, ("float32", "bfloat16"))
         if self.batch_size % self.accumulate:
             raise ValueError(

@@ -1,42 +1,78 @@
-"""The log of a training run: CSV files, and TensorBoard where it is installed."""
+"""The log of a training run: CSV files, and TensorBoard or Weights & Biases on request."""
 
 from __future__ import annotations
 
 import csv
 import importlib.util
+import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from types import TracebackType
+from typing import Any, Literal
 
 from ..common.files import csv_text, reserve_standard_descriptors, write_csv, write_errors
 
+LogTo = Literal["csv", "tensorboard", "wandb"]
+
+
+def check_log(to: LogTo, folder: Path | None) -> None:
+    """Raises an error if a run in the folder cannot write this log.
+
+    Raises:
+        ImportError: the package that it needs is missing.
+        ValueError: it needs a folder.
+    """
+    if to == "csv":
+        return
+    if importlib.util.find_spec(to) is None:
+        raise ImportError(f"log={to!r} needs {to}; in a checkout: pip install '.[{to}]'")
+    if folder is None:
+        raise ValueError(f"folder must be given with log={to!r}, which writes into it.")
+
 
 class Log:
-    """Values of a run by step, in ``log.csv``, ``evaluations.csv`` and TensorBoard.
+    """Values of a run by step, in ``log.csv`` and ``evaluations.csv``, and where else is asked.
 
     Rows of steps after ``step``, which a killed run has left, are removed.
 
     Args:
         folder: of the run; None writes nothing.
         step: step of the checkpoint that the run continues.
+        to: where values go besides the CSV files, which "csv" names alone.
+        settings: of the run, for Weights & Biases.
 
     Raises:
         OSError: a file cannot be written.
     """
 
-    def __init__(self, folder: Path | None, step: int = 0) -> None:
+    def __init__(
+        self,
+        folder: Path | None,
+        step: int = 0,
+        to: LogTo = "csv",
+        settings: Mapping[str, Any] | None = None,
+    ) -> None:
         self._tables: dict[str, _Table] = {}
-        self._writer: Any = None
+        self._writer: _TensorBoard | _WeightsAndBiases | None = None
         if folder is None:
             return
         reserve_standard_descriptors()
         folder.mkdir(parents=True, exist_ok=True)
         names = ("log", "evaluations")
         self._tables = {name: _Table(folder / f"{name}.csv", step) for name in names}
-        if importlib.util.find_spec("tensorboard") is not None:
-            from torch.utils.tensorboard import SummaryWriter
+        if to == "tensorboard":
+            self._writer = _TensorBoard(folder, step)
+        elif to == "wandb":
+            self._writer = _WeightsAndBiases(folder, step, settings or {})
 
-            self._writer = SummaryWriter(str(folder), purge_step=step + 1 if step else None)
+    def __enter__(self) -> Log:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, _: object, traceback: TracebackType | None
+    ) -> None:
+        if self._writer is not None:
+            self._writer.close(failed=kind is not None)
 
     @property
     def seconds(self) -> float:
@@ -48,13 +84,56 @@ class Log:
         if table in self._tables:
             self._tables[table].add({"step": step, **values})
         if self._writer is not None:
-            for name, value in values.items():
-                self._writer.add_scalar(name, value, step)
+            self._writer.write(step, values)
 
-    def close(self) -> None:
-        """Writes the values that TensorBoard has buffered."""
-        if self._writer is not None:
-            self._writer.close()
+
+class _TensorBoard:
+    """Events in the folder of a run, those after ``step`` removed."""
+
+    def __init__(self, folder: Path, step: int) -> None:
+        from torch.utils.tensorboard import SummaryWriter
+
+        self._writer = SummaryWriter(str(folder), purge_step=step + 1 if step else None)
+
+    def write(self, step: int, values: Mapping[str, float]) -> None:
+        for name, value in values.items():
+            self._writer.add_scalar(name, value, step)
+
+    def close(self, *, failed: bool) -> None:
+        self._writer.close()
+
+
+class _WeightsAndBiases:
+    """A run of the project pfgm, or of $WANDB_PROJECT, with the name of the folder.
+
+    A resumed run goes on as the same one. It has the values of steps that were done again twice.
+    """
+
+    def __init__(self, folder: Path, step: int, settings: Mapping[str, Any]) -> None:
+        import wandb
+
+        self._run = wandb.init(
+            project=os.environ.get("WANDB_PROJECT", "pfgm"),
+            name=folder.resolve().name,
+            dir=str(folder),
+            config={**settings},
+            id=_newest_id(folder) if step else None,
+            resume="allow",
+            settings=wandb.Settings(console="off"),  # the messages of the run stay its own
+        )
+        self._run.define_metric("*", step_metric="step")
+
+    def write(self, step: int, values: Mapping[str, float]) -> None:
+        self._run.log({"step": step, **values})
+
+    def close(self, *, failed: bool) -> None:
+        self._run.finish(exit_code=int(failed))
+
+
+def _newest_id(folder: Path) -> str | None:
+    """The id of the last run of Weights & Biases in a folder, by the name run-TIME-ID."""
+    names = sorted(path.name.partition("run-")[2] for path in folder.glob("wandb/*run-*-*"))
+    return names[-1].rpartition("-")[2] if names else None
 
 
 class _Table:

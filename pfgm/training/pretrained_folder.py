@@ -1,4 +1,4 @@
-"""Folders in the layout of Hugging Face's libraries: config.json and model.safetensors."""
+"""Folders in the layout of Hugging Face's libraries: config.json, model.safetensors, README.md."""
 
 from __future__ import annotations
 
@@ -8,15 +8,38 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from ..common.files import StrPath, folder_path, output_folder, write_json
+from ..common.files import StrPath, folder_path, output_folder, write_atomic, write_json
 from ..common.versions import versions
 from ..data.tables import Table
 from ..flows.flow import Flow
+from ..networks.registry import label_count
 from .checkpoint import PRETRAINED_WEIGHTS, Loaded, load, save
 from .weights_file import describe_network
 
 _CONFIG = "config.json"
 _PIPELINE = "model_index.json"  # of a pipeline of diffusers
+_CARD = "README.md"
+_CARD_TEXT = """\
+---
+library_name: pfgm
+{task}tags:
+- pfgm
+- poisson-flow
+---
+
+# {name}
+
+A Poisson flow generative model of {samples}: {flow}, and a network {network}.
+
+Download this folder, install pfgm, and sample:
+
+```python
+import pfgm, torch
+
+flow, net = pfgm.from_pretrained({arguments})
+samples = flow.sample(net, 16{condition})
+```
+"""
 
 
 def save_pretrained(
@@ -26,8 +49,9 @@ def save_pretrained(
 
     The folder holds ``model.safetensors``, which is the file of :func:`pfgm.save` and all that
     :func:`from_pretrained` reads, and ``config.json``, which describes it for readers and hubs.
-    With ``model_index.json`` diffusers' ``DiffusionPipeline.from_pretrained`` refuses the folder by
-    naming :func:`from_pretrained`.
+    ``README.md`` is the model card that a hub shows, with the header that it reads; a card that is
+    there already is kept. With ``model_index.json`` diffusers' ``DiffusionPipeline`` refuses the
+    folder by naming :func:`from_pretrained`.
 
     Args:
         folder: a new folder, or one with other files. Those of an earlier call are replaced.
@@ -51,8 +75,31 @@ def save_pretrained(
         save(place / PRETRAINED_WEIGHTS, flow, network, table=table)
         write_json(place / _CONFIG, config)
         # diffusers says that it has no attribute of this name.
+        if not (place / _CARD).exists():
+            text = _card(place.resolve().name, flow, network, table)
+            write_atomic(place / _CARD, lambda file: file.write(text.encode()))
         hint = f"{type(flow).__name__}; pfgm.from_pretrained reads this folder"
         write_json(place / _PIPELINE, {"_class_name": hint})
+
+
+def _card(name: str, flow: Flow, network: nn.Module, table: Table | None) -> str:
+    """The model card: a header in YAML, what the model is, and how to sample it."""
+    images, classes = len(flow.shape) == 3 and flow.shape[0] in (1, 3), label_count(network)
+    task = "pipeline_tag: unconditional-image-generation\n" if images and not classes else ""
+    samples = f"{'images' if images else 'samples'} of shape {flow.shape}"
+    if table is not None:
+        samples = f"rows of a table ({', '.join(column.name for column in table.columns)})"
+    labels = f"torch.arange(16) % {classes}" if classes else ""
+    parameters = sum(parameter.numel() for parameter in network.parameters())
+    return _CARD_TEXT.format(
+        task=task,
+        name=name,
+        samples=samples + (f" with the labels 0 to {classes - 1}" if classes else ""),
+        flow=f"{type(flow).__name__} with D = {flow.D:g}",
+        network=f"{type(network).__name__} with {parameters:,} parameters",
+        arguments=json.dumps(name) + ("" if describe_network(network) else ", network"),
+        condition=f', condition={{"labels": {labels}}}' if classes else "",
+    )
 
 
 def _check_place(folder: Path) -> None:

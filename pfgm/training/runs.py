@@ -65,7 +65,7 @@ def start(
 ) -> nn.Module:
     """Trains as configured and writes the results into a folder.
 
-    These are config.json, checkpoints, log.csv, evaluations.csv and logs for TensorBoard. For
+    These are config.json, checkpoints, log.csv, evaluations.csv and the log that is asked for. For
     images there is also a picture samples-*.png for every ``evaluate_every`` steps.
 
     Args:

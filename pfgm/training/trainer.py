@@ -8,7 +8,7 @@ import math
 import signal
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, closing, contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -19,10 +19,11 @@ from torch.nn.parallel import DistributedDataParallel
 
 from ..common.files import MALFORMED, folder_path, remove_leftovers
 from ..common.messages import progress_bar
+from ..data.opening import Samples
 from ..data.tables import Table
 from ..flows.flow import Flow
 from ..networks.registry import label_count
-from ..references import References
+from ..references import ReferenceSet, as_references
 from .batches import Batch, Batches, seed_of
 from .checkpoint import STATE_FORMAT, load_run, save_run
 from .checks import (
@@ -38,7 +39,7 @@ from .checks import (
 from .compiled import load_plain_state, plain_state
 from .config import TrainConfig
 from .locks import locked, locked_for_all
-from .logs import Log
+from .logs import Log, check_log
 from .processes import Processes, reports_process_lost
 from .signals import Terminated, record_signals
 from .time_left import TimeLeft
@@ -67,18 +68,19 @@ class Trainer:
     Args:
         flow: :class:`pfgm.PoissonFlow` or :class:`pfgm.PoissonFlowPP`; its loss is minimised.
         network: the network to train; its parameters stay on their device.
-        data: samples (n, *S), floating point or uint8 (u/127.5 − 1), on any device; or a
-            :class:`pfgm.ReferenceSet`.
+        data: samples (n, *S), all that :class:`pfgm.ReferenceSet` takes: a tensor, floating point
+            or uint8 (u/127.5 − 1), on any device; a set; a torch Dataset or its DataLoader, which
+            is loaded once.
         config: how to train. Settings that are None follow from the steps; :meth:`resume` takes
             them from the checkpoint.
-        folder: folder for checkpoints, ``log.csv`` and TensorBoard logs (if TensorBoard is
-            installed); None writes nothing.
+        folder: folder for checkpoints and ``log.csv``; None writes nothing.
         progress: whether to show a progress bar.
         evaluate: called by the first process with the step and the averaged network, every
             ``evaluate_every`` steps and at the end. The metrics that it returns go to
-            ``evaluations.csv`` and TensorBoard. It must not use torch's global generator.
+            ``evaluations.csv``. It must not use torch's global generator.
         labels: integers (n,) from 0. They go to the network as its argument ``labels``, and the
-            target of a point is the field of the references with its label.
+            target of a point is the field of the references with its label. By default those of
+            the data, if they have some and the network takes labels.
         label_names: the names of the labels 0, 1, …, which checkpoints record.
         table: the columns of the table that data are the rows of, which checkpoints record.
         report: called once by the first process with a line of text: the time left, estimated from
@@ -92,7 +94,8 @@ class Trainer:
             or the network has no parameters in float32 or float64 that are trained.
         TypeError: data, labels or config are of another type.
         ValueError: data do not fit the flow or are fewer than a batch; labels do not fit the data,
-            or are given with a sharded set.
+            or are given with a sharded set; or the log that is asked for needs a folder.
+        ImportError: the log needs a package that is not installed.
 
     Warns:
         UserWarning: data are images whose values do not look like [−1, 1], or a table whose columns
@@ -112,7 +115,7 @@ class Trainer:
         self,
         flow: Flow,
         network: nn.Module,
-        data: References,
+        data: Samples | ReferenceSet,
         config: TrainConfig | None = None,
         *,
         folder: str | Path | None = None,
@@ -125,6 +128,7 @@ class Trainer:
         loss: Callable[..., Tensor] | None = None,
         distilled: bool | None = None,
     ) -> None:
+        data = as_references(data, progress=progress)
         self.flow, self.network, self.data = flow, network, data
         check_config(config)
         self._partial_config = config or TrainConfig()  # may leave settings open
@@ -139,11 +143,15 @@ class Trainer:
         self._saved_step: int | None = None  # of the last checkpoint, written or resumed from
         self._saved_threads: int | None = None
         self._known_latest: bytes | None = None  # latest.json as this run last read or wrote it
+        check_log(config.log, self.folder)
         check_network(network)
         if self.folder is not None:
             check_savable(flow, network)
         check_data(flow, data, config, other_loss=loss is not None)
-        self.labels = labels = checked_labels(labels, data, label_count(network))
+        classes = label_count(network)
+        if labels is None and classes and isinstance(data, ReferenceSet) and not data.sharded:
+            labels = data.labels
+        self.labels = labels = checked_labels(labels, data, classes)
         if not flow.warned_of_range:
             warn_of_range(data)
         warn_of_scales(data)
@@ -255,7 +263,7 @@ class Trainer:
         folder = self.folder if processes.leads else None
         with (
             record_signals() as received,
-            closing(Log(folder, self.step)) as log,
+            Log(folder, self.step, config.log, dataclasses.asdict(config)) as log,
             self._progress_bar() as bar,
         ):
             total, since = torch.zeros((), device=self._device), self.step

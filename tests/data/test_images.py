@@ -16,7 +16,15 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from torch.utils.data import Dataset, IterableDataset, Subset, TensorDataset
+from torch.utils.data import (
+    DataLoader,
+    Dataset,
+    IterableDataset,
+    RandomSampler,
+    Subset,
+    SubsetRandomSampler,
+    TensorDataset,
+)
 
 from pfgm.data.images import load_images
 from pfgm.data.opening import open_source
@@ -531,6 +539,38 @@ def test_parts_of_datasets() -> None:
     source = open_source(Subset(dataset, [4, 1]))
     assert source.tensor.tolist() == [[8, 9], [2, 3]]
     assert source.labels.tolist() == [4, 1]
+
+
+def test_loaders_stand_for_their_datasets() -> None:
+    """All items in the order of the dataset, whatever the order and the batches of the loader."""
+    dataset = TensorDataset(torch.arange(10.0).view(5, 2), torch.arange(5))
+    for options in (
+        {},
+        {"shuffle": True, "batch_size": 2, "drop_last": True},
+        {"batch_size": None},
+    ):
+        source = open_source(DataLoader(dataset, **options))
+        assert torch.equal(source.tensor, dataset.tensors[0])
+        assert source.labels.tolist() == [0, 1, 2, 3, 4]
+
+
+FIVE = TensorDataset(torch.zeros(5, 2))
+
+
+@pytest.mark.parametrize(
+    ("loader", "error", "message"),
+    [
+        (DataLoader(FIVE, sampler=SubsetRandomSampler([1, 2])), ValueError, "SubsetRandomSampler"),
+        (DataLoader(FIVE, sampler=RandomSampler(FIVE, replacement=True)), ValueError, "Random"),
+        (DataLoader(FIVE, sampler=RandomSampler(FIVE, num_samples=3)), ValueError, "Random"),
+        (DataLoader(FIVE, batch_sampler=[[0, 1], [3]]), ValueError, "batch_sampler, a list"),
+        (DataLoader(FIVE, collate_fn=torch.stack), ValueError, "collate_fn"),
+        (DataLoader(Stream()), TypeError, "a dataset without"),
+    ],
+)
+def test_loaders_that_are_refused(loader: Any, error: type[Exception], message: str) -> None:
+    with pytest.raises(error, match=rf"^source .*{message}"):
+        open_source(loader)
 
 
 def png(colour: int, depth: int, channels: int) -> bytes:

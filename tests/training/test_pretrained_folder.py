@@ -16,6 +16,7 @@ def test_a_folder_in_the_layout_of_hugging_face(tmp_path):
     torch.nn.init.normal_(net.head.weight)
     pfgm.save_pretrained(tmp_path / "model", flow, net)
     assert {path.name for path in (tmp_path / "model").iterdir()} == {
+        "README.md",
         "config.json",
         "model.safetensors",
         "model_index.json",
@@ -32,6 +33,32 @@ def test_a_folder_in_the_layout_of_hugging_face(tmp_path):
     x, z = torch.randn(3, 2, 16), torch.rand(3)
     for own, other in zip(net(x, z), loaded(x, z), strict=True):
         assert torch.equal(own, other)
+
+
+@pytest.mark.parametrize(
+    ("shape", "classes", "task"),
+    [((1, 8, 8), 0, "unconditional-image-generation"), ((1, 8, 8), 3, None), ((2,), 0, None)],
+)
+def test_the_hub_reads_the_card_and_its_code_samples(tmp_path, monkeypatch, shape, classes, task):
+    hub = pytest.importorskip("huggingface_hub")
+    flow = pfgm.PoissonFlowPP(shape, D=128)
+    kind, width = ("unet", 16) if len(shape) == 3 else ("mlp", 16)
+    config = {"shape": shape, "width": width, "classes": classes}
+    net = pfgm.networks.Denoiser(kind, config, flow.sigma_data)
+    pfgm.save_pretrained(tmp_path / "my model", flow, net)
+    card = hub.ModelCard.load(tmp_path / "my model/README.md")
+    assert (card.data.library_name, card.data.pipeline_tag) == ("pfgm", task)
+    assert "poisson-flow" in card.data.tags
+    parameters = sum(parameter.numel() for parameter in net.parameters())
+    assert "PoissonFlowPP with D = 128, and a network Denoiser with" in card.text
+    assert f" {parameters:,} parameters" in card.text
+    monkeypatch.chdir(tmp_path)
+    names = {}
+    exec(card.text.split("```python")[1].split("```")[0], names)
+    assert names["samples"].shape == (16, *shape)
+    (tmp_path / "my model/README.md").write_text("mine")
+    pfgm.save_pretrained(tmp_path / "my model", flow, net)
+    assert (tmp_path / "my model/README.md").read_text() == "mine"
 
 
 def test_a_network_of_another_library(tmp_path):

@@ -166,7 +166,6 @@ def test_bad_timeouts(timeout):
 @pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="needs fork, and SIGXFSZ for a full disk")
 def test_a_run_survives_kills_and_a_full_disk(tmp_path):
-    pytest.importorskip("tensorboard")
     done = subprocess.run(
         [sys.executable, SCRIPTS / "survival.py", tmp_path, "20"],
         env=os.environ | {"OMP_NUM_THREADS": "1"},

@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 import torch
 from torch import nn
+from torch.utils.data import DataLoader, TensorDataset
 
 import pfgm
 from pfgm import training
@@ -163,16 +164,29 @@ def test_a_folder_that_is_removed_during_the_training_is_named(flow, data, tmp_p
 
 def test_arguments_of_other_types_are_named(flow, data):
     net = new_network()
-    for wrong, kind in ((data.numpy(), "ndarray"), ("data.npy", "str"), (data.tolist(), "list")):
-        with pytest.raises(
-            TypeError, match=rf"data is a {kind}; allowed are .*ReferenceSet, which"
-        ):
-            Trainer(flow, net, wrong, SMALL)
+    with pytest.raises(TypeError, match=r"is a dict; allowed are a tensor, .* and a dataset"):
+        Trainer(flow, net, {"x": data}, SMALL)
     for wrong, kind in ((100, "int"), ({}, "dict")):
         with pytest.raises(TypeError, match=rf"config is a {kind}; allowed is a TrainConfig"):
             Trainer(flow, net, data, wrong)
     with pytest.raises(TypeError, match=r"labels is a ndarray; allowed is a torch\.Tensor"):
         Trainer(flow, net, data, SMALL, labels=np.zeros(len(data), dtype=int))
+
+
+def test_datasets_and_loaders_are_data(data):
+    """As the same tensor with the same labels, whatever the order of the loader."""
+    labels = torch.arange(50) % 2
+    dataset = TensorDataset(data, labels)
+    weights = []
+    for given, its in ((data, labels), (dataset, None), (DataLoader(dataset, shuffle=True), None)):
+        flow = pfgm.PoissonFlow.from_data(given)
+        torch.manual_seed(0)
+        net = pfgm.networks.MLP((2,), width=16, depth=1, classes=2, **flow.scaling)
+        trainer = Trainer(flow, net, given, SMALL, labels=its, progress=False)
+        assert torch.equal(trainer.labels, labels)
+        weights.append(torch.cat([p.flatten() for p in trainer.train().parameters()]))
+    assert torch.equal(weights[0], weights[1])
+    assert torch.equal(weights[0], weights[2])
 
 
 def test_an_epoch_sees_every_row_once_and_references_contain_the_batch(data, flow):
@@ -542,11 +556,69 @@ def test_more_steps_than_before_are_allowed_other_changes_are_not(tmp_path, data
 
 def test_tensorboard_gets_the_figures(tmp_path, data, flow):
     reader = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
-    Trainer(flow, new_network(), data, SMALL, folder=tmp_path, progress=False).train()
+    settings = config(log="tensorboard")
+    Trainer(flow, new_network(), data, settings, folder=tmp_path, progress=False).train()
     events = reader.EventAccumulator(str(tmp_path)).Reload()
     assert [event.step for event in events.Scalars("loss")] == [5, 10, 15, 20, 24]
     rates = [event.value for event in events.Scalars("lr")]
     assert rates[0] == pytest.approx(SMALL.learning_rate_at(4))
+
+
+def test_wandb_gets_the_figures_and_goes_on_after_a_resumption(tmp_path, data, flow, monkeypatch):
+    pytest.importorskip("wandb")
+    from wandb.proto.wandb_internal_pb2 import Record
+
+    for name, value in {"MODE": "offline", "SILENT": "true", "ERROR_REPORTING": "false"}.items():
+        monkeypatch.setenv(f"WANDB_{name}", value)
+
+    def trainer(steps):
+        settings = config(steps=steps, log="wandb")
+        return Trainer(flow, new_network(), data, settings, folder=tmp_path, progress=False)
+
+    trainer(24).train()
+    resumed = trainer(30)
+    resumed.resume()
+    resumed.train()
+    rows, ids = [], set()
+    for path in sorted(tmp_path.glob("wandb/offline-run-*/*.wandb")):
+        for record in map(Record.FromString, wandb_records(path)):
+            items = {"".join([i.key, *i.nested_key]): i.value_json for i in record.history.item}
+            if items:
+                rows.append((items["step"], float(items["loss"])))
+            if record.HasField("run"):
+                ids.add((record.run.run_id, record.run.project, record.run.display_name))
+    with (tmp_path / "log.csv").open() as file:
+        losses = [(row["step"], float(row["loss"])) for row in csv.DictReader(file)]
+    assert [step for step, _ in rows] == ["5", "10", "15", "20", "24", "25", "30"]
+    assert [loss for _, loss in rows] == pytest.approx([loss for _, loss in losses], rel=1e-5)
+    ((_, *names),) = ids
+    assert names == ["pfgm", tmp_path.name]
+
+
+def wandb_records(path):
+    """The records of a file of less than 32 KiB, each after its checksum, length and type."""
+    content, place = path.read_bytes(), 7
+    while place < len(content):
+        end = place + 7 + int.from_bytes(content[place + 4 : place + 6], "little")
+        yield content[place + 7 : end]
+        place = end
+
+
+@pytest.mark.parametrize("log", ["tensorboard", "wandb"])
+def test_logs_are_written_on_request_alone(tmp_path, data, flow, monkeypatch, log):
+    find = importlib.util.find_spec
+    monkeypatch.setattr(
+        importlib.util, "find_spec", lambda name: None if name == log else find(name)
+    )
+    monkeypatch.setitem(sys.modules, log, None)  # an import would fail
+    Trainer(flow, new_network(), data, SMALL, folder=tmp_path, progress=False).train()
+    assert not [*tmp_path.glob("events*"), *tmp_path.glob("wandb*")]
+    with pytest.raises(ImportError, match=rf"needs {log}; .* pip install '\.\[{log}\]'"):
+        Trainer(flow, new_network(), data, config(log=log), folder=tmp_path)
+    monkeypatch.undo()
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: name)
+    with pytest.raises(ValueError, match="folder must be given"):
+        Trainer(flow, new_network(), data, config(log=log))
 
 
 def test_the_time_left_is_reported_once(data, flow, monkeypatch):
@@ -562,15 +634,6 @@ def test_the_time_left_is_reported_once(data, flow, monkeypatch):
     monkeypatch.undo()
     Trainer(flow, new_network(), data, SMALL, progress=False, report=lines.append).train()
     assert len(lines) == 1  # too short a run to estimate
-
-
-def test_without_tensorboard_training_goes_on(tmp_path, data, flow, monkeypatch):
-    find = importlib.util.find_spec
-    monkeypatch.setattr(
-        importlib.util, "find_spec", lambda name: None if name == "tensorboard" else find(name)
-    )
-    Trainer(flow, new_network(), data, SMALL, folder=tmp_path, progress=False).train()
-    assert not list(tmp_path.glob("events*"))
 
 
 def test_the_log_has_a_row_a_report_and_survives_resuming(tmp_path, data, flow):

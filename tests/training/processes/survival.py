@@ -10,7 +10,6 @@ from pathlib import Path
 
 import pytest
 import torch
-import torch.utils.tensorboard  # once, not in each of the processes
 
 import pfgm
 from pfgm.training import TrainConfig, Trainer
