@@ -45,7 +45,7 @@ def main() -> None:
             return pfgm.log_density(x, train, sigma=sigma, D=math.inf)
 
         net = flow.empirical(train)
-        ode = flow.log_likelihood(net, held_out, levels=GREY_LEVELS, generator=generator)
+        ode = flow.log_likelihood(net, held_out, grey_levels=GREY_LEVELS, generator=generator)
         # The latents stay the same; only the density at the first level is replaced.
         true = ode.nats + mixture(ode.latent, flow.first_level)
         true -= pfgm.flows.likelihood.centred_prior(ode.latent, flow.first_level, flow.D)

@@ -65,7 +65,7 @@ class Data(NamedTuple):
     """(m, *S), likewise; not used for training. None if there are none."""
     classes: int
     """The number of classes; 0 if there are no labels. Labels are 0 to classes − 1."""
-    levels: int
+    grey_levels: int
     """The number of grey levels, for bits per dimension: 17 for digits, 256 for bytes, 0 (unknown)
     for floating numbers from a file."""
     names: tuple[str, ...] = ()
@@ -138,7 +138,7 @@ def open_data(
             or a layout or an option of tables is given for what does not take it.
 
     >>> data = open_data("digits")
-    >>> data.train, data.classes, data.levels
+    >>> data.train, data.classes, data.grey_levels
     (ReferenceSet((1398, 1, 8, 8), torch.float32, cpu), 10, 17)
     """
     _check_layout(layout, source)
@@ -310,7 +310,9 @@ def _from_table(
         )
     rows, labels = table.encode(path, drop_missing=drop_missing)
     train = ReferenceSet(rows, labels=labels)
-    return Data(train, None, _classes(train, None), levels=0, names=table.label_names, table=table)
+    return Data(
+        train, None, _classes(train, None), grey_levels=0, names=table.label_names, table=table
+    )
 
 
 def _rows(
@@ -391,7 +393,7 @@ def _digits(folder: Path | None) -> Data:
     data = digits()
     train = ReferenceSet(data.train, labels=data.train_labels)
     held_out = ReferenceSet(data.held_out, labels=data.held_out_labels)
-    return Data(train, held_out, classes=10, levels=17)
+    return Data(train, held_out, classes=10, grey_levels=17)
 
 
 # ---- Fashion-MNIST ----------------------------------------------------------------------------
@@ -402,7 +404,7 @@ def _fashion_mnist(folder: Path | None) -> Data:
     train, held_out = (_idx_pair(folder, part) for part in ("train", "t10k"))
     if held_out.shape[1:] != train.shape[1:]:
         raise ValueError(f"{folder} holds images of two sizes; allowed is one.")
-    return Data(train, held_out, classes=10, levels=256)
+    return Data(train, held_out, classes=10, grey_levels=256)
 
 
 def _fashion_mnist_folder() -> Path:
@@ -483,7 +485,10 @@ def _cifar10(folder: Path | None) -> Data:
                 f"download {CIFAR10_URL} and unpack it in {folder}."
             )
     return Data(
-        _records(batches, _TRAIN_BATCHES), _records(batches, _TEST_BATCHES), classes=10, levels=256
+        _records(batches, _TRAIN_BATCHES),
+        _records(batches, _TEST_BATCHES),
+        classes=10,
+        grey_levels=256,
     )
 
 

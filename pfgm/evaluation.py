@@ -252,7 +252,7 @@ def bits_per_dim(
     network: Network,
     x: Tensor,
     *,
-    levels: int,
+    grey_levels: int,
     labels: Tensor | None = None,
     seed: int = 0,
     batch_size: int = 64,
@@ -261,7 +261,7 @@ def bits_per_dim(
 ) -> BitsPerDim:
     """The bits per dimension of data under a flow, as mean and standard error.
 
-    They are −log₂ p/N + log₂(levels/2), with :meth:`pfgm.Flow.log_likelihood` of the data with
+    They are −log₂ p/N + log₂(grey_levels/2), with :meth:`pfgm.Flow.log_likelihood` of the data with
     uniform noise of one grey level. Their mean is an upper bound of the bits that a code for the
     grey levels needs (Theis et al., arXiv 1511.01844, section 3.1).
 
@@ -270,7 +270,7 @@ def bits_per_dim(
         network: must treat rows separately. It is put in evaluation mode during the call.
         x: (B, *S) on the device of the network: uint8, or floating values at evenly spaced grey
             levels from −1 to 1.
-        levels: the number of grey levels. 0 means continuous data: no noise is added, and the
+        grey_levels: the number of grey levels. 0 means continuous data: no noise is added, and the
             result is −log₂ p/N.
         labels: (B,), for a network that takes labels.
         seed: seed of the noise, and of the probes that estimate the divergence.
@@ -285,7 +285,7 @@ def bits_per_dim(
     >>> import pfgm
     >>> flow = pfgm.PoissonFlowPP((2,), D=float("inf"), sigma_min=1.0)
     >>> net = flow.empirical(torch.zeros(1, 2))
-    >>> result = bits_per_dim(flow, net, torch.zeros(4, 2), levels=0, estimator="exact")
+    >>> result = bits_per_dim(flow, net, torch.zeros(4, 2), grey_levels=0, estimator="exact")
     >>> round(result.mean, 3)  # ½ log₂ 2π
     1.326
     """
@@ -294,15 +294,15 @@ def bits_per_dim(
             f"x has {len(x)} rows and batch_size is {batch_size}; allowed is at least 1 of each."
         )
     check_seed(seed)
-    if levels:
-        x = dequantised(x, levels, torch.Generator().manual_seed(seed))
+    if grey_levels:
+        x = dequantised(x, grey_levels, torch.Generator().manual_seed(seed))
     probes = torch.Generator(device=x.device).manual_seed(seed)
     bits, evaluations = [], 0
     for rows in torch.arange(len(x), device="cpu").split(batch_size):
         result = flow.log_likelihood(
             network,
             to_unit(x[rows]),
-            levels=levels or 2,
+            grey_levels=grey_levels or 2,
             condition=None if labels is None else {"labels": labels[rows]},
             generator=probes,
             progress=progress,
@@ -315,32 +315,34 @@ def bits_per_dim(
     return BitsPerDim(float(values.mean()), error, len(values), evaluations)
 
 
-def dequantised(x: Tensor, levels: int, generator: torch.Generator) -> Tensor:
-    """Adds uniform noise u in [0, 1) to data at grey levels k: 2 (k + u)/levels − 1, float32.
+def dequantised(x: Tensor, grey_levels: int, generator: torch.Generator) -> Tensor:
+    """Adds uniform noise u in [0, 1) to data at grey levels k: 2 (k + u)/grey_levels − 1, float32.
 
     Raises:
-        ValueError: levels is below 2, or x holds values outside [−1, 1] or between the levels.
+        ValueError: grey_levels is below 2, or x holds values outside [−1, 1] or between the levels.
 
     >>> dequantised(torch.tensor([-1.0, 1.0]), 2, torch.Generator().manual_seed(0)).floor()
     tensor([-1.,  0.])
     """
-    if levels < 2:
-        raise ValueError(f"levels is {levels}; allowed is at least 2, or 0 for continuous data.")
+    if grey_levels < 2:
+        raise ValueError(
+            f"grey_levels is {grey_levels}; allowed is at least 2, or 0 for continuous data."
+        )
     unit = to_unit(x)
     if float(unit.abs().max()) > 1:
         raise ValueError(
-            f"x holds {float(unit.abs().max()):.4g}; allowed are {levels} levels in [-1, 1], or "
-            "levels = 0 for continuous data."
+            f"x holds {float(unit.abs().max()):.4g}; allowed are {grey_levels} levels in [-1, 1], "
+            "or grey_levels = 0 for continuous data."
         )
-    position = (unit + 1) / 2 * (levels - 1)
+    position = (unit + 1) / 2 * (grey_levels - 1)
     level = position.round()
     if float((position - level).abs().max()) > _MOST_OFF_LEVEL:
         raise ValueError(
-            f"x holds values between the {levels} levels in [-1, 1]; allowed are values at the "
-            "levels, or levels = 0 for continuous data."
+            f"x holds values between the {grey_levels} levels in [-1, 1]; allowed are values at "
+            "the levels, or grey_levels = 0 for continuous data."
         )
     noise = torch.rand(x.shape, generator=generator, device=generator.device)
-    return 2 * (level + noise.to(x.device)) / levels - 1
+    return 2 * (level + noise.to(x.device)) / grey_levels - 1
 
 
 # ---- quality against cost ---------------------------------------------------------------------

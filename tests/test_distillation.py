@@ -243,7 +243,9 @@ def run_config(teacher, **changes):
     training = TrainConfig(
         steps=6, batch_size=16, warmup=0, checkpoint_every=3, evaluate_every=6, seed=1
     )
-    return RunConfig(teacher=str(teacher), levels=4, samples=10, training=training, **changes)
+    return RunConfig(
+        teacher=str(teacher), student_levels=4, samples=10, training=training, **changes
+    )
 
 
 @pytest.mark.parametrize("D", [None, 128.0])
@@ -305,6 +307,6 @@ def test_bad_settings(tmp_path):
     with pytest.raises(ValueError, match="ahead is 11; allowed is an integer from 1"):
         Consistency(diffusion(), GaussianMean(), ahead=11)
     with pytest.raises(ValueError, match="levels is 1; allowed is at least 2"):
-        RunConfig(levels=1)
+        RunConfig(student_levels=1)
     with pytest.raises(FileNotFoundError, match="there is no checkpoint"):
         start(run_config(tmp_path / "none"), tmp_path / "run", report=lambda line: None)

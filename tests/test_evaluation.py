@@ -143,13 +143,13 @@ def gaussian_bits(x: Tensor, width: float) -> Tensor:
 def test_bits_per_dim_of_a_gaussian() -> None:
     flow, net = gaussian(0.7, 2)
     x = normal(9, 2)
-    figures = bits_per_dim(flow, net, x, levels=0, estimator="exact", batch_size=4)
+    figures = bits_per_dim(flow, net, x, grey_levels=0, estimator="exact", batch_size=4)
     exact = gaussian_bits(x, 0.7)
     assert figures.mean == pytest.approx(float(exact.mean()), abs=1e-4)
     assert figures.standard_error == pytest.approx(float(exact.std()) / 3, abs=1e-4)
     assert figures.samples == 9
     assert figures.nfe > 10
-    assert math.isnan(bits_per_dim(flow, net, x[:1], levels=0).standard_error)
+    assert math.isnan(bits_per_dim(flow, net, x[:1], grey_levels=0).standard_error)
 
 
 @pytest.mark.parametrize("dtype", [torch.uint8, torch.float32])
@@ -160,28 +160,28 @@ def test_bits_per_dim_of_grey_levels(dtype: torch.dtype) -> None:
     draw = torch.Generator().manual_seed(0)
     k = torch.randint(0, levels, (40, 50), generator=draw)
     x = k.to(torch.uint8) if dtype == torch.uint8 else 2 * k / (levels - 1) - 1
-    figures = bits_per_dim(flow, net, x, levels=levels, seed=1, rtol=1e-3, atol=1e-3)
+    figures = bits_per_dim(flow, net, x, grey_levels=levels, seed=1, rtol=1e-3, atol=1e-3)
     low, high = 2 * k.double() / levels - 1, 2 * (k.double() + 1) / levels - 1
     squares = (high**3 - low**3) / (3 * (high - low))  # the mean of x² within a level
     nats = squares / (2 * 0.25) + math.log(0.5 * math.sqrt(2 * math.pi))
     expected = float(nats.mean()) / math.log(2) + math.log2(levels / 2)
     assert figures.mean == pytest.approx(expected, abs=0.03)
-    again = bits_per_dim(flow, net, x, levels=levels, seed=1, rtol=1e-3, atol=1e-3)
+    again = bits_per_dim(flow, net, x, grey_levels=levels, seed=1, rtol=1e-3, atol=1e-3)
     assert again == figures
 
 
 def test_bits_per_dim_refuses_data_without_a_density() -> None:
     flow, net = gaussian(1.0, 2)
     with pytest.raises(ValueError, match="x has 0 rows"):
-        bits_per_dim(flow, net, torch.zeros(0, 2), levels=0)
+        bits_per_dim(flow, net, torch.zeros(0, 2), grey_levels=0)
     with pytest.raises(ValueError, match="levels is 1; allowed is at least 2, or 0"):
-        bits_per_dim(flow, net, torch.zeros(1, 2), levels=1)
+        bits_per_dim(flow, net, torch.zeros(1, 2), grey_levels=1)
     with pytest.raises(ValueError, match=r"x holds 1\.5; allowed are 17 levels in \[-1, 1\]"):
-        bits_per_dim(flow, net, torch.full((1, 2), -1.5), levels=17)
+        bits_per_dim(flow, net, torch.full((1, 2), -1.5), grey_levels=17)
     bytes_ = torch.arange(256, dtype=torch.uint8).view(128, 2)
     for x, levels in ((bytes_, 17), (bytes_, 255), (torch.full((1, 2), 0.1), 2)):
         with pytest.raises(ValueError, match=f"x holds values between the {levels} levels"):
-            bits_per_dim(flow, net, x, levels=levels)
+            bits_per_dim(flow, net, x, grey_levels=levels)
 
 
 @pytest.mark.parametrize("dtype", [torch.uint8, torch.bfloat16, torch.float16, torch.float32])
@@ -280,7 +280,7 @@ def test_a_checkpoint(model: Path, tmp_path: Path, capsys: pytest.CaptureFixture
     assert figures["sampling"]["labels"] is None
     assert figures["versions"]["torch"] == torch.__version__
     bits = figures["likelihood"]
-    assert (bits["of"], bits["count"], bits["levels"]) == ("held_out", 2, 17)
+    assert (bits["of"], bits["count"], bits["grey_levels"]) == ("held_out", 2, 17)
     assert 1 < bits["bits_per_dim"] < 100
     assert bits["standard_error"] >= 0
 
@@ -346,7 +346,7 @@ def test_a_run_on_own_data(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -
     assert figures["counts"] == {"samples": 25, "against": 30, "train": 25, "searched": 60}
     assert set(figures["median_distance_to_train"]) == {"samples", "train"}
     bits = figures["likelihood"]
-    assert (bits["of"], bits["levels"], bits["standard_error"]) == ("train", 0, None)
+    assert (bits["of"], bits["grey_levels"], bits["standard_error"]) == ("train", 0, None)
     assert sorted(p.name for p in (tmp_path / "out").iterdir()) == ["metrics.json"]
     shown = capsys.readouterr().out
     assert "against 30 train rows" in shown

@@ -64,7 +64,7 @@ def by_flow(preset: Preset, folder: Path, method: str, seed: int, part: str) -> 
         flow,
         network,
         _rows(preset, part).to(preset.device),
-        levels=data_of(preset).levels,
+        grey_levels=data_of(preset).grey_levels,
         seed=seed,
         batch_size=preset.sampling_batch,
         rtol=preset.likelihood_tolerance,
@@ -76,11 +76,11 @@ def by_flow(preset: Preset, folder: Path, method: str, seed: int, part: str) -> 
 
 def by_gaussian(preset: Preset, folder: Path, seed: int, part: str) -> list[Row]:
     """A normal distribution with the mean and covariance of the training data."""
-    levels, generator = data_of(preset).levels, torch.Generator().manual_seed(seed)
+    grey_levels, generator = data_of(preset).grey_levels, torch.Generator().manual_seed(seed)
     train = methods.dequantised(preset).flatten(1).double()
-    x = dequantised(_rows(preset, part), levels, generator).flatten(1).double()
+    x = dequantised(_rows(preset, part), grey_levels, generator).flatten(1).double()
     normal = torch.distributions.MultivariateNormal(train.mean(0), train.T.cov())
-    bits = -normal.log_prob(x) / (x.shape[1] * math.log(2)) + math.log2(levels / 2)
+    bits = -normal.log_prob(x) / (x.shape[1] * math.log(2)) + math.log2(grey_levels / 2)
     error = float(bits.std()) / math.sqrt(len(bits))
     row = {"model": "Gaussian", "data": part, "seed": seed, "bits_per_dim": float(bits.mean())}
     return [{**row, "standard_error": error, "evaluations": 0}]

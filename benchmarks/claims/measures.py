@@ -33,7 +33,7 @@ class Data(NamedTuple):
     train_labels: Tensor
     held_out: Tensor
     held_out_labels: Tensor
-    levels: int
+    grey_levels: int
     rms: float
     """Root mean square of the training data's values."""
 
@@ -52,7 +52,7 @@ def data_of(preset: Preset) -> Data:
         opened.train.labels.long(),
         held_out,
         opened.held_out.labels.long(),
-        opened.levels,
+        opened.grey_levels,
         float(train.square().mean().sqrt()),
     )
 

@@ -236,7 +236,7 @@ def dequantised(preset: Preset) -> Tensor:
     """Copies of the training data, each with its own noise within a grey level."""
     data, generator = data_of(preset), torch.Generator().manual_seed(0)
     copies = data.train.repeat(preset.dequantised_copies, 1, 1, 1)
-    return pfgm.evaluation.dequantised(copies, data.levels, generator)
+    return pfgm.evaluation.dequantised(copies, data.grey_levels, generator)
 
 
 def load(spec: Spec, preset: Preset, folder: Path, *, early: bool = False) -> Loaded:

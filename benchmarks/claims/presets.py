@@ -103,7 +103,7 @@ class Preset:
         return TrainConfig(
             steps=self.steps,
             batch_size=self.batch_size,
-            references=references,
+            reference_batch=references,
             learning_rate=self.learning_rate,
             beta2=0.99,
             warmup=min(self.warmup, self.steps // 10),

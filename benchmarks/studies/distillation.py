@@ -67,7 +67,7 @@ def teacher_of(method: str, path: Path) -> tuple[Flow, nn.Module]:
 def student_of(flow: Flow, teacher: nn.Module, steps: int) -> tuple[nn.Module, float]:
     """A student, and the seconds of its training."""
     consistency = Consistency(flow, teacher)
-    config = dataclasses.replace(demo.TRAINING, steps=steps, learning_rate=1e-3, references=0)
+    config = dataclasses.replace(demo.TRAINING, steps=steps, learning_rate=1e-3, reference_batch=0)
     student, data = copy.deepcopy(teacher), pfgm.data.digits().train
     started = time.perf_counter()
     trainer = Trainer(flow, student, data, config, loss=consistency.loss)

@@ -113,7 +113,7 @@ def training_step(network: nn.Module, loss: Loss, images: Tensor) -> Callable[[]
 
 def measure_steps(before: str, after: str, images: Tensor) -> list[dict[str, Any]]:
     """Times of whole training steps with a loss before and after, for each network."""
-    flow = pfgm.PoissonFlow(images.shape[1:], M=291, sigma=0.01, tau=0.03)
+    flow = pfgm.PoissonFlow(images.shape[1:], M=291, noise_std=0.01, tau=0.03)
     networks = {"MLP": pfgm.networks.MLP, "U-Net": pfgm.networks.UNet}
     rows = []
     for name, network in networks.items():

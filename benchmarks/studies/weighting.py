@@ -76,7 +76,7 @@ def measure(method: str, with_labels: bool, seed: int) -> Row:
     config = TrainConfig(
         steps=_STEPS,
         batch_size=64,
-        references=_ROWS,
+        reference_batch=_ROWS,
         learning_rate=1e-3,
         beta2=0.99,
         warmup=100,

@@ -336,11 +336,11 @@ class Evaluate:
         rows = data.held_out or data.train
         numbers = rows.draw(self.likelihood, generator=torch.Generator().manual_seed(self.seed))
         known = rows.labels is not None and label_count(model.network) > 0
-        levels = data.levels if self.grey_levels is None else self.grey_levels
+        grey_levels = data.grey_levels if self.grey_levels is None else self.grey_levels
         bits = evaluation.bits_per_dim(
             *model,
             rows[numbers].to(device),
-            levels=levels,
+            grey_levels=grey_levels,
             labels=rows.labels[numbers] if known and rows.labels is not None else None,
             seed=self.seed,
             batch_size=min(self.sampling.batch_size, _MAX_LIKELIHOOD_BATCH),
@@ -349,7 +349,7 @@ class Evaluate:
         return {
             "of": _part(data),
             "count": bits.samples,
-            "levels": levels,
+            "grey_levels": grey_levels,
             "labels": known,
             "bits_per_dim": bits.mean,
             "standard_error": None if math.isnan(bits.standard_error) else bits.standard_error,
@@ -450,7 +450,7 @@ def _table(figures: dict[str, Any]) -> str:
         error = result["standard_error"]
         lines.append(
             f"bits per dimension of {result['count']} {result['of'].replace('_', '-')} rows, "
-            f"{result['levels'] or 'no'} grey levels: {result['bits_per_dim']:.4f}"
+            f"{result['grey_levels'] or 'no'} grey levels: {result['bits_per_dim']:.4f}"
             + ("" if error is None else f" ± {error:.4f}")
         )
     if "nfe" in figures:

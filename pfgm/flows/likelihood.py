@@ -34,7 +34,7 @@ class LogLikelihood(NamedTuple):
     nats: Tensor
     """(B,), the log-density of each sample at the flow's last level, float64."""
     bits_per_dim: Tensor
-    """(B,), −log₂ p/N + log₂(levels/2), float64."""
+    """(B,), −log₂ p/N + log₂(L/2) for L grey levels, float64."""
     latent: Tensor
     """(B, *S), the points of the prior that the samples come from, in the dtype of x."""
     nfe: int
@@ -54,7 +54,7 @@ class Likelihood(Sampling):
         rtol: float = 1e-5,
         atol: float = 1e-5,
         steps: int = 256,
-        levels: int = 256,
+        grey_levels: int = 256,
         prior_log_prob: Callable[[Tensor], Tensor] | None = None,
         condition: Condition | None = None,
         generator: torch.Generator | None = None,
@@ -80,7 +80,7 @@ class Likelihood(Sampling):
         Args:
             net: the network, in evaluation mode while it runs; must treat rows separately.
             x: (B, *S), float32 or float64. Bytes and other whole numbers have no density: add
-                uniform noise, x = 2 (k + u)/levels − 1 with k in 0 … levels − 1, u ~ U[0, 1).
+                uniform noise, x = 2 (k + u)/L − 1 with k in 0 … L − 1, u ~ U[0, 1).
             estimator: of the divergence. "rademacher" and "gaussian" are vᵀ (∂mean/∂x) v with one
                 probe v for each sample and the whole run, unbiased in nats (Skilling 1989,
                 Hutchinson 1990). "exact" takes N products with the Jacobian in each evaluation.
@@ -93,7 +93,7 @@ class Likelihood(Sampling):
                 of the noise. The sample with the largest error counts, so the steps and the last
                 digits of the results depend on the batch.
             steps: of solvers on the grid; rk45 chooses its own.
-            levels: the number of grey levels of the data, for bits per dimension.
+            grey_levels: L, the number of grey levels of the data, for bits per dimension.
             prior_log_prob: from latent (B, *S) to log-densities (B,), in place of the prior.
             condition: keyword arguments of the network, such as {"labels": labels}, labels (B,).
             generator: of the probes, on the device of x.
@@ -104,8 +104,8 @@ class Likelihood(Sampling):
             progress: whether to show a progress bar.
 
         Returns:
-            nats (B,), bits_per_dim (B,) = −log₂ p/N + log₂(levels/2), latent (B, *S) at the first
-            level, and nfe, the number of network evaluations.
+            nats (B,), bits_per_dim (B,) = −log₂ p/N + log₂(L/2), latent (B, *S) at the first level,
+            and nfe, the number of network evaluations.
 
         Raises:
             ValueError: an argument is out of range, shapes do not fit, the result of the network or
@@ -118,7 +118,7 @@ class Likelihood(Sampling):
         >>> flow.log_likelihood(net, torch.zeros(1, 2), estimator="exact").nats  # log(1/2π)
         tensor([-1.8379], dtype=torch.float64)
         """
-        hint = ": whole numbers have no density, add uniform noise, 2 (x + u)/levels − 1"
+        hint = ": whole numbers have no density, add uniform noise, 2 (x + u)/grey_levels − 1"
         self._check_x(x, hint=hint)
         if x.dtype not in (torch.float32, torch.float64):
             raise TypeError(
@@ -129,7 +129,7 @@ class Likelihood(Sampling):
         if not callable(solver):
             check_choice("solver", solver, SOLVERS)
         check_steps("steps", steps)
-        whole("levels", levels, 2)
+        whole("grey_levels", grey_levels, 2)
         common_device(x.device, generator)
         predict = self._predictor(net, x, condition, None, None)
         with evaluating(net):
@@ -142,7 +142,7 @@ class Likelihood(Sampling):
                 solver=solver,
                 rtol=positive("rtol", rtol),
                 atol=positive("atol", atol),
-                grey_levels=levels,
+                grey_levels=grey_levels,
                 generator=generator,
                 differentiable=differentiable,
                 progress=progress,

@@ -30,6 +30,7 @@ from ..common.checks import (
     check_floating,
     is_whole,
     layout_hint,
+    non_negative,
 )
 from ..common.tensors import dequantise, over_samples
 from ..functional.levels import Level
@@ -152,6 +153,26 @@ class Parametrisation(ABC):
 
     def __hash__(self) -> int:
         return hash((type(self).__name__, *map(str, self.config.items())))
+
+    def radius(self, sigma: float) -> float:
+        """r = σ √D, the length of the augmented vector at a level; infinite for D = ∞.
+
+        At D = 1 the level of :class:`pfgm.PoissonFlow` is z, which is r itself.
+        """
+        return non_negative("sigma", sigma) * math.sqrt(self.D)
+
+    def sigma(self, radius: float) -> float:
+        """σ = r/√D, the level at which the augmented vector has the length ``radius``.
+
+        >>> import pfgm
+        >>> pfgm.PoissonFlowPP((2,), D=64).sigma(640.0)
+        80.0
+        """
+        if math.isinf(self.D):
+            raise ValueError(
+                "D is infinite; allowed is a finite D, for which levels have a radius."
+            )
+        return non_negative("radius", radius) / math.sqrt(self.D)
 
     def noise(self, sigma: Tensor, generator: torch.Generator | None = None) -> Tensor:
         """Draws noise (B, *S) of levels sigma (B,) from the perturbation kernel around 0.

@@ -247,8 +247,6 @@ class PoissonFlowPP(Flow):
     def last_level(self) -> float:
         return self.sigma_min
 
-    # ---- D and the length of the augmented vector ----
-
     def with_D(self, D: float) -> PoissonFlowPP:
         """The flow with another D, and the same levels sigma and hyper-parameters.
 
@@ -259,22 +257,6 @@ class PoissonFlowPP(Flow):
         640.0
         """
         return PoissonFlowPP(**{**self.config, "D": D})
-
-    def radius(self, sigma: float) -> float:
-        """r = σ √D, the length of the augmented vector at a level; infinite for D = ∞."""
-        return non_negative("sigma", sigma) * math.sqrt(self.D)
-
-    def sigma(self, radius: float) -> float:
-        """σ = r/√D, the level at which the augmented vector has the length ``radius``.
-
-        >>> PoissonFlowPP((2,), D=64).sigma(640.0)
-        80.0
-        """
-        if math.isinf(self.D):
-            raise ValueError(
-                "D is infinite; allowed is a finite D, for which levels have a radius."
-            )
-        return non_negative("radius", radius) / math.sqrt(self.D)
 
     # ---- training ----
 

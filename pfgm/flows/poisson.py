@@ -101,8 +101,8 @@ class PoissonFlow(Flow):
         data_norm: average norm of a sample, from which M follows (appendix B.1.1).
         spread: root mean square of the values of a sample minus center.
         center: average sample, (*S) or one number for all values. Needs spread.
-        sigma: standard deviation of the perturbation at m = 0, in the units of the data; 0.01, or
-            0.02 s.
+        noise_std: σ, the standard deviation of the perturbation at m = 0, in the units of the data;
+            0.01, or 0.02 s.
         tau: growth of the perturbation.
         gamma: softening in the field's normalisation; 5, or √N s/4 and at most 10 s.
         z_max: the level at which sampling starts; from M, or 14 √N s and at most 80 s.
@@ -138,7 +138,7 @@ class PoissonFlow(Flow):
         data_norm: float | None = None,
         spread: float | None = None,
         center: Center = 0.0,
-        sigma: float | None = None,
+        noise_std: float | None = None,
         tau: float = 0.03,
         gamma: float | None = None,
         z_max: float | None = None,
@@ -155,16 +155,16 @@ class PoissonFlow(Flow):
         self.center = checked_center(center, self.shape, self.spread)
         self._centers: dict[tuple[torch.dtype, torch.device], Tensor] = {}
         rules = published_rules() if spread is None else spread_rules(spread, self.N)
-        self.sigma = positive("sigma", rules.sigma if sigma is None else sigma)
+        self.noise_std = positive("noise_std", rules.noise_std if noise_std is None else noise_std)
         self.tau = positive("tau", tau)
         self.gamma = non_negative("gamma", rules.gamma if gamma is None else gamma)
         if M is None and rules.z_max is not None:
             z_max = positive("z_max", rules.z_max if z_max is None else z_max)
-            M = exponent_from_z_max(z_max, self.sigma, self.tau)
+            M = exponent_from_z_max(z_max, self.noise_std, self.tau)
         elif M is None:
-            M = exponent_from_norm(data_norm, self.N, self.sigma, self.tau)
+            M = exponent_from_norm(data_norm, self.N, self.noise_std, self.tau)
         self.M = positive("M", M)
-        scale = largest_scale(self.sigma, self.tau, self.M)
+        scale = largest_scale(self.noise_std, self.tau, self.M)
         self.z_max = positive("z_max", MEAN_NORMAL * scale if z_max is None else z_max)
         self.z_min = positive("z_min", rules.z_min if z_min is None else z_min)
         if self.z_min >= self.z_max:
@@ -256,7 +256,7 @@ class PoissonFlow(Flow):
         return {
             "shape": list(self.shape),
             "M": self.M,
-            "sigma": self.sigma,
+            "noise_std": self.noise_std,
             "tau": self.tau,
             "gamma": self.gamma,
             "z_max": self.z_max,
@@ -340,13 +340,13 @@ class PoissonFlow(Flow):
         rows = x.shape[:1]
         m = self.M * draws.uniform(rows, generator, dtype=dtype, device=device)
         noise_z = draws.normal(rows, generator, dtype=dtype, device=device)
-        noise_z = self.sigma * noise_z.abs()
-        noise_x = self.sigma * draws.normal(x.shape, generator, dtype=dtype, device=device)
+        noise_z = self.noise_std * noise_z.abs()
+        noise_x = self.noise_std * draws.normal(x.shape, generator, dtype=dtype, device=device)
         if self.restrict_M:
-            m = torch.where(noise_z < _RESTRICT_BELOW * self.sigma, _RESTRICTED_SHARE * m, m)
+            m = torch.where(noise_z < _RESTRICT_BELOW * self.noise_std, _RESTRICTED_SHARE * m, m)
         growth = (1 + self.tau) ** m
         x_perturbed = x + over_samples(growth, x) * noise_x
-        return x_perturbed, (growth * noise_z).clamp(min=_SMALLEST_Z * self.sigma)
+        return x_perturbed, (growth * noise_z).clamp(min=_SMALLEST_Z * self.noise_std)
 
     def loss(
         self,

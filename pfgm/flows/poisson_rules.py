@@ -20,7 +20,7 @@ Center = float | Sequence[Any] | Tensor
 class Rules(NamedTuple):
     """Hyper-parameters; None where the value follows from M (z_max) or gamma (z_exp)."""
 
-    sigma: float
+    noise_std: float
     gamma: float
     z_max: float | None
     z_min: float
@@ -30,7 +30,7 @@ class Rules(NamedTuple):
 
 def published_rules() -> Rules:
     """The values published for images in [−1, 1]."""
-    return Rules(sigma=0.01, gamma=5.0, z_max=None, z_min=1e-3, restrict_M=True, z_exp=5.0)
+    return Rules(noise_std=0.01, gamma=5.0, z_max=None, z_min=1e-3, restrict_M=True, z_exp=5.0)
 
 
 def spread_rules(s: float, N: int) -> Rules:
@@ -41,7 +41,7 @@ def spread_rules(s: float, N: int) -> Rules:
     z_max is 80 s, near the published 71 s for images: the noise of so many values hides the spread.
     """
     return Rules(
-        sigma=0.02 * s,
+        noise_std=0.02 * s,
         gamma=min(math.sqrt(N) / 4, 10.0) * s,
         z_max=min(14 * math.sqrt(N), 80.0) * s,
         z_min=2e-3 * s,
@@ -50,40 +50,42 @@ def spread_rules(s: float, N: int) -> Rules:
     )
 
 
-def exponent_from_norm(data_norm: float | None, N: int, sigma: float, tau: float) -> float:
+def exponent_from_norm(data_norm: float | None, N: int, noise_std: float, tau: float) -> float:
     """M for data of this average norm (PFGM, appendix B.1.1)."""
     if data_norm is None:
         raise ValueError(
             "none of M, data_norm and spread given; one of them is needed, which "
             "PoissonFlow.from_data(data) chooses from data."
         )
-    ratio = positive("data_norm", data_norm) ** 2 / (2 * math.sqrt(N) * sigma**2)
+    ratio = positive("data_norm", data_norm) ** 2 / (2 * math.sqrt(N) * noise_std**2)
     exponent = int(0.75 * math.log(ratio) / math.log1p(tau)) + 1
     if exponent < 1:
         raise ValueError(
-            f"data_norm is {data_norm}, too small for sigma={sigma}; scale the data up or sigma "
-            "down."
+            f"data_norm is {data_norm}, too small for noise_std={noise_std}; scale the data up "
+            "or noise_std down."
         )
     return exponent
 
 
-def exponent_from_z_max(z_max: float, sigma: float, tau: float) -> float:
+def exponent_from_z_max(z_max: float, noise_std: float, tau: float) -> float:
     """M for which the average z at m = M is z_max."""
-    ratio = z_max / (MEAN_NORMAL * sigma)
+    ratio = z_max / (MEAN_NORMAL * noise_std)
     if ratio <= 1:
-        raise ValueError(f"sigma is {sigma}; allowed is less than 1.25 z_max, which is {z_max}.")
+        raise ValueError(
+            f"noise_std is {noise_std}; allowed is less than 1.25 z_max, which is {z_max}."
+        )
     return math.log(ratio) / math.log1p(tau)
 
 
-def largest_scale(sigma: float, tau: float, M: float) -> float:
-    """sigma (1 + tau)^M, the largest scale of the perturbation, if float32 can hold it."""
+def largest_scale(noise_std: float, tau: float, M: float) -> float:
+    """noise_std (1 + tau)^M, the largest scale of the perturbation, if float32 can hold it."""
     most = math.log(torch.finfo(torch.float32).max)
-    if max(math.log(sigma), 0.0) + M * math.log1p(tau) > most:
+    if max(math.log(noise_std), 0.0) + M * math.log1p(tau) > most:
         raise ValueError(
-            f"M is {M} with sigma {sigma} and tau {tau}; allowed is an M for which "
-            "sigma (1 + tau)^M is at most 3.4e38, the limit of float32."
+            f"M is {M} with noise_std {noise_std} and tau {tau}; allowed is an M for which "
+            "noise_std (1 + tau)^M is at most 3.4e38, the limit of float32."
         )
-    return float(sigma * (1 + tau) ** M)
+    return float(noise_std * (1 + tau) ** M)
 
 
 def checked_spread(spread: float) -> float:

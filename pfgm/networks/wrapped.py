@@ -362,4 +362,4 @@ def _data_std(flow: PoissonFlow, predicts: str) -> float:
         raise ValueError(
             f"data_std is None, and no data have a norm that gives M = {flow.M}; give data_std."
         )
-    return flow.sigma * math.sqrt(2 * math.exp(log_ratio) / math.sqrt(flow.N))
+    return flow.noise_std * math.sqrt(2 * math.exp(log_ratio) / math.sqrt(flow.N))

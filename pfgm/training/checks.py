@@ -39,10 +39,10 @@ def check_config(config: object) -> None:
 
 def check_data(flow: Flow, data: References, config: TrainConfig, *, other_loss: bool) -> None:
     """Raises an error unless the flow, or another loss, can train on the data."""
-    single_sample = config.references == 0 and not other_loss
+    single_sample = config.reference_batch == 0 and not other_loss
     if single_sample and not isinstance(flow, PoissonFlowPP):
         raise ValueError(
-            "references is 0, which is the single-sample target of PoissonFlowPP alone; a "
+            "reference_batch is 0, which is the single-sample target of PoissonFlowPP alone; a "
             "PoissonFlow learns the field of references."
         )
     if data.ndim == 0 or data.shape[1:] != flow.shape:

@@ -62,7 +62,7 @@ class TrainConfig:
     """Optimiser steps."""
     batch_size: int = 128
     """Samples in a step, of all processes together."""
-    references: int = 4096
+    reference_batch: int = 4096
     """Samples whose field is the target; they contain the batch. All data are taken if there are
     fewer, or if the data are sharded over processes. 0, for PFGM++ only, means the single-sample
     target."""
@@ -108,7 +108,7 @@ class TrainConfig:
     def __post_init__(self) -> None:
         _check_integer("steps", self.steps, 1)
         values = vars(self) | self.schedule._asdict()
-        smallest = {"batch_size": 1, "references": 0, "warmup": 0, "accumulate": 1}
+        smallest = {"batch_size": 1, "reference_batch": 0, "warmup": 0, "accumulate": 1}
         smallest |= {"checkpoint_every": 1, "evaluate_every": 0, "log_every": 1}
         for name, least in smallest.items():
             _check_integer(name, values[name], least)
@@ -129,9 +129,9 @@ class TrainConfig:
                 f"accumulate is {self.accumulate}; allowed are divisors of batch_size, "
                 f"{self.batch_size}."
             )
-        if 0 < self.references < self.batch_size:
+        if 0 < self.reference_batch < self.batch_size:
             raise ValueError(
-                f"references is {self.references}; allowed is at least batch_size, "
+                f"reference_batch is {self.reference_batch}; allowed is at least batch_size, "
                 f"{self.batch_size}, as the references contain the batch (or 0, for PFGM++ only); "
                 "or give a smaller batch_size."
             )

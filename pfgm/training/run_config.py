@@ -21,6 +21,7 @@ from ..common.checks import (
     positive_int,
 )
 from ..common.files import StrPath, absolute_path, write_json
+from ..common.old_names import with_present_names
 from ..common.versions import versions
 from ..datasets import Layout, Range, absolute_source, takes_layout
 from ..flows.fitting import check_fitted_steps
@@ -110,7 +111,7 @@ class Settings:
     """A .safetensors file or the folder of a run to distill into a few-step model. Its flow and
     network are used, and other settings of them are ignored. About a third of the teacher's
     training steps suffice; each takes about four times as long."""
-    levels: int = 10
+    student_levels: int = 10
     """Noise levels at which the few-step model is made consistent."""
 
     def __post_init__(self) -> None:
@@ -173,7 +174,7 @@ class Settings:
                 f"D is {self.D:g} with method {self.method!r}; allowed with a D is pfgm++, as pfgm "
                 "has one augmented dimension and edm infinitely many."
             )
-        check_steps("levels", self.levels)
+        check_steps("student_levels", self.student_levels)
         for steps in self.fit_levels:
             check_fitted_steps("fit_levels", steps)
         if self.fit_levels and self.teacher is not None:
@@ -181,8 +182,8 @@ class Settings:
                 "both fit_levels and teacher are given; allowed is one: the solver of few-step "
                 "models, consistency, takes no fitted levels."
             )
-        if self.levels < 2:
-            raise ValueError(f"levels is {self.levels}; allowed is at least 2.")
+        if self.student_levels < 2:
+            raise ValueError(f"student_levels is {self.student_levels}; allowed is at least 2.")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -261,17 +262,19 @@ class RunConfig(Settings):
                     raise FileNotFoundError(f"{path} describes a model and not a run.")
                 for record in _RECORDS:
                     content.pop(record, None)
-            _check_names(content, cls)
-            if is_run and content.get("method", "pfgm") == "pfgm":
-                # A run from before there was a choice goes on with the published loss.
-                content.setdefault("weighting", "published")
+            content = _arguments(content, cls)
+            if content.get("method", "pfgm") == "pfgm":
+                if isinstance(content.get("flow"), dict):
+                    content["flow"] = with_present_names("PoissonFlow", content["flow"])
+                if is_run:
+                    # A run from before there was a choice goes on with the published loss.
+                    content.setdefault("weighting", "published")
             if is_run:
                 # Runs from before there were layouts read images. Other data ignored the layout.
                 chosen = content.get("layout", "images")
                 content["layout"] = chosen if takes_layout(str(content.get("data"))) else "auto"
-            training = content.pop("training", {})
-            _check_names(training, TrainConfig)
-            config = cls(**content, training=TrainConfig(**training))
+            training = TrainConfig(**_arguments(content.pop("training", {}), TrainConfig))
+            config = cls(**content, training=training)
         except (ValueError, TypeError, RecursionError) as error:
             raise ValueError(f"{path} is not the configuration of a run: {error}") from error
         if is_run and config.data != (source := absolute_source(config.data)):
@@ -305,11 +308,14 @@ def teacher_checksum(folder: Path) -> str | None:
     return None if recorded is None else str(recorded)
 
 
-def _check_names(content: Any, kind: type) -> None:
+def _arguments(content: Any, kind: type) -> dict[str, Any]:
+    """The settings that a file holds, by their present names."""
     if not isinstance(content, dict):
         raise ValueError(f"it holds a {type(content).__name__} where settings should be")
+    arguments = with_present_names(kind.__name__, content)
     known = {field.name for field in dataclasses.fields(kind)}
-    if unknown := sorted(content.keys() - known):
+    if unknown := sorted(arguments.keys() - known):
         raise ValueError(
             f"there is no setting {unknown[0]!r}; known are {', '.join(sorted(known))}"
         )
+    return arguments

@@ -61,7 +61,7 @@ def _network(network: nn.Module) -> str:
 
 def _training(trainer: Trainer) -> str:
     config = trainer.config
-    references = min(config.references, len(trainer.data))
+    references = min(config.reference_batch, len(trainer.data))
     schedule = config.schedule
     return (
         f"{config.steps} steps of {config.batch_size} samples"

@@ -161,8 +161,8 @@ def _run(
     training = config.training
     loss: Callable[..., Tensor] | None = None
     if config.teacher is not None:
-        loss = Consistency(flow, network, steps=config.levels).loss
-        training = dataclasses.replace(training, references=0)
+        loss = Consistency(flow, network, steps=config.student_levels).loss
+        training = dataclasses.replace(training, reference_batch=0)
     elif isinstance(flow, PoissonFlow) and config.weighting != "auto":
         loss = functools.partial(flow.loss, weighting=config.weighting)
     trainer = Trainer(

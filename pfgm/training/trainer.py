@@ -19,6 +19,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from ..common.files import MALFORMED, folder_path, remove_leftovers
 from ..common.messages import progress_bar
+from ..common.old_names import with_present_names
 from ..data.opening import Samples
 from ..data.tables import Table
 from ..flows.flow import Flow
@@ -168,7 +169,7 @@ class Trainer:
             data,
             labels,
             size=config.batch_size // processes.size,
-            references=config.references,
+            references=config.reference_batch,
             seed=config.seed,
             device=self._device,
             dtype=parameter.dtype.to_real(),
@@ -371,7 +372,8 @@ class Trainer:
         latest = _read_latest(self.folder)
         weights, description, state = load_run(self.folder, step)
         try:
-            saved, settings, rows = flow_in(description), dict(state["config"]), state["rows"]
+            saved, rows = flow_in(description), state["rows"]
+            settings = with_present_names("TrainConfig", state["config"])
         except MALFORMED as error:
             raise ValueError(
                 f"{self.folder} holds a checkpoint that is damaged or of another program ({error})."

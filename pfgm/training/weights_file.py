@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from ..common.files import StrPath
+from ..common.old_names import with_present_names
 from ..common.tensor_files import read_tensors, write_tensors
 from ..flows.flow import Flow
 from ..flows.plusplus import PoissonFlowPP
@@ -145,7 +146,7 @@ def flow_in(description: Mapping[str, Any]) -> Flow:
     kind = description.get("kind", "PoissonFlow")
     if kind not in _FLOWS:
         raise ValueError(f"it holds a flow {kind!r}; known are {', '.join(_FLOWS)}.")
-    flow = _FLOWS[kind](**description["flow"])
+    flow = _FLOWS[kind](**with_present_names(kind, description["flow"]))
     flow.restore_fitted(description.get("fitted_levels", {}))
     return flow
 

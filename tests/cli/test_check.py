@@ -4,7 +4,7 @@ import json
 
 from pfgm import backends, cli
 
-TRAIN = ["--steps", "12", "--batch-size", "16", "--references", "32", "--warmup", "2"]
+TRAIN = ["--steps", "12", "--batch-size", "16", "--reference-batch", "32", "--warmup", "2"]
 
 
 def test_check_prints_a_table_and_fails_if_a_row_did(monkeypatch, capsys, tmp_path):

@@ -18,7 +18,7 @@ from pfgm.datasets import open_data
 from pfgm.training import TrainConfig
 from pfgm.training.runs import RunConfig
 
-TRAIN = ["--steps", "12", "--batch-size", "16", "--references", "32", "--warmup", "2"]
+TRAIN = ["--steps", "12", "--batch-size", "16", "--reference-batch", "32", "--warmup", "2"]
 
 
 @pytest.fixture(scope="module")
@@ -256,7 +256,7 @@ def test_photographs_of_many_sizes(tmp_path):
         Image.new("L", size, 20 * number).save(tmp_path / f"{number}.png")
     out = str(tmp_path / "run")
     arguments = ["train", "--data", f"folder:{tmp_path}", "--resize", "6", "--width", "16"]
-    train = ["--steps", "2", "--batch-size", "4", "--references", "8"]
+    train = ["--steps", "2", "--batch-size", "4", "--reference-batch", "8"]
     assert cli.main([*arguments, "--out", out, *train]) == 0
     assert pfgm.load(out)[0].shape == (1, 6, 6)
     evaluate = ["evaluate", "--checkpoint", out, "--n", "12", "--out", str(tmp_path / "e")]
@@ -315,7 +315,7 @@ def test_rejected_settings_leave_no_folder(run, tmp_path, refusal):
     train = ["train", *out, *TRAIN]
     for arguments, message in (
         ([*train, "--network", "mlp", "--blocks", 2], "blocks is 2"),
-        ([*train, "--batch-size", 5000, "--references", 5000], "at least batch_size, 5000"),
+        ([*train, "--batch-size", 5000, "--reference-batch", 5000], "at least batch_size, 5000"),
         ([*train, "--flow", "zmax", 3], "'zmax'"),
         ([*train, "--shared"], "shared is True"),
         ([*train, "--teacher", tmp_path / "no"], "no checkpoint"),
@@ -469,8 +469,8 @@ def test_completion_of_the_shell(tmp_path, shell, capsys):
     [
         (["--flow", "M", "100000"], "M is 100000"),
         (["--flow", "M", "1e308"], "M is 1e+308"),
-        (["--flow", "sigma", "1e308"], "sigma is 1e+308"),
-        (["--flow", "sigma", "5e-324"], "sigma is 5e-324"),
+        (["--flow", "noise_std", "1e308"], "noise_std is 1e+308"),
+        (["--flow", "noise_std", "5e-324"], "noise_std is 5e-324"),
         (["--flow", "tau", "1e-308"], "tau is 1e-308"),
         (["--flow", "data_norm", "1e308"], "data_norm is 1e+308"),
         (["--method", "edm", "--flow", "sigma_data", "1e308"], "sigma_data is 1e+308"),
@@ -485,7 +485,7 @@ def test_completion_of_the_shell(tmp_path, shell, capsys):
         (["--multipliers", "100000000"], "multipliers[0] is 100000000"),
         (["--seed", str(10**30)], "seed is 1000"),
         (["--samples", str(10**12)], "samples is 1000"),
-        (["--levels", str(10**12)], "levels is 1000"),
+        (["--student-levels", str(10**12)], "student_levels is 1000"),
         (["--warmup", str(10**400)], "warmup is 1000"),
         (["--steps", str(10**400)], "steps is 1000"),
     ],
@@ -727,7 +727,7 @@ def test_a_reader_that_has_seen_enough_ends_info_quietly():
 
 def test_a_signal_leaves_a_loadable_checkpoint(tmp_path, refusal):
     arguments = ["train", "--data", points_in(tmp_path), "--out", str(tmp_path / "run")]
-    options = ["--batch-size", "16", "--references", "32", "--checkpoint-every", "2"]
+    options = ["--batch-size", "16", "--reference-batch", "32", "--checkpoint-every", "2"]
     process = command(*arguments, "--width", "16", *options)
     wait_for_checkpoint(process, tmp_path / "run")
     the_folder_is_in_use(process, tmp_path / "run", refusal)

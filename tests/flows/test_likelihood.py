@@ -222,7 +222,7 @@ def test_bits_per_dimension():
     flow, net = small(), Denoiser(3).eval()
     x = torch.randn(4, 3, generator=seeded(), dtype=torch.float64)
     for levels, offset in [(256, 7.0), (17, math.log2(8.5)), (2, 0.0)]:
-        result = flow.log_likelihood(net, x, estimator="exact", levels=levels)
+        result = flow.log_likelihood(net, x, estimator="exact", grey_levels=levels)
         expected = -result.nats / (3 * math.log(2)) + offset
         torch.testing.assert_close(result.bits_per_dim, expected)
 
@@ -342,8 +342,8 @@ def test_progress_shows(capsys):
         ({"solver": "consistency"}, "solver is 'consistency'; allowed are euler, heun, multistep"),
         ({"steps": 0}, "steps is 0"),
         ({"steps": None}, "steps is None"),
-        ({"levels": 1}, "levels is 1"),
-        ({"levels": 2.5}, "levels is 2.5"),
+        ({"grey_levels": 1}, "grey_levels is 1"),
+        ({"grey_levels": 2.5}, "grey_levels is 2.5"),
         ({"rtol": 0.0}, "rtol is 0.0"),
         ({"atol": math.nan}, "atol is nan"),
         ({"x": torch.zeros(2, 4)}, "x has shape"),

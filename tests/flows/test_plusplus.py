@@ -49,6 +49,8 @@ def test_levels_are_the_same_at_every_D():
     assert flow.radius(80.0) == math.inf
     with pytest.raises(ValueError, match="D is infinite"):
         flow.sigma(1.0)
+    pfgm_flow = pfgm.PoissonFlow.cifar10()
+    assert (pfgm_flow.sigma(40.0), pfgm_flow.radius(40.0)) == (40.0, 40.0)  # the level is z
 
 
 @pytest.mark.parametrize(

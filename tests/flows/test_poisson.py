@@ -48,7 +48,7 @@ def test_published_hyper_parameters_follow_from_the_data_norm():
 def test_cifar10_values():
     flow = PoissonFlow.cifar10()
     assert (flow.M, flow.z_max, flow.upper_norm) == (291, 40, 3000)
-    assert (flow.sigma, flow.tau, flow.gamma, flow.z_min) == (0.01, 0.03, 5.0, 1e-3)
+    assert (flow.noise_std, flow.tau, flow.gamma, flow.z_min) == (0.01, 0.03, 5.0, 1e-3)
     assert PoissonFlow.cifar10(z_min=1e-2).z_min == 1e-2
 
 
@@ -62,7 +62,7 @@ def test_images_take_the_published_rules():
     assert PoissonFlow.from_data(pixels) == PoissonFlow((64,), data_norm=8.0)
     # The settings in files from before there were other settings.
     assert set(PoissonFlow.from_data(digits).config) == {
-        *("shape", "M", "sigma", "tau", "gamma", "z_max", "z_min", "upper_norm"),
+        *("shape", "M", "noise_std", "tau", "gamma", "z_max", "z_min", "upper_norm"),
         *("restrict_M", "z_exp", "substitution"),
     }
 
@@ -109,7 +109,7 @@ def test_config_is_the_whole_flow():
         ({"data_norm": 1.0, "spread": 1.0}, "both data_norm and spread given"),
         ({"spread": 0.0}, "spread is 0.0"),
         ({"spread": math.inf}, "spread is inf"),
-        ({"spread": 1.0, "sigma": 100.0}, "sigma is 100.0"),
+        ({"spread": 1.0, "noise_std": 100.0}, "noise_std is 100.0"),
         ({"spread": 1.0, "center": [1.0, 2.0, 3.0]}, "center has shape"),
         ({"spread": 1.0, "center": [1.0, math.nan]}, "center holds NaN"),
         ({"M": 200, "center": 1.0}, "center is given without spread"),
@@ -117,7 +117,7 @@ def test_config_is_the_whole_flow():
         ({"data_norm": math.nan}, "data_norm is nan"),
         ({"data_norm": 1e-3}, "too small"),
         ({"M": -1}, "M is -1"),
-        ({"M": 200, "sigma": 0.0}, "sigma is 0.0"),
+        ({"M": 200, "noise_std": 0.0}, "noise_std is 0.0"),
         ({"M": 200, "tau": -0.1}, "tau is -0.1"),
         ({"M": 200, "gamma": -1.0}, "gamma is -1.0"),
         ({"M": 200, "gamma": True}, "gamma is True; allowed is any finite number"),
@@ -159,8 +159,8 @@ def test_bad_shapes_and_data(flow):
 def paper_perturbation(flow, n, generator):
     """Norm of the displacement and z by Algorithm 2 as the paper writes it."""
     m = torch.rand(n, generator=generator, dtype=torch.float64) * flow.M
-    noise_z = flow.sigma * torch.randn(n, generator=generator, dtype=torch.float64)
-    noise_x = flow.sigma * torch.randn(n, flow.N, generator=generator, dtype=torch.float64)
+    noise_z = flow.noise_std * torch.randn(n, generator=generator, dtype=torch.float64)
+    noise_x = flow.noise_std * torch.randn(n, flow.N, generator=generator, dtype=torch.float64)
     if flow.restrict_M:
         short = noise_z.abs() < 0.005
         m[short] = (torch.rand(n, generator=generator, dtype=torch.float64) * 0.7 * flow.M)[short]
@@ -224,7 +224,7 @@ def test_loss_is_half_the_squared_error_summed_over_the_field():
 def test_the_balanced_loss_weighs_errors_of_the_mean_as_edm_does():
     """An error of the mean costs N/(R + γ)² + 1/σ_d², EDM's 1/s² + 1/σ_d² at s = R/√N for γ = 0."""
     N = 3000  # the noise is orthogonal to the error of the mean, but for 1/√N
-    flow = PoissonFlow((N,), spread=0.4, sigma=0.05, gamma=1.0)
+    flow = PoissonFlow((N,), spread=0.4, noise_std=0.05, gamma=1.0)
     data = torch.zeros(1, N)  # so the mean is 0
     error = 1e-2 * torch.randn(N, generator=seeded(3))
 
@@ -330,7 +330,7 @@ def test_shifted_and_scaled_data_make_a_shifted_and_scaled_flow(N, scale, offset
     data = torch.randn(200, N, generator=seeded(0), dtype=torch.float64)
     moved = scale * data + offset
     flow, other = PoissonFlow.from_data(data), PoissonFlow.from_data(moved)
-    for name in ("sigma", "gamma", "z_max", "z_min", "upper_norm", "z_exp", "spread"):
+    for name in ("noise_std", "gamma", "z_max", "z_min", "upper_norm", "z_exp", "spread"):
         assert getattr(other, name) == pytest.approx(scale * getattr(flow, name), rel=1e-9), name
     assert (other.M, other.tau) == pytest.approx((flow.M, flow.tau), rel=1e-9)
     start = flow.prior(20, generator=seeded(1)).double()
@@ -476,7 +476,7 @@ def trained_on(data, steps):
     config = pfgm.training.TrainConfig(
         steps=steps,
         batch_size=128,
-        references=1000,
+        reference_batch=1000,
         learning_rate=3e-3,
         warmup=20,
         decay="cosine",

@@ -263,6 +263,13 @@ def test_saved_and_loaded(schedulers, unets, tmp_path, flow, predicts, solver):
     assert torch.equal(*ends)
 
 
+def test_a_scheduler_that_version_0_2_saved_is_loaded(schedulers, tmp_path):
+    schedulers.field.from_flow(FIELD).save_pretrained(tmp_path)
+    path = tmp_path / "scheduler_config.json"
+    path.write_text(path.read_text().replace('"noise_std"', '"sigma"'))
+    assert schedulers.field.from_pretrained(tmp_path).flow == FIELD
+
+
 def test_defaults_are_those_of_the_flow(schedulers):
     for flow in (FIELD, DENOISERS[128.0]):
         scheduler = scheduler_of(schedulers, flow)

@@ -179,7 +179,7 @@ def test_data_std_comes_from_the_flow():
     result = from_module(Probe(), flow).data_std
     assert result == pytest.approx(float(data.square().mean().sqrt()), rel=0.02)
     norm = 10 * float(data.flatten(1).norm(dim=1).mean())
-    scaled = pfgm.PoissonFlow((1, 8, 8), data_norm=norm, sigma=0.1, tau=0.05)
+    scaled = pfgm.PoissonFlow((1, 8, 8), data_norm=norm, noise_std=0.1, tau=0.05)
     assert from_module(Probe(), scaled).data_std == pytest.approx(10 * result, rel=0.04)
     moved = 10 * data + 3
     flow = pfgm.PoissonFlow.from_data(moved)
@@ -315,7 +315,7 @@ class Labelled(nn.Module):
 def test_the_trainer_and_guidance_give_labels(flow):
     data = pfgm.data.digits()
     net = from_module(Labelled(), flow, conditions={"labels": "class_labels"}, no_label=10)
-    config = TrainConfig(steps=3, warmup=1, batch_size=16, references=200, label_dropout=0.5)
+    config = TrainConfig(steps=3, warmup=1, batch_size=16, reference_batch=200, label_dropout=0.5)
     trained = Trainer(
         flow, net, data.train, config, labels=data.train_labels, progress=False
     ).train()

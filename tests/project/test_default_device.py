@@ -111,7 +111,7 @@ def training(folder):
         mlp = pfgm.networks.MLP(**config, **plain.scaling)
         denoiser = pfgm.networks.Denoiser("mlp", config)
     for flow, net, references in ((plain, mlp, data), (plusplus, denoiser, ReferenceSet(data))):
-        config = TrainConfig(steps=2, batch_size=4, references=8, seed=4)
+        config = TrainConfig(steps=2, batch_size=4, reference_batch=8, seed=4)
         trained = Trainer(flow, net, references, config).train()
         yield from trained.state_dict().values()
         yield flow.sample(trained, 2, steps=2, generator=torch.Generator().manual_seed(5))

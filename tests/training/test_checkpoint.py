@@ -546,7 +546,11 @@ def test_endless_descriptions(tmp_path, run):
         (run / "latest.json").write_text(text)
         with pytest.raises(ValueError, match="does not name a checkpoint"):
             load_run(run)
-    for flow in ({"shape": [3], "M": 1e6}, {"shape": [3], "M": 100, "sigma": 1e308}, {"shape": 3}):
+    for flow in (
+        {"shape": [3], "M": 1e6},
+        {"shape": [3], "M": 100, "noise_std": 1e308},
+        {"shape": 3},
+    ):
         crafted(path, {"weight": torch.ones(2)}, flow=flow)
         with pytest.raises(ValueError, match=r"net\.safetensors cannot be loaded"):
             pfgm.load(path, nn.Linear(1, 2))

@@ -12,6 +12,8 @@ import torch
 
 import pfgm
 from pfgm import cli
+from pfgm.common.old_names import with_present_names
+from pfgm.training.runs import RunConfig
 
 RUNS = Path(__file__).parent / "fixtures" / "version-0.2"
 LABELS = {"labels": torch.tensor([0, 7, -1])}
@@ -77,5 +79,21 @@ def test_an_old_run_resumes_and_the_command_line_samples_and_evaluates_it(name, 
 
 def test_a_resumed_old_run_keeps_the_settings_that_have_new_names(runs, capsys):
     arguments = ["train", "--out", str(runs / "labels"), "--resume", "--steps", "22"]
-    assert cli.main([*arguments, "--references", "128"]) == 2
-    assert "references is 128; the run in" in capsys.readouterr().err
+    assert cli.main([*arguments, "--reference-batch", "128"]) == 2
+    assert "reference_batch is 128; the run in" in capsys.readouterr().err
+
+
+def test_a_recipe_of_version_0_2_is_read(tmp_path):
+    path = tmp_path / "recipe.json"
+    path.write_text('{"levels": 4, "flow": {"sigma": 0.1}, "training": {"references": 256}}')
+    config = RunConfig.load(path)
+    assert (config.student_levels, config.training.reference_batch) == (4, 256)
+    assert config.flow == {"noise_std": 0.1}
+    path.write_text('{"method": "edm", "flow": {"sigma": 0.1}}')
+    with pytest.raises(ValueError, match="flow has 'sigma'"):
+        RunConfig.load(path)
+
+
+def test_an_argument_under_both_its_names_is_refused():
+    with pytest.raises(ValueError, match=r"sigma is the name that noise_std had in version 0\.2"):
+        with_present_names("PoissonFlow", {"sigma": 0.01, "noise_std": 0.02})

@@ -19,7 +19,7 @@ from pfgm.training.checks import warn_of_range, warn_of_scales
 from pfgm.training.runs import RunConfig, start
 
 SMALL = TrainConfig(
-    steps=6, batch_size=16, references=32, warmup=2, learning_rate=1e-3, checkpoint_every=3
+    steps=6, batch_size=16, reference_batch=32, warmup=2, learning_rate=1e-3, checkpoint_every=3
 )
 
 
@@ -192,7 +192,7 @@ def test_a_run_without_a_weighting_goes_on_with_the_published_one(tmp_path):
 
 def test_a_run_says_what_it_trains_on_what_and_what_it_writes(tmp_path):
     lines = []
-    config = RunConfig(width=16, training=TrainConfig(steps=2, batch_size=16, references=32))
+    config = RunConfig(width=16, training=TrainConfig(steps=2, batch_size=16, reference_batch=32))
     start(config, tmp_path / "run", progress=False, report=lines.append)
     shown = " ".join(" ".join(lines).split())
     for part in (
@@ -206,9 +206,9 @@ def test_a_run_says_what_it_trains_on_what_and_what_it_writes(tmp_path):
 
 
 def test_the_single_sample_target(tmp_path):
-    run(tmp_path, method="edm", training=changed(references=0))
-    with pytest.raises(ValueError, match=r"references is 0.*PoissonFlowPP alone"):
-        run(tmp_path / "other", training=changed(references=0))
+    run(tmp_path, method="edm", training=changed(reference_batch=0))
+    with pytest.raises(ValueError, match=r"reference_batch is 0.*PoissonFlowPP alone"):
+        run(tmp_path / "other", training=changed(reference_batch=0))
 
 
 def test_evaluations_leave_figures_and_pictures(tmp_path):
@@ -367,7 +367,17 @@ def test_a_range_is_kept_by_resumed_runs_and_evaluations(tmp_path, refusal, recw
     np.save(tmp_path / "unit.npy", np.load(path) / 127.5 - 1)
     settings = changed(decay="none", ema=0.0, beta2=0.99)
     plain = run(tmp_path / "plain", data=str(tmp_path / "unit.npy"), training=settings)
-    train = ["train", "--width", "16", "--batch-size", "16", "--references", "32", "--warmup", "2"]
+    train = [
+        "train",
+        "--width",
+        "16",
+        "--batch-size",
+        "16",
+        "--reference-batch",
+        "32",
+        "--warmup",
+        "2",
+    ]
     train += ["--learning-rate", "1e-3", "--decay", "none", "--ema", "0", "--beta2", "0.99"]
     train += ["--out", str(tmp_path / "run")]
     assert cli.main([*train, "--steps", "3", "--data", str(path), "--range", "0", "255"]) == 0
@@ -562,7 +572,11 @@ def test_the_recipes_are_configurations():
     folder = recipes[0].parent
     one, eight = (RunConfig.load(folder / f"{name}.json") for name in ("cifar10", "cifar10-8gpus"))
     assert one.flow == {"M": 291, "z_max": 40.0, "upper_norm": 3000.0}
-    assert (one.network, one.training.batch_size, one.training.references) == ("ddpmpp", 128, 4096)
+    assert (one.network, one.training.batch_size, one.training.reference_batch) == (
+        "ddpmpp",
+        128,
+        4096,
+    )
     assert eight == dataclasses.replace(one, blocks=8)
     assert eight.training.batch_size % 8 == 0
 

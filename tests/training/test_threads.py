@@ -16,7 +16,7 @@ from pfgm.training.runs import RunConfig
 from pfgm.training.threads import fastest_count, training_threads
 from pfgm_command import sleep_at_barriers
 
-SMALL = TrainConfig(steps=4, batch_size=16, references=32, warmup=2, learning_rate=1e-3)
+SMALL = TrainConfig(steps=4, batch_size=16, reference_batch=32, warmup=2, learning_rate=1e-3)
 
 
 @pytest.mark.parametrize(

@@ -22,7 +22,13 @@ from pfgm.training import Diverged, FolderInUse, Terminated, TrainConfig, Traine
 from pfgm.training.checkpoint import load_run
 
 SMALL = TrainConfig(
-    steps=24, batch_size=8, references=16, learning_rate=1e-3, warmup=4, decay="cosine", log_every=5
+    steps=24,
+    batch_size=8,
+    reference_batch=16,
+    learning_rate=1e-3,
+    warmup=4,
+    decay="cosine",
+    log_every=5,
 )
 
 
@@ -82,7 +88,7 @@ def test_published_settings_are_the_defaults_of_long_runs(steps):
     """PFGM, appendix B.1, and the configuration of its repository for CIFAR-10."""
     c = TrainConfig(steps=steps)
     assert c.schedule == (2e-4, 0.999, 5000, "none", 0.9999, 5000)
-    assert (c.batch_size, c.references, c.clip) == (128, 4096, 1.0)
+    assert (c.batch_size, c.reference_batch, c.clip) == (128, 4096, 1.0)
 
 
 @pytest.mark.parametrize("steps", [1, 3, 25, 300, 1000, 30_000, 99_999])
@@ -101,7 +107,7 @@ def test_the_defaults_of_a_short_run_leave_its_warm_up_and_its_first_weights(ste
 
 def test_settings_that_follow_from_the_steps_stay_in_a_longer_run(tmp_path, data, flow):
     def trainer(**settings):
-        settings = TrainConfig(batch_size=8, references=16, **settings)
+        settings = TrainConfig(batch_size=8, reference_batch=16, **settings)
         return Trainer(flow, new_network(), data, settings, folder=tmp_path, progress=False)
 
     first = trainer(steps=20)
@@ -120,9 +126,9 @@ def test_settings_that_follow_from_the_steps_stay_in_a_longer_run(tmp_path, data
         ({"steps": 0}, "steps is 0"),
         ({"batch_size": 2.5}, "batch_size is 2.5"),
         (
-            {"references": 64},
-            r"references is 64; allowed is at least batch_size, 128, .* \(or 0, for PFGM\+\+ only"
-            r"\); or give a smaller batch_size",
+            {"reference_batch": 64},
+            r"reference_batch is 64; allowed is at least batch_size, 128, .* \(or 0, for PFGM\+\+ "
+            r"only\); or give a smaller batch_size",
         ),
         ({"learning_rate": 0.0}, "learning_rate is 0.0"),
         ({"learning_rate": math.nan}, "learning_rate is nan"),
@@ -148,7 +154,7 @@ def test_bad_data(flow, data):
         Trainer(flow, new_network(), data[:0], SMALL)
     data[17, 1] = math.nan
     with pytest.raises(ValueError, match="NaN or infinity"):
-        Trainer(flow, new_network(), data, config(references=50), progress=False).train()
+        Trainer(flow, new_network(), data, config(reference_batch=50), progress=False).train()
 
 
 def test_a_folder_that_is_removed_during_the_training_is_named(flow, data, tmp_path):
@@ -201,7 +207,7 @@ def test_an_epoch_sees_every_row_once_and_references_contain_the_batch(data, flo
     assert len(torch.cat(seen).unique(dim=0)) == 48
     first, second = trainer._batches.at(0)[0], trainer._batches.at(6)[0]
     assert not torch.equal(first, second)  # another epoch, another order
-    whole = Trainer(flow, new_network(), data, config(references=4096))
+    whole = Trainer(flow, new_network(), data, config(reference_batch=4096))
     assert torch.equal(whole._batches.at(3)[1], data)
 
 
@@ -701,7 +707,9 @@ def test_a_reference_set_trains_as_its_tensor(tmp_path, data, flow, where, refer
     for source in (rows, data):
         torch.manual_seed(0)
         net = pfgm.networks.MLP((2,), width=16, depth=1, classes=classes, **flow.scaling)
-        trained.append(Trainer(flow, net, source, config(references=references), **options).train())
+        trained.append(
+            Trainer(flow, net, source, config(reference_batch=references), **options).train()
+        )
     for a, b in zip(*map(weights, trained), strict=True):
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-6)
 
@@ -719,7 +727,9 @@ def test_steps_in_parts_and_in_half_precision_train_alike(data, flow):
         return float(flow.loss(trained, data, data, generator).detach())
 
     def trained(**changes):
-        settings = config(steps=50, batch_size=32, references=50, learning_rate=3e-3, **changes)
+        settings = config(
+            steps=50, batch_size=32, reference_batch=50, learning_rate=3e-3, **changes
+        )
         return Trainer(flow, copy.deepcopy(network), data, settings, progress=False).train()
 
     network = pfgm.networks.MLP((2,), width=16, depth=1, **flow.scaling)

@@ -15,6 +15,7 @@ from diffusers.utils.outputs import BaseOutput
 from torch import Tensor, nn
 
 from ...common.checks import check_choice, positive_int
+from ...common.old_names import with_present_names
 from ...common.tensors import dequantise, over_samples, per_row, wide_dtype
 from ...flows.flow import Flow
 from ...flows.plusplus import PoissonFlowPP
@@ -85,7 +86,7 @@ class FlowScheduler(SchedulerMixin, ConfigMixin):  # type: ignore[misc]
                 f"flow is a {type(flow).__name__}; allowed is flow.config; from_flow takes "
                 "the flow itself."
             )
-        self._flow = self._flow_type(**flow)
+        self._flow = self._flow_type(**with_present_names(self._flow_type.__name__, flow))
         defaults = self._flow.defaults
         solver = solver or defaults.solver
         if prediction_type is None:

@@ -23,7 +23,7 @@ def trainer(folder, steps):
     # The schedule of the longest run, because it would follow from the steps.
     schedule = TrainConfig(steps=1_000_000).schedule._replace(warmup=2, checkpoint_every=2)
     config = TrainConfig(
-        steps=steps, batch_size=16, references=32, log_every=10**6, **schedule._asdict()
+        steps=steps, batch_size=16, reference_batch=32, log_every=10**6, **schedule._asdict()
     )
     flow = pfgm.PoissonFlow.from_data(DATA)
     network = pfgm.networks.MLP((2,), width=32, depth=1, **flow.scaling)

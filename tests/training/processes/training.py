@@ -37,7 +37,7 @@ if __name__ == "__main__":
         torch.manual_seed(dist.get_rank())  # the weights of the first process are used
         network = Mortal(flow.shape, width=16, depth=1, **flow.scaling)
         config = TrainConfig(
-            steps=int(steps), batch_size=16, references=64, warmup=4, learning_rate=1e-3,
+            steps=int(steps), batch_size=16, reference_batch=64, warmup=4, learning_rate=1e-3,
             checkpoint_every=10, log_every=5,
         )  # fmt: skip
         trainer = Trainer(flow, network, rows, config, folder=folder, progress=False)
