@@ -19,7 +19,7 @@ from pfgm.plotting import image_grid
 
 
 def train(accelerator: Accelerator, flow: pfgm.PoissonFlow, data: Tensor, epochs: int) -> nn.Module:
-    net = pfgm.networks.UNet(flow.shape, **flow.scaling)
+    net = flow.network("unet")
     batches = DataLoader(TensorDataset(data), batch_size=64, shuffle=True)
     optimizer = torch.optim.Adam(net.parameters(), lr=2e-3, betas=(0.9, 0.99))
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, epochs * len(batches))

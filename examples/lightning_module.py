@@ -21,7 +21,7 @@ class PoissonModule(lightning.LightningModule):
 
     def __init__(self, flow: pfgm.PoissonFlow, references: torch.Tensor) -> None:
         super().__init__()
-        self.flow, self.net = flow, pfgm.networks.UNet(flow.shape, **flow.scaling)
+        self.flow, self.net = flow, flow.network("unet")
         self.register_buffer("references", references, persistent=False)
 
     def training_step(self, batch: list[torch.Tensor], index: int) -> torch.Tensor:

@@ -46,7 +46,7 @@ if __name__ == "__main__":
     torch.manual_seed(0)
     data = pfgm.data.digits().train
     flow = pfgm.PoissonFlow.from_data(data)
-    net = pfgm.networks.UNet(flow.shape, **flow.scaling)
+    net = flow.network("unet")
 
     def batch_loss() -> Tensor:
         x_perturbed, z = flow.perturb(data[torch.randint(len(data), (64,))])

@@ -62,7 +62,7 @@ class Consistency:
     >>> import copy, pfgm, torch
     >>> data = torch.randn(64, 2)
     >>> flow = pfgm.PoissonFlowPP.from_data(data, D=128)
-    >>> teacher = pfgm.networks.Denoiser("mlp", {"shape": (2,), "width": 16})
+    >>> teacher = flow.network("mlp", width=16)
     >>> student = copy.deepcopy(teacher)
     >>> loss = Consistency(flow, teacher).loss(student, data)
     >>> loss.backward()

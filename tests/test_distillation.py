@@ -160,15 +160,11 @@ CORNERS = torch.tensor([[1.0, 1.0], [-1.0, 1.0], [1.0, -1.0], [-1.0, -1.0]])
 def test_a_student_arrives_in_one_evaluation(D):
     """The teacher is exact; alone, one evaluation of it gives the average of the corners."""
     data = CORNERS.repeat(16, 1)
-    settings = {"shape": (2,), "width": 64, "depth": 2}
+    plain, plus = pfgm.PoissonFlow, pfgm.PoissonFlowPP
+    flow = plain.from_data(data) if D is None else plus.from_data(data, D=D)
     with torch.random.fork_rng():
         torch.manual_seed(0)
-        if D is None:
-            flow = pfgm.PoissonFlow.from_data(data)
-            network = pfgm.networks.MLP(**settings, **flow.scaling)
-        else:
-            flow = pfgm.PoissonFlowPP.from_data(data, D=D)
-            network = pfgm.networks.Denoiser("mlp", settings, sigma_data=flow.sigma_data)
+        network = flow.network("mlp", width=64, depth=2)
     teacher = flow.empirical(CORNERS)
     config = TrainConfig(
         steps=150, batch_size=64, learning_rate=3e-3, warmup=20, decay="cosine", ema=0.95
@@ -251,12 +247,9 @@ def run_config(teacher, **changes):
 @pytest.mark.parametrize("D", [None, 128.0])
 def test_a_run_makes_a_student_of_a_checkpoint(tmp_path, D):
     data = pfgm.data.digits().train
-    if D is None:
-        flow = pfgm.PoissonFlow.from_data(data)
-        network = pfgm.networks.UNet(flow.shape, width=8)
-    else:
-        flow = pfgm.PoissonFlowPP.from_data(data, D=D)
-        network = pfgm.networks.Denoiser("unet", {"shape": flow.shape, "width": 8})
+    plain, plus = pfgm.PoissonFlow, pfgm.PoissonFlowPP
+    flow = plain.from_data(data) if D is None else plus.from_data(data, D=D)
+    network = flow.network("unet", width=8)
     pfgm.save(tmp_path / "teacher.safetensors", flow, network)
     before = copy.deepcopy(network.state_dict())
     config = run_config(tmp_path / "teacher.safetensors")
@@ -279,7 +272,7 @@ def test_a_resumed_run_keeps_its_teacher(tmp_path):
     pfgm.data.save_array(tmp_path / "corners.npy", CORNERS.repeat(4, 1))
     flow = pfgm.PoissonFlow.from_data(CORNERS)
     teacher, kept = tmp_path / "teacher.safetensors", tmp_path / "kept.safetensors"
-    network = pfgm.networks.MLP((2,), width=8, **flow.scaling)
+    network = flow.network("mlp", width=8)
     pfgm.save(teacher, flow, network, step=5)
     pfgm.save(kept, flow, network)
     training = TrainConfig(steps=1, batch_size=8)

@@ -114,10 +114,9 @@ def test_drawing_depends_on_the_seed_and_not_on_the_batches() -> None:
 def test_labels_are_drawn_evenly(kind: str) -> None:
     """Also if the network that takes them is inside another module."""
     flow: Any = pfgm.PoissonFlow((2,), data_norm=1.0)
-    net: Any = pfgm.networks.MLP((2,), width=8, classes=3)
     if kind == "denoiser":
         flow = pfgm.PoissonFlowPP((2,), D=16)
-        net = pfgm.networks.Denoiser("mlp", {"shape": (2,), "width": 8, "classes": 3})
+    net = flow.network("mlp", width=8, classes=3)
     seen: list[Tensor] = []
     net.register_forward_pre_hook(
         lambda _, arguments, named: seen.append(named["labels"]), with_kwargs=True
@@ -336,7 +335,7 @@ def test_a_run_on_own_data(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -
     flow = pfgm.PoissonFlow.from_data(data, z_min=0.3)
     run = tmp_path / "run"
     run.mkdir()
-    net = pfgm.networks.MLP((2,), width=16, depth=1, **flow.scaling)
+    net = flow.network("mlp", width=16, depth=1)
     pfgm.save(run / "net.safetensors", flow, net)
     (run / "latest.json").write_text('{"weights": "net.safetensors", "state": "none"}')
     RunConfig(data=str(tmp_path / "points.npy")).save(run / "config.json")

@@ -55,10 +55,10 @@ def teacher_of(method: str, path: Path) -> tuple[Flow, nn.Module]:
     flow: Flow
     if method == "pfgm":
         flow = pfgm.PoissonFlow.from_data(data)
-        network = pfgm.networks.UNet(flow.shape, data_std=float(data.square().mean().sqrt()))
+        network = flow.network("unet", data_std=float(data.square().mean().sqrt()))
     else:
-        flow = plusplus = pfgm.PoissonFlowPP.from_data(data, D=128)
-        network = pfgm.networks.Denoiser("unet", {"shape": flow.shape}, plusplus.sigma_data)
+        flow = pfgm.PoissonFlowPP.from_data(data, D=128)
+        network = flow.network("unet")
     averaged = Trainer(flow, network, data, demo.TRAINING).train()
     pfgm.save(path, flow, averaged)
     return pfgm.load(path)

@@ -114,11 +114,11 @@ def training_step(network: nn.Module, loss: Loss, images: Tensor) -> Callable[[]
 def measure_steps(before: str, after: str, images: Tensor) -> list[dict[str, Any]]:
     """Times of whole training steps with a loss before and after, for each network."""
     flow = pfgm.PoissonFlow(images.shape[1:], M=291, noise_std=0.01, tau=0.03)
-    networks = {"MLP": pfgm.networks.MLP, "U-Net": pfgm.networks.UNet}
+    networks = {"MLP": "mlp", "U-Net": "unet"}
     rows = []
-    for name, network in networks.items():
+    for name, kind in networks.items():
         steps = {
-            when: [training_step(network(flow.shape, **flow.scaling), as_loss(code), images)]
+            when: [training_step(flow.network(kind), as_loss(code), images)]
             for when, code in {"before": before, "after": after}.items()
         }
         for each in steps.values():
@@ -130,7 +130,7 @@ def measure_steps(before: str, after: str, images: Tensor) -> list[dict[str, Any
         rows.append(
             {
                 "network": name,
-                "parameters": sum(p.numel() for p in network(flow.shape).parameters()),
+                "parameters": sum(p.numel() for p in flow.network(kind).parameters()),
                 "seconds before": seconds["before"],
                 "seconds after": seconds["after"],
                 "times as long": seconds["before"] / seconds["after"],

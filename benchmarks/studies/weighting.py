@@ -55,15 +55,14 @@ def enlarged(images: Tensor) -> Tensor:
 
 def model(method: str, train: Tensor, classes: int, seed: int) -> tuple[Flow, nn.Module, Any]:
     """The flow, the network and the loss of a method; None is the flow's own loss."""
-    config: dict[str, Any] = {"shape": train.shape[1:], "width": _WIDTH, "classes": classes}
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         if method.startswith("PFGM++"):
             plusplus = pfgm.PoissonFlowPP.from_data(train, D=float(method.split()[1]))
-            return plusplus, pfgm.networks.Denoiser("unet", config, plusplus.sigma_data), None
+            return plusplus, plusplus.network("unet", width=_WIDTH, classes=classes), None
         flow = pfgm.PoissonFlow.from_data(train)
         rms = float(train.square().mean().sqrt())
-        network = pfgm.networks.UNet(**config, data_std=rms, **flow.scaling)
+        network = flow.network("unet", width=_WIDTH, classes=classes, data_std=rms)
         loss = functools.partial(flow.loss, weighting=_WEIGHTINGS[method])
         return flow, network, loss
 

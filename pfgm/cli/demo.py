@@ -18,7 +18,6 @@ from ..common.files import StrPath, write_json
 from ..common.messages import print_notice
 from ..flows.batched_sampling import draw_prior, sample_in_batches
 from ..flows.poisson import PoissonFlow
-from ..networks import UNet
 from ..plotting.figures import require_matplotlib
 from ..solvers import StepInfo
 from ..training import Terminated, TrainConfig, Trainer, checkpoint
@@ -168,8 +167,8 @@ def _trainer(
 ) -> Trainer:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(config.seed)
-        network = UNet(
-            flow.shape,
+        network = flow.network(
+            "unet",
             classes=10 if conditional else 0,
             data_std=float(digits.train.square().mean().sqrt()),
         )

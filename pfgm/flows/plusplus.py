@@ -42,8 +42,8 @@ _LARGEST_CHURN = math.sqrt(2) - 1  # relative rise of the level in one step (EDM
 
 
 _INSTEAD = (
-    " Networks of the field, such as pfgm.networks.UNet, are for PoissonFlow; "
-    "pfgm.networks.Denoiser makes a denoiser of their kind."
+    " Networks of the field, such as pfgm.networks.UNet, are for PoissonFlow; flow.network makes a "
+    "denoiser of their kind."
 )
 
 
@@ -120,8 +120,8 @@ class PoissonFlowPP(Flow):
     """PFGM++ (arXiv 2302.04265) with D augmented dimensions; D = ∞ is diffusion (EDM).
 
     A network is a denoiser: any callable ``net(x, sigma, **condition) -> mean`` with x and mean
-    (B, *S) and sigma (B,). :meth:`precondition` makes one from a backbone. All random numbers come
-    from torch generators, on the device of the tensors.
+    (B, *S) and sigma (B,). :meth:`network` makes one. All random numbers come from torch
+    generators, on the device of the tensors.
 
     Args:
         shape: S, the shape of one sample.
@@ -259,18 +259,6 @@ class PoissonFlowPP(Flow):
         return PoissonFlowPP(**{**self.config, "D": D})
 
     # ---- training ----
-
-    def precondition(self, backbone: nn.Module) -> Preconditioned:
-        """A denoiser from a backbone F(x, c_noise, **cond) (:class:`Preconditioned`).
-
-        >>> import torch
-        >>> class Zero(torch.nn.Module):
-        ...     def forward(self, x, noise):
-        ...         return 0 * x
-        >>> PoissonFlowPP((2,), D=1).precondition(Zero())(torch.ones(1, 2), torch.tensor([0.5]))
-        tensor([[0.5000, 0.5000]])
-        """
-        return Preconditioned(backbone, self.sigma_data)
 
     def perturb(self, x: Tensor, generator: torch.Generator | None = None) -> tuple[Tensor, Tensor]:
         """Perturbed data and their levels, ln σ ~ N(P_mean, P_std²) (EDM, table 1).

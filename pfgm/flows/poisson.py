@@ -276,25 +276,6 @@ class PoissonFlow(Flow):
         return {"center": self.center.tolist(), "spread": self.spread}
 
     @property
-    def scaling(self) -> dict[str, Any]:
-        """Keyword arguments that fit a network of :mod:`pfgm.networks` to the flow.
-
-        >>> import pfgm, torch
-        >>> flow = PoissonFlow.from_data(100 * torch.randn(50, 2) + 7)
-        >>> net = pfgm.networks.MLP(flow.shape, **flow.scaling)
-        >>> net.gamma == flow.gamma
-        True
-        """
-        if self.spread is None:
-            return {"gamma": self.gamma}
-        return {
-            "gamma": self.gamma,
-            "data_std": self.spread,
-            "center": self.center.tolist(),
-            "scale": self.spread,
-        }
-
-    @property
     def first_level(self) -> float:
         return self.z_max
 
@@ -565,8 +546,8 @@ def _evaluate(
     own = getattr(_mean_network(net), "gamma", None)
     if own is not None and abs(own - gamma) > _SAME_GAMMA * gamma:
         raise ValueError(
-            f"net has gamma {own} and the flow {gamma}; both must be the same (a network of "
-            "pfgm.networks takes **flow.scaling)."
+            f"net has gamma {own} and the flow {gamma}; both must be the same (flow.network makes "
+            "a network that fits)."
         )
     prediction = untouched(net, "net", ("x", "z"), x, z, **condition)
     if not isinstance(prediction, (tuple, list)) or len(prediction) != 2:

@@ -167,7 +167,7 @@ class UNet(FieldNetwork):
         gamma: γ of the field.
         center: average sample, (*S), or one number for all values.
         scale: unit of length of x and z inside the network, about the spread of the data around
-            center. ``flow.scaling`` holds data_std, gamma, center and scale for a flow.
+            center. :meth:`pfgm.Flow.network` gives what fits a flow.
 
     >>> import torch
     >>> net = UNet((1, 8, 8), width=16)

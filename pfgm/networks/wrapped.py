@@ -16,6 +16,7 @@ from ..flows.flow import Flow
 from ..flows.plusplus import PoissonFlowPP, Preconditioned
 from ..flows.poisson import PoissonFlow
 from .fields import FieldNetwork, MeanParts, root_mean_square
+from .for_flow import data_std_of
 from .level_encodings import LevelFunction, level_encoding
 from .published.pfgm_unets import Published
 
@@ -23,7 +24,6 @@ _PREDICTIONS: dict[type[Flow], tuple[str, ...]] = {
     PoissonFlow: ("residual", "mean", "noise", "score", "field"),
     PoissonFlowPP: ("residual", "mean", "noise", "score"),
 }
-_MAX_LOG = 700.0  # exp() of more overflows float64
 _VARIADIC = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
 
 
@@ -322,7 +322,7 @@ def from_module(
     if isinstance(net, (FieldNetwork, Published)):
         raise TypeError(
             f"net is a {type(net).__name__}, a network of PoissonFlow as it is; for PoissonFlowPP "
-            "pfgm.networks.Denoiser makes a denoiser of its kind."
+            "flow.network makes a denoiser of its kind."
         )
     allowed = _PREDICTIONS[type(flow)]
     if predicts not in allowed:
@@ -349,17 +349,8 @@ def from_module(
 
 
 def _data_std(flow: PoissonFlow, predicts: str) -> float:
-    """Root mean square of the data's values, around center for "residual".
-
-    Without a spread it is ‖x‖/√N of data for which the published rule,
-    M = int(¾ ln(‖x‖²/(2 √N σ²))/ln(1 + τ)) + 1, gives this M.
-    """
-    if flow.spread is not None:
-        square = 0.0 if predicts == "residual" else float(flow.center.square().mean())
-        return math.sqrt(flow.spread**2 + square)
-    log_ratio = (flow.M - 0.5) / 0.75 * math.log1p(flow.tau)
-    if log_ratio > _MAX_LOG:
-        raise ValueError(
-            f"data_std is None, and no data have a norm that gives M = {flow.M}; give data_std."
-        )
-    return flow.noise_std * math.sqrt(2 * math.exp(log_ratio) / math.sqrt(flow.N))
+    """Root mean square of the data's values, around center for "residual"."""
+    if flow.spread is None:
+        return data_std_of(flow)
+    square = 0.0 if predicts == "residual" else float(flow.center.square().mean())
+    return math.sqrt(flow.spread**2 + square)

@@ -131,7 +131,7 @@ def load(
     >>> import pfgm, tempfile
     >>> flow = pfgm.PoissonFlow((2,), data_norm=1.0)
     >>> with tempfile.TemporaryDirectory() as folder:
-    ...     save(f"{folder}/net.safetensors", flow, pfgm.networks.MLP((2,), **flow.scaling))
+    ...     save(f"{folder}/net.safetensors", flow, flow.network("mlp"))
     ...     flow, net = load(f"{folder}/net.safetensors")
     >>> flow.sample(net, 5).shape
     torch.Size([5, 2])

@@ -140,7 +140,7 @@ def from_pretrained(
     >>> import pfgm, tempfile
     >>> flow = pfgm.PoissonFlow((2,), data_norm=1.0)
     >>> with tempfile.TemporaryDirectory() as folder:
-    ...     save_pretrained(folder, flow, pfgm.networks.MLP((2,), **flow.scaling))
+    ...     save_pretrained(folder, flow, flow.network("mlp"))
     ...     flow, net = from_pretrained(folder)
     >>> flow.sample(net, 5).shape
     torch.Size([5, 2])

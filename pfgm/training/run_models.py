@@ -8,7 +8,6 @@ from typing import Any
 import torch
 from torch import nn
 
-from .. import networks
 from ..flows.flow import Flow
 from ..flows.plusplus import PoissonFlowPP
 from ..flows.poisson import PoissonFlow
@@ -41,31 +40,21 @@ def build_network(config: RunConfig, flow: Flow, rows: ReferenceSet, classes: in
     name = config.network
     if name == "auto":
         name = "unet" if takes_shape(flow.shape) else "mlp"
-    settings = _size_settings(config, name, flow)
+    settings = _size_settings(config, name)
     if config.labels:
+        if name in _IMAGE_NETWORKS:
+            raise ValueError(f"network must be unet or mlp with labels, got {name!r}.")
         settings["classes"] = classes
+    if isinstance(flow, PoissonFlow) and flow.spread is None and name not in _IMAGE_NETWORKS:
+        settings["data_std"] = max(rows.rms, 1e-6)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(config.training.seed)
-        if isinstance(flow, PoissonFlowPP):
-            inner = {"network": name, "config": settings, "sigma_data": flow.sigma_data}
-            return networks.build("denoiser", inner)
-        if name not in _IMAGE_NETWORKS:
-            settings["data_std"] = max(rows.rms, 1e-6)
-            if isinstance(flow, PoissonFlow):
-                settings |= flow.scaling
-        return networks.build(name, settings)
+        return flow.network(name, **settings)
 
 
-def _size_settings(config: RunConfig, name: str, flow: Flow) -> dict[str, Any]:
+def _size_settings(config: RunConfig, name: str) -> dict[str, Any]:
     """The keyword arguments for the size of the network."""
-    settings: dict[str, Any] = {"shape": flow.shape}
-    if name in _IMAGE_NETWORKS:
-        if len(flow.shape) != 3 or flow.shape[1] != flow.shape[2] or config.labels:
-            raise ValueError(
-                f"network is {name!r}; allowed for it are square images without labels, not "
-                f"{flow.shape}{' with labels' if config.labels else ''}."
-            )
-        settings = {"channels": flow.shape[0], "resolution": flow.shape[1]}
+    settings: dict[str, Any] = {}
     for option in SIZES:
         if (value := getattr(config, option)) is None:
             continue

@@ -106,7 +106,7 @@ class Trainer:
     >>> data = torch.randn(256, 2)
     >>> flow = pfgm.PoissonFlow.from_data(data)
     >>> config = TrainConfig(steps=20, batch_size=32, warmup=5)
-    >>> net = pfgm.networks.MLP((2,), **flow.scaling)
+    >>> net = flow.network("mlp")
     >>> trainer = Trainer(flow, net, data, config, progress=False)
     >>> flow.sample(trainer.train(), 4).shape
     torch.Size([4, 2])

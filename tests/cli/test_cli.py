@@ -235,7 +235,7 @@ def test_a_checkpoint_of_plain_columns(tmp_path):
     frame = pandas.DataFrame({"a": np.arange(40.0), "b": np.arange(40.0) % 3})
     frame.to_csv(tmp_path / "t.csv", index=False)
     flow = pfgm.PoissonFlow.from_data(frame)
-    net = pfgm.networks.MLP((2,), width=8, **flow.scaling)
+    net = flow.network("mlp", width=8)
     pfgm.save_pretrained(tmp_path / "model", flow, net, table=pfgm.data.Table.read(frame))
     assert not pfgm.training.checkpoint.table(tmp_path / "model").plain
     facts = {"step": 0, "column_names": ["a", "b"]}
@@ -870,7 +870,7 @@ def test_consistency_needs_a_few_step_model(run, tmp_path, capsys, refusal):
 def test_samples_of_few_values_use_the_default_steps_of_the_flow(tmp_path):
     flow = pfgm.PoissonFlow((1,), spread=0.1, center=5.0)
     torch.manual_seed(0)
-    net = pfgm.networks.MLP((1,), width=8, depth=1, **flow.scaling)
+    net = flow.network("mlp", width=8, depth=1)
     pfgm.save(tmp_path / "net.safetensors", flow, net)
     arguments = ["sample", "--checkpoint", str(tmp_path / "net.safetensors"), "--n", "20"]
     assert cli.main([*arguments, "--out", str(tmp_path / "x.npy")]) == 0
@@ -885,7 +885,7 @@ def test_samples_take_the_fitted_levels_of_the_checkpoint(tmp_path, refusal):
     flow = pfgm.PoissonFlow.from_data(data)
     levels = flow.fit_levels(data, 3, points=16)
     torch.manual_seed(0)
-    net = pfgm.networks.MLP((2,), width=8, depth=1, **flow.scaling)
+    net = flow.network("mlp", width=8, depth=1)
     weights, out = str(tmp_path / "net.safetensors"), str(tmp_path / "x.npy")
     pfgm.save(weights, flow, net)
     start = flow.prior(20, generator=torch.Generator().manual_seed(0))

@@ -141,7 +141,7 @@ def test_a_returned_list_is_not_the_kept_one(data):
 
 def test_a_weights_file_keeps_them(tmp_path, data):
     flow = PoissonFlow.from_data(data)
-    net = pfgm.networks.MLP((2,), width=8, depth=1, **flow.scaling)
+    net = flow.network("mlp", width=8, depth=1)
     flow.fit_levels(data, 3, points=8)
     flow.fit_levels(data, 4, solver="heun", points=8)
     pfgm.save(tmp_path / "net.safetensors", flow, net)

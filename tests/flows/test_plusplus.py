@@ -8,6 +8,7 @@ import torch
 
 import pfgm
 from pfgm import PoissonFlowPP
+from pfgm.flows.plusplus import Preconditioned
 
 DS = [1.0, 16.0, math.inf]
 
@@ -168,7 +169,7 @@ def test_data_far_from_0_give_a_warning(data, mean, options, warned):
 def test_edms_preconditioning_warns_at_small_D(data):
     for D, warned in ((1, True), (3.9, True), (4, False), (math.inf, False)):
         flow = PoissonFlowPP((2,), D=D)
-        net = torch.optim.swa_utils.AveragedModel(flow.precondition(Backbone()))
+        net = torch.optim.swa_utils.AveragedModel(Preconditioned(Backbone()))
         with warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always")
             flow.loss(net, data)
@@ -323,9 +324,7 @@ def test_networks_that_return_something_else(data):
     flow = PoissonFlowPP((2,), D=16)
     with pytest.raises(ValueError, match=r"net returned shape \(3, 1\); .* denoiser's mean"):
         flow.sample(lambda x, sigma: x[:, :1], 3)
-    with pytest.raises(
-        ValueError, match=r"net returned a tuple; .* pfgm\.networks\.Denoiser makes"
-    ):
+    with pytest.raises(ValueError, match=r"net returned a tuple; .* flow\.network makes"):
         flow.sample(pfgm.PoissonFlow((2,), data_norm=1.0).empirical(data), 3)
     with pytest.raises(ValueError, match=r"NaN or infinity in step 1, at 17\.5"):
         flow.sample(lambda x, sigma: x / (sigma[:, None] > 30), 3, solver="euler", steps=5)
@@ -334,12 +333,12 @@ def test_networks_that_return_something_else(data):
 def test_backbones_of_another_kind():
     flow = PoissonFlowPP((1, 8, 8), D=16)
     unet, x = pfgm.networks.UNet((1, 8, 8), width=8), torch.zeros(2, 1, 8, 8)
-    with pytest.raises(ValueError, match=r"backbone returned a tuple; .*\.Denoiser makes"):
-        flow.precondition(unet)(x, torch.ones(2))
-    denoiser = pfgm.networks.Denoiser("unet", {"shape": (1, 8, 8), "width": 8})
-    for made in (denoiser, flow.precondition(torch.nn.Identity())):
+    with pytest.raises(ValueError, match=r"backbone returned a tuple; .* flow\.network makes"):
+        Preconditioned(unet)(x, torch.ones(2))
+    denoiser = flow.network("unet", width=8)
+    for made in (denoiser, Preconditioned(torch.nn.Identity())):
         with pytest.raises(ValueError, match="which is a denoiser with EDM's preconditioning"):
-            flow.precondition(made)
+            Preconditioned(made)
     with pytest.raises(TypeError, match="net is a UNet, a network of PoissonFlow as it is"):
         pfgm.networks.from_module(unet, flow)
 

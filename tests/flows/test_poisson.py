@@ -233,7 +233,7 @@ def test_the_balanced_loss_weighs_errors_of_the_mean_as_edm_does():
             x = self._to_unit(x, z)[0]
             return MeanParts(x, 0.0, 1.0, (error.to(x) / self.scale).expand_as(x))
 
-    net = OffByError((N,), width=1, **flow.scaling).double()
+    net = flow.network(OffByError, width=1).double()
     for seed in range(20):
         x_perturbed, z = flow.perturb(data.double(), seeded(seed))
         R = torch.cat([x_perturbed, z[:, None]], 1).norm()
@@ -251,7 +251,7 @@ def test_the_balanced_loss_weighs_errors_of_the_mean_as_edm_does():
 def test_networks_of_the_mean_take_the_balanced_loss_and_others_the_published_one():
     data = torch.randn(40, 2, generator=seeded(0))
     flow = PoissonFlow.from_data(data)
-    mean_network = pfgm.networks.MLP((2,), width=8, **flow.scaling)
+    mean_network = flow.network("mlp", width=8)
 
     def field_network(x, z):
         return mean_network(x, z)
@@ -448,11 +448,13 @@ def test_a_network_with_another_gamma_is_refused():
     flow = PoissonFlow.from_data(data)
     net = pfgm.networks.MLP((2,), width=8)
     for wrong in (net, torch.optim.swa_utils.AveragedModel(net)):
-        with pytest.raises(ValueError, match=r"net has gamma 5\.0 and the flow .*flow\.scaling"):
+        with pytest.raises(
+            ValueError, match=r"net has gamma 5\.0 and the flow .*flow\.network makes"
+        ):
             flow.loss(wrong, data)
         with pytest.raises(ValueError, match="net has gamma"):
             flow.sample(wrong, 2)
-    assert flow.loss(pfgm.networks.MLP((2,), width=8, **flow.scaling), data).isfinite()
+    assert flow.loss(flow.network("mlp", width=8), data).isfinite()
     unrelated = nn.Linear(1, 1)
     unrelated.gamma, unrelated.forward = 0.1, flow.empirical(data).forward
     assert flow.loss(unrelated, data).isfinite()
@@ -462,7 +464,7 @@ def test_the_gamma_of_the_same_data_in_another_precision_is_the_same():
     data = torch.randn(40, 2, generator=seeded(0), dtype=torch.float64)
     flow, other = PoissonFlow.from_data(data), PoissonFlow.from_data(data.float())
     assert flow.gamma != other.gamma
-    net = pfgm.networks.MLP((2,), width=8, **other.scaling)
+    net = other.network("mlp", width=8)
     assert flow.loss(net, data.float()).isfinite()
     net.gamma = flow.gamma * (1 + 2e-6)
     with pytest.raises(ValueError, match="net has gamma"):
@@ -472,7 +474,7 @@ def test_the_gamma_of_the_same_data_in_another_precision_is_the_same():
 def trained_on(data, steps):
     flow = PoissonFlow.from_data(data)
     torch.manual_seed(0)
-    net = pfgm.networks.MLP(flow.shape, width=32, depth=2, **flow.scaling)
+    net = flow.network("mlp", width=32, depth=2)
     config = pfgm.training.TrainConfig(
         steps=steps,
         batch_size=128,
@@ -811,7 +813,7 @@ def test_networks_levels_and_guidance_of_other_types_are_refused():
     for level in (math.nan, math.inf, -1.0, "1"):
         with pytest.raises(ValueError, match=f"grid holds {level!r}; allowed are finite levels"):
             flow.solve(net, x, [1.0, level])
-    network = pfgm.networks.MLP((2,), **flow.scaling)
+    network = flow.network("mlp")
     for level in (math.nan, -1.0):
         with pytest.raises(ValueError, match=f"z is {level}; allowed is a number"):
             network(x, level)

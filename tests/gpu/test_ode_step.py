@@ -325,7 +325,7 @@ def test_sampling(device, backend, solver):
     """A run's points and evaluations are those of the reference backend."""
     generator = torch.Generator().manual_seed(3)
     flow = pfgm.PoissonFlow.from_data(torch.randn(16, 2, 3, generator=generator))
-    net = pfgm.networks.MLP(flow.shape, width=16, depth=1, **flow.scaling)
+    net = flow.network("mlp", width=16, depth=1)
     with torch.no_grad():
         for parameter in net.parameters():
             parameter.copy_(0.3 * torch.randn(parameter.shape, generator=generator))

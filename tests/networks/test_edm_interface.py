@@ -7,6 +7,7 @@ import pytest
 import torch
 
 import pfgm
+from pfgm.flows.plusplus import Preconditioned
 from pfgm.networks import UNet, build, from_module
 from pfgm.networks.edm_interface import label_numbers
 
@@ -96,7 +97,7 @@ NETWORKS = {
     "published field": lambda: with_weights(
         pfgm.networks.DDPMpp(3, 8, nf=8, ch_mult=(1,), num_res_blocks=1, attn_resolutions=())
     ),
-    "preconditioned": lambda: pfgm.PoissonFlowPP(SHAPE, D=64).precondition(Scaled()),
+    "preconditioned": lambda: Preconditioned(Scaled()),
     "wrapped denoiser": lambda: from_module(Scaled(), pfgm.PoissonFlowPP(SHAPE, D=64)),
     "wrapped field": lambda: from_module(Scaled(), FIELD),
     "k-diffusion": lambda: pfgm.as_k_diffusion(FIELD.empirical(DATA), FIELD),

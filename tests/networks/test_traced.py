@@ -8,6 +8,7 @@ from torch import nn
 from torch.nn.parallel import replicate
 
 import pfgm
+from pfgm.flows.plusplus import Preconditioned
 from pfgm.integrations.flow_matching import as_denoiser
 from pfgm.integrations.k_diffusion import as_k_diffusion
 from pfgm.networks import MLP, DDPMpp, Denoiser, EDMDenoiser, NCSNpp, UNet, from_module
@@ -41,7 +42,7 @@ NETWORKS = {
     "edm-unlabelled": (lambda: EDMDenoiser.ncsnpp(1, 8, **EDM, **LABELS), False),
     "denoiser": (lambda: Denoiser("unet", {"shape": S, "width": 8, **LABELS}), True),
     "denoiser-ncsnpp": (lambda: Denoiser("ncsnpp", PFGM), False),
-    "preconditioned": (lambda: PLUS.precondition(Foreign()), False),
+    "preconditioned": (lambda: Preconditioned(Foreign()), False),
     "wrapped-denoiser": (lambda: from_module(Foreign(2), PLUS, no_label=3), False),
     "wrapped-noise": (lambda: from_module(Foreign(), PLUS, predicts="noise"), False),
     "wrapped-mean-field": (lambda: from_module(Foreign(), FIELD), False),

@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 import pfgm
+from pfgm.flows.plusplus import Preconditioned
 from pfgm.networks import field_from_mean, from_module
 from pfgm.networks.level_encodings import level_encoding
 from pfgm.training import TrainConfig, Trainer
@@ -71,7 +72,7 @@ def test_residual_is_edms_preconditioning(generator):
         torch.testing.assert_close(probe.x[row], x[row] / math.sqrt(total))
         expected = d**2 / total * x[row] + s * d / math.sqrt(total) * 0.3 * probe.x[row]
         torch.testing.assert_close(mean[row], expected.detach(), check_dtype=False)
-    same = PLUSPLUS.precondition(probe)(x, sigma, y=sigma)
+    same = Preconditioned(probe, PLUSPLUS.sigma_data)(x, sigma, y=sigma)
     assert torch.equal(mean, same)
     torch.testing.assert_close(probe.time, sigma.log() / 4)
     assert probe.y is sigma

@@ -105,11 +105,9 @@ def training(folder):
     """The weights after two steps, with data in memory and in a set, and samples."""
     data = rows(side=4)
     plain, plusplus = flows(data)
-    config = {"shape": data.shape[1:], "width": 8, "depth": 1}
     with torch.device("cpu"):
         torch.manual_seed(3)
-        mlp = pfgm.networks.MLP(**config, **plain.scaling)
-        denoiser = pfgm.networks.Denoiser("mlp", config)
+        mlp, denoiser = (flow.network("mlp", width=8, depth=1) for flow in (plain, plusplus))
     for flow, net, references in ((plain, mlp, data), (plusplus, denoiser, ReferenceSet(data))):
         config = TrainConfig(steps=2, batch_size=4, reference_batch=8, seed=4)
         trained = Trainer(flow, net, references, config).train()

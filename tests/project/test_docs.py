@@ -45,7 +45,7 @@ def test_code_blocks_run(page, code, tmp_path, monkeypatch):
     if "runs/demo" in code:
         (tmp_path / "runs" / "demo").mkdir(parents=True)
         flow = pfgm.PoissonFlow.from_data(pfgm.data.digits().train)
-        network = pfgm.networks.UNet(flow.shape, width=16)
+        network = flow.network("unet", width=16)
         pfgm.save(tmp_path / "runs/demo/model.safetensors", flow, network)
     exec(compile(code, name(page), "exec"), {})
 
@@ -72,10 +72,10 @@ def test_fields_have_the_gamma_of_their_flow(code):
 @pytest.mark.parametrize(
     "path", [*PAGES, *sorted((ROOT / "examples").glob("*.*"))], ids=lambda path: name(path)
 )
-def test_networks_have_the_scaling_of_their_flow(path):
-    """The defaults are right only for data of about unit spread around 0, at gamma 5."""
-    for line in re.findall(r"^.*networks\.(?:UNet|MLP)\(.*$", path.read_text(), re.MULTILINE):
-        assert "**flow.scaling)" in line, line
+def test_networks_of_a_flow_are_made_by_it(path):
+    """The defaults of their classes are right only for data of about unit spread around 0."""
+    made = re.findall(r"networks\.(?:UNet|MLP|Denoiser)\(.*", path.read_text())
+    assert not made, made
 
 
 def published_losses():

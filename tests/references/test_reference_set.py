@@ -676,7 +676,7 @@ def test_unsigned_labels(dtype):
     references = ReferenceSet(rows, labels=labels)
     assert references.labels.equal(torch.arange(20))
     flow = pfgm.PoissonFlow.from_data(references)
-    net = pfgm.networks.MLP(flow.shape, width=8, classes=20, **flow.scaling)
+    net = flow.network("mlp", width=8, classes=20)
     config = TrainConfig(steps=1, batch_size=4)
     Trainer(flow, net, rows, config, labels=labels, progress=False).train()
     z = torch.ones(20)

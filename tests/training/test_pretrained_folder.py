@@ -12,7 +12,7 @@ from pfgm.training.runs import RunConfig, start
 
 def test_a_folder_in_the_layout_of_hugging_face(tmp_path):
     flow = pfgm.PoissonFlow.from_data(torch.randn(50, 2, 16))
-    net = pfgm.networks.UNet(flow.shape, width=16, **flow.scaling)
+    net = flow.network("unet", width=16)
     torch.nn.init.normal_(net.head.weight)
     pfgm.save_pretrained(tmp_path / "model", flow, net)
     assert {path.name for path in (tmp_path / "model").iterdir()} == {
@@ -43,8 +43,7 @@ def test_the_hub_reads_the_card_and_its_code_samples(tmp_path, monkeypatch, shap
     hub = pytest.importorskip("huggingface_hub")
     flow = pfgm.PoissonFlowPP(shape, D=128)
     kind, width = ("unet", 16) if len(shape) == 3 else ("mlp", 16)
-    config = {"shape": shape, "width": width, "classes": classes}
-    net = pfgm.networks.Denoiser(kind, config, flow.sigma_data)
+    net = flow.network(kind, width=width, classes=classes)
     pfgm.save_pretrained(tmp_path / "my model", flow, net)
     card = hub.ModelCard.load(tmp_path / "my model/README.md")
     assert (card.data.library_name, card.data.pipeline_tag) == ("pfgm", task)
@@ -75,7 +74,7 @@ def test_a_network_of_another_library(tmp_path):
 def test_diffusers_says_what_to_call(tmp_path):
     diffusers = pytest.importorskip("diffusers")
     flow = pfgm.PoissonFlow((2,), data_norm=1.0)
-    pfgm.save_pretrained(tmp_path, flow, pfgm.networks.MLP((2,), **flow.scaling))
+    pfgm.save_pretrained(tmp_path, flow, flow.network("mlp"))
     with pytest.raises(
         AttributeError, match=r"PoissonFlow; pfgm\.from_pretrained reads this folder"
     ):
@@ -131,7 +130,7 @@ def test_no_name_and_weights_that_are_not_finite_are_refused(tmp_path, monkeypat
 def test_commands_take_the_folder(tmp_path, refusal):
     flow = pfgm.PoissonFlow((2,), data_norm=1.0)
     torch.manual_seed(0)
-    net = pfgm.networks.MLP((2,), width=16, **flow.scaling)
+    net = flow.network("mlp", width=16)
     model, data, out = tmp_path / "model", tmp_path / "x.npy", tmp_path / "run"
     pfgm.save_pretrained(model, flow, net)
     assert torch.equal(pfgm.load(model).network.state_dict()["head.weight"], net.head.weight)

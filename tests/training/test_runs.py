@@ -253,7 +253,7 @@ def test_points_in_the_plane(tmp_path):
         run(tmp_path / "flips", data=str(tmp_path / "points.npy"), flips=True)
     with pytest.raises(ValueError, match="has no labels"):
         run(tmp_path / "labels", data=str(tmp_path / "points.npy"), labels=True)
-    with pytest.raises(ValueError, match=r"allowed for it are square images .* not \(2,\)"):
+    with pytest.raises(ValueError, match=r"takes square images .* shape \(2,\)"):
         run(tmp_path / "net", data=str(tmp_path / "points.npy"), network="ddpmpp")
     with pytest.raises(ValueError, match="blocks is 2, but the network is 'mlp'"):
         run(tmp_path / "blocks", data=str(tmp_path / "points.npy"), blocks=2)
@@ -331,7 +331,7 @@ def test_a_table_of_different_scales_gives_one_warning():
     table = torch.randn(50, 4, generator=torch.Generator().manual_seed(0)) * spreads
     for data in (table, pfgm.ReferenceSet(table)):
         flow = pfgm.PoissonFlow.from_data(data)
-        net = pfgm.networks.MLP((4,), width=4, **flow.scaling)
+        net = flow.network("mlp", width=4)
         message = r" in column 1 and 0\.\d+ in column 3: .* 1 in place of each std of 0"
         with pytest.warns(UserWarning, match=message) as warned:
             pfgm.training.Trainer(flow, net, data, TrainConfig(steps=1, batch_size=8))

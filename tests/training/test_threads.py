@@ -82,7 +82,7 @@ def new_trainer(folder=None):
     flow = pfgm.PoissonFlow.from_data(data)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        network = pfgm.networks.MLP((3,), width=16, **flow.scaling)
+        network = flow.network("mlp", width=16)
     return Trainer(flow, network, data, SMALL, folder=folder, progress=False)
 
 

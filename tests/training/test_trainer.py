@@ -187,7 +187,7 @@ def test_datasets_and_loaders_are_data(data):
     for given, its in ((data, labels), (dataset, None), (DataLoader(dataset, shuffle=True), None)):
         flow = pfgm.PoissonFlow.from_data(given)
         torch.manual_seed(0)
-        net = pfgm.networks.MLP((2,), width=16, depth=1, classes=2, **flow.scaling)
+        net = flow.network("mlp", width=16, depth=1, classes=2)
         trainer = Trainer(flow, net, given, SMALL, labels=its, progress=False)
         assert torch.equal(trainer.labels, labels)
         weights.append(torch.cat([p.flatten() for p in trainer.train().parameters()]))
@@ -686,7 +686,7 @@ def test_figures_that_follow_from_the_data_are_compared_up_to_rounding(tmp_path,
     def trainer(sigma_data):
         flow = pfgm.PoissonFlowPP((2,), D=16, sigma_data=sigma_data)
         torch.manual_seed(0)
-        network = pfgm.networks.Denoiser("mlp", {"shape": (2,), "width": 8, "depth": 1})
+        network = flow.network("mlp", width=8, depth=1)
         return Trainer(flow, network, data, SMALL, folder=tmp_path, progress=False)
 
     trainer(0.7).train()
@@ -706,7 +706,7 @@ def test_a_reference_set_trains_as_its_tensor(tmp_path, data, flow, where, refer
     trained = []
     for source in (rows, data):
         torch.manual_seed(0)
-        net = pfgm.networks.MLP((2,), width=16, depth=1, classes=classes, **flow.scaling)
+        net = flow.network("mlp", width=16, depth=1, classes=classes)
         trained.append(
             Trainer(flow, net, source, config(reference_batch=references), **options).train()
         )
@@ -732,7 +732,7 @@ def test_steps_in_parts_and_in_half_precision_train_alike(data, flow):
         )
         return Trainer(flow, copy.deepcopy(network), data, settings, progress=False).train()
 
-    network = pfgm.networks.MLP((2,), width=16, depth=1, **flow.scaling)
+    network = flow.network("mlp", width=16, depth=1)
     before, plain = distance_to(network), trained()
     for other in (trained(accumulate=4), trained(precision="bfloat16")):
         assert all(p.dtype == torch.float32 for p in other.parameters())
@@ -826,7 +826,7 @@ def test_labels_reach_the_network_and_some_are_dropped(data, flow):
             seen.append(labels)
             return super().forward(x, z, labels)
 
-    network = Recording((2,), width=16, depth=1, classes=4, **flow.scaling)
+    network = flow.network(Recording, width=16, depth=1, classes=4)
     labels = torch.arange(50) % 4
     trainer = Trainer(flow, network, data, config(label_dropout=0.5), labels=labels)
     net = trainer.train()

@@ -26,7 +26,7 @@ def trainer(folder, steps):
         steps=steps, batch_size=16, reference_batch=32, log_every=10**6, **schedule._asdict()
     )
     flow = pfgm.PoissonFlow.from_data(DATA)
-    network = pfgm.networks.MLP((2,), width=32, depth=1, **flow.scaling)
+    network = flow.network("mlp", width=32, depth=1)
     return Trainer(flow, network, DATA, config, folder=folder, progress=False)
 
 

@@ -35,7 +35,7 @@ if __name__ == "__main__":
             rows = rows.shard()
         flow = pfgm.PoissonFlow.from_data(rows)
         torch.manual_seed(dist.get_rank())  # the weights of the first process are used
-        network = Mortal(flow.shape, width=16, depth=1, **flow.scaling)
+        network = flow.network(Mortal, width=16, depth=1)
         config = TrainConfig(
             steps=int(steps), batch_size=16, reference_batch=64, warmup=4, learning_rate=1e-3,
             checkpoint_every=10, log_every=5,
