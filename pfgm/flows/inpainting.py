@@ -49,7 +49,7 @@ class Inpainting(Sampling):
         *,
         steps: int | None = None,
         schedule: str | Sequence[float] | None = None,
-        resample: int = 0,
+        resample: int = 2,
         resample_from: float | None = None,
         generator: torch.Generator | None = None,
         callback: Callback | None = None,
@@ -86,10 +86,10 @@ class Inpainting(Sampling):
             steps: as in :meth:`sample`.
             schedule: as in :meth:`sample`.
             resample: the number of further rounds. Each starts at resample_from and takes the
-                levels of the grid below it.
+                levels of the grid below it. More rounds leave fewer seams (docs/howto/editing.md).
             resample_from: the level at which rounds start, about the standard deviation of the
                 data. A much higher level redraws everything, a much lower one nothing. None is 0.6,
-                or 1.2 times the spread of a flow that has one.
+                or 1.2 times the spread of a flow that has one, within the levels of the grid.
             generator: of the noise, on the device of known.
             callback: as in :meth:`sample`, with the known part in place. Each round counts its
                 steps from 0. If the callback stops a round, the next round follows.
@@ -113,7 +113,9 @@ class Inpainting(Sampling):
         known = self._to_floating(known, "known").detach()
         _check_mask(mask, known)
         grid = self.grid(steps, schedule)
-        start = 1.2 * self.unit if resample_from is None else resample_from
+        start = min(1.2 * self.unit, grid[0]) if resample_from is None else resample_from
+        if resample_from is None and start <= grid[-1]:
+            start = grid[-2]
         # Unknown values may be anything, NaN included.
         x, total = torch.where(mask, known, self._center(known)), 0
         for levels in (grid, *_resampling_grids(grid, resample, start)):

@@ -107,18 +107,15 @@ def test_all_known_none_known_and_the_evaluations():
     net = flow.empirical(REFERENCES)
     whole = flow.inpaint(net, REFERENCES, torch.tensor(True), steps=4)
     assert torch.equal(whole, REFERENCES)
-    free = flow.inpaint(net, REFERENCES, torch.tensor(False), generator=seeded(3))
+    free = flow.inpaint(net, REFERENCES, torch.tensor(False), resample=0, generator=seeded(3))
     torch.testing.assert_close(free, flow.sample(net, 4, generator=seeded(3)))
-    _, nfe = flow.inpaint(
-        net,
-        REFERENCES,
-        MASK,
-        schedule=[9, 1, 0.5, 0.1],
-        solver="euler",
-        resample=2,
-        return_nfe=True,
-    )
-    assert nfe == 3 + 2 * 2  # from 0.6 over 0.5 to 0.1
+    for levels, evaluations in (
+        ([9, 1, 0.5, 0.1], 3 + 2 * 2),  # two rounds from 0.6 over 0.5 to 0.1
+        ([0.5, 0.2, 0.1], 2 + 2 * 2),  # the default level of the rounds is within the grid
+        ([9, 3, 1], 2 + 2 * 1),
+    ):
+        options = {"schedule": levels, "solver": "euler", "return_nfe": True}
+        assert flow.inpaint(net, REFERENCES, MASK, **options)[1] == evaluations
     assert flow.inpaint(net, REFERENCES[:0], MASK).shape == (0, 4)
     pixels = torch.full((2, 4), 255, dtype=torch.uint8)
     assert torch.equal(flow.inpaint(net, pixels, MASK)[:, :2], torch.ones(2, 2))
@@ -128,7 +125,12 @@ def test_a_callback_sees_the_known_part_on_its_line():
     flow = PoissonFlow((4,), data_norm=1.5)
     seen = []
     flow.inpaint(
-        flow.empirical(REFERENCES), REFERENCES[:2], MASK, callback=seen.append, generator=seeded(4)
+        flow.empirical(REFERENCES),
+        REFERENCES[:2],
+        MASK,
+        resample=0,
+        callback=seen.append,
+        generator=seeded(4),
     )
     noise = [(info["x"][:, :2] - REFERENCES[:2, :2]) / info["z"] for info in seen[:-1]]
     for each in noise[1:-2]:

@@ -370,6 +370,17 @@ def test_the_tables_of_samples_have_the_stored_figures():
     assert f"`multistep` has {multistep[0]:.2f} with 10" in text
 
 
+def test_the_page_of_editing_has_the_stored_figures():
+    page = (DOCS / "howto" / "editing.md").read_text()
+    for row in stored("completions"):
+        if row["network"] == "fashion-mnist":
+            rounds, evaluations = row["rounds"], f" {row['evaluations']}"
+            if rounds is None:
+                rounds, evaluations = "the images themselves", ""
+            figures = f"{row['seam']:.2f} | {row['frechet_distance_features']:.2f}"
+            assert f"| {rounds} |{evaluations} | {figures} |" in page
+
+
 def test_the_page_of_plusplus_has_the_stored_figures():
     one, four = (distances(means("dimensions-means.csv", D=D, error="none")) for D in "14")
     expected = f"is {one[0]:.2f} at D = 1 and {four[0]:.2f} at D = 4, in features {one[1]:.1f} and"
