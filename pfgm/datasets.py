@@ -170,7 +170,8 @@ def open_data(
     if source and (Path(source).exists() or Path(source).suffix in _FILE_SUFFIXES):
         return _from_path(Path(source), value_range, layout, resize, progress)
     raise ValueError(
-        f"data is {source!r}, which is neither a name nor an existing path; allowed are {_ALLOWED}."
+        f"data must be one of {_ALLOWED}, got {source!r}, which is neither a name nor an existing "
+        "path."
     )
 
 
@@ -285,8 +286,9 @@ def _from_path(
         held_out = _rows(open_array(path, name), path, labels, value_range, layout)
         if (held_out.shape[1:], held_out.dtype) != (train.shape[1:], train.dtype):
             raise ValueError(
-                f"{path} holds {name}, {held_out.dtype} of shape {tuple(held_out.shape)}; allowed "
-                f"is {train.dtype} with samples of shape {tuple(train.shape[1:])}, as in training."
+                f"{name} in {path} must have the dtype and sample shape of the training data, "
+                f"{train.dtype} and {tuple(train.shape[1:])}, got {held_out.dtype} and shape "
+                f"{tuple(held_out.shape)}."
             )
     return Data(
         train,
@@ -326,8 +328,8 @@ def _rows(
     labels = read_integers(path, label_names[0]) if label_names else source.labels
     if labels is not None and labels.shape != (len(source),):
         raise ValueError(
-            f"{path} holds {label_names[0]} of shape {tuple(labels.shape)}; allowed is "
-            f"({len(source)},), a label for each sample."
+            f"{label_names[0]} in {path} must have shape ({len(source)},), a label for each "
+            f"sample, got {tuple(labels.shape)}."
         )
     source = _channels_first(source, layout)
     return ReferenceSet(_scaled(source, value_range), labels=labels)
@@ -389,7 +391,7 @@ def _looks_like_images(shape: tuple[int, ...]) -> bool:
 
 def _digits(folder: Path | None) -> Data:
     if folder is not None:
-        raise ValueError(f"data is digits:{folder}; allowed is digits, which needs no folder.")
+        raise ValueError(f"data must be digits, without a folder, got digits:{folder}.")
     data = digits()
     train = ReferenceSet(data.train, labels=data.train_labels)
     held_out = ReferenceSet(data.held_out, labels=data.held_out_labels)
@@ -403,7 +405,7 @@ def _fashion_mnist(folder: Path | None) -> Data:
     folder = folder or _fashion_mnist_folder()
     train, held_out = (_idx_pair(folder, part) for part in ("train", "t10k"))
     if held_out.shape[1:] != train.shape[1:]:
-        raise ValueError(f"{folder} holds images of two sizes; allowed is one.")
+        raise ValueError(f"{folder} must hold images of one size, got two.")
     return Data(train, held_out, classes=10, grey_levels=256)
 
 
@@ -425,7 +427,9 @@ def _idx_pair(folder: Path, part: str) -> ReferenceSet:
     labels = _read_idx(path, dimensions=1)
     _check_labels(labels, path)
     if len(labels) != len(images):
-        raise ValueError(f"{path} holds {len(labels)} labels; allowed are {len(images)}.")
+        raise ValueError(
+            f"{path} must hold {len(images)} labels, one for each image, got {len(labels)}."
+        )
     return ReferenceSet(images.unsqueeze(1), labels=labels)
 
 
@@ -456,8 +460,8 @@ def _read_idx(path: Path, dimensions: int) -> Tensor:
             raise ValueError("the number of values does not match the sizes")
     except (EOFError, gzip.BadGzipFile, zlib.error, ValueError) as error:
         raise ValueError(
-            f"{path} is truncated, damaged or not an IDX file of bytes with {dimensions} "
-            "dimensions; allowed are the original files of Fashion-MNIST."
+            f"{path} must be an original file of Fashion-MNIST, an IDX file of bytes with "
+            f"{dimensions} dimensions; it is truncated, damaged or another kind of file."
         ) from error
     return from_numpy(np.frombuffer(values, np.uint8).reshape(sizes), str(path))
 
@@ -498,8 +502,8 @@ def _records(folder: Path, names: tuple[str, ...]) -> ReferenceSet:
         content = np.fromfile(path, np.uint8)
         if len(content) % _RECORD_BYTES or len(content) == 0:
             raise ValueError(
-                f"{path} is {len(content)} bytes long; allowed are records of {_RECORD_BYTES} "
-                "bytes, as in CIFAR-10's binary version."
+                f"{path} must be whole records of {_RECORD_BYTES} bytes, as in CIFAR-10's binary "
+                f"version, got {len(content)} bytes."
             )
         batches.append(torch.from_numpy(content).view(-1, _RECORD_BYTES))
         _check_labels(batches[-1][:, 0], path)
@@ -517,7 +521,7 @@ def _in_data_folder(name: str) -> Path | None:
 
 def _check_labels(labels: Tensor, path: Path) -> None:
     if int(labels.max()) > 9:
-        raise ValueError(f"{path} holds the label {int(labels.max())}; allowed are 0 to 9.")
+        raise ValueError(f"labels in {path} must be from 0 to 9, got {int(labels.max())}.")
 
 
 _NAMED: dict[str, Callable[[Path | None], Data]] = {

@@ -85,7 +85,7 @@ class Consistency:
             self.teacher = copy.deepcopy(teacher).eval().requires_grad_(False)
         self.levels = flow.grid(steps, schedule or "rho", last)
         if ahead is not None and (not isinstance(ahead, int) or not 1 <= ahead <= steps):
-            raise ValueError(f"ahead is {ahead}; allowed is an integer from 1 to steps, {steps}.")
+            raise ValueError(f"ahead must be an integer from 1 to steps, {steps}, got {ahead}.")
         self.ahead = steps if ahead is None else ahead
 
     def loss(

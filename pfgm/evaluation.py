@@ -223,7 +223,7 @@ def _check_counts(sets: dict[str, Tensor], halved: bool) -> None:
     for name, rows in sets.items():
         if len(rows) < _MIN_ROWS:
             half = "half of " if halved and name == "train" else ""
-            raise ValueError(f"{half}{name} has {len(rows)} rows; allowed is at least {_MIN_ROWS}.")
+            raise ValueError(f"{half}{name} must have at least {_MIN_ROWS} rows, got {len(rows)}.")
 
 
 def _figures(rows: Tensor, real: Tensor, neighbours: Tensor) -> dict[str, float]:
@@ -291,7 +291,8 @@ def bits_per_dim(
     """
     if len(x) == 0 or batch_size < 1:
         raise ValueError(
-            f"x has {len(x)} rows and batch_size is {batch_size}; allowed is at least 1 of each."
+            f"x must have at least one row and batch_size be at least 1, got {len(x)} rows and "
+            f"batch_size {batch_size}."
         )
     check_seed(seed)
     if grey_levels:
@@ -326,20 +327,20 @@ def dequantised(x: Tensor, grey_levels: int, generator: torch.Generator) -> Tens
     """
     if grey_levels < 2:
         raise ValueError(
-            f"grey_levels is {grey_levels}; allowed is at least 2, or 0 for continuous data."
+            f"grey_levels must be at least 2, or 0 for continuous data, got {grey_levels}."
         )
     unit = to_unit(x)
     if float(unit.abs().max()) > 1:
         raise ValueError(
-            f"x holds {float(unit.abs().max()):.4g}; allowed are {grey_levels} levels in [-1, 1], "
-            "or grey_levels = 0 for continuous data."
+            f"x must have {grey_levels} levels in [-1, 1], got {float(unit.abs().max()):.4g}; for "
+            "continuous data use grey_levels = 0."
         )
     position = (unit + 1) / 2 * (grey_levels - 1)
     level = position.round()
     if float((position - level).abs().max()) > _MOST_OFF_LEVEL:
         raise ValueError(
-            f"x holds values between the {grey_levels} levels in [-1, 1]; allowed are values at "
-            "the levels, or grey_levels = 0 for continuous data."
+            f"x must have {grey_levels} levels in [-1, 1], got values between them; for continuous "
+            "data use grey_levels = 0."
         )
     noise = torch.rand(x.shape, generator=generator, device=generator.device)
     return 2 * (level + noise.to(x.device)) / grey_levels - 1

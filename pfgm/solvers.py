@@ -339,8 +339,8 @@ def _last_above_0(grid: Sequence[float]) -> float:
     ends = () if len(grid) < 2 else (grid[0], grid[-1] if grid[-1] > 0 else grid[-2])
     if not ends or min(ends) <= 0 or math.log(ends[0]) == math.log(ends[1]):
         raise ValueError(
-            f"grid is {list(grid)}; rk45 goes from the first level to the last, or to the one "
-            "before a last level of 0; allowed are two different levels above 0."
+            "grid must have two different levels above 0 for rk45, which goes from the first level "
+            f"to the last, or to the one before a last level of 0, got {list(grid)}."
         )
     return ends[1]
 
@@ -367,7 +367,7 @@ def rk45(
     """
     rtol, atol = non_negative("rtol", rtol), non_negative("atol", atol)
     if rtol == atol == 0:
-        raise ValueError("rtol and atol are 0; allowed is at least one above 0.")
+        raise ValueError("rtol or atol must be above 0, got 0 for both.")
     if len(grid) == 2 and grid[-1] == 0:
         return euler(denoise, x, grid, callback)
     run = _Run(denoise, callback)
@@ -404,9 +404,7 @@ def consistency(
         ValueError: noise is not given; only ``sample`` of a flow gives it.
     """
     if noise is None:
-        raise ValueError(
-            "solver is 'consistency', which needs noise; it is allowed in sample alone."
-        )
+        raise ValueError("the solver consistency needs noise; use it in sample alone.")
     run = _Run(denoise, callback)
     for step, (z, next_z) in enumerate(pairwise(grid)):
         mean = run.mean(x, z, step)

@@ -37,13 +37,13 @@ def test_digits() -> None:
 @pytest.mark.parametrize("name", ["", "mnist", "mnist:/tmp", "digits:", "npz:", "folder:", "cifar"])
 def test_other_names(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    with pytest.raises(ValueError, match="allowed are digits, fashion-mnist") as caught:
+    with pytest.raises(ValueError, match=r"data must be one of digits,.*got '") as caught:
         open_data(name)
     assert repr(name) in str(caught.value)
 
 
 def test_digits_have_no_folder() -> None:
-    with pytest.raises(ValueError, match="data is digits:/tmp; allowed is digits"):
+    with pytest.raises(ValueError, match=r"data must be digits,.*got digits:/tmp\."):
         open_data("digits:/tmp")
 
 
@@ -126,7 +126,7 @@ def test_damaged_idx_files(tmp_path: Path, suffix: str, content: bytes) -> None:
     fashion(tmp_path, suffix)
     path = tmp_path / f"train-images-idx3-ubyte{suffix}"
     write(path, content)
-    with pytest.raises(ValueError, match="not an IDX file of bytes with 3 dimensions") as e:
+    with pytest.raises(ValueError, match="must be an original file of") as e:
         open_data(f"fashion-mnist:{tmp_path}")
     assert str(path) in str(e.value)
 
@@ -139,16 +139,16 @@ def test_damaged_compression(tmp_path: Path, damage: str) -> None:
     content[len(content) // 2] ^= 0xFF
     whole = path.read_bytes()
     path.write_bytes({"cut": whole[:-9], "changed": bytes(content), "foreign": IMAGES}[damage])
-    with pytest.raises(ValueError, match="truncated, damaged or not an IDX file"):
+    with pytest.raises(ValueError, match="must be an original file of Fashion-MNIST,"):
         open_data(f"fashion-mnist:{tmp_path}")
 
 
 @pytest.mark.parametrize(
     ("name", "values", "message"),
     [
-        ("train-labels-idx1-ubyte", np.zeros(4), "holds 4 labels; allowed are 5"),
-        ("t10k-labels-idx1-ubyte", np.full(3, 10), "holds the label 10; allowed are 0 to 9"),
-        ("t10k-images-idx3-ubyte", np.zeros((3, 4, 5)), "images of two sizes"),
+        ("train-labels-idx1-ubyte", np.zeros(4), r" must hold 5 labels, one for.*got 4\."),
+        ("t10k-labels-idx1-ubyte", np.full(3, 10), r"labels in .* must be from 0.*got 10\."),
+        ("t10k-images-idx3-ubyte", np.zeros((3, 4, 5)), r" must hold images of.*got two\."),
     ],
 )
 def test_idx_files_that_do_not_fit_together(
@@ -246,8 +246,8 @@ def test_damaged_cifar10(tmp_path: Path, damage: str) -> None:
     path = tmp_path / "data_batch_2.bin"
     content = path.read_bytes()
     path.write_bytes({"cut": content[:-1], "empty": b"", "label": b"\x0a" + content[1:]}[damage])
-    message = "label 10; allowed are 0 to 9" if damage == "label" else "records of 3073 bytes"
-    with pytest.raises(ValueError, match=f"data_batch_2.bin .*{message}"):
+    message = "must be from 0 to 9, got 10" if damage == "label" else "records of 3073 bytes"
+    with pytest.raises(ValueError, match=message):
         open_data(f"cifar10:{tmp_path}")
 
 
@@ -340,11 +340,11 @@ def test_a_single_array_is_the_samples_whatever_its_name(tmp_path: Path) -> None
 @pytest.mark.parametrize(
     ("arrays", "message"),
     [
-        ({"labels": ramp(3)}, r"labels of shape \(3,\); allowed is \(4,\), a label for each"),
-        ({"y": ramp(4, dtype=np.float32)}, "y of type float32; allowed are integers"),
-        ({"test": ramp(2, 5)}, r"test, torch.uint8 of shape \(2, 5\); allowed is torch.uint8 with"),
-        ({"test": ramp(2, 3, dtype=np.float32)}, "test, torch.float32 of shape"),
-        ({"test": ramp(2, 3), "test_labels": ramp(3)}, r"test_labels of shape \(3,\); allowed"),
+        ({"labels": ramp(3)}, r"labels in .* must have shape \(4,\), a label for.*got \(3,\)\."),
+        ({"y": ramp(4, dtype=np.float32)}, r"y in .* must be integers, one.*got float32\."),
+        ({"test": ramp(2, 5)}, r"test in .* must have the.*got torch\.uint8 and shape \(2,"),
+        ({"test": ramp(2, 3, dtype=np.float32)}, r"test in .* must have.*got torch\.float32 an"),
+        ({"test": ramp(2, 3), "test_labels": ramp(3)}, r"test_labels in .*.*got \(3,\)\."),
     ],
 )
 def test_arrays_that_do_not_fit_together(
@@ -433,7 +433,7 @@ def test_floats_that_look_like_images_are_asked_about(
         assert torch.equal(open_samples(path, layout="images")[:], moved)
         assert open_data(path, layout="as-is").train.shape == (4, *shape)
     assert moved.shape[1:] == images
-    with pytest.raises(ValueError, match="layout is 'hwc'"):
+    with pytest.raises(ValueError, match=r"layout must be one of auto,.*got 'hwc'\."):
         open_data(path, layout="hwc")  # type: ignore[arg-type]
 
 
@@ -464,7 +464,7 @@ def test_values_of_a_range_become_minus_one_to_one(tmp_path: Path, dtype: Any, s
 )
 def test_ranges_that_are_none(tmp_path: Path, value_range: tuple[float, float]) -> None:
     np.save(tmp_path / "a.npy", ramp(4, 2, 2, dtype=np.float32))
-    with pytest.raises(ValueError, match=r"range is .*; allowed are two numbers, the lower first"):
+    with pytest.raises(ValueError, match="range must be two numbers, the lower first, got"):
         open_data(str(tmp_path / "a.npy"), value_range=value_range)
 
 

@@ -79,10 +79,10 @@ def test_bytes_are_compared_in_the_unit() -> None:
 @pytest.mark.parametrize(
     ("counts", "message"),
     [
-        ((5, 6, 6), "samples has 5 rows; allowed is at least 6"),
-        ((6, 5, 6), "held_out has 5 rows"),
-        ((6, 6, 5), "train has 5 rows"),
-        ((6, None, 11), "half of train has 5 rows"),
+        ((5, 6, 6), r"samples must have at least 6 rows, got 5\."),
+        ((6, 5, 6), r"held_out must have at least 6 rows, got 5\."),
+        ((6, 6, 5), r"train must have at least 6 rows, got 5\."),
+        ((6, None, 11), r"half of train must have at least 6 rows, got 5\."),
     ],
 )
 def test_too_few_rows(counts: tuple[int, int | None, int], message: str) -> None:
@@ -106,7 +106,7 @@ def test_drawing_depends_on_the_seed_and_not_on_the_batches() -> None:
     prior = flow.prior(7, generator=torch.Generator().manual_seed(3))
     torch.testing.assert_close(flow.sample(net, 7, x_init=prior, solver="heun", steps=4), whole)
     for options in ({"n": 0}, {"n": 7, "batch_size": 0}):
-        with pytest.raises(ValueError, match=f"{list(options)[-1]} is 0; only an integer"):
+        with pytest.raises(ValueError, match=rf"{list(options)[-1]} must be an.*got 0\."):
             draw_samples(flow, net, **options)
 
 
@@ -171,15 +171,17 @@ def test_bits_per_dim_of_grey_levels(dtype: torch.dtype) -> None:
 
 def test_bits_per_dim_refuses_data_without_a_density() -> None:
     flow, net = gaussian(1.0, 2)
-    with pytest.raises(ValueError, match="x has 0 rows"):
+    with pytest.raises(ValueError, match=r"x must have at least one row"):
         bits_per_dim(flow, net, torch.zeros(0, 2), grey_levels=0)
-    with pytest.raises(ValueError, match="levels is 1; allowed is at least 2, or 0"):
+    with pytest.raises(ValueError, match=r"grey_levels must be at least 2, or 0 for.*got 1\."):
         bits_per_dim(flow, net, torch.zeros(1, 2), grey_levels=1)
-    with pytest.raises(ValueError, match=r"x holds 1\.5; allowed are 17 levels in \[-1, 1\]"):
+    with pytest.raises(ValueError, match=r"x must have 17 levels in .*, got 1\.5;"):
         bits_per_dim(flow, net, torch.full((1, 2), -1.5), grey_levels=17)
     bytes_ = torch.arange(256, dtype=torch.uint8).view(128, 2)
     for x, levels in ((bytes_, 17), (bytes_, 255), (torch.full((1, 2), 0.1), 2)):
-        with pytest.raises(ValueError, match=f"x holds values between the {levels} levels"):
+        with pytest.raises(
+            ValueError, match=f"x must have {levels} levels in .*, got values between them"
+        ):
             bits_per_dim(flow, net, x, grey_levels=levels)
 
 
@@ -399,7 +401,7 @@ def test_fid(
     assert f"there is no file {weights}; copy {name} from github.com/toshas" in message
     weights.parent.mkdir(parents=True)
     weights.write_bytes(b"other weights")
-    assert "is not the file of weights of torch-fidelity: its SHA-256" in fails(*options, "--fid")
+    assert "must be torch-fidelity's file of weights, with a SHA-256" in fails(*options, "--fid")
     assert "fid-weights is" in fails(*options, "--fid-weights", weights)
     assert not seen
     checksum = hashlib.sha256(b"other weights").hexdigest()[:8]
@@ -433,7 +435,7 @@ def test_one_sentence_for_bad_input(model: Path, tmp_path: Path, fails: Callable
     assert "allowed is --likelihood N with it" in fails(*checkpoint, "--grey-levels", 17)
     assert "likelihood is 400; allowed are at most 399" in fails(*checkpoint, "--likelihood", 400)
     grey = ["--n", 10, "--steps", 1, "--likelihood", 1, "--grey-levels", 1]
-    assert "levels is 1; allowed is at least 2" in fails(*checkpoint, *grey)
+    assert "levels must be at least 2" in fails(*checkpoint, *grey)
     assert "no.npy does not exist" in fails("--samples", tmp_path / "no.npy")
     shape = fails("--samples", tmp_path / "wide.npy")
     assert (
@@ -442,6 +444,6 @@ def test_one_sentence_for_bad_input(model: Path, tmp_path: Path, fails: Callable
     )
     assert "give --layout images" in fails("--samples", tmp_path / "few.npy", notices=1)
     few = fails("--samples", tmp_path / "few.npy", "--layout", "images")
-    assert "samples has 5 rows" in few
+    assert "samples must have at least 6 rows, got 5" in few
     np.save(tmp_path / "nan.npy", np.full((9, 1, 8, 8), np.nan, np.float32))
     assert "NaN or infinity" in fails("--samples", tmp_path / "nan.npy")

@@ -77,7 +77,7 @@ class Availability(NamedTuple):
 
 def _backend_named(name: str, source: str) -> Backend:
     if not isinstance(name, str) or name not in BACKENDS:
-        raise ValueError(f"{source} is {name!r}; allowed are {', '.join(sorted(BACKENDS))}.")
+        raise ValueError(f"{source} must be one of {', '.join(sorted(BACKENDS))}, got {name!r}.")
     return BACKENDS[name]
 
 
@@ -111,7 +111,8 @@ def requested(name: str | None = None) -> str | None:
     """
     if name is not None and not isinstance(name, str):
         raise TypeError(
-            f"backend is a {type(name).__name__}; allowed are None, {', '.join(sorted(BACKENDS))}."
+            f"backend must be None or one of {', '.join(sorted(BACKENDS))}, got "
+            f"{type(name).__name__}."
         )
     return name or _requested
 
@@ -185,7 +186,7 @@ def choose(
         backend = BACKENDS[name]
         if backend.supports(device, dtype, references) is None:
             return backend
-    raise TypeError(f"x has dtype {dtype}; allowed are torch.float32 and torch.float64.")
+    raise TypeError(f"x must be torch.float32 or torch.float64, got {dtype}.")
 
 
 def choose_for(name: str | None, x: Tensor, references: Tensor | None = None) -> Backend:

@@ -259,7 +259,7 @@ def check(
     """
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
-    place = known_device(device, others=" and auto")
+    place = known_device(device, "auto")
     on_gpu = place.type == "cuda"
     about: dict[str, str | None] = {"title": str(place)}
     reasons: dict[str, str | None] = {}

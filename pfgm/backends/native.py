@@ -279,8 +279,8 @@ def check_sketch(sketch: Tensor, x: Tensor, references: Tensor) -> None:
     aligned = sketch.is_contiguous() and sketch.data_ptr() % 64 == 0
     if sketch.shape != shape or sketch.dtype != x.dtype or not aligned:
         raise ValueError(
-            f"sketch has shape {tuple(sketch.shape)} and dtype {sketch.dtype}; allowed is "
-            f"{_SKETCH_OF_THESE}, of shape {shape} and dtype {x.dtype}."
+            f"sketch must be {_SKETCH_OF_THESE}, of shape {shape} and dtype {x.dtype}, got shape "
+            f"{tuple(sketch.shape)} and dtype {sketch.dtype}."
         )
 
 
@@ -297,9 +297,11 @@ def check_status(status: tuple[int, int], x: Tensor, references: Tensor, radius:
     if failure == _SINGULAR:
         raise ValueError(singular_message(row))
     if failure == _SKETCH:
-        raise ValueError(f"sketch is of other references; allowed is {_SKETCH_OF_THESE}.")
+        raise ValueError(f"sketch must be {_SKETCH_OF_THESE}, got that of others.")
     if failure == _KEPT:
-        raise ValueError("what the forward pass kept was changed before the backward pass.")
+        raise ValueError(
+            "the values that the forward pass kept were changed before the backward pass."
+        )
     if failure == _MEMORY:
         raise MemoryError("posterior_mean needs a workspace that does not fit into memory.")
 

@@ -97,7 +97,7 @@ def untouched(
     >>> untouched(torch.relu_, "net", ["x"], torch.ones(2))
     Traceback (most recent call last):
     ...
-    ValueError: net changed x in place; allowed are changes of a copy, such as x.clone().
+    ValueError: net must not change x in place; change a copy, such as x.clone().
     """
     if torch.compiler.is_compiling():  # a compiled graph has no version counters
         return function(*values, **named)
@@ -109,8 +109,7 @@ def untouched(
     for (name, value), version in zip(arguments, before, strict=True):
         if _version(value) != version:
             raise ValueError(
-                f"{who} changed {name} in place; allowed are changes of a copy, such as "
-                f"{name}.clone()."
+                f"{who} must not change {name} in place; change a copy, such as {name}.clone()."
             )
     return result
 
@@ -140,15 +139,13 @@ def shape_or_type(value: object) -> str:
 def check_dimensions(shape: Sequence[object]) -> None:
     """Raises ValueError if a shape has more dimensions than a tensor can have."""
     if len(shape) > _MAX_DIMENSIONS:
-        raise ValueError(
-            f"shape has {len(shape)} dimensions; allowed are at most {_MAX_DIMENSIONS}."
-        )
+        raise ValueError(f"shape must have at most {_MAX_DIMENSIONS} dimensions, got {len(shape)}.")
 
 
 def check_seed(seed: object) -> None:
     """Raises ValueError unless the generators of torch accept this seed."""
     if not is_whole(seed) or not -(2**63) <= seed < 2**64:
-        raise ValueError(f"seed is {seed!r}; allowed is an integer from -2^63 to below 2^64.")
+        raise ValueError(f"seed must be an integer from -2^63 to below 2^64, got {seed!r}.")
 
 
 def out_of_memory(error: BaseException) -> bool:
@@ -204,21 +201,21 @@ def usable_device(name: str) -> torch.device:
         name = "cuda" if torch.cuda.is_available() else "cpu"
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # torch warns about deprecated device names
-        device = known_device(name, others=" and auto")
+        device = known_device(name, "auto")
     try:
         # Reading a value fails on "meta", which holds no values.
         torch.zeros(1, device=device).item()
     except (RuntimeError, AssertionError, ImportError) as error:
-        raise ValueError(_device_message(name, _device_reason(error))) from error
+        raise ValueError(_device_message(name, _device_reason(error), "auto")) from error
     return device
 
 
-def known_device(device: object, others: str = "") -> torch.device:
+def known_device(device: object, *others: str) -> torch.device:
     """The device, if torch knows it and this machine has it.
 
     Args:
         device: a device or its name.
-        others: what else the error says is allowed.
+        others: names beside those of devices that the error lists.
 
     Raises:
         ValueError: there is no such device.
@@ -229,34 +226,31 @@ def known_device(device: object, others: str = "") -> torch.device:
     try:
         result: torch.device = torch.device(device)  # type: ignore[call-overload]
     except (RuntimeError, TypeError) as error:
-        reason = f"torch has no such device; {_allowed_devices(others)}."
-        raise ValueError(_device_message(device, reason)) from error
+        reason = "torch has no such device."
+        raise ValueError(_device_message(device, reason, *others)) from error
     if (missing := _missing(result)) is not None:
-        raise ValueError(_device_message(device, f"{missing}; {_allowed_devices(others)}."))
+        raise ValueError(_device_message(device, missing, *others))
     return result
 
 
 def _missing(device: torch.device) -> str | None:
     """What this machine lacks for a device; None if torch finds it or cannot tell."""
     if device.type == "mps" and not torch.backends.mps.is_available():
-        return "torch finds no GPU of Apple"
+        return "torch finds no GPU of Apple."
     if device.type == "cuda" and not torch.cuda.is_available():
-        return "torch finds no GPU that it can use"
+        return "torch finds no GPU that it can use."
     if device.type == "cuda" and (device.index or 0) >= (gpus := torch.cuda.device_count()):
-        return f"torch finds {gpus} of these, numbered from 0"
+        return f"torch finds {gpus} of these, numbered from 0."
     return None
 
 
-def _allowed_devices(others: str) -> str:
+def _device_message(device: object, reason: str, *others: str) -> str:
     names = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
     names += ["mps"] if torch.backends.mps.is_available() else []
-    verb = "are" if others or len(names) > 1 else "is"
-    return f"allowed {verb} {', '.join(names)}{others}"
-
-
-def _device_message(device: object, reason: str) -> str:
+    names += others
+    one_of = "one of " if len(names) > 1 else ""
     shown = str(device) if isinstance(device, torch.device) else device
-    return f"device is {shown!r}, which cannot be used here: {reason}"
+    return f"device must be {one_of}{', '.join(names)}, got {shown!r}: {reason}"
 
 
 def _device_reason(error: Exception) -> str:
@@ -300,12 +294,12 @@ def radius_message(radius: Tensor, row: int) -> str:
     It gives all names that the public functions use for the radius.
     """
     value = radius[row].item()
-    clause = f"r, sigma or z is {value} in row {row}"
     if not 0 < value <= LARGEST:
-        return f"{clause}; only finite values of at least 0 are allowed."
+        return f"r, sigma or z must be finite and at least 0, got {value} in row {row}."
     return (
-        f"{clause}, too large for weights in float64; allowed are at most 1e+130, or 1e+130 √D and "
-        "1e+150 with D above 1. r is sigma √D with a finite D."
+        "r must be at most 1e+130, or with D above 1 at most 1e+130 √D and 1e+150, so that float64 "
+        f"holds the weights, got {value} for r, sigma or z in row {row}. With a finite D, r is "
+        "sigma √D."
     )
 
 
@@ -322,10 +316,7 @@ def non_finite_message(x: Tensor, references: Tensor) -> str:
     for argument, values in (("x", x), ("references", references)):
         row = first_bad_row(values)
         if row is not None:
-            return (
-                f"{argument} holds NaN or infinity (first in row {row}); only finite values are "
-                "allowed."
-            )
+            return f"{argument} must be finite, got NaN or infinity (first in row {row})."
     return f"x and references lie so far apart that their squared distance overflows {x.dtype}."
 
 
@@ -336,13 +327,13 @@ def range_message(x: Tensor, references: Tensor, row: int) -> str:
     bad = first_bad_row(references.to(x.dtype))
     if bad is None and len(references) > 0:
         return (
-            f"x and references are so far apart that row {row} of x less its mean is beyond the "
-            f"range of {x.dtype}; allowed are differences up to {most:.2g}, or x in torch.float64."
+            f"x is so far from references that x minus its mean overflows {x.dtype} in row {row} "
+            f"of x: differences must be at most {most:.2g}. Use x in torch.float64."
         )
     where = "" if bad is None else f" (first in row {bad})"
     return (
-        f"references holds values beyond the range of {x.dtype}{where}, which row {row} of x "
-        f"needs; allowed are values up to {most:.2g}, or x in torch.float64."
+        f"references must be at most {most:.2g} for {x.dtype} x, got larger values{where} that row "
+        f"{row} of x needs. Use x in torch.float64."
     )
 
 
@@ -359,9 +350,8 @@ def underflow_message(x: Tensor, row: int) -> str:
     """The error for a row of x near a reference, at a radius whose square is small too."""
     least = math.sqrt(least_square(math.prod(x.shape[1:]), torch.float64))
     return (
-        f"x and references differ by so little in row {row} of x that the squared distance "
-        f"underflows float64; allowed are distances that are 0 or at least {least:.1e}, or r, "
-        "sigma or z of at least that."
+        f"x is so close to references in row {row} of x that the squared distance underflows "
+        f"float64: distances must be 0 or at least {least:.1e}, or r, sigma or z at least that."
     )
 
 
@@ -454,20 +444,20 @@ def check_dense(name: str, values: Tensor) -> None:
     """Raises TypeError for a sparse tensor."""
     if values.layout != torch.strided:
         raise TypeError(
-            f"{name} has layout {values.layout}; allowed is a dense tensor, {name}.to_dense()."
+            f"{name} must be a dense tensor, got layout {values.layout}; use {name}.to_dense()."
         )
 
 
 def check_dtype(name: str, values: Tensor) -> None:
     if values.dtype != torch.uint8 and not values.is_floating_point():
-        raise TypeError(f"{name} has dtype {values.dtype}; allowed are uint8 and floating point.")
+        raise TypeError(f"{name} must be uint8 or floating point, got {values.dtype}.")
 
 
 def check_floating(name: str, values: object, hint: str = "") -> None:
     """Raises TypeError unless values is a floating-point tensor. The hint is added to the error."""
     if not isinstance(values, Tensor) or not values.is_floating_point():
         kind = values.dtype if isinstance(values, Tensor) else type(values).__name__
-        raise TypeError(f"{name} has dtype {kind}; allowed is floating point{hint}.")
+        raise TypeError(f"{name} must be a floating-point tensor, got {kind}{hint}.")
 
 
 def check_at_least_0(name: str, value: float | Tensor) -> None:
@@ -476,19 +466,20 @@ def check_at_least_0(name: str, value: float | Tensor) -> None:
     Raises TypeError for a tensor that requires grad: the number has no gradient.
     """
     if isinstance(value, Tensor) and value.requires_grad:
-        raise TypeError(f"{name} is a tensor that requires grad; allowed is a number.")
+        raise TypeError(f"{name} must be a number, got a tensor that requires grad.")
     if isinstance(value, Tensor) and (value.numel() != 1 or value.is_complex()):
         raise ValueError(
-            f"{name} is a tensor of {value.dtype}, {tuple(value.shape)}; allowed is a number."
+            f"{name} must be a number, got a tensor of {value.dtype} and shape "
+            f"{tuple(value.shape)}."
         )
     if not (isinstance(value, Tensor) or is_number(value)) or not 0 <= value <= LARGEST:
-        raise ValueError(f"{name} is {value}; allowed is any finite number of at least 0.")
+        raise ValueError(f"{name} must be a finite number of at least 0, got {value}.")
 
 
 def check_not_empty(x: Tensor) -> None:
     """Raises ValueError if there is no sample, of which there would be no average."""
     if len(x) == 0:
-        raise ValueError("x is empty; allowed is at least one sample.")
+        raise ValueError("x must hold at least one sample, got none.")
 
 
 def positive(name: str, value: Any) -> float:
@@ -496,8 +487,8 @@ def positive(name: str, value: Any) -> float:
     number = as_number(value)
     if not _FLOAT32.tiny <= number <= _FLOAT32.max:
         raise ValueError(
-            f"{name} is {value}; allowed is any finite number above 0 that float32 can hold, "
-            f"{_FLOAT32.tiny:.2g} to {_FLOAT32.max:.2g}."
+            f"{name} must be a number above 0 that float32 can hold, {_FLOAT32.tiny:.2g} to "
+            f"{_FLOAT32.max:.2g}, got {value}."
         )
     return number
 
@@ -507,8 +498,8 @@ def non_negative(name: str, value: Any) -> float:
     number = as_number(value)
     if not 0 <= number <= _FLOAT32.max:
         raise ValueError(
-            f"{name} is {value}; allowed is any finite number of at least 0 that float32 can hold, "
-            f"up to {_FLOAT32.max:.2g}."
+            f"{name} must be a number of at least 0 that float32 can hold, up to "
+            f"{_FLOAT32.max:.2g}, got {value}."
         )
     return number
 
@@ -552,7 +543,7 @@ def finite_values(name: str, value: Any) -> Tensor:
             raise TypeError("complex")
         values = torch.as_tensor(value, dtype=torch.float64, device="cpu").detach()
     except (TypeError, ValueError, RuntimeError, OverflowError) as error:
-        raise TypeError(f"{name} is {value!r:.80}; allowed are real numbers.") from error
+        raise TypeError(f"{name} must hold real numbers, got {value!r:.80}.") from error
     check_finite(name, values)
     return values
 
@@ -560,18 +551,18 @@ def finite_values(name: str, value: Any) -> Tensor:
 def check_finite(name: str, values: Tensor) -> None:
     """Raises ValueError for NaN or infinity."""
     if not bool(values.isfinite().all()):
-        raise ValueError(f"{name} holds NaN or infinity; only finite values are allowed.")
+        raise ValueError(f"{name} must be finite, got NaN or infinity.")
 
 
 def check_bool(name: str, value: object) -> None:
     """Raises ValueError unless the value is True or False, such as for the text "false" of JSON."""
     if not isinstance(value, bool):
-        raise ValueError(f"{name} is {value!r}; allowed are True and False.")
+        raise ValueError(f"{name} must be True or False, got {value!r}.")
 
 
 def check_choice(name: str, value: str, allowed: Iterable[str]) -> None:
     if not isinstance(value, str) or value not in allowed:
-        raise ValueError(f"{name} is {value!r}; allowed are {', '.join(allowed)}.")
+        raise ValueError(f"{name} must be one of {', '.join(allowed)}, got {value!r}.")
 
 
 def positive_int(name: str, value: Any, most: int = _MAX_INT) -> int:
@@ -589,16 +580,14 @@ def whole(name: str, value: Any, least: int, most: int = _MAX_INT) -> int:
     if not is_whole(value) or not least <= value <= most:
         too_large = is_whole(value) and value > most
         limit = f" and at most {most}" if most != _MAX_INT or too_large else ""
-        raise ValueError(
-            f"{name} is {value!r}; only an integer of at least {least}{limit} is allowed."
-        )
+        raise ValueError(f"{name} must be an integer of at least {least}{limit}, got {value!r}.")
     return int(value)
 
 
 def positive_float(name: str, value: Any) -> float:
     """The value as a float. Raises ValueError unless it is positive and finite."""
     if isinstance(value, bool) or not isinstance(value, Real) or not 0 < as_float(value) < math.inf:
-        raise ValueError(f"{name} is {value!r}; only a positive finite number is allowed.")
+        raise ValueError(f"{name} must be a positive finite number, got {value!r}.")
     return float(value)
 
 
@@ -608,7 +597,7 @@ def int_tuple(name: str, values: Any, most: int = _MAX_INT) -> tuple[int, ...]:
     Raises ValueError if it is empty or holds anything but integers from 1 to ``most``.
     """
     if not isinstance(values, Sequence) or isinstance(values, str) or len(values) == 0:
-        raise ValueError(f"{name} is {values!r}; only a non-empty list or tuple is allowed.")
+        raise ValueError(f"{name} must be a non-empty list or tuple, got {values!r}.")
     if len(values) > _MAX_SIZES:
-        raise ValueError(f"{name} has {len(values)} values; at most {_MAX_SIZES} are allowed.")
+        raise ValueError(f"{name} must have at most {_MAX_SIZES} values, got {len(values)}.")
     return tuple(positive_int(f"{name}[{i}]", value, most) for i, value in enumerate(values))

@@ -61,7 +61,7 @@ def write_atomic(path: StrPath, write: Callable[[BinaryIO], object]) -> None:
     >>> folder.cleanup()
     """
     if not os.fspath(path):
-        raise OSError("the path is ''; allowed is the name of a file.")
+        raise OSError("the path must not be empty.")
     target = Path(os.path.realpath(path))
     if not target.parent.is_dir():
         raise OSError(f"{path} cannot be written: {target.parent} is not an existing folder.")
@@ -132,7 +132,7 @@ def folder_path(path: StrPath) -> Path:
         ValueError: the name is empty. ``Path("")`` would be the current folder.
     """
     if not os.fspath(path):
-        raise ValueError("the folder is ''; allowed is a name that is not empty.")
+        raise ValueError("the name of the folder must not be empty.")
     return Path(path)
 
 
@@ -164,8 +164,8 @@ def folder_errors(folder: Path) -> Iterator[None]:
         yield
     except OSError as error:
         raise OSError(
-            f"{folder} cannot be used as the output folder ({error.strerror or error}); allowed is "
-            "a folder that exists or can be created, and in which files can be created."
+            f"{folder} cannot be used as the output folder ({error.strerror or error}); give a "
+            "folder that exists or can be created, and in which you may create files."
         ) from error
 
 
@@ -248,9 +248,7 @@ def check_new_folder(path: StrPath) -> None:
     remove_leftovers(place)
     if os.path.lexists(place) and not (place.is_dir() and not any(place.iterdir())):
         kind = "a folder that is not empty" if place.is_dir() else "a file"
-        raise ValueError(
-            f"the output folder is {place}, {kind}; allowed is a new or an empty folder."
-        )
+        raise ValueError(f"the output folder must be new or empty, got {place}, {kind}.")
 
 
 @contextmanager

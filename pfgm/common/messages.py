@@ -105,9 +105,7 @@ def print_result(text: str) -> None:
     """
     stream = Unfailing(sys.stdout).stream
     if stream is None:
-        raise OSError(
-            "stdout is closed; allowed is any file, pipe or terminal that can be written."
-        )
+        raise OSError("stdout must be an open file, pipe or terminal, but it is closed.")
     output = Unfailing(stream)
     print(text, file=output)
     output.flush()

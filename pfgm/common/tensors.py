@@ -102,18 +102,19 @@ def per_row(level: Tensor | float, x: Tensor, name: str = "level") -> Tensor:
         most = torch.finfo(x.dtype).max
         if not is_number(level) or not (is_symbolic(level) or 0 <= level <= most):
             raise ValueError(
-                f"{name} is {level!r}; allowed is a number of at least 0 that {x.dtype} can hold."
+                f"{name} must be a number of at least 0 that {x.dtype} can hold, got {level!r}."
             )
         return x.new_full(x.shape[:1], level)
     if level.is_complex():
-        raise TypeError(f"{name} has dtype {level.dtype}; allowed are real numbers.")
+        raise TypeError(f"{name} must be real, got {level.dtype}.")
     rows = x.shape[0]  # len(x) would fix the batch of a traced or exported network
     if level.ndim > 1 and level.shape == (rows, *[1] * (x.ndim - 1)):
         level = level.flatten()
     if level.shape not in ((), (rows,)):
         raise ValueError(
-            f"{name} has shape {tuple(level.shape)}; allowed is a number or ({rows},), one value "
-            f"for each row of x, or ({rows}, 1, …, 1) with a 1 for each dimension of a sample."
+            f"{name} must be a number or have shape ({rows},), one value for each row of x, or "
+            f"({rows}, 1, …, 1) with a 1 for each dimension of a sample, got shape "
+            f"{tuple(level.shape)}."
         )
     return level.to(x).expand(rows)
 
@@ -131,13 +132,11 @@ def common_device(
         return torch.device("cpu") if device is None else known_device(device)
     if not isinstance(generator, torch.Generator):
         raise TypeError(
-            f"generator is a {type(generator).__name__}; allowed is a torch.Generator, such as "
-            "torch.Generator().manual_seed(0)."
+            "generator must be a torch.Generator, such as torch.Generator().manual_seed(0), got "
+            f"{type(generator).__name__}."
         )
     if device is not None and known_device(device).type != generator.device.type:
-        raise ValueError(
-            f"generator is on {generator.device} and device is {device}; both must be the same."
-        )
+        raise ValueError(f"device must be that of generator, {generator.device}, got {device}.")
     return generator.device if device is None else known_device(device)
 
 

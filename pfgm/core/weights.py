@@ -60,7 +60,6 @@ def check_singular(flat: Tensor, grad_logsumexp: Tensor) -> None:
 
 def singular_message(row: int) -> str:
     return (
-        f"return_logsumexp: the log-sum-exp of row {row} of x is infinite or too steep, and has no "
-        "gradient in float64 (r or sigma is 0, or so small that it underflows); allowed is a "
-        "larger r or sigma."
+        f"return_logsumexp: in row {row} of x the gradient of the log-sum-exp overflows float64, "
+        "or does not exist because r or sigma is 0; use a larger r or sigma."
     )

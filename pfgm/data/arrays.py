@@ -69,7 +69,7 @@ def load_array(path: StrPath) -> Tensor:
     path = Path(path)
     if path.suffix not in _OPENERS:
         raise ValueError(
-            f"{path} has the suffix {path.suffix!r}; allowed are .npy, .npz and .safetensors."
+            f"{path} must end in .npy, .npz or .safetensors, got the suffix {path.suffix!r}."
         )
     source = open_array(path, in_place=False)
     samples = source.read(0, len(source))
@@ -77,9 +77,7 @@ def load_array(path: StrPath) -> Tensor:
         return samples
     samples = samples.float()
     if not bool(torch.isfinite(samples).all()):
-        raise ValueError(
-            f"{path} holds NaN or infinity as float32; only finite values are allowed."
-        )
+        raise ValueError(f"{path} must be finite as float32, got NaN or infinity.")
     return samples
 
 
@@ -115,9 +113,7 @@ def to_unit(images: Tensor) -> Tensor:
         return images.float().div_(127.5).sub_(1)
     if images.is_floating_point():
         return images.float()
-    raise TypeError(
-        f"images has dtype {images.dtype}; allowed are torch.uint8 and floating dtypes."
-    )
+    raise TypeError(f"images must be torch.uint8 or floating point, got {images.dtype}.")
 
 
 # ---- array files ------------------------------------------------------------------------------
@@ -146,12 +142,12 @@ def open_array(path: Path, name: str | None = None, *, in_place: bool = True) ->
     if not path.exists():
         raise FileNotFoundError(f"{path} does not exist.")
     if not path.is_file():
-        raise ValueError(f"{path} is not a regular file.")
+        raise ValueError(f"{path} must be a file or a folder, not a pipe, socket or device.")
     if path.suffix not in _OPENERS:
         table = "; a table is read from a .csv file"
         raise ValueError(
-            f"{path} has the suffix {path.suffix!r}; allowed are .csv, .npy, .npz, .safetensors, "
-            f".zip and folders of images{table if path.suffix in _TABLES else ''}."
+            f"{path} must be a folder of images or end in .csv, .npy, .npz, .safetensors or .zip, "
+            f"got the suffix {path.suffix!r}{(table if path.suffix in _TABLES else '')}."
         )
     if path.stat().st_size == 0:
         raise ValueError(f"{path} is empty, 0 bytes long.")
@@ -191,8 +187,7 @@ def read_integers(path: Path, name: str) -> Tensor:
             raise ValueError("the member of the archive is not an array")
     if array.dtype.kind not in "iu":
         raise TypeError(
-            f"{path} holds {name} of type {array.dtype}; allowed are integers, one label for each "
-            "sample."
+            f"{name} in {path} must be integers, one label for each sample, got {array.dtype}."
         )
     return as_int64(
         f"{name} in {path}", torch.from_numpy(array.astype(array.dtype.newbyteorder("=")))
@@ -208,8 +203,8 @@ def _parsing(path: Path) -> Iterator[None]:
         raise
     except Exception as error:
         raise ValueError(
-            f"{path} is truncated, damaged, pickled, too large for the memory or not a "
-            f"{path.suffix} file; allowed are whole files of plain numbers."
+            f"{path} must be a complete {path.suffix} file of plain numbers: it is truncated, "
+            "damaged, pickled or too large for the memory."
         ) from error
 
 
@@ -221,9 +216,8 @@ def _choose_name(names: Sequence[str], path: Path) -> str:
         if name in names:
             return name
     raise ValueError(
-        f"{path} holds {len(names)} arrays ({', '.join(sorted(names)) or 'none'}); allowed is one "
-        f"array, or several of which one is named {', '.join(_PREFERRED_NAMES[:-1])} or "
-        f"{_PREFERRED_NAMES[-1]}."
+        f"{path} must hold one array, or one named {', '.join(_PREFERRED_NAMES[:-1])} or "
+        f"{_PREFERRED_NAMES[-1]}, got {len(names)} arrays ({', '.join(sorted(names)) or 'none'})."
     )
 
 
@@ -332,7 +326,7 @@ def _read_safetensors(path: Path, name: str) -> Tensor:
 
 def _natural_numbers(numbers: Any) -> tuple[int, ...]:
     if not all(type(number) is int and number >= 0 for number in numbers):
-        raise ValueError("a shape or an offset is not a natural number")
+        raise ValueError("a shape or an offset is not a whole number of at least 0")
     return tuple(numbers)
 
 
@@ -340,7 +334,7 @@ def _check_length(path: Path, needed: int, size: int) -> None:
     if needed > size:
         raise ValueError(
             f"{path} is truncated: its header announces {needed} bytes of numbers, and {size} "
-            "follow; allowed are whole files."
+            "follow."
         )
 
 
@@ -416,6 +410,4 @@ def _is_allowed(dtype: np.dtype[Any]) -> bool:
 
 
 def _dtype_error(dtype: object, name: str) -> TypeError:
-    return TypeError(
-        f"{name} holds numbers of type {dtype}; allowed are uint8 and floating numbers."
-    )
+    return TypeError(f"{name} must hold uint8 or floating-point numbers, got {dtype}.")

@@ -81,8 +81,8 @@ class ImageFiles(ABC):
             known: dict[str, Any] = {} if pairs is None else dict(pairs)
         except (ValueError, KeyError, TypeError, RecursionError, EOFError, BadZipFile) as error:
             raise ValueError(
-                f"{place} is damaged or not the description of a data set; allowed is "
-                '{"labels": [[name, label], …]}, or null in place of the list.'
+                f'{place} must be JSON of the form {{"labels": [[name, label], …]}}, or with null '
+                "in place of the list; it is damaged or holds something else."
             ) from error
         if pairs is None:
             return None
@@ -90,8 +90,8 @@ class ImageFiles(ABC):
             label = known.get(name)
             if not isinstance(label, int) or isinstance(label, bool) or not 0 <= label < 2**31:
                 raise ValueError(
-                    f"{place} gives {name} the label {str(label)[:40]}; allowed is an integer from "
-                    "0 for each image."
+                    f"the label of {name} in {place} must be an integer of at least 0, got "
+                    f"{str(label)[:40]}."
                 )
         return torch.tensor([known[name] for name in self.names], device="cpu")
 
@@ -125,13 +125,14 @@ class ZipFiles(ImageFiles):
             self._archive = ZipFile(path)
         except (BadZipFile, ValueError, NotImplementedError, EOFError) as error:
             raise ValueError(
-                f"{path} is truncated, damaged or not a zip archive; allowed are whole archives."
+                f"{path} must be a complete zip archive; it is truncated, damaged or another kind "
+                "of file."
             ) from error
         self._members: dict[str, ZipInfo] = {}
         for member in self._archive.infolist():
             if member.filename in self._members:
                 raise ValueError(
-                    f"{path} holds two files of the name {member.filename}; allowed is one of each."
+                    f"{path} must hold one file of each name, got {member.filename} twice."
                 )
             if not member.is_dir():
                 self._members[member.filename] = member
@@ -155,13 +156,13 @@ class ZipFiles(ImageFiles):
     def _check(self, member: ZipInfo) -> None:
         if member.flag_bits & 1:
             raise ValueError(
-                f"{self.place(member.filename)} is encrypted; allowed are archives without "
-                "passwords."
+                f"{self.place(member.filename)} must not be encrypted; archives with passwords "
+                "cannot be read."
             )
         if member.file_size > _MAX_MEMBER_BYTES:
             raise ValueError(
-                f"{self.place(member.filename)} unpacks to {member.file_size} bytes; allowed are "
-                f"at most {_MAX_MEMBER_BYTES}."
+                f"{self.place(member.filename)} must unpack to at most {_MAX_MEMBER_BYTES} bytes, "
+                f"got {member.file_size}."
             )
 
 
@@ -177,9 +178,8 @@ def image_files(path: Path) -> Iterator[ImageFiles]:
         if not files.names:
             kind = "a folder" if path.is_dir() else "an archive"
             raise ValueError(
-                f"{path} is {kind} without images; allowed are folders and zip archives that hold "
-                f"at least one file that ends in {', '.join(IMAGE_SUFFIXES[:-1])} or "
-                f"{IMAGE_SUFFIXES[-1]}."
+                f"{path} must hold at least one file that ends in {', '.join(IMAGE_SUFFIXES[:-1])} "
+                f"or {IMAGE_SUFFIXES[-1]}, got {kind} without images."
             )
         yield files
     finally:

@@ -100,11 +100,11 @@ def save_image(path: Path, image: Tensor) -> None:
     pillow = _import_pillow()
     if image.ndim != 3 or image.shape[0] not in (1, 3):
         raise ValueError(
-            f"image has shape {tuple(image.shape)}; allowed is (C, H, W) with C = 1 or 3."
+            f"image must have shape (C, H, W) with C = 1 or 3, got {tuple(image.shape)}."
         )
     if image.is_floating_point():
         if not bool(image.isfinite().all()):
-            raise ValueError("image holds NaN or infinity; only finite values are allowed.")
+            raise ValueError("image must be finite, got NaN or infinity.")
         image = image.float().clamp(-1, 1).add(1).mul(127.5).round().to(torch.uint8)
     values = image.permute(1, 2, 0).cpu().numpy()
     pillow.fromarray(values[:, :, 0] if len(image) == 1 else values).save(path, format="PNG")
@@ -147,9 +147,7 @@ def channel_count(mode: str, name: str) -> int:
         ValueError: the mode has more than 8 bits a channel. The message calls the image ``name``.
     """
     if mode not in _CHANNELS:
-        raise ValueError(
-            f"{name} has pixels of the mode {mode}; allowed are images of 8 bits a channel."
-        )
+        raise ValueError(f"{name} must have 8 bits a channel, got pixels of the mode {mode}.")
     return _CHANNELS[mode]
 
 
@@ -173,9 +171,7 @@ def has_16_bits(image: Image) -> bool:
 def check_depth(is_16_bit: bool, name: str) -> None:
     """Raises ValueError for an image of 16 bits a channel. The message calls it ``name``."""
     if is_16_bit:
-        raise ValueError(
-            f"{name} has pixels of 16 bits a channel; allowed are images of 8 bits a channel."
-        )
+        raise ValueError(f"{name} must have 8 bits a channel, got 16.")
 
 
 def _import_pillow() -> Any:
@@ -197,13 +193,13 @@ def _opened(files: ImageFiles, name: str) -> Iterator[Image]:
         raise
     except pillow.DecompressionBombError as error:
         raise ValueError(
-            f"{files.place(name)} announces more pixels than Pillow decodes; allowed are up to "
-            f"{2 * pillow.MAX_IMAGE_PIXELS}, twice PIL.Image.MAX_IMAGE_PIXELS."
+            f"{files.place(name)} must have at most {2 * pillow.MAX_IMAGE_PIXELS} pixels, twice "
+            "PIL.Image.MAX_IMAGE_PIXELS; it announces more."
         ) from error
     except Exception as error:
         raise ValueError(
-            f"{files.place(name)} is truncated, damaged or not an image; allowed are whole files "
-            f"of the formats {', '.join(_FORMATS)}."
+            f"{files.place(name)} must be a complete image in one of the formats "
+            f"{', '.join(_FORMATS)}; it is truncated, damaged or another kind of file."
         ) from error
 
 
@@ -221,9 +217,9 @@ def _common_shape(
         expected = expected or size
         if resized is None and size != expected:
             raise ValueError(
-                f"{place} is an image of {size[0]} × {size[1]} pixels; allowed are images of one "
-                f"size, and {files.place(files.names[0])} has {expected[0]} × {expected[1]}; "
-                "--resize N, in Python open_data(…, resize=N), scales them all to one."
+                f"{place} must have the size of {files.place(files.names[0])}, {expected[0]} × "
+                f"{expected[1]} pixels, got {size[0]} × {size[1]}; --resize N, in Python "
+                "open_data(…, resize=N), scales all images to one size."
             )
     assert expected is not None  # there is an image
     return channels, expected

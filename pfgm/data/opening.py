@@ -79,7 +79,9 @@ def open_source(
     if is_frame(source):
         return InMemory(*load_table(source))
     if is_series(source):
-        raise TypeError("source is a Series of pandas; allowed is its array, series.to_numpy().")
+        raise TypeError(
+            "source must be an array or a DataFrame, got a Series of pandas; use series.to_numpy()."
+        )
     if isinstance(source, (str, os.PathLike)):
         path = Path(source)
         if path.suffix == ".csv" and path.is_file():
@@ -93,7 +95,7 @@ def open_source(
         check_samples(rows.shape, "source")
         return InMemory(rows, labels)
     raise TypeError(
-        f"source is a {type(source).__name__}; allowed are a tensor, a NumPy array, a DataFrame, "
-        "the path of a file or a folder of images, and a dataset with __len__ and __getitem__ or "
-        "its DataLoader."
+        "source must be a tensor, a NumPy array, a DataFrame, the path of a file or a folder of "
+        "images, or a dataset with __len__ and __getitem__ or its DataLoader, got "
+        f"{type(source).__name__}."
     )

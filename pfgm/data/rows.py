@@ -165,8 +165,7 @@ class OnDisk(Source):
         end, size = offset + count * self._row_bytes, os.fstat(self._descriptor).st_size
         if size < end:
             raise ValueError(
-                f"{self.path} is truncated: its rows end at byte {end}, the file at byte {size}; "
-                "allowed are whole files."
+                f"{self.path} is truncated: its rows end at byte {end}, the file at byte {size}."
             )
 
     def __reduce__(self) -> tuple[Any, ...]:
@@ -214,15 +213,15 @@ class OnDisk(Source):
                 raise OSError(error.errno, error.strerror, str(self.path)) from error
             if count == 0:
                 raise OSError(
-                    f"{self.path} ends at byte {os.fstat(self._descriptor).st_size} and has "
-                    "become shorter since it was opened; allowed are files that do not change."
+                    f"{self.path} must not change while it is read: it ends at byte "
+                    f"{os.fstat(self._descriptor).st_size}, and was longer when it was opened."
                 )
             memory = memory[count:]
             position += count
 
     def _check_out(self, out: Tensor, count: int) -> None:
         if out.dtype != self.dtype:
-            raise TypeError(f"out has dtype {out.dtype}; allowed is {self.dtype}, the source's.")
+            raise TypeError(f"out must be {self.dtype} like the source, got {out.dtype}.")
         if (
             out.device.type != "cpu"
             or not out.is_contiguous()
@@ -230,8 +229,8 @@ class OnDisk(Source):
             or len(out) < count
         ):
             raise ValueError(
-                f"out has shape {tuple(out.shape)} and strides {out.stride()} on {out.device}; "
-                f"allowed is a contiguous tensor ({count} or more, *{self.shape}) on the CPU."
+                f"out must be a contiguous tensor ({count} or more, *{self.shape}) on the CPU, got "
+                f"shape {tuple(out.shape)} and strides {out.stride()} on {out.device}."
             )
 
 
@@ -245,7 +244,7 @@ class Scaled(Source):
 
     def __init__(self, source: Source, low: float, high: float) -> None:
         if not (math.isfinite(low) and math.isfinite(high) and low < high):
-            raise ValueError(f"range is {low} {high}; allowed are two numbers, the lower first.")
+            raise ValueError(f"range must be two numbers, the lower first, got {low} {high}.")
         if source.dtype == torch.uint8:
             raise TypeError(
                 f"range is {low} {high}, but the data are bytes, which always stand for 0 to 255; "
@@ -300,35 +299,33 @@ def check_samples(shape: tuple[int, ...], name: str, *, in_file: bool = True) ->
             " (n numbers in a file or a dataset are (n, 1))" if in_file and len(shape) == 1 else ""
         )
         raise ValueError(
-            f"{name} holds an array of shape {tuple(shape)}; allowed is (n, *S), n samples of "
-            f"shape S with at least one number{hint}."
+            f"{name} must have shape (n, *S), n samples of shape S with at least one number, got "
+            f"{tuple(shape)}{hint}."
         )
 
 
 def _check_dtype(dtype: torch.dtype, name: str) -> None:
     if dtype not in DTYPES:
-        raise TypeError(
-            f"{name} holds numbers of type {dtype}; allowed are {', '.join(map(str, DTYPES))}."
-        )
+        raise TypeError(f"{name} must be one of {', '.join(map(str, DTYPES))}, got {dtype}.")
 
 
 def _check_range(start: int, stop: int, count: int) -> None:
     for name, value in (("start", start), ("stop", stop)):
         if not isinstance(value, (int, np.integer)) or isinstance(value, bool):
-            raise TypeError(f"{name} is {value!r}; allowed are whole numbers.")
+            raise TypeError(f"{name} must be an integer, got {value!r}.")
     if not 0 <= start <= stop <= count:
         raise IndexError(
-            f"start is {start} and stop is {stop}; allowed are 0 <= start <= stop <= {count}."
+            f"start and stop must satisfy 0 <= start <= stop <= {count}, got {start} and {stop}."
         )
 
 
 def _check_rows(rows: Tensor, count: int) -> None:
     if not isinstance(rows, Tensor) or rows.dtype != torch.int64:
         kind = rows.dtype if isinstance(rows, Tensor) else type(rows).__name__
-        raise TypeError(f"rows is {kind}; allowed is a tensor of torch.int64.")
+        raise TypeError(f"rows must be a tensor of torch.int64, got {kind}.")
     if rows.ndim != 1:
-        raise ValueError(f"rows has shape {tuple(rows.shape)}; allowed is (k,), k row numbers.")
+        raise ValueError(f"rows must have shape (k,), k row numbers, got {tuple(rows.shape)}.")
     if checks_values(rows.device):
         bad = rows[(rows < 0) | (rows >= count)]
         if len(bad):
-            raise IndexError(f"rows holds the number {int(bad[0])}; allowed are 0 to {count - 1}.")
+            raise IndexError(f"rows must be from 0 to {count - 1}, got {int(bad[0])}.")

@@ -316,7 +316,7 @@ def _read(path: Path) -> tuple[Any, str]:
         with path.open(newline="", encoding="utf-8-sig") as file:
             beginning = file.read(1 << 16)
         if "\0" in beginning:
-            raise ValueError("it holds bytes that are no text")
+            raise ValueError("it holds bytes that are not text")
         fields = {
             s: len(next(csv.reader(io.StringIO(beginning), delimiter=s))) for s in _SEPARATORS
         }

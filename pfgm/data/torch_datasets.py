@@ -66,15 +66,15 @@ def load_dataset(dataset: Any, *, progress: bool = False) -> tuple[Tensor, Tenso
         row = _row(value, index, channels)
         if (row.shape, row.dtype) != (rows.shape[1:], rows.dtype):
             raise ValueError(
-                f"{_name(index)} is {row.dtype} of shape {tuple(row.shape)}; allowed is "
-                f"{rows.dtype} of shape {tuple(rows.shape[1:])}, as in item 0."
+                f"{_name(index)} must have the shape and dtype of item 0, {tuple(rows.shape[1:])} "
+                f"and {rows.dtype}, got {tuple(row.shape)} and {row.dtype}."
             )
         rows[index] = row
         if (label is None) != (labels is None):
             article, first_has = ("no", "one") if label is None else ("an", "none")
             raise ValueError(
-                f"{_name(index)} has {article} integer label; allowed are labels in all items or "
-                f"in none, and item 0 has {first_has}."
+                f"{_name(index)} has {article} integer label, but item 0 has {first_has}; either "
+                "all items must have a label, or none."
             )
         if label is not None and labels is not None:
             if label >= 2**63:
@@ -111,12 +111,12 @@ def _visits_all(sampler: Any, dataset: Any) -> bool:
 def _length(dataset: Any) -> int:
     if not hasattr(dataset, "__len__") or isinstance(dataset, IterableDataset):
         raise TypeError(
-            f"source is a {type(dataset).__name__}, a dataset without a length or without numbered "
-            "items; allowed are datasets with __len__ and __getitem__."
+            f"source must have __len__ and __getitem__, got {type(dataset).__name__}, a dataset "
+            "without a length or without numbered items."
         )
     count = len(dataset)
     if count == 0:
-        raise ValueError("source is a dataset of 0 items; allowed is at least one.")
+        raise ValueError("source must have at least one item, got a dataset of 0 items.")
     return count
 
 
@@ -164,12 +164,10 @@ def _row(value: Any, index: int, channels: int) -> Tensor:
         value = from_numpy(value, name)
     if not isinstance(value, Tensor):
         raise TypeError(
-            f"{name} is a {type(value).__name__}; allowed are tensors, NumPy arrays, Pillow "
-            "images, and sequences and mappings that hold one."
+            f"{name} must be a tensor, a NumPy array, a Pillow image, or a sequence or mapping "
+            f"that holds one, got {type(value).__name__}."
         )
     row = value.detach().float() if value.dtype == torch.float64 else value.detach()
     if row.dtype not in _KEPT_DTYPES:
-        raise TypeError(
-            f"{name} holds numbers of type {row.dtype}; allowed are uint8 and floating numbers."
-        )
+        raise TypeError(f"{name} must hold uint8 or floating-point numbers, got {row.dtype}.")
     return row

@@ -43,29 +43,29 @@ def _refuse(function: str, arguments: Iterable[str]) -> NoReturn:
 
 def _check_tensors(x: Tensor, references: References) -> None:
     if not isinstance(x, Tensor):
-        raise TypeError(f"x is a {type(x).__name__}; allowed is a torch.Tensor.")
+        raise TypeError(f"x must be a torch.Tensor, got {type(x).__name__}.")
     if not isinstance(references, (Tensor, ReferenceSet)):
         raise TypeError(
-            f"references is a {type(references).__name__}; allowed are a torch.Tensor and a "
-            "pfgm.ReferenceSet."
+            "references must be a torch.Tensor or a pfgm.ReferenceSet, got "
+            f"{type(references).__name__}."
         )
     check_dense("x", x)
     if isinstance(references, Tensor):
         check_dense("references", references)
     if x.ndim == 0 or references.ndim == 0 or x.shape[1:] != references.shape[1:]:
         raise ValueError(
-            f"x has shape {tuple(x.shape)} and references {tuple(references.shape)}; allowed are "
-            "(B, *S) and (M, *S) with the same sample shape S."
+            "x and references must have shapes (B, *S) and (M, *S) with the same sample shape S, "
+            f"got {tuple(x.shape)} and {tuple(references.shape)}."
             + layout_hint(x.shape[1:], references.shape[1:])
             + layout_hint(references.shape[1:], x.shape[1:]).replace("x.", "references.")
         )
     if x.dtype not in _QUERY_DTYPES:
-        raise TypeError(f"x has dtype {x.dtype}; allowed are {', '.join(map(str, _QUERY_DTYPES))}.")
+        raise TypeError(f"x must be one of {', '.join(map(str, _QUERY_DTYPES))}, got {x.dtype}.")
     # A set in the memory of the CPU is copied to the device of x chunk by chunk.
     streams = isinstance(references, ReferenceSet) and references.device.type == "cpu"
     if x.device != references.device and not streams:
         raise ValueError(
-            f"x is on {x.device} and references on {references.device}; both must be on one device."
+            f"x and references must be on one device, got {x.device} and {references.device}."
         )
 
 
@@ -78,12 +78,13 @@ def _in_one(references: Any) -> tuple[Any, Callable[..., Tensor | None] | None]:
 
 def _check_dimensions(D: float, with_r: bool) -> float:
     if not is_number(D):
-        raise TypeError(f"D is a {type(D).__name__}; allowed is a number.")
+        raise TypeError(f"D must be a number, got {type(D).__name__}.")
     if not D > 0:
-        raise ValueError(f"D is {D}; allowed is any positive number or infinity.")
+        raise ValueError(f"D must be a positive number or infinity, got {D}.")
     if D > LARGEST and with_r:
         raise ValueError(
-            "D is infinite and r is given; allowed is sigma, as r = sigma * sqrt(D) is infinite."
+            "sigma must be given in place of r when D is infinite, as r = sigma * sqrt(D) is "
+            "infinite."
         )
     return as_float(D)
 
@@ -92,7 +93,7 @@ def _radius(x: Tensor, r: Tensor | float | None, sigma: Tensor | float | None, D
     """Augmented radius r = sigma · √D of each point; sigma itself at D = ∞."""
     if (r is None) == (sigma is None):
         count = "neither" if r is None else "both"
-        raise ValueError(f"{count} of r and sigma are given; allowed is exactly one.")
+        raise ValueError(f"exactly one of r and sigma must be given, got {count}.")
     if r is not None:
         return per_query("r", r, x)
     assert sigma is not None

@@ -25,8 +25,8 @@ def per_query(name: str, value: Level, x: Tensor) -> Tensor:
     if not isinstance(value, Tensor):
         if not is_number(value):
             raise TypeError(
-                f"{name} is a {type(value).__name__}; allowed is a number or a tensor of shape "
-                f"({count},)."
+                f"{name} must be a number or a tensor of shape ({count},), got "
+                f"{type(value).__name__}."
             )
         if is_symbolic(value):
             return torch.ones(count, dtype=dtype, device=x.device) * value
@@ -35,15 +35,13 @@ def per_query(name: str, value: Level, x: Tensor) -> Tensor:
         value = value.reshape(count)  # EDM's code has levels of this shape
     if value.shape != (count,) and value.ndim != 0:
         raise ValueError(
-            f"{name} has shape {tuple(value.shape)}; allowed is a number or a tensor of shape "
-            f"({count},), or ({count}, 1, …, 1) with a 1 for each dimension of a sample."
+            f"{name} must be a number or a tensor of shape ({count},), or ({count}, 1, …, 1) with "
+            f"a 1 for each dimension of a sample, got shape {tuple(value.shape)}."
         )
     if value.dtype == torch.bool or value.is_complex():
-        raise TypeError(f"{name} has dtype {value.dtype}; allowed are real numbers.")
+        raise TypeError(f"{name} must be real, got {value.dtype}.")
     if value.ndim != 0 and value.device != x.device:
-        raise ValueError(
-            f"{name} is on {value.device} and x on {x.device}; both must be on one device."
-        )
+        raise ValueError(f"{name} and x must be on one device, got {value.device} and {x.device}.")
     value = value.to(device=x.device, dtype=dtype)
     return value.expand(count) if value.ndim == 0 else value
 
@@ -74,7 +72,7 @@ def step_levels(x: Tensor, *values: Level, next_may_be_zero: bool = False) -> Se
         and not torch.compiler.is_compiling()
         and _holds_anywhere(levels[2] == levels[0])
     ):
-        raise ValueError("z_previous equals z; they must differ.")
+        raise ValueError("z_previous must differ from z.")
     return levels
 
 
@@ -113,9 +111,9 @@ def _holds_anywhere(condition: Tensor | bool) -> bool:
 def _check_number(name: str, value: Any, zero: bool, most: float) -> None:
     if not is_number(value):
         raise TypeError(
-            f"{name} is a {type(value).__name__}; allowed is a number or a tensor of shape (B,)."
+            f"{name} must be a number or a tensor of shape (B,), got {type(value).__name__}."
         )
     if not (0 < value <= most or (zero and value == 0)):
         least = "of at least 0" if zero else "above 0"
         limit = f" and at most {most:.2g}, the limit of float32" if most < value < math.inf else ""
-        raise ValueError(f"{name} is {value}; allowed is any finite number {least}{limit}.")
+        raise ValueError(f"{name} must be a finite number {least}{limit}, got {value}.")

@@ -283,7 +283,7 @@ def _step(
         coefficients = _coefficients(method, x, *levels)
         _check(method, x, prediction, history)
         if mean_out is not None and not return_mean:
-            raise ValueError("mean_out is given without return_mean; allowed is return_mean=True.")
+            raise ValueError("mean_out needs return_mean=True.")
         step = _flat_step(x, slope, field_z, history, coefficients, law)
         if out is not None or mean_out is not None:
             result = _compute_into(out, mean_out, x, step, with_mean, backend)
@@ -324,21 +324,21 @@ _HISTORY = {HEUN: "x", MULTISTEP: "previous_mean"}
 def _check(method: int, x: Tensor, prediction: Field | Tensor, history: Tensor | None) -> None:
     name = "x_next" if method == HEUN else "x"
     if not isinstance(x, Tensor):
-        raise TypeError(f"{name} is a {type(x).__name__}; allowed is a torch.Tensor.")
+        raise TypeError(f"{name} must be a torch.Tensor, got {type(x).__name__}.")
     check_dense(name, x)
     if x.ndim == 0 or math.prod(x.shape[1:]) == 0:
         raise ValueError(
-            f"{name} has shape {tuple(x.shape)}; allowed is (B, *S) with at least one value in S."
+            f"{name} must have shape (B, *S) with at least one value in S, got {tuple(x.shape)}."
         )
     if x.dtype not in _DTYPES:
-        raise TypeError(f"{name} has dtype {x.dtype}; allowed are {', '.join(map(str, _DTYPES))}.")
+        raise TypeError(f"{name} must be one of {', '.join(map(str, _DTYPES))}, got {x.dtype}.")
     if method in _HISTORY:
         _check_tensor(_HISTORY[method], history, x, x.shape)
     if not isinstance(prediction, Field):
         if not isinstance(prediction, Tensor):
             raise TypeError(
-                f"prediction is a {type(prediction).__name__}; allowed are a pfgm.Field and a "
-                "torch.Tensor, the mean."
+                "prediction must be a pfgm.Field, or a torch.Tensor that holds the mean, got "
+                f"{type(prediction).__name__}."
             )
         _check_tensor("prediction", prediction, x, x.shape)
         return
@@ -348,21 +348,19 @@ def _check(method: int, x: Tensor, prediction: Field | Tensor, history: Tensor |
         check_at_least_0(name, value)
     if prediction.substitution not in _SUBSTITUTIONS:
         raise ValueError(
-            f"substitution is {prediction.substitution!r}; allowed are 'exact' and 'published'."
+            f"substitution must be 'exact' or 'published', got {prediction.substitution!r}."
         )
 
 
 def _check_tensor(name: str, value: object, x: Tensor, shape: torch.Size) -> None:
     if not isinstance(value, Tensor):
-        raise TypeError(f"{name} is a {type(value).__name__}; allowed is a torch.Tensor.")
+        raise TypeError(f"{name} must be a torch.Tensor, got {type(value).__name__}.")
     if value.shape != shape:
-        raise ValueError(f"{name} has shape {tuple(value.shape)}; allowed is {tuple(shape)}.")
+        raise ValueError(f"{name} must have shape {tuple(shape)}, got {tuple(value.shape)}.")
     if not value.is_floating_point():
-        raise TypeError(f"{name} has dtype {value.dtype}; allowed is floating point.")
+        raise TypeError(f"{name} must be floating point, got {value.dtype}.")
     if value.device != x.device:
-        raise ValueError(
-            f"{name} is on {value.device} and x on {x.device}; both must be on one device."
-        )
+        raise ValueError(f"{name} and x must be on one device, got {value.device} and {x.device}.")
 
 
 # ---- steps on flat rows ----------------------------------------------------------------------
@@ -440,16 +438,14 @@ def _is_flat(out: Tensor, dtype: torch.dtype) -> bool:
 def _flat_output(name: str, out: Tensor, x: Tensor, dtype: torch.dtype) -> Tensor:
     """A view (B, N) of out, or new memory to be copied to out."""
     if not isinstance(out, Tensor):
-        raise TypeError(f"{name} is a {type(out).__name__}; allowed is a torch.Tensor.")
+        raise TypeError(f"{name} must be a torch.Tensor, got {type(out).__name__}.")
     if out.shape != x.shape or out.dtype != x.dtype:
         raise ValueError(
-            f"{name} has shape {tuple(out.shape)} and dtype {out.dtype}; allowed are those of x, "
-            f"{tuple(x.shape)} and {x.dtype}."
+            f"{name} must have the shape and dtype of x, {tuple(x.shape)} and {x.dtype}, got "
+            f"{tuple(out.shape)} and {out.dtype}."
         )
     if out.device != x.device:
-        raise ValueError(
-            f"{name} is on {out.device} and x on {x.device}; both must be on one device."
-        )
+        raise ValueError(f"{name} and x must be on one device, got {out.device} and {x.device}.")
     rows, features = x.shape[0], math.prod(x.shape[1:])
     if _is_flat(out, dtype):
         return out.view(rows, features)

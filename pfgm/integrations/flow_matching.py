@@ -76,9 +76,9 @@ class PoissonFlowMatcher:
         reference_labels: Tensor | None = None,
     ) -> None:
         if not is_number(D):
-            raise TypeError(f"D is a {type(D).__name__}; allowed is a number.")
+            raise TypeError(f"D must be a number, got {type(D).__name__}.")
         if not D > 0:
-            raise ValueError(f"D is {D}; allowed is any positive number or infinity.")
+            raise ValueError(f"D must be a positive number or infinity, got {D}.")
         self.D = float(D)
         self.references = references
         self.reference_labels = reference_labels
@@ -101,7 +101,7 @@ class PoissonFlowMatcher:
         """
         shape = tuple(shape)
         if not shape or not isinstance(shape[0], int) or shape[0] < 0:
-            raise ValueError(f"shape is {shape}; allowed is (n, *S) with n of at least 0.")
+            raise ValueError(f"shape must be (n, *S) with n of at least 0, got {shape}.")
         level = torch.ones(shape[0], dtype=dtype, device=common_device(device, generator))
         return PoissonFlowPP(shape[1:], D=self.D).noise(level, generator)
 
@@ -148,7 +148,7 @@ class PoissonFlowMatcher:
             x0 = self.noise(x1.shape, generator=generator, dtype=x1.dtype, device=x1.device)
         elif x0.shape != x1.shape:
             raise ValueError(
-                f"x0 has shape {tuple(x0.shape)}; allowed is that of x1, {tuple(x1.shape)}."
+                f"x0 must have the shape of x1, {tuple(x1.shape)}, got {tuple(x0.shape)}."
             )
         if t is None:
             t = draws.uniform(x1.shape[:1], generator, dtype=x1.dtype, device=x1.device)
@@ -198,7 +198,7 @@ class PoissonFlowMatcher:
         if self.references is None:
             raise ValueError("references is None; the velocity needs references.")
         if not x.is_floating_point():
-            raise TypeError(f"x has dtype {x.dtype}; allowed is floating point.")
+            raise TypeError(f"x must be floating point, got {x.dtype}.")
         x = x.to(torch.promote_types(x.dtype, torch.float32))
         t = per_query("t", t, x).to(x.dtype).clamp(0, 1)
         ahead = self._mean_from(x, t, x, self.references, labels)
@@ -214,7 +214,7 @@ class PoissonFlowMatcher:
     ) -> Tensor:
         """The posterior mean at points x and times t, less an origin (B, *S)."""
         if labels is not None and labels.shape != x.shape[:1]:
-            raise ValueError(f"labels has shape {tuple(labels.shape)}; allowed is ({len(x)},).")
+            raise ValueError(f"labels must have shape ({len(x)},), got {tuple(labels.shape)}.")
         t = t.clamp(min=_MIN_T)
         points = x / over_samples(t, x)
         arguments = (points, (1 - t) / t, origin, points - origin)
@@ -242,8 +242,8 @@ class _Denoiser(nn.Module):
         velocity = untouched(self.velocity_net, "velocity_net", (), t=t, x=scaled, **condition)
         if not isinstance(velocity, Tensor) or velocity.shape != x.shape:
             raise ValueError(
-                f"velocity_net returned {shape_or_type(velocity)}; needed is a tensor of the shape "
-                f"of x, {tuple(x.shape)}."
+                f"velocity_net must return a tensor of the shape of x, {tuple(x.shape)}, got "
+                f"{shape_or_type(velocity)}."
             )
         # 1 − t = σ t; the product has no cancellation.
         return scaled + over_samples(sigma.to(x.dtype) * t, x) * velocity
@@ -279,6 +279,6 @@ def _check_times(t: Tensor | float, x: Tensor) -> Tensor:
     allowed = (times >= 0) & (times <= 1)
     if checks_values(x.device) and not bool(allowed.all()):
         raise ValueError(
-            f"t holds {float(times[~allowed][0]):.6g}; allowed is 0 (noise) to 1 (data)."
+            f"t must be from 0 (noise) to 1 (data), got {float(times[~allowed][0]):.6g}."
         )
     return times.to(x.dtype)

@@ -53,7 +53,7 @@ class Classifier(nn.Module):
         super().__init__()
         self.shape = int_tuple("shape", shape, _MOST)
         if len(self.shape) != 3:
-            raise ValueError(f"shape is {self.shape}; allowed is (C, H, W) of images.")
+            raise ValueError(f"shape must be (C, H, W) of images, got {self.shape}.")
         self.classes = positive_int("classes", classes, _MOST)
         self.width = positive_int("width", width, _MOST)
         self.convolutions = nn.Sequential(
@@ -79,8 +79,8 @@ class Classifier(nn.Module):
         check_floating("x", x)
         if x.shape[1:] != self.shape:
             raise ValueError(
-                f"x has shape {tuple(x.shape)}; allowed is (B, {', '.join(map(str, self.shape))}), "
-                "the shape of the classifier's images."
+                f"x must have shape (B, {', '.join(map(str, self.shape))}), that of the "
+                f"classifier's images, got {tuple(x.shape)}."
             )
         return F.relu(self.hidden(self.convolutions(x.to(self.hidden.weight.dtype))))
 
@@ -137,14 +137,14 @@ def train_classifier(
     """
     check_floating("images", images)
     if images.ndim != 4 or images.numel() == 0:
-        raise ValueError(f"images has shape {tuple(images.shape)}; allowed is (n, C, H, W).")
+        raise ValueError(f"images must have shape (n, C, H, W), got {tuple(images.shape)}.")
     if labels.is_floating_point() or labels.dtype == torch.bool:
-        raise TypeError(f"labels has dtype {labels.dtype}; allowed are whole numbers.")
+        raise TypeError(f"labels must be integers, got {labels.dtype}.")
     labels = as_int64("labels", labels)
     if labels.shape != (len(images),) or int(labels.min()) < 0:
         raise ValueError(
-            f"labels has shape {tuple(labels.shape)} and values from {int(labels.min())}; allowed "
-            f"are {len(images)} labels from 0."
+            f"labels must be {len(images)} integers of at least 0, got shape {tuple(labels.shape)} "
+            f"and values from {int(labels.min())}."
         )
     if epochs is None:
         epochs = min(20, max(3, 3000 // math.ceil(len(images) / _BATCH)))
@@ -208,8 +208,8 @@ def load_classifier(name: StrPath, *, device: torch.device | str = "cpu") -> Cla
     tensors, description = read_tensors(path, _FORMAT, "classifier", "classifier")
     if description.get("kind") != _KIND:
         raise ValueError(
-            f"{path} holds no classifier; allowed are files of `pfgm features`, and "
-            f"{' and '.join(CLASSIFIERS)}."
+            f"{path} must be a classifier: a file of `pfgm features`, or "
+            f"{' or '.join(CLASSIFIERS)}."
         )
     try:
         # On "meta" first: a config that does not fit the tensors allocates nothing.

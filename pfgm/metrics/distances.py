@@ -132,8 +132,8 @@ def kernel_distance(
     size = max(2, min(1000, smaller // 2)) if subset_size is None else subset_size
     if not is_whole(size) or not 2 <= size <= smaller:
         raise ValueError(
-            f"subset_size is {subset_size}; allowed are whole numbers from 2 to {smaller}, the "
-            "size of the smaller set."
+            f"subset_size must be an integer from 2 to {smaller}, the size of the smaller set, got "
+            f"{subset_size}."
         )
     distances = torch.tensor(
         [
@@ -308,12 +308,12 @@ def _checked_rows(
         _check_shape(name, x, count)
     if a.shape[1:] != b.shape[1:]:
         raise ValueError(
-            f"{name_a} has samples of shape {tuple(a.shape[1:])} and {name_b} of "
-            f"{tuple(b.shape[1:])}; they must be the same."
+            f"{name_a} and {name_b} must have samples of the same shape, got {tuple(a.shape[1:])} "
+            f"and {tuple(b.shape[1:])}."
         )
     if a.device != b.device:
         raise ValueError(
-            f"{name_a} is on {a.device} and {name_b} on {b.device}; allowed is one device."
+            f"{name_a} and {name_b} must be on one device, got {a.device} and {b.device}."
         )
     for name, x in ((name_a, a), (name_b, b)):
         check_finite(name, x)
@@ -331,8 +331,8 @@ def _features(name: str, x: Tensor, features: Features) -> Tensor:
         _check_floating(f"features of {name}", values)
         if values.ndim < 2 or len(values) != len(part) or values.numel() == 0:
             raise ValueError(
-                f"features of {name} has shape {tuple(values.shape)} for {len(part)} samples; "
-                f"allowed is ({len(part)}, F) with F at least 1."
+                f"features of {name} must have shape ({len(part)}, F) with F at least 1 for "
+                f"{len(part)} samples, got {tuple(values.shape)}."
             )
         rows.append(values.flatten(1).double())
     joined = torch.cat(rows)
@@ -342,19 +342,18 @@ def _features(name: str, x: Tensor, features: Features) -> Tensor:
 
 def _check_floating(name: str, x: object) -> None:
     if not isinstance(x, Tensor):
-        raise TypeError(f"{name} is a {type(x).__name__}; allowed is a torch.Tensor.")
+        raise TypeError(f"{name} must be a torch.Tensor, got {type(x).__name__}.")
     if not x.is_floating_point():
         raise TypeError(
-            f"{name} has dtype {x.dtype}; allowed are floating dtypes (pfgm.data.to_unit "
-            "converts bytes)."
+            f"{name} must be floating point, got {x.dtype}; pfgm.data.to_unit converts bytes."
         )
 
 
 def _check_shape(name: str, x: Tensor, at_least: int) -> None:
     if x.ndim < 2 or len(x) < at_least or x.numel() == 0:
         raise ValueError(
-            f"{name} has shape {tuple(x.shape)}; allowed is (n, *S), n samples of shape S with n "
-            f"at least {at_least}."
+            f"{name} must have shape (n, *S), n samples of shape S with n at least {at_least}, got "
+            f"{tuple(x.shape)}."
         )
 
 
@@ -429,8 +428,8 @@ def _ball_radii(rows: Tensor, k: int, neighbours: Tensor | None = None) -> Tenso
         return _nearest_others(rows, k)[:, -1]
     if neighbours.ndim != 2 or len(neighbours) != len(rows) or neighbours.shape[1] < k:
         raise ValueError(
-            f"neighbours has shape {tuple(neighbours.shape)}; allowed is ({len(rows)}, {k} or "
-            "more), the distances of the real data to their nearest neighbours."
+            f"neighbours must have shape ({len(rows)}, {k} or more), the distances of the real "
+            f"data to their nearest neighbours, got {tuple(neighbours.shape)}."
         )
     return neighbours[:, k - 1].to(rows)
 

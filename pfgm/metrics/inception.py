@@ -72,11 +72,11 @@ def inception_metrics(
     _check_images("real", real)
     if splits > len(samples):
         raise ValueError(
-            f"splits is {splits}; allowed is at most {len(samples)}, the number of samples."
+            f"splits must be at most {len(samples)}, the number of samples, got {splits}."
         )
     if samples.device != real.device:
         raise ValueError(
-            f"samples is on {samples.device} and real on {real.device}; allowed is one device."
+            f"samples and real must be on one device, got {samples.device} and {real.device}."
         )
     sets = [_as_bytes("samples", samples), _as_bytes("real", real)]
     fidelity = _import_fidelity()
@@ -135,8 +135,8 @@ def find_inception_weights(path: StrPath | None = None) -> Path:
     checksum = digest.hexdigest()
     if not checksum.startswith(_CHECKSUM):
         raise ValueError(
-            f"{place} is not the file of weights of torch-fidelity: its SHA-256 checksum begins "
-            f"with {checksum[:8]}; needed is {_CHECKSUM}."
+            f"{place} must be torch-fidelity's file of weights, with a SHA-256 checksum that "
+            f"begins with {_CHECKSUM}, got {checksum[:8]}."
         )
     return place
 
@@ -168,8 +168,8 @@ def _check_images(name: str, x: Tensor) -> None:
     channels = x.shape[1] if x.ndim == 4 else 1
     if x.ndim not in (3, 4) or channels not in (1, 3) or x.numel() == 0 or len(x) < 2:
         raise ValueError(
-            f"{name} has shape {tuple(x.shape)}; allowed is (n, C, H, W) or (n, H, W), with C = 1 "
-            "or 3 and n at least 2."
+            f"{name} must have shape (n, C, H, W) or (n, H, W), with C = 1 or 3 and n at least 2, "
+            f"got {tuple(x.shape)}."
         )
 
 

@@ -68,7 +68,7 @@ def label_numbers(labels: Tensor | None, classes: int) -> Tensor | None:
         rows = F.one_hot(numbers, classes) * (largest > 0)[:, None]
         if not torch.equal(rows.to(labels.dtype), labels):
             raise ValueError(
-                "labels has rows that are not one-hot; allowed are integers (B,), or one-hot rows "
-                f"(B, {classes})."
+                f"labels must be integers (B,), or one-hot rows (B, {classes}), got rows that are "
+                "not one-hot."
             )
     return torch.where(largest > 0, numbers, -1)

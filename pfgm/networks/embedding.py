@@ -22,21 +22,20 @@ def checked_labels(labels: Tensor, batch: int, classes: int) -> Tensor:
     """
     if not isinstance(labels, Tensor):
         raise TypeError(
-            f"labels is a {type(labels).__name__}; allowed is a torch.Tensor of integers, of shape "
-            f"({batch},)."
+            f"labels must be a torch.Tensor of integers, of shape ({batch},), got "
+            f"{type(labels).__name__}."
         )
     if not classes:
         raise ValueError("labels given to a network without classes; build it with classes=….")
     if labels.shape != (batch,) or labels.is_floating_point():
         raise ValueError(
-            f"labels has shape {tuple(labels.shape)} and dtype {labels.dtype}; allowed are "
-            f"integers of shape ({batch},)."
+            f"labels must be integers of shape ({batch},), got {labels.dtype} of shape "
+            f"{tuple(labels.shape)}."
         )
     labels = as_int64("labels", labels)
     if checks_values(labels.device) and bool((labels >= classes).any()):
         raise ValueError(
-            f"labels holds {int(labels.max())}; allowed is below {classes}, and below 0 for no "
-            "label."
+            f"labels must be below {classes}, or negative for no label, got {int(labels.max())}."
         )
     return labels
 

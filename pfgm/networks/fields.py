@@ -106,8 +106,8 @@ class FieldNetwork(nn.Module):
         super().__init_subclass__(**options)
         if "mean" in vars(cls) and cls.forward is FieldNetwork.forward:
             raise TypeError(
-                f"{cls.__name__} defines mean, which forward does not call; allowed is backbone, "
-                "or forward as well."
+                f"{cls.__name__} defines mean, which forward does not call; define backbone, or "
+                "forward as well."
             )
 
     def __init__(
@@ -127,7 +127,7 @@ class FieldNetwork(nn.Module):
         point = finite_values("center", center).float()
         if point.shape not in (torch.Size([]), torch.Size(self.shape)):
             raise ValueError(
-                f"center has shape {tuple(point.shape)}; only {self.shape} and () are allowed."
+                f"center must have shape {self.shape} or (), got {tuple(point.shape)}."
             )
         self._unit_std = self.data_std / self.scale
         # The part of config that holds center and scale; empty where both have their defaults.
@@ -201,7 +201,7 @@ class FieldNetwork(nn.Module):
     def _checked_level(self, x: Tensor, z: Tensor) -> Tensor:
         """z as (B,). Raises ValueError if x or z has a wrong shape."""
         if tuple(x.shape[1:]) != self.shape or x.ndim == 0:
-            allowed = ", ".join(["B", *map(str, self.shape)])
+            needed = ", ".join(["B", *map(str, self.shape)])
             hint = layout_hint(x.shape[1:], self.shape)
-            raise ValueError(f"x has shape {tuple(x.shape)}; only ({allowed}) is allowed.{hint}")
+            raise ValueError(f"x must have shape ({needed}), got {tuple(x.shape)}.{hint}")
         return per_row(z, x, "z")

@@ -67,4 +67,4 @@ def level_encoding(name: str, flow: Flow) -> TimestepEncoding | LogEncoding | Id
         return LogEncoding()
     if name == "sigma":
         return IdentityEncoding()
-    raise ValueError(f"level is {name!r}; allowed names are 'timestep', 'log' and 'sigma'.")
+    raise ValueError(f"level must be one of timestep, log, sigma, got {name!r}.")

@@ -42,8 +42,7 @@ def build(
     True
     """
     if name not in NETWORKS:
-        allowed = ", ".join(sorted(NETWORKS))
-        raise ValueError(f"name is {name!r}; only one of {allowed} is allowed.")
+        raise ValueError(f"name must be one of {', '.join(sorted(NETWORKS))}, got {name!r}.")
     kind = NETWORKS[name]
     settings = ", ".join(f"{key} {value}" for key, value in config.items())
     with allocating(f"the parameters of the network {name!r} with {settings}"):

@@ -66,7 +66,7 @@ def _check_heads(heads: int, channels: int) -> int:
     heads = positive_int("heads", heads)
     if channels % heads:
         raise ValueError(
-            f"heads is {heads}; only 0 or a divisor of the {channels} coarsest channels is allowed."
+            f"heads must be 0 or a divisor of the {channels} coarsest channels, got {heads}."
         )
     return heads
 
@@ -217,13 +217,13 @@ class UNet(FieldNetwork):
     def _check_axes(self) -> None:
         if not takes_shape(self.shape):
             raise ValueError(
-                f"shape is {self.shape}; only (C, L), (C, H, W) and (C, D, H, W) with L, D, H and "
-                "W of at least 4 are allowed."
+                "shape must be (C, L), (C, H, W) or (C, D, H, W) with L, D, H and W of at least 4, "
+                f"got {self.shape}."
             )
         if any(n % self.patch or n < 4 * self.patch for n in self.shape[1:]):
             raise ValueError(
-                f"patch is {self.patch}; only a divisor of the axes {self.shape[1:]} that leaves "
-                "at least 4 patches along each is allowed."
+                f"patch must divide the axes {self.shape[1:]} and leave at least 4 patches along "
+                f"each, got {self.patch}."
             )
 
     def _build(self, width: int, levels: list[int], blocks: int, heads: int) -> None:

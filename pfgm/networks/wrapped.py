@@ -73,8 +73,8 @@ def _first_tensor(result: Any) -> Tensor:
         tensor = result if isinstance(result, Tensor) else getattr(result, "sample", None)
     if not isinstance(tensor, Tensor):
         raise ValueError(
-            f"net returned a {type(result).__name__}; allowed are a tensor, a tuple or list that "
-            "begins with one, and an object whose sample is one."
+            "net must return a tensor, a tuple or list that begins with one, or an object whose "
+            f"sample is one, got {type(result).__name__}."
         )
     return tensor
 
@@ -90,8 +90,8 @@ def _prediction(x: Tensor, output: Tensor) -> Tensor:
     if x.ndim > 1 and output.shape == (x.shape[0], 2 * x.shape[1], *x.shape[2:]):
         return output[:, : x.shape[1]]
     raise ValueError(
-        f"net returned shape {tuple(output.shape)}; needed is that of x, {tuple(x.shape)}, or "
-        "twice its channels, of which the first half is used."
+        f"net must return the shape of x, {tuple(x.shape)}, or twice its channels, of which the "
+        f"first half is used, got {tuple(output.shape)}."
     )
 
 
@@ -228,8 +228,8 @@ class WrappedField(nn.Module):
         """The field (field_x, field_z), (B, *S) and (B,), in the network's output."""
         if x.ndim < 2 or output.shape != (x.shape[0], x.shape[1] + 1, *x.shape[2:]):
             raise ValueError(
-                f"net returned shape {tuple(output.shape)}; needed is that of x, {tuple(x.shape)}, "
-                "with one channel more, that of field_z."
+                f"net must return the shape of x, {tuple(x.shape)}, with one channel more for "
+                f"field_z, got {tuple(output.shape)}."
             )
         return output[:, :-1], output[:, -1:].flatten(1).mean(1)
 
@@ -317,24 +317,24 @@ def from_module(
     """
     if not isinstance(flow, (PoissonFlow, PoissonFlowPP)):
         raise TypeError(
-            f"flow is a {type(flow).__name__}; allowed are PoissonFlow and PoissonFlowPP."
+            f"flow must be a PoissonFlow or a PoissonFlowPP, got {type(flow).__name__}."
         )
     if isinstance(net, (FieldNetwork, Published)):
         raise TypeError(
-            f"net is a {type(net).__name__}, a network of PoissonFlow as it is; for PoissonFlowPP "
-            "flow.network makes a denoiser of its kind."
+            f"net must be a denoiser for PoissonFlowPP, got {type(net).__name__}, a network of "
+            "PoissonFlow; flow.network makes a denoiser of its kind."
         )
     allowed = _PREDICTIONS[type(flow)]
     if predicts not in allowed:
         raise ValueError(
-            f"predicts is {predicts!r}; with {type(flow).__name__} allowed are "
-            f"{', '.join(allowed)}."
+            f"predicts must be one of {', '.join(allowed)} with {type(flow).__name__}, got "
+            f"{predicts!r}."
         )
     allowed_scaled = isinstance(flow, PoissonFlowPP) and predicts in ("mean", "noise")
     if variance_preserving and not allowed_scaled:
         raise ValueError(
-            f"variance_preserving is True with {type(flow).__name__} and predicts {predicts!r}; "
-            "allowed is PoissonFlowPP with 'mean' or 'noise'."
+            "variance_preserving must be False unless flow is a PoissonFlowPP and predicts is "
+            f"'mean' or 'noise', got {type(flow).__name__} and {predicts!r}."
         )
     encode = level_encoding(level, flow) if isinstance(level, str) else level
     module = WrappedModule(net, conditions, no_label)

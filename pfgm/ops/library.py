@@ -138,10 +138,8 @@ def check_like(
     """Raises ValueError unless value has this shape and dtype, on the device of x."""
     if value.shape != shape or value.dtype != dtype:
         raise ValueError(
-            f"{name} has shape {tuple(value.shape)} and dtype {value.dtype}; allowed are "
-            f"{tuple(shape)} and {dtype}."
+            f"{name} must have shape {tuple(shape)} and dtype {dtype}, got {tuple(value.shape)} "
+            f"and {value.dtype}."
         )
     if value.device != x.device:
-        raise ValueError(
-            f"{name} is on {value.device} and x on {x.device}; both must be on one device."
-        )
+        raise ValueError(f"{name} and x must be on one device, got {value.device} and {x.device}.")

@@ -53,7 +53,7 @@ def compute(
 def _check(difference: Tensor, z: Tensor) -> None:
     if difference.ndim != 2 or difference.shape[1] == 0:
         raise ValueError(
-            f"difference has shape {tuple(difference.shape)}; allowed is (B, N) with N ≥ 1."
+            f"difference must have shape (B, N) with N ≥ 1, got {tuple(difference.shape)}."
         )
     check_like("z", z, difference, difference.shape[:1], wide_dtype(difference.device))
 

@@ -62,9 +62,9 @@ def check(step: OdeStep) -> None:
     """Raises ValueError or TypeError if a tensor of the step is not allowed."""
     x = step.x
     if x.dtype not in (torch.float32, torch.float64):
-        raise TypeError(f"x has dtype {x.dtype}; allowed are torch.float32 and torch.float64.")
+        raise TypeError(f"x must be torch.float32 or torch.float64, got {x.dtype}.")
     if x.ndim != 2 or x.shape[1] == 0:
-        raise ValueError(f"x has shape {tuple(x.shape)}; allowed is (B, N) with N ≥ 1.")
+        raise ValueError(f"x must have shape (B, N) with N ≥ 1, got {tuple(x.shape)}.")
     check_like("slope", step.slope, x, x.shape, x.dtype)
     if step.field_z is not None:
         check_like("field_z", step.field_z, x, x.shape[:1], x.dtype)
@@ -95,9 +95,7 @@ def forward(step: OdeStep, with_mean: bool, backend: str | None) -> tuple[Tensor
 def _check(step: OdeStep, with_mean: bool) -> None:
     check(step)
     if with_mean and step.field_z is None:
-        raise ValueError(
-            "with_mean is True without field_z, where slope is the mean; allowed is False."
-        )
+        raise ValueError("with_mean must be False without field_z, where slope is the mean.")
 
 
 def _contiguous(result: Tensor, mean: Tensor) -> tuple[Tensor, Tensor]:
@@ -169,7 +167,7 @@ def _check_outputs(step: OdeStep, out: Tensor, mean_out: Tensor | None) -> None:
     if mean_out is None:
         return
     if step.field_z is None:
-        raise ValueError("mean_out is given, but the step already takes the mean as an input.")
+        raise ValueError("mean_out must not be given to a step that takes the mean as an input.")
     check_like("mean_out", mean_out, step.x, step.x.shape, step.x.dtype)
     check_separate(out, mean_out)
 
@@ -186,7 +184,7 @@ def check_separate(out: Tensor, mean_out: Tensor) -> None:
     ):
         return
     if out.numel() > 0 and _overlap(out, mean_out) and _share_values(out, mean_out):
-        raise ValueError("mean_out overlaps out in memory; they must be separate.")
+        raise ValueError("mean_out and out must not overlap in memory.")
 
 
 def _share_values(a: Tensor, b: Tensor) -> bool:

@@ -59,8 +59,8 @@ def compute(problem: PosteriorMean, backend: str | None) -> tuple[Tensor, Tensor
     if compiled and transforms.forward_mode() and not transforms.in_torch_func():
         raise RuntimeError(
             "torch.compile drops the dual numbers of torch.autograd.forward_ad in "
-            "pfgm.posterior_mean (and field_fn, log_density); allowed is torch.func.jvp inside "
-            "the compiled function."
+            "pfgm.posterior_mean (and field_fn, log_density); use torch.func.jvp inside the "
+            "compiled function."
         )
     if is_symbolic(problem.D) and not transforms.in_torch_func():
         D = torch.ones((), dtype=torch.float64, device="cpu") * problem.D
@@ -114,8 +114,8 @@ def _rows(problem: PosteriorMean) -> PosteriorMean:
     D: Any = problem.D
     if x.shape[1:] != references.shape[1:] or x.ndim == 0 or references.ndim == 0:
         raise ValueError(
-            f"x and references have shapes {tuple(x.shape)} and {tuple(references.shape)}; "
-            "allowed are (B, N) and (M, N), or other samples of the same shape."
+            "x and references must have shapes (B, N) and (M, N), or other samples of the same "
+            f"shape, got {tuple(x.shape)} and {tuple(references.shape)}."
         )
     if isinstance(D, Tensor):
         # A fake tensor has no value. Tracing needs shapes only, and they do not depend on D.
@@ -139,24 +139,24 @@ def check(problem: PosteriorMean) -> None:
     x, references, radius, D = problem[:4]
     if x.ndim != 2 or references.ndim != 2 or x.shape[1] != references.shape[1]:
         raise ValueError(
-            f"x and references have shapes {tuple(x.shape)} and {tuple(references.shape)}; "
-            "allowed are (B, N) and (M, N)."
+            f"x and references must have shapes (B, N) and (M, N), got {tuple(x.shape)} and "
+            f"{tuple(references.shape)}."
         )
     if x.shape[1] == 0:
-        raise ValueError(f"x has shape {tuple(x.shape)}; allowed is (B, N) with N ≥ 1.")
+        raise ValueError(f"x must have shape (B, N) with N ≥ 1, got {tuple(x.shape)}.")
     if references.shape[0] == 0:
-        raise ValueError("references is empty; allowed is at least one reference.")
+        raise ValueError("references must hold at least one reference, got none.")
     if x.dtype not in (torch.float32, torch.float64):
-        raise TypeError(f"x has dtype {x.dtype}; allowed are torch.float32 and torch.float64.")
+        raise TypeError(f"x must be torch.float32 or torch.float64, got {x.dtype}.")
     if references.dtype not in _REFERENCE_DTYPES:
         raise TypeError(
-            f"references has dtype {references.dtype}; allowed are "
-            f"{', '.join(map(str, _REFERENCE_DTYPES))}."
+            f"references must be one of {', '.join(map(str, _REFERENCE_DTYPES))}, got "
+            f"{references.dtype}."
         )
     if radius.shape != x.shape[:1] or radius.dtype != wide_dtype(x.device):
         raise ValueError(
-            f"radius has shape {tuple(radius.shape)} and dtype {radius.dtype}; allowed is a "
-            f"{wide_dtype(x.device)} tensor of shape ({x.shape[0]},)."
+            f"radius must be {wide_dtype(x.device)} of shape ({x.shape[0]},), got {radius.dtype} "
+            f"of shape {tuple(radius.shape)}."
         )
     if not x.device == references.device == radius.device:
         raise ValueError(
@@ -164,7 +164,7 @@ def check(problem: PosteriorMean) -> None:
             "all must be on one device."
         )
     if not D > 0:
-        raise ValueError(f"D is {D}; allowed is any positive number or infinity.")
+        raise ValueError(f"D must be a positive number or infinity, got {D}.")
 
 
 def forward(problem: PosteriorMean, backend: str | None) -> tuple[Tensor, Tensor, Tensor, Tensor]:

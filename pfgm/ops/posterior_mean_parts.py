@@ -64,9 +64,9 @@ def _check_running(running: RunningMean, x: Tensor) -> None:
         check_like(name, values, x, x.shape[:1], torch.float64)
     for name, values in zip(running._fields, running[:3], strict=False):
         if not values.is_contiguous():
-            raise ValueError(f"{name} has strides {values.stride()}; allowed is contiguous memory.")
+            raise ValueError(f"{name} must be contiguous, got strides {values.stride()}.")
     if x.device.type != "cpu":
-        raise ValueError(f"x is on {x.device}; allowed is the CPU.")
+        raise ValueError(f"x must be on the CPU, got {x.device}.")
 
 
 def _fake_add(running: RunningMean, problem: PosteriorMean) -> None:

@@ -78,7 +78,7 @@ def quality_curve(
     ['euler', 'heun']
     """
     if not 1 <= len(curves) <= len(COLOURS):
-        raise ValueError(f"curves has {len(curves)} curves; allowed are 1 to {len(COLOURS)}.")
+        raise ValueError(f"curves must have 1 to {len(COLOURS)} curves, got {len(curves)}.")
     checked = {name: _checked(name, curve, log_y) for name, curve in curves.items()}
     figure = new_figure(_WIDTH, _HEIGHT)
     axes = add_axes(figure, 0, 0, _WIDTH, _HEIGHT)
@@ -110,16 +110,16 @@ def _checked(name: str, curve: Curve, log_y: bool) -> tuple[list[float], ...]:
     columns = [[float(value) for value in column] for column in curve]
     if len(columns) not in (2, 3) or len(columns[0]) == 0 or len({*map(len, columns)}) > 1:
         raise ValueError(
-            f"the curve {name!r} has {len(columns)} sequences of lengths "
-            f"{[len(column) for column in columns]}; allowed are 2 or 3 of one length, not empty."
+            f"the curve {name!r} must be 2 or 3 sequences of one length, not empty, got "
+            f"{len(columns)} of lengths {[len(column) for column in columns]}."
         )
     if not all(math.isfinite(value) for column in columns for value in column):
-        raise ValueError(f"the curve {name!r} holds NaN or infinity; allowed are finite values.")
+        raise ValueError(f"the curve {name!r} must be finite, got NaN or infinity.")
     x, y, spread = columns if len(columns) == 3 else (*columns, [])
     if min(x) <= 0 or (log_y and min(y) <= 0):
         raise ValueError(f"the curve {name!r} has values of at most 0 on a logarithmic axis.")
     if min(spread, default=0) < 0:
-        raise ValueError(f"the curve {name!r} has a negative spread; allowed is at least 0.")
+        raise ValueError(f"the spread of the curve {name!r} must be at least 0.")
     order = sorted(range(len(x)), key=x.__getitem__)
     return tuple([column[i] for i in order] for column in (x, y, spread) if column) + (
         () if spread else ([],)

@@ -75,7 +75,7 @@ def save(figure: Figure, path: StrPath | None) -> None:
     if path is None:
         return
     if Path(path).suffix.lower() != ".png":
-        raise ValueError(f"path is {path}; allowed is a name ending in .png.")
+        raise ValueError(f"path must end in .png, got {path}.")
     write_atomic(
         path,
         lambda file: figure.savefig(file, format="png", dpi=DPI, facecolor="white"),

@@ -77,10 +77,12 @@ def image_grid(
     positive_int("columns", columns)
     columns = min(columns, len(images))
     if header and len(header) != columns:
-        raise ValueError(f"header has {len(header)} texts; allowed are {columns}, the columns.")
+        raise ValueError(
+            f"header must have {columns} texts, one for each column, got {len(header)}."
+        )
     rows = math.ceil(len(images) / columns)
     if side and len(side) != rows:
-        raise ValueError(f"side has {len(side)} texts; allowed are {rows}, the rows.")
+        raise ValueError(f"side must have {rows} texts, one for each row, got {len(side)}.")
     scale = _scale(images, scale)
     figure, axes = _draw(
         _tile(images, columns, scale),
@@ -140,7 +142,7 @@ def trajectory_grid(
     images = _checked(images, "(steps, n, C, H, W) or (steps, n, H, W)", (4, 5))
     labels = [f"{symbol} = {float(value):.3g}" for value in z]
     if len(labels) != len(images):
-        raise ValueError(f"z has {len(labels)} values; allowed are {len(images)}, one for a step.")
+        raise ValueError(f"z must have {len(images)} values, one for each step, got {len(labels)}.")
     panels = _shrunk(images).transpose(0, 1).flatten(0, 1)
     scale = _scale(panels, scale)
     figure, axes = _draw(_tile(panels, len(labels), scale), title, header=_HEADER + _GAP)
@@ -183,11 +185,13 @@ def animation(
     ...     animation(torch.rand(3, 4, 8, 8), ["a", "b", "c"], f"{folder}/x.gif")
     """
     if Path(path).suffix.lower() != ".gif":
-        raise ValueError(f"path is {path}; allowed is a name ending in .gif.")
+        raise ValueError(f"path must end in .gif, got {path}.")
     positive("seconds", seconds)
     images = _shrunk(_checked(images, "(frames, n, C, H, W) or (frames, n, H, W)", (4, 5)))
     if len(titles) != len(images):
-        raise ValueError(f"titles has {len(titles)} texts; allowed are {len(images)}, the frames.")
+        raise ValueError(
+            f"titles must have {len(images)} texts, one for each frame, got {len(titles)}."
+        )
     longest = max(map(len, titles))  # frames of one width
     frames = []
     for frame, title in zip(images, titles, strict=True):
@@ -203,18 +207,16 @@ def _shrunk(images: Tensor) -> Tensor:
     return images / images.abs().flatten(2).amax(2).clamp(min=1)[..., None, None, None]
 
 
-def _checked(images: Tensor, allowed: str, ndims: tuple[int, int]) -> Tensor:
+def _checked(images: Tensor, form: str, ndims: tuple[int, int]) -> Tensor:
     """The images as float32 on the CPU, with a dimension for the channels."""
     if not isinstance(images, Tensor):
-        raise TypeError(f"images is a {type(images).__name__}; allowed is a torch.Tensor.")
+        raise TypeError(f"images must be a torch.Tensor, got {type(images).__name__}.")
     shape = tuple(images.shape)
     images = to_unit(images.detach()).cpu()
     if images.ndim == ndims[0]:
         images = images.unsqueeze(-3)
     if images.ndim != ndims[1] or images.shape[-3] not in (1, 3) or images.numel() == 0:
-        raise ValueError(
-            f"images has shape {shape}; allowed is {allowed}, not empty, with C = 1 or 3."
-        )
+        raise ValueError(f"images must have shape {form}, not empty, with C = 1 or 3, got {shape}.")
     check_finite("images", images)
     return images
 

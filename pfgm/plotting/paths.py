@@ -79,7 +79,9 @@ def trajectory_plot(
     steps = _checked_paths(paths)
     heights = [float(level) for level in levels]
     if len(heights) != len(steps):
-        raise ValueError(f"levels has {len(heights)} values; allowed are {len(steps)}, one a step.")
+        raise ValueError(
+            f"levels must have {len(steps)} values, one for each step, got {len(heights)}."
+        )
     check_levels("levels", heights)
     known = None if data is None else checked_points(data)
     near = Window.around(steps[-1] if known is None else known)
@@ -162,10 +164,10 @@ def flow_lines(
     5
     """
     if tuple(flow.shape) != (2,):
-        raise ValueError(f"flow has shape {tuple(flow.shape)}; allowed is (2,).")
+        raise ValueError(f"flow must have sample shape (2,), got {tuple(flow.shape)}.")
     positive_int("n", n)
     if z_top is not None and not flow.z_min < z_top <= flow.z_max:
-        raise ValueError(f"z_top is {z_top}; allowed is from {flow.z_min} to {flow.z_max}.")
+        raise ValueError(f"z_top must be from {flow.z_min} to {flow.z_max}, got {z_top}.")
     known = None if data is None else checked_points(data)
     heights, lines = _sample_lines(flow, net, n, solver, steps, generator)
     if z_top is not None:
@@ -200,8 +202,8 @@ def _checked_paths(paths: Tensor) -> Tensor:
     check_floating("paths", paths)
     if paths.ndim != 3 or paths.shape[2] != 2 or len(paths) < 2 or paths.shape[1] == 0:
         raise ValueError(
-            f"paths has shape {tuple(paths.shape)}; allowed is (steps, n, 2) with steps ≥ 2 and "
-            "n ≥ 1."
+            "paths must have shape (steps, n, 2) with steps ≥ 2 and n ≥ 1, got "
+            f"{tuple(paths.shape)}."
         )
     return checked_finite("paths", paths)
 

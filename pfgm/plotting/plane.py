@@ -133,7 +133,7 @@ def equipotentials(
     data = checked_points(data)
     noise = _noise_levels("sigma", sigma, data, (0.05, 0.15, 0.4, 1.0))
     if not D > 0:
-        raise ValueError(f"D is {D}; allowed is any positive number or infinity.")
+        raise ValueError(f"D must be a positive number or infinity, got {D}.")
     window = Window.around(data)
     symbol = "z" if D == 1 else "σ"
     figure, panels = square_panels([f"{symbol} = {v:.3g}" for v in noise], title, _PANEL, bar=True)

@@ -50,7 +50,7 @@ def checked_points(data: Tensor) -> Tensor:
     """The points (n, 2) as float64 on the CPU."""
     check_floating("data", data)
     if data.ndim != 2 or data.shape[1] != 2 or len(data) == 0:
-        raise ValueError(f"data has shape {tuple(data.shape)}; allowed is (n, 2) with n ≥ 1.")
+        raise ValueError(f"data must have shape (n, 2) with n ≥ 1, got {tuple(data.shape)}.")
     return checked_finite("data", data)
 
 
@@ -63,10 +63,10 @@ def checked_finite(name: str, values: Tensor) -> Tensor:
 def check_levels(name: str, levels: list[float]) -> None:
     """Raises ValueError unless levels are finite values above 0, at least one of them."""
     if not levels:
-        raise ValueError(f"{name} is empty; allowed is at least one value.")
+        raise ValueError(f"{name} must hold at least one value, got none.")
     for level in levels:
         if not (level > 0 and math.isfinite(level)):
-            raise ValueError(f"{name} holds {level}; allowed are finite values above 0.")
+            raise ValueError(f"{name} must be finite and above 0, got {level}.")
 
 
 def mark_size(data: Tensor) -> float:

@@ -208,6 +208,5 @@ def check_finite(rows: Tensor, start: int) -> None:
     """Raises ValueError if a row is not finite. start is the number of the first row."""
     if (bad := first_bad_row(rows)) is not None:
         raise ValueError(
-            f"references holds NaN or infinity (first in row {start + bad}); only finite values "
-            "are allowed."
+            f"references must be finite, got NaN or infinity (first in row {start + bad})."
         )

@@ -40,9 +40,9 @@ def compute(
     shared, compiled = part.processes > 1, torch.compiler.is_compiling()
     if (shared or compiled) and (forward_mode() or in_torch_func()):
         raise RuntimeError(
-            f"references is a ReferenceSet {'shared between processes' if shared else 'in a graph'}"
-            ", which torch.func and forward-mode differentiation do not support; allowed are "
-            "backward(), torch.autograd.grad, or a tensor as references."
+            "references must be a tensor for torch.func and forward-mode differentiation, got a "
+            f"ReferenceSet {('shared between processes' if shared else 'in a graph')}; backward() "
+            "and torch.autograd.grad work with both."
         )
     wanted = torch.is_grad_enabled() and (x.requires_grad or radius.requires_grad)
     if compiled and (wanted or part.source.tensor is None):

@@ -174,11 +174,12 @@ class ReferenceSet:
     def _check_held(self, name: str, numbers: Tensor, local: Tensor) -> None:
         outside = (local < 0) | (local >= len(self.part))
         if bool(outside.any()):
+            first, last = self._offset, self._offset + len(self.part) - 1
             raise IndexError(
-                f"{name} holds {int(numbers[outside][0])}, "
-                + ("a row that this process does not hold" if self.sharded else "which is no row")
-                + f"; allowed are {self._offset} to {self._offset + len(self.part) - 1}"
-                + (f", and these plus {self._rows}." if self.part.flips else ".")
+                f"{name} must be from {first} to {last}"
+                + (f", or these plus {self._rows}" if self.part.flips else "")
+                + (", the rows that this process holds" if self.sharded else "")
+                + f", got {int(numbers[outside][0])}."
             )
 
     def _numbers(self, rows: Tensor | slice) -> Tensor:
@@ -186,7 +187,7 @@ class ReferenceSet:
             return torch.from_numpy(np.arange(*rows.indices(len(self))))
         if isinstance(rows, Tensor) and rows.ndim == 1 and rows.dtype == torch.bool:
             if len(rows) != len(self):
-                raise IndexError(f"rows has {len(rows)} truth values; allowed are {len(self)}.")
+                raise IndexError(f"rows must have {len(self)} truth values, got {len(rows)}.")
             return rows.cpu().nonzero().squeeze(1)
         return _row_numbers("rows", rows, " a slice such as [2:3], a mask (M,) of torch.bool, or")
 
@@ -220,15 +221,15 @@ class ReferenceSet:
         chosen = _row_numbers("containing", containing)
         held = len(self.part)
         if not (whole := is_whole(count)) or not len(chosen) <= count <= held * self._sides:
-            kind = "" if whole else "an integer from "
+            kind = "from " if whole else "an integer from "
             raise ValueError(
-                f"count is {count}; allowed is {kind}{len(chosen)} (the rows in containing) to "
-                f"{held * self._sides} (the rows held)."
+                f"count must be {kind}{len(chosen)} (the rows in containing) to "
+                f"{held * self._sides} (the rows held), got {count}."
             )
         numbers, times = chosen.unique(return_counts=True)
         if bool((times > 1).any()):
             raise ValueError(
-                f"containing holds {int(numbers[times > 1][0])} twice; allowed is each row once."
+                f"containing must hold each row once, got {int(numbers[times > 1][0])} twice."
             )
         mirrored = (chosen >= self._rows) & self.part.flips
         local = torch.where(mirrored, chosen - self._rows, chosen) - self._offset
@@ -264,7 +265,7 @@ class ReferenceSet:
         """
         dtype = dtype or self.dtype
         if dtype not in DTYPES:
-            raise ValueError(f"dtype is {dtype}; allowed are {', '.join(map(str, DTYPES))}.")
+            raise ValueError(f"dtype must be one of {', '.join(map(str, DTYPES))}, got {dtype}.")
         device = self.device if device is None else known_device(device)
         shape = (len(self.part), *self.part.shape)
         held = torch.empty(shape, dtype=dtype, device=device, pin_memory=pin_memory)
@@ -298,8 +299,8 @@ class ReferenceSet:
         """
         if self.sharded or self.dtype == torch.bfloat16 or self.ndim < 2:
             raise ValueError(
-                f"{self!r} cannot be saved; allowed are sets of rows (k, …) that are neither a "
-                "shard nor bfloat16."
+                "only rows (k, …) that are neither a shard nor bfloat16 can be saved, got "
+                f"{self!r}."
             )
         like = torch.empty(0, dtype=self.dtype, device="cpu").numpy().dtype
         header = {
@@ -335,8 +336,8 @@ class ReferenceSet:
         size, rank = dist.get_world_size(group), dist.get_rank(group)
         if self.sharded or rank < 0 or self._rows < size:
             raise ValueError(
-                f"{self!r} cannot be sharded over {size} processes; allowed is a set that is not a "
-                "shard, with a row or more for each process, in a process of the group."
+                f"{self!r} cannot be sharded over {size} processes; it must have a row or more for "
+                "each process and not be a shard, and this process must be in the group."
             )
         begin, end = (self._rows * k // size for k in (rank, rank + 1))
         shard = copy.copy(self)
@@ -386,8 +387,8 @@ class ReferenceSet:
             return None
         if labels.shape != (self._rows,) or labels.is_floating_point():
             raise ValueError(
-                f"labels has shape {tuple(labels.shape)} and dtype {labels.dtype}; allowed are "
-                f"integers of shape ({self._rows},)."
+                f"labels must be integers of shape ({self._rows},), got {labels.dtype} of shape "
+                f"{tuple(labels.shape)}."
             )
         return as_int64("labels", labels.cpu())
 
@@ -421,8 +422,8 @@ def _converted(rows: Tensor, dtype: torch.dtype) -> Tensor:
         return rows.to(dtype)
     if bool((rows.abs() > 1).any()):
         raise ValueError(
-            f"dtype is torch.uint8, but the largest value is {float(rows.abs().max()):.4g}; "
-            "allowed are values in [-1, 1]."
+            "references must be in [-1, 1] for dtype torch.uint8, got "
+            f"{float(rows.abs().max()):.4g}."
         )
     return ((rows.float() + 1) * 127.5).round().to(torch.uint8)
 
@@ -430,11 +431,11 @@ def _converted(rows: Tensor, dtype: torch.dtype) -> Tensor:
 def _check_mirrors(shape: tuple[int, ...]) -> None:
     """Raises ValueError if rows of this shape have no mirror images."""
     if not shape:
-        raise ValueError("flips is True, but rows of shape () have no mirror images.")
+        raise ValueError("flips must be False for rows of shape (), which have no mirror images.")
 
 
 def _row_numbers(name: str, rows: object, others: str = "") -> Tensor:
-    """The row numbers (k,) as int64 on the CPU. What else is allowed is added to the error."""
+    """The row numbers (k,) as int64 on the CPU. The error names ``others`` too."""
     uint8 = isinstance(rows, Tensor) and rows.dtype == torch.uint8
     integers = isinstance(rows, Tensor) and not (
         rows.is_floating_point() or rows.is_complex() or rows.dtype == torch.bool or uint8
@@ -443,11 +444,11 @@ def _row_numbers(name: str, rows: object, others: str = "") -> Tensor:
         kind = (
             f"a tensor of {rows.dtype} of shape {tuple(rows.shape)}"
             if isinstance(rows, Tensor)
-            else f"a {type(rows).__name__}"
+            else type(rows).__name__
         )
         raise TypeError(
-            f"{name} is {kind}; allowed {'are' if others else 'is'}{others} a tensor (k,) of row "
-            "numbers in torch.int64, int32, int16 or int8, such as torch.tensor([0, 2])."
+            f"{name} must be{others} a tensor (k,) of row numbers in torch.int64, int32, int16 or "
+            f"int8, such as torch.tensor([0, 2]), got {kind}."
             + (" torch takes uint8 for a mask." if uint8 else "")
         )
     return rows.cpu().long()

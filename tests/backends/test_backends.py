@@ -238,7 +238,7 @@ def test_order():
     assert choose(None, CUDA, torch.float32, torch.uint8) is native
     assert choose(None, META, torch.float32) is products
     assert choose("reference", CUDA, torch.float64) is reference
-    with pytest.raises(TypeError, match=r"x has dtype torch\.float16"):
+    with pytest.raises(TypeError, match=r"x must be torch\.float32 or.*got torch\.float16\."):
         choose(None, CPU, torch.float16)
 
 
@@ -329,7 +329,10 @@ def test_use_backend_ends_with_its_context():
     with pfgm.use_backend("reference"):
         assert requested() == "reference"
     assert requested() is None
-    with pytest.raises(ValueError, match="references is empty"), pfgm.use_backend("reference"):
+    with (
+        pytest.raises(ValueError, match=r"references must.*got none\."),
+        pfgm.use_backend("reference"),
+    ):
         posterior_mean(torch.zeros(1, 2), torch.zeros(0, 2), r=1.0)
     assert requested() is None
 
@@ -338,7 +341,7 @@ def test_use_backend_ends_with_its_context():
 def test_names_that_are_no_text_are_refused(name):
     x, message = (
         torch.zeros(2, 2),
-        "backend is a .*; allowed are None, native, reference, torch, triton",
+        "backend must be None or one of native, reference, torch,",
     )
     for call in (
         lambda: posterior_mean(x, x, r=1.0, backend=name),
@@ -350,7 +353,7 @@ def test_names_that_are_no_text_are_refused(name):
     ):
         with pytest.raises(TypeError, match=message):
             call()
-    with pytest.raises(ValueError, match="use_backend's name is"), pfgm.use_backend(name):
+    with pytest.raises(ValueError, match="use_backend's name must"), pfgm.use_backend(name):
         pass
 
 
@@ -362,16 +365,15 @@ def test_a_removed_switch_says_so(monkeypatch, name):
 
 
 def test_unknown_names_are_refused(monkeypatch):
-    allowed = "allowed are native, reference, torch, triton"
     with (
-        pytest.raises(ValueError, match=f"use_backend's name is 'numpy'; {allowed}"),
+        pytest.raises(ValueError, match=r"use_backend's name must be one.*got 'numpy'\."),
         pfgm.use_backend("numpy"),
     ):
         pass
-    with pytest.raises(ValueError, match=f"^backend is 'numpy'; {allowed}"):
+    with pytest.raises(ValueError, match=r"backend must be one of native,.*got 'numpy'\."):
         compute(backend="numpy")
     monkeypatch.setenv("PFGM_BACKEND", "numpy")
-    with pytest.raises(ValueError, match=f"^PFGM_BACKEND is 'numpy'; {allowed}"):
+    with pytest.raises(ValueError, match=r"PFGM_BACKEND must be one of.*got 'numpy'\."):
         compute()
 
 

@@ -181,7 +181,7 @@ def test_a_sketch_of_other_references():
         native.sketch(references, torch.float32)[:-1],
     ):
         with pytest.raises(
-            ValueError, match=r"sketch (has shape \(\d+,\) and dtype|is of other references)"
+            ValueError, match=r"sketch must be the result of sketch\(\) for these references,"
         ):
             native.posterior_mean(PosteriorMean(x, references, radius, 1.0, sketch=sketch))
 
@@ -636,7 +636,7 @@ def test_bounds_hide_no_value_that_is_not_finite(isa, where, value):
     if abs(value) < math.inf:
         assert forward(x, references, sigma, 1.0)[0].isfinite().all()
         return
-    with pytest.raises(ValueError, match="holds NaN or infinity"):
+    with pytest.raises(ValueError, match="must be finite"):
         forward(x, references, sigma, 1.0)
 
 
@@ -887,11 +887,11 @@ def test_few_features_that_are_not_finite(isa, threads, N, bad):
         for row in (0, 77, 149):
             broken = x.clone()
             broken[row, N - 1] = bad
-            with pytest.raises(ValueError, match=rf"x holds .*\(first in row {row}\)"):
+            with pytest.raises(ValueError, match=rf"x must be finite, .*\(first in row {row}\)"):
                 forward(broken, references, sigma, 1.0)
         broken = references.clone()
         broken[4990, 0] = bad
-        with pytest.raises(ValueError, match=r"references holds? .*\(first in row 4990\)"):
+        with pytest.raises(ValueError, match=r"references must be finite, .*\(first in row 4990\)"):
             forward(x, broken, sigma, 1.0)
 
 
@@ -1192,7 +1192,7 @@ def test_an_unknown_instruction_set_raises(monkeypatch):
 def test_references_that_are_not_finite(row, bad, dtype):
     x, references, sigma = problem(5, 4201, 9, reference_dtype=dtype)
     references[row, 8] = bad
-    with pytest.raises(ValueError, match=rf"references holds .* \(first in row {row}\)"):
+    with pytest.raises(ValueError, match=rf"references must be finite, .*\(first in row {row}\)"):
         forward(x, references, sigma, 1.0)
 
 
@@ -1201,7 +1201,7 @@ def test_the_backward_pass_checks_values():
     arguments = PosteriorMean(x, references, sigma, 1.0)
     mean, lse, nearest, total = native.posterior_mean(arguments)
     references[69, 8] = math.nan
-    with pytest.raises(ValueError, match="references holds NaN"):
+    with pytest.raises(ValueError, match="references must be finite"):
         native.posterior_mean_backward(
             arguments, State(mean, nearest, total), Upstream(mean, lse), (True, True, True)
         )

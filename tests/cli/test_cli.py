@@ -286,7 +286,9 @@ def test_one_sentence_for_bad_input(run, tmp_path, refusal):
     assert "end in .csv, .npy or .png" in refusal(*sample, tmp_path / "x.jpg")
     assert "output folder" in refusal(*sample, blocked / "x.npy")
     assert "n is 0" in refusal(*sample, tmp_path / "x.npy", "--n", 0)
-    assert "steps is 0" in refusal(*sample, tmp_path / "x.npy", "--steps", 0)
+    assert "steps must be an integer of at least 1" in refusal(
+        *sample, tmp_path / "x.npy", "--steps", 0
+    )
     assert "label is 7, but the network was trained without labels" in refusal(
         *sample, tmp_path / "x.npy", "--label", 7
     )
@@ -297,7 +299,7 @@ def test_one_sentence_for_bad_input(run, tmp_path, refusal):
     assert "guidance is 2.0, but label is none" in refusal(*unlabelled, tmp_path / "x.npy")
     evaluate = ["evaluate", "--checkpoint", weights, "--out", tmp_path / "figures"]
     assert "guidance is 2.0, but the network" in refusal(*evaluate, "--guidance", 2)
-    assert "device is 'abacus'" in refusal(*sample, tmp_path / "x.npy", "--device", "abacus")
+    assert "got 'abacus'" in refusal(*sample, tmp_path / "x.npy", "--device", "abacus")
     missing = ["sample", "--checkpoint", tmp_path / "no.safetensors", "--out", tmp_path / "x.npy"]
     assert "no checkpoint at" in refusal(*missing)
     foreign = ["sample", "--checkpoint", blocked, "--out", tmp_path / "x.npy"]
@@ -320,7 +322,10 @@ def test_rejected_settings_leave_no_folder(run, tmp_path, refusal):
         ([*train, "--shared"], "shared is True"),
         ([*train, "--teacher", tmp_path / "no"], "no checkpoint"),
         (["demo", *out, "--steps", 0], "steps is 0"),
-        (["evaluate", *out, "--checkpoint", run, "--steps", 0], "steps is 0"),
+        (
+            ["evaluate", *out, "--checkpoint", run, "--steps", 0],
+            "steps must be an integer of at least 1",
+        ),
         (["sample", "--out", tmp_path / "new" / "x.npy", "--checkpoint", run, "--steps", 0], "0"),
     ):
         assert message in refusal(*arguments)
@@ -354,7 +359,7 @@ def test_bad_option_values(tmp_path, refusal, monkeypatch):
         message = refusal("train", "--out", "run", "--timeout", timeout)
         assert f"timeout is {float(timeout)}; allowed are 0.001 to 1e8 seconds" in message
     assert not list(tmp_path.iterdir())
-    with pytest.raises(ValueError, match="folder is ''"):
+    with pytest.raises(ValueError, match=r"the name of the folder must not be empty\."):
         pfgm.cli.demo.run("", steps=1)
 
 
@@ -364,14 +369,14 @@ def test_one_sentence_for_impossible_amounts(run, tmp_path, refusal):
     for n in (999_999_999_999, huge):
         assert f"n is {n}" in refusal(*sample, "--n", n)
     for steps in (10**12, huge):
-        assert f"steps is {steps}" in refusal(*sample, "--steps", steps)
+        assert re.search(f"steps must be .*, got {steps}", refusal(*sample, "--steps", steps))
         evaluate = ["evaluate", "--checkpoint", run, "--out", tmp_path / "e", "--curve"]
-        assert "curve-steps is 1000" in refusal(*evaluate, "--curve-steps", steps)
-    assert f"seed is {huge}" in refusal(*sample, "--seed", huge)
-    assert f"seed is {-huge}" in refusal(*sample, "--seed", -huge)
+        assert "curve-steps" in refusal(*evaluate, "--curve-steps", steps)
+    for seed in (huge, -huge):
+        assert re.search(f"seed must be .*, got {seed}", refusal(*sample, "--seed", seed))
     assert "label is 1000" in refusal(*sample, "--label", huge)
     assert "batch-size is 1000" in refusal(*sample, "--batch-size", huge)
-    assert "seed is 1000" in refusal("demo", "--out", tmp_path / "demo", "--seed", huge)
+    assert "got 1000" in refusal("demo", "--out", tmp_path / "demo", "--seed", huge)
     assert not list(tmp_path.iterdir())
 
 
@@ -379,13 +384,14 @@ def test_a_missing_gpu_is_one_calm_sentence(run, tmp_path, refusal):
     sample = ["sample", "--checkpoint", run, "--out", tmp_path / "x.npy"]
     train = ["train", "--data", "digits", "--out", tmp_path / "run", *TRAIN]
     for device, usable, message in (
-        ("mps", torch.backends.mps.is_available(), "torch finds no GPU of Apple; allowed are cpu"),
-        ("cuda", torch.cuda.is_available(), "torch finds no GPU that it can use; allowed are cpu"),
+        ("mps", torch.backends.mps.is_available(), "torch finds no GPU of Apple"),
+        ("cuda", torch.cuda.is_available(), "torch finds no GPU that it can use"),
         *((device, False, "") for device in ("meta", "cpu:-1", "hpu", "mkldnn")),
     ):
         for arguments in () if usable else (sample, train):
             shown = refusal(*arguments, "--device", device)
-            assert f"device is {device!r}, which cannot be used here: {message}" in shown
+            assert "device must be one of cpu, " in shown
+            assert f"auto, got {device!r}: {message}" in shown
             assert len(shown) < 250
 
 
@@ -468,24 +474,30 @@ def test_completion_of_the_shell(tmp_path, shell, capsys):
     ("options", "message"),
     [
         (["--flow", "M", "100000"], "M is 100000"),
-        (["--flow", "M", "1e308"], "M is 1e+308"),
-        (["--flow", "noise_std", "1e308"], "noise_std is 1e+308"),
-        (["--flow", "noise_std", "5e-324"], "noise_std is 5e-324"),
-        (["--flow", "tau", "1e-308"], "tau is 1e-308"),
-        (["--flow", "data_norm", "1e308"], "data_norm is 1e+308"),
-        (["--method", "edm", "--flow", "sigma_data", "1e308"], "sigma_data is 1e+308"),
+        (["--flow", "M", "1e308"], r"M must be .*, got 1e[+]308"),
+        (["--flow", "noise_std", "1e308"], r"noise_std must be .*, got 1e[+]308"),
+        (["--flow", "noise_std", "5e-324"], "noise_std must be .*, got 5e-324"),
+        (["--flow", "tau", "1e-308"], "tau must be .*, got 1e-308"),
+        (["--flow", "data_norm", "1e308"], r"data_norm must be .*, got 1e[+]308"),
+        (
+            ["--method", "edm", "--flow", "sigma_data", "1e308"],
+            r"sigma_data must be .*, got 1e[+]308",
+        ),
         (["--method", "edm", "--flow", "rho", "1e-30"], "rho is 1e-30"),
-        (["--width", "100000000"], "width is 100000000"),
+        (["--width", "100000000"], "width must be .*, got 100000000"),
         (["--width", "1000000"], "width 1000000"),
         (["--network", "mlp", "--width", "1000000"], "width 1000000"),
         (["--method", "edm", "--width", "1000000"], "'width': 1000000"),
         (["--network", "ddpmpp", "--width", "1000000"], "nf 1000000"),
-        (["--network", "ncsnpp", "--blocks", "100000000"], "num_res_blocks is 100000000"),
-        (["--blocks", "100000000"], "blocks is 100000000"),
-        (["--multipliers", "100000000"], "multipliers[0] is 100000000"),
-        (["--seed", str(10**30)], "seed is 1000"),
+        (
+            ["--network", "ncsnpp", "--blocks", "100000000"],
+            "num_res_blocks must be .*, got 100000000",
+        ),
+        (["--blocks", "100000000"], "blocks must be .*, got 100000000"),
+        (["--multipliers", "100000000"], r"multipliers\[0\] must be .*, got 100000000"),
+        (["--seed", str(10**30)], "seed must be .*, got 1000"),
         (["--samples", str(10**12)], "samples is 1000"),
-        (["--student-levels", str(10**12)], "student_levels is 1000"),
+        (["--student-levels", str(10**12)], "student_levels must be .*, got 1000"),
         (["--warmup", str(10**400)], "warmup is 1000"),
         (["--steps", str(10**400)], "steps is 1000"),
     ],
@@ -493,7 +505,7 @@ def test_completion_of_the_shell(tmp_path, shell, capsys):
 def test_one_sentence_for_settings_that_are_too_large(tmp_path, refusal, options, message):
     arguments = ["train", "--data", "digits", "--out", tmp_path / "run", *TRAIN, *options]
     started = time.process_time()
-    assert message in refusal(*arguments)
+    assert re.search(message, refusal(*arguments))
     assert time.process_time() - started < 10
 
 
@@ -563,7 +575,7 @@ def test_samples_as_single_images(run, tmp_path, capsys, refusal, exists):
     assert abs(images.numpy() - correct).max() <= 0.51
     assert not list(tmp_path.rglob(".pfgm-*"))
     error = refusal(*arguments, "--out", folder)
-    assert f"the output folder is {folder}, a folder that is not empty; allowed is a new" in error
+    assert f"the output folder must be new or empty, got {folder}, a folder that is not" in error
 
 
 def test_a_folder_of_images_appears_whole_or_not_at_all(run, tmp_path, refusal, monkeypatch):
@@ -586,7 +598,7 @@ def test_a_folder_of_images_appears_whole_or_not_at_all(run, tmp_path, refusal, 
             assert cli.main([str(each) for each in [*arguments, *out]]) == code
             assert sorted(tmp_path.rglob("*")) == [tmp_path / "empty"]
     (tmp_path / "file").write_text("a file")
-    assert "file, a file; allowed is a new" in refusal(*arguments, "--out", tmp_path / "file")
+    assert "/file, a file." in refusal(*arguments, "--out", tmp_path / "file")
 
 
 def test_samples_do_not_replace_a_folder(run, tmp_path, refusal):
@@ -648,7 +660,9 @@ def test_usage_errors_have_exit_code_2(capsys):
 def test_a_forced_backend_that_cannot_run_is_one_sentence(tmp_path, refusal, monkeypatch):
     monkeypatch.setenv("PFGM_BACKEND", "abacus")
     arguments = ["train", "--data", "digits", "--out", tmp_path / "run", *TRAIN]
-    assert "PFGM_BACKEND is 'abacus'" in refusal(*arguments)
+    assert "PFGM_BACKEND must be one of native, reference, torch, triton, got 'abacus'" in refusal(
+        *arguments
+    )
 
 
 def wait_for_checkpoint(process, folder):

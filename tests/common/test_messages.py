@@ -92,5 +92,5 @@ def test_requested_output_must_arrive_unless_its_reader_has_closed(monkeypatch):
         print_result("text")
     os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     monkeypatch.setattr(sys, "stdout", None)
-    with pytest.raises(OSError, match="stdout is closed"):
+    with pytest.raises(OSError, match="stdout must be an open file, pipe or terminal, but it is"):
         print_result("text")

@@ -211,7 +211,9 @@ def test_several_arrays_of_other_names_are_named_in_the_error(
     tmp_path: Path, read: Read, suffix: str
 ) -> None:
     path = save_all(tmp_path / f"a{suffix}", {"foo": ramp(2, 2), "bar": ramp(2, 2)})
-    with pytest.raises(ValueError, match=r"2 arrays \(bar, foo\).*images, data or x") as caught:
+    with pytest.raises(
+        ValueError, match=r" must hold one array, or one.*got 2 arrays \(bar, foo\)\."
+    ) as caught:
         read(path)
     assert str(path) in str(caught.value)
 
@@ -230,25 +232,28 @@ def test_empty_files_and_devices_are_named(tmp_path: Path, read: Read, suffix: s
     empty, device = tmp_path / f"a{suffix}", tmp_path / f"b{suffix}"
     empty.touch()
     device.symlink_to("/dev/zero")
-    for path, problem in ((empty, "is empty"), (device, "is not a regular file")):
+    for path, problem in ((empty, "is empty"), (device, "must be a file or a folder")):
         with pytest.raises(ValueError, match=f"^{re.escape(str(path))} {problem}"):
             read(path)
     empty.unlink()
     empty.mkdir()
-    with pytest.raises(ValueError, match="is not a regular file"):
+    with pytest.raises(
+        ValueError, match=r"must be a file or a folder, not a pipe, socket or device\."
+    ):
         data.load_array(empty)
 
 
 def test_another_suffix_is_refused(tmp_path: Path) -> None:
     path = tmp_path / "a.png"
-    with pytest.raises(ValueError, match=r"'\.png'; allowed are \.npy, \.npz and \.safetensors"):
+    with pytest.raises(ValueError, match=r" must end in \.npy, \.npz or.*got the suffix '\.png'\."):
         data.load_array(path)
     path.write_bytes(b"content")
-    message = r"allowed are \.csv, \.npy, \.npz, \.safetensors, \.zip and folders of images"
-    with pytest.raises(ValueError, match=rf"'\.png'; {message}\.$"):
+    with pytest.raises(
+        ValueError, match=r" must be a folder of images or end.*got the suffix '\.png'\."
+    ):
         open_source(path)
     table = path.rename(tmp_path / "a.tsv")
-    with pytest.raises(ValueError, match=rf"'\.tsv'; {message}; a table is read from a \.csv file"):
+    with pytest.raises(ValueError, match=r" must be a folder of.*got the suffix '\.tsv'; a table "):
         open_source(table)
 
 
@@ -259,7 +264,9 @@ def test_truncation_anywhere_is_refused(tmp_path: Path, read: Read, suffix: str)
     whole = path.read_bytes()
     for size in range(1, len(whole), 7):
         path.write_bytes(whole[:size])
-        with pytest.raises(ValueError, match=f"^{re.escape(str(path))} is truncated"):
+        with pytest.raises(
+            ValueError, match=f"^{re.escape(str(path))} (must be a complete|is truncated)"
+        ):
             read(path)
 
 
@@ -291,7 +298,7 @@ def test_a_file_one_byte_short_says_so(tmp_path: Path, read: Read, suffix: str) 
 def test_foreign_files_are_refused(tmp_path: Path, read: Read, suffix: str, content: bytes) -> None:
     path = tmp_path / f"a{suffix}"
     path.write_bytes(content)
-    with pytest.raises(ValueError, match=f"^{re.escape(str(path))} is truncated.*{suffix} file"):
+    with pytest.raises(ValueError, match=f"^{re.escape(str(path))} must be a complete {suffix}"):
         read(path)
 
 
@@ -302,7 +309,7 @@ def test_object_arrays_are_refused_unread(tmp_path: Path, suffix: str) -> None:
     path = save(tmp_path / f"a{suffix}", array)
     with pytest.raises(ValueError, match="pickled"):
         data.load_array(path)
-    with pytest.raises(TypeError, match="type object; allowed are uint8 and floating"):
+    with pytest.raises(TypeError, match=r"must hold uint8 or floating-point numbers, got object\."):
         open_source(path)
 
 
@@ -311,7 +318,7 @@ def test_an_archive_of_another_kind_of_file_is_refused(tmp_path: Path, read: Rea
     path = tmp_path / "a.npz"
     with zipfile.ZipFile(path, "w") as archive:
         archive.writestr("images", b"no array at all")
-    with pytest.raises(ValueError, match=r"not a \.npz file"):
+    with pytest.raises(ValueError, match=r"must be a complete \.npz file of plain numbers: it is"):
         read(path)
 
 
@@ -320,7 +327,7 @@ def test_damaged_numbers_in_an_archive_are_noticed_when_loaded(tmp_path: Path) -
     content = bytearray(path.read_bytes())
     content[5000] ^= 1  # a number: the checksum of the archive no longer agrees
     path.write_bytes(content)
-    with pytest.raises(ValueError, match=r"not a \.npz file"):
+    with pytest.raises(ValueError, match=r"must be a complete \.npz file of plain numbers: it is"):
         data.load_array(path)
 
 
@@ -332,7 +339,7 @@ def test_an_encrypted_member_is_refused(tmp_path: Path, read: Read) -> None:
     content[6] |= 1
     content[directory + 8] |= 1
     path.write_bytes(content)
-    with pytest.raises(ValueError, match=r"not a \.npz file"):
+    with pytest.raises(ValueError, match=r"must be a complete \.npz file of plain numbers: it is"):
         read(path)
 
 
@@ -342,7 +349,7 @@ def test_an_unknown_version_is_refused(tmp_path: Path, read: Read) -> None:
     content = bytearray(path.read_bytes())
     content[6] = 9
     path.write_bytes(content)
-    with pytest.raises(ValueError, match=r"not a \.npy file"):
+    with pytest.raises(ValueError, match=r"must be a complete \.npy file of plain numbers: it is"):
         read(path)
 
 
@@ -351,17 +358,16 @@ def test_an_unknown_version_is_refused(tmp_path: Path, read: Read) -> None:
 @pytest.mark.parametrize("dtype", [np.int64, np.int8, np.bool_])
 def test_other_dtypes_are_refused(tmp_path: Path, read: Read, suffix: str, dtype: type) -> None:
     path = save(tmp_path / f"a{suffix}", np.ones((2, 2), dtype=dtype))
-    name = np.dtype(dtype).name
-    with pytest.raises(TypeError, match=f"{name}; allowed are uint8 and floating") as caught:
+    message = rf"^{re.escape(str(path))} must hold uint8 or .*, got (torch\.)?{np.dtype(dtype)}\.$"
+    with pytest.raises(TypeError, match=message):
         read(path)
-    assert str(path) in str(caught.value)
 
 
 @both_readers
 @pytest.mark.parametrize("dtype", [complex, "U3", "f4,f4", "M8[s]"])
 def test_no_numbers_at_all_are_refused(tmp_path: Path, read: Read, dtype: Any) -> None:
     path = save(tmp_path / "a.npy", np.zeros((2, 2), dtype=dtype))
-    with pytest.raises(TypeError, match="allowed are uint8 and floating"):
+    with pytest.raises(TypeError, match="must hold uint8 or floating-point numbers, got"):
         read(path)
 
 
@@ -372,7 +378,8 @@ def test_shapes_that_are_no_samples_are_refused(
     tmp_path: Path, read: Read, suffix: str, shape: tuple[int, ...]
 ) -> None:
     path = save(tmp_path / f"a{suffix}", np.zeros(shape))
-    with pytest.raises(ValueError, match=re.escape(f"{path} holds an array of shape {shape}; all")):
+    message = f"{path} must have shape (n, *S), n samples of shape S"
+    with pytest.raises(ValueError, match=re.escape(message)):
         read(path)
 
 
@@ -382,7 +389,7 @@ def test_malformed_shapes_are_refused(tmp_path: Path, read: Read, shape: str) ->
     header = f"{{'descr': '<f4', 'fortran_order': False, 'shape': {shape}}}\n".encode()
     path = tmp_path / "a.npy"
     path.write_bytes(npy.magic(1, 0) + len(header).to_bytes(2, "little") + header + bytes(24))
-    with pytest.raises(ValueError, match=r"not a \.npy file"):
+    with pytest.raises(ValueError, match=r"must be a complete \.npy file of plain numbers: it is"):
         read(path)
 
 
@@ -425,7 +432,9 @@ def test_damaged_safetensors_headers_are_refused(
         path.write_bytes(len(header).to_bytes(8, "little") + header + ramp(2, 3).tobytes())
         if not changes:
             np.testing.assert_array_equal(read(path).numpy(), ramp(2, 3))
-    with pytest.raises(ValueError, match=f"^{re.escape(str(path))} is truncated"):
+    with pytest.raises(
+        ValueError, match=f"^{re.escape(str(path))} (must be a complete|is truncated)"
+    ):
         read(path)
 
 
@@ -436,7 +445,7 @@ def test_values_that_are_not_finite_are_refused(tmp_path: Path, suffix: str, val
     array = np.zeros((3, 2))
     array[1, 1] = value
     path = save(tmp_path / f"a{suffix}", array)
-    with pytest.raises(ValueError, match=f"^{re.escape(str(path))} holds NaN or infinity"):
+    with pytest.raises(ValueError, match=f"^{re.escape(str(path))} must be finite as float32"):
         data.load_array(path)
 
 
@@ -541,8 +550,9 @@ def test_a_map_of_a_file_without_a_name(tmp_path: Path) -> None:
 def test_maps_that_are_no_samples_are_refused(tmp_path: Path, shape: tuple[int, ...]) -> None:
     mapped = np.load(save(tmp_path / "a.npy", ramp(8)), mmap_mode="r")
     part = mapped[: math.prod(shape)].reshape(shape)
-    message = f"source holds an array of shape {shape}; allowed is (n, *S)"
-    with pytest.raises(ValueError, match=re.escape(message)):
+    with pytest.raises(
+        ValueError, match=rf"source must have shape \(n, .*got {re.escape(str(shape))}"
+    ):
         open_source(part)
 
 
@@ -559,7 +569,7 @@ def test_maps_of_numbers_and_columns_of_maps(tmp_path: Path) -> None:
 
 def test_maps_of_other_dtypes_are_refused(tmp_path: Path) -> None:
     mapped = np.load(save(tmp_path / "a.npy", ramp(8, 2, dtype=np.int32)), mmap_mode="r")
-    with pytest.raises(TypeError, match=r"a\.npy holds numbers of type int32; allowed are uint8"):
+    with pytest.raises(TypeError, match=r"must hold uint8 or floating-point numbers, got int32\."):
         open_source(mapped)
 
 
@@ -592,5 +602,7 @@ def test_to_unit_leaves_floats(dtype: torch.dtype) -> None:
 
 @pytest.mark.parametrize("dtype", [torch.int64, torch.bool, torch.complex64])
 def test_to_unit_refuses_other_dtypes(dtype: torch.dtype) -> None:
-    with pytest.raises(TypeError, match=f"{dtype}; allowed are torch.uint8"):
+    with pytest.raises(
+        TypeError, match=rf"images must be torch\.uint8 or floating point, got {dtype}\."
+    ):
         data.to_unit(torch.zeros(2, dtype=dtype))

@@ -200,7 +200,9 @@ def test_data_sets_of_edm(tmp_path: Path, packed: bool, method: int) -> None:
 )
 def test_damaged_labels_are_refused(tmp_path: Path, content: Any) -> None:
     edm(tmp_path, content)
-    with pytest.raises(ValueError, match=r"dataset\.json (is damaged|gives 0000)"):
+    with pytest.raises(
+        ValueError, match=r"dataset\.json must be (JSON of the form|an integer of at least 0)"
+    ):
         open_source(tmp_path)
 
 
@@ -214,12 +216,16 @@ def test_damaged_archives_are_one_sentence(tmp_path: Path) -> None:
             open_source(path)
     start = whole.index(b"IDAT")
     path.write_bytes(whole[:start] + b"xxxxxxxxxx" + whole[start + 10 :])
-    with pytest.raises(ValueError, match=r"png in .*own\.zip is truncated, damaged or not"):
+    with pytest.raises(
+        ValueError, match=r"ant/z\.png in .* must be a complete image in one of the"
+    ):
         open_source(path)
     (tmp_path / "notes.txt").write_text("no image")
     with zipfile.ZipFile(path, "w") as archive:
         archive.write(tmp_path / "notes.txt")
-    with pytest.raises(ValueError, match="is an archive without images"):
+    with pytest.raises(
+        ValueError, match=r" must hold at least one.*got an archive without images\."
+    ):
         open_source(path)
 
 
@@ -230,8 +236,12 @@ def test_archives_that_ask_for_too_much_are_refused(tmp_path: Path) -> None:
     whole = bytearray(path.read_bytes())
     central = whole.index(b"PK\x01\x02")
     for offset, value, message in (
-        (24, (2**31).to_bytes(4, "little"), r"a\.png in .* unpacks to 2147483648 bytes; allowed"),
-        (8, b"\x01\x00", r"a\.png in .* is encrypted"),
+        (
+            24,
+            (2**31).to_bytes(4, "little"),
+            r"a\.png in .* must unpack to at most.*got 2147483648\.",
+        ),
+        (8, b"\x01\x00", r"a\.png in .* must not be encrypted; archives with passwords"),
     ):
         changed = bytearray(whole)
         changed[central + offset : central + offset + len(value)] = value
@@ -258,7 +268,7 @@ def test_an_image_with_more_pixels_than_pillow_decodes_is_no_damaged_one(
     monkeypatch.setattr("PIL.Image.MAX_IMAGE_PIXELS", 100)
     write(tmp_path / "own" / "a.png", pixels(20, 20))
     for source in (tmp_path / "own", zipped(tmp_path / "own", tmp_path / "own.zip")):
-        with pytest.raises(ValueError, match=r"a\.png.* more pixels than .* are up to 200, twice"):
+        with pytest.raises(ValueError, match="must have at most 200 pixels, twice"):
             open_source(source)
 
 
@@ -268,13 +278,15 @@ def test_two_files_of_one_name_in_an_archive_are_refused(tmp_path: Path) -> None
         archive.write(tmp_path / "a.png")
         with pytest.warns(UserWarning, match="Duplicate name"):
             archive.write(tmp_path / "a.png")
-    with pytest.raises(ValueError, match=r"own\.zip holds two files of the name .*a\.png"):
+    with pytest.raises(ValueError, match=r"must hold one file of each name, got .* twice"):
         open_source(tmp_path / "own.zip")
 
 
 def test_a_pipe_of_the_name_of_an_archive_is_refused(tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "a.zip")
-    with pytest.raises(ValueError, match=r"a\.zip is not a regular file"):
+    with pytest.raises(
+        ValueError, match=r"must be a file or a folder, not a pipe, socket or device\."
+    ):
         open_source(tmp_path / "a.zip")
 
 
@@ -308,10 +320,10 @@ def test_images_of_several_sizes_are_named(tmp_path: Path) -> None:
     write(tmp_path / "a.png", pixels(3, 5))
     write(tmp_path / "b.png", pixels(3, 5))
     write(tmp_path / "c.png", pixels(5, 3))
-    message = f"{tmp_path / 'c.png'} is an image of 3 × 5 pixels; allowed are images of one size"
-    with pytest.raises(ValueError, match=re.escape(message)) as caught:
+    first, other = tmp_path / "a.png", tmp_path / "c.png"
+    message = f"{other} must have the size of {first}, 5 × 3 pixels, got 3 × 5; --resize N"
+    with pytest.raises(ValueError, match=re.escape(message)):
         open_source(tmp_path)
-    assert f"{tmp_path / 'a.png'} has 5 × 3" in str(caught.value)
 
 
 def test_broken_images_are_named(tmp_path: Path) -> None:
@@ -321,14 +333,14 @@ def test_broken_images_are_named(tmp_path: Path) -> None:
     whole = path.read_bytes()
     for size in (0, 5, 20, 100, len(whole) - 100):
         path.write_bytes(whole[:size])
-        with pytest.raises(ValueError, match=f"^{re.escape(str(path))} is truncated"):
+        with pytest.raises(ValueError, match="must be a complete image in one of the formats PNG,"):
             open_source(tmp_path)
 
 
 def test_other_formats_under_a_false_name_are_refused(tmp_path: Path) -> None:
     """For some of them, such as PostScript, Pillow would run a program."""
     Image.fromarray(pixels(3, 5)).save(tmp_path / "a.png", format="GIF")
-    with pytest.raises(ValueError, match=r"a\.png is truncated, damaged or not an image"):
+    with pytest.raises(ValueError, match="must be a complete image in one of the formats PNG,"):
         open_source(tmp_path)
 
 
@@ -354,13 +366,15 @@ def test_links_to_nothing_are_no_images_to_leave_out(tmp_path: Path) -> None:
 
 def test_deep_images_are_refused(tmp_path: Path) -> None:
     write(tmp_path / "a.png", pixels(3, 5).astype(np.uint16))
-    with pytest.raises(ValueError, match=r"a\.png has pixels of the mode I;16; allowed are .* 8"):
+    with pytest.raises(
+        ValueError, match=r"must have 8 bits a channel, got pixels of the mode I;16\."
+    ):
         open_source(tmp_path)
 
 
 def test_a_folder_without_images_is_named(tmp_path: Path) -> None:
-    message = f"{tmp_path} is a folder without images; allowed are"
-    with pytest.raises(ValueError, match=re.escape(message)):
+    message = rf"{re.escape(str(tmp_path))} must hold .*, got a folder without images"
+    with pytest.raises(ValueError, match=message):
         open_source(str(tmp_path))
 
 
@@ -457,10 +471,10 @@ def test_only_integers_are_labels(second: Any) -> None:
 
 
 def test_labels_in_some_items_only_are_refused() -> None:
-    message = "^Item 1 of the dataset has no integer label; allowed are labels in all"
+    message = "Item 1 of the dataset has no integer label, but item 0"
     with pytest.raises(ValueError, match=message):
         open_source(Items((torch.zeros(2), 1), (torch.zeros(2), "b")))
-    message = "^Item 1 of the dataset has an integer label; .* or in none, and item 0 has none"
+    message = "Item 1 of the dataset has an integer label, but item 0"
     with pytest.raises(ValueError, match=message):
         open_source(Items((torch.zeros(2), None), (torch.zeros(2), 1)))
 
@@ -478,14 +492,14 @@ def test_pillow_images_as_items() -> None:
 
 def test_a_coloured_image_after_a_grey_one_is_refused() -> None:
     images = [Image.fromarray(pixels(4, 3)), Image.fromarray(pixels(4, 3, 3))]
-    message = r"^Item 1 .*uint8 of shape \(3, 4, 3\); allowed is .*\(1, 4, 3\), as in item 0"
+    message = r"Item 1 of the dataset must.*got \(3, 4, 3\) and torch\.uint8\."
     with pytest.raises(ValueError, match=message):
         open_source(Items(*images))
 
 
 @pytest.mark.parametrize("other", [torch.zeros(3), torch.zeros(1, 2), torch.zeros(2).half()])
 def test_items_that_differ_are_named(other: Any) -> None:
-    message = r"^Item 2 of the dataset is .*; allowed is torch\.float32 of shape \(2,\)"
+    message = r"Item 2 of the dataset must have the shape and dtype.*got \("
     with pytest.raises(ValueError, match=message):
         open_source(Items(torch.zeros(2), torch.zeros(2), other))
 
@@ -497,10 +511,20 @@ INTEGERS = [torch.zeros(2, dtype=torch.int64), np.zeros(2, dtype=np.int16)]
 @pytest.mark.parametrize(
     ("items", "error", "message"),
     [
-        *(([item], TypeError, r"^Item 0 of .* is a \w+; allowed are tensors") for item in OTHERS),
-        *(([item], TypeError, "^Item 0 of .* holds numbers of type .*int") for item in INTEGERS),
-        ([torch.tensor(1.0)] * 2, ValueError, r"shape \(2,\); allowed is \(n, \*S\)"),
-        ([], ValueError, "^source is a dataset of 0 items; allowed"),
+        *(
+            ([item], TypeError, "Item 0 of the dataset must be a tensor, a NumPy array, a")
+            for item in OTHERS
+        ),
+        *(
+            ([item], TypeError, "Item 0 of the dataset must hold uint8 or floating-point")
+            for item in INTEGERS
+        ),
+        (
+            [torch.tensor(1.0)] * 2,
+            ValueError,
+            r"source must have shape \(n,.*got \(2,\) \(n numbers in a file o",
+        ),
+        ([], ValueError, r"source must have at least one item, got a dataset of 0 items\."),
     ],
 )
 def test_items_that_are_refused(items: list[Any], error: type[Exception], message: str) -> None:
@@ -523,7 +547,9 @@ class Stream(IterableDataset[Any]):
 
 @pytest.mark.parametrize("dataset", [NoLength(), Stream()])
 def test_datasets_without_length_or_numbers_are_refused(dataset: Any) -> None:
-    with pytest.raises(TypeError, match=r"a dataset without .*; allowed are .*__len__"):
+    with pytest.raises(
+        TypeError, match=r", a dataset without a length or without numbered items\."
+    ):
         open_source(dataset)
 
 
@@ -592,7 +618,7 @@ def test_16_bits_a_channel_are_refused(colour: int, channels: int, tmp_path: Pat
     path.write_bytes(png(colour, 8, channels))
     assert loaded(tmp_path).shape == (1, 1 if channels == 2 else 3, 2, 3)
     path.write_bytes(png(colour, 16, channels))
-    with pytest.raises(ValueError, match=r"a\.png has pixels of 16 bits a channel; allowed"):
+    with pytest.raises(ValueError, match=r"must have 8 bits a channel, got 16\."):
         open_source(tmp_path)
 
 
@@ -601,7 +627,9 @@ def test_16_bits_a_channel_are_refused(colour: int, channels: int, tmp_path: Pat
 )
 def test_16_bits_a_channel_in_a_dataset_are_refused(content: bytes) -> None:
     image = Image.open(io.BytesIO(content))
-    with pytest.raises(ValueError, match=r"Item 0 of the dataset has pixels of 16 bits a channel"):
+    with pytest.raises(
+        ValueError, match=r"Item 0 of the dataset must have 8 bits a channel, got 16\."
+    ):
         open_source(Items([image]))
 
 
@@ -610,7 +638,9 @@ def test_images_of_many_sizes_become_squares_of_one(tmp_path: Path) -> None:
     slope = np.add.outer(np.arange(48), 2 * np.arange(32)).astype(np.uint8)  # 48 high, 32 wide
     write(tmp_path / "tall.png", slope)
     write(tmp_path / "wide.png", np.ascontiguousarray(slope.T))
-    with pytest.raises(ValueError, match=r"images of one size.*--resize N, in Python open_data"):
+    with pytest.raises(
+        ValueError, match=r" must have the size of .*,.*got 48 × 32; --resize N, in Pyt"
+    ):
         load_images(tmp_path)
     tall, wide = load_images(tmp_path, resize=8)[0]
     assert tall.shape == (1, 8, 8)
@@ -621,7 +651,9 @@ def test_images_of_many_sizes_become_squares_of_one(tmp_path: Path) -> None:
     same = load_images(tmp_path, resize=32)[0]
     np.testing.assert_array_equal(same[0, 0].numpy(), slope[8:40])
     assert load_images(tmp_path, resize=50)[0].shape == (2, 1, 50, 50)
-    with pytest.raises(ValueError, match="resize is 0"):
+    with pytest.raises(
+        ValueError, match=r"resize must be an integer of at least 1 and at most.*got 0\."
+    ):
         load_images(tmp_path, resize=0)
 
 

@@ -130,22 +130,22 @@ def test_out_is_filled_as_far_as_asked(tmp_path: Path) -> None:
     ],
 )
 def test_another_out_is_refused(tmp_path: Path, out: Tensor, error: type[Exception]) -> None:
-    with pytest.raises(error, match=r"^out has .*allowed is"):
+    with pytest.raises(error, match=r"^out must be .*, got"):
         on_disk(tmp_path, numbers(*SHAPE)).read(0, 3, out)
 
 
 @pytest.mark.parametrize(("start", "stop"), [(-1, 2), (3, 2), (0, 12), (12, 12), (-2, -1)])
 def test_ranges_outside_are_refused(source: Source, start: int, stop: int) -> None:
-    message = f"start is {start} and stop is {stop}; allowed are 0 <= start <= stop <= 11."
+    message = f"start and stop must satisfy 0 <= start <= stop <= 11, got {start} and {stop}."
     with pytest.raises(IndexError, match=f"^{re.escape(message)}$"):
         source.read(start, stop)
 
 
 @pytest.mark.parametrize("value", [1.0, "1", None, True])
 def test_bounds_that_are_no_whole_numbers_are_refused(source: Source, value: Any) -> None:
-    with pytest.raises(TypeError, match=f"^start is {value!r}; allowed"):
+    with pytest.raises(TypeError, match=rf"start must be an integer, got {value!r}\."):
         source.read(value, 3)
-    with pytest.raises(TypeError, match=f"^stop is {value!r}; allowed"):
+    with pytest.raises(TypeError, match=rf"stop must be an integer, got {value!r}\."):
         source.read(0, value)
 
 
@@ -156,12 +156,12 @@ OTHER_TYPES = [torch.tensor([1.0]), torch.tensor([1], dtype=torch.int32), [0, 1]
     ("rows", "error", "message"),
     [
         *(
-            (torch.tensor([0, row, 5]), IndexError, f"holds the number {row}; allowed are 0 to 10")
+            (torch.tensor([0, row, 5]), IndexError, f"must be from 0 to 10, got {row}")
             for row in (-1, 11, 2**62)
         ),
-        *((rows, TypeError, r"is .*allowed is a tensor of torch\.int64") for rows in OTHER_TYPES),
-        (torch.tensor(0), ValueError, r"has shape \(\); allowed is \(k,\)"),
-        (torch.zeros(2, 2).long(), ValueError, r"has shape \(2, 2\); allowed is \(k,\)"),
+        *((rows, TypeError, r"must be a tensor of torch\.int64, got") for rows in OTHER_TYPES),
+        (torch.tensor(0), ValueError, r"must have shape \(k,\).*got \(\)"),
+        (torch.zeros(2, 2).long(), ValueError, r"must have shape \(k,\).*got \(2, 2\)"),
     ],
 )
 def test_row_numbers_that_are_refused(
@@ -173,18 +173,17 @@ def test_row_numbers_that_are_refused(
 
 @pytest.mark.parametrize("dtype", [torch.int64, torch.bool, torch.complex64])
 def test_other_dtypes_are_refused(tmp_path: Path, dtype: torch.dtype) -> None:
-    with pytest.raises(TypeError, match=f"^source holds numbers of type {dtype}; allowed are"):
+    with pytest.raises(TypeError, match=rf"source must be one of torch\.uint8,.*got {dtype}\."):
         open_source(torch.zeros(2, 2, dtype=dtype))
-    with pytest.raises(TypeError, match=f"x holds numbers of type {dtype}; allowed are"):
+    with pytest.raises(
+        TypeError, match=rf" must be one of torch\.uint8, torch\.bfloat16,.*got {dtype}\."
+    ):
         OnDisk(tmp_path / "x", 0, dtype, (2,), 2)
 
 
 @pytest.mark.parametrize("shape", [(), (0,), (0, 3), (3, 0)])
 def test_shapes_that_are_no_samples_are_refused(shape: tuple[int, ...]) -> None:
-    message = re.escape(
-        f"source holds an array of shape {shape}; allowed is (n, *S), n samples of shape S with at "
-        "least one number."
-    )
+    message = re.escape("source must have shape (n, *S), n samples of shape S with")
     for source in (torch.zeros(shape), np.zeros(shape)):
         # NumPy's conversion to contiguous memory makes (1,) of ()
         with pytest.raises(ValueError, match=message.replace(r"\(\)", r"\((1,)?\)")):
@@ -193,7 +192,9 @@ def test_shapes_that_are_no_samples_are_refused(shape: tuple[int, ...]) -> None:
 
 @pytest.mark.parametrize("source", [None, 3, {"x": torch.zeros(2, 2)}, iter([torch.zeros(2)])])
 def test_other_sources_are_refused(source: Any) -> None:
-    with pytest.raises(TypeError, match=f"^source is a {type(source).__name__}; allowed are"):
+    with pytest.raises(
+        TypeError, match=rf"source must be a tensor, a.*got {type(source).__name__}\."
+    ):
         open_source(source)
 
 
@@ -225,7 +226,7 @@ def test_arrays_in_any_order(change: Any) -> None:
 
 @pytest.mark.parametrize("dtype", ["i8", "i1", "?", "U3", "f4,f4", complex, object])
 def test_arrays_of_other_dtypes_are_refused(dtype: Any) -> None:
-    with pytest.raises(TypeError, match=r"^source holds numbers of type .*; allowed are uint8"):
+    with pytest.raises(TypeError, match="source must hold uint8 or floating-point numbers, got"):
         open_source(np.zeros((2, 2), dtype))
 
 
@@ -266,7 +267,7 @@ def test_neighbours_are_read_together(tmp_path: Path, monkeypatch: pytest.Monkey
 def test_a_file_too_short_is_refused(tmp_path: Path) -> None:
     on_disk(tmp_path, numbers(*SHAPE))
     path = tmp_path / "rows.bin"
-    message = f"{path} is truncated: its rows end at byte 270, the file at byte 269; allowed"
+    message = f"{path} is truncated: its rows end at byte 270, the file at byte 269."
     os.truncate(path, 269)
     with pytest.raises(ValueError, match=f"^{re.escape(message)}"):
         OnDisk(path, 6, torch.float32, (2, 3), 11)
@@ -277,7 +278,7 @@ def test_a_file_that_became_shorter_is_named(tmp_path: Path) -> None:
     source = on_disk(tmp_path, numbers(*SHAPE))
     os.truncate(source.path, 60)
     assert torch.equal(source.read(0, 2), numbers(*SHAPE)[:2])
-    message = f"^{re.escape(str(source.path))} ends at byte 60 and has become shorter"
+    message = "must not change while it is read: it ends at byte 60,"
     with pytest.raises(OSError, match=message):
         source.read(1, 4)
     with pytest.raises(OSError, match=message):

@@ -94,7 +94,7 @@ def test_labels_are_texts_or_integers(tmp_path: Path) -> None:
     ):
         data = open_data(str(path), label_column=column)
         assert data.train.labels.tolist() == expected
-        assert (data.classes, data.names, data.levels) == (2, names, 0)
+        assert (data.classes, data.names, data.grey_levels) == (2, names, 0)
         data.table.write(tmp_path / "again.csv", data.train[:], data.train.labels)
         assert (tmp_path / "again.csv").read_text() == path.read_text()
         without = data.table.decode(data.train[:])
@@ -160,7 +160,7 @@ def test_other_files_are_read(tmp_path: Path, text: str, decoded: dict[str, list
         ('a,b\n"1,234",2\n5,3\n', "without separators of thousands, got '1,234'"),
         ("a\n" + "".join(f"t{i}\n" for i in range(101)), "at most 100 different texts, got 101"),
         ("a,b\n", "must have rows and columns, got 0 × 2"),
-        ("label\n1\n", "allowed is"),
+        ("label\n1\n", r" must have shape \(n, \*S\), n samples of shape S.*got \(1, 0\)\."),
         ("a\0b\n1\n", "empty or damaged"),
         ('"a,b\n1,2\n', "empty or damaged"),
     ],
@@ -228,7 +228,9 @@ def test_a_frame_is_taken_where_arrays_are() -> None:
     flow = pfgm.PoissonFlow.from_data(frame)
     assert flow.shape == (3,)
     assert flow.spread == pfgm.PoissonFlow.from_data(expected).spread
-    with pytest.raises(TypeError, match=r"a Series of pandas; allowed is its array, series.to_n"):
+    with pytest.raises(
+        TypeError, match=r"source must be an array or.*got a Series of pandas; use ser"
+    ):
         pfgm.ReferenceSet(frame["a"])
     with pytest.raises(ValueError, match=r"got texts such as 'x'; pfgm\.data\.Table encodes"):
         pfgm.ReferenceSet(frame.assign(d="x"))

@@ -130,10 +130,10 @@ def test_conditions_reach_the_network():
     ("x", "options", "error", "message"),
     [
         (torch.zeros(4, 3), {}, ValueError, "(x|latent) has shape"),
-        (torch.zeros(4, 2).long(), {}, TypeError, "(x|latent) has dtype"),
-        (torch.zeros(4, 2), {"solver": "rk4"}, ValueError, "solver is 'rk4'"),
-        (torch.zeros(0, 2), {"solver": "rk4"}, ValueError, "solver is 'rk4'"),
-        (torch.zeros(4, 2), {"steps": 0}, ValueError, "steps is 0"),
+        (torch.zeros(4, 2).long(), {}, TypeError, "(x|latent) must be .*, got torch.int64"),
+        (torch.zeros(4, 2), {"solver": "rk4"}, ValueError, r"solver must be one.*got 'rk4'\."),
+        (torch.zeros(0, 2), {"solver": "rk4"}, ValueError, r"solver must be one.*got 'rk4'\."),
+        (torch.zeros(4, 2), {"steps": 0}, ValueError, r"steps must be an integer.*got 0\."),
         (torch.zeros(4, 2), {"steps": 1}, ValueError, "steps or schedule leaves"),
         (torch.zeros(4, 2), {"schedule": [1.0, 0.0]}, ValueError, "steps or schedule leaves"),
         (torch.zeros(4, 2), {"condition": {"a": 1}}, ValueError, "condition has 'a'"),
@@ -159,7 +159,7 @@ def test_data_are_interpolated_by_their_latents(flow):
     torch.testing.assert_close(way[2], middle, rtol=0, atol=1e-3)
     assert flow.interpolate(net, a, b, weights=[0.2]).shape == (1, 4, 2)
     for count in (1, 2.0, True):
-        with pytest.raises(ValueError, match="count is"):
+        with pytest.raises(ValueError, match="count must be an integer of at least 2, got"):
             flow.interpolate(net, a, b, count=count)
     with pytest.raises(ValueError, match="x_a has shape"):
         flow.interpolate(net, a, b[:2])
@@ -189,5 +189,5 @@ def test_bad_temperatures_and_latents():
             flow.rescale(torch.ones(3, 2), temperature)
     with pytest.raises(ValueError, match="latent has shape"):
         flow.rescale(torch.ones(3, 4), 2.0)
-    with pytest.raises(TypeError, match="latent has dtype"):
+    with pytest.raises(TypeError, match=r"latent must be a.*got torch\.uint8\."):
         flow.rescale(torch.ones(3, 2, dtype=torch.uint8), 2.0)

@@ -338,14 +338,14 @@ def test_progress_shows(capsys):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"estimator": "trace"}, "estimator is 'trace'; allowed are rademacher, gaussian, exact"),
-        ({"solver": "consistency"}, "solver is 'consistency'; allowed are euler, heun, multistep"),
-        ({"steps": 0}, "steps is 0"),
-        ({"steps": None}, "steps is None"),
-        ({"grey_levels": 1}, "grey_levels is 1"),
-        ({"grey_levels": 2.5}, "grey_levels is 2.5"),
-        ({"rtol": 0.0}, "rtol is 0.0"),
-        ({"atol": math.nan}, "atol is nan"),
+        ({"estimator": "trace"}, r"estimator must be one of rademacher,.*got 'trace'\."),
+        ({"solver": "consistency"}, r"solver must be one of euler,.*got 'consistency'\."),
+        ({"steps": 0}, r"steps must be an integer of at least 1 and at most.*got 0\."),
+        ({"steps": None}, r"steps must be an integer of at least 1 and at.*got None\."),
+        ({"grey_levels": 1}, r"grey_levels must be an integer of at least 2, got 1\."),
+        ({"grey_levels": 2.5}, r"grey_levels must be an integer of at least 2, got 2\.5\."),
+        ({"rtol": 0.0}, r"rtol must be a number above 0 that float32 can.*got 0\.0\."),
+        ({"atol": math.nan}, r"atol must be a number above 0 that float32 can.*got nan\."),
         ({"x": torch.zeros(2, 4)}, "x has shape"),
         ({"x": torch.full((2, 3), math.nan)}, "the network returned NaN or infinity"),
         ({"condition": {"colour": 1}}, "condition has 'colour'"),
@@ -363,7 +363,7 @@ def test_bad_arguments(arguments, message):
 
 @pytest.mark.parametrize("dtype", [torch.uint8, torch.int64, torch.float16, torch.bfloat16])
 def test_whole_and_half_precision_numbers_have_no_density(dtype):
-    with pytest.raises(TypeError, match="x has dtype"):
+    with pytest.raises(TypeError, match=r"whole numbers have no density|half precision"):
         small().log_likelihood(Denoiser(3), torch.zeros(2, 3, dtype=dtype))
 
 

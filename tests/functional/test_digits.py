@@ -163,5 +163,5 @@ def test_gradients_beside_bytes(backend, B, N, kind):
 
 def test_a_difference_beyond_float32_is_refused(backend):
     x, references = torch.full((9, 3), 3e38), torch.full((5, 3), -3e38)
-    with pytest.raises(ValueError, match=r"row 0 of x .*beyond the range of torch.float32"):
+    with pytest.raises(ValueError, match="x is so far from references that x minus"):
         field_fn(x, 1.0, references, backend=backend)

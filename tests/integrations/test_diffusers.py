@@ -200,12 +200,12 @@ def test_what_a_function_as_solver_needs(schedulers, tmp_path):
     assert not (tmp_path / "saved").exists()
     first, second = scheduler.timesteps[:2]
     x, output = scheduler.prior(2, seeded()), torch.zeros(2, 1, 8, 8)
-    with pytest.raises(ValueError, match="starts at timestep 1 of"):
+    with pytest.raises(ValueError, match=r"a function as solver.*got timestep 1 of 20\."):
         scheduler.step(output, second, x)
     for change in (lambda x: x.add_(0.01), lambda x: x[:1]):
         scheduler.set_timesteps(3)
         x = scheduler.step(output, first, scheduler.prior(2, seeded())).prev_sample
-        with pytest.raises(ValueError, match="sample is not the result of the step before"):
+        with pytest.raises(ValueError, match="sample must be the result of the"):
             scheduler.step(output[: len(change(x))], scheduler.timesteps[1], change(x))
 
 
@@ -289,11 +289,11 @@ def test_timesteps(schedulers):
     std = DENOISERS[128.0].sigma_data
     for value, sigma in zip(told, [8, 2, 2, 0.5, 0.5], strict=True):
         assert float(value.mean()) == pytest.approx(1 / math.hypot(sigma, std), rel=1e-5)
-    with pytest.raises(ValueError, match="num_inference_steps and sigmas are both given"):
+    with pytest.raises(ValueError, match="num_inference_steps and sigmas must not"):
         scheduler.set_timesteps(3, sigmas=[8.0, 0.0])
     with pytest.raises(ValueError, match="schedule is not decreasing"):
         scheduler.set_timesteps(sigmas=[8.0, 9.0])
-    with pytest.raises(ValueError, match="steps is 0"):
+    with pytest.raises(ValueError, match=r"steps must be an integer of at least.*got 0\."):
         scheduler.set_timesteps(0)
 
 
@@ -322,22 +322,22 @@ def test_a_run_may_start_at_a_later_timestep(schedulers, unets, solver, same):
 
 
 def test_wrong_calls(schedulers):
-    with pytest.raises(TypeError, match=r"flow is a PoissonFlowPP; PoissonFlowScheduler takes"):
+    with pytest.raises(TypeError, match=r"flow must be a PoissonFlow.*got PoissonFlowPP\."):
         schedulers.field.from_flow(DENOISERS[1.0])
-    with pytest.raises(TypeError, match=r"flow is a PoissonFlow; allowed is flow\.config"):
+    with pytest.raises(TypeError, match=r"flow must be a.*got PoissonFlow; from_fl"):
         schedulers.field(FIELD)
-    with pytest.raises(ValueError, match="solver is 'rk45'; allowed are euler, heun, multistep"):
+    with pytest.raises(ValueError, match=r"solver must be one of euler,.*got 'rk45'\."):
         schedulers.field.from_flow(FIELD, solver="rk45")
-    with pytest.raises(ValueError, match="prediction_type is 'mean'; allowed are field"):
+    with pytest.raises(ValueError, match=r"prediction_type must be one of.*got 'mean'\."):
         schedulers.field.from_flow(FIELD, prediction_type="mean")
-    with pytest.raises(ValueError, match="level is 'karras'"):
+    with pytest.raises(ValueError, match=r"level must be one of timestep,.*got 'karras'\."):
         schedulers.field.from_flow(FIELD, level="karras")
     scheduler = schedulers.plus.from_flow(DENOISERS[128.0], solver="euler")
     scheduler.set_timesteps(2)
     x = scheduler.prior(2)
-    with pytest.raises(ValueError, match=r"timestep is 7.0; allowed are those of timesteps"):
+    with pytest.raises(ValueError, match=r"timestep must be one of timesteps, got 7\.0\."):
         scheduler.step(x, 7, x)
-    with pytest.raises(ValueError, match=r"net returned shape \(2, 3, 8, 8\)"):
+    with pytest.raises(ValueError, match=r"net must return the shape.*got \(2, 3, 8, 8\)\."):
         scheduler.step(x.expand(2, 3, 8, 8), scheduler.timesteps[0], x)
     for t in scheduler.timesteps:
         scheduler.step(x, t, x)
@@ -559,7 +559,7 @@ def test_standard_normal_noise_is_refused_as_the_prior(diffusers, schedulers, un
         assert not hasattr(scheduler, "init_noise_sigma")
         n = 40 if flow.D == 1 else 1000
         noise = torch.randn(n, 1, 8, 8, generator=seeded())
-        with pytest.raises(ValueError, match=r"noise is standard normal; at D = .*\.perturb"):
+        with pytest.raises(ValueError, match=", got standard normal noise;"):
             scheduler.add_noise(DATA[:1].expand(n, 1, 8, 8), noise, scheduler.timesteps[:1])
     else:
         assert scheduler.init_noise_sigma == flow.sigma_max
@@ -655,7 +655,7 @@ def test_a_pipeline_with_labels_and_half_precision(diffusers, schedulers):
 
     assert (draw(3) == draw([3, 3])).all()
     assert (draw(3) != draw(torch.tensor([3, 4])))[1].any()
-    with pytest.raises(ValueError, match=r"class_labels has shape \(3,\)"):
+    with pytest.raises(ValueError, match=r"class_labels must.*got shape \(3,\) and dtype"):
         draw([1, 2, 3])
     single = draw(3)
     pipeline.to(dtype=torch.bfloat16)
@@ -665,7 +665,7 @@ def test_a_pipeline_with_labels_and_half_precision(diffusers, schedulers):
 def test_a_pipeline_from_another_one(diffusers, schedulers, unets):
     unet, flow = unets(1), DENOISERS[128.0]
     ddpm = diffusers.DDPMPipeline(unet, diffusers.DDPMScheduler())
-    with pytest.raises(TypeError, match="scheduler is a DDPMScheduler"):
+    with pytest.raises(TypeError, match=r"scheduler must be a.*got DDPMScheduler\."):
         schedulers.pipeline.from_pipe(ddpm)
     first = schedulers.pipeline.from_pipe(ddpm, scheduler=schedulers.plus.from_flow(flow))
     again = schedulers.pipeline.from_pipe(first)
@@ -676,35 +676,35 @@ def test_a_pipeline_from_another_one(diffusers, schedulers, unets):
 
 
 def test_wrong_calls_of_the_pipeline(diffusers, schedulers, unets):
-    with pytest.raises(TypeError, match="scheduler is a DDPMScheduler; allowed are PoissonFlow"):
+    with pytest.raises(TypeError, match=r"scheduler must be a.*got DDPMScheduler\."):
         schedulers.pipeline(unets(1), diffusers.DDPMScheduler())
     vectors = schedulers.plus.from_flow(pfgm.PoissonFlowPP((2,), D=1))
-    with pytest.raises(ValueError, match=r"have shape \(2,\); allowed are images"):
+    with pytest.raises(ValueError, match=r"the scheduler's.*got samples of shape \(2,"):
         schedulers.pipeline(unets(1), vectors)
     pipeline = schedulers.pipeline(unets(1), schedulers.plus.from_flow(DENOISERS[128.0]))
-    with pytest.raises(ValueError, match="output_type is 'jpg'; allowed are pil, np, pt"):
+    with pytest.raises(ValueError, match=r"output_type must be one of pil,.*got 'jpg'\."):
         pipeline(output_type="jpg")
-    with pytest.raises(ValueError, match="batch_size is 0"):
+    with pytest.raises(ValueError, match=r"batch_size must be an integer of at.*got 0\."):
         pipeline(batch_size=0)
-    with pytest.raises(ValueError, match="generator is a list of 1; allowed is one for each of"):
+    with pytest.raises(ValueError, match=r"generator must be one for.*got a list of 1\."):
         pipeline(batch_size=2, generator=[seeded()])
 
 
 def test_wrong_options_of_a_scheduler(schedulers):
     infinite = DENOISERS[math.inf]
     for flow, predicts in ((FIELD, "field"), (DENOISERS[128.0], "noise"), (infinite, "residual")):
-        with pytest.raises(ValueError, match=r"variance_preserving is True with D = .* allowed is"):
+        with pytest.raises(ValueError, match=r"variance_preserving must be.*got D ="):
             scheduler_of(schedulers, flow, prediction_type=predicts, variance_preserving=True)
-    with pytest.raises(ValueError, match="num_train_timesteps is 0"):
+    with pytest.raises(ValueError, match=r"num_train_timesteps must be an.*got 0\."):
         schedulers.plus.from_flow(DENOISERS[128.0], num_train_timesteps=0)
     scheduler = schedulers.plus.from_flow(DENOISERS[math.inf], level="log")
-    with pytest.raises(ValueError, match=r"timesteps has dtype torch\.int64; with level 'log'"):
+    with pytest.raises(ValueError, match=r"timesteps must be floating.*got torch\.int64\."):
         scheduler.add_noise(DATA[:2], DATA[:2], torch.tensor([3, 500]))
     with pytest.raises(AttributeError, match="alphas_cumprod exists with level 'timestep' only"):
         _ = scheduler.alphas_cumprod
     with pytest.raises(AttributeError, match="no attribute 'gamma'"):
         _ = scheduler.gamma
-    with pytest.raises(ValueError, match="variance_preserving is True with PoissonFlow and"):
+    with pytest.raises(ValueError, match=r"variance_preserving.*got PoissonFlow and 'res"):
         from_module(torch.nn.Identity(), FIELD, variance_preserving=True)
 
 

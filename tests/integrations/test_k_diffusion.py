@@ -90,11 +90,11 @@ def test_a_model_of_k_diffusion(flow):
         assert sigmas.shape == (10,)
         assert sigmas[[0, -2, -1]].tolist() == pytest.approx([flow.first_level, flow.last_level, 0])
         assert bool((sigmas.diff() < 0).all())
-    with pytest.raises(ValueError, match=r"sigma has shape \(2,\); allowed is a number or \(5,\)"):
+    with pytest.raises(ValueError, match=r"sigma must be a number or.*got shape \(2,\)\."):
         model(x, torch.ones(2))
-    with pytest.raises(ValueError, match="steps is 0"):
+    with pytest.raises(ValueError, match=r"steps must be an integer of at least.*got 0\."):
         model.get_sigmas(0)
-    with pytest.raises(ValueError, match="device is 'foo', which cannot be used here"):
+    with pytest.raises(ValueError, match=r"device must be cpu,.*got 'foo': torch has no "):
         model.get_sigmas(2, device="foo")
 
 

@@ -104,7 +104,7 @@ def test_one_sentence_for_bad_input(tmp_path, refusal):
     assert "there is no classifier at" in refusal(*evaluate, out)
     assert "allowed is a classifier of the data digits" in refusal(*evaluate, "fashion-mnist")
     network = pfgm.pretrained.pretrained_path("digits")
-    assert "holds no classifier" in refusal(*evaluate, network)
+    assert "must be a classifier" in refusal(*evaluate, network)
     assert "ends in .safetensors" in refusal("features", "--data", "digits", "--out", "x.pt")
     assert "epochs is 0" in refusal("features", "--data", "digits", "--out", out, "--epochs", 0)
     torch.save({}, tmp_path / "x.pt")
@@ -142,10 +142,30 @@ def test_damaged_files_are_refused(tmp_path, damage):
 @pytest.mark.parametrize(
     ("images", "labels", "error", "message"),
     [
-        (torch.zeros(2, 8, 8), torch.zeros(2).long(), ValueError, "images has shape"),
-        (torch.zeros(2, 1, 8, 8).byte(), torch.zeros(2).long(), TypeError, "images has dtype"),
-        (torch.zeros(2, 1, 8, 8), torch.zeros(2), TypeError, "labels has dtype"),
-        (torch.zeros(2, 1, 8, 8), torch.zeros(3).long(), ValueError, "labels has shape"),
+        (
+            torch.zeros(2, 8, 8),
+            torch.zeros(2).long(),
+            ValueError,
+            r"images must have shape \(n, C, H, W\), got \(2, 8, 8\)\.",
+        ),
+        (
+            torch.zeros(2, 1, 8, 8).byte(),
+            torch.zeros(2).long(),
+            TypeError,
+            r"images must be a floating-point tensor, got torch\.uint8\.",
+        ),
+        (
+            torch.zeros(2, 1, 8, 8),
+            torch.zeros(2),
+            TypeError,
+            r"labels must be integers, got torch\.float32\.",
+        ),
+        (
+            torch.zeros(2, 1, 8, 8),
+            torch.zeros(3).long(),
+            ValueError,
+            r"labels must be 2 integers.*got shape \(3,\) and values from ",
+        ),
         (torch.zeros(2, 1, 8, 8), torch.tensor([0, -1]), ValueError, "values from -1"),
     ],
 )
@@ -156,9 +176,11 @@ def test_training_refuses_what_does_not_fit(images, labels, error, message):
 
 def test_images_of_another_shape_are_refused():
     net = load_classifier("digits")
-    with pytest.raises(ValueError, match=r"allowed is \(B, 1, 8, 8\)"):
+    with pytest.raises(
+        ValueError, match=r"x must have shape \(B, 1, 8, 8\), that.*got \(2, 1, 28, 28\)\."
+    ):
         net.features(torch.zeros(2, 1, 28, 28))
-    with pytest.raises(TypeError, match="x has dtype"):
+    with pytest.raises(TypeError, match=r"x must be a floating-point tensor, got torch\.uint8\."):
         net.rows(torch.zeros(2, 1, 8, 8, dtype=torch.uint8))
 
 

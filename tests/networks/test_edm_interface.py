@@ -121,7 +121,9 @@ def test_levels_may_have_a_dimension_for_each_of_the_samples(name):
         torch.testing.assert_close(net(x, level.view(3, 1, 1, 1)), net(x, level))
         torch.testing.assert_close(net(x, torch.tensor(0.3)), net(x, level[:1].expand(3)))
         for wrong in (torch.ones(2), torch.ones(3, 1), torch.ones(1, 1, 1, 1), torch.ones_like(x)):
-            with pytest.raises(ValueError, match=r"^(z|sigma) has shape .* allowed is a number or"):
+            with pytest.raises(
+                ValueError, match=r"^(z|sigma) must be a number or (have|a tensor of) shape"
+            ):
                 net(x, wrong)
 
 
@@ -160,9 +162,9 @@ def test_one_hot_labels():
     rows = torch.tensor([[0, 0, 1.0], [0, 0, 0]])
     assert label_numbers(rows, 3).tolist() == [2, -1]
     for wrong in ([[0, 0.5, 0.5]], [[0, 1.0, 1.0]], [[0, -1.0, 0]], [[0, 2.0, 0]]):
-        with pytest.raises(ValueError, match=r"rows that are not one-hot; allowed are integers"):
+        with pytest.raises(ValueError, match=r"labels must be.*got rows that are not "):
             label_numbers(torch.tensor(wrong), 3)
-    with pytest.raises(ValueError, match=r"labels has shape \(2, 5\)"):
+    with pytest.raises(ValueError, match=r"labels must be.*got torch\.float32 of sha"):
         denoiser("edm", classes=4)(DATA[:2], torch.ones(2), torch.zeros(2, 5))
 
 
@@ -181,7 +183,7 @@ def test_a_flow_from_an_array(make, dtype):
     bytes_ = (127.5 * (DATA + 1)).round()
     tensor = bytes_.to(torch.uint8) if dtype == "uint8" else DATA.to(getattr(torch, dtype))
     assert make(tensor.numpy()) == make(tensor) == make(pfgm.ReferenceSet(tensor))
-    with pytest.raises(TypeError, match="int64; allowed are uint8 and floating"):
+    with pytest.raises(TypeError, match=r"must (be|hold) uint8 or floating.*int64"):
         make(bytes_.to(torch.int64).numpy())
     flow = make(tensor)
     with pytest.raises(

@@ -168,7 +168,7 @@ def test_long_labels_do_not_run_into_each_other(steps: int) -> None:
 def test_texts_above_the_columns_of_a_grid() -> None:
     axes = plotting.image_grid(uniform(5, 8, 8), columns=2, header=["a", "b"]).axes[0]
     assert [text.get_text() for text in axes.texts] == ["a", "b"]
-    with pytest.raises(ValueError, match="header has 2 texts; allowed are 3"):
+    with pytest.raises(ValueError, match=r"header must have 3 texts, one for each column, got 2\."):
         plotting.image_grid(uniform(5, 8, 8), columns=3, header=["a", "b"])
 
 
@@ -184,7 +184,7 @@ def test_texts_beside_the_rows_of_a_grid(tmp_path: Path) -> None:
     plotting.image_grid(images, tmp_path / "y.png", columns=2)
     plain, named = read(tmp_path / "y.png"), read(tmp_path / "x.png")
     assert np.array_equal(named[:, MARGIN - plain.shape[1] :], plain[:, MARGIN:])
-    with pytest.raises(ValueError, match="side has 2 texts; allowed are 3, the rows"):
+    with pytest.raises(ValueError, match=r"side must have 3 texts, one for each row, got 2\."):
         plotting.image_grid(images, columns=2, side=["a", "b"])
 
 
@@ -211,10 +211,13 @@ def test_an_animation_ends_with_the_picture_of_its_samples(tmp_path: Path) -> No
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"path": "x.png"}, "path is x.png; allowed is a name ending in .gif"),
-        ({"titles": ["a"]}, "titles has 1 texts; allowed are 2"),
-        ({"seconds": 0.0}, "seconds is 0.0"),
-        ({"images": torch.zeros(2, 8, 8)}, "images has shape"),
+        ({"path": "x.png"}, r"path must end in \.gif, got x\.png\."),
+        ({"titles": ["a"]}, r"titles must have 2 texts, one for each frame, got 1\."),
+        ({"seconds": 0.0}, r"seconds must be a number above 0 that float32 can.*got 0\.0\."),
+        (
+            {"images": torch.zeros(2, 8, 8)},
+            r"images must have shape \(frames, n, C, H, W\).*got \(2, 8, 8\)\.",
+        ),
     ],
 )
 def test_an_animation_refuses_what_does_not_fit(options: dict[str, Any], message: str) -> None:
@@ -234,10 +237,14 @@ def test_arguments_are_unchanged_and_may_need_a_gradient() -> None:
 @pytest.mark.parametrize(
     ("images", "error", "message"),
     [
-        (np.zeros((2, 1, 8, 8)), TypeError, r"is a ndarray; allowed is a torch\.Tensor"),
-        (torch.zeros(2, 1, 8, 8, dtype=torch.int64), TypeError, r"has dtype torch\.int64"),
-        (torch.full((2, 1, 8, 8), math.nan), ValueError, "holds NaN or infinity"),
-        (torch.full((2, 1, 8, 8), math.inf), ValueError, "holds NaN or infinity"),
+        (np.zeros((2, 1, 8, 8)), TypeError, r"must be a torch\.Tensor, got ndarray"),
+        (
+            torch.zeros(2, 1, 8, 8, dtype=torch.int64),
+            TypeError,
+            r"must be torch\.uint8 or floating point, got torch\.int64",
+        ),
+        (torch.full((2, 1, 8, 8), math.nan), ValueError, "must be finite"),
+        (torch.full((2, 1, 8, 8), math.inf), ValueError, "must be finite"),
     ],
 )
 def test_images_that_are_refused(images: Any, error: type[Exception], message: str) -> None:
@@ -248,7 +255,7 @@ def test_images_that_are_refused(images: Any, error: type[Exception], message: s
 
 
 @pytest.mark.parametrize(
-    ("draw", "allowed", "shapes"),
+    ("draw", "form", "shapes"),
     [
         (
             plotting.image_grid,
@@ -268,25 +275,29 @@ def test_images_that_are_refused(images: Any, error: type[Exception], message: s
     ],
 )
 def test_other_shapes_are_refused(
-    draw: Callable[..., Any], allowed: str, shapes: list[tuple[int, ...]]
+    draw: Callable[..., Any], form: str, shapes: list[tuple[int, ...]]
 ) -> None:
     for shape in shapes:
-        message = re.escape(f"s has shape {shape}; allowed is {allowed}")
+        message = f"s must have shape {re.escape(form)}.*, got {re.escape(str(shape))}"
         with pytest.raises(ValueError, match=message):
             draw(torch.zeros(shape))
 
 
 @pytest.mark.parametrize("z", [[1.0], [3.0, 2.0, 1.0], torch.ones(3)])
 def test_trajectory_grid_needs_a_z_for_each_step(z: Any) -> None:
-    with pytest.raises(ValueError, match=f"z has {len(z)} values; allowed are 2"):
+    with pytest.raises(
+        ValueError, match=rf"z must have 2 values, one for each step, got {len(z)}\."
+    ):
         plotting.trajectory_grid(torch.zeros(2, 1, 8, 8), z)
 
 
 @pytest.mark.parametrize("count", [0, -3, 2.5])
 def test_counts_below_one_are_refused(count: Any) -> None:
-    with pytest.raises(ValueError, match=f"columns is {count}; only an integer of at least 1"):
+    with pytest.raises(
+        ValueError, match=rf"columns must be an integer of at least 1, got {count}\."
+    ):
         plotting.image_grid(torch.zeros(1, 1, 8, 8), columns=count)
-    with pytest.raises(ValueError, match=f"scale is {count}; only an integer of at least 1"):
+    with pytest.raises(ValueError, match=rf"scale must be an integer of at least 1, got {count}\."):
         plotting.image_grid(torch.zeros(1, 1, 8, 8), scale=count)
 
 
@@ -384,7 +395,7 @@ class TestFigures:
         draw(ring())
 
     def test_another_suffix_is_refused(self, draw: Callable[..., Any], tmp_path: Path) -> None:
-        with pytest.raises(ValueError, match=r"a\.svg; allowed is a name ending in \.png"):
+        with pytest.raises(ValueError, match=r"path must end in \.png, got .*\."):
             draw(ring(), tmp_path / "a.svg")
         assert list(tmp_path.iterdir()) == []
 
@@ -401,15 +412,19 @@ class TestFigures:
 class TestData:
     @pytest.mark.parametrize("shape", [(0, 2), (4, 3), (2,), (4, 1, 2)])
     def test_of_another_shape(self, draw: Callable[..., Any], shape: tuple[int, ...]) -> None:
-        with pytest.raises(ValueError, match=re.escape(f"data has shape {shape}; allowed is (n, ")):
+        with pytest.raises(
+            ValueError, match=re.escape(f"data must have shape (n, 2) with n ≥ 1, got {shape}.")
+        ):
             draw(torch.zeros(shape))
 
     def test_not_floating(self, draw: Callable[..., Any]) -> None:
-        with pytest.raises(TypeError, match=r"data has dtype torch\.uint8; allowed is floating"):
+        with pytest.raises(
+            TypeError, match=r"data must be a floating-point tensor, got torch\.uint8\."
+        ):
             draw(torch.zeros(4, 2, dtype=torch.uint8))
 
     def test_not_finite(self, draw: Callable[..., Any]) -> None:
-        with pytest.raises(ValueError, match="data holds NaN or infinity"):
+        with pytest.raises(ValueError, match=r"data must be finite, got NaN or infinity\."):
             draw(torch.full((4, 2), math.nan))
 
     def test_unchanged_and_with_a_gradient(self, draw: Callable[..., Any]) -> None:
@@ -495,16 +510,16 @@ def test_equipotentials_shows_the_log_density(
 
 @pytest.mark.parametrize("levels", [[], [0.0], [0.1, -1.0], [math.inf], [math.nan]])
 def test_levels_that_are_refused(levels: list[float]) -> None:
-    message = "is empty; allowed is at least one" if not levels else "allowed are finite values abo"
-    with pytest.raises(ValueError, match=f"z .*{message}"):
+    message = "must be finite and above 0" if levels else "must hold at least one value, got none"
+    with pytest.raises(ValueError, match=f"z {message}"):
         plotting.field_lines(ring(), z=levels)
-    with pytest.raises(ValueError, match=f"sigma .*{message}"):
+    with pytest.raises(ValueError, match=f"sigma {message}"):
         plotting.equipotentials(ring(), sigma=levels)
 
 
 @pytest.mark.parametrize("D", [0.0, -1.0, math.nan])
 def test_equipotentials_refuses_other_dimensions(D: float) -> None:
-    with pytest.raises(ValueError, match=f"D is {D}; allowed is any positive number"):
+    with pytest.raises(ValueError, match=rf"D must be a positive number or infinity, got {D}\."):
         plotting.equipotentials(ring(), D=D)
 
 
@@ -537,11 +552,11 @@ def test_trajectory_plot_without_data_magnifies_the_samples() -> None:
 
 def test_trajectory_plot_refuses_other_levels() -> None:
     paths, levels = straight_paths()
-    with pytest.raises(ValueError, match="levels has 3 values; allowed are 4"):
+    with pytest.raises(ValueError, match=r"levels must have 4 values, one for each step, got 3\."):
         plotting.trajectory_plot(paths, levels[1:])
-    with pytest.raises(ValueError, match=r"levels holds 0\.0; allowed are finite values above 0"):
+    with pytest.raises(ValueError, match=r"levels must be finite and above 0, got 0\.0\."):
         plotting.trajectory_plot(paths, [*levels[:3], 0.0])
-    with pytest.raises(ValueError, match="paths holds NaN"):
+    with pytest.raises(ValueError, match=r"paths must be finite, got NaN or infinity\."):
         plotting.trajectory_plot(paths / 0, levels)
 
 
@@ -615,12 +630,12 @@ def test_a_far_path_does_not_rule_the_window_of_a_trajectory() -> None:
 def test_flow_lines_checks_its_arguments() -> None:
     flow = PoissonFlow((2,), data_norm=1.0)
     net = flow.empirical(ring())
-    with pytest.raises(ValueError, match=r"flow has shape \(3,\); allowed is \(2,\)"):
+    with pytest.raises(ValueError, match=r"flow must have sample shape \(2,\), got \(3,\)\."):
         plotting.flow_lines(PoissonFlow((3,), data_norm=1.0), net, 5)
-    with pytest.raises(ValueError, match="n is 0; only an integer of at least 1"):
+    with pytest.raises(ValueError, match=r"n must be an integer of at least 1, got 0\."):
         plotting.flow_lines(flow, net, 0)
     for top in (0.0, flow.z_min, flow.z_max * 1.01, math.nan):
-        with pytest.raises(ValueError, match=f"z_top is {top}; allowed is from"):
+        with pytest.raises(ValueError, match=rf"to 3\.733213263705989, got {top}\."):
             plotting.flow_lines(flow, net, 5, z_top=top)
 
 
@@ -729,15 +744,19 @@ def test_a_logarithmic_quality_axis_shows_a_band_that_reaches_below_zero() -> No
 @pytest.mark.parametrize(
     ("curves", "options", "message"),
     [
-        ({}, {}, "curves has 0 curves; allowed are 1 to 7"),
-        ({str(i): ([1], [1]) for i in range(8)}, {}, "curves has 8 curves"),
-        ({"a": ([], [])}, {}, r"'a' has 2 sequences of lengths \[0, 0\]; allowed are 2 or 3"),
+        ({}, {}, r"curves must have 1 to 7 curves, got 0\."),
+        ({str(i): ([1], [1]) for i in range(8)}, {}, r"curves must have 1 to 7 curves, got 8\."),
+        ({"a": ([], [])}, {}, r"the curve 'a' must be 2 or 3.*got 2 of lengths \[0, 0\]\."),
         ({"a": ([1, 2], [1])}, {}, r"lengths \[2, 1\]"),
-        ({"a": ([1, 2],)}, {}, "has 1 sequences"),
-        ({"a": ([1, 2], [1, math.nan])}, {}, "'a' holds NaN or infinity"),
+        ({"a": ([1, 2],)}, {}, r"the curve 'a' must be 2 or 3.*got 1 of lengths \[2\]\."),
+        (
+            {"a": ([1, 2], [1, math.nan])},
+            {},
+            r"the curve 'a' must be finite, got NaN or infinity\.",
+        ),
         ({"a": ([0, 2], [1, 1])}, {}, "'a' has values of at most 0 on a logarithmic axis"),
         ({"a": ([1, 2], [1, 0])}, {"log_y": True}, "'a' has values of at most 0"),
-        ({"a": ([1, 2], [1, 1], [0, -1])}, {}, "'a' has a negative spread"),
+        ({"a": ([1, 2], [1, 1], [0, -1])}, {}, r"the spread of the curve 'a' must be at least 0\."),
     ],
 )
 def test_quality_curve_checks_its_arguments(

@@ -206,5 +206,5 @@ def test_work_that_fails_leaves_no_empty_new_folder(tmp_path, work):
     with work(tmp_path / "done"):
         pass
     assert names(tmp_path / "done") == []
-    with pytest.raises(ValueError, match="folder is ''; allowed is"), work(""):
+    with pytest.raises(ValueError, match="the name of the folder must not"), work(""):
         pass

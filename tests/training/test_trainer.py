@@ -135,7 +135,7 @@ def test_settings_that_follow_from_the_steps_stay_in_a_longer_run(tmp_path, data
         ({"learning_rate": math.inf}, "learning_rate is inf; allowed is any finite number"),
         ({"learning_rate": 10**400}, r"learning_rate is 10\S+; allowed is any finite number"),
         ({"ema": 1.0}, "ema is 1.0"),
-        ({"decay": "linear"}, "decay is 'linear'"),
+        ({"decay": "linear"}, r"decay must be one of none, cosine, got 'linear'\."),
         ({"checkpoint_every": 0}, "checkpoint_every is 0"),
     ],
 )
@@ -170,7 +170,7 @@ def test_a_folder_that_is_removed_during_the_training_is_named(flow, data, tmp_p
 
 def test_arguments_of_other_types_are_named(flow, data):
     net = new_network()
-    with pytest.raises(TypeError, match=r"is a dict; allowed are a tensor, .* and a dataset"):
+    with pytest.raises(TypeError, match=r"source must be a tensor, .* or a dataset .*, got dict"):
         Trainer(flow, net, {"x": data}, SMALL)
     for wrong, kind in ((100, "int"), ({}, "dict")):
         with pytest.raises(TypeError, match=rf"config is a {kind}; allowed is a TrainConfig"):

@@ -57,8 +57,8 @@ class PoissonFlowPipeline(DiffusionPipeline):  # type: ignore[misc]
         super().__init__()
         if not isinstance(scheduler, FlowScheduler):
             raise TypeError(
-                f"scheduler is a {type(scheduler).__name__}; allowed are PoissonFlowScheduler and "
-                "PoissonFlowPPScheduler."
+                "scheduler must be a PoissonFlowScheduler or a PoissonFlowPPScheduler, got "
+                f"{type(scheduler).__name__}."
             )
         if not hasattr(unet, "dtype"):
             raise TypeError(
@@ -68,8 +68,8 @@ class PoissonFlowPipeline(DiffusionPipeline):  # type: ignore[misc]
         shape = scheduler.flow.shape
         if len(shape) != 3 or shape[0] not in (1, 3):
             raise ValueError(
-                f"the samples of the scheduler's flow have shape {shape}; allowed are images "
-                "(C, H, W) with C = 1 or 3."
+                "the scheduler's flow must have images (C, H, W) with C = 1 or 3, got samples of "
+                f"shape {shape}."
             )
         self.register_modules(unet=unet, scheduler=scheduler)
 
@@ -148,8 +148,8 @@ class PoissonFlowPipeline(DiffusionPipeline):  # type: ignore[misc]
             return prior
         if len(generator) != batch_size:
             raise ValueError(
-                f"generator is a list of {len(generator)}; allowed is one for each of the "
-                f"{batch_size} images."
+                f"generator must be one for each of the {batch_size} images, got a list of "
+                f"{len(generator)}."
             )
         return torch.cat([self.scheduler.prior(1, each) for each in generator]).to(device)
 
@@ -161,8 +161,8 @@ def _labels(
     labels = torch.as_tensor(class_labels, device=device)
     if labels.is_floating_point() or labels.shape not in ((), (batch_size,)):
         raise ValueError(
-            f"class_labels has shape {tuple(labels.shape)} and dtype {labels.dtype}; allowed are "
-            f"an integer and {batch_size} integers, one for each image."
+            f"class_labels must be an integer or {batch_size} integers, one for each image, got "
+            f"shape {tuple(labels.shape)} and dtype {labels.dtype}."
         )
     return labels.expand(batch_size)
 

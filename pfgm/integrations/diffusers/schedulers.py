@@ -83,8 +83,8 @@ class FlowScheduler(SchedulerMixin, ConfigMixin):  # type: ignore[misc]
     ) -> None:
         if not isinstance(flow, Mapping):
             raise TypeError(
-                f"flow is a {type(flow).__name__}; allowed is flow.config; from_flow takes "
-                "the flow itself."
+                f"flow must be a flow's config, flow.config, got {type(flow).__name__}; from_flow "
+                "takes the flow itself."
             )
         self._flow = self._flow_type(**with_present_names(self._flow_type.__name__, flow))
         defaults = self._flow.defaults
@@ -100,9 +100,9 @@ class FlowScheduler(SchedulerMixin, ConfigMixin):  # type: ignore[misc]
             math.isfinite(self._flow.D) or predicts not in ("noise", "mean")
         ):
             raise ValueError(
-                f"variance_preserving is True with D = {self._flow.D:g} and prediction_type "
-                f"{prediction_type!r}; allowed is D = ∞ with 'noise' ('epsilon') or 'mean' "
-                "('sample')."
+                "variance_preserving must be False unless D is infinite and prediction_type is "
+                f"'noise' ('epsilon') or 'mean' ('sample'), got D = {self._flow.D:g} and "
+                f"prediction_type {prediction_type!r}."
             )
         self._variance_preserving = variance_preserving
         self.register_to_config(
@@ -134,8 +134,8 @@ class FlowScheduler(SchedulerMixin, ConfigMixin):  # type: ignore[misc]
         """
         if not isinstance(flow, cls._flow_type):
             raise TypeError(
-                f"flow is a {type(flow).__name__}; {cls.__name__} takes a "
-                f"{cls._flow_type.__name__}."
+                f"flow must be a {cls._flow_type.__name__} for a {cls.__name__}, got "
+                f"{type(flow).__name__}."
             )
         scheduler: Scheduler = cls(flow=flow.config, **options)
         return scheduler
@@ -233,9 +233,7 @@ class FlowScheduler(SchedulerMixin, ConfigMixin):  # type: ignore[misc]
         elif num_inference_steps is None:
             levels = self._flow.grid(schedule=[float(sigma) for sigma in sigmas])
         else:
-            raise ValueError(
-                "num_inference_steps and sigmas are both given; allowed is one of them."
-            )
+            raise ValueError("num_inference_steps and sigmas must not both be given.")
         self.num_inference_steps = len(levels) - 1
         first, *inner, last = levels
         self._solver_run = None
@@ -348,7 +346,7 @@ class FlowScheduler(SchedulerMixin, ConfigMixin):  # type: ignore[misc]
         """
         places = (self.timesteps == timestep).nonzero().flatten().tolist()
         if not places:
-            raise ValueError(f"timestep is {float(timestep)}; allowed are those of timesteps.")
+            raise ValueError(f"timestep must be one of timesteps, got {float(timestep)}.")
         return int(places[0] if places[0] == 0 else places[self.order - 1])
 
     @property
@@ -400,9 +398,8 @@ class FlowScheduler(SchedulerMixin, ConfigMixin):  # type: ignore[misc]
         """
         if math.isfinite(self._flow.D) and looks_normal(noise, self._flow.D, 1.0):
             raise ValueError(
-                f"noise is standard normal; at D = {self._flow.D:g} allowed is "
-                "flow.noise(torch.ones(B)), and scheduler.perturb(x) draws it together with the "
-                "timesteps."
+                f"noise must be flow.noise(torch.ones(B)) at D = {self._flow.D:g}, got standard "
+                "normal noise; scheduler.perturb(x) draws it together with the timesteps."
             )
         level = self._level(original_samples, timesteps)
         return self._to_sample(original_samples + over_samples(level, noise) * noise, level)
@@ -456,8 +453,8 @@ class FlowScheduler(SchedulerMixin, ConfigMixin):  # type: ignore[misc]
         name = self.config["level"]
         if isinstance(timestep, Tensor) and not timestep.is_floating_point() and name != "timestep":
             raise ValueError(
-                f"timesteps has dtype {timestep.dtype}; with level {name!r} allowed are floating "
-                "numbers, such as those of perturb."
+                f"timesteps must be floating point with level {name!r}, such as those of perturb, "
+                f"got {timestep.dtype}."
             )
         encoded = torch.as_tensor(timestep, dtype=wide_dtype(x.device), device=x.device)
         return self._encoding.decode(encoded).to(x.dtype).expand(len(x))

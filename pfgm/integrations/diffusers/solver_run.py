@@ -70,15 +70,15 @@ class SolverRun:
         """
         if call != len(self._means):
             raise ValueError(
-                f"the run starts at timestep {call} of {len(self.levels)}; with a function as "
-                "solver allowed is the first."
+                f"a function as solver must start at the first timestep, got timestep {call} of "
+                f"{len(self.levels)}."
             )
         if self._start is None:
             self._start = x.clone()
         elif not self._expects(x):
             raise ValueError(
-                "sample is not the result of the step before; with a function as solver allowed is "
-                "that result alone. Other solvers go on from changed samples."
+                "sample must be the result of the previous step with a function as solver; other "
+                "solvers continue from changed samples."
             )
         self._means.append(mean.clone())  # a loop may change its prediction in place
         moved, level = self._next_evaluation(self._start)

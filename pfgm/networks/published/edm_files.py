@@ -41,7 +41,7 @@ def module_in(content: Mapping[str, Any], *, ema: bool) -> StandIn:
     kinds = [part.name if isinstance(part, StandIn) else "none" for part in (module, inner)]
     if kinds != ["EDMPrecond", "SongUNet"]:
         raise ValueError(
-            f"it is a {kinds[0]} around a {kinds[1]}; only EDMPrecond around SongUNet is allowed."
+            f"it must be EDMPrecond around SongUNet, got {kinds[0]} around {kinds[1]}."
         )
     return module
 
@@ -72,7 +72,7 @@ def _parts(module: Any) -> dict[str, dict[str, Any]]:
     state = module.state if isinstance(module, StandIn) else None
     names = ("_parameters", "_buffers", "_modules")
     if not isinstance(state, dict) or not all(isinstance(state.get(n), dict) for n in names):
-        raise ValueError("it holds something else where a module is needed.")
+        raise ValueError("it does not hold a module where one must be.")
     return state
 
 
@@ -150,7 +150,7 @@ def _shape(weights: Mapping[str, Tensor], name: str, dimensions: int) -> tuple[i
         raise ValueError(f"it has no {name}.")
     shape = tuple(weights[name].shape)
     if len(shape) != dimensions or 0 in shape:
-        raise ValueError(f"its {name} has shape {shape}; needed are {dimensions} dimensions.")
+        raise ValueError(f"its {name} must have {dimensions} dimensions, got shape {shape}.")
     return shape
 
 

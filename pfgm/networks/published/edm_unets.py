@@ -38,8 +38,8 @@ def _norm(channels: int) -> nn.GroupNorm:
     groups = min(channels // 4, 32)
     if channels % 4 or channels % groups:
         raise ValueError(
-            f"model_channels and channel_mult make a layer of {channels} channels; allowed are "
-            "multiples of 4 up to 128, and of 32 above."
+            f"layers must have a multiple of 4 channels up to 128 and of 32 above, got {channels} "
+            "from model_channels and channel_mult."
         )
     return nn.GroupNorm(groups, channels, eps=1e-6)
 
@@ -218,12 +218,12 @@ class SongUNet(nn.Module):
         levels = int_tuple("channel_mult", channel_mult, MAX_WIDTH)
         taps = int_tuple("resample_filter", resample_filter)
         if len(taps) % 2:
-            raise ValueError(f"resample_filter is {taps}; allowed is an even number of values.")
+            raise ValueError(f"resample_filter must have an even number of values, got {taps}.")
         coarsest = 2 ** (len(levels) - 1)
         if positive_int("resolution", resolution) % coarsest:
             raise ValueError(
-                f"resolution is {resolution}; allowed are multiples of {coarsest}, as "
-                f"{len(levels)} levels halve it."
+                f"resolution must be a multiple of {coarsest}, as {len(levels)} levels halve it, "
+                f"got {resolution}."
             )
         self.config = as_json(
             {
@@ -332,8 +332,8 @@ class SongUNet(nn.Module):
         if augment is not None:
             if augment.shape != (noise.shape[0], self.augment_dim) or not self.augment_dim:
                 raise ValueError(
-                    f"augment has shape {tuple(augment.shape)}; allowed is ({noise.shape[0]}, "
-                    f"{self.augment_dim}), or None where augment_dim is 0."
+                    f"augment must have shape ({noise.shape[0]}, {self.augment_dim}), or be None "
+                    f"if augment_dim is 0, got {tuple(augment.shape)}."
                 )
             features = features + self.map_augment(augment)
         return F.silu(self.map_layer1(F.silu(self.map_layer0(features))))
@@ -442,7 +442,7 @@ class EDMDenoiser(EDMInterface, nn.Module):
         """
         if x.shape[1:] != self.shape:
             raise ValueError(
-                f"x has shape {tuple(x.shape)}; allowed is (B, {', '.join(map(str, self.shape))})."
+                f"x must have shape (B, {', '.join(map(str, self.shape))}), got {tuple(x.shape)}."
                 + layout_hint(x.shape[1:], self.shape)
             )
         sigma, labels = per_row(sigma, x, "sigma"), label_numbers(labels, self.classes)

@@ -66,7 +66,7 @@ def load_published(
                 return _load_edm(content, ema, resolution).eval()
             return _load_pfgm(content, ema, resolution).eval()
         except MALFORMED as error:
-            raise ValueError(f"{path} holds no published network: {error}") from error
+            raise ValueError(f"{path} is not a published network: {error}") from error
 
 
 def _load_pfgm(content: Any, ema: bool, resolution: int | None) -> Published:
@@ -105,8 +105,8 @@ def _check_weights(weights: Mapping[str, Tensor], expected: Mapping[str, Tensor]
             raise ValueError(f"it has no {name}.")
         if weights[name].shape != tensor.shape:
             raise ValueError(
-                f"its {name} has shape {tuple(weights[name].shape)}; needed is "
-                f"{tuple(tensor.shape)}."
+                f"its {name} must have shape {tuple(tensor.shape)}, got "
+                f"{tuple(weights[name].shape)}."
             )
     if surplus := [name for name in weights if name not in expected]:
         raise ValueError(f"it has {surplus[0]}, which such a network does not have.")

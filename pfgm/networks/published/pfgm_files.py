@@ -41,14 +41,15 @@ def load_averages(network: Published, ema: Any) -> None:
     if not isinstance(averages, list) or len(averages) != len(trained):
         count = len(averages) if isinstance(averages, list) else "no"
         raise ValueError(
-            f"it has {count} averaged weights (ema, shadow_params); needed are {len(trained)}. "
+            f"it must have {len(trained)} averaged weights (ema, shadow_params), got {count}. "
             "ema=False (--no-ema) takes the other weights."
         )
     with torch.no_grad():
         for (name, parameter), average in zip(trained, averages, strict=True):
             if not isinstance(average, StoredTensor) or average.shape != parameter.shape:
                 raise ValueError(
-                    f"its average of {name} has another shape; needed is {tuple(parameter.shape)}."
+                    f"its average of {name} must have shape {tuple(parameter.shape)}, got another "
+                    "shape."
                 )
             parameter.copy_(average.tensor())
 

@@ -222,11 +222,11 @@ class Published(nn.Module):
         check_choice("embedding", embedding, ("positional", "fourier"))
         check_choice("progressive_input", progressive_input, ("none", "residual"))
         if positive_int("nf", nf, MAX_WIDTH) % 4:
-            raise ValueError(f"nf is {nf}; allowed are multiples of 4.")
+            raise ValueError(f"nf must be a multiple of 4, got {nf}.")
         if resolution % 2 ** (len(levels) - 1):
             raise ValueError(
-                f"resolution is {resolution}; allowed are multiples of "
-                f"{2 ** (len(levels) - 1)}, as {len(levels)} levels halve it."
+                f"resolution must be a multiple of {2 ** (len(levels) - 1)}, as {len(levels)} "
+                f"levels halve it, got {resolution}."
             )
         self.shape = (channels, resolution, resolution)
         self.config = as_json(
@@ -296,7 +296,7 @@ class Published(nn.Module):
         """
         if x.shape[1:] != self.shape:
             raise ValueError(
-                f"x has shape {tuple(x.shape)}; allowed is (B, {', '.join(map(str, self.shape))})."
+                f"x must have shape (B, {', '.join(map(str, self.shape))}), got {tuple(x.shape)}."
                 + layout_hint(x.shape[1:], self.shape)
             )
         z = per_row(z, x, "z")

@@ -312,7 +312,7 @@ def inner(content, *path):
 def test_other_networks(tmp_path, change, message):
     net = EDMDenoiser(1, 8, **TINY)
     path = published_file(tmp_path / "state.pt", net, change=change)
-    with pytest.raises(ValueError, match=rf"state\.pt holds no published network: .*{message}"):
+    with pytest.raises(ValueError, match="is not a published network:"):
         load_published(path)
 
 
