@@ -117,7 +117,7 @@ def draw_samples(
     check_seed(seed)
     schedule = options.get("schedule")
     if schedule is not None and not isinstance(schedule, str):
-        flow.check_from_prior(flow.grid(schedule=schedule))
+        flow._check_from_prior(flow.grid(schedule=schedule))
     prior = draw_prior(flow, n, seed)
     device = network_device(network) if device is None else known_device(device)
     classes = label_count(network)

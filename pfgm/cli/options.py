@@ -40,7 +40,7 @@ class SamplingOptions:
         return {
             "solver": self.solver,
             "steps": steps,
-            "schedule": self.schedule or flow.schedule_for(self.solver, steps, self.last),
+            "schedule": self.schedule or flow._schedule_for(self.solver, steps, self.last),
             "last": self.last,
         }
 

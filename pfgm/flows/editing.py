@@ -219,7 +219,7 @@ class Editing(Sampling):
         center = self._center(latent)
         offset = latent - center
         norm = offset.reshape(len(latent), self.N).norm(dim=1)
-        longest = norm.clamp(min=self.largest_norm)
+        longest = norm.clamp(min=self._largest_norm)
         return center + offset * over_samples((longest / norm).clamp(max=temperature), latent)
 
     def _grid_above_zero(
@@ -250,5 +250,5 @@ class Editing(Sampling):
         if len(x) == 0 and (callable(solver) or solver in SOLVERS):
             return x, 0
         if solver == "rk45":
-            options |= {"rtol": rtol, "atol": 2e-5 * self.unit if atol is None else atol}
+            options |= {"rtol": rtol, "atol": 2e-5 * self._unit if atol is None else atol}
         return self.solve(net, x, grid, solver=solver, **options)

@@ -140,8 +140,8 @@ class Fitting(Sampling, Targets):
             *(self.grid(steps, schedule, end) for schedule in ("log", "rho") for end in ends),
         ]
 
-    def restore_fitted(self, described: Any) -> None:
-        """Takes over levels as :meth:`describe_fitted` gives them.
+    def _restore_fitted(self, described: Any) -> None:
+        """Takes over levels as :meth:`_describe_fitted` gives them.
 
         Raises:
             ValueError, TypeError: they are not levels of this flow.
@@ -165,7 +165,7 @@ class Fitting(Sampling, Targets):
         levels = [ends[0], *levels[1:-1], ends[-1]]
         self.fitted_levels.setdefault(solver, {})[steps] = levels
 
-    def describe_fitted(self) -> dict[str, dict[str, list[float]]]:
+    def _describe_fitted(self) -> dict[str, dict[str, list[float]]]:
         """The fitted levels for JSON, by solver and number of steps."""
         return {
             solver: {str(steps): levels for steps, levels in by_steps.items()}

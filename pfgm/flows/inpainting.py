@@ -113,7 +113,7 @@ class Inpainting(Sampling):
         known = self._to_floating(known, "known").detach()
         _check_mask(mask, known)
         grid = self.grid(steps, schedule)
-        start = min(1.2 * self.unit, grid[0]) if resample_from is None else resample_from
+        start = min(1.2 * self._unit, grid[0]) if resample_from is None else resample_from
         if resample_from is None and start <= grid[-1]:
             start = grid[-2]
         # Unknown values may be anything, NaN included.

@@ -59,7 +59,7 @@ class Parametrisation(ABC):
     """The number of augmented dimensions; infinity for diffusion."""
     fitted_levels: dict[str, dict[int, list[float]]]
     """Levels by solver and number of steps, from ``fit_levels``. Not part of ``config``."""
-    warned_of_range: bool = False
+    _warned_of_range: bool = False
     """Whether ``from_data`` has warned that images are not in [-1, 1]. Not part of ``config``."""
 
     def __init__(self, shape: Sequence[int]) -> None:
@@ -99,12 +99,12 @@ class Parametrisation(ABC):
     # ---- what a flow may override ----
 
     @property
-    def largest_norm(self) -> float:
+    def _largest_norm(self) -> float:
         """The largest distance of the prior's points from its center."""
         return math.inf
 
     @property
-    def unit(self) -> float:
+    def _unit(self) -> float:
         """The length that scales absolute tolerances: the data's spread, about 0.5 for images."""
         return 0.5
 

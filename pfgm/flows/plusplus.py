@@ -221,7 +221,7 @@ class PoissonFlowPP(Flow):
         }
         flow = cls(references.shape[1:], D=D, **{**scaled, **overrides})
         if are_float_images(references.shape, references.dtype):
-            flow.warned_of_range = warn_image_range(*references.measures.range)
+            flow._warned_of_range = warn_image_range(*references.measures.range)
         return flow
 
     @property

@@ -237,7 +237,7 @@ class PoissonFlow(Flow):
             # Some rows lie far from all others. The field is that of one charge only beyond them.
             flow = cls(data.shape[1:], **{**defaults, **overrides, "upper_norm": reach})
         if are_float_images(data.shape, data.dtype):
-            flow.warned_of_range = warn_image_range(*measured.range)
+            flow._warned_of_range = warn_image_range(*measured.range)
         return flow
 
     @classmethod
@@ -284,11 +284,11 @@ class PoissonFlow(Flow):
         return self.z_min
 
     @property
-    def unit(self) -> float:
+    def _unit(self) -> float:
         return 0.5 if self.spread is None else self.spread
 
     @property
-    def largest_norm(self) -> float:
+    def _largest_norm(self) -> float:
         return self.upper_norm if self.spread is None else math.inf
 
     def perturb(self, x: Tensor, generator: torch.Generator | None = None) -> tuple[Tensor, Tensor]:
@@ -350,7 +350,7 @@ class PoissonFlow(Flow):
 
             ω = 1 + ((R + γ)/(√N σ_d))²
 
-        with σ_d = ``flow.unit``, the spread of the data.
+        with σ_d the spread of the data, 0.5 with the published rules.
 
         Args:
             net: the network being trained.
@@ -406,7 +406,7 @@ class PoissonFlow(Flow):
     def _balance(self, noise: Tensor, z: Tensor) -> Tensor:
         """ω (B,) of the balanced loss for noise (B, *S) in x and z (B,)."""
         distance = torch.linalg.vector_norm(flat_rows(noise), dim=1).hypot(z)
-        weight: Tensor = 1 + ((distance + self.gamma) / (math.sqrt(self.N) * self.unit)).square()
+        weight: Tensor = 1 + ((distance + self.gamma) / (math.sqrt(self.N) * self._unit)).square()
         return weight
 
     def _target(self, x: Tensor, z: Tensor, references: References) -> tuple[Tensor, Tensor]:

@@ -156,7 +156,7 @@ class Sampling(Parametrisation):
         solver = self.defaults.solver if solver is None else solver
         grid = self.grid(steps, schedule, last, solver=solver)
         if x_init is None:
-            self.check_from_prior(grid)
+            self._check_from_prior(grid)
         x, nfe = self._start(net, n, generator, device, x_init), 0
         solver_function(solver)
         if solver == "heun":
@@ -204,7 +204,7 @@ class Sampling(Parametrisation):
         if schedule is None or isinstance(schedule, str):
             check_steps("steps", steps)
         if schedule is None:
-            schedule = self.schedule_for(solver, steps, last)
+            schedule = self._schedule_for(solver, steps, last)
         if not isinstance(schedule, str):
             if last is not None:
                 raise ValueError(
@@ -222,7 +222,7 @@ class Sampling(Parametrisation):
             )
         return self._grid(schedule, steps, float(last))
 
-    def check_from_prior(self, grid: Sequence[float]) -> None:
+    def _check_from_prior(self, grid: Sequence[float]) -> None:
         """Raises ValueError unless a grid starts at the level of the prior, the first level."""
         if not math.isclose(grid[0], self.first_level, rel_tol=_SAME_LEVEL):
             raise ValueError(
@@ -231,7 +231,7 @@ class Sampling(Parametrisation):
                 "level of schedule."
             )
 
-    def schedule_for(
+    def _schedule_for(
         self, solver: str | Solver | None, steps: int, last: float | None = None
     ) -> str:
         """The schedule of a run unless one is given: "fitted" if there are such levels."""
@@ -287,7 +287,7 @@ class Sampling(Parametrisation):
         self._check_x(x)
         grid = _checked_levels(grid)
         if solver == "rk45":
-            options.setdefault("atol", 2e-4 * self.unit)
+            options.setdefault("atol", 2e-4 * self._unit)
         predict = self._predictor(net, x, condition, guidance, unconditional)
         if project is not None:
             predict = _projected(predict, project)

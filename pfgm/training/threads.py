@@ -34,11 +34,11 @@ def training_threads(trainer: Trainer, *, resumed: bool = False) -> Iterator[int
     """
     before = torch.get_num_threads()
     count = before
-    if "OMP_NUM_THREADS" not in os.environ and trainer.computes_alone_on_cpu:
+    if "OMP_NUM_THREADS" not in os.environ and trainer._computes_alone_on_cpu:
         if resumed:
-            count = min(trainer.saved_threads or before, before)
+            count = min(trainer._saved_threads or before, before)
         elif before > 1:
-            count = fastest_count(trainer.rehearsal())
+            count = fastest_count(trainer._rehearsal())
     torch.set_num_threads(count)
     try:
         yield count

@@ -142,7 +142,7 @@ class Trainer:
         self.loss, self.distilled = loss, distilled
         self.step = 0
         self._saved_step: int | None = None  # of the last checkpoint, written or resumed from
-        self._saved_threads: int | None = None
+        self._saved_threads: int | None = None  # of the run that was resumed
         self._known_latest: bytes | None = None  # latest.json as this run last read or wrote it
         check_log(config.log, self.folder)
         check_network(network)
@@ -153,7 +153,7 @@ class Trainer:
         if labels is None and classes and isinstance(data, ReferenceSet) and not data.sharded:
             labels = data.labels
         self.labels = labels = checked_labels(labels, data, classes)
-        if not flow.warned_of_range:
+        if not flow._warned_of_range:
             warn_of_range(data)
         warn_of_scales(data)
         self._processes = processes = Processes()
@@ -205,16 +205,11 @@ class Trainer:
         return self._saved_step
 
     @property
-    def saved_threads(self) -> int | None:
-        """The number of threads of the run that the checkpoint resumed from records, or None."""
-        return self._saved_threads
-
-    @property
-    def computes_alone_on_cpu(self) -> bool:
+    def _computes_alone_on_cpu(self) -> bool:
         """Whether one process trains on the CPU, without compilation."""
         return self._device.type == "cpu" and self._processes.size == 1 and not self.config.compile
 
-    def rehearsal(self) -> Callable[[], Tensor]:
+    def _rehearsal(self) -> Callable[[], Tensor]:
         """A function that computes the gradients of the next step for a copy of the network.
 
         The run, its network and the random numbers stay as they are.
@@ -379,7 +374,7 @@ class Trainer:
                 f"{self.folder} holds a checkpoint that is damaged or of another program ({error})."
             ) from error
         check_same_flow(self.flow, saved, self.folder)
-        self.flow.restore_fitted(saved.describe_fitted())
+        self.flow._restore_fitted(saved._describe_fitted())
         if rows != len(self.data):
             raise ValueError(
                 f"data has {len(self.data)} rows; the run in {self.folder} has {rows}."

@@ -53,7 +53,7 @@ def write_weights(
         **facts,
     }
     if flow.fitted_levels:
-        description["fitted_levels"] = flow.describe_fitted()
+        description["fitted_levels"] = flow._describe_fitted()
     if distilled is not None:
         description["distilled"] = distilled
     write_tensors(path, plain_state(network), description)
@@ -147,7 +147,7 @@ def flow_in(description: Mapping[str, Any]) -> Flow:
     if kind not in _FLOWS:
         raise ValueError(f"it holds a flow {kind!r}; known are {', '.join(_FLOWS)}.")
     flow = _FLOWS[kind](**with_present_names(kind, description["flow"]))
-    flow.restore_fitted(description.get("fitted_levels", {}))
+    flow._restore_fitted(description.get("fitted_levels", {}))
     return flow
 
 

@@ -577,7 +577,7 @@ def test_the_prior_itself_is_never_refused(flow, shape):
     noise = sized.noise(torch.full((1000,), sized.first_level), seeded(1))
     for x in (prior, noise, noise + 0.5 * torch.randn(noise.shape, generator=seeded(2))):
         for batch in (*x[:500].split(1), *x.split(16), x):
-            assert not looks_normal(batch, sized.D, sized.first_level, largest=sized.largest_norm)
+            assert not looks_normal(batch, sized.D, sized.first_level, largest=sized._largest_norm)
 
 
 def test_noise_of_level_one_is_never_refused(schedulers):

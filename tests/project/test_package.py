@@ -37,6 +37,23 @@ def test_public_names_exist_and_are_documented():
         assert getattr(pfgm, name).__doc__, name
 
 
+OF_ALL_FLOWS = """
+    D config decode default_steps defaults denoise empirical encode first_level fit_levels from_data
+    grid inpaint interpolate last_level log_likelihood loss network noise perturb prior radius
+    rescale sample sigma solve
+"""
+
+
+@pytest.mark.parametrize(
+    ("kind", "own"),
+    [(pfgm.PoissonFlow, {"cifar10", "field"}), (pfgm.PoissonFlowPP, {"D", "with_D"})],
+)
+def test_a_flow_has_the_methods_that_are_for_users(kind, own):
+    """What other modules of the package use of a flow is private."""
+    public = {name for name in dir(kind) if name[0] != "_"}
+    assert public | {"D"} == {*OF_ALL_FLOWS.split(), *own}
+
+
 def test_importing_takes_a_fraction_of_torch_and_no_optional_package():
     """0.03 of its time with compiled modules, 0.2 where Python compiles them anew; with SciPy 0.5.
     Nor are Triton, packages of the extras and a compiler imported, nor what operations and flows do

@@ -88,7 +88,7 @@ def new_trainer(folder=None):
 
 def test_a_rehearsal_changes_nothing_of_the_run():
     whole, rehearsed = new_trainer(), new_trainer()
-    before, rehearse = torch.get_rng_state(), rehearsed.rehearsal()
+    before, rehearse = torch.get_rng_state(), rehearsed._rehearsal()
     assert float(rehearse()) == float(rehearse())
     assert torch.equal(torch.get_rng_state(), before)
     assert all(p.grad is None for p in rehearsed.network.parameters())
@@ -128,7 +128,7 @@ def test_the_number_of_threads_stays_if_something_else_decides(
 ):
     if variable is not None:
         two_is_fastest.setenv("OMP_NUM_THREADS", variable)
-    with training_threads(SimpleNamespace(computes_alone_on_cpu=alone_on_cpu)) as count:
+    with training_threads(SimpleNamespace(_computes_alone_on_cpu=alone_on_cpu)) as count:
         assert count == 3
 
 

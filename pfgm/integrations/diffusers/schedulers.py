@@ -316,7 +316,7 @@ class FlowScheduler(SchedulerMixin, ConfigMixin):  # type: ignore[misc]
     def _check_start(self, points: Tensor, sample: Tensor) -> None:
         """Raises ValueError if a run starts from noise that other schedulers start from."""
         center = self._flow.center.to(points) if isinstance(self._flow, PoissonFlow) else 0.0
-        first, largest = self._flow.first_level, self._flow.largest_norm
+        first, largest = self._flow.first_level, self._flow._largest_norm
         if looks_normal(points, self._flow.D, first, center=center, largest=largest):
             norm = float(sample.detach().float().flatten(1).norm(dim=1).mean())
             remedy = "start from scheduler.prior(n), as PoissonFlowPipeline does"
