@@ -16,12 +16,12 @@ from torch import Tensor, nn
 
 from benchmarks.claims import methods
 from benchmarks.claims.claim import Claim
-from benchmarks.claims.jobs import Job, Row, Tables
+from benchmarks.claims.jobs import Job, Tables
 from benchmarks.claims.measures import FIGURES, figures_of
 from benchmarks.claims.methods import Spec, plusplus
 from benchmarks.claims.pictures import curves
 from benchmarks.claims.presets import Preset
-from benchmarks.claims.tables import grouped, over_seeds, relative, select
+from benchmarks.common.rows import Row, grouped, over_seeds, relative, select
 from pfgm.evaluation import noise_generator
 
 NONE = "none"

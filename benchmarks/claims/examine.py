@@ -13,11 +13,11 @@ import torch
 
 from benchmarks.claims import methods
 from benchmarks.claims.claim import Claim
-from benchmarks.claims.jobs import Job, Row, Tables, measured_tables, run_jobs
+from benchmarks.claims.jobs import Job, Tables, measured_tables, run_jobs
 from benchmarks.claims.measures import accuracy, classifier_path, train_classifier
 from benchmarks.claims.presets import Preset
-from benchmarks.claims.tables import write_csv
 from benchmarks.common import machine
+from benchmarks.common.rows import Row, write_csv
 from pfgm.common.files import write_atomic, write_json
 
 

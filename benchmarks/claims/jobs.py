@@ -22,9 +22,9 @@ import torch
 from tqdm.auto import tqdm
 
 from benchmarks.claims.presets import Preset
+from benchmarks.common.rows import Row
 from pfgm.common.files import write_json
 
-Row = dict[str, Any]
 Tables = dict[str, list[Row]]
 """Name of a table and its CSV file → its rows."""
 

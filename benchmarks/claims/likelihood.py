@@ -15,12 +15,12 @@ from torch import Tensor
 
 from benchmarks.claims import methods
 from benchmarks.claims.claim import Claim
-from benchmarks.claims.jobs import Job, Row, Tables
+from benchmarks.claims.jobs import Job, Tables
 from benchmarks.claims.measures import data_of
 from benchmarks.claims.methods import Spec
 from benchmarks.claims.pictures import bars
 from benchmarks.claims.presets import Preset
-from benchmarks.claims.tables import over_seeds
+from benchmarks.common.rows import Row, over_seeds
 from pfgm.evaluation import bits_per_dim, dequantised, evenly_spaced
 
 METHODS = ("PFGM", "EDM")

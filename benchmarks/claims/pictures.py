@@ -8,8 +8,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from benchmarks.claims.jobs import Row
-from benchmarks.claims.tables import grouped, write_csv
+from benchmarks.common.rows import Row, grouped, write_csv
 from pfgm.plotting import figures, quality_curve
 from pfgm.plotting.curves import COLOURS
 

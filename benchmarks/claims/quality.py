@@ -15,12 +15,12 @@ import torch
 
 from benchmarks.claims import methods, peers
 from benchmarks.claims.claim import Claim
-from benchmarks.claims.jobs import Job, Row, Tables
+from benchmarks.claims.jobs import Job, Tables
 from benchmarks.claims.measures import FIGURES, data_of, figures_of
 from benchmarks.claims.methods import SCORE_METHODS, Spec
 from benchmarks.claims.pictures import curves
 from benchmarks.claims.presets import Preset
-from benchmarks.claims.tables import grouped, over_seeds, select
+from benchmarks.common.rows import Row, grouped, over_seeds, select
 from pfgm.evaluation import RUNS
 from pfgm.flows.flow import Flow
 from pfgm.plotting.curves import COLOURS

@@ -22,13 +22,13 @@ from torch import Tensor, nn
 import pfgm
 from benchmarks.claims import methods
 from benchmarks.claims.claim import Claim
-from benchmarks.claims.jobs import Job, Row, Tables
+from benchmarks.claims.jobs import Job, Tables
 from benchmarks.claims.measures import FIGURES, data_of, figures_of
 from benchmarks.claims.methods import Spec
 from benchmarks.claims.pictures import bars, curves
 from benchmarks.claims.presets import Preset
-from benchmarks.claims.tables import over_seeds, select
 from benchmarks.common.posterior_paths import published
+from benchmarks.common.rows import Row, over_seeds, select
 from benchmarks.common.subjects import Case
 from benchmarks.common.turns import ratio, time_calls
 from pfgm.backends.reference import normalised_field

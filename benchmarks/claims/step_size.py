@@ -10,12 +10,12 @@ from pathlib import Path
 
 from benchmarks.claims import methods
 from benchmarks.claims.claim import Claim
-from benchmarks.claims.jobs import Job, Row, Tables
+from benchmarks.claims.jobs import Job, Tables
 from benchmarks.claims.measures import FIGURES, figures_of
 from benchmarks.claims.methods import Spec
 from benchmarks.claims.pictures import curves
 from benchmarks.claims.presets import Preset
-from benchmarks.claims.tables import over_seeds, relative, select
+from benchmarks.common.rows import Row, over_seeds, relative, select
 from pfgm.flows.flow import Flow
 
 LATE = "EDM from z_max"

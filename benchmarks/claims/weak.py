@@ -11,12 +11,12 @@ from pathlib import Path
 
 from benchmarks.claims import methods, peers
 from benchmarks.claims.claim import Claim
-from benchmarks.claims.jobs import Job, Row, Tables
+from benchmarks.claims.jobs import Job, Tables
 from benchmarks.claims.measures import FIGURES, figures_of
 from benchmarks.claims.methods import Spec
 from benchmarks.claims.pictures import bars
 from benchmarks.claims.presets import Preset
-from benchmarks.claims.tables import grouped, over_seeds, relative
+from benchmarks.common.rows import Row, grouped, over_seeds, relative
 
 _SHARE = {"half width": 2, "quarter width": 4}
 _ODE = "multistep, log"

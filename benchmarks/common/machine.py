@@ -5,7 +5,6 @@ from __future__ import annotations
 import datetime
 import functools
 import importlib.metadata
-import json
 import os
 import platform
 import statistics
@@ -18,6 +17,7 @@ import torch
 from benchmarks.common.folders import RESULTS, ROOT
 from benchmarks.common.turns import Call, host_seconds
 from pfgm.backends import available
+from pfgm.common.files import write_json
 
 
 def describe() -> dict[str, Any]:
@@ -62,7 +62,7 @@ def store(name: str, result: Any) -> Path:
     }
     path = RESULTS / f"{name}.json"
     path.parent.mkdir(exist_ok=True)
-    path.write_text(json.dumps(content, indent=2) + "\n")
+    write_json(path, content)
     return path
 
 

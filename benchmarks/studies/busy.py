@@ -7,6 +7,7 @@ Nothing else should run on the machine.
 
 from __future__ import annotations
 
+import argparse
 import os
 import re
 import signal
@@ -16,10 +17,9 @@ import tempfile
 import time
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
-from typing import Any
 
-from benchmarks.common.commands import name_backend, new_parser
-from benchmarks.common.machine import store
+from benchmarks.common.rows import Row
+from benchmarks.common.study import Study, run
 
 TARGETS = {"alone": 0.95, "beside two busy threads": 0.4, "beside a second demo": 0.35}
 """Least speed in each case, in units of the speed alone before."""
@@ -27,24 +27,28 @@ _CHOICES = ("OMP_NUM_THREADS", "OMP_WAIT_POLICY", "GOMP_SPINCOUNT", "KMP_BLOCKTI
 _SPIN = "import os\nparent = os.getppid()\nwhile os.getppid() == parent: sum(range(100000))"
 
 
-def main() -> None:
-    name_backend()
-    parser = new_parser(__doc__)
+def measure(options: argparse.Namespace, seconds: float) -> Row:
+    """Speeds in each case, and relative to that alone before."""
+    every_thread = {"GOMP_SPINCOUNT": "300000", "OMP_NUM_THREADS": str(os.cpu_count())}
+    before = steps_a_second(seconds, python=options.before, environment=every_thread)
+    speeds = {"alone": steps_a_second(seconds)}
+    with busy_threads(2):
+        speeds["beside two busy threads"] = steps_a_second(seconds)
+    with demo_started():
+        speeds["beside a second demo"] = steps_a_second(seconds)
+    ratios = {case: speed / before for case, speed in speeds.items()}
+    return {"alone before": before, "steps a second": speeds, "ratios": ratios}
+
+
+def shown(rows: list[Row]) -> list[Row]:
+    """Each case beside its target."""
+    ratios = rows[0]["ratios"]
+    return [{"case": c, "speed": ratios[c], "target": target} for c, target in TARGETS.items()]
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--before", default=sys.executable, help="Python of the version before")
     parser.add_argument("--seconds", type=float, default=25.0, help="of training, for each speed")
-    options = parser.parse_args()
-    every_thread = {"GOMP_SPINCOUNT": "300000", "OMP_NUM_THREADS": str(os.cpu_count())}
-    before = steps_a_second(options.seconds, python=options.before, environment=every_thread)
-    speeds = {"alone": steps_a_second(options.seconds)}
-    with busy_threads(2):
-        speeds["beside two busy threads"] = steps_a_second(options.seconds)
-    with demo_started():
-        speeds["beside a second demo"] = steps_a_second(options.seconds)
-    ratios = {case: speed / before for case, speed in speeds.items()}
-    result: dict[str, Any] = {"steps a second alone before": before, "steps a second": speeds}
-    result |= {"ratios": ratios, "targets": TARGETS}
-    print(result)
-    print(store("busy", result))
 
 
 def steps_a_second(
@@ -99,5 +103,13 @@ def busy_threads(count: int) -> Iterator[None]:
             process.wait()
 
 
+STUDY = Study(
+    "busy",
+    lambda options: [{"seconds": options.seconds}],
+    measure,
+    shown,
+    add_arguments=add_arguments,
+)
+
 if __name__ == "__main__":
-    main()
+    run(STUDY, __doc__)

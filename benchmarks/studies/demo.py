@@ -1,40 +1,44 @@
-"""Runs ``pfgm demo`` for three seeds, and stores its metrics and their mean.
+"""Runs ``pfgm demo`` for three seeds, and once with labels.
 
 python -m benchmarks.studies.demo
 """
 
 from __future__ import annotations
 
-import statistics
+import argparse
 import tempfile
-from typing import Any
+from collections.abc import Iterator
 
-from benchmarks.common.commands import name_backend
-from benchmarks.common.machine import store
+from benchmarks.common.rows import Row, mean_of
+from benchmarks.common.study import Study, run
 from pfgm.cli import demo
 
 SEEDS = (0, 1, 2)
 TARGETS = {"frechet_distance": "<= 0.75", "precision": ">= 0.80", "recall": ">= 0.75"}
 
 
-def main() -> None:
-    name_backend()
-    runs: list[dict[str, Any]] = []
-    for seed in SEEDS:
-        with tempfile.TemporaryDirectory() as folder:
-            runs.append(demo.run(folder, seed=seed))
-    summary: dict[str, Any] = {
-        name: {
-            "mean": statistics.mean(run[name]["samples"] for run in runs),
-            "target": target,
-        }
-        for name, target in TARGETS.items()
-    }
-    summary["fewest samples of a digit"] = min(min(run["samples_per_digit"]) for run in runs)
-    summary["most seconds"] = max(run["seconds"]["total"] for run in runs)
-    print(summary)
-    print(store("demo", {"summary": summary, "runs": runs}))
+def settings(options: argparse.Namespace) -> Iterator[Row]:
+    """The runs."""
+    yield from ({"conditional": False, "seed": seed} for seed in SEEDS)
+    yield {"conditional": True, "seed": 0}
 
+
+def measure(options: argparse.Namespace, conditional: bool, seed: int) -> Row:
+    """The metrics of a run."""
+    with tempfile.TemporaryDirectory() as folder:
+        return demo.run(folder, seed=seed, conditional=conditional)
+
+
+def shown(rows: list[Row]) -> list[Row]:
+    """The mean of each metric beside its target."""
+    samples = [
+        {name: row[name]["samples"] for name in TARGETS} for row in rows if not row["conditional"]
+    ]
+    means = mean_of(samples)
+    return [{"metric": m, "mean": means[m], "target": target} for m, target in TARGETS.items()]
+
+
+STUDY = Study("demo", settings, measure, shown)
 
 if __name__ == "__main__":
-    main()
+    run(STUDY, __doc__)

@@ -1,21 +1,18 @@
 """Few-step models of digits beside their teachers: quality at one and two evaluations.
 
-    python -m benchmarks.studies.distillation [--steps 1500] [--store]
+    python -m benchmarks.studies.distillation [--steps 1500] [--draw]
 
 Trains a network of PFGM and one of PFGM++ (D = 128) as ``pfgm demo`` does, and a student of each as
 ``pfgm train --teacher`` does. Draws 1000 samples for each of three seeds, and measures the Fréchet
-distance in pixel space to the 399 held-out digits. ``--teachers`` keeps the teachers for the next
-call. ``--store`` writes results/distillation.json and the picture.
+distance in pixel space to the 399 held-out digits. ``--out`` keeps the networks.
 """
 
 from __future__ import annotations
 
+import argparse
 import copy
 import dataclasses
-import math
-import statistics
-import tempfile
-import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -23,142 +20,108 @@ import torch
 from torch import Tensor, nn
 
 import pfgm
-from benchmarks.common.commands import name_backend, new_parser
 from benchmarks.common.folders import DOCS
-from benchmarks.common.machine import store
-from benchmarks.common.tables import table
+from benchmarks.common.models import model
+from benchmarks.common.rows import Row, mean_of
+from benchmarks.common.study import Study, run
 from pfgm.cli import demo
-from pfgm.common.files import check_folder
 from pfgm.distillation import Consistency
 from pfgm.flows.flow import Flow
 from pfgm.training import Trainer
+from pfgm.training.run_config import Method
 
 SEEDS = (0, 1, 2)
-PICTURE = DOCS / "images" / "few-steps.png"
-METHODS = ("pfgm", "pfgm++")
-SECOND = 0.5  # level of the second evaluation
-ROWS = (
-    "teacher, 10 evaluations",
-    "teacher, 1 evaluation",
-    "student, 1 evaluation",
-    "student, 2 evaluations",
-)
+METHODS: tuple[Method, ...] = ("pfgm", "pfgm++")
+SAMPLERS: dict[str, dict[str, Any]] = {
+    "multistep, 10": {"solver": "multistep", "steps": 10},
+    "the default": {},  # 35 evaluations for PFGM++
+    "euler, 1": {"solver": "euler", "steps": 1},
+    "consistency, 1": {"solver": "consistency", "steps": 1},
+    "consistency, 2": {"solver": "consistency", "steps": 2, "last": 0.5},
+}
+_DRAWN = ("multistep, 10", "euler, 1", "consistency, 1", "consistency, 2")
 
 
-def teacher_of(method: str, path: Path) -> tuple[Flow, nn.Module]:
+def settings(options: argparse.Namespace) -> Iterator[Row]:
+    """Teachers and students with their samplers."""
+    for method in METHODS:
+        for sampler in SAMPLERS:
+            if sampler.startswith("consistency"):
+                student = {"network": "student", "student's steps": options.steps}
+                yield {"method": method, "sampler": sampler, **student}
+            else:
+                yield {"method": method, "sampler": sampler, "network": "teacher"}
+
+
+def teacher_of(method: Method, path: Path) -> tuple[Flow, nn.Module]:
     """The teacher in a file, which is trained if the file does not exist."""
     if path.exists():
         return pfgm.load(path)
     data = pfgm.data.digits().train
-    torch.manual_seed(0)
-    network: nn.Module
-    flow: Flow
-    if method == "pfgm":
-        flow = pfgm.PoissonFlow.from_data(data)
-        network = flow.network("unet", data_std=float(data.square().mean().sqrt()))
-    else:
-        flow = pfgm.PoissonFlowPP.from_data(data, D=128)
-        network = flow.network("unet")
+    flow, network = model(method, data)
     averaged = Trainer(flow, network, data, demo.TRAINING).train()
     pfgm.save(path, flow, averaged)
     return pfgm.load(path)
 
 
-def student_of(flow: Flow, teacher: nn.Module, steps: int) -> tuple[nn.Module, float]:
-    """A student, and the seconds of its training."""
-    consistency = Consistency(flow, teacher)
-    config = dataclasses.replace(demo.TRAINING, steps=steps, learning_rate=1e-3, reference_batch=0)
-    student, data = copy.deepcopy(teacher), pfgm.data.digits().train
-    started = time.perf_counter()
-    trainer = Trainer(flow, student, data, config, loss=consistency.loss)
-    return trainer.train(), time.perf_counter() - started
+def network_of(options: argparse.Namespace, method: Method, network: str) -> tuple[Flow, nn.Module]:
+    """A teacher or a student; a file in the folder, which is written if it does not exist."""
+    options.out.mkdir(parents=True, exist_ok=True)
+    flow, teacher = teacher_of(method, options.out / f"{method}.safetensors")
+    if network == "teacher":
+        return flow, teacher
+    path = options.out / f"{method}-student-{options.steps}.safetensors"
+    if not path.exists():
+        config = dataclasses.replace(
+            demo.TRAINING, steps=options.steps, learning_rate=1e-3, reference_batch=0
+        )
+        data, loss = pfgm.data.digits().train, Consistency(flow, teacher).loss
+        trainer = Trainer(flow, copy.deepcopy(teacher), data, config, loss=loss)
+        pfgm.save(path, flow, trainer.train())
+    return pfgm.load(path)
 
 
-def draw(flow: Flow, network: nn.Module, seed: int, **options: Any) -> tuple[Tensor, int]:
+def samples_of(
+    options: argparse.Namespace, method: Method, sampler: str, seed: int, n: int
+) -> tuple[Tensor, int]:
     """Samples in [-1, 1], and the evaluations of the network."""
+    student = sampler.startswith("consistency")
+    flow, network = network_of(options, method, "student" if student else "teacher")
     generator = torch.Generator().manual_seed(seed)
     samples, nfe = flow.sample(
-        network, demo.SAMPLES, generator=generator, return_nfe=True, **options
+        network, n, generator=generator, return_nfe=True, **SAMPLERS[sampler]
     )
     return samples.clamp(-1, 1), nfe
 
 
-def measure(flow: Flow, network: nn.Module, name: str, **options: Any) -> dict[str, Any]:
-    """Measures a network with one sampler."""
-    held_out = pfgm.data.digits().held_out
-    distances, precisions, recalls, nfe = [], [], [], 0
+def measure(options: argparse.Namespace, method: Method, sampler: str, **_: Any) -> Row:
+    """The figures of a network with one sampler: means over the seeds."""
+    held_out, rows, nfe = pfgm.data.digits().held_out, [], 0
     for seed in SEEDS:
-        samples, nfe = draw(flow, network, seed, **options)
-        measured = pfgm.metrics.precision_recall(samples, held_out)
-        distances.append(pfgm.metrics.frechet_distance(samples, held_out))
-        precisions.append(measured.precision)
-        recalls.append(measured.recall)
-    return {
-        "network": name,
-        "sampler": options,
-        "evaluations": nfe,
-        "frechet_distance": statistics.mean(distances),
-        "spread": statistics.stdev(distances),
-        "precision": statistics.mean(precisions),
-        "recall": statistics.mean(recalls),
-    }
+        samples, nfe = samples_of(options, method, sampler, seed, demo.SAMPLES)
+        inside = pfgm.metrics.precision_recall(samples, held_out)
+        distance = pfgm.metrics.frechet_distance(samples, held_out)
+        rows.append({"frechet_distance": distance, **inside._asdict()})
+    mean = mean_of(rows)
+    spread = mean["frechet_distance_spread"]
+    return {"evaluations": nfe, "spread": spread, **{name: mean[name] for name in rows[0]}}
 
 
-def compare(method: str, folder: Path, steps: int) -> tuple[dict[str, Any], list[Tensor]]:
-    """Figures of a teacher and its student, and ten samples of each from the same prior points."""
-    flow, teacher = teacher_of(method, folder / f"{method}.safetensors")
-    student, seconds = student_of(flow, teacher, steps)
-    many: dict[str, Any] = {"solver": "multistep", "steps": 10}
-    few: dict[str, Any] = {"solver": "consistency"}
-    runs: list[tuple[str, nn.Module, dict[str, Any]]] = [
-        ("teacher", teacher, many),
-        ("teacher", teacher, {"solver": "euler", "steps": 1}),
-        ("student", student, {"steps": 1, **few}),
-        ("student", student, {"steps": 2, "last": SECOND, **few}),
-    ]
-    rows = [measure(flow, network, name, **options) for name, network, options in runs]
-    shown = [draw(flow, network, 0, **options)[0][:10] for _, network, options in runs]
-    # The teacher with its default sampler as well: 35 evaluations for PFGM++.
-    teachers = [rows[0], measure(flow, teacher, "teacher")]
-    least = min(row["frechet_distance"] for row in teachers)
-    figures = {
-        "rows": [*teachers, *rows[1:]],
-        "student's steps": steps,
-        "student's seconds": seconds,
-        "one evaluation / teacher": rows[2]["frechet_distance"] / least,
-        "two evaluations / teacher": rows[3]["frechet_distance"] / least,
-    }
-    return figures, shown
+def draw(rows: list[Row], options: argparse.Namespace) -> None:
+    """Draws ten samples of each network from the same prior points."""
+    runs = [(method, sampler) for method in METHODS for sampler in _DRAWN]
+    pictures = [samples_of(options, *run, 0, 10)[0] for run in runs]
+    side = [f"{method.upper()}: {sampler}" for method, sampler in runs]
+    path = DOCS / "images" / "few-steps.png"
+    pfgm.plotting.image_grid(torch.cat(pictures), path, columns=10, side=side, scale=4)
 
 
-def main() -> None:
-    name_backend()
-    parser = new_parser(__doc__)
+def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--steps", type=int, default=1500, help="of each student")
-    parser.add_argument("--methods", nargs="+", default=METHODS, choices=METHODS)
-    parser.add_argument("--teachers", type=Path, help="folder that keeps the teachers")
-    parser.add_argument("--store", action="store_true", help="write the results and the picture")
-    options = parser.parse_args()
-    results, pictures = {}, []
-    with tempfile.TemporaryDirectory() as name:
-        folder = check_folder(options.teachers or name)
-        for method in options.methods:
-            results[method], shown = compare(method, folder, options.steps)
-            pictures += shown
-    columns = ("network", "evaluations", "frechet_distance", "spread", "precision", "recall")
-    for method, figures in results.items():
-        rows = [
-            [f"{row[c]:.3f}" if isinstance(row[c], float) else str(row[c]) for c in columns]
-            for row in figures["rows"]
-        ]
-        print(f"{method}\n{table(list(columns), rows)}")
-        print({k: v for k, v in figures.items() if k != "rows"})
-        assert all(math.isfinite(row["frechet_distance"]) for row in figures["rows"])
-    if options.store:
-        print(store("distillation", results))
-        side = [f"{method.upper()}: {row}" for method in options.methods for row in ROWS]
-        pfgm.plotting.image_grid(torch.cat(pictures), PICTURE, columns=10, side=side, scale=4)
+    parser.add_argument("--out", type=Path, default=Path("runs/distillation"), help="networks")
 
+
+STUDY = Study("distillation", settings, measure, draw=draw, add_arguments=add_arguments)
 
 if __name__ == "__main__":
-    main()
+    run(STUDY, __doc__)

@@ -1,27 +1,25 @@
 """Quality of the networks that come with the package, with at most 20 evaluations.
 
-    python -m benchmarks.studies.pretrained [--only NAME] [--store]
+    python -m benchmarks.studies.pretrained [--only NAME]
 
 Draws 1000 samples for each of three seeds, 100 of each label, and compares them with all held-out
 images, in pixels and in the features of the classifier that comes with the package. The training
-images are compared in the same way. With guidance a step takes two evaluations. ``--store`` writes
-results/pretrained.json, in which the rows of other networks stay.
+images are compared in the same way. With guidance a step takes two evaluations.
 """
 
 from __future__ import annotations
 
-import json
-import statistics
+import argparse
+import functools
+from collections.abc import Iterator
 from typing import Any
 
 import torch
 from torch import Tensor
 
 import pfgm
-from benchmarks.common.commands import name_backend, new_parser
-from benchmarks.common.folders import RESULTS
-from benchmarks.common.machine import store
-from benchmarks.common.tables import table
+from benchmarks.common.rows import Row, mean_of
+from benchmarks.common.study import Study, run
 from pfgm.data import to_unit
 from pfgm.datasets import open_data
 from pfgm.evaluation import evenly_spaced
@@ -29,6 +27,7 @@ from pfgm.flows.batched_sampling import draw_prior, sample_in_batches
 from pfgm.pretrained import PRETRAINED
 
 SAMPLES, BATCH, CLASSES, SEEDS = 1000, 100, 10, (0, 1, 2)
+TRAINING = "training images"
 RUNS: dict[str, dict[str, Any]] = {
     "no label": {},
     "labels": {},
@@ -37,7 +36,34 @@ RUNS: dict[str, dict[str, Any]] = {
     "labels, guidance 1.5": {"guidance": 1.5},
 }
 """All with 10 steps, and the schedule rho unless another is named."""
-FIGURES = ("frechet_distance", "precision", "recall")
+
+
+def settings(options: argparse.Namespace) -> Iterator[Row]:
+    """The networks, and how they are sampled."""
+    for name in [options.only] if options.only else PRETRAINED:
+        yield from ({"network": name, "run": run} for run in (TRAINING, *RUNS))
+
+
+@functools.cache
+def data_of(name: str) -> Any:
+    """Training images, and the held-out ones in each space with their neighbours' distances."""
+    data, classifier = open_data(name), pfgm.metrics.load_classifier(name)
+    assert data.held_out is not None
+    held_out = to_unit(data.held_out[:])
+    real = {"pixels": held_out, "features": classifier.rows(held_out)}
+    neighbours = {of: pfgm.metrics.neighbour_distances(x, 3) for of, x in real.items()}
+    return to_unit(data.train[:]), classifier, real, neighbours
+
+
+def figures(images: Tensor, name: str) -> Row:
+    """Fréchet distance, precision and recall of images in both spaces."""
+    _, classifier, real, neighbours = data_of(name)
+    row: Row = {}
+    for of, rows in {"pixels": images, "features": classifier.rows(images)}.items():
+        row[f"frechet_distance_{of}"] = pfgm.metrics.frechet_distance(rows, real[of])
+        inside = pfgm.metrics.precision_recall(rows, real[of], neighbours=neighbours[of])
+        row |= {f"precision_{of}": inside.precision, f"recall_{of}": inside.recall}
+    return row
 
 
 def drawn(name: str, run: str, seed: int) -> tuple[Tensor, int]:
@@ -57,55 +83,21 @@ def drawn(name: str, run: str, seed: int) -> tuple[Tensor, int]:
     return samples.clamp(-1, 1), evaluations
 
 
-def measure(name: str) -> list[dict[str, Any]]:
-    """The figures of each run of a network: means and standard deviations over the seeds."""
-    data, classifier = open_data(name), pfgm.metrics.load_classifier(name)
-    assert data.held_out is not None
-    held_out, train = to_unit(data.held_out[:]), to_unit(data.train[:])
-    real = {"pixels": held_out, "features": classifier.rows(held_out)}
-    neighbours = {of: pfgm.metrics.neighbour_distances(x, 3) for of, x in real.items()}
-
-    def figures(images: Tensor) -> dict[str, float]:
-        measured: dict[str, float] = {}
-        for of, rows in {"pixels": images, "features": classifier.rows(images)}.items():
-            inside = pfgm.metrics.precision_recall(rows, real[of], neighbours=neighbours[of])
-            distance = pfgm.metrics.frechet_distance(rows, real[of])
-            values = (distance, inside.precision, inside.recall)
-            measured |= {f"{each}_{of}": value for each, value in zip(FIGURES, values, strict=True)}
-        return measured
-
-    known = figures(evenly_spaced(train, SAMPLES))
-    rows = [{"network": name, "run": "training images", "evaluations": 0, **known}]
-    for run in RUNS:
-        draws = [drawn(name, run, seed) for seed in SEEDS]
-        seeds = [figures(samples) for samples, _ in draws]
-        row = {"network": name, "run": run, "evaluations": draws[0][1], "seeds": len(SEEDS)}
-        for each in seeds[0]:
-            values = [one[each] for one in seeds]
-            row |= {each: statistics.mean(values), f"{each}_spread": statistics.stdev(values)}
-        rows.append(row)
-    return rows
+def measure(options: argparse.Namespace, network: str, run: str) -> Row:
+    """The figures of a run: means and standard deviations over the seeds."""
+    if run == TRAINING:
+        chosen = evenly_spaced(data_of(network)[0], SAMPLES)
+        return {"evaluations": 0, **figures(chosen, network)}
+    draws = [drawn(network, run, seed) for seed in SEEDS]
+    means = mean_of([figures(samples, network) for samples, _ in draws])
+    return {"evaluations": draws[0][1], "seeds": len(SEEDS), **means}
 
 
-def main() -> None:
-    name_backend()
-    parser = new_parser(__doc__)
+def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--only", choices=list(PRETRAINED), help="measure this network alone")
-    parser.add_argument("--store", action="store_true", help="write the results")
-    options = parser.parse_args()
-    names = [options.only] if options.only else list(PRETRAINED)
-    rows = [row for name in names for row in measure(name)]
-    shown = [f"{each}_{of}" for of in ("pixels", "features") for each in FIGURES]
-    cells = [
-        [r["network"], r["run"], str(r["evaluations"])] + [f"{r[each]:.3g}" for each in shown]
-        for r in rows
-    ]
-    print(table(["network", "samples", "evaluations", *shown], cells))
-    if options.store:
-        known = json.loads((RESULTS / "pretrained.json").read_text())["result"]
-        rows += [row for row in known if row["network"] not in names]
-        print(store("pretrained", rows))
 
+
+STUDY = Study("pretrained", settings, measure, add_arguments=add_arguments)
 
 if __name__ == "__main__":
-    main()
+    run(STUDY, __doc__)

@@ -1,31 +1,31 @@
 """The three published losses beside those with this library, as docs/drop-in.md prints both.
 
-    python -m benchmarks.studies.published_losses [--store]
+    python -m benchmarks.studies.published_losses
 
 Both run on the same seed, with B = 32, M = 512, N = 784 (Fashion-MNIST) and a network that costs
 nothing, on one thread. They take turns. The time is that of the processor, of which other programs
 take no part: the least of all turns. The difference of the two losses is relative, the largest of
 all turns. Whole training steps with PFGM's loss follow: loss, gradient and Adam, with the MLP and
-the U-Net of pfgm.networks. ``--store`` writes results/published_losses.json.
+the U-Net of pfgm.networks.
 """
 
 from __future__ import annotations
 
+import argparse
 import functools
 import re
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 import pfgm
-from benchmarks.common.commands import name_backend, new_parser
 from benchmarks.common.folders import DOCS
-from benchmarks.common.machine import store
+from benchmarks.common.rows import Row
+from benchmarks.common.study import Study, run
 from benchmarks.common.subjects import fashion_mnist
-from benchmarks.common.tables import table
 from benchmarks.common.turns import take_turns
 from pfgm.data import to_unit
 
@@ -72,7 +72,29 @@ def seconds_of_processor(call: Callable[[], Any]) -> float:
     return time.process_time() - started
 
 
-def measure(title: str, before: str, after: str, images: Tensor) -> dict[str, Any]:
+NETWORKS = {"MLP": "mlp", "U-Net": "unet"}
+
+
+def settings(options: argparse.Namespace) -> Iterator[Row]:
+    """The losses alone, and whole steps of the networks."""
+    yield from ({"loss": title} for title in printed_losses())
+    yield from ({"network": name} for name in NETWORKS)
+
+
+def measure(options: argparse.Namespace, loss: str = "PFGM's loss", network: str = "") -> Row:
+    """Times of a loss, or of a whole training step with it, before and after."""
+    images = to_unit(fashion_mnist()[:M]).view(M, 1, 28, 28)
+    codes = printed_losses()[loss]
+    return measure_step(network, *codes, images) if network else measure_loss(*codes, images)
+
+
+def compared(seconds: dict[str, list[float]]) -> Row:
+    """The least times, and their ratio."""
+    before, after = min(seconds["before"]), min(seconds["after"])
+    return {"seconds before": before, "seconds after": after, "times as long": before / after}
+
+
+def measure_loss(before: str, after: str, images: Tensor) -> Row:
     """Times and difference of a loss before and after."""
     network = field_network if "field_fn" in after else denoiser
     values: dict[str, list[float]] = {"before": [], "after": []}
@@ -90,10 +112,7 @@ def measure(title: str, before: str, after: str, images: Tensor) -> dict[str, An
         torch.tensor(values[name], dtype=torch.float64) for name in calls
     )
     return {
-        "loss": title,
-        "seconds before": min(seconds["before"]),
-        "seconds after": min(seconds["after"]),
-        "times as long": min(seconds["before"]) / min(seconds["after"]),
+        **compared(seconds),
         "relative difference": float(((losses_before - losses_after) / losses_after).abs().max()),
         "lines of the target before": target_lines(before),
     }
@@ -111,56 +130,20 @@ def training_step(network: nn.Module, loss: Loss, images: Tensor) -> Callable[[]
     return step
 
 
-def measure_steps(before: str, after: str, images: Tensor) -> list[dict[str, Any]]:
-    """Times of whole training steps with a loss before and after, for each network."""
+def measure_step(name: str, before: str, after: str, images: Tensor) -> Row:
+    """Times of whole training steps of a network with a loss before and after."""
     flow = pfgm.PoissonFlow(images.shape[1:], M=291, noise_std=0.01, tau=0.03)
-    networks = {"MLP": "mlp", "U-Net": "unet"}
-    rows = []
-    for name, kind in networks.items():
-        steps = {
-            when: [training_step(flow.network(kind), as_loss(code), images)]
-            for when, code in {"before": before, "after": after}.items()
-        }
-        for each in steps.values():
-            each[0]()
-        seconds = {
-            when: min(turns)
-            for when, turns in take_turns(steps, seconds_of_processor, STEP_TURNS).items()
-        }
-        rows.append(
-            {
-                "network": name,
-                "parameters": sum(p.numel() for p in flow.network(kind).parameters()),
-                "seconds before": seconds["before"],
-                "seconds after": seconds["after"],
-                "times as long": seconds["before"] / seconds["after"],
-            }
-        )
-    return rows
+    steps = {}
+    for when, code in {"before": before, "after": after}.items():
+        network = flow.network(NETWORKS[name])
+        steps[when] = [training_step(network, as_loss(code), images)]
+        steps[when][0]()
+    parameters = sum(p.numel() for p in network.parameters())
+    seconds = take_turns(steps, seconds_of_processor, STEP_TURNS)
+    return {"parameters": parameters, **compared(seconds)}
 
 
-def main() -> None:
-    name_backend()
-    parser = new_parser(__doc__)
-    parser.add_argument("--store", action="store_true", help="write the results")
-    options = parser.parse_args()
-    torch.set_num_threads(1)
-    images = to_unit(fashion_mnist()[:M]).view(M, 1, 28, 28)
-    losses = printed_losses()
-    rows = [measure(title, *codes, images) for title, codes in losses.items()]
-    cells = [
-        [row["loss"], f"{row['times as long']:.0f} ×", f"{row['relative difference']:.1g}"]
-        for row in rows
-    ]
-    print(table(["loss", "published takes", "relative difference"], cells))
-    steps = measure_steps(*losses["PFGM's loss"], images)
-    cells = [[row["network"], f"{row['times as long']:.2f} ×"] for row in steps]
-    print(table(["training step with PFGM's loss", "published takes"], cells))
-    if options.store:
-        command = "python -m benchmarks.studies.published_losses --store"
-        facts = {"command": command, "B, M, N": [B, M, 784], "rows": rows, "steps": steps}
-        print(store("published_losses", facts))
-
+STUDY = Study("published_losses", settings, measure, threads=1)
 
 if __name__ == "__main__":
-    main()
+    run(STUDY, __doc__)

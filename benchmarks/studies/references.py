@@ -1,6 +1,6 @@
 """Reference sets: from a file, in memory, streamed, and in two processes.
 
-    python -m benchmarks.studies.references [--store] [--rows 1000000]
+    python -m benchmarks.studies.references [--rows 1000000]
 
 - All 60000 images of Fashion-MNIST as bytes: a tensor, a set in memory and a set in a file. Also
   the peak memory of reading through the file, beyond the memory of the process before.
@@ -10,12 +10,12 @@
   the file alone, and computing from memory alone.
 - Two processes (gloo) of one thread each that share the 60000 images, beside one process.
 
-Paths take turns in one run. A ratio is the median of the ratios within a turn. ``--store`` writes
-results/references.json.
+Paths take turns in one run. A ratio is the median of the ratios within a turn.
 """
 
 from __future__ import annotations
 
+import argparse
 import functools
 import itertools
 import os
@@ -25,7 +25,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -36,15 +36,14 @@ from torch import Tensor, multiprocessing
 from torch.multiprocessing.spawn import spawn
 
 import pfgm
-from benchmarks.common.commands import name_backend, new_parser
-from benchmarks.common.machine import store
+from benchmarks.common.rows import Row
+from benchmarks.common.study import Study, run
 from benchmarks.common.subjects import (
     fashion_mnist,
     perturbed,
     photograph_bytes,
     photograph_crops,
 )
-from benchmarks.common.tables import table
 from benchmarks.common.turns import ratio, time_calls
 
 TURNS = 7
@@ -116,33 +115,25 @@ def from_a_file(folder: Path, B: int = 256) -> dict[str, Any]:
 # ---- sums that a set keeps ---------------------------------------------------------------------
 
 
-def kept() -> list[dict[str, Any]]:
+def kept(B: int, z: float) -> dict[str, Any]:
     """The field of B points at level z, from a used set, a new set and a tensor."""
     images = fashion_mnist()
-    held = pfgm.ReferenceSet(images)
-    clean = pfgm.data.to_unit(images[:256])
-    generator = torch.Generator().manual_seed(0)
-    rows = []
-    for B, z in itertools.product((1, 16, 64, 256), (0.1, 0.3, 1.0)):
-        x = clean[:B] + z * torch.randn(clean[:B].shape, generator=generator)
-        paths: dict[str, Callable[[], Tensor]] = {
-            "tensor": functools.partial(_field, x, z, images),
-            "new set": functools.partial(_field, x, z, images, new=True),
-            "set": functools.partial(_field, x, z, held),
-        }
-        fields = [path() for path in paths.values()]
-        seconds = time_calls(paths, TURNS)
-        rows.append(
-            {
-                "B, M, N": (B, *images.shape),
-                "z": z,
-                "seconds": seconds,
-                "new set / set": ratio(seconds, "new set", "set"),
-                "tensor / set": ratio(seconds, "tensor", "set"),
-                "the same bits": torch.equal(fields[1], fields[2]),
-            }
-        )
-    return rows
+    clean = pfgm.data.to_unit(images[:B])
+    x = clean + z * torch.randn(clean.shape, generator=torch.Generator().manual_seed(0))
+    paths: dict[str, Callable[[], Tensor]] = {
+        "tensor": functools.partial(_field, x, z, images),
+        "new set": functools.partial(_field, x, z, images, new=True),
+        "set": functools.partial(_field, x, z, pfgm.ReferenceSet(images)),
+    }
+    fields = [path() for path in paths.values()]
+    seconds = time_calls(paths, TURNS)
+    return {
+        "B, M, N": (B, *images.shape),
+        "seconds": seconds,
+        "new set / set": ratio(seconds, "new set", "set"),
+        "tensor / set": ratio(seconds, "tensor", "set"),
+        "the same bits": torch.equal(fields[1], fields[2]),
+    }
 
 
 def _field(
@@ -251,6 +242,7 @@ def shared(folder: Path, B: int = 256) -> dict[str, Any]:
         port = free.getsockname()[1]
     results = multiprocessing.get_context("spawn").SimpleQueue()
     path = str(folder / "fashion.npy")
+    np.save(path, fashion_mnist().numpy())
     spawn(_shared, (path, port, B, results), nprocs=2)
     answers = results.get()
     seconds = {name: answers[name] for name in ("one", "two")}
@@ -262,30 +254,35 @@ def shared(folder: Path, B: int = 256) -> dict[str, Any]:
     }
 
 
-def main() -> None:
-    name_backend()
-    parser = new_parser(__doc__)
-    parser.add_argument("--store", action="store_true", help="write results/references.json")
-    parser.add_argument("--rows", type=int, default=1_000_000, help="of the large file; 0 is none")
-    options = parser.parse_args()
-    with tempfile.TemporaryDirectory() as name:
-        folder = Path(name)
-        results = {"from a file": from_a_file(folder), "two processes": shared(folder)}
-        results |= {f"kept, B {f['B, M, N'][0]}, z {f['z']}": f for f in kept()}
-        if options.rows:
-            results["streamed"] = streamed(folder, options.rows)
-    rows = [
-        [subject, figure, f"{value:.4g}" if isinstance(value, float) else str(value)]
-        for subject, figures in results.items()
-        for figure, value in figures.items()
-        if figure != "seconds"
-    ]
-    print(table(["subject", "figure", "value"], rows))
-    for subject, figures in results.items():
-        print(subject, {k: [round(s, 3) for s in v] for k, v in figures["seconds"].items()})
-    if options.store:
-        print(store("references", results))
+SUBJECTS: dict[str, Callable[..., dict[str, Any]]] = {
+    "from a file": from_a_file,
+    "two processes": shared,
+    "streamed": streamed,
+}
 
+
+def settings(options: argparse.Namespace) -> Iterator[Row]:
+    """The subjects."""
+    yield from ({"subject": name} for name in ("from a file", "two processes"))
+    for B, z in itertools.product((1, 16, 64, 256), (0.1, 0.3, 1.0)):
+        yield {"subject": "kept", "B": B, "z": z}
+    if options.rows:
+        yield {"subject": "streamed", "rows": options.rows}
+
+
+def measure(options: argparse.Namespace, subject: str, **setting: Any) -> Row:
+    """Seconds in all turns, and their ratios."""
+    if subject == "kept":
+        return kept(**setting)
+    with tempfile.TemporaryDirectory() as folder:
+        return SUBJECTS[subject](Path(folder), **setting)
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--rows", type=int, default=1_000_000, help="of the large file; 0 is none")
+
+
+STUDY = Study("references", settings, measure, add_arguments=add_arguments)
 
 if __name__ == "__main__":
-    main()
+    run(STUDY, __doc__)

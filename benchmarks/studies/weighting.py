@@ -1,6 +1,6 @@
 """Weights of the levels in PFGM's loss: labels, and quality with and without them.
 
-    python -m benchmarks.studies.weighting --out DIR [--seeds 0 1 2] [--store]
+    python -m benchmarks.studies.weighting [--seeds 0 1 2]
 
 Trains the same U-Net with the published and with the balanced loss, and with PFGM++ at D = 128, on
 500 digits that are enlarged to 16 × 16 pixels, for 1000 steps. Each is trained once with labels and
@@ -10,18 +10,15 @@ once without. The figures are those of 1000 samples with 10 evaluations each:
   guidance and with guidance 2. The classifier is trained on all real training digits.
 - Fréchet distance, precision and recall (k = 3) in pixel space, against the held-out digits.
 
-Rows are written to DIR as they come, and a stopped run continues. Every network is trained by one
-thread, so the figures do not depend on the number of processors. ``--store`` writes
-results/weighting.json.
+Every network is trained by one thread, so the figures do not depend on the number of processors.
 """
 
 from __future__ import annotations
 
+import argparse
 import functools
 import itertools
-import json
-from collections.abc import Sequence
-from pathlib import Path
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -30,16 +27,14 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import pfgm
-from benchmarks.claims.jobs import Row
-from benchmarks.claims.tables import over_seeds, select
-from benchmarks.common.commands import name_backend, new_parser
-from benchmarks.common.machine import store
-from benchmarks.common.tables import table
-from pfgm.common.files import write_json
+from benchmarks.common.models import model
+from benchmarks.common.rows import Row, over_seeds, select
+from benchmarks.common.study import Study, run
 from pfgm.evaluation import draw_samples
 from pfgm.flows.flow import Flow
 from pfgm.flows.poisson import Weighting
 from pfgm.training import TrainConfig, Trainer
+from pfgm.training.run_config import Method
 
 METHODS = ("PFGM, published", "PFGM, balanced", "PFGM++ 128")
 _WEIGHTINGS: dict[str, Weighting] = {METHODS[0]: "published", METHODS[1]: "balanced"}
@@ -53,25 +48,26 @@ def enlarged(images: Tensor) -> Tensor:
     return F.interpolate(images, scale_factor=2, mode="bilinear")
 
 
-def model(method: str, train: Tensor, classes: int, seed: int) -> tuple[Flow, nn.Module, Any]:
+def model_of(method: str, train: Tensor, classes: int, seed: int) -> tuple[Flow, nn.Module, Any]:
     """The flow, the network and the loss of a method; None is the flow's own loss."""
-    with torch.random.fork_rng():
-        torch.manual_seed(seed)
-        if method.startswith("PFGM++"):
-            plusplus = pfgm.PoissonFlowPP.from_data(train, D=float(method.split()[1]))
-            return plusplus, plusplus.network("unet", width=_WIDTH, classes=classes), None
-        flow = pfgm.PoissonFlow.from_data(train)
-        rms = float(train.square().mean().sqrt())
-        network = flow.network("unet", width=_WIDTH, classes=classes, data_std=rms)
-        loss = functools.partial(flow.loss, weighting=_WEIGHTINGS[method])
-        return flow, network, loss
+    name: Method = "pfgm++" if method.startswith("PFGM++") else "pfgm"
+    flow, network = model(name, train, width=_WIDTH, classes=classes, seed=seed)
+    if isinstance(flow, pfgm.PoissonFlow):
+        return flow, network, functools.partial(flow.loss, weighting=_WEIGHTINGS[method])
+    return flow, network, None
 
 
-def measure(method: str, with_labels: bool, seed: int) -> Row:
+def settings(options: argparse.Namespace) -> Iterator[Row]:
+    """The networks to train."""
+    for seed, labels, method in itertools.product(options.seeds, (True, False), METHODS):
+        yield {"method": method, "labels": labels, "seed": seed}
+
+
+def measure(options: argparse.Namespace, method: str, labels: bool, seed: int) -> Row:
     """Trains a network and measures its samples."""
     digits = pfgm.data.digits()
-    train, labels = enlarged(digits.train[:_ROWS]), digits.train_labels[:_ROWS]
-    flow, network, loss = model(method, train, _CLASSES if with_labels else 0, seed)
+    train, known = enlarged(digits.train[:_ROWS]), digits.train_labels[:_ROWS]
+    flow, network, loss = model_of(method, train, _CLASSES if labels else 0, seed)
     config = TrainConfig(
         steps=_STEPS,
         batch_size=64,
@@ -84,19 +80,15 @@ def measure(method: str, with_labels: bool, seed: int) -> Row:
         precision="bfloat16",
         seed=seed,
     )
-    trainer = Trainer(
-        flow, network, train, config, labels=labels if with_labels else None, loss=loss
-    )
+    trainer = Trainer(flow, network, train, config, labels=known if labels else None, loss=loss)
     trained = trainer.train().eval()
     samples = draw(flow, trained, seed)
-    row: Row = {"method": method, "labels": with_labels, "seed": seed}
-    if with_labels:
+    row: Row = {}
+    if labels:
         wanted = torch.arange(_SAMPLES) % _CLASSES
         guided = draw(flow, trained, seed, guidance=2.0)
-        row |= {
-            "agreement": agreement(samples, wanted, digits),
-            "agreement_guided": agreement(guided, wanted, digits),
-        }
+        row["agreement"] = agreement(samples, wanted, digits)
+        row["agreement_guided"] = agreement(guided, wanted, digits)
     held_out = enlarged(digits.held_out)
     measured = pfgm.metrics.precision_recall(samples, held_out, k=3)
     distance = pfgm.metrics.frechet_distance(samples, held_out)
@@ -125,7 +117,7 @@ def agreement(samples: Tensor, labels: Tensor, digits: pfgm.data.Digits) -> floa
     return float(classifier.score(F.avg_pool2d(samples, 2).flatten(1).numpy(), labels.numpy()))
 
 
-def means(rows: Sequence[Row]) -> list[Row]:
+def means(rows: list[Row]) -> list[Row]:
     """The mean of each figure over the seeds, and its standard deviation."""
     figures = {True: _FIGURES, False: _FIGURES[2:]}  # of samples without labels none agree
     return [
@@ -137,39 +129,11 @@ def means(rows: Sequence[Row]) -> list[Row]:
     ]
 
 
-def shown(rows: Sequence[Row]) -> str:
-    """The means as a Markdown table."""
-    cells = [
-        [r["method"], "yes" if r["labels"] else "no"]
-        + [f"{r[name]:.2f}" if name in r else "" for name in _FIGURES]
-        for r in means(rows)
-    ]
-    header = ["loss", "labels", "agreement", "with guidance 2", "Fréchet", "precision", "recall"]
-    return table(header, cells)
-
-
-def main() -> None:
-    name_backend()
-    parser = new_parser(__doc__)
-    parser.add_argument("--out", type=Path, required=True, help="folder of the rows")
+def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
-    parser.add_argument("--store", action="store_true", help="write results/weighting.json")
-    options = parser.parse_args()
-    torch.set_num_threads(1)
-    options.out.mkdir(parents=True, exist_ok=True)
-    path = options.out / "weighting.json"
-    rows: list[Row] = json.loads(path.read_text()) if path.exists() else []
-    known = {(r["method"], r["labels"], r["seed"]) for r in rows}
-    for seed, with_labels, method in itertools.product(options.seeds, (True, False), METHODS):
-        if (method, with_labels, seed) not in known:
-            rows.append(measure(method, with_labels, seed))
-            write_json(path, rows)
-            print(rows[-1], flush=True)
-    chosen = [row for row in rows if row["seed"] in options.seeds]
-    print(shown(chosen))
-    if options.store:
-        print(store("weighting", {"means": means(chosen), "rows": chosen}))
 
+
+STUDY = Study("weighting", settings, measure, means, add_arguments=add_arguments, threads=1)
 
 if __name__ == "__main__":
-    main()
+    run(STUDY, __doc__)

@@ -31,10 +31,10 @@ from benchmarks.claims import (
     pictures,
     quality,
     step_size,
-    tables,
 )
 from benchmarks.claims import presets as claim_presets
 from benchmarks.claims.registry import CLAIMS
+from benchmarks.common import rows as row_tools
 
 ROOT = Path(__file__).resolve().parents[2]
 MINIATURE = dataclasses.replace(
@@ -325,11 +325,11 @@ def test_means_and_ratios(tmp_path):
         {"D": 2, "seed": 0, "f": 1.0},
         {"D": 2, "seed": 1, "f": 1.0},
     ]
-    ratios = tables.relative(rows, ["f"], ["seed"], lambda row: row["D"] == 2)
+    ratios = row_tools.relative(rows, ["f"], ["seed"], lambda row: row["D"] == 2)
     assert [row["f"] for row in ratios] == [2, 4, 1, 1]
-    means = tables.over_seeds(ratios, ["D"], ["f"])
+    means = row_tools.over_seeds(ratios, ["D"], ["f"])
     assert means[0] == {"D": 1, "f": 3, "f_spread": pytest.approx(math.sqrt(2))}
-    tables.write_csv(tmp_path / "f.csv", means)
+    row_tools.write_csv(tmp_path / "f.csv", means)
     expected = "D,f,f_spread\n1,3,1.41421\n2,1,0\n"
     assert (tmp_path / "f.csv").read_text() == expected
 
@@ -572,7 +572,7 @@ def test_bytes_are_data_too(tmp_path):
     torch.testing.assert_close(data.held_out, rows["test"].float() / 127.5 - 1)
     noisy = methods.dequantised(preset)
     levels = ((noisy + 1) * 128).floor()
-    assert data.levels == 256
+    assert data.grey_levels == 256
     assert torch.equal(levels, rows["images"].float())
 
 

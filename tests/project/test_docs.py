@@ -8,6 +8,7 @@ import pytest
 import torch
 
 import pfgm
+from benchmarks.studies import weighting
 from pfgm import cli
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -205,8 +206,10 @@ def test_every_page_is_in_the_navigation():
     assert sorted(listed) == sorted(page.relative_to(DOCS).as_posix() for page in PAGES[1:])
 
 
-def stored(name):
-    return json.loads((ROOT / "benchmarks" / "results" / f"{name}.json").read_text())["result"]
+def stored(name, column=None):
+    """The rows of a result, or those with a value in a column."""
+    rows = json.loads((ROOT / "benchmarks" / "results" / f"{name}.json").read_text())["result"]
+    return [row for row in rows if column is None or column in row]
 
 
 def means(path, **chosen):
@@ -228,9 +231,8 @@ def span(values, digits):
 
 def figures_of_readme():
     """Phrases of README with figures, made from stored results."""
-    results = stored("published_losses")
-    pfgm_loss = results["rows"][0]
-    steps = {row["network"]: row["times as long"] for row in results["steps"]}
+    pfgm_loss = stored("published_losses", "loss")[0]
+    steps = {r["network"]: r["times as long"] for r in stored("published_losses", "network")}
     yield f"The training target alone takes 1/{pfgm_loss['times as long']:.0f} of"
     yield f"is {steps['MLP']:.0f} times as fast with an MLP and {steps['U-Net']:.1f} times"
 
@@ -261,7 +263,7 @@ def figures_of_the_choice():
     yield f"{ten['PFGM balanced'][0]:.1f} to {ten['PFGM++ 128'][0]:.1f}"
 
     labelled = {
-        each["method"]: each for each in stored("weighting")["means"] if "agreement" in each
+        each["method"]: each for each in weighting.means(stored("weighting")) if "agreement" in each
     }
     ours, plusplus = labelled["PFGM, balanced"], labelled["PFGM++ 128"]
     yield f"{ours['agreement']:.0%} of samples follow their label".replace("%", " %")
@@ -300,7 +302,7 @@ def test_figures_of_a_first_page_are_stored_results(page, figures):
 
 def test_the_published_losses_of_the_page_are_stored():
     page = (DOCS / "benchmarks.md").read_text()
-    for row in stored("published_losses")["rows"]:
+    for row in stored("published_losses", "loss"):
         cells = (
             f"{1e3 * row['seconds before']:.0f} ms",
             f"{1e3 * row['seconds after']:.1f} ms",
@@ -309,7 +311,7 @@ def test_the_published_losses_of_the_page_are_stored():
             str(row["lines of the target before"]),
         )
         assert f"| {' | '.join(cells)} |" in page
-    for row in stored("published_losses")["steps"]:
+    for row in stored("published_losses", "network"):
         cells = (
             row["network"],
             f"{1e3 * row['seconds before']:.0f} ms",
@@ -390,7 +392,7 @@ def test_the_page_of_plusplus_has_the_stored_figures():
 
 def test_quick_start_has_the_stored_figures():
     start = (DOCS / "index.md").read_text()
-    first = stored("demo")["runs"][0]
+    first = stored("demo")[0]
     assert first["seed"] == 0
     for name, figures in (
         ("Fréchet distance in pixel space", first["frechet_distance"]),

@@ -1,0 +1,149 @@
+"""benchmarks/studies: the harness, and the study of flows in miniature."""
+
+import importlib
+import json
+import os
+import pkgutil
+import sys
+
+import pytest
+import torch
+
+from benchmarks import studies
+from benchmarks.common import machine, rows, study
+from benchmarks.studies import flows, weighting
+from pfgm.integrations.flow_matching import PoissonFlowMatcher, as_denoiser
+
+STUDIES = sorted(module.name for module in pkgutil.iter_modules(studies.__path__))
+
+
+@pytest.fixture
+def results(monkeypatch, tmp_path):
+    for module in (machine, study):
+        monkeypatch.setattr(module, "RESULTS", tmp_path)
+    return tmp_path
+
+
+@pytest.mark.parametrize("name", STUDIES)
+def test_a_study_names_its_backend_and_has_rows_of_its_settings(monkeypatch, name):
+    monkeypatch.setenv("PFGM_BACKEND", "")
+    monkeypatch.setattr(sys, "argv", [name, "--help"])
+    module = importlib.import_module(f"benchmarks.studies.{name}")
+    with pytest.raises(SystemExit):
+        study.run(module.STUDY, module.__doc__)
+    assert os.environ["PFGM_BACKEND"] == "native"
+    assert module.STUDY.name == name
+
+
+OPTIONS = {"fitted_levels": ["digits-pfgm", "--model", "none", "--steps", "5"]}
+
+
+@pytest.mark.parametrize("name", sorted(set(STUDIES) - {"busy", "flows"}))
+def test_stored_rows_are_those_of_the_settings(monkeypatch, capsys, name):
+    """So that nothing is measured, and all are shown."""
+    module = importlib.import_module(f"benchmarks.studies.{name}")
+    monkeypatch.setattr(sys, "argv", [name, *OPTIONS.get(name, [])])
+    monkeypatch.setattr(machine, "RESULTS", None)
+    study.run(module.STUDY, module.__doc__)
+    assert capsys.readouterr().out.startswith("| ")
+
+
+def test_rows_are_measured_once_and_survive_a_failure(results):
+    calls = []
+
+    def measure(n):
+        calls.append(n)
+        if n == 3 and calls.count(3) == 1:
+            raise RuntimeError("it is bad")
+        return {"square": n * n}
+
+    settings = [{"n": n} for n in (1, 3, 2)]
+    with pytest.raises(RuntimeError, match="it is bad"):
+        study.measured("s", settings, measure)
+    assert study.known_rows("s") == [{"n": 1, "square": 1}]
+    expected = [{"n": n, "square": n * n} for n in (1, 3, 2)]
+    assert study.measured("s", settings, measure) == expected == study.known_rows("s")
+    assert calls == [1, 3, 3, 2]
+    study.measured("s", settings[1:2], lambda n: {"square": 0}, again=True)
+    assert [row["square"] for row in study.known_rows("s")] == [1, 0, 4]
+    assert json.loads((results / "s.json").read_text())["machine"]["threads"]
+
+
+def test_a_table_has_all_columns_of_figures():
+    shown = rows.markdown([{"n": 1, "x": 0.12345, "list": [1]}, {"n": 2, "never": None}])
+    assert shown.splitlines() == [
+        "| n | x | never |",
+        "| --- | --- | --- |",
+        "| 1 | 0.123 |  |",
+        "| 2 |  | never |",
+    ]
+
+
+def test_means_of_the_weights_of_levels():
+    stored = study.known_rows("weighting")
+    means = {(row["method"], row["labels"]): row for row in weighting.means(stored)}
+    agreed = [r["agreement"] for r in stored if r["method"] == "PFGM, balanced" and r["labels"]]
+    assert means["PFGM, balanced", True]["agreement"] == pytest.approx(sum(agreed) / 3)
+    assert "agreement" not in means["PFGM++ 128", False]
+
+
+@pytest.fixture
+def small(monkeypatch, results, tmp_path):
+    """The study of flows with EDM alone, 2 and 3 steps, and two rates."""
+    small = {"SHOWN": 2, "RATES": (1.0, 3.0), "SAMPLES": 40, "EVALUATIONS": (10,)}
+    for name, value in small.items():
+        monkeypatch.setattr(flows, name, value)
+    monkeypatch.setattr(flows, "STEPS", {"digits": (2, 3)})
+    monkeypatch.setattr(flows, "FLOWS", ("EDM",))
+    monkeypatch.setattr(sys, "argv", ["flows", "--data", "digits", "--out", str(tmp_path / "runs")])
+    return tmp_path
+
+
+def test_the_study_of_flows_chooses_rates_and_measures_on(small, monkeypatch):
+    threads = torch.get_num_threads()
+    study.run(flows.STUDY, flows.__doc__)
+    torch.set_num_threads(threads)
+    known = study.known_rows("flows")
+    runs = [(r["steps"], r["rate"], r["seed"]) for r in known if r["flow"] == "EDM"]
+    tried = {r["rate"]: r["10"]["features"] for r in known if r["steps"] == 2 and r["seed"] == 0}
+    best = min(tried, key=tried.get)
+    assert runs == [(2, 1, 0), (2, 3, 0), (2, best, 1), (3, best, 0), (3, best, 1)]
+    monkeypatch.setattr(flows, "measure", None)
+    study.run(flows.STUDY, flows.__doc__)  # all rows are known
+
+
+def test_a_flow_that_was_stopped_continues(small, tmp_path):
+    arguments = ("digits", "PFGM", 2, 1.0, 0)
+    _, whole = flows.trained(*arguments, tmp_path / "whole")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(flows.Trainer, "_evaluation_due", lambda *_: sys.exit())
+        with pytest.raises(SystemExit):
+            flows.trained(*arguments, tmp_path / "parts")
+    _, parts = flows.trained(*arguments, tmp_path / "parts")
+    pairs = zip(whole.parameters(), parts.parameters(), strict=True)
+    assert all(torch.equal(a, b) for a, b in pairs)
+
+
+def test_ot_cfm_of_exact_velocities_draws_the_data():
+    """Every sampler of OT-CFM with the exact velocity of a few images."""
+    images = flows.images_of("digits").train[:4]
+    flow, _ = flows.flow_and_network("OT-CFM", images, 0)
+    network = as_denoiser(PoissonFlowMatcher(references=images).velocity)
+    for options in flows.samplers(flow, "OT-CFM", 20).values():
+        samples = flow.sample(network, 8, generator=torch.Generator().manual_seed(0), **options)
+        assert float(torch.cdist(samples.flatten(1), images.flatten(1)).amin(1).max()) < 0.05
+
+
+@pytest.mark.slow  # the import of torchcfm takes seconds
+def test_the_loss_of_ot_cfm_is_0_at_the_exact_velocity():
+    """Of one image, whose velocity does not depend on the coupling."""
+    pytest.importorskip("torchcfm")
+    image = flows.images_of("digits").train[:1]
+    velocity = PoissonFlowMatcher(references=image).velocity
+    generator, labels = torch.Generator().manual_seed(0), torch.zeros(16, dtype=torch.long)
+    arguments = image.expand(16, -1, -1, -1), None, generator
+    networks = (lambda t, x, labels: velocity(t, x), 0, 1e-4), (lambda t, x, labels: 0 * x, 0.5, 5)
+    for network, at_least, at_most in networks:
+        net = as_denoiser(network)
+        loss = flows.matching_loss(net, *arguments, condition={"labels": labels})
+        assert at_least <= float(loss) < at_most
