@@ -21,6 +21,7 @@ from .data import to_unit
 from .flows import Flow, Network
 from .flows.batched_sampling import draw_prior, sample_in_batches
 from .networks.registry import label_count
+from .solvers import GRID_SOLVERS, SCHEDULES
 from .training.batches import seed_of
 
 __all__ = [
@@ -39,11 +40,10 @@ _MIN_ROWS = _NEIGHBOURS + 1  # a row and its nearest other rows
 _MOST_OFF_LEVEL = 0.3  # of a grey level, by which narrow floating dtypes may round
 
 RUNS: dict[str, dict[str, str]] = {
-    "euler, log": {"solver": "euler", "schedule": "log"},
-    "euler, rho": {"solver": "euler", "schedule": "rho"},
-    "heun, rho": {"solver": "heun", "schedule": "rho"},
-    "multistep, log": {"solver": "multistep", "schedule": "log"},
-    "multistep, rho": {"solver": "multistep", "schedule": "rho"},
+    f"{name}, {schedule}": {"solver": name, "schedule": schedule}
+    for name, solver in GRID_SOLVERS.items()
+    # With several evaluations a step, the steps are fewer and those of "log" too long.
+    for schedule in (SCHEDULES if solver.evaluations == 1 else ["rho"])
 }
 """The solvers and schedules that :func:`curve` compares, besides rk45."""
 
@@ -363,9 +363,9 @@ def curve(
 ) -> list[Point]:
     """The Fréchet distance of samples for every solver and several numbers of steps.
 
-    All runs start from the same points of the prior. Heun evaluates the network twice a step, so it
-    gets half as many steps, rounded up. Images are clamped to [−1, 1] if the held-out images are in
-    this range.
+    All runs start from the same points of the prior. A solver that evaluates the network k times in
+    a step, such as heun with k = 2, gets 1/k of the steps, rounded up. Images are clamped to
+    [−1, 1] if the held-out images are in this range.
 
     Args:
         flow: the flow of the network.
@@ -395,8 +395,8 @@ def curve(
     runs: list[tuple[str, float, dict[str, Any]]] = []
     for name, chosen in RUNS.items():
         for count in steps:
-            count = (count + 1) // 2 if chosen["solver"] == "heun" else count
-            runs.append((name, count, {"steps": count, **chosen}))
+            number = -(-count // (GRID_SOLVERS[chosen["solver"]].evaluations or 1))
+            runs.append((name, number, {"steps": number, **chosen}))
     for tolerance in tolerances:
         chosen = {"solver": "rk45"}
         runs.append(("rk45", tolerance, {"rtol": tolerance, "atol": tolerance, **chosen}))

@@ -8,8 +8,10 @@ import torch
 import pfgm
 from pfgm.networks import field_from_mean
 from pfgm.solvers import (
+    GRID_SOLVERS,
     SAMPLERS,
     SOLVERS,
+    Solver,
     SolverName,
     euler,
     heun,
@@ -51,8 +53,8 @@ def test_one_point_is_solved_exactly(name, grid):
     torch.testing.assert_close(result, expected, rtol=0, atol=2e-2 if name == "rk45" else 1e-12)
 
 
-@pytest.mark.parametrize(("solver", "order"), [(euler, 1), (heun, 2), (multistep, 2)])
-def test_order_of_convergence(solver, order):
+@pytest.mark.parametrize("solver", GRID_SOLVERS.values(), ids=GRID_SOLVERS)
+def test_order_of_convergence(solver):
     x = torch.linspace(-60, 60, 7, dtype=DTYPE)[:, None]
     exact = gaussian_solution(x, 20.0, 0.05, 1.0)
     errors = []
@@ -60,7 +62,7 @@ def test_order_of_convergence(solver, order):
         result, _ = solver(gaussian_denoiser(1.0), x, log_grid(20.0, 0.05, steps))
         errors.append(float((result - exact).abs().max()))
     for coarse, fine in pairwise(errors):
-        assert math.log2(coarse / fine) == pytest.approx(order, abs=0.25)
+        assert math.log2(coarse / fine) == pytest.approx(solver.order, abs=0.25)
 
 
 def test_rk45_meets_its_tolerance():
@@ -80,8 +82,8 @@ def test_two_points_keep_their_quantiles(name):
         return pfgm.posterior_mean(x, points[:, None], r=z, backend="reference")
 
     result, _ = SOLVERS[name](denoise, x, log_grid(10.0, 1e-2, 400))
-    bound = {"euler": 5e-3, "heun": 3e-5, "multistep": 3e-4, "rk45": 3e-3}[name]
-    assert cauchy_quantile_error(x, 10.0, result, 1e-2, points) < bound
+    bound = {1: 5e-3, 2: 3e-4, 5: 3e-3}  # by order; rk45 has its own tolerance
+    assert cauchy_quantile_error(x, 10.0, result, 1e-2, points) < bound[SOLVERS[name].order]
 
 
 def test_multistep_follows_the_formula():
@@ -164,7 +166,7 @@ def test_rk45_starts_where_the_slope_is_nearly_zero(dtype):
         torch.testing.assert_close(back, points, rtol=0, atol=1e-3)
 
 
-@pytest.mark.parametrize("solver", SOLVERS.values(), ids=SOLVERS.keys())
+@pytest.mark.parametrize("solver", SOLVERS.values(), ids=SOLVERS)
 def test_a_mean_of_another_shape_is_refused(solver):
     for shape in ((1, 3), (2, 1), ()):
         with pytest.raises(ValueError, match=r"prediction must have shape \(2, 3\), got \("):
@@ -191,7 +193,7 @@ def test_rk45_raises_if_the_mean_is_not_smooth():
         rk45(lambda x, z: 1e15 * torch.randn(2, 2, generator=generator), torch.ones(2, 2), [9.0, 1])
 
 
-@pytest.mark.parametrize("solver", [euler, heun, multistep, rk45])
+@pytest.mark.parametrize("solver", SOLVERS.values(), ids=SOLVERS)
 def test_a_mean_that_is_not_finite_names_the_step_and_the_level(solver):
     def denoise(x, z):
         return 0.5 * x if z > 5 else x * math.nan
@@ -239,7 +241,7 @@ def ways(flow):
     for solver in (*SOLVERS, "consistency"):
         options = {"solver": solver, "x_init": prior, "steps": 6}
         yield lambda net, o=options: flow.sample(net, 20, generator=drawn().manual_seed(2), **o)
-    for solver in ("euler", "heun", "multistep"):
+    for solver in GRID_SOLVERS:
         options = {"solver": solver, "x_init": prior, "steps": 6, "guidance": 2.0}
         options["condition"] = {"second": True}
         yield lambda net, o=options: flow.sample(net, 20, **o)
@@ -280,7 +282,7 @@ def test_kept_and_returned_tensors_are_not_overwritten(solver, which, labelled):
 
 
 @pytest.mark.parametrize("returned", [lambda x: x, lambda x: x[:1].expand_as(x), lambda x: x[:]])
-@pytest.mark.parametrize("solver", [euler, heun, multistep, rk45])
+@pytest.mark.parametrize("solver", SOLVERS.values(), ids=SOLVERS)
 def test_a_network_may_return_a_view_of_its_points(solver, returned):
     x = torch.randn(6, 3, dtype=DTYPE, generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
@@ -398,11 +400,100 @@ def test_levels_are_fitted_for_a_function_and_not_kept():
     assert flow.sample(flow.empirical(data), 3, solver=heun, schedule=levels).shape == (3, 2)
 
 
+@pytest.mark.parametrize("whole", [False, True])
+def test_a_function_that_works_in_place_leaves_the_data_as_they_are(whole):
+    """Data and points of a caller, which may be a view or expanded."""
+
+    def in_place(denoise, x, grid, callback=None):
+        return midpoint(denoise, x, grid)[0].mul_(0).add_(x.mul_(0.5)), 0
+
+    flow, net = flows_of_a_gaussian(0.7)
+    solver = Solver(in_place) if whole else in_place
+    for data in (torch.ones(4, 2, dtype=DTYPE), torch.ones(1, 2, dtype=DTYPE).expand(4, 2)):
+        for call in (
+            lambda x: flow.encode(net, x, solver=solver),
+            lambda x: flow.decode(net, x, solver=solver),
+            lambda x: flow.sample(net, 4, x_init=x, solver=solver),
+            lambda x: flow.solve(net, x, [2.0, 1.0], solver=solver),
+        ):
+            result = call(data)
+            result = result[0] if isinstance(result, tuple) else result
+            assert torch.equal(data, torch.ones(4, 2, dtype=DTYPE))
+            assert torch.equal(result, torch.full_like(result, 0.5))
+
+
+@pytest.mark.parametrize(
+    ("result", "message"),
+    [
+        (lambda x: None, r"a tuple of points \(\(4, 2\), torch.float32 on cpu\) .*, got None"),
+        (lambda x: x, r"a tuple of points .* and the number of evaluations, got shape \(4, 2\)"),
+        (lambda x: (x, None), ".* and the number of evaluations, got a tuple"),
+        (lambda x: (None, 1), "points .*, got a NoneType"),
+        (lambda x: (x[:1], 1), r"points \(4, 2\), .*, got shape \(1, 2\)"),
+        (lambda x: (x.double(), 1), "points .*torch.float32 on cpu, got torch.float64 on cpu"),
+        (lambda x: (x.to("meta"), 1), "points .*on cpu, got torch.float32 on meta"),
+        (lambda x: (x * math.nan, 1), "finite points, got NaN or infinity"),
+        (lambda x: (x / 0, 1), "finite points, got NaN or infinity"),
+    ],
+)
+def test_a_result_that_no_run_can_have_is_refused(result, message):
+    flow, net = flows_of_a_gaussian(0.7)
+    x = torch.ones(4, 2)
+    solver = lambda denoise, x, grid, callback=None: result(x)  # noqa: E731
+    for call in (
+        lambda: flow.sample(net, 4, solver=solver),
+        lambda: flow.encode(net, x, solver=solver),
+        lambda: flow.solve(net, x, [2.0, 1.0], solver=Solver(solver, evaluations=1)),
+    ):
+        with pytest.raises(ValueError, match="solver must return " + message):
+            call()
+
+
+def test_a_result_is_checked_once_a_run(monkeypatch):
+    """The values are read once, however many steps there are."""
+    reads = []
+    all_finite = pfgm.solvers.all_finite
+    monkeypatch.setattr(pfgm.solvers, "all_finite", lambda x: reads.append(1) or all_finite(x))
+    flow, net = flows_of_a_gaussian(0.7)
+    for steps in (1, 9):
+        flow.sample(net, 3, solver=midpoint, steps=steps)
+    assert len(reads) == 2
+
+
+def test_a_named_solver_takes_part_everywhere(monkeypatch):
+    """An entry of the table decides what the flow's methods do with a solver."""
+    for table in (SAMPLERS, SOLVERS, GRID_SOLVERS):
+        monkeypatch.setitem(
+            table, "midpoint", Solver(midpoint, order=2, evaluations=2, least_steps=50)
+        )
+    flow, net = flows_of_a_gaussian(0.7)
+    assert flow.default_steps("midpoint") == flow.default_steps(midpoint) == 50
+    assert flow.sample(net, 2, solver="midpoint", return_nfe=True)[1] == 99
+    data = torch.randn(80, 2, generator=torch.Generator().manual_seed(0))
+    levels = flow.fit_levels(data, 3, solver="midpoint", points=16)
+    assert flow.grid(3, solver="midpoint") == flow.fitted_levels["midpoint"][3] == levels
+    with pytest.raises(ValueError, match="with churn allowed are euler, heun"):
+        flow.sample(net, 2, solver="midpoint", churn=1.0)
+
+
+def test_a_run_of_multistep_goes_on_from_the_last_mean():
+    grid, denoise = log_grid(20.0, 0.05, 9), gaussian_denoiser(0.7)
+    x, seen = torch.ones(3, 2, dtype=DTYPE), []
+    whole, _ = multistep(denoise, x, grid, seen.append)
+    point, mean = seen[4]["x"], seen[3]["mean"]
+    kept = mean.clone()
+    rest, _ = multistep(denoise, point, grid[4:], earlier=(mean, grid[3]))
+    assert torch.equal(rest, whole)
+    assert torch.equal(mean, kept)
+
+
 def test_options_of_a_function_are_checked():
     flow, net = flows_of_a_gaussian(0.7)
     assert flow.sample(net, 2, solver=midpoint, steps=3, weight=0.9).shape == (2, 2)
     with pytest.raises(TypeError, match="takes no option 'rtol'; allowed are: weight"):
         flow.sample(net, 2, solver=midpoint, steps=3, rtol=1e-3)
+    with pytest.raises(TypeError, match="takes no option 'earlier'; allowed are: none"):
+        flow.sample(net, 2, steps=3, earlier=(torch.ones(2, 2), 1.0))
     with pytest.raises(ValueError, match=r"solver must be one of euler,.*got 'midpoint'\."):
         flow.sample(net, 2, solver="midpoint", steps=3)
     with pytest.raises(ValueError, match="no levels were fitted"):

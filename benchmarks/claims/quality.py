@@ -24,6 +24,7 @@ from benchmarks.common.rows import Row, grouped, over_seeds, select
 from pfgm.evaluation import RUNS
 from pfgm.flows.flow import Flow
 from pfgm.plotting.curves import COLOURS
+from pfgm.solvers import GRID_SOLVERS
 
 _MULTISTEP = "multistep, log"
 _SOLVERS: dict[str, dict[str, Any]] = {
@@ -93,8 +94,7 @@ def by_ode(
     preset: Preset, folder: Path, method: str, seed: int, sampler: str, evaluations: int
 ) -> list[Row]:
     options = _SOLVERS[_MULTISTEP if sampler == _LATE else sampler]
-    halved = options["solver"] == "heun"
-    steps = (evaluations + 1) // 2 if halved else evaluations
+    steps = -(-evaluations // (GRID_SOLVERS[options["solver"]].evaluations or 1))
     return _drawn(preset, folder, method, seed, sampler, evaluations, steps=steps, **options)
 
 

@@ -25,13 +25,11 @@ from ..metrics import CLASSIFIERS, Classifier, inception_metrics, load_classifie
 from ..metrics.inception import find_inception_weights
 from ..networks.registry import label_count
 from ..plotting.figures import require_matplotlib
-from ..pretrained import pretrained_path
 from ..references import References, ReferenceSet
-from ..training import checkpoint
-from ..training.checkpoint import Loaded, check_solver, load
+from ..training.checkpoint import Loaded
 from ..training.checks import warn_of_range
 from ..training.runs import RunConfig
-from .options import PretrainedName, SamplingOptions, check_guidance
+from .options import PretrainedName, SamplingOptions, check_guidance, load_network
 
 _PICTURE_SAMPLES = 100
 _MAX_LIKELIHOOD_BATCH = 64
@@ -107,8 +105,8 @@ class Evaluate:
     curve: bool = False
     """Measure every solver at several numbers of steps as well."""
     curve_steps: tuple[int, ...] = (3, 5, 8, 10, 20, 40)
-    """Numbers of steps for --curve. Heun takes half as many, because its steps cost twice as
-    much."""
+    """Numbers of steps for --curve. A solver takes half as many if its steps cost twice as much,
+    as heun's."""
     fid: bool = False
     """Compute FID and Inception score against training data as well, by torch-fidelity."""
     fid_weights: Path | None = None
@@ -136,8 +134,12 @@ class Evaluate:
         reading["label_column"] = ""  # labels are columns to compare, unless the network takes them
         if self.samples is not None and not takes_layout(name):
             reading.pop("layout", None)  # it is for the samples
-        data = open_data(name, **reading, table=self._table(), progress=True)
-        source = self._open(device, data.table)
+        loaded = None
+        if self.samples is None:
+            loaded = load_network(self.checkpoint, self.pretrained, self.sampling.solver, device)
+        table = None if loaded is None else loaded.table
+        data = open_data(name, **reading, table=table, progress=True)
+        source = loaded or self._open_samples(data.table)
         for rows in (data.train, *([source] if isinstance(source, ReferenceSet) else [])):
             warn_of_range(rows)
         self._check_data(name, data, source)
@@ -235,32 +237,21 @@ class Evaluate:
                     "have been drawn; leave it out, or give a checkpoint."
                 )
 
-    def _table(self) -> Table | None:
-        """The columns of the table that the network of the checkpoint has learned."""
-        return None if self.checkpoint is None else checkpoint.table(self.checkpoint)
-
-    def _open(self, device: torch.device, table: Table | None) -> Loaded | ReferenceSet:
-        if self.samples is not None and table is not None:
+    def _open_samples(self, table: Table | None) -> ReferenceSet:
+        assert self.samples is not None
+        if table is not None:
             if self.samples.suffix != ".csv":
                 raise ValueError(
                     f"samples must be a .csv file, as the data are a table, got {self.samples}."
                 )
             return ReferenceSet(table.encode(self.samples).rows)
-        if self.samples is not None:
-            images = self.samples.is_dir() or self.samples.suffix == ".zip"
-            return open_samples(
-                self.samples,
-                layout=self.layout or "auto",
-                resize=self.resize if images else None,
-                progress=True,
-            )
-        weights = self.checkpoint
-        if self.pretrained is not None:
-            weights = pretrained_path(self.pretrained)
-        assert weights is not None
-        if notice := check_solver(weights, self.sampling.solver):
-            print(f"pfgm: {notice}", file=sys.stderr)
-        return load(weights, device=device)
+        images = self.samples.is_dir() or self.samples.suffix == ".zip"
+        return open_samples(
+            self.samples,
+            layout=self.layout or "auto",
+            resize=self.resize if images else None,
+            progress=True,
+        )
 
     def _data_of_source(self) -> tuple[str, dict[str, Any]]:
         """The data that the network was trained on, and how to read them; digits if not known."""

@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import sys
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Literal
 
+import torch
 from torch import nn
 
 from ..flows.flow import Flow
 from ..networks.registry import label_count
-from ..solvers import SolverName
+from ..pretrained import load_pretrained
+from ..solvers import SolverName, as_solver
+from ..training.checkpoint import Loaded, load
 
 PretrainedName = Literal["digits", "fashion-mnist"]
 """The networks that come with the package."""
@@ -43,6 +48,38 @@ class SamplingOptions:
             "schedule": self.schedule or flow._schedule_for(self.solver, steps, self.last),
             "last": self.last,
         }
+
+
+def load_network(
+    checkpoint: Path | None,
+    pretrained: PretrainedName | None,
+    solver: SolverName,
+    device: torch.device,
+) -> Loaded:
+    """The network of a checkpoint, or one that comes with the package, to sample with a solver.
+
+    Raises:
+        FileNotFoundError, ValueError: as :func:`pfgm.load`, or the solver is consistency and the
+            network is not a few-step model.
+    """
+    if checkpoint is None:
+        assert pretrained is not None
+        loaded = load_pretrained(pretrained, device=device)
+    else:
+        loaded = load(checkpoint, device=device)
+    source = checkpoint or pretrained
+    if as_solver(solver).few_step and loaded.distilled is False:
+        raise ValueError(
+            f"solver is {solver!r}, but the network in {source} is not a few-step model (pfgm "
+            "train --teacher makes one); allowed are the other solvers."
+        )
+    if as_solver(solver).few_step and loaded.distilled is None:
+        print(
+            f"pfgm: {source} does not say whether its network is a few-step model; from other "
+            f"networks the solver {solver} gives averages of data.",
+            file=sys.stderr,
+        )
+    return loaded
 
 
 def check_guidance(guidance: float | None, network: nn.Module) -> None:

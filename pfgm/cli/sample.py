@@ -6,7 +6,6 @@ It writes an array, a table, a picture or single images.
 from __future__ import annotations
 
 import functools
-import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -26,10 +25,9 @@ from ..flows.batched_sampling import draw_prior, sample_batches
 from ..flows.flow import Flow
 from ..networks.registry import label_count
 from ..plotting.figures import require_matplotlib
-from ..pretrained import PRETRAINED, pretrained_path
 from ..solvers import StepInfo
-from ..training import checkpoint
-from .options import PretrainedName, SamplingOptions, check_guidance
+from ..training.checkpoint import Loaded
+from .options import PretrainedName, SamplingOptions, check_guidance, load_network
 
 __all__ = ["Sample"]
 
@@ -73,11 +71,9 @@ class Sample:
     def run(self) -> None:
         self._check()
         device = usable_device(self.sampling.device)
-        if notice := checkpoint.check_solver(self._weights, self.sampling.solver):
-            print(f"pfgm: {notice}", file=sys.stderr)
-        flow, network = checkpoint.load(self._weights, device=device)
+        loaded = load_network(self.checkpoint, self.pretrained, self.sampling.solver, device)
+        flow, network, table = *loaded, loaded.table
         images = len(flow.shape) == 3 and flow.shape[0] in (1, 3)
-        table = checkpoint.table(self._weights) if len(flow.shape) == 1 else None
         files = (".csv", ".npy") if len(flow.shape) == 1 else (".npy",)
         if table is not None and not table.plain:
             files = (".csv",)  # an array has neither the texts nor the units of the table
@@ -94,34 +90,27 @@ class Sample:
         if self.out.suffix == ".png" or self.animate:
             require_matplotlib()
         with output_folder(self.out.parent):
-            labels = self._labels(network)
+            labels = self._labels(loaded)
             path: list[tuple[float, Tensor]] = []
             batches = self._draw(flow, network, labels, device, path if self.animate else None)
             if self._is_folder():
                 self._write_images(batches)
             else:
-                self._write(torch.cat(list(batches)), labels, table)
+                self._write(torch.cat(list(batches)), labels, loaded)
             if self.animate is not None:
-                self._animate(self.animate, flow, path, labels)
+                self._animate(self.animate, path, labels, loaded)
         print(self.out)
-
-    @property
-    def _weights(self) -> Path:
-        """The checkpoint, or the file of the network that comes with the package."""
-        if self.checkpoint is not None and self.pretrained is None:
-            return self.checkpoint
-        if self.pretrained is not None and self.checkpoint is None:
-            return pretrained_path(self.pretrained)
-        count = "neither" if self.pretrained is None else "both"
-        raise ValueError(
-            f"{count} of checkpoint and pretrained are given; allowed is one: --checkpoint PATH or "
-            "--pretrained NAME."
-        )
 
     def _is_folder(self) -> bool:
         return self.out.suffix not in _FILES
 
     def _check(self) -> None:
+        if (self.checkpoint is None) == (self.pretrained is None):
+            count = "neither" if self.pretrained is None else "both"
+            raise ValueError(
+                f"{count} of checkpoint and pretrained are given; allowed is one: --checkpoint "
+                "PATH or --pretrained NAME."
+            )
         if self._is_folder():
             if self.out.suffix and not self.out.is_dir():
                 raise ValueError(
@@ -181,9 +170,9 @@ class Sample:
                 path.append((0.0, samples.cpu()))
             yield samples
 
-    def _labels(self, network: nn.Module) -> list[int]:
+    def _labels(self, loaded: Loaded) -> list[int]:
         """The numbers of the labels; empty for samples without labels."""
-        classes, names = label_count(network), self._names()
+        classes, names = label_count(loaded.network), loaded.label_names
         if self.label == (_NO_LABEL,) and _NO_LABEL not in names:
             return []
         if self.label and not classes:
@@ -193,43 +182,39 @@ class Sample:
             )
         return [_number(label, names, classes) for label in self.label] or list(range(classes))
 
-    def _names(self) -> Sequence[str]:
-        """The names of the labels 0, 1, …; empty if they have none."""
-        if self.pretrained is not None:
-            return PRETRAINED[self.pretrained].classes
-        return checkpoint.label_names(self._weights)
-
-    def _write(self, samples: Tensor, labels: Sequence[int], table: data.Table | None) -> None:
+    def _write(self, samples: Tensor, labels: Sequence[int], loaded: Loaded) -> None:
         if self.out.suffix == ".npy":
             data.save_array(self.out, samples)
             return
         if self.out.suffix == ".csv":
-            if table is None:
-                table = data.Table.numbers([f"x{place}" for place in range(samples.shape[1])])
+            columns = [f"x{place}" for place in range(samples.shape[1])]
+            table = loaded.table or data.Table.numbers(columns)
             each = torch.tensor(labels, device="cpu")
             places = torch.arange(self.n, device="cpu") % max(len(labels), 1)
             table.write(self.out, samples, each[places] if labels else None)
             return
         from ..plotting import image_grid
 
-        image_grid(samples, self.out, **self._columns(labels))
+        image_grid(samples, self.out, **self._columns(labels, loaded))
 
-    def _columns(self, labels: Sequence[int]) -> dict[str, Any]:
+    def _columns(self, labels: Sequence[int], loaded: Loaded) -> dict[str, Any]:
         """The options of a picture with a column for each label."""
         if not 1 < len(labels) <= min(self.n, _COLUMNS):
             return {}
-        names = self._names() or [str(label) for label in range(max(labels) + 1)]
+        names = loaded.label_names or [str(label) for label in range(max(labels) + 1)]
         return {"columns": len(labels), "header": [names[label] for label in labels]}
 
     def _animate(
-        self, out: Path, flow: Flow, path: list[tuple[float, Tensor]], labels: Sequence[int]
+        self, out: Path, path: list[tuple[float, Tensor]], labels: Sequence[int], loaded: Loaded
     ) -> None:
         from ..plotting import animation
 
-        symbol = "z" if flow.D == 1 else "σ"
+        symbol = "z" if loaded.flow.D == 1 else "σ"
         titles = [*(f"{symbol} = {level:.2g}" for level, _ in path[:-1]), "samples"]
         with output_folder(out.parent):
-            animation(torch.stack([x for _, x in path]), titles, out, **self._columns(labels))
+            animation(
+                torch.stack([x for _, x in path]), titles, out, **self._columns(labels, loaded)
+            )
 
     def _write_images(self, batches: Iterator[Tensor]) -> None:
         """Writes single images; the folder appears when all of them are written."""

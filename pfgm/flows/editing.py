@@ -13,7 +13,7 @@ from torch import Tensor
 
 from ..common.checks import LARGEST, is_number
 from ..common.tensors import over_samples
-from ..solvers import SOLVERS, Solver
+from ..solvers import SolverFunction, as_solver
 from .conditions import Condition, Network, repeat_rows
 from .interpolation import check_pair, even_weights, interpolate
 from .sampling import Sampling
@@ -37,7 +37,7 @@ class Editing(Sampling):
         net: Network,
         x: Tensor,
         *,
-        solver: str | Solver = "rk45",
+        solver: str | SolverFunction = "rk45",
         steps: int | None = None,
         schedule: str | Sequence[float] | None = None,
         rtol: float = 1e-5,
@@ -103,7 +103,7 @@ class Editing(Sampling):
         net: Network,
         latent: Tensor,
         *,
-        solver: str | Solver = "rk45",
+        solver: str | SolverFunction = "rk45",
         steps: int | None = None,
         schedule: str | Sequence[float] | None = None,
         rtol: float = 1e-5,
@@ -240,15 +240,16 @@ class Editing(Sampling):
         net: Network,
         x: Tensor,
         grid: Sequence[float],
-        solver: str | Solver,
+        solver: str | SolverFunction,
         rtol: float,
         atol: float | None,
         **options: Any,
     ) -> tuple[Tensor, int]:
         """:meth:`solve` for data of any allowed dtype or no rows, with the tolerances of rk45."""
         x = self._to_floating(x).detach()
-        if len(x) == 0 and (callable(solver) or solver in SOLVERS):
+        chosen = as_solver(solver)
+        if len(x) == 0 and not chosen.few_step:
             return x, 0
-        if solver == "rk45":
+        if chosen.adaptive:
             options |= {"rtol": rtol, "atol": 2e-5 * self._unit if atol is None else atol}
         return self.solve(net, x, grid, solver=solver, **options)

@@ -13,7 +13,7 @@ from ..common.checks import check_choice, check_seed, positive_int
 from ..common.messages import progress_bar
 from ..common.tensors import dequantise, flat_rows
 from ..references import References, ReferenceSet
-from ..solvers import GRID_SOLVERS, Solver
+from ..solvers import GRID_SOLVERS, SolverFunction
 from .sampling import Sampling, check_steps, checked_grid
 from .targets import Targets
 
@@ -33,7 +33,7 @@ class Fitting(Sampling, Targets):
         references: References,
         steps: int,
         *,
-        solver: str | Solver | None = None,
+        solver: str | SolverFunction | None = None,
         points: int = 512,
         seed: int = 0,
         progress: bool = False,
@@ -97,7 +97,7 @@ class Fitting(Sampling, Targets):
         return list(levels)
 
     def _error_of(
-        self, rows: Tensor, solver: str | Solver, points: int, seed: int
+        self, rows: Tensor, solver: str | SolverFunction, points: int, seed: int
     ) -> Callable[[Sequence[float]], float]:
         """The mean log error of the solver's ends as a function of its levels."""
         net = self.empirical(rows)

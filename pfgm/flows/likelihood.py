@@ -22,7 +22,17 @@ from ..common.checks import check_choice, positive, whole
 from ..common.messages import progress_bar
 from ..common.tensors import common_device, evaluating, wide_dtype
 from ..functional import euler_step, heun_step, log_density
-from ..solvers import SOLVERS, DenoiseFunction, Solver, dormand_prince
+from ..solvers import (
+    SOLVERS,
+    DenoiseFunction,
+    Solver,
+    SolverFunction,
+    as_solver,
+    dormand_prince,
+    euler,
+    heun,
+    rk45,
+)
 from .conditions import Condition, Network
 from .divergence import ESTIMATORS, MeanAndDivergence
 from .sampling import Sampling, check_steps
@@ -50,7 +60,7 @@ class Likelihood(Sampling):
         x: Tensor,
         *,
         estimator: str = "rademacher",
-        solver: str | Solver = "rk45",
+        solver: str | SolverFunction = "rk45",
         rtol: float = 1e-5,
         atol: float = 1e-5,
         steps: int = 256,
@@ -180,7 +190,7 @@ def log_likelihood(
     prior_log_prob: Callable[[Tensor], Tensor],
     *,
     estimator: str = "rademacher",
-    solver: str | Solver = "rk45",
+    solver: str | SolverFunction = "rk45",
     rtol: float = 1e-5,
     atol: float = 1e-5,
     grey_levels: int = 256,
@@ -202,7 +212,7 @@ def log_likelihood(
     with (
         torch.inference_mode(False),
         torch.set_grad_enabled(differentiable),
-        _progress_reported(len(grid), solver, progress) as report,
+        _progress_reported(grid, progress) as report,
     ):
         x = x.clone() if x.is_inference() else x
         x = x if differentiable else x.detach()
@@ -211,7 +221,8 @@ def log_likelihood(
         evaluate = MeanAndDivergence(denoise, x, divergence, differentiable, report)
         integral = wide.new_zeros(count)
         if count > 0:
-            carry = _carry(solver)
+            chosen = as_solver(solver)
+            carry = _APART.get(chosen.function) or _jointly(chosen)
             wide, integral = carry(evaluate, wide, grid, rtol, atol)
             _check_each("the latent or its density", wide.sum(1) + integral, torch.isfinite)
         latent = wide.to(x.dtype).view(x.shape)
@@ -312,12 +323,8 @@ def _jointly(solver: Solver) -> Carry:
     return carry
 
 
-def _carry(solver: str | Solver) -> Carry:
-    """A solver that treats the density apart, where there is one of that name."""
-    if callable(solver):
-        return _jointly(solver)
-    apart: dict[str, Carry] = {"euler": _euler, "heun": _heun, "rk45": _rk45}
-    return apart.get(solver) or _jointly(SOLVERS[solver])
+# Solvers that treat the density apart, more exactly than as one more coordinate.
+_APART: dict[SolverFunction, Carry] = {euler: _euler, heun: _heun, rk45: _rk45}
 
 
 # ---- checks and progress -----------------------------------------------------------------------
@@ -341,18 +348,17 @@ def _check_each(name: str, values: Tensor, allowed: Callable[[Tensor], Tensor]) 
 
 @contextmanager
 def _progress_reported(
-    count: int, solver: str | Solver, progress: bool
+    levels: Sequence[float], progress: bool
 ) -> Iterator[Callable[[float], None]]:
-    """A function that moves a progress bar by one evaluation. For rk45 the total is unknown."""
+    """A function that moves a progress bar to a level, in percent of the way in log σ."""
     if not progress:
         yield lambda level: None
         return
-    totals = {"euler": count, "heun": 2 * (count - 1)}
-    total = totals.get(solver) if isinstance(solver, str) else None
-    with progress_bar(total=total, desc="likelihood", unit="evaluation") as bar:
+    with progress_bar(total=100, desc="likelihood", unit="%") as bar:
 
         def show(level: float) -> None:
+            way = math.log(level / levels[0]) / math.log(levels[-1] / levels[0])
             bar.set_postfix(level=f"{level:.3g}", refresh=False)
-            bar.update()
+            bar.update(max(round(100 * way) - bar.n, 0))  # some evaluations look ahead
 
         yield show

@@ -35,9 +35,8 @@ from ..common.checks import (
 from ..common.tensors import dequantise, over_samples
 from ..functional.levels import Level
 from ..functional.steps import Field, implied_mean
+from ..solvers import SolverFunction, as_solver
 from .conditions import Condition, Network, as_condition
-
-_HEUN_STEPS = 18  # EDM, section 3
 
 
 class Defaults(NamedTuple):
@@ -123,16 +122,16 @@ class Parametrisation(ABC):
         """
         return Defaults(solver="multistep", steps=self.default_steps("multistep"), schedule="rho")
 
-    def default_steps(self, solver: object) -> int:
-        """The number of steps of a solver, by name or a function, unless it is given.
+    def default_steps(self, solver: str | SolverFunction) -> int:
+        """The number of steps of a solver unless it is given.
 
         They are those of :attr:`defaults`, but at least 18 for heun, as published for EDM, and 1
         for consistency.
         """
-        if solver == "consistency":
+        chosen = as_solver(solver)
+        if chosen.few_step:
             return 1
-        steps = 40 if self.N <= 16 else 20 if self.N < 64 else 10
-        return max(steps, _HEUN_STEPS) if solver == "heun" else steps
+        return max(40 if self.N <= 16 else 20 if self.N < 64 else 10, chosen.least_steps)
 
     def __repr__(self) -> str:
         named = (

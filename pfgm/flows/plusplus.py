@@ -30,7 +30,7 @@ from ..data.opening import Samples
 from ..functional import posterior_mean
 from ..functional.levels import Level
 from ..references import References, ReferenceSet
-from ..solvers import SCHEDULES, rho_grid
+from ..solvers import SAMPLERS, SCHEDULES, as_solver, rho_grid
 from .conditions import Condition, Network, as_condition, check_rows, with_inner_networks
 from .flow import Flow
 from .targets import ExactNetwork, targets_by_label
@@ -404,8 +404,9 @@ class PoissonFlowPP(Flow):
         if non_negative("churn", amount) == 0:
             return super().sample(net, n, **options)
         solver = options["solver"] = options.get("solver") or "heun"
-        if solver not in ("euler", "heun"):
-            raise ValueError(f"solver is {solver!r}; with churn allowed are euler and heun.")
+        if "churn" not in as_solver(solver).options:
+            able = ", ".join(name for name, each in SAMPLERS.items() if "churn" in each.options)
+            raise ValueError(f"solver is {solver!r}; with churn allowed are {able}.")
         if options.get("schedule") is None:
             options["schedule"] = self.defaults.schedule  # levels are fitted without churn
         count = len(self.grid(options.get("steps"), options["schedule"], solver=solver)) - 1

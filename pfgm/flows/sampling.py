@@ -31,9 +31,9 @@ from ..solvers import (
     SCHEDULES,
     Callback,
     DenoiseFunction,
-    Solver,
+    SolverFunction,
     StepInfo,
-    solver_function,
+    as_solver,
 )
 from .conditions import (
     Condition,
@@ -45,13 +45,12 @@ from .conditions import (
 )
 from .parametrisation import Parametrisation
 
-_METHOD_FUNCTIONS = ("churn", "noise")  # functions that the flow's methods give to solvers
+_GIVEN = ("churn", "noise", "earlier")  # options that no caller of a flow gives a solver
 _INSTEAD = {
     "seed": "A seed is given as generator=torch.Generator().manual_seed(seed).",
     **dict.fromkeys(["label", "labels"], "Labels are given as condition={'labels': labels}."),
 }
 _SAME_LEVEL = 1e-3  # relative difference of levels, as of rounding to half precision
-_LONGEST_HEUN_STEP = 25  # ratio of levels; of 5 steps from 80 to 0.002 the longest has 85
 _MOST_STEPS = 1_000_000  # all levels are in memory at once; published samplers take up to 1000
 
 Projection = Callable[[Tensor, float], Tensor]
@@ -90,7 +89,7 @@ class Sampling(Parametrisation):
         net: Network,
         n: int,
         *,
-        solver: str | Solver | None = None,
+        solver: str | SolverFunction | None = None,
         steps: int | None = None,
         schedule: str | Sequence[float] | None = None,
         last: float | None = None,
@@ -144,7 +143,7 @@ class Sampling(Parametrisation):
                 are not finite.
 
         Warns:
-            UserWarning: the solver is heun, and its steps are so few that samples would be poor.
+            UserWarning: the steps are so few, as heun's may be, that samples would be poor.
 
         >>> import pfgm, torch
         >>> flow = pfgm.PoissonFlow((2,), data_norm=1.0)
@@ -158,10 +157,8 @@ class Sampling(Parametrisation):
         if x_init is None:
             self._check_from_prior(grid)
         x, nfe = self._start(net, n, generator, device, x_init), 0
-        solver_function(solver)
-        if solver == "heun":
-            _warn_of_long_steps(grid)
-        if solver == "consistency":
+        _warn_of_long_steps(solver, grid)
+        if as_solver(solver).few_step:
             options["noise"] = functools.partial(self._add_noise, generator=generator)
         if n > 0:
             x, nfe = self.solve(
@@ -184,7 +181,7 @@ class Sampling(Parametrisation):
         schedule: str | Sequence[float] | None = None,
         last: float | None = None,
         *,
-        solver: str | Solver | None = None,
+        solver: str | SolverFunction | None = None,
     ) -> list[float]:
         """The levels of a run, from the first to the last: ``steps`` + 1 levels of a schedule.
 
@@ -199,7 +196,7 @@ class Sampling(Parametrisation):
         [40.0, 2.0, 0.1, 0.001]
         """
         if solver is not None:
-            solver_function(solver)  # refuses an unknown name
+            as_solver(solver)  # refuses an unknown name
         steps = self.default_steps(solver or self.defaults.solver) if steps is None else steps
         if schedule is None or isinstance(schedule, str):
             check_steps("steps", steps)
@@ -232,14 +229,16 @@ class Sampling(Parametrisation):
             )
 
     def _schedule_for(
-        self, solver: str | Solver | None, steps: int, last: float | None = None
+        self, solver: str | SolverFunction | None, steps: int, last: float | None = None
     ) -> str:
         """The schedule of a run unless one is given: "fitted" if there are such levels."""
         levels = self.fitted_levels.get(solver, {}) if isinstance(solver, str) else {}
         fitted = last is None and steps in levels
         return "fitted" if fitted else self.defaults.schedule
 
-    def _fitted_grid(self, solver: str | Solver, steps: int, last: float | None) -> list[float]:
+    def _fitted_grid(
+        self, solver: str | SolverFunction, steps: int, last: float | None
+    ) -> list[float]:
         if last is not None:
             raise ValueError(f"last is {last}, but fitted levels include it; give one of them.")
         fitted = self.fitted_levels.get(solver, {}) if isinstance(solver, str) else {}
@@ -257,7 +256,7 @@ class Sampling(Parametrisation):
         x: Tensor,
         grid: Sequence[float],
         *,
-        solver: str | Solver = "rk45",
+        solver: str | SolverFunction = "rk45",
         condition: Condition | None = None,
         guidance: float | None = None,
         unconditional: Condition | None = None,
@@ -282,25 +281,25 @@ class Sampling(Parametrisation):
         Returns:
             The points at the last level of the grid, and the number of network evaluations.
         """
-        function = solver_function(solver)
+        chosen = as_solver(solver)
         _check_options(solver, options)
         self._check_x(x)
         grid = _checked_levels(grid)
-        if solver == "rk45":
+        if chosen.adaptive:
             options.setdefault("atol", 2e-4 * self._unit)
         predict = self._predictor(net, x, condition, guidance, unconditional)
         if project is not None:
             predict = _projected(predict, project)
-        total = None if solver == "rk45" else len(grid) - 1
+        total = None if chosen.adaptive else len(grid) - 1
         center = self._center(x)
         with evaluating(net), _progress_shown(callback, total, progress) as shown:
-            if solver == "rk45" and isinstance(center, Tensor):
+            if chosen.adaptive and isinstance(center, Tensor):
                 # The relative tolerance is meant for the distance from the center.
                 predict, shown = _relative(predict, center), _absolute(shown, center)
-                x, nfe = function(predict, x - center, grid, shown, **options)
+                x, nfe = chosen(predict, x - center, grid, shown, **options)
                 x = x + center
             else:
-                x, nfe = function(predict, x, grid, shown, **options)
+                x, nfe = chosen(predict, x, grid, shown, **options)
         return x, nfe if guidance is None else 2 * nfe
 
     def _predictor(
@@ -433,32 +432,28 @@ def check_steps(name: str, steps: object) -> None:
     whole(name, steps, 1, _MOST_STEPS)
 
 
-def _check_options(solver: str | Solver, options: Mapping[str, object]) -> None:
+def _check_options(solver: str | SolverFunction, options: Mapping[str, object]) -> None:
     """Raises TypeError unless the solver takes these options."""
-    parameters = inspect.signature(solver_function(solver)).parameters.values()
+    chosen = as_solver(solver)
+    parameters = inspect.signature(chosen.function).parameters.values()
     if any(each.kind is inspect.Parameter.VAR_KEYWORD for each in parameters):
         return  # it takes any, such as a functools.wraps or a partial of another function
-    taken = [each.name for each in parameters if each.kind is inspect.Parameter.KEYWORD_ONLY]
     for name, value in options.items():
-        if name not in taken or (name in _METHOD_FUNCTIONS and not callable(value)):
-            own = ", ".join(each for each in taken if each not in _METHOD_FUNCTIONS) or "none"
+        if name not in chosen.options or (name in _GIVEN and not callable(value)):
+            own = ", ".join(each for each in chosen.options if each not in _GIVEN) or "none"
             hint = f" {_INSTEAD[name]}" if name in _INSTEAD else ""
             raise TypeError(
                 f"solver {solver!r} takes no option {name!r}; allowed are: {own}.{hint}"
             )
 
 
-def _warn_of_long_steps(grid: Sequence[float]) -> None:
-    """Warns the caller of ``sample`` if a step of heun, all but the last, is too long.
-
-    The slope at the end of a step is (x − mean)/level: far below the first level it is wrong by
-    the error of the Euler step many times over.
-    """
+def _warn_of_long_steps(solver: str | SolverFunction, grid: Sequence[float]) -> None:
+    """Warns the caller of ``sample`` if a step, all but the last, is too long for the solver."""
     longest = max(pairwise(grid[:-1]), key=lambda ends: ends[0] / ends[1], default=(1.0, 1.0))
-    if longest[0] > _LONGEST_HEUN_STEP * longest[1]:
+    if longest[0] > as_solver(solver).longest_step * longest[1]:
         warnings.warn(
-            f"heun takes a step from level {longest[0]:.3g} to {longest[1]:.3g}, which is too long "
-            f"for it: {len(grid) - 1} steps are too few. multistep, with as many evaluations, "
+            f"{solver} takes a step from level {longest[0]:.3g} to {longest[1]:.3g}, which is too "
+            f"long for it: {len(grid) - 1} steps are too few. multistep, with as many evaluations, "
             "gives better samples.",
             stacklevel=3,
         )

@@ -76,7 +76,9 @@ def load_pretrained(name: str, *, device: torch.device | str = "cpu") -> Loaded:
     >>> flow.sample(net, 4, condition={"labels": torch.tensor([1, 9, 9, 8])}).shape
     torch.Size([4, 1, 8, 8])
     """
-    return load(pretrained_path(name), device=device)
+    loaded = load(pretrained_path(name), device=device)
+    loaded.label_names = PRETRAINED[name].classes
+    return loaded
 
 
 def pretrained_path(name: str) -> Path:

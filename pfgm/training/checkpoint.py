@@ -48,11 +48,20 @@ _STATE_NAME = re.compile(r"step-(\d{8,18})\.state\.pt")
 _MAX_REASON = 300  # characters of another library's message, which may repeat content of a file
 
 
-class Loaded(NamedTuple):
-    """The content of a weights file."""
-
+class _FlowAndNetwork(NamedTuple):
     flow: Flow
     network: nn.Module
+
+
+class Loaded(_FlowAndNetwork):
+    """The content of a weights file. It unpacks into the flow and the network."""
+
+    label_names: tuple[str, ...] = ()
+    """The names of the labels 0, 1, …; empty if they have none."""
+    table: Table | None = None
+    """The columns of the table whose rows the network has learned."""
+    distilled: bool | None = None
+    """Whether the network is a few-step model; None if the file does not say."""
 
 
 class RunCheckpoint(NamedTuple):
@@ -112,6 +121,8 @@ def load(
 ) -> Loaded:
     """The flow and the network (in evaluation mode) of a weights file, or of a run's newest one.
 
+    The result unpacks into these two, and has ``label_names``, ``table`` and ``distilled`` besides.
+
     Args:
         path: a ``.safetensors`` file, or the folder of a run or of :func:`pfgm.save_pretrained`.
         network: takes the weights, in its own dtype; None builds the network that the file
@@ -149,59 +160,20 @@ def load(
         if network is None:
             network = network_in(description, tensors)
         load_plain_state(network, tensors)
+        loaded = Loaded(flow, network.to(device).eval())
+        loaded.label_names = tuple(map(str, description.get("label_names", ())))
+        loaded.table = _table_in(description)
+        loaded.distilled = description.get("distilled")
     except MALFORMED as error:
         raise ValueError(f"{path} cannot be loaded: {_reason(error)}") from error
-    return Loaded(flow, network.to(device).eval())
+    return loaded
 
 
-def check_solver(path: StrPath, solver: str) -> str | None:
-    """Checks a solver; returns a notice if the file does not say whether it suits the network.
-
-    Raises:
-        FileNotFoundError, ValueError: as :func:`load`, or the solver is consistency and the network
-            is not a few-step model.
-    """
-    if solver != "consistency":
-        return None
-    path, _, description = _read_newest(path)
-    distilled = description.get("distilled")
-    if distilled is False:
-        raise ValueError(
-            f"solver is 'consistency', but the network in {path} is not a few-step model (pfgm "
-            "train --teacher makes one); allowed are the other solvers."
-        )
-    if distilled is None:
-        return (
-            f"{path} does not say whether its network is a few-step model; from other networks the "
-            "solver consistency gives averages of data."
-        )
-    return None
-
-
-def label_names(path: StrPath) -> list[str]:
-    """The names of the labels 0, 1, … of a weights file or of a run's newest one; often empty.
-
-    Raises:
-        FileNotFoundError, ValueError: as :func:`load`.
-    """
-    names = _read_newest(path)[2].get("label_names", [])
-    return [str(name) for name in names] if isinstance(names, list) else []
-
-
-def table(path: StrPath) -> Table | None:
-    """The columns of the table that a network was trained on; None if it was not.
-
-    Raises:
-        FileNotFoundError, ValueError: as :func:`load`.
-    """
-    path, _, description = _read_newest(path)
-    try:
-        if "table" in description:
-            return Table.from_dict(description["table"])
-        names = description.get("column_names")  # of version 0.2, which learnt plain numbers
-        return Table.numbers([str(name) for name in names]) if names else None
-    except MALFORMED as error:
-        raise ValueError(f"{path} holds no table: {_reason(error)}") from error
+def _table_in(description: Mapping[str, Any]) -> Table | None:
+    if "table" in description:
+        return Table.from_dict(description["table"])
+    names = description.get("column_names")  # of version 0.2, which learnt plain numbers
+    return Table.numbers([str(name) for name in names]) if names else None
 
 
 def _read_newest(path: StrPath) -> tuple[Path, dict[str, Tensor], dict[str, Any]]:

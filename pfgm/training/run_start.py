@@ -13,7 +13,7 @@ from ..flows.plusplus import PoissonFlowPP
 from ..flows.poisson import PoissonFlow
 from ..networks.registry import NETWORKS, label_count
 from ..references import ReferenceSet
-from .checkpoint import load
+from .checkpoint import Loaded
 from .run_config import RunConfig
 from .run_models import SIZE_NAMES, SIZES, build_flow
 
@@ -24,7 +24,7 @@ _NETWORK_SETTINGS: dict[type[Flow], str] = {PoissonFlow: "gamma", PoissonFlowPP:
 
 
 def start_from(
-    config: RunConfig, rows: ReferenceSet, classes: int
+    checkpoint: Loaded, config: RunConfig, rows: ReferenceSet, classes: int
 ) -> tuple[Flow, nn.Module, list[str]]:
     """The flow of the configuration and data, and the network of the checkpoint ``config.init``.
 
@@ -36,11 +36,10 @@ def start_from(
         one.
 
     Raises:
-        FileNotFoundError, ValueError: the checkpoint cannot be loaded, or it has another kind of
-            flow, other samples, other labels or another network than the configuration asks for.
+        ValueError: the checkpoint has another kind of flow, other samples, other labels or another
+            network than the configuration asks for.
     """
-    assert config.init is not None
-    earlier, network = load(config.init)
+    earlier, network = checkpoint
     kept = _NETWORK_SETTINGS[type(earlier)]
     hyper_parameters = {kept: earlier.config[kept], **config.flow}
     if _kind(earlier) == _asked(config):

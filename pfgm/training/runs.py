@@ -21,8 +21,7 @@ from ..distillation import Consistency
 from ..flows.flow import Flow
 from ..flows.poisson import PoissonFlow
 from ..references import ReferenceSet
-from .checkpoint import load
-from .checkpoint import table as table_of
+from .checkpoint import Loaded, load
 from .checks import other_setting
 from .locks import locked_for_all
 from .pretrained_folder import is_pretrained
@@ -142,15 +141,16 @@ def _run(
 ) -> nn.Module:
     report = report if processes.leads else _report_nothing
     shown = progress and processes.leads
-    earlier = _checkpoint_at(folder, resume_from) if resume else config.init or config.teacher
-    table = None
-    if earlier is not None and Path(config.data).suffix == ".csv":
-        table = table_of(earlier)
+    source = _checkpoint_at(folder, resume_from) if resume else config.init or config.teacher
+    earlier, is_table = None, Path(config.data).suffix == ".csv"
+    if source is not None and (is_table or config.init or (config.teacher and not resume)):
+        earlier = load(source)
+    table = earlier.table if is_table and earlier is not None else None
     data = open_data(config.data, **config.reading, table=table, progress=shown)
     if config.labels and data.classes == 0:
         raise ValueError(f"labels is True, but {config.data} has no labels.")
     rows = _place_rows(data.train, config, device)
-    flow, network, notes = _model(config, rows, data, folder, resume, resume_from)
+    flow, network, notes = _model(config, rows, data, earlier, resume)
     teacher_checksum = None if config.teacher is None else checksum_of_weights(network.state_dict())
     if resume and teacher_checksum is not None:
         _check_teacher(config, teacher_checksum, folder)
@@ -233,11 +233,14 @@ def _model(
     config: RunConfig,
     rows: ReferenceSet,
     data: Data,
-    folder: Path,
+    earlier: Loaded | None,
     resume: bool,
-    resume_from: int | None,
 ) -> tuple[Flow, nn.Module, list[str]]:
-    """The flow and the network to train, and lines of text about them."""
+    """The flow and the network to train, and lines of text about them.
+
+    ``earlier`` is the checkpoint of the run itself if it is resumed, else that of ``config.init``
+    or the teacher; None where neither is needed.
+    """
     if config.teacher is not None:
         ignored = [
             field.name
@@ -246,12 +249,12 @@ def _model(
             and getattr(config, field.name) != getattr(Settings(), field.name)
         ]
         notes = [f"ignored, since the teacher decides: {', '.join(ignored)}"] if ignored else []
-        return *load(config.teacher), notes
-    if config.init is not None and resume:
-        # The checkpoint of the run itself has the network that it started with.
-        return *load(_checkpoint_at(folder, resume_from)), []
+        teacher = load(config.teacher) if resume or earlier is None else earlier
+        return *teacher, notes
     if config.init is not None:
-        return start_from(config, rows, data.classes)
+        assert earlier is not None
+        # The checkpoint of the run itself has the network that it started with.
+        return (*earlier, []) if resume else start_from(earlier, config, rows, data.classes)
     flow = build_flow(config, rows)
     return flow, build_network(config, flow, rows, data.classes), []
 

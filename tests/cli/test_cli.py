@@ -14,6 +14,7 @@ import torch
 
 import pfgm
 from pfgm import cli
+from pfgm.common import tensor_files
 from pfgm.datasets import open_data
 from pfgm.training import TrainConfig
 from pfgm.training.runs import RunConfig
@@ -219,7 +220,7 @@ def test_a_table_comes_back_with_its_columns(tmp_path, refusal):
     frame[["rooms", "size", "label"]].iloc[:40].to_csv(tmp_path / "u.csv", index=False)
     other = [*train[:2], str(tmp_path / "u.csv"), "--width", "16", *TRAIN, "--init", out]
     assert cli.main([*other, "--out", str(tmp_path / "more")]) == 0
-    tables = [pfgm.training.checkpoint.table(each) for each in (out, tmp_path / "more")]
+    tables = [pfgm.load(each).table for each in (out, tmp_path / "more")]
     assert tables[0] == tables[1]
     assert "a name that ends in .csv" in refusal(*sample[:3], "--checkpoint", out, "--out", "x.npy")
     np.save(tmp_path / "x.npy", np.zeros((40, 3), np.float32))
@@ -227,6 +228,40 @@ def test_a_table_comes_back_with_its_columns(tmp_path, refusal):
     assert "samples must be a .csv file" in refusal(*evaluate, *samples)
     assert "range and resize are not for tables" in refusal(*train, "--out", "x", "--range", 0, 1)
     assert "are for .csv files" in refusal("train", "--out", "x", "--drop-missing")
+
+
+def test_a_checkpoint_is_read_once(tmp_path, monkeypatch):
+    """The file is opened and its checksum computed once by each command, with all it names."""
+    pytest.importorskip("pandas")
+    table, run = tmp_path / "t.csv", str(tmp_path / "run")
+    table.write_text("a,label\n" + "".join(f"{i % 7}.5,{'xy'[i % 2]}\n" for i in range(40)))
+    train = ["train", "--data", str(table), "--labels", "--width", "16", *TRAIN]
+    assert cli.main([*train, "--out", run]) == 0
+    opened, verified = [], []
+    safe_open, verify = safetensors.safe_open, tensor_files.verify_checksum
+    monkeypatch.setattr(
+        safetensors, "safe_open", lambda *each, **of: opened.append(1) or safe_open(*each, **of)
+    )
+    monkeypatch.setattr(
+        tensor_files, "verify_checksum", lambda *each: verified.append(1) or verify(*each)
+    )
+    sample = ["sample", "--n", "6", "--checkpoint", run, "--out"]
+    for command in (
+        [*sample, str(tmp_path / "rows.csv")],
+        [*sample, str(tmp_path / "rows.csv"), "--label", "y", "--solver", "heun"],
+        ["sample", "--n", "6", "--pretrained", "digits", "--out", str(tmp_path / "x.npy")],
+        ["evaluate", "--n", "20", "--checkpoint", run, "--out", str(tmp_path / "e")],
+        [*train, "--init", run, "--out", str(tmp_path / "more")],
+    ):
+        opened.clear()
+        verified.clear()
+        assert cli.main(command) == 0
+        assert (len(opened), len(verified)) == (1, 1), command
+    loaded = pfgm.load(run)
+    assert loaded.label_names == ("x", "y")
+    assert [column.name for column in loaded.table.columns] == ["a"]
+    flow, network = loaded
+    assert (loaded.flow, loaded.network) == (flow, network) == loaded
 
 
 def test_a_checkpoint_of_plain_columns(tmp_path):
@@ -237,11 +272,11 @@ def test_a_checkpoint_of_plain_columns(tmp_path):
     flow = pfgm.PoissonFlow.from_data(frame)
     net = flow.network("mlp", width=8)
     pfgm.save_pretrained(tmp_path / "model", flow, net, table=pfgm.data.Table.read(frame))
-    assert not pfgm.training.checkpoint.table(tmp_path / "model").plain
+    assert not pfgm.load(tmp_path / "model").table.plain
     facts = {"step": 0, "column_names": ["a", "b"]}
     path = tmp_path / "old.safetensors"
     pfgm.training.weights_file.write_weights(path, flow, net, facts, None)
-    table = pfgm.training.checkpoint.table(path)
+    table = pfgm.load(path).table
     assert table.plain
     rows = open_data(str(tmp_path / "t.csv"), table=table).train[:]
     np.testing.assert_array_equal(rows, frame.to_numpy(np.float32))

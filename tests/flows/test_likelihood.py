@@ -1,12 +1,15 @@
+import io
 import math
 
 import pytest
 import torch
 from torch import nn
+from tqdm import tqdm
 
 import pfgm
 from pfgm import PoissonFlow, PoissonFlowPP
 from pfgm.flows.likelihood import centred_prior
+from pfgm.solvers import GRID_SOLVERS, SOLVERS
 
 INFINITY = math.inf
 
@@ -93,8 +96,9 @@ def test_exact_mixture(kind, N, options):
     assert worst_error(kind, N, **options) < 3e-4
 
 
-@pytest.mark.parametrize(("solver", "order"), [("euler", 1), ("heun", 2), ("multistep", 2)])
-def test_order_of_the_fixed_grids(solver, order):
+@pytest.mark.parametrize("solver", GRID_SOLVERS)
+def test_order_of_the_fixed_grids(solver):
+    order = GRID_SOLVERS[solver].order
     flow, net = small(), Denoiser(3).eval()
     x = torch.randn(4, 3, generator=seeded(), dtype=torch.float64)
     options = {"estimator": "exact", "solver": solver}
@@ -245,6 +249,21 @@ def test_evaluations_and_samples_with_shape(kind, solver, evaluations):
     assert evaluations in (result.nfe, None)
     assert set(calls) == {(3, 1, 2, 2)}
     assert [tuple(t.shape) for t in result[:3]] == [(3,), (3,), (3, 1, 2, 2)]
+
+
+@pytest.mark.parametrize("solver", SOLVERS)
+def test_progress_goes_up_to_the_prior(monkeypatch, solver):
+    bars = []
+
+    def progress_bar(**options):
+        bars.append(tqdm(**options, file=io.StringIO()))
+        return bars[-1]
+
+    monkeypatch.setattr("pfgm.flows.likelihood.progress_bar", progress_bar)
+    x = torch.ones(2, 3, dtype=torch.float64)
+    small().log_likelihood(Denoiser(3).eval(), x, solver=solver, steps=7, progress=True)
+    assert [(bar.total, bar.unit) for bar in bars] == [(100, "%")]
+    assert (100 if SOLVERS[solver].adaptive else 80) <= bars[0].n <= 100
 
 
 def test_no_samples():

@@ -9,6 +9,7 @@ import torch
 import pfgm
 from pfgm import PoissonFlowPP
 from pfgm.flows.plusplus import Preconditioned
+from pfgm.solvers import GRID_SOLVERS, SOLVERS
 
 DS = [1.0, 16.0, math.inf]
 
@@ -211,10 +212,10 @@ def test_labels_restrict_the_references(data):
 
 
 @pytest.mark.parametrize("D", [1.0, 16.0, 2048.0, math.inf])
-@pytest.mark.parametrize("solver", ["euler", "heun", "multistep", "rk45"])
+@pytest.mark.parametrize("solver", SOLVERS)
 def test_samples_of_the_exact_denoiser_are_the_data(data, generator, D, solver):
     flow = PoissonFlowPP((2,), D=D)
-    steps = 60 if solver == "euler" else 30
+    steps = 60 if SOLVERS[solver].order == 1 else 30
     samples = flow.sample(flow.empirical(data), 50, solver=solver, steps=steps, generator=generator)
     # At small D a few lines end between two neighbours.
     assert pfgm.metrics.nearest_distance(samples, data).quantile(0.9) < 2e-3
@@ -258,7 +259,7 @@ def test_churn(data, solver):
     for wrong in ((2, 1), 5):
         with pytest.raises(ValueError, match=r"churn_range is .*; allowed are two levels"):
             flow.sample(net, 3, churn=1.0, churn_range=wrong)
-    with pytest.raises(ValueError, match="with churn allowed are euler and heun"):
+    with pytest.raises(ValueError, match="with churn allowed are euler, heun"):
         flow.sample(net, 3, churn=1.0, solver="multistep")
 
 
@@ -344,7 +345,7 @@ def test_backbones_of_another_kind():
 
 
 @pytest.mark.parametrize("kind", ["PoissonFlow", "PoissonFlowPP"])
-@pytest.mark.parametrize("solver", ["euler", "heun", "multistep"])
+@pytest.mark.parametrize("solver", GRID_SOLVERS)
 def test_a_step_is_at_most_three_kernels(monkeypatch, seeing_mode, kind, solver):
     """Without the check of values, as on a GPU."""
     x = torch.ones(4, 2)
@@ -361,5 +362,5 @@ def test_a_step_is_at_most_three_kernels(monkeypatch, seeing_mode, kind, solver)
             flow.sample(lambda x, level: result, 4, solver=solver, steps=steps, x_init=x)
         memory = ("empty", "detach", "view", "alias", "_to_copy", "clone")
         counts.append(sum(not any(word in call for word in memory) for call in seeing_mode.seen))
-    evaluations = 2 if solver == "heun" else 1
+    evaluations = GRID_SOLVERS[solver].evaluations
     assert (counts[1] - counts[0]) / 10 <= 3 * evaluations

@@ -11,6 +11,7 @@ from torch import nn
 import pfgm
 from pfgm import PoissonFlow
 from pfgm.networks.fields import MeanParts
+from pfgm.solvers import SOLVERS
 
 
 def seeded(seed=0):
@@ -605,15 +606,14 @@ def test_the_last_step_goes_to_the_end_at_once(flow):
         flow.sample(net, 5, schedule=[3.0, 1.0], last=0.1)
 
 
-@pytest.mark.parametrize(
-    ("solver", "evaluations"), [("euler", 6), ("heun", 11), ("multistep", 6), ("rk45", None)]
-)
-def test_solvers_and_their_evaluations(solver, evaluations, flow):
+@pytest.mark.parametrize("solver", SOLVERS)
+def test_solvers_and_their_evaluations(solver, flow):
     net = Recorder(flow, torch.randn(30, 2, generator=seeded(0)))
     x, nfe = flow.sample(net, 5, solver=solver, steps=6, generator=seeded(1), return_nfe=True)
     assert x.shape == (5, 2)
     assert nfe == len(net.levels)
-    assert evaluations in (nfe, None)
+    if each := SOLVERS[solver].evaluations:
+        assert 5 * each < nfe <= 6 * each  # the last step may take fewer
     assert not any(net.modes)
     assert not any(net.gradients)
     assert net.training
@@ -853,7 +853,7 @@ def test_a_device_that_is_not_there(device):
         assert len(str(e.value)) < 150
 
 
-@pytest.mark.parametrize("solver", ["euler", "heun", "multistep", "rk45"])
+@pytest.mark.parametrize("solver", SOLVERS)
 def test_no_points_are_carried(solver):
     data = torch.randn(20, 2, generator=seeded(0))
     for flow in (PoissonFlow.from_data(data), pfgm.PoissonFlowPP((2,), D=16)):
@@ -866,7 +866,7 @@ def test_no_points_are_carried(solver):
         assert flow.decode(net, data[:0], solver=solver).shape == (0, 2)
 
 
-@pytest.mark.parametrize("solver", ["euler", "heun", "multistep", "rk45"])
+@pytest.mark.parametrize("solver", SOLVERS)
 def test_levels_that_repeat_and_turn(solver):
     data = torch.randn(20, 2, generator=seeded(0))
     flow = PoissonFlow.from_data(data)

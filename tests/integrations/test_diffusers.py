@@ -96,7 +96,7 @@ def diffusers_loop(scheduler, unet, x):
     return x, points, means
 
 
-STEPS = ("euler", "heun", "multistep")
+STEPS = tuple(solvers.GRID_SOLVERS)
 
 
 @pytest.mark.parametrize(
@@ -114,7 +114,9 @@ def test_a_scheduler_takes_the_steps_of_the_flow(
     unet = unets(2 if predicts == "field" else 1)
     scheduler = scheduler_of(schedulers, flow, solver=solver, prediction_type=predicts, level=level)
     scheduler.set_timesteps(5)
-    assert len(scheduler.timesteps) == (9 if solver == "heun" else 5)
+    evaluations = solvers.SOLVERS[solver].evaluations
+    assert scheduler.order == evaluations
+    assert 4 * evaluations < len(scheduler.timesteps) <= 5 * evaluations
     x = scheduler.prior(3, seeded())
     end, points, means = diffusers_loop(scheduler, unet, x)
 
@@ -128,7 +130,7 @@ def test_a_scheduler_takes_the_steps_of_the_flow(
         callback=steps.append,
     )
     same(end, correct, 1e-5)
-    begins = [0, *range(2, 9, 2)] if solver == "heun" else range(5)
+    begins = range(0, len(points), evaluations)
     for call, step in zip(begins, steps, strict=True):
         assert float(scheduler.sigmas[call]) == pytest.approx(step["z"])
         same(points[call], step["x"], 1e-5)
@@ -147,11 +149,15 @@ def midpoint(denoise, x, grid, callback=None):
     return x, 2 * (len(grid) - 1)
 
 
+MIDPOINT = solvers.Solver(midpoint, order=2, evaluations=2)
+
+
 @pytest.mark.parametrize(
     ("flow", "predicts", "solver"),
     [
         (*PREDICTIONS[0], midpoint),
         (*PREDICTIONS[1], midpoint),
+        pytest.param(*PREDICTIONS[1], MIDPOINT, id="stated"),
         (*PREDICTIONS[0], solvers.heun),
         (*PREDICTIONS[1], solvers.multistep),
     ],
@@ -162,11 +168,12 @@ def test_a_solver_may_be_a_function(schedulers, unets, flow, predicts, solver, s
     first = scheduler_of(schedulers, flow, solver=solver, prediction_type=predicts)
     scheduler = type(first).from_config(first.config)
     assert scheduler.config["solver"] is solver
-    assert solver.__name__ in repr(scheduler)
+    assert repr(solver) in repr(scheduler)
     for steps in (7, 1):  # a scheduler takes several runs
         scheduler.set_timesteps(steps)
-        calls = {midpoint: 2 * steps, solvers.heun: 2 * steps - 1, solvers.multistep: steps}
-        assert len(scheduler.timesteps) == calls[solver]
+        calls = {solvers.heun: 2 * steps - 1, solvers.multistep: steps}.get(solver, 2 * steps)
+        assert len(scheduler.timesteps) == calls
+        assert scheduler.order == (1 if solver is solvers.multistep else 2)
         x = scheduler.prior(3, seeded())
         end, points, _ = diffusers_loop(scheduler, unet, x)
         assert torch.equal(points[0], scheduler.prior(3, seeded()))
@@ -202,6 +209,8 @@ def test_what_a_function_as_solver_needs(schedulers, tmp_path):
     x, output = scheduler.prior(2, seeded()), torch.zeros(2, 1, 8, 8)
     with pytest.raises(ValueError, match=r"a function as solver.*got timestep 1 of 20\."):
         scheduler.step(output, second, x)
+    with pytest.raises(ValueError, match="must begin each step with the first of 3 evaluations"):
+        schedulers.plus.from_flow(flow, solver=solvers.Solver(midpoint, evaluations=3))
     for change in (lambda x: x.add_(0.01), lambda x: x[:1]):
         scheduler.set_timesteps(3)
         x = scheduler.step(output, first, scheduler.prior(2, seeded())).prev_sample
@@ -209,7 +218,27 @@ def test_what_a_function_as_solver_needs(schedulers, tmp_path):
             scheduler.step(output[: len(change(x))], scheduler.timesteps[1], change(x))
 
 
-@pytest.mark.parametrize("solver", ["euler", "heun", "multistep", midpoint])
+@pytest.mark.parametrize("solver", [*STEPS, MIDPOINT])
+def test_a_loop_may_change_its_points(schedulers, solver):
+    """A constant mean at one point: a move of all points and of the point moves the end as much."""
+    scheduler = schedulers.plus.from_flow(DENOISERS[128.0], solver=solver, prediction_type="mean")
+
+    def end(moved_at):
+        scheduler.set_timesteps(6)
+        x, mean = scheduler.prior(2, seeded()), torch.zeros(2, 1, 8, 8)
+        for call, t in enumerate(scheduler.timesteps):
+            shift = 0.25 * (call >= moved_at)
+            if call == moved_at:
+                x = x + 0.25
+            x = scheduler.step(mean + shift, t, x, return_dict=False)[0]
+        return x
+
+    still = end(moved_at=100)
+    for moved_at in (scheduler.order, 2 * scheduler.order):
+        torch.testing.assert_close(end(moved_at), still + 0.25, rtol=0, atol=1e-3)
+
+
+@pytest.mark.parametrize("solver", [*STEPS, midpoint])
 @pytest.mark.parametrize("predicts", ["mean", "residual"])
 def test_a_loop_may_change_outputs_and_predictions_in_place(schedulers, solver, predicts):
     flow = DENOISERS[128.0]
@@ -297,7 +326,7 @@ def test_timesteps(schedulers):
         scheduler.set_timesteps(0)
 
 
-@pytest.mark.parametrize("solver", ["euler", "heun", "multistep"])
+@pytest.mark.parametrize("solver", [*STEPS, MIDPOINT])
 def test_a_run_may_start_at_a_later_timestep(schedulers, unets, solver, same):
     """Starts from a noisy image at a later timestep, given itself or by its index."""
     flow, unet = DENOISERS[math.inf], unets(1)
@@ -425,7 +454,7 @@ def test_networks_of_diffusers_are_networks_of_the_flows(diffusers):
 
 
 @pytest.mark.parametrize("predicts", ["noise", "mean"])
-@pytest.mark.parametrize("solver", ["euler", "heun", "multistep"])
+@pytest.mark.parametrize("solver", STEPS)
 def test_variance_preserving_samples_are_the_points_scaled(
     schedulers, unets, predicts, solver, same
 ):
@@ -445,7 +474,7 @@ def test_variance_preserving_samples_are_the_points_scaled(
     correct = flow.sample(net, 3, x_init=start, steps=9, solver=solver, callback=steps.append)
     same(end, correct, 5e-5)  # scaling the points rounds them twice more in each step
     for call in (0, 2, 4):
-        step = steps[call // 2 if solver == "heun" else call]
+        step = steps[call // scheduler.order]
         same(points[call] * math.hypot(1, step["z"]), step["x"], 5e-5)
     # The network sees the samples of the loop as they are.
     same(scheduler.scale_model_input(x, scheduler.timesteps[0]), x, 1e-6)

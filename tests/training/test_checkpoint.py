@@ -573,7 +573,7 @@ def test_the_checkpoint_of_version_0_1_loads_and_samples_as_it_did():
     samples = flow.sample(network, 3, x_init=TAKEN, **options)
     expected = torch.tensor([[0.02273, -0.48849], [0.01078, 0.44737], [-0.08301, 0.08255]])
     torch.testing.assert_close(samples, expected, rtol=0, atol=1e-3)
-    assert checkpoint.label_names(FIXTURES / "format-1") == ["inner", "outer"]
+    assert checkpoint.load(FIXTURES / "format-1").label_names == ("inner", "outer")
 
 
 def test_a_run_of_version_0_1_is_resumed(tmp_path):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import inspect
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar, TypeVar
 
 import torch
@@ -20,7 +20,7 @@ from ...common.tensors import dequantise, over_samples, per_row, wide_dtype
 from ...flows.flow import Flow
 from ...flows.plusplus import PoissonFlowPP
 from ...flows.poisson import PoissonFlow
-from ...functional import euler_step, field_fn, heun_step, multistep_step
+from ...functional import field_fn
 from ...functional.field import is_nearer, mean_from
 from ...functional.steps import implied_mean
 from ...networks.level_encodings import (
@@ -31,7 +31,7 @@ from ...networks.level_encodings import (
 )
 from ...networks.wrapped import Wrapped, WrappedDenoiser, from_module
 from ...references import References
-from ...solvers import GRID_SOLVERS, Solver, solver_function
+from ...solvers import GRID_SOLVERS, SolverFunction, as_solver
 from .normal_noise import looks_normal
 from .solver_run import SolverRun
 
@@ -53,11 +53,11 @@ class FlowScheduler(SchedulerMixin, ConfigMixin):  # type: ignore[misc]
     """Base of both schedulers.
 
     The solvers are those of :mod:`pfgm.solvers` with a fixed number of steps, or a function with
-    their signature. heun calls the network twice in each step except the last; multistep keeps the
-    mean of the step before.
+    their signature. heun calls the network twice in each step except the last.
 
-    A function must evaluate at levels that do not depend on the points. Its loop starts at the
-    first timestep and passes each result on unchanged, and the scheduler cannot be saved.
+    A function must evaluate at levels that do not depend on the points. Unless a
+    :class:`pfgm.solvers.Solver` states its evaluations in each step, its loop starts at the first
+    timestep and passes each result on unchanged. The scheduler cannot be saved then.
     """
 
     _flow_type: ClassVar[type[PoissonFlow] | type[PoissonFlowPP]]
@@ -66,15 +66,14 @@ class FlowScheduler(SchedulerMixin, ConfigMixin):  # type: ignore[misc]
     _wrapped: Wrapped
     _step_index: int | None
     _begin_index: int | None
-    _earlier: tuple[Tensor, float] | None
-    _solver_run: SolverRun | None
+    _run: SolverRun
     _encoding: TimestepEncoding | LogEncoding | IdentityEncoding
 
     @register_to_config  # type: ignore[untyped-decorator]
     def __init__(
         self,
         flow: Mapping[str, Any],
-        solver: str | Solver | None = None,
+        solver: str | SolverFunction | None = None,
         schedule: str | None = None,
         prediction_type: str | None = None,
         level: str = "timestep",
@@ -147,8 +146,9 @@ class FlowScheduler(SchedulerMixin, ConfigMixin):  # type: ignore[misc]
 
     @property
     def order(self) -> int:
-        """How often the network is called in a step."""
-        return 2 if self.config["solver"] == "heun" else 1
+        """How often the network is called in a step, but the last."""
+        evaluations = as_solver(self.config["solver"]).evaluations
+        return evaluations or -(-len(self._run.levels) // self.num_inference_steps)
 
     @property
     def init_noise_sigma(self) -> float:
@@ -235,17 +235,11 @@ class FlowScheduler(SchedulerMixin, ConfigMixin):  # type: ignore[misc]
         else:
             raise ValueError("num_inference_steps and sigmas must not both be given.")
         self.num_inference_steps = len(levels) - 1
-        first, *inner, last = levels
-        self._solver_run = None
-        solver = self.config["solver"]
-        if not callable(solver) and solver in self._step_functions:
-            self._levels = [first, *(level for level in inner for _ in range(self.order)), last]
-        else:
-            self._solver_run = SolverRun(solver_function(solver), levels)
-            self._levels = [*self._solver_run.levels, last]
+        self._run = SolverRun(as_solver(self.config["solver"]), levels)
+        self._levels = [*self._run.levels, levels[-1]]
         self.sigmas = torch.tensor(self._levels, device="cpu")
         self.timesteps = self._encoding(self.sigmas[:-1]).to(device=device)
-        self._step_index = self._begin_index = self._earlier = None
+        self._step_index = self._begin_index = None
 
     def prior(
         self,
@@ -303,11 +297,7 @@ class FlowScheduler(SchedulerMixin, ConfigMixin):  # type: ignore[misc]
         if call == 0 and self._levels[0] == self._flow.first_level:
             self._check_start(points, sample)
         mean = self._mean(model_output, points, self._levels[call])
-        if self._solver_run is None:
-            moved = self._step_functions[self.config["solver"]](call, points, mean)
-        else:
-            moved = self._solver_run.step(points, mean, call)
-        moved = self._to_sample(moved, self._levels[call + 1])
+        moved = self._to_sample(self._run.step(points, mean, call), self._levels[call + 1])
         self._step_index += 1
         if not return_dict:
             return moved, mean
@@ -347,31 +337,7 @@ class FlowScheduler(SchedulerMixin, ConfigMixin):  # type: ignore[misc]
         places = (self.timesteps == timestep).nonzero().flatten().tolist()
         if not places:
             raise ValueError(f"timestep must be one of timesteps, got {float(timestep)}.")
-        return int(places[0] if places[0] == 0 else places[self.order - 1])
-
-    @property
-    def _step_functions(self) -> dict[str, Callable[[int, Tensor, Tensor], Tensor]]:
-        """The solvers whose single steps are known, which keep less than a :class:`SolverRun`."""
-        return {"euler": self._euler, "heun": self._heun, "multistep": self._multistep}
-
-    def _euler(self, call: int, x: Tensor, mean: Tensor) -> Tensor:
-        return euler_step(x, mean, self._levels[call], self._levels[call + 1])
-
-    def _heun(self, call: int, x: Tensor, mean: Tensor) -> Tensor:
-        if call % 2 == 0:
-            # Cloned, because a loop may update its points in place.
-            self._earlier = x.clone(), self._levels[call]
-            return self._euler(call, x, mean)
-        assert self._earlier is not None
-        start, level = self._earlier
-        return heun_step(start, x, mean, level, self._levels[call])
-
-    def _multistep(self, call: int, x: Tensor, mean: Tensor) -> Tensor:
-        # Cloned, because a loop may clamp its prediction in place, and a network its output.
-        earlier, self._earlier = self._earlier, (mean.clone(), self._levels[call])
-        if earlier is None or call == len(self.timesteps) - 1:
-            return self._euler(call, x, mean)
-        return multistep_step(x, mean, self._levels[call], self._levels[call + 1], *earlier)[0]
+        return int(places[min(len(places), self.order) - 1])
 
     # ---- training ----
 

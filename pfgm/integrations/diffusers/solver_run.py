@@ -1,8 +1,9 @@
-"""A solver function, run one evaluation at a time: the loops of diffusers call the network."""
+"""A solver, run one evaluation at a time: the loops of diffusers call the network."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -20,18 +21,20 @@ class _Evaluation(Exception):
 
 
 class SolverRun:
-    """The steps between the evaluations of a solver function.
+    """The steps between the evaluations of a solver.
 
-    A solver cannot wait for the next mean. So it starts anew for each, and receives the means of
-    its earlier evaluations again. This keeps all means, and takes the steps of n evaluations n/2
-    times.
+    A solver cannot wait for the next mean. So it starts anew for each: at the step of the grid to
+    which the evaluation belongs, or, if the solver does not state how many evaluations a step has,
+    at the first. It receives the means of the earlier evaluations again. Without steps this keeps
+    all means, and takes the steps of n evaluations n/2 times.
 
     Args:
-        solver: the function, with the signature that :mod:`pfgm.solvers` describes.
+        solver: the solver.
         grid: its levels.
 
     Raises:
-        ValueError: the levels of its evaluations depend on the points, or one of them is 0.
+        ValueError: the levels of its evaluations depend on the points, one of them is 0, or they
+            are not those of the steps that it states.
     """
 
     levels: list[float]
@@ -42,12 +45,20 @@ class SolverRun:
         self.levels = self._levels_at(0.0)
         if self.levels != self._levels_at(1.0) or not all(level > 0 for level in self.levels):
             raise ValueError(
-                f"solver is {solver!r}, which evaluates at levels that depend on the points, or at "
-                "0; a scheduler calls the network at levels above 0 that are known before. "
-                "flow.sample takes such solvers, for networks of pfgm.networks.from_module."
+                f"solver is {solver.function!r}, which evaluates at levels that depend on the "
+                "points, or at 0; a scheduler calls the network at levels above 0 that are known "
+                "before. flow.sample takes such solvers, for networks of "
+                "pfgm.networks.from_module."
             )
+        if solver.evaluations and self.levels[:: solver.evaluations] != self._grid[:-1]:
+            raise ValueError(
+                f"solver must begin each step with the first of {solver.evaluations} evaluations, "
+                f"as it states, got evaluations at {self.levels} for the levels {self._grid}."
+            )
+        self._together = solver.evaluations or len(self.levels)  # evaluations of a start
         self._start: Tensor | None = None
-        self._means: list[Tensor] = []
+        self._means: list[Tensor] = []  # since the start
+        self._options: dict[str, Any] = {}
         self._expected: Tensor | None = None  # where the solver evaluates next
 
     def _levels_at(self, point: float) -> list[float]:
@@ -65,23 +76,24 @@ class SolverRun:
         """The points of the next evaluation, or the last ones, from those of this call.
 
         Raises:
-            ValueError: the points are not those of the step before, or the run began at a later
-                call, or the solver evaluates at other levels than announced.
+            ValueError: the points are not those of the step before, or the run began at a call
+                that begins no step, or the solver evaluates at other levels than announced.
         """
-        if call != len(self._means):
+        number, place = divmod(call, self._together)
+        if place == 0:
+            if self._solver.needs_last_mean and self._means:
+                self._options = {"earlier": (self._means[0], self._grid[number - 1])}
+            # Clones, because a loop may change its points and its prediction in place.
+            self._start, self._means = x.clone(), [mean.clone()]
+        elif place != len(self._means):
             raise ValueError(
-                f"a function as solver must start at the first timestep, got timestep {call} of "
-                f"{len(self.levels)}."
+                "a run must start at a timestep at which a step begins, with a function as solver "
+                f"at the first, got timestep {call} of {len(self.levels)}."
             )
-        if self._start is None:
-            self._start = x.clone()
-        elif not self._expects(x):
-            raise ValueError(
-                "sample must be the result of the previous step with a function as solver; other "
-                "solvers continue from changed samples."
-            )
-        self._means.append(mean.clone())  # a loop may change its prediction in place
-        moved, level = self._next_evaluation(self._start)
+        else:
+            # The mean of the expected points that has the slope of the given ones.
+            self._means.append(mean + (self._checked(x) - x))
+        moved, level = self._next_evaluation(number if self._solver.evaluations else 0)
         announced = self.levels[call + 1] if call + 1 < len(self.levels) else None
         if level != announced:
             raise ValueError(
@@ -92,14 +104,22 @@ class SolverRun:
         self._expected = moved
         return moved.clone()
 
-    def _expects(self, x: Tensor) -> bool:
-        assert self._expected is not None
-        if x.shape != self._expected.shape:
-            return False
-        allowed = _ROUNDING * torch.finfo(x.dtype).eps * self._expected.abs().amax()
-        return bool(((x - self._expected).abs() <= allowed).all())
+    def _checked(self, x: Tensor) -> Tensor:
+        """The expected points; ValueError if x may not differ from them as it does."""
+        expected = self._expected
+        assert expected is not None
+        fits = x.shape == expected.shape
+        if fits and self._solver.evaluations is None:
+            allowed = _ROUNDING * torch.finfo(x.dtype).eps * expected.abs().amax()
+            fits = bool(((x - expected).abs() <= allowed).all())
+        if not fits:
+            raise ValueError(
+                "sample must be the result of the previous step with a function as solver; other "
+                "solvers continue from changed samples."
+            )
+        return expected
 
-    def _next_evaluation(self, x: Tensor) -> tuple[Tensor, float | None]:
+    def _next_evaluation(self, step: int) -> tuple[Tensor, float | None]:
         """The points and the level of the next evaluation; at the end the result and None."""
         means = iter(self._means)
 
@@ -109,7 +129,9 @@ class SolverRun:
                 raise _Evaluation(points, level)
             return mean.clone()  # a solver may write over it
 
+        assert self._start is not None
         try:
-            return self._solver(denoise, x, self._grid)[0], None
+            end = self._solver(denoise, self._start, self._grid[step:], **self._options)[0]
         except _Evaluation as evaluation:
             return evaluation.x, evaluation.z
+        return end, None
