@@ -27,8 +27,8 @@ class SamplingOptions:
     solver: SolverName = "multistep"
     """The method that follows the field lines; consistency is for few-step models."""
     steps: int | None = None
-    """Number of solver steps. By default 10, more for samples of few values, at least 18 for heun
-    and 1 for consistency. rk45 chooses its own."""
+    """Number of solver steps. By default 10, more for samples of few values and for solvers that
+    need them, as heun does, and 1 for consistency. rk45 chooses its own."""
     schedule: Literal["fitted", "rho", "log"] | None = None
     """Spacing of the steps. By default fitted, if the checkpoint has levels for this solver and
     number of steps and no last is given, else rho."""

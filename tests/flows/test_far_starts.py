@@ -5,13 +5,14 @@ float64 with the posterior mean as a softmax of its formula, without the field.
 """
 
 import math
+from itertools import cycle
 
 import pytest
 import torch
 
 import pfgm
 from pfgm import PoissonFlow
-from pfgm.solvers import SOLVERS
+from pfgm.solvers import GRID_SOLVERS, SOLVERS
 
 DISTANCES = 10.0 ** torch.arange(13, dtype=torch.float64)  # in spreads
 VALUES = [1, 2, 8, 64]
@@ -88,7 +89,7 @@ def test_the_mean_of_the_exact_field_has_no_error_of_the_field(N):
 
 
 @pytest.mark.parametrize(
-    ("N", "solver"), [*zip(VALUES, SOLVERS, strict=True), (1, "rk45"), (2, "multistep")]
+    ("N", "solver"), [*zip(cycle(VALUES), SOLVERS, strict=False), (1, "rk45"), (2, "multistep")]
 )
 def test_samples_are_those_in_float64(N, solver):
     data = rows_of(N)
@@ -141,7 +142,7 @@ def test_the_published_rules_without_a_clip(N):
     flow = PoissonFlow((N,), data_norm=math.sqrt(N))
     x = starts(flow, unit=1.0)
     grid = flow.grid()
-    for solver in ("euler", "heun", "multistep"):
+    for solver in GRID_SOLVERS:
         expected, _ = SOLVERS[solver](lambda x, z: mean64(x, z, data), x.double(), grid)
         result = flow.sample(flow.empirical(data), len(x), x_init=x, solver=solver)
         error = (result - expected).norm(dim=1) / (1 + expected.norm(dim=1))

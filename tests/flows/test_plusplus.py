@@ -345,7 +345,7 @@ def test_backbones_of_another_kind():
 
 
 @pytest.mark.parametrize("kind", ["PoissonFlow", "PoissonFlowPP"])
-@pytest.mark.parametrize("solver", GRID_SOLVERS)
+@pytest.mark.parametrize("solver", ["euler", "heun", "multistep"])  # of fused steps alone
 def test_a_step_is_at_most_three_kernels(monkeypatch, seeing_mode, kind, solver):
     """Without the check of values, as on a GPU."""
     x = torch.ones(4, 2)

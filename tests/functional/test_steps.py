@@ -600,7 +600,7 @@ def test_more_bad_arguments():
         pfgm.euler_step(X, V, 2.0, -1.0)
 
 
-@pytest.mark.parametrize("name", ["euler", "heun", "multistep"])
+@pytest.mark.parametrize("name", pfgm.solvers.GRID_SOLVERS)
 @pytest.mark.parametrize("kind", ["field", "mean", "x itself"])
 def test_solvers_overwrite_only_their_own_tensors(name, kind):
     """In place, with gradients off, and out of place, with a callback, give the same."""
@@ -616,7 +616,7 @@ def test_solvers_overwrite_only_their_own_tensors(name, kind):
         return Field(*pfgm.field_fn(x, z, data))
 
     grid = pfgm.solvers.rho_grid(9.0, 0.1, 7)
-    solver = pfgm.solvers.SOLVERS[name]
+    solver = pfgm.solvers.SOLVERS[name].function
     expected, _ = solver(predict, start, grid, lambda info: None)
     with torch.no_grad():
         result, _ = solver(predict, start, grid)
