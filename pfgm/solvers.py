@@ -177,8 +177,8 @@ def _check_result(result: object, x: Tensor) -> None:
         raise ValueError(
             f"solver must return points {needed}, got {points.dtype} on {points.device}."
         )
-    # Once a run, so on a GPU too; but a graph and a transform cannot look at values.
-    unknown = torch.compiler.is_compiling() or transforms.in_torch_func()
+    # Once a run, so on a GPU too. A graph, a transform and the device "meta" have no values.
+    unknown = points.is_meta or torch.compiler.is_compiling() or transforms.in_torch_func()
     if not unknown and not all_finite(points):
         raise ValueError(
             "solver must return finite points, got NaN or infinity. On a GPU pfgm.debug_checks() "
