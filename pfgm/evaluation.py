@@ -27,11 +27,13 @@ from .training.batches import seed_of
 __all__ = [
     "RUNS",
     "BitsPerDim",
+    "Labels",
     "Point",
     "as_curves",
     "bits_per_dim",
     "curve",
     "draw_samples",
+    "evaluate_labels",
     "evaluate_samples",
 ]
 
@@ -46,6 +48,15 @@ RUNS: dict[str, dict[str, str]] = {
     for schedule in (SCHEDULES if solver.evaluations == 1 else ["rho"])
 }
 """The solvers and schedules that :func:`curve` compares, besides rk45."""
+
+
+class Labels(NamedTuple):
+    """The labels of the rows that :func:`evaluate_samples` compares, each (n,) integers."""
+
+    samples: Tensor
+    held_out: Tensor | None
+    """None if there are no held-out data."""
+    train: Tensor
 
 
 class BitsPerDim(NamedTuple):
@@ -145,30 +156,39 @@ def clamp_images(samples: Tensor, real: Tensor) -> Tensor:
 
 
 def evaluate_samples(
-    samples: Tensor, held_out: Tensor | None, train: Tensor, *, progress: bool = False
+    samples: Tensor,
+    held_out: Tensor | None,
+    train: Tensor,
+    *,
+    labels: Labels | None = None,
+    progress: bool = False,
 ) -> dict[str, Any]:
     """Compares samples with held-out data, and training data with held-out data in the same way.
 
-    Images are compared pixel by pixel; a byte u means u/127.5 − 1. The training data are as many
-    evenly spaced rows as there are samples, because the Fréchet distance falls as the number of
-    rows grows. Without held-out data, every other training row takes their place, and the training
-    data are drawn from the other half.
+    Images are compared pixel by pixel; a byte u means u/127.5 − 1. As many samples as training
+    rows are compared, because the Fréchet distance falls as the number of rows grows: evenly spaced
+    training rows, and if there are fewer of them than samples, samples at random. With labels these
+    are equally many for each label, since rows whose labels are drawn evenly are closer to the data
+    than rows at random. Without held-out data, every other training row takes their place, and the
+    training data are drawn from the other half.
 
     Args:
         samples: (n, *S), floating or uint8, n ≥ 6.
         held_out: (m, *S), likewise, m ≥ 6; None if there are none.
         train: (k, *S), likewise, k ≥ 6, or k ≥ 12 without held-out data.
+        labels: of the rows, such as those that the samples were drawn with.
         progress: show a progress bar.
 
     Returns:
         A dict that JSON can hold:
 
         - against: the data that samples are compared with, "held_out" or "train".
-        - counts: the number of rows of the samples (samples), of the data that they are compared
-          with (against), of the training data that are compared in the same way (train), and of
-          the training data in which nearest rows are searched (searched).
-        - frechet_distance, kernel_distance (over all rows), precision and recall (k = 3), density
-          and coverage (k = 5): the metrics of :mod:`pfgm.metrics`, for samples and for train.
+        - counts: the number of samples that are compared (samples), of the data that they are
+          compared with (against), of the training data that are compared in the same way (train),
+          and of the training data in which nearest rows are searched (searched).
+        - frechet_distance, kernel_distance (over all rows, divided by the root mean square of the
+          data that they are compared with), precision and recall (k = 3), density and coverage
+          (k = 5): the metrics of :mod:`pfgm.metrics`, for samples and for train.
         - median_distance_to_train: the median :func:`pfgm.metrics.nearest_distance` to the training
           data, for samples and for the data that they are compared with. It is much smaller for
           samples that are copies. Without held-out data, it is that of a training row to all
@@ -193,12 +213,16 @@ def evaluate_samples(
     else:
         against, real, others = "held_out", to_unit(held_out), train
     _check_counts({"samples": samples, against: real, "train": others}, halved=held_out is None)
-    chosen = evenly_spaced(others, len(samples))
+    others_labels = None
+    if labels is not None:
+        others_labels = labels.train if held_out is not None else labels.train[1::2]
+    of_samples, of_others = _equally_many(samples, others, labels, others_labels)
+    compared, chosen = samples[of_samples], others[of_others]
     with progress_bar(total=4, desc="metrics", disable=not progress) as bar:
         neighbours = metrics.neighbour_distances(real, _NEIGHBOURS)
         bar.update()
         figures = {}
-        for name, rows in (("samples", samples), ("train", chosen)):
+        for name, rows in (("samples", compared), ("train", chosen)):
             figures[name] = _figures(rows, real, neighbours)
             bar.update()
         real_distances = metrics.nearest_distance(evenly_spaced(real, len(samples)), others)
@@ -209,7 +233,7 @@ def evaluate_samples(
     return {
         "against": against,
         "counts": {
-            "samples": len(samples),
+            "samples": len(compared),
             "against": len(real),
             "train": len(chosen),
             "searched": len(train),
@@ -217,6 +241,69 @@ def evaluate_samples(
         **{name: {of: figures[of][name] for of in figures} for name in figures["samples"]},
         "median_distance_to_train": {of: float(each.median()) for of, each in nearest.items()},
     }
+
+
+def evaluate_labels(
+    samples: Tensor,
+    held_out: Tensor | None,
+    train: Tensor,
+    labels: Labels,
+    *,
+    progress: bool = False,
+) -> dict[int, dict[str, Any]]:
+    """Compares the samples of each label with the data of that label.
+
+    Args:
+        samples, held_out, train: as for :func:`evaluate_samples`.
+        labels: of their rows.
+        progress: show a progress bar.
+
+    Returns:
+        The result of :func:`evaluate_samples` for each label that samples have, in their order.
+
+    Raises:
+        TypeError, ValueError: as for :func:`evaluate_samples`; or a label has too few rows.
+
+    >>> import pfgm
+    >>> digits = pfgm.data.digits()
+    >>> each = Labels(digits.train_labels, digits.held_out_labels, digits.train_labels)
+    >>> evaluate_labels(digits.train, digits.held_out, digits.train, each)[7]["counts"]["samples"]
+    141
+    """
+    figures = {}
+    numbers = [int(label) for label in labels.samples.unique()]
+    for label in progress_bar(numbers, "labels", unit="label", disable=not progress):
+        parts = [
+            None if rows is None or own is None else rows[(own == label).to(rows.device)]
+            for rows, own in zip((samples, held_out, train), labels, strict=True)
+        ]
+        try:
+            figures[label] = evaluate_samples(*parts)  # type: ignore[arg-type]
+        except ValueError as error:
+            raise ValueError(f"of label {label}, {error}") from error
+    return figures
+
+
+def _equally_many(
+    samples: Tensor, others: Tensor, labels: Labels | None, others_labels: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """Numbers of samples and of other rows: equally many, with labels also of each label."""
+    draw = torch.Generator().manual_seed(0)
+    if labels is None or others_labels is None:
+        both = (len(samples), len(others))
+        pairs = [tuple(torch.arange(count, device="cpu") for count in both)]
+    else:
+        own, beside = labels.samples.cpu(), others_labels.cpu()
+        pairs = [((own == k).nonzero()[:, 0], (beside == k).nonzero()[:, 0]) for k in own.unique()]
+    chosen: list[tuple[Tensor, Tensor]] = []
+    for rows, rows_beside in pairs:
+        count = min(len(rows), len(rows_beside))
+        if count < len(rows):
+            rows = rows[
+                torch.randperm(len(rows), generator=draw, device="cpu")[:count].sort().values
+            ]
+        chosen.append((rows, evenly_spaced(rows_beside, count)))
+    return torch.cat([a for a, _ in chosen]), torch.cat([b for _, b in chosen])
 
 
 def _check_counts(sets: dict[str, Tensor], halved: bool) -> None:
@@ -229,9 +316,10 @@ def _check_counts(sets: dict[str, Tensor], halved: bool) -> None:
 def _figures(rows: Tensor, real: Tensor, neighbours: Tensor) -> dict[str, float]:
     precision_recall = metrics.precision_recall(rows, real, k=3, neighbours=neighbours)
     density_coverage = metrics.density_coverage(rows, real, k=_NEIGHBOURS, neighbours=neighbours)
+    scale = float(real.double().square().mean().sqrt()) or 1.0
     return {
         "frechet_distance": metrics.frechet_distance(rows, real),
-        "kernel_distance": metrics.kernel_distance(rows, real, subsets=None).mean,
+        "kernel_distance": metrics.kernel_distance(rows / scale, real / scale, subsets=None).mean,
         **precision_recall._asdict(),
         **density_coverage._asdict(),
     }

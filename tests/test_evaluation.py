@@ -17,7 +17,14 @@ from torch import Tensor
 
 import pfgm
 from pfgm import cli, evaluation, metrics
-from pfgm.evaluation import bits_per_dim, curve, draw_samples, evaluate_samples
+from pfgm.evaluation import (
+    Labels,
+    bits_per_dim,
+    curve,
+    draw_samples,
+    evaluate_labels,
+    evaluate_samples,
+)
 from pfgm.training.runs import RunConfig
 
 PNG = b"\x89PNG\r\n\x1a\n"
@@ -34,7 +41,8 @@ def same(figures: dict[str, float], samples: Tensor, real: Tensor, of: str) -> N
     assert {name: figures[name][of] for name in ("precision", "recall")} == inside._asdict()
     assert {name: figures[name][of] for name in ("density", "coverage")} == balls._asdict()
     assert figures["frechet_distance"][of] == metrics.frechet_distance(samples, real)
-    kernel = metrics.kernel_distance(samples, real, subsets=None).mean
+    scale = float(real.double().square().mean().sqrt())
+    kernel = metrics.kernel_distance(samples / scale, real / scale, subsets=None).mean
     assert figures["kernel_distance"][of] == kernel
 
 
@@ -54,16 +62,49 @@ def test_figures_are_those_of_the_metrics() -> None:
 def test_without_held_out_data_every_other_row_takes_their_place() -> None:
     samples, train = normal(20, 3), normal(31, 3, seed=1)
     figures = evaluate_samples(samples, None, train)
-    same(figures, samples, train[::2], "samples")
+    draw = torch.Generator().manual_seed(0)  # as many samples as training rows
+    few = samples[torch.randperm(20, generator=draw)[:15].sort().values]
+    same(figures, few, train[::2], "samples")
     same(figures, train[1::2], train[::2], "train")
     assert figures["against"] == "train"
-    assert figures["counts"] == {"samples": 20, "against": 16, "train": 15, "searched": 31}
+    assert figures["counts"] == {"samples": 15, "against": 16, "train": 15, "searched": 31}
     nearest_other = metrics.neighbour_distances(train, 1)[::2].median()
     assert figures["median_distance_to_train"]["train"] == float(nearest_other)
     # Copies of any row are found, though each row stands on one side only.
     copies = evaluate_samples(train[:20], None, train)["median_distance_to_train"]
     assert copies["samples"] == 0
     assert copies["train"] > 0.3
+
+
+def test_training_rows_have_the_labels_of_the_samples() -> None:
+    """Ten of each label, as the samples, although label 0 is as frequent as all others together."""
+    labels = Labels(
+        torch.arange(30) % 3,
+        torch.arange(60) % 3,
+        torch.cat([torch.zeros(150), 1 + torch.arange(150) % 2]).long(),
+    )
+    samples, held_out, train = (
+        normal(len(each), 2, seed=k) + 10 * each[:, None] for k, each in enumerate(labels)
+    )
+    figures = evaluate_samples(samples, held_out, train, labels=labels)
+    assert figures["counts"] == {"samples": 30, "against": 60, "train": 30, "searched": 300}
+    beside = torch.cat([evaluation.evenly_spaced(train[labels.train == k], 10) for k in range(3)])
+    same(figures, beside, held_out, "train")
+    blind = evaluate_samples(samples, held_out, train)["frechet_distance"]
+    assert figures["frechet_distance"]["train"] < 0.2 * blind["train"]
+    each = evaluate_labels(samples, held_out, train, labels)
+    for k in range(3):
+        parts = (samples[labels.samples == k], held_out[labels.held_out == k])
+        assert each[k] == evaluate_samples(*parts, train[labels.train == k])
+    few = labels._replace(held_out=torch.arange(60) // 57)
+    with pytest.raises(ValueError, match="of label 1, held_out must have at least 6 rows, got 3"):
+        evaluate_labels(samples, held_out, train, few)
+
+
+def test_kernel_distances_have_no_unit() -> None:
+    sets = normal(30, 4), normal(30, 4, seed=1), normal(40, 4, seed=2)
+    figures, larger = (evaluate_samples(*(s * x for x in sets))["kernel_distance"] for s in (1, 64))
+    assert figures == pytest.approx(larger)
 
 
 def test_bytes_are_compared_in_the_unit() -> None:
@@ -366,6 +407,31 @@ def test_a_network_with_labels(tmp_path: Path) -> None:
     assert figures["sampling"]["guidance"] == 2
     assert figures["nfe"] == 20  # with the label and without
     assert figures["likelihood"]["labels"] is True
+
+
+def test_figures_of_each_label(
+    tmp_path: Path, fails: Callable[..., str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    options = ["--pretrained", "digits", "--n", 100, "--steps", 2, "--per-label"]
+    figures = evaluate(tmp_path / "a", *options)
+    shown = capsys.readouterr().out.splitlines()
+    assert shown[0].startswith("100 samples and 399 held-out rows are few")
+    digits, classifier = pfgm.data.digits(), metrics.load_classifier("digits")
+    flow, net = pfgm.load_pretrained("digits")
+    samples = draw_samples(flow, net, 100, steps=2)[0].clamp(-1, 1)
+    sevens = digits.held_out_labels == 7
+    distance = metrics.frechet_distance(
+        classifier.rows(samples[7::10]), classifier.rows(digits.held_out[sevens])
+    )
+    assert list(figures["labels"]) == list("0123456789")
+    assert figures["labels"]["7"]["counts"]["against"] == sevens.sum()
+    assert figures["labels"]["7"]["frechet_distance"]["samples"] == pytest.approx(distance, 1e-3)
+    start = shown.index(next(line for line in shown if line.startswith("of each label, in feat")))
+    assert [line.split()[0] for line in shown[start + 1 : start + 11]] == list("0123456789")
+    np.save(tmp_path / "digits.npy", samples.numpy())
+    assert "got samples without labels" in fails(
+        "--samples", tmp_path / "digits.npy", "--per-label"
+    )
 
 
 def test_a_network_that_comes_with_the_package(tmp_path: Path) -> None:

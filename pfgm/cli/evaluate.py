@@ -19,7 +19,7 @@ from ..common.files import output_folder, write_csv, write_json
 from ..common.versions import versions
 from ..data import Table, to_unit
 from ..datasets import Data, Layout, Range, open_data, open_samples, takes_layout
-from ..evaluation import Point
+from ..evaluation import Labels, Point
 from ..flows.sampling import check_steps
 from ..metrics import CLASSIFIERS, Classifier, inception_metrics, load_classifier
 from ..metrics.inception import find_inception_weights
@@ -37,23 +37,50 @@ _FEATURES = 2048  # of Inception v3
 _NO_FEATURES = "none"
 _WIDTH = {"samples": 12, "train": 12, "in features: samples": 24}  # of columns of the table
 _SPLITS = 10  # of the Inception score, as published
+_FEW = 1000  # rows, below which figures are noisy
+_LABEL_COLUMNS = ("frechet_distance", "precision", "recall")
 _TABLE_ROWS = ("frechet_distance", "kernel_distance", "precision", "recall", "density", "coverage")
 
 
+class _Rows(NamedTuple):
+    """Rows as float32, bytes mapped to [−1, 1], and their labels if they have some."""
+
+    rows: Tensor
+    labels: Tensor | None
+
+    @classmethod
+    def drawn(cls, source: ReferenceSet, count: int, seed: int) -> _Rows:
+        """At most ``count`` rows of a set, drawn with the seed."""
+        generator = torch.Generator().manual_seed(seed)
+        numbers = source.draw(min(count, len(source)), generator=generator)
+        labels = source.labels
+        return cls(to_unit(source[numbers]), None if labels is None else labels[numbers])
+
+
 class _Real(NamedTuple):
-    """The data that samples are compared with; bytes are mapped to [−1, 1]."""
+    """The data that samples are compared with."""
 
     held_out: Tensor | None
     train: Tensor
+    held_out_labels: Tensor | None
+    train_labels: Tensor | None
 
     @classmethod
     def of(cls, data: Data, count: int, seed: int, device: torch.device) -> _Real:
         """At most ``count`` rows of each part, on the device if it is a GPU, else on the CPU."""
         place = device if device.type == "cuda" else torch.device("cpu")
-        held_out = (
-            None if data.held_out is None else _draw_rows(data.held_out, count, seed).to(place)
-        )
-        return cls(held_out, _draw_rows(data.train, count, seed).to(place))
+        train = _Rows.drawn(data.train, count, seed)
+        if data.held_out is None:
+            return cls(None, train.rows.to(place), None, train.labels)
+        held_out = _Rows.drawn(data.held_out, count, seed)
+        return cls(held_out.rows.to(place), train.rows.to(place), held_out.labels, train.labels)
+
+    def labels(self, samples: Tensor | None) -> Labels | None:
+        """The labels of samples and data; None unless all have some."""
+        half_known = self.held_out is not None and self.held_out_labels is None
+        if samples is None or self.train_labels is None or half_known:
+            return None
+        return Labels(samples, self.held_out_labels, self.train_labels)
 
 
 @dataclass
@@ -97,6 +124,8 @@ class Evaluate:
     """Weight of classifier-free guidance, for a network that was trained with labels."""
     against: int = 10_000
     """The most rows of held-out data, and of training data, to compare with."""
+    per_label: bool = False
+    """Compare the samples of each label with the data of that label as well."""
     likelihood: int = 0
     """Number of held-out samples whose bits per dimension are computed."""
     grey_levels: int | None = None
@@ -162,22 +191,28 @@ class Evaluate:
         figures: dict[str, Any] = {"data": name}
         if isinstance(source, Loaded):
             samples, described = self._draw(source, device)
+            classes = label_count(source.network)
+            own = torch.arange(len(samples), device="cpu") % classes if classes else None
             if data.table is not None:
                 samples = data.table.nearest(samples)
             samples = evaluation.clamp_images(samples.to(real.train.device), real.train)
         else:
-            samples, described = (
-                _draw_rows(source, self.n, self.seed),
-                {"source": str(self.samples)},
-            )
-            samples = samples.to(real.train.device)
+            samples, own = _Rows.drawn(source, self.n, self.seed)
+            samples, described = samples.to(real.train.device), {"source": str(self.samples)}
+        labels = real.labels(own)
         figures |= described
-        figures |= evaluation.evaluate_samples(samples, real.held_out, real.train, progress=True)
+        compared = (samples, real.held_out, real.train)
+        figures |= evaluation.evaluate_samples(*compared, labels=labels, progress=True)
         if classifier is not None:
             held_out = None if real.held_out is None else classifier.rows(real.held_out)
-            rows, train = classifier.rows(samples), classifier.rows(real.train)
-            values = evaluation.evaluate_samples(rows, held_out, train, progress=True)
+            compared = (classifier.rows(samples), held_out, classifier.rows(real.train))
+            values = evaluation.evaluate_samples(*compared, labels=labels, progress=True)
             figures["features"] = {"of": self.features or name, **values}
+        if self.per_label and labels is not None:
+            # In features where there are some.
+            each = evaluation.evaluate_labels(*compared, labels, progress=True)
+            names = data.names or [str(label) for label in range(max(each) + 1)]
+            figures["labels"] = {names[label]: values for label, values in each.items()}
         if self.fid:
             figures["inception"] = self._inception(samples, real.train)
         if isinstance(source, Loaded) and self.likelihood:
@@ -283,6 +318,14 @@ class Evaluate:
                 "(C, H, W) with C = 1 or 3."
             )
         real = data.held_out or data.train
+        labelled = isinstance(source, Loaded) and label_count(source.network) > 0
+        if isinstance(source, ReferenceSet):
+            labelled = source.labels is not None
+        if self.per_label and not (labelled and data.classes):
+            raise ValueError(
+                f"per-label needs labels of the samples and of the data {name}, got "
+                f"{'none of the data' if labelled else 'samples without labels'}."
+            )
         if self.likelihood > len(real):
             raise ValueError(
                 f"likelihood is {self.likelihood}; allowed are at most {len(real)}, the "
@@ -384,12 +427,6 @@ class Evaluate:
         )
 
 
-def _draw_rows(rows: ReferenceSet, count: int, seed: int) -> Tensor:
-    """Draws at most ``count`` rows with the seed, as float32."""
-    generator = torch.Generator().manual_seed(seed)
-    return to_unit(rows[rows.draw(min(count, len(rows)), generator=generator)])
-
-
 def _part(data: Data) -> str:
     """The name of the part of the data that samples are compared with."""
     return "train" if data.held_out is None else "held_out"
@@ -423,6 +460,16 @@ def _table(figures: dict[str, Any]) -> str:
     title = f"against {counts['against']} {against} rows"
     columns = ["samples", "train", "in features: samples", "train"][: 2 * len(spaces)]
     lines = [f"{title:30}" + "".join(f"{column:>{_WIDTH[column]}}" for column in columns)]
+    if few := [
+        f"{count} {rows}"
+        for count, rows in ((counts["samples"], "samples"), (counts["against"], f"{against} rows"))
+        if count < _FEW
+    ]:
+        lines.insert(
+            0,
+            f"{' and '.join(few)} are few: below {_FEW} the figures vary by as much as models "
+            "differ. Compare them with those of training data alone.",
+        )
     for name in _TABLE_ROWS:
         values = [space[name][of] for space in spaces for of in ("samples", "train")]
         cells = (f"{v:>{_WIDTH[c]}.4g}" for v, c in zip(values, columns, strict=True))
@@ -446,4 +493,20 @@ def _table(figures: dict[str, Any]) -> str:
         )
     if "nfe" in figures:
         lines.append(f"{figures['nfe']} evaluations of the network a sample")
-    return "\n".join(lines)
+    return "\n".join([*lines, *_label_lines(figures)])
+
+
+def _label_lines(figures: dict[str, Any]) -> list[str]:
+    """A line for each label: samples beside training data, in the features if there are some."""
+    if "labels" not in figures:
+        return []
+    title = "of each label, in features" if "features" in figures else "of each label"
+    columns = [f"{name.replace('_', ' ')}{'train':>10}" for name in _LABEL_COLUMNS]
+    lines = ["", f"{title:30}" + "".join(f"{column:>28}" for column in columns)]
+    for label, values in figures["labels"].items():
+        cells = [
+            f"{values[name]['samples']:>18.4g}{values[name]['train']:>10.4g}"
+            for name in _LABEL_COLUMNS
+        ]
+        lines.append(f"{label:30}" + "".join(cells))
+    return lines
