@@ -24,6 +24,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import pfgm
+from pfgm.common import messages
 from pfgm.ops import eager, normalised_field, ode_step, posterior_mean
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -95,6 +96,12 @@ def pytest_xdist_make_scheduler(config, log):
 @pytest.fixture(params=["native", "torch", "reference"] if NATIVE else ["torch", "reference"])
 def backend(request):
     return request.param
+
+
+@pytest.fixture
+def terminal(monkeypatch):
+    """stderr is a terminal, in which progress is a bar."""
+    monkeypatch.setattr(messages.Unfailing, "isatty", lambda _: True)
 
 
 @pytest.fixture

@@ -42,6 +42,7 @@ _COMMANDS: tuple[type, ...] = (
     Check,
     Info,
 )
+_LONG_NAMES = {"-n": "--n", "-o": "--out"}
 _EXPECTED_ERRORS = (
     ValueError,
     TypeError,
@@ -113,6 +114,7 @@ def _check_values(arguments: list[str]) -> None:
     an option that was removed."""
     for before, argument in pairwise(["", *arguments]):
         name, _, value = argument.partition("=") if "=" in argument else (before, "", argument)
+        name = _LONG_NAMES.get(name, name)
         if name.startswith("--") and not value:
             raise ValueError(f"{name[2:]} is ''; allowed is a text that is not empty.")
     if arguments[:1] == ["check"] and "--quick" in arguments:

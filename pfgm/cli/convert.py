@@ -15,6 +15,7 @@ from ..flows.plusplus import PoissonFlowPP
 from ..flows.poisson import PoissonFlow
 from ..networks import EDMDenoiser, Published, load_published
 from ..training import checkpoint
+from .options import Output
 
 _CIFAR10 = (3, 32, 32)
 
@@ -25,7 +26,7 @@ class Convert:
 
     published: tyro.conf.Positional[Path]
     """The file: .pth of PFGM, .pkl or .pt of PFGM++ and EDM. Nothing in it is executed."""
-    out: Path
+    out: Output
     """The checkpoint to write, a name that ends in .safetensors."""
     ema: bool = True
     """Take the averaged weights, which are the ones to sample with."""

@@ -23,6 +23,7 @@ from ..solvers import StepInfo
 from ..training import Terminated, TrainConfig, Trainer, checkpoint
 from ..training.locks import locked
 from ..training.threads import training_threads
+from .options import Output, Progress
 
 SAMPLES = 1000
 SOLVER_STEPS = 10
@@ -47,7 +48,7 @@ TRAINING = TrainConfig(
 class Demo:
     """Train on scikit-learn's bundled digits, sample, measure, draw: a few minutes on a laptop."""
 
-    out: Path = Path("runs/demo")
+    out: Output = Path("runs/demo")
     """Folder for samples.npy, samples.png, trajectory.png, metrics.json and model.safetensors."""
     steps: int = TRAINING.steps
     """Training steps."""
@@ -55,9 +56,16 @@ class Demo:
     """Seed of training and sampling: the same seed gives the same result."""
     conditional: bool = False
     """Tell the network which digit to draw: each row of samples.png is one digit."""
+    progress: Progress = True
 
     def run(self) -> None:
-        run(self.out, steps=self.steps, seed=self.seed, conditional=self.conditional)
+        run(
+            self.out,
+            steps=self.steps,
+            seed=self.seed,
+            conditional=self.conditional,
+            progress=self.progress,
+        )
 
 
 def run(

@@ -29,7 +29,15 @@ from ..references import References, ReferenceSet
 from ..training.checkpoint import Loaded
 from ..training.checks import warn_of_range
 from ..training.runs import RunConfig
-from .options import PretrainedName, SamplingOptions, check_guidance, load_network
+from .options import (
+    Count,
+    Output,
+    PretrainedName,
+    Progress,
+    SamplingOptions,
+    check_guidance,
+    load_network,
+)
 
 _PICTURE_SAMPLES = 100
 _MAX_LIKELIHOOD_BATCH = 64
@@ -87,7 +95,7 @@ class _Real(NamedTuple):
 class Evaluate:
     """Measure samples, of a checkpoint or those in a file or folder, against held-out data."""
 
-    out: Path
+    out: Output
     """Folder for metrics.json, samples.png of images and, with --curve, curve.csv and curve.png."""
     checkpoint: Path | None = None
     """A .safetensors file, or the folder of a run. Give this, --pretrained or --samples."""
@@ -114,7 +122,7 @@ class Evaluate:
     features: str | None = None
     """Compare in the features of a classifier as well: digits, fashion-mnist, a file of pfgm
     features, or none. The default is the classifier of the data, if one comes with the package."""
-    n: int = 1000
+    n: Count = 1000
     """Number of samples to draw, or the most to take from a file or folder."""
     sampling: Annotated[SamplingOptions, tyro.conf.arg(name="")] = field(
         default_factory=SamplingOptions
@@ -143,6 +151,7 @@ class Evaluate:
     torch's cache; nothing is downloaded."""
     seed: int = 0
     """Seed of all random numbers: the same seed gives the same figures."""
+    progress: Progress = True
 
     def run(self) -> None:
         self._check()
@@ -167,7 +176,7 @@ class Evaluate:
         if self.samples is None:
             loaded = load_network(self.checkpoint, self.pretrained, self.sampling.solver, device)
         table = None if loaded is None else loaded.table
-        data = open_data(name, **reading, table=table, progress=True)
+        data = open_data(name, **reading, table=table, progress=self.progress)
         source = loaded or self._open_samples(data.table)
         for rows in (data.train, *([source] if isinstance(source, ReferenceSet) else [])):
             warn_of_range(rows)
@@ -202,15 +211,15 @@ class Evaluate:
         labels = real.labels(own)
         figures |= described
         compared = (samples, real.held_out, real.train)
-        figures |= evaluation.evaluate_samples(*compared, labels=labels, progress=True)
+        figures |= evaluation.evaluate_samples(*compared, labels=labels, progress=self.progress)
         if classifier is not None:
             held_out = None if real.held_out is None else classifier.rows(real.held_out)
             compared = (classifier.rows(samples), held_out, classifier.rows(real.train))
-            values = evaluation.evaluate_samples(*compared, labels=labels, progress=True)
+            values = evaluation.evaluate_samples(*compared, labels=labels, progress=self.progress)
             figures["features"] = {"of": self.features or name, **values}
         if self.per_label and labels is not None:
             # In features where there are some.
-            each = evaluation.evaluate_labels(*compared, labels, progress=True)
+            each = evaluation.evaluate_labels(*compared, labels, progress=self.progress)
             names = data.names or [str(label) for label in range(max(each) + 1)]
             figures["labels"] = {names[label]: values for label, values in each.items()}
         if self.fid:
@@ -285,7 +294,7 @@ class Evaluate:
             self.samples,
             layout=self.layout or "auto",
             resize=self.resize if images else None,
-            progress=True,
+            progress=self.progress,
         )
 
     def _data_of_source(self) -> tuple[str, dict[str, Any]]:
@@ -357,7 +366,7 @@ class Evaluate:
             seed=self.seed,
             batch_size=self.sampling.batch_size,
             device=device,
-            progress=True,
+            progress=self.progress,
             **solving,
         )
         classes = label_count(model.network)
@@ -378,7 +387,7 @@ class Evaluate:
             labels=rows.labels[numbers] if known and rows.labels is not None else None,
             seed=self.seed,
             batch_size=min(self.sampling.batch_size, _MAX_LIKELIHOOD_BATCH),
-            progress=True,
+            progress=self.progress,
         )
         return {
             "of": _part(data),
@@ -423,7 +432,7 @@ class Evaluate:
             device=device,
             last=self.sampling.last,
             guidance=self.guidance,
-            progress=True,
+            progress=self.progress,
         )
 
 

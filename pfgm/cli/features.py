@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 
@@ -13,13 +12,14 @@ from ..common.messages import print_result
 from ..data import to_unit
 from ..datasets import Data, open_data
 from ..metrics import save_classifier, train_classifier
+from .options import Output, Progress
 
 
 @dataclass
 class Features:
     """Train a small classifier of labelled images, for the features of pfgm evaluate."""
 
-    out: Path
+    out: Output
     """The .safetensors file of the classifier."""
     data: str
     """Images with labels: digits, fashion-mnist, cifar10 or a path, as for train."""
@@ -29,6 +29,7 @@ class Features:
     """Seed of the classifier's weights, and of the order of images."""
     device: str = "auto"
     """auto: cuda if there is a GPU, else cpu."""
+    progress: Progress = True
 
     def run(self) -> None:
         if self.out.suffix != ".safetensors":
@@ -37,7 +38,7 @@ class Features:
             raise ValueError(f"epochs is {self.epochs}; allowed is at least 1.")
         check_seed(self.seed)
         device = usable_device(self.device)
-        data = open_data(self.data, progress=True)
+        data = open_data(self.data, progress=self.progress)
         if data.train.labels is None or data.train.ndim != 4:
             raise ValueError(f"data is {self.data}; allowed are images with labels.")
         with output_folder(self.out.parent):
@@ -52,7 +53,7 @@ class Features:
             epochs=self.epochs,
             seed=self.seed,
             device=device,
-            progress=True,
+            progress=self.progress,
         )
         facts: dict[str, str | float] = {"data": self.data}
         shown = str(self.out)

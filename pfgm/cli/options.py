@@ -5,9 +5,10 @@ from __future__ import annotations
 import sys
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import torch
+import tyro
 from torch import nn
 
 from ..flows.flow import Flow
@@ -16,6 +17,14 @@ from ..pretrained import load_pretrained
 from ..solvers import SolverName, as_solver
 from ..training.checkpoint import Loaded, load
 
+Output = Annotated[Path, tyro.conf.arg(aliases=("-o",))]
+"""The option --out, -o."""
+Count = Annotated[int, tyro.conf.arg(aliases=("-n",))]
+"""The option --n, -n."""
+Progress = Annotated[
+    bool,
+    tyro.conf.arg(help="Show progress: a bar in a terminal, a line a minute in a file or pipe."),
+]
 PretrainedName = Literal["digits", "fashion-mnist"]
 """The networks that come with the package."""
 

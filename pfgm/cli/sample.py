@@ -27,7 +27,15 @@ from ..networks.registry import label_count
 from ..plotting.figures import require_matplotlib
 from ..solvers import StepInfo
 from ..training.checkpoint import Loaded
-from .options import PretrainedName, SamplingOptions, check_guidance, load_network
+from .options import (
+    Count,
+    Output,
+    PretrainedName,
+    Progress,
+    SamplingOptions,
+    check_guidance,
+    load_network,
+)
 
 __all__ = ["Sample"]
 
@@ -42,7 +50,7 @@ _DIGITS = 6  # of the numbers in the names of single images, at least
 class Sample:
     """Draw samples from a checkpoint, or from a network that comes with the package."""
 
-    out: Path
+    out: Output
     """A .npy file (float32, n first), a .csv file of the rows of a table, a .png picture of all
     images, or a new folder for single images, 000000.png and so on."""
     checkpoint: Path | None = None
@@ -50,7 +58,7 @@ class Sample:
     newest checkpoint. Give either this or --pretrained."""
     pretrained: PretrainedName | None = None
     """A network that comes with the package, in place of a checkpoint."""
-    n: int = 64
+    n: Count = 64
     """Number of samples."""
     sampling: Annotated[SamplingOptions, tyro.conf.arg(name="")] = field(
         default_factory=SamplingOptions
@@ -67,6 +75,7 @@ class Sample:
     step (images only, at most --batch-size)."""
     seed: int = 0
     """Seed of the prior, and of the noise that some solvers add."""
+    progress: Progress = True
 
     def run(self) -> None:
         self._check()
@@ -161,7 +170,8 @@ class Sample:
             guidance=self.guidance,
             generator=noise_generator(self.seed, device),
             # A folder of several batches has a bar of its images.
-            progress=not self._is_folder() or self.n <= self.sampling.batch_size,
+            progress=self.progress
+            and (not self._is_folder() or self.n <= self.sampling.batch_size),
             callback=None if path is None else functools.partial(_record, path),
             **self.sampling.solver_arguments(flow),
         )
@@ -173,7 +183,7 @@ class Sample:
     def _labels(self, loaded: Loaded) -> list[int]:
         """The numbers of the labels; empty for samples without labels."""
         classes, names = label_count(loaded.network), loaded.label_names
-        if self.label == (_NO_LABEL,) and _NO_LABEL not in names:
+        if [*map(str.casefold, self.label)] == [_NO_LABEL] and self.label[0] not in names:
             return []
         if self.label and not classes:
             raise ValueError(
@@ -221,7 +231,9 @@ class Sample:
         digits = max(_DIGITS, len(str(self.n - 1)))
         with (
             new_folder(self.out) as folder,
-            progress_bar(total=self.n, desc="images", unit="image") as bar,
+            progress_bar(
+                total=self.n, desc="images", unit="image", disable=not self.progress
+            ) as bar,
         ):
             images = (image for batch in batches for image in batch)
             for number, image in enumerate(images):
@@ -235,13 +247,24 @@ def _record(path: list[tuple[float, Tensor]], info: StepInfo) -> None:
 
 
 def _number(label: str, names: Sequence[str], classes: int) -> int:
-    """The number of a label. A name that is a number, such as a folder 7, goes before it."""
+    """The number of a label. A name that is a number, such as a folder 7, goes before it.
+
+    Case, hyphens, underscores and spaces of a name may differ where only one name is meant.
+    """
     if label in names:
         return names.index(label)
     if label.isdecimal() and int(label) < classes:
         return int(label)
+    alike = [number for number, name in enumerate(names) if _plain(name) == _plain(label)]
+    if len(alike) == 1:
+        return alike[0]
     known = ", ".join(names[:_SHOWN_NAMES]) + (", …" if len(names) > _SHOWN_NAMES else "")
     raise ValueError(
         f"label is {label}; allowed are the labels of the network, numbers from 0 to "
         f"{classes - 1}" + (f" or names: {known}." if names else ".")
     )
+
+
+def _plain(name: str) -> str:
+    """A name without what need not be typed as it is."""
+    return "".join(each for each in name.casefold() if each not in "-_ ")

@@ -13,13 +13,14 @@ from ..common.checks import usable_device
 from ..training import TrainConfig, runs
 from ..training.processes import joined
 from ..training.runs import RunConfig, Settings
+from .options import Output, Progress
 
 
 @dataclass
 class Train:
     """Train a network on the field of your data. Under torchrun its processes train together."""
 
-    out: Path
+    out: Output
     """Folder for checkpoints, logs, pictures and config.json, the settings of the run."""
     config: Path | None = None
     """A recipe, or the folder of a run, for the settings that are not given here. By default a
@@ -37,12 +38,18 @@ class Train:
     """What to train, and on which data."""
     training: Annotated[TrainConfig, tyro.conf.arg(name="")] = field(default_factory=TrainConfig)
     """How to train."""
+    progress: Progress = True
 
     def run(self) -> None:
         config = RunConfig.of(self.settings, self.training)
         with joined(usable_device(self.device), self.timeout) as device:
             runs.start(
-                config, self.out, device=device, resume=self.resume, resume_from=self.resume_from
+                config,
+                self.out,
+                device=device,
+                resume=self.resume,
+                resume_from=self.resume_from,
+                progress=self.progress,
             )
 
 
@@ -53,7 +60,7 @@ def starting_config(arguments: list[str]) -> RunConfig:
     """
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     parser.add_argument("--config", type=Path)
-    parser.add_argument("--out", type=Path)
+    parser.add_argument("--out", "-o", type=Path)
     parser.add_argument("--resume", action="store_true")
     parser.add_argument("--resume-from", "--resume_from")
     known, _ = parser.parse_known_args(arguments)

@@ -5,9 +5,12 @@ from __future__ import annotations
 import io
 import os
 import sys
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from typing import Any
+
+_MINUTE = 60.0  # seconds
 
 
 class Unfailing:
@@ -114,10 +117,32 @@ def print_result(text: str) -> None:
         raise OSError(f"stdout cannot be written: {reason}.")
 
 
+class _LineAMinute:
+    """The stream of a progress bar where there is no terminal: of its states, one a minute."""
+
+    def __init__(self, stream: Unfailing) -> None:
+        self._stream, self._due = stream, time.monotonic() + _MINUTE
+
+    def write(self, text: str) -> int:
+        state = text.strip()
+        if text.startswith("\r") and state and time.monotonic() >= self._due:
+            self._due = time.monotonic() + _MINUTE
+            self._stream.write(f"{state}\n")
+        return len(text)
+
+    def flush(self) -> None:
+        self._stream.flush()
+
+
 def progress_bar(*arguments: Any, **options: Any) -> Any:
-    """A progress bar of tqdm, with its arguments. It does not fail if stderr cannot be written."""
+    """A progress bar of tqdm, with its arguments. It does not fail if stderr cannot be written.
+
+    Where stderr is no terminal, such as a log file, it is a line a minute.
+    """
     from tqdm.auto import tqdm
 
     stream = Unfailing(sys.stderr)
+    if not stream.isatty():
+        return tqdm(*arguments, file=_LineAMinute(stream), **options)
     # tqdm asks this stream for its width only with dynamic_ncols.
-    return tqdm(*arguments, file=stream, dynamic_ncols=stream.isatty(), **options)
+    return tqdm(*arguments, file=stream, dynamic_ncols=True, **options)

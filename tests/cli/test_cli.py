@@ -1,6 +1,7 @@
 import json
 import os
 import re
+import shutil
 import signal
 import socket
 import subprocess
@@ -69,6 +70,8 @@ def test_one_network_is_asked_for(run, tmp_path, refusal):
         ("digits", ["--label", "7", "3"], [7, 3, 7, 3, 7, 3, 7, 3, 7, 3, 7, 3]),
         ("digits", ["--label", "none"], None),
         ("fashion-mnist", ["--label", "7"], [7] * 12),
+        ("fashion-mnist", ["--label", "ankle-boot", "t_SHIRT"], [9, 0] * 6),
+        ("digits", ["--label", "None"], None),
     ],
 )
 def test_the_labels_of_samples(tmp_path, name, option, labels):
@@ -590,8 +593,24 @@ def test_a_damaged_checkpoint_is_one_sentence_that_offers_an_older_one(tmp_path,
     ]
 
 
+@pytest.mark.parametrize("progress", [True, False])
+def test_short_options_and_no_progress(run, tmp_path, capsys, terminal, refusal, progress):
+    sample = ["sample", "--checkpoint", str(run), "-n", "3", "-o", str(tmp_path / "x.npy")]
+    assert cli.main([*sample, *([] if progress else ["--no-progress"])]) == 0
+    assert len(np.load(tmp_path / "x.npy")) == 3
+    assert ("sampling:" in capsys.readouterr().err) == progress
+    figures = ["evaluate", "--checkpoint", str(run), "-n", "8", "--against", "8"]
+    figures += ["-o", str(tmp_path / "figures"), "--curve", "--curve-steps", "1", "--no-progress"]
+    assert cli.main(figures) == 0
+    shutil.copytree(run, tmp_path / "run")
+    more = ["train", "-o", str(tmp_path / "run"), "--resume", "--steps", "13", "--no-progress"]
+    assert cli.main(more) == 0
+    assert "%|" not in capsys.readouterr().err
+    assert "out is ''" in refusal(*sample[:-1], "")
+
+
 @pytest.mark.parametrize("exists", [False, True])
-def test_samples_as_single_images(run, tmp_path, capsys, refusal, exists):
+def test_samples_as_single_images(run, tmp_path, capsys, terminal, refusal, exists):
     """They are the array, in bytes; evaluate reads them."""
     arguments = ["sample", "--checkpoint", str(run), "--n", "5", "--steps", "2"]
     assert cli.main([*arguments, "--out", str(tmp_path / "x.npy")]) == 0
@@ -873,7 +892,7 @@ def test_demo(tmp_path, capsys):
 
 
 @pytest.mark.usefixtures("few_samples")
-def test_the_demo_of_each_digit(tmp_path, capsys):
+def test_the_demo_of_each_digit(tmp_path, capsys, terminal):
     out = tmp_path / "demo"
     assert cli.main(["demo", "--out", str(out), "--steps", "6", "--conditional"]) == 0
     agreement = json.loads((out / "metrics.json").read_text())["agreement"]

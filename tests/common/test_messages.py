@@ -6,6 +6,7 @@ import sys
 
 import pytest
 
+from pfgm.common import messages
 from pfgm.common.messages import (
     Unfailing,
     print_notice,
@@ -65,7 +66,7 @@ def test_progress_continues_on_a_broken_stream(stream, name, monkeypatch):
     assert getattr(sys, name) is stream
 
 
-def test_writable_text_is_written(capsys):
+def test_writable_text_is_written(capsys, terminal):
     print_notice("a line")
     print_result("what was asked for")
     with progress_bar(total=2, desc="steps") as bar:
@@ -75,6 +76,19 @@ def test_writable_text_is_written(capsys):
     assert shown.out == "a line\nwhat was asked for\n"
     assert "steps" in shown.err
     assert "loss=0.5" in shown.err
+
+
+def test_progress_is_a_line_a_minute_where_there_is_no_terminal(capsys, monkeypatch):
+    now = 0.0
+    monkeypatch.setattr(messages.time, "monotonic", lambda: now)
+    with progress_bar(total=100, desc="steps", mininterval=0) as bar:
+        for step in range(100):
+            now = 2.0 * step
+            bar.update()
+            bar.set_postfix(loss=step)
+    lines = capsys.readouterr().err.splitlines()
+    assert [line.split("/")[0].split()[-1] for line in lines] == ["31", "61", "91"]
+    assert "\r" not in "".join(lines)
 
 
 def test_characters_that_the_encoding_lacks_are_escaped():

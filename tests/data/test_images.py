@@ -386,7 +386,7 @@ def test_without_pillow_the_extra_is_named(tmp_path: Path, monkeypatch: pytest.M
 
 @pytest.mark.parametrize("progress", [False, True])
 def test_progress_is_shown_where_asked(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str], progress: bool
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], terminal: None, progress: bool
 ) -> None:
     write(tmp_path / "a.png", pixels(3, 5))
     open_source(tmp_path, progress=progress)

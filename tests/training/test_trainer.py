@@ -283,7 +283,7 @@ def test_training_leaves_the_global_generator_alone(data, flow):
     assert torch.equal(torch.random.get_rng_state(), before)
 
 
-def test_progress_shows_the_loss(data, flow, capsys):
+def test_progress_shows_the_loss(data, flow, capsys, terminal):
     Trainer(flow, new_network(), data, SMALL).train()
     shown = capsys.readouterr().err
     assert "training" in shown
