@@ -31,14 +31,7 @@ import torch
 from torch import Tensor
 
 from .common import transforms
-from .common.checks import (
-    check_choice,
-    checks_values,
-    is_whole,
-    non_negative,
-    shape_or_type,
-    untouched,
-)
+from .common.checks import check_choice, checks_values, is_whole, non_negative, untouched
 from .functional.steps import Field, euler_step, heun_step, implied_mean, multistep_step
 from .ops.eager import all_finite
 
@@ -164,19 +157,10 @@ class Solver:
 
 def _check_result(result: object, x: Tensor) -> None:
     """Raises ValueError unless the result of a solver can be the end of a run from x."""
-    needed = f"{tuple(x.shape)}, {x.dtype} on {x.device}"
-    if not isinstance(result, tuple) or len(result) != 2 or not is_whole(result[1]):
-        raise ValueError(
-            f"solver must return a tuple of points ({needed}) and the number of evaluations, got "
-            f"{result if result is None else shape_or_type(result)}."
-        )
-    points = result[0]
-    if not isinstance(points, Tensor) or points.shape != x.shape:
-        raise ValueError(f"solver must return points {needed}, got {shape_or_type(points)}.")
-    if (points.dtype, points.device) != (x.dtype, x.device):
-        raise ValueError(
-            f"solver must return points {needed}, got {points.dtype} on {points.device}."
-        )
+    needed, got = _described((x, 0)), _described(result)
+    if got != needed:
+        raise ValueError(f"solver must return points and evaluations, {needed}, got {got}.")
+    points = result[0]  # type: ignore[index]
     # Once a run, so on a GPU too. A graph, a transform and the device "meta" have no values.
     unknown = points.is_meta or torch.compiler.is_compiling() or transforms.in_torch_func()
     if not unknown and not all_finite(points):
@@ -184,6 +168,15 @@ def _check_result(result: object, x: Tensor) -> None:
             "solver must return finite points, got NaN or infinity. On a GPU pfgm.debug_checks() "
             "tells whether the network returned them."
         )
+
+
+def _described(value: object) -> str:
+    """The type of a result, with the shape, dtype and device of tensors."""
+    if isinstance(value, tuple):
+        return f"({', '.join(map(_described, value))})"
+    if isinstance(value, Tensor):
+        return f"a tensor {tuple(value.shape)} of {value.dtype} on {value.device}"
+    return "int" if is_whole(value) else type(value).__name__
 
 
 def log_grid(start: float, end: float, steps: int) -> list[float]:

@@ -32,7 +32,7 @@ class Evaluation:
         self._classes = data.classes if config.labels else 0
         self._solver_options: dict[str, Any] = {}
         if config.teacher is not None:
-            self._solver_options = {"solver": "consistency", "steps": 1}
+            self._solver_options = {"solver": "consistency"}
         against = data.held_out or data.train
         rows = torch.arange(len(against), device="cpu")
         if len(rows) < MIN_SAMPLES:

@@ -42,8 +42,9 @@ class SolverRun:
 
     def __init__(self, solver: Solver, grid: Sequence[float]) -> None:
         self._solver, self._grid = solver, list(grid)
-        self.levels = self._levels_at(0.0)
-        if self.levels != self._levels_at(1.0) or not all(level > 0 for level in self.levels):
+        self.levels = self._grid[:-1] if solver.evaluations == 1 else self._levels_at(0.0)
+        known = solver.evaluations is not None or self.levels == self._levels_at(1.0)
+        if not known or not all(level > 0 for level in self.levels):
             raise ValueError(
                 f"solver is {solver.function!r}, which evaluates at levels that depend on the "
                 "points, or at 0; a scheduler calls the network at levels above 0 that are known "
