@@ -1,6 +1,6 @@
 """Examines the papers' claims on small data.
 
-    python -m benchmarks.claims [--only NAME ...] [--preset quick|cpu|gpu] --out DIR
+    python -m benchmarks.claims [--only NAME ...] [--preset quick|cpu] --out DIR
 
 Trains and measures networks. For each claim NAME it writes tables (CSV), pictures and NAME.json to
 DIR; NAME.json has the command, settings, machine, versions and commit. A stopped run continues when
@@ -16,12 +16,9 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import importlib.util
-import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-
-import torch
 
 from benchmarks.claims.examine import copy_results, examine, keep_preset, prepare
 from benchmarks.claims.jobs import processors
@@ -55,8 +52,6 @@ def parse(arguments: Sequence[str]) -> tuple[argparse.Namespace, Preset]:
     if options.workers < 1:
         parser.error(f"--workers is {options.workers}; allowed is at least 1.")
     preset = PRESETS[options.preset]
-    if preset.device == "cuda" and not torch.cuda.is_available():
-        parser.error("--preset is 'gpu', but torch finds no GPU here; allowed are quick and cpu.")
     return options, dataclasses.replace(preset, data=options.data or preset.data)
 
 
@@ -78,11 +73,7 @@ def check_packages() -> None:
 
 def run(options: argparse.Namespace, preset: Preset, folder: Path) -> None:
     """Examines the chosen claims."""
-    # No kernel of the library has proved itself on every GPU; torch's have.
-    name_backend("torch" if preset.device == "cuda" else "native")
-    if preset.device == "cuda":
-        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
-        torch.use_deterministic_algorithms(True, warn_only=True)
+    name_backend()
     prepare(preset, folder, options.workers)
     percent = 100 * accuracy(preset, folder)
     print(f"the classifier is right on {percent:.1f} % of the held-out {preset.data}")

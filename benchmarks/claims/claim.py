@@ -7,16 +7,13 @@ from pathlib import Path
 from typing import NamedTuple
 
 from benchmarks.claims.jobs import Job, Tables
-from benchmarks.claims.methods import Spec
 from benchmarks.claims.presets import Preset
 
 
 class Claim(NamedTuple):
-    """One claim of the papers: the networks it needs, what is measured, and how it is shown."""
+    """One claim of the papers: what is measured, with which networks, and how it is shown."""
 
     title: str
-    specs: Callable[[Preset], list[Spec]]
-    """The networks to train."""
     jobs: Callable[[Preset], list[Job]]
     """The measurements."""
     derive: Callable[[Tables, Preset], Tables]

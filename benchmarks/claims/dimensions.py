@@ -28,14 +28,6 @@ NONE = "none"
 _BY = ("D", "error", "size")
 
 
-def specs(preset: Preset) -> list[Spec]:
-    return [
-        methods.spec_of(preset, plusplus(D), seed)
-        for seed in preset.seeds
-        for D in preset.dimensions
-    ]
-
-
 def jobs(preset: Preset) -> list[Job]:
     errors = [
         (NONE, 0.0),
@@ -43,7 +35,13 @@ def jobs(preset: Preset) -> list[Job]:
         *(("bits", bits) for bits in preset.bits),
     ]
     return [
-        Job("dimensions-seeds", with_error, (D, seed, error, size), 35)
+        Job(
+            "dimensions-seeds",
+            with_error,
+            {"D": "inf" if math.isinf(D) else D, "error": error, "size": size, "seed": seed},
+            methods.spec_of(preset, plusplus(D), seed),
+            35,
+        )
         for seed in preset.seeds
         for D in preset.dimensions
         for error, size in errors
@@ -78,17 +76,16 @@ def quantise(network: nn.Module, bits: int) -> None:
 
 
 def with_error(
-    preset: Preset, folder: Path, D: float, seed: int, error: str, size: float
-) -> list[Row]:
-    flow, network = methods.load(methods.spec_of(preset, plusplus(D), seed), preset, folder)
+    preset: Preset, folder: Path, spec: Spec, D: float, error: str, size: float, seed: int
+) -> Row:
+    flow, network = methods.load(spec, preset, folder)
     if error == "noise":
-        generator = noise_generator(seed, torch.device(preset.device))
+        generator = noise_generator(seed, torch.device("cpu"))
         network.backbone = Noisy(network.get_submodule("backbone"), size, generator)
     elif error == "bits":
         quantise(network, int(size))
     samples, _ = methods.draw(flow, network, preset, seed)
-    row = {"D": "inf" if math.isinf(D) else D, "error": error, "size": size, "seed": seed}
-    return [{**row, **figures_of(samples, preset, folder)}]
+    return figures_of(samples, preset, folder)
 
 
 def derive(tables: Tables, preset: Preset) -> Tables:
@@ -147,4 +144,4 @@ def draw(tables: Tables, folder: Path) -> None:
         )
 
 
-CLAIM = Claim("D, and errors of the network", specs, jobs, derive, draw)
+CLAIM = Claim("D, and errors of the network", jobs, derive, draw)

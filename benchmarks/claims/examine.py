@@ -7,9 +7,6 @@ import json
 import shutil
 import time
 from pathlib import Path
-from typing import Any
-
-import torch
 
 from benchmarks.claims import methods
 from benchmarks.claims.claim import Claim
@@ -53,7 +50,7 @@ def examine(
         "claim": claim.title,
         "command": command,
         "date": datetime.date.today().isoformat(),
-        "machine": _machine(preset, workers),
+        "machine": {**machine.describe(), "workers": workers, "threads of a worker": 1},
         # Earlier calls may have trained and measured a part.
         "seconds of the last call": {
             "training": round(trained - started),
@@ -66,30 +63,23 @@ def examine(
     return tables
 
 
-def _machine(preset: Preset, workers: int) -> dict[str, Any]:
-    described = machine.describe()
-    if preset.device == "cuda":
-        return {**described, "device": torch.cuda.get_device_name()}
-    return {**described, "workers": workers, "threads of a worker": 1}
-
-
 def prepare(preset: Preset, folder: Path, workers: int) -> None:
     """Trains the classifier, unless the folder has it."""
-    jobs = [] if classifier_path(folder).exists() else [Job("classifier", _classifier, ())]
+    jobs = [] if classifier_path(folder).exists() else [Job("classifier", _classifier, {})]
     for _ in run_jobs(jobs, preset, folder, title="classifier", workers=workers):
         pass
 
 
-def _classifier(preset: Preset, folder: Path) -> list[Row]:
+def _classifier(preset: Preset, folder: Path, spec: None) -> list[Row]:
     train_classifier(preset, folder)
     return []
 
 
 def train(claim: Claim, preset: Preset, folder: Path, name: str, workers: int) -> None:
     """Trains the networks of a claim that the folder lacks."""
-    specs = dict.fromkeys(claim.specs(preset))
+    specs = dict.fromkeys(job.spec for job in claim.jobs(preset) if job.spec is not None)
     jobs = [
-        Job("networks", _train, (spec,), preset.steps * (1 + spec.width / preset.width))
+        Job("networks", _train, {}, spec, preset.steps * (1 + spec.width / preset.width))
         for spec in specs
         if not methods.is_trained(spec, preset, folder)
     ]

@@ -16,11 +16,12 @@ from concurrent.futures import ProcessPoolExecutor, as_completed
 from contextlib import contextmanager
 from multiprocessing import active_children, get_context
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from tqdm.auto import tqdm
 
+from benchmarks.claims.methods import Spec
 from benchmarks.claims.presets import Preset
 from benchmarks.common.rows import Row
 from pfgm.common.files import write_json
@@ -30,11 +31,16 @@ Tables = dict[str, list[Row]]
 
 
 class Job(NamedTuple):
-    """A measurement: ``run(preset, folder, *arguments)`` returns its rows."""
+    """A measurement: ``run(preset, folder, spec, **setting)`` returns its figures.
+
+    They are a row, or several rows. The row in the table has the setting before the figures.
+    """
 
     table: str
-    run: Callable[..., list[Row]]
-    arguments: tuple[Any, ...]
+    run: Callable[..., Row | list[Row]]
+    setting: Row
+    spec: Spec | None = None
+    """The network that it needs."""
     cost: float = 1.0
     """Estimated time relative to other jobs; the longest start first."""
     alone: bool = False
@@ -43,12 +49,19 @@ class Job(NamedTuple):
     @property
     def name(self) -> str:
         """The key of its rows."""
-        return json.dumps([self.table, self.run.__name__, *map(str, self.arguments)])
+        setting = {name: str(value) for name, value in self.setting.items()}
+        return json.dumps([self.table, self.run.__name__, setting, self.spec])
+
+    def rows(self, preset: Preset, folder: Path) -> list[Row]:
+        """Its rows: setting and figures."""
+        figures = self.run(preset, folder, self.spec, **self.setting)
+        rows = figures if isinstance(figures, list) else [figures]
+        return [{**self.setting, **row} for row in rows]
 
 
 def _work(job: Job, preset: Preset, folder: Path) -> list[Row]:
     try:
-        return job.run(preset, folder, *job.arguments)
+        return job.rows(preset, folder)
     except (KeyboardInterrupt, SystemExit):
         os._exit(1)  # after an exception the pool would give this process the next job
 
@@ -56,20 +69,15 @@ def _work(job: Job, preset: Preset, folder: Path) -> list[Row]:
 def run_jobs(
     jobs: Sequence[Job], preset: Preset, folder: Path, *, title: str, workers: int
 ) -> Iterator[tuple[Job, list[Row]]]:
-    """Yields every job with its rows when it is done, with a progress bar.
-
-    On a GPU all jobs run in this process.
-    """
+    """Yields every job with its rows when it is done, with a progress bar."""
     together = sorted((job for job in jobs if not job.alone), key=lambda job: -job.cost)
     total = sum(job.cost for job in jobs)
     with tqdm(total=round(total), desc=title, unit="step") as bar:
-        if preset.device == "cpu" and together:
-            for job, rows in _in_processes(together, preset, folder, workers):
-                bar.update(round(job.cost))
-                yield job, rows
-            together = []
-        for job in (*together, *(job for job in jobs if job.alone)):
-            yield job, job.run(preset, folder, *job.arguments)
+        for job, rows in _in_processes(together, preset, folder, workers) if together else ():
+            bar.update(round(job.cost))
+            yield job, rows
+        for job in (job for job in jobs if job.alone):
+            yield job, job.rows(preset, folder)
             bar.update(round(job.cost))
 
 

@@ -26,27 +26,21 @@ from pfgm.evaluation import bits_per_dim, dequantised, evenly_spaced
 METHODS = ("PFGM", "EDM")
 
 
-def _spec(preset: Preset, method: str, seed: int) -> Spec:
-    return methods.spec_of(preset, method, seed, dequantised=True)
-
-
-def specs(preset: Preset) -> list[Spec]:
-    return [_spec(preset, method, seed) for seed in preset.seeds for method in METHODS]
-
-
 def jobs(preset: Preset) -> list[Job]:
     return [
-        *(
-            Job("likelihood-seeds", by_flow, (method, seed, part), 1000)
-            for seed in preset.seeds
-            for method in METHODS
-            for part in ("held out", "train")
-        ),
-        *(
-            Job("likelihood-seeds", by_gaussian, (seed, part))
-            for seed in preset.seeds
-            for part in ("held out", "train")
-        ),
+        Job(
+            "likelihood-seeds",
+            by_flow if spec else by_gaussian,
+            {"model": spec.method if spec else "Gaussian", "data": part, "seed": seed},
+            spec,
+            1000 if spec else 1,
+        )
+        for seed in preset.seeds
+        for spec in (
+            *(methods.spec_of(preset, method, seed, dequantised=True) for method in METHODS),
+            None,
+        )
+        for part in ("held out", "train")
     ]
 
 
@@ -58,32 +52,34 @@ def _rows(preset: Preset, part: str) -> Tensor:
     )
 
 
-def by_flow(preset: Preset, folder: Path, method: str, seed: int, part: str) -> list[Row]:
-    flow, network = methods.load(_spec(preset, method, seed), preset, folder)
+def by_flow(preset: Preset, folder: Path, spec: Spec, model: str, data: str, seed: int) -> Row:
+    flow, network = methods.load(spec, preset, folder)
     result = bits_per_dim(
         flow,
         network,
-        _rows(preset, part).to(preset.device),
+        _rows(preset, data),
         grey_levels=data_of(preset).grey_levels,
         seed=seed,
         batch_size=preset.sampling_batch,
         rtol=preset.likelihood_tolerance,
         atol=preset.likelihood_tolerance,
     )
-    row = {"model": method, "data": part, "seed": seed, "bits_per_dim": result.mean}
-    return [{**row, "standard_error": result.standard_error, "evaluations": result.nfe}]
+    return {
+        "bits_per_dim": result.mean,
+        "standard_error": result.standard_error,
+        "evaluations": result.nfe,
+    }
 
 
-def by_gaussian(preset: Preset, folder: Path, seed: int, part: str) -> list[Row]:
+def by_gaussian(preset: Preset, folder: Path, spec: None, model: str, data: str, seed: int) -> Row:
     """A normal distribution with the mean and covariance of the training data."""
     grey_levels, generator = data_of(preset).grey_levels, torch.Generator().manual_seed(seed)
     train = methods.dequantised(preset).flatten(1).double()
-    x = dequantised(_rows(preset, part), grey_levels, generator).flatten(1).double()
+    x = dequantised(_rows(preset, data), grey_levels, generator).flatten(1).double()
     normal = torch.distributions.MultivariateNormal(train.mean(0), train.T.cov())
     bits = -normal.log_prob(x) / (x.shape[1] * math.log(2)) + math.log2(grey_levels / 2)
     error = float(bits.std()) / math.sqrt(len(bits))
-    row = {"model": "Gaussian", "data": part, "seed": seed, "bits_per_dim": float(bits.mean())}
-    return [{**row, "standard_error": error, "evaluations": 0}]
+    return {"bits_per_dim": float(bits.mean()), "standard_error": error, "evaluations": 0}
 
 
 def derive(tables: Tables, preset: Preset) -> Tables:
@@ -92,16 +88,9 @@ def derive(tables: Tables, preset: Preset) -> Tables:
 
 
 def draw(tables: Tables, folder: Path) -> None:
-    values: dict[str, dict[str, tuple[float, float]]] = {}
-    for row in tables["likelihood-means"]:
-        value = row["bits_per_dim"], row["bits_per_dim_spread"]
-        values.setdefault(row["model"], {})[row["data"]] = value
-    bars(
-        values,
-        folder / "likelihood.png",
-        ylabel="bits per dimension",
-        title="Likelihood, lower is better",
-    )
+    path = folder / "likelihood.png"
+    rows, title = tables["likelihood-means"], "Likelihood, lower is better"
+    bars(rows, "model", "data", "bits_per_dim", path, "bits per dimension", title)
 
 
-CLAIM = Claim("likelihood", specs, jobs, derive, draw)
+CLAIM = Claim("likelihood", jobs, derive, draw)

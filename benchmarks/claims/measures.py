@@ -70,15 +70,14 @@ def train_classifier(preset: Preset, folder: Path) -> None:
         data.train_labels,
         epochs=preset.classifier_epochs,
         decay=False,  # as for the figures that are stored
-        device=preset.device,
     )
     metrics.save_classifier(classifier_path(folder), classifier)
 
 
 @lru_cache
 def load_classifier(preset: Preset, folder: Path) -> metrics.Classifier:
-    """The classifier, on the preset's device."""
-    return metrics.load_classifier(classifier_path(folder), device=preset.device)
+    """The classifier."""
+    return metrics.load_classifier(classifier_path(folder))
 
 
 def accuracy(preset: Preset, folder: Path) -> float:
@@ -95,7 +94,7 @@ class _Real(NamedTuple):
 @lru_cache
 def _real(preset: Preset, folder: Path, space: str) -> _Real:
     chosen = evenly_spaced(data_of(preset).held_out, preset.samples)
-    rows = _in_space(chosen.to(preset.device), preset, folder, space)
+    rows = _in_space(chosen, preset, folder, space)
     return _Real(rows, metrics.neighbour_distances(rows, 3))
 
 
@@ -110,7 +109,7 @@ def figures_of(samples: Tensor, preset: Preset, folder: Path) -> dict[str, float
     """
     if not bool(samples.isfinite().all()):
         return dict.fromkeys(FIGURES, math.nan)
-    samples = samples.detach().to(preset.device).clamp(-1, 1)
+    samples = samples.detach().clamp(-1, 1)
     figures = {}
     for space in _SPACES:
         rows = _in_space(samples, preset, folder, space)

@@ -208,7 +208,7 @@ def train(spec: Spec, preset: Preset, folder: Path) -> None:
         return
     data, run = data_of(preset), run_of(folder, spec)
     flow = flow_of(spec.method, preset)
-    network = network_of(spec, preset, flow).to(preset.device)
+    network = network_of(spec, preset, flow)
 
     def keep(step: int, averaged: nn.Module) -> dict[str, float]:
         if step == preset.early:
@@ -219,7 +219,7 @@ def train(spec: Spec, preset: Preset, folder: Path) -> None:
     trainer = Trainer(
         flow,
         network,
-        rows.to(preset.device),
+        rows,
         preset.training(spec.references, spec.seed),
         folder=run,
         progress=False,
@@ -240,11 +240,11 @@ def dequantised(preset: Preset) -> Tensor:
 
 
 def load(spec: Spec, preset: Preset, folder: Path, *, early: bool = False) -> Loaded:
-    """A trained network with its flow, on the preset's device."""
+    """A trained network with its flow."""
     run = run_of(folder, spec)
     network = network_of(spec, preset, flow_of(spec.method, preset))
     path = run / "early.safetensors" if early else run
-    return pfgm.load(path, network, device=preset.device)
+    return pfgm.load(path, network)
 
 
 def draw(
@@ -263,6 +263,5 @@ def draw(
         preset.samples if samples is None else samples,
         seed=seed,
         batch_size=preset.sampling_batch,
-        device=preset.device,
         **options,
     )

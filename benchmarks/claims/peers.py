@@ -11,7 +11,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pfgm.common.tensors import network_device
 from pfgm.flows import Flow, Network
 from pfgm.training.checkpoint import Loaded
 
@@ -32,7 +31,7 @@ def predictor_corrector(
     )
     scheduler.set_timesteps(steps)
     scheduler.set_sigmas(steps)
-    x = _normal(flow, network, n, generator) * scheduler.init_noise_sigma
+    x = _normal(flow, n, generator) * scheduler.init_noise_sigma
     mean = x
     for t, sigma in zip(scheduler.timesteps, scheduler.sigmas.tolist(), strict=True):
         score = (flow.denoise(network, x, sigma) - x) / sigma**2
@@ -77,7 +76,7 @@ def _along_chain(
     options: dict[str, Any],
 ) -> tuple[Tensor, int]:
     scheduler.set_timesteps(steps)
-    x = _normal(flow, network, n, generator)
+    x = _normal(flow, n, generator)
     for t in scheduler.timesteps:
         kept = scheduler.alphas_cumprod[t]  # x = √ᾱ (data + σ noise)
         sigma = float((1 / kept - 1).sqrt())
@@ -95,7 +94,7 @@ def euler(
         _CHAIN, beta_start=1e-4, beta_end=0.02, timestep_spacing="trailing"
     )
     scheduler.set_timesteps(steps)
-    x = _normal(flow, network, n, generator) * scheduler.init_noise_sigma
+    x = _normal(flow, n, generator) * scheduler.init_noise_sigma
     for t, sigma in zip(scheduler.timesteps, scheduler.sigmas.tolist(), strict=False):
         scheduler.scale_model_input(x, t)  # required by step(); the network scales its input itself
         x = scheduler.step(_noise(flow, network, x, sigma), t, x)[0]
@@ -106,21 +105,16 @@ def _noise(flow: Flow, network: Network, x: Tensor, sigma: float) -> Tensor:
     return (x - flow.denoise(network, x, sigma)) / sigma
 
 
-def _normal(flow: Flow, network: Network, n: int, generator: torch.Generator) -> Tensor:
-    """Standard normal points (n, *S) on the network's device."""
-    device = network_device(network)
-    return torch.randn(n, *flow.shape, generator=generator).to(device)
+def _normal(flow: Flow, n: int, generator: torch.Generator) -> Tensor:
+    """Standard normal points (n, *S)."""
+    return torch.randn(n, *flow.shape, generator=generator)
 
 
 @torch.no_grad()
 def draw(
     sampler: Sampler, loaded: Loaded, n: int, steps: int, *, seed: int, batch: int
 ) -> tuple[Tensor, int]:
-    """Samples (n, *S) of a peer, on the network's device, and the evaluations of the network.
-
-    All noise comes from a generator on the CPU: it is the same for every device, and the corrector
-    of ScoreSdeVeScheduler accepts no other.
-    """
+    """Samples (n, *S) of a peer, and the evaluations of the network."""
     generator = torch.Generator().manual_seed(seed)
     parts, evaluations = [], 0
     for rows in torch.arange(n).split(batch):

@@ -60,26 +60,30 @@ def curves(
 
 
 def bars(
-    values: Mapping[str, Mapping[str, tuple[float, float]]],
-    path: Path,
-    *,
-    ylabel: str,
-    title: str,
+    table: Iterable[Row], group: str, series: str, y: str, path: Path, ylabel: str, title: str
 ) -> None:
-    """Draws groups of bars from {group: {series: (value, spread)}}.
+    """Draws a group of bars for each value of a column, with the column y_spread as errors.
 
     Also writes them to a CSV file of the same name.
     """
     rows: list[Row] = [
-        {"group": group, "series": name, "value": value, "spread": spread}
-        for group, series in values.items()
-        for name, (value, spread) in series.items()
+        {
+            "group": row[group],
+            "series": row[series],
+            "value": row[y],
+            "spread": row.get(f"{y}_spread", 0.0),
+        }
+        for row in table
     ]
     write_csv(path.with_suffix(".csv"), rows)
+    values = {
+        name: {row["series"]: (row["value"], row["spread"]) for row in part}
+        for (name,), part in grouped(rows, ["group"]).items()
+    }
     names = list(dict.fromkeys(row["series"] for row in rows))
     widths = [
-        max(_BAR * len(group), figures.text_width(name, _LABEL)) + _GAP
-        for name, group in values.items()
+        max(_BAR * len(each), figures.text_width(name, _LABEL)) + _GAP
+        for name, each in values.items()
     ]
     legend = 40 + max(figures.text_width(name, _LABEL) for name in names)
     inner = max(
@@ -90,8 +94,8 @@ def bars(
     axes.set_xlim(0, inner)
     ends = list(itertools.accumulate(widths))
     centres = [end - width / 2 for end, width in zip(ends, widths, strict=True)]
-    for centre, group in zip(centres, values.values(), strict=True):
-        _add_group(axes, centre, group, names)
+    for centre, each in zip(centres, values.values(), strict=True):
+        _add_group(axes, centre, each, names)
     _style_axes(axes, ylabel, centres, list(values))
     _add_legend(figure, names, left=_LEFT + inner + 14)
     figures.add_title(figure, title)

@@ -39,31 +39,30 @@ _WITHIN = 1.1  # times the best distance: close enough
 _BY = ("series", "method", "sampler", "setting", "first_level", "last_level")
 
 
-def specs(preset: Preset) -> list[Spec]:
-    return [methods.spec_of(preset, m, seed) for seed in preset.seeds for m in preset.methods]
-
-
 def jobs(preset: Preset) -> list[Job]:
-    listed = [Job("quality-seeds", training_data, (seed,)) for seed in preset.seeds]
+    def job(run: Any, seed: int, method: str, sampler: str, setting: float, cost: float) -> Job:
+        series = ", ".join(filter(None, (method, sampler)))
+        row = {"series": series, "method": method, "sampler": sampler, "setting": setting}
+        spec = None if run is training_data else methods.spec_of(preset, method, seed)
+        return Job("quality-seeds", run, {**row, "seed": seed}, spec, cost)
+
+    listed = []
     for seed in preset.seeds:
+        listed.append(job(training_data, seed, "training data", "", 0.0, 1))
         for method in preset.methods:
             for sampler in _samplers(method, preset):
-                listed += [
-                    Job("quality-seeds", by_ode, (method, seed, sampler, nfe), nfe)
-                    for nfe in preset.evaluations
-                ]
-        for method in preset.methods:
-            listed += [
-                Job("quality-seeds", by_rk45, (method, seed, tolerance), 50)
-                for tolerance in preset.tolerances
-                if method not in SCORE_METHODS
-            ]
-        for name in peers.PEERS:
-            listed += [
-                Job("quality-seeds", by_peer, (name, seed, n), peers.evaluations_of(name, n))
-                for n in (preset.sde_steps if name in peers.SDE else preset.chain_steps)
-                if peers.evaluations_of(name, n) <= preset.max_evaluations
-            ]
+                solver = _SOLVERS[_MULTISTEP if sampler == _LATE else sampler]["solver"]
+                for nfe in preset.evaluations:
+                    steps = -(-nfe // (GRID_SOLVERS[solver].evaluations or 1))
+                    listed.append(job(by_ode, seed, method, sampler, steps, nfe))
+            if method not in SCORE_METHODS:
+                listed += [job(by_ode, seed, method, "rk45", t, 50) for t in preset.tolerances]
+        for name, (method, _) in peers.PEERS.items():
+            for steps in preset.sde_steps if name in peers.SDE else preset.chain_steps:
+                nfe = peers.evaluations_of(name, steps)
+                if nfe <= preset.max_evaluations:
+                    short = name.removeprefix(f"{method}, ")
+                    listed.append(job(by_peer, seed, method, short, steps, nfe))
     return listed
 
 
@@ -77,7 +76,7 @@ def _samplers(method: str, preset: Preset) -> list[str]:
 # ---- measuring --------------------------------------------------------------------------------
 
 
-def training_data(preset: Preset, folder: Path, seed: int) -> list[Row]:
+def training_data(preset: Preset, folder: Path, spec: None, seed: int, **_: Any) -> Row:
     """Figures of training data in place of samples.
 
     In pixels this is about the best that a model can reach. In features it may look too good,
@@ -86,67 +85,37 @@ def training_data(preset: Preset, folder: Path, seed: int) -> list[Row]:
     train = data_of(preset).train
     generator = torch.Generator().manual_seed(seed)
     rows = train[torch.randperm(len(train), generator=generator)[: preset.samples]]
-    figures = figures_of(rows, preset, folder)
-    return [_row("training data", seed, "", 0.0, 0, None, figures)]
+    return _row(None, 0, figures_of(rows, preset, folder))
 
 
 def by_ode(
-    preset: Preset, folder: Path, method: str, seed: int, sampler: str, evaluations: int
-) -> list[Row]:
-    options = _SOLVERS[_MULTISTEP if sampler == _LATE else sampler]
-    steps = -(-evaluations // (GRID_SOLVERS[options["solver"]].evaluations or 1))
-    return _drawn(preset, folder, method, seed, sampler, evaluations, steps=steps, **options)
-
-
-def by_rk45(preset: Preset, folder: Path, method: str, seed: int, tolerance: float) -> list[Row]:
-    both = {"rtol": tolerance, "atol": tolerance}
-    return _drawn(preset, folder, method, seed, "rk45", tolerance, solver="rk45", **both)
-
-
-def _drawn(
-    preset: Preset,
-    folder: Path,
-    method: str,
-    seed: int,
-    sampler: str,
-    setting: float,
-    **options: Any,
-) -> list[Row]:
-    flow, network = methods.load(methods.spec_of(preset, method, seed), preset, folder)
+    preset: Preset, folder: Path, spec: Spec, sampler: str, setting: float, seed: int, **_: Any
+) -> Row:
+    flow, network = methods.load(spec, preset, folder)
+    how: dict[str, Any] = {"solver": "rk45", "rtol": setting, "atol": setting}
+    if sampler != "rk45":
+        how = {**_SOLVERS[_MULTISTEP if sampler == _LATE else sampler], "steps": setting}
     if sampler == _LATE:
         flow = methods.from_pfgm_level(flow, preset)
-    samples, nfe = methods.draw(flow, network, preset, seed, **options)
-    figures = figures_of(samples, preset, folder)
-    return [_row(method, seed, sampler, setting, nfe, flow, figures)]
+    samples, nfe = methods.draw(flow, network, preset, seed, **how)
+    return _row(flow, nfe, figures_of(samples, preset, folder))
 
 
-def by_peer(preset: Preset, folder: Path, name: str, seed: int, steps: int) -> list[Row]:
-    method, sampler = peers.PEERS[name]
-    loaded = methods.load(methods.spec_of(preset, method, seed), preset, folder)
-    samples, nfe = peers.draw(
-        sampler, loaded, preset.samples, steps, seed=seed, batch=preset.sampling_batch
-    )
-    figures = figures_of(samples, preset, folder)
-    short = name.removeprefix(f"{method}, ")
-    return [_row(method, seed, short, steps, nfe, loaded.flow, figures)]
-
-
-def _row(
-    method: str,
-    seed: int,
-    sampler: str,
-    setting: float,
-    nfe: int,
-    flow: Flow | None,
-    figures: dict[str, float],
+def by_peer(
+    preset: Preset, folder: Path, spec: Spec, series: str, setting: int, seed: int, **_: Any
 ) -> Row:
+    loaded = methods.load(spec, preset, folder)
+    sampler, batch = peers.PEERS[series][1], preset.sampling_batch
+    samples, nfe = peers.draw(sampler, loaded, preset.samples, setting, seed=seed, batch=batch)
+    return _row(loaded.flow, nfe, figures_of(samples, preset, folder))
+
+
+def _row(flow: Flow | None, nfe: int, figures: dict[str, float]) -> Row:
     levels = {
         "first_level": flow.first_level if flow else 0.0,
         "last_level": flow.last_level if flow else 0.0,
     }
-    row = {"method": method, "sampler": sampler, "setting": setting, "seed": seed, **levels}
-    series = ", ".join(filter(None, (method, sampler)))
-    return {"series": series, **row, "evaluations": nfe, **figures}
+    return {**levels, "evaluations": nfe, **figures}
 
 
 # ---- tables that follow -----------------------------------------------------------------------
@@ -254,4 +223,4 @@ def draw(tables: Tables, folder: Path) -> None:
         )
 
 
-CLAIM = Claim("quality against evaluations", specs, jobs, derive, draw)
+CLAIM = Claim("quality against evaluations", jobs, derive, draw)

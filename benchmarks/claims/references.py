@@ -56,55 +56,45 @@ def _name(count: int) -> str:
     return "single sample" if count == 0 else f"{count} references"
 
 
-def specs(preset: Preset) -> list[Spec]:
-    return [
-        methods.spec_of(preset, method, seed, references=count)
-        for seed in preset.seeds
-        for method in (PFGM, PLUSPLUS)
-        for count in _counts(preset, method)
-    ]
-
-
 def jobs(preset: Preset) -> list[Job]:
     listed = []
     for method in (PFGM, PLUSPLUS):
         for count in _counts(preset, method):
-            listed += [
-                Job("references-seeds", trained, (method, seed, count), 2 * _STEPS)
-                for seed in preset.seeds
-            ]
-            listed += [
-                Job("references-variance-seeds", target_variance, (method, seed, count), 10)
-                for seed in preset.seeds
-            ]
-    return [*listed, Job("references-steps", step_times, (), 100, alone=True)]
+            for seed in preset.seeds:
+                row = {"method": method, "target": _name(count), "references": count, "seed": seed}
+                spec = methods.spec_of(preset, method, seed, references=count)
+                listed += [
+                    Job("references-seeds", trained, row, spec, 2 * _STEPS),
+                    Job("references-variance-seeds", target_variance, row, None, 10),
+                ]
+    return [*listed, Job("references-steps", step_times, {}, None, 100, alone=True)]
 
 
 # ---- networks ---------------------------------------------------------------------------------
 
 
-def trained(preset: Preset, folder: Path, method: str, seed: int, count: int) -> list[Row]:
-    """Loss, error and quality of a network trained with ``count`` references."""
-    spec = methods.spec_of(preset, method, seed, references=count)
+def trained(
+    preset: Preset,
+    folder: Path,
+    spec: Spec,
+    method: str,
+    target: str,
+    references: int,
+    seed: int,
+) -> Row:
+    """Loss, error and quality of a network trained with so many references."""
     flow, network = methods.load(spec, preset, folder)
     samples, _ = methods.draw(
         flow, network, preset, seed, solver="multistep", schedule="log", steps=_STEPS
     )
-    train = data_of(preset).train.to(preset.device)
-    generator = torch.Generator(preset.device).manual_seed(seed)
+    train = data_of(preset).train
+    generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         loss = methods.loss_of(method, flow)
         error = float(loss(network, evenly_spaced(train, _ROWS), train, generator))
-    row = {
-        "method": method,
-        "target": _name(count),
-        "references": count,
-        "seed": seed,
-        "training_loss": _last_loss(methods.run_of(folder, spec)),
-        # The loss against the target of all data, at the same points for every network.
-        "error": error,
-    }
-    return [{**row, **figures_of(samples, preset, folder)}]
+    # The loss against the target of all data is at the same points for every network.
+    row = {"training_loss": _last_loss(methods.run_of(folder, spec)), "error": error}
+    return row | figures_of(samples, preset, folder)
 
 
 def _last_loss(run: Path) -> float:
@@ -135,7 +125,15 @@ def _target(flow: Flow, x: Tensor, level: Tensor, references: Tensor) -> Tensor:
     return pfgm.posterior_mean(x, references, sigma=level, D=flow.D).flatten(1)
 
 
-def target_variance(preset: Preset, folder: Path, method: str, seed: int, count: int) -> list[Row]:
+def target_variance(
+    preset: Preset,
+    folder: Path,
+    spec: None,
+    method: str,
+    target: str,
+    references: int,
+    seed: int,
+) -> list[Row]:
     """Mean square deviation of a target from that of all data, per value, at each level of noise.
 
     Points and references are chosen as in training: a batch, and references that include it. The
@@ -143,7 +141,7 @@ def target_variance(preset: Preset, folder: Path, method: str, seed: int, count:
     makes the field small near the data.
     """
     data = data_of(preset)
-    train = data.train.to(preset.device)
+    train = data.train
     flow = methods.flow_of(method, preset)
     rows = []
     for place in range(_LEVELS):
@@ -152,27 +150,26 @@ def target_variance(preset: Preset, folder: Path, method: str, seed: int, count:
         squared, exact = [], []
         for part in range(math.ceil(preset.probe_rows / preset.batch_size)):
             generator = torch.Generator().manual_seed(seed_of(seed, place, part))
-            order = torch.randperm(len(train), generator=generator).to(train.device)
+            order = torch.randperm(len(train), generator=generator)
             x = train[order[: preset.batch_size]]
-            levels = torch.full((len(x),), level, device=x.device)
-            draws = torch.Generator(x.device).manual_seed(seed_of(seed, place, part, 1))
+            levels = torch.full((len(x),), level)
+            draws = torch.Generator().manual_seed(seed_of(seed, place, part, 1))
             noisy = x + flow.noise(levels, draws)
-            around = train if count >= len(train) else train[order[:count]]
-            target = _target(flow, noisy, levels, around) if count else x.flatten(1)
+            around = train if references >= len(train) else train[order[:references]]
+            learnt = _target(flow, noisy, levels, around) if references else x.flatten(1)
             exact.append(_target(flow, noisy, levels, train))
-            squared.append((target - exact[-1]).square().sum(1) / flow.N)
-        row = {"method": method, "target": _name(count), "references": count, "seed": seed}
+            squared.append((learnt - exact[-1]).square().sum(1) / flow.N)
         field = float(torch.cat(exact).square().sum(1).mean()) / flow.N
         unit = field if method == PFGM else data.rms**2
         variance = float(torch.cat(squared).mean()) / unit
-        rows.append({**row, "level": level, "variance": variance})
+        rows.append({"level": level, "variance": variance})
     return rows
 
 
 # ---- time -------------------------------------------------------------------------------------
 
 
-def step_times(preset: Preset, folder: Path) -> list[Row]:
+def step_times(preset: Preset, folder: Path, spec: None) -> list[Row]:
     """Times of a whole training step in turns: medians, and ratios within a turn."""
     paths: dict[tuple[str, int, str], Callable[[], None]] = {}
     size, N = len(data_of(preset).train), data_of(preset).train[0].numel()
@@ -204,13 +201,11 @@ def _step(
 ) -> Callable[[], None]:
     """A training step: batch, perturbation, target, network, gradients and Adam."""
     flow = methods.flow_of(method, preset)
-    device = torch.device(preset.device)
-    train = data_of(preset).train.to(device)
-    batches = Batches(train, None, size=preset.batch_size, references=count, seed=0, device=device)
+    train, cpu = data_of(preset).train, torch.device("cpu")
+    batches = Batches(train, None, size=preset.batch_size, references=count, seed=0, device=cpu)
     network = methods.network_of(methods.spec_of(preset, method, 0), preset, flow)
-    network = network.to(preset.device)
     optimiser = torch.optim.Adam(network.parameters(), lr=1e-4)
-    generator = torch.Generator(device).manual_seed(0)
+    generator = torch.Generator().manual_seed(0)
     loss_of_batch = methods.loss_of(method, flow)
     steps = itertools.count()
 
@@ -223,8 +218,6 @@ def _step(
         optimiser.zero_grad()
         loss.backward()
         optimiser.step()
-        if preset.device == "cuda":
-            torch.cuda.synchronize()
 
     return run
 
@@ -281,40 +274,22 @@ def draw(tables: Tables, folder: Path) -> None:
             title=f"{method}: variance {quantity} that is learnt",
         )
     means = tables["references-means"]
-    bars(
-        _by_target(means, "frechet_pixels"),
-        folder / "references.png",
-        ylabel="Fréchet distance, pixels",
-        title="Quality by references",
-    )
-    bars(
-        _by_target(means, "error", relative=True),
-        folder / "references-error.png",
-        ylabel="loss / with all data",
-        title="What is not learnt",
-    )
-    times: dict[str, dict[str, tuple[float, float]]] = {}
-    for row in tables["references-steps"]:
-        group = row["method"] + ("" if row["path"] == "pfgm" else ", published formula")
-        times.setdefault(group, {})[row["target"]] = row["milliseconds"], 0.0
-    bars(
-        times,
-        folder / "references-time.png",
-        ylabel="milliseconds",
-        title="Time of a training step",
-    )
+    of = "method", "target"
+    path, title = folder / "references.png", "Quality by references"
+    bars(means, *of, "frechet_pixels", path, "Fréchet distance, pixels", title)
+    most = {row["method"]: row["error"] for row in means}  # the last has the most references
+    errors = [
+        {**row, **{n: row[n] / most[row["method"]] for n in ("error", "error_spread")}}
+        for row in means
+    ]
+    path, title = folder / "references-error.png", "What is not learnt"
+    bars(errors, *of, "error", path, "loss / with all data", title)
+    times = [
+        {**row, "method": row["method"] + ("" if row["path"] == "pfgm" else f", {row['path']}")}
+        for row in tables["references-steps"]
+    ]
+    path, title = folder / "references-time.png", "Time of a training step"
+    bars(times, *of, "milliseconds", path, "milliseconds", title)
 
 
-def _by_target(
-    means: list[Row], figure: str, *, relative: bool = False
-) -> dict[str, dict[str, tuple[float, float]]]:
-    """A figure and its spread by method and target, or relative to the most references."""
-    values: dict[str, dict[str, tuple[float, float]]] = {}
-    for row in means:
-        unit = select(means, method=row["method"])[-1][figure] if relative else 1.0
-        value = row[figure] / unit, row[f"{figure}_spread"] / unit
-        values.setdefault(row["method"], {})[row["target"]] = value
-    return values
-
-
-CLAIM = Claim("reference batch", specs, jobs, derive, draw)
+CLAIM = Claim("reference batch", jobs, derive, draw)

@@ -23,13 +23,15 @@ LATE = "EDM from z_max"
 _LEFT_OUT = "PFGM++ 2048"  # like EDM, and there are seven colours
 
 
-def specs(preset: Preset) -> list[Spec]:
-    return [methods.spec_of(preset, m, seed) for seed in preset.seeds for m in preset.methods]
-
-
 def jobs(preset: Preset) -> list[Job]:
     return [
-        Job("step-size-seeds", by_euler, (method, seed, grid, steps), steps)
+        Job(
+            "step-size-seeds",
+            by_euler,
+            {"method": method, "grid": grid, "steps": steps, "seed": seed},
+            methods.spec_of(preset, method.removesuffix(" from z_max"), seed),
+            steps,
+        )
         for seed in preset.seeds
         for method in (*preset.methods, LATE)
         for grid in preset.euler_grids
@@ -51,10 +53,9 @@ def levels(flow: Flow, grid: str, steps: int) -> list[float]:
 
 
 def by_euler(
-    preset: Preset, folder: Path, method: str, seed: int, grid: str, steps: int
-) -> list[Row]:
-    trained = method.removesuffix(" from z_max")
-    flow, network = methods.load(methods.spec_of(preset, trained, seed), preset, folder)
+    preset: Preset, folder: Path, spec: Spec, method: str, grid: str, steps: int, seed: int
+) -> Row:
+    flow, network = methods.load(spec, preset, folder)
     if method == LATE:
         flow = methods.from_pfgm_level(flow, preset)
     samples, nfe = methods.draw(
@@ -66,9 +67,8 @@ def by_euler(
         solver="euler",
         schedule=levels(flow, grid, steps),
     )
-    row = {"method": method, "grid": grid, "steps": steps, "seed": seed, "evaluations": nfe}
-    row |= {"first_level": flow.first_level, "last_level": flow.last_level}
-    return [{**row, **figures_of(samples, preset, folder)}]
+    row = {"evaluations": nfe, "first_level": flow.first_level, "last_level": flow.last_level}
+    return row | figures_of(samples, preset, folder)
 
 
 def derive(tables: Tables, preset: Preset) -> Tables:
@@ -106,4 +106,4 @@ def draw(tables: Tables, folder: Path) -> None:
         )
 
 
-CLAIM = Claim("step size", specs, jobs, derive, draw)
+CLAIM = Claim("step size", jobs, derive, draw)

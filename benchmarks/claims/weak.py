@@ -16,68 +16,54 @@ from benchmarks.claims.measures import FIGURES, figures_of
 from benchmarks.claims.methods import Spec
 from benchmarks.claims.pictures import bars
 from benchmarks.claims.presets import Preset
-from benchmarks.common.rows import Row, grouped, over_seeds, relative
+from benchmarks.common.rows import Row, over_seeds, relative
 
 _SHARE = {"half width": 2, "quarter width": 4}
-_ODE = "multistep, log"
+_ODE, _EARLY = "multistep, log", "stopped early"
 _BY = ("method", "sampler", "network")
-
-
-def _spec(preset: Preset, method: str, seed: int, network: str) -> Spec:
-    width = preset.width // _SHARE.get(network, 1)
-    return methods.spec_of(preset, method, seed, width=width)
-
-
-def specs(preset: Preset) -> list[Spec]:
-    return [
-        _spec(preset, method, seed, network)
-        for seed in preset.seeds
-        for method in preset.weak_methods
-        for network in preset.weak_networks
-    ]
 
 
 def jobs(preset: Preset) -> list[Job]:
     listed = []
     for seed in preset.seeds:
         for network in preset.weak_networks:
-            listed += [
-                Job("weak-seeds", by_ode, (method, seed, network), preset.weak_evaluations)
-                for method in preset.weak_methods
-            ]
-            listed += [
-                Job("weak-seeds", by_sde, (name, seed, network), 2 * preset.weak_sde_steps)
-                for name in peers.SDE
-                if peers.PEERS[name][0] in preset.weak_methods
-            ]
+            runs = [(each, _ODE, by_ode, preset.weak_evaluations) for each in preset.weak_methods]
+            for name in peers.SDE:
+                method = peers.PEERS[name][0]
+                if method in preset.weak_methods:
+                    short = name.removeprefix(f"{method}, ")
+                    runs.append((method, short, by_sde, 2 * preset.weak_sde_steps))
+            for method, sampler, run, cost in runs:
+                width = preset.width // _SHARE.get(network, 1)
+                spec = methods.spec_of(preset, method, seed, width=width)
+                row = {"method": method, "sampler": sampler, "network": network, "seed": seed}
+                listed.append(Job("weak-seeds", run, row, spec, cost))
     return listed
 
 
-def by_ode(preset: Preset, folder: Path, method: str, seed: int, network: str) -> list[Row]:
-    early = network == "stopped early"
-    loaded = methods.load(_spec(preset, method, seed, network), preset, folder, early=early)
+def by_ode(
+    preset: Preset, folder: Path, spec: Spec, method: str, sampler: str, network: str, seed: int
+) -> Row:
+    loaded = methods.load(spec, preset, folder, early=network == _EARLY)
     samples, _ = methods.draw(
         *loaded, preset, seed, solver="multistep", schedule="log", steps=preset.weak_evaluations
     )
-    row = {"method": method, "sampler": _ODE, "network": network, "seed": seed}
-    return [{**row, **figures_of(samples, preset, folder)}]
+    return figures_of(samples, preset, folder)
 
 
-def by_sde(preset: Preset, folder: Path, name: str, seed: int, network: str) -> list[Row]:
-    method, sampler = peers.PEERS[name]
-    early = network == "stopped early"
-    loaded = methods.load(_spec(preset, method, seed, network), preset, folder, early=early)
+def by_sde(
+    preset: Preset, folder: Path, spec: Spec, method: str, sampler: str, network: str, seed: int
+) -> Row:
+    loaded = methods.load(spec, preset, folder, early=network == _EARLY)
     samples, _ = peers.draw(
-        sampler,
+        peers.PEERS[f"{method}, {sampler}"][1],
         loaded,
         preset.samples,
         preset.weak_sde_steps,
         seed=seed,
         batch=preset.sampling_batch,
     )
-    short = name.removeprefix(f"{method}, ")
-    row = {"method": method, "sampler": short, "network": network, "seed": seed}
-    return [{**row, **figures_of(samples, preset, folder)}]
+    return figures_of(samples, preset, folder)
 
 
 def derive(tables: Tables, preset: Preset) -> Tables:
@@ -97,15 +83,11 @@ def draw(tables: Tables, folder: Path) -> None:
         "weak-loss": ("weak-relative", "/ the full network's", "Loss by weaker networks"),
     }
     for name, (table, ylabel, title) in pictures.items():
-        groups = grouped(tables[table], ["method", "sampler"])
-        values = {
-            method if sampler == _ODE else f"{method}, {sampler}": {
-                row["network"]: (row["frechet_pixels"], row["frechet_pixels_spread"])
-                for row in rows
-            }
-            for (method, sampler), rows in groups.items()
-        }
-        bars(values, folder / f"{name}.png", ylabel=ylabel, title=title)
+        rows = [
+            {**row, "group": f"{row['method']}, {row['sampler']}".removesuffix(f", {_ODE}")}
+            for row in tables[table]
+        ]
+        bars(rows, "group", "network", "frechet_pixels", folder / f"{name}.png", ylabel, title)
 
 
-CLAIM = Claim("weak networks", specs, jobs, derive, draw)
+CLAIM = Claim("weak networks", jobs, derive, draw)

@@ -22,6 +22,7 @@ from benchmarks.common.rows import Row, grouped, mean_of
 from benchmarks.common.study import Study, run
 from pfgm.cli import demo
 from pfgm.evaluation import RUNS, draw_samples
+from pfgm.solvers import GRID_SOLVERS
 
 SEEDS = (0, 1, 2)
 STEPS = (3, 5, 8, 10, 20, 40, 100)
@@ -36,9 +37,9 @@ SOLVERS: dict[str, dict[str, Any]] = {
 def settings(options: argparse.Namespace) -> Iterator[Row]:
     """Solvers with their steps, and rk45 with its tolerances."""
     for name, solver in SOLVERS.items():
-        for steps in STEPS:
-            halved = solver["solver"] == "heun"  # which evaluates twice a step
-            yield {"run": name, "setting": (steps + 1) // 2 if halved else steps}
+        for evaluations in STEPS:
+            each = GRID_SOLVERS[solver["solver"]].evaluations or 1
+            yield {"run": name, "setting": -(-evaluations // each)}
     yield from ({"run": "rk45", "setting": tolerance} for tolerance in TOLERANCES)
 
 

@@ -14,6 +14,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -83,7 +84,7 @@ def in_this_process(monkeypatch):
 
     def one_by_one(chosen, preset, folder, workers):
         for job in chosen:
-            yield job, job.run(preset, folder, *job.arguments)
+            yield job, job.rows(preset, folder)
 
     monkeypatch.setattr(jobs, "_in_processes", one_by_one)
 
@@ -296,7 +297,8 @@ def test_variance_of_targets(folder):
     data = measures.data_of(preset)
 
     def variances(count):
-        rows = references.target_variance(preset, folder, "PFGM++ 128", 0, count)
+        setting = {"method": "PFGM++ 128", "target": "", "references": count, "seed": 0}
+        rows = references.target_variance(preset, folder, None, **setting)
         return [row["variance"] for row in rows]
 
     single, some, many, all_data = map(variances, (0, 64, 512, len(data.train)))
@@ -312,7 +314,8 @@ def test_bits_of_a_gaussian_are_its_entropy_on_its_own_data(folder):
 
     preset = dataclasses.replace(MINIATURE, likelihood_rows=2000)
     train = methods.dequantised(preset).flatten(1).double()
-    (row,) = likelihood.by_gaussian(preset, folder, 0, "train")
+    setting = {"model": "Gaussian", "data": "train", "seed": 0}
+    row = likelihood.by_gaussian(preset, folder, None, **setting)
     n, N = train.shape
     nats = 0.5 * (N * math.log(2 * math.pi) + float(train.T.cov().logdet()) + N * (n - 1) / n)
     assert row["bits_per_dim"] == pytest.approx(nats / (N * math.log(2)) + math.log2(17 / 2))
@@ -383,25 +386,29 @@ def test_pictures_are_saved_with_their_data(tmp_path):
     assert (tmp_path / "f.png").exists()
     pictures.curves(rows[-1:], "name", "D", "f", tmp_path / "f.png", **words)
     assert not (tmp_path / "f.png").exists()
-    values = {"PFGM": {"full": (1.0, 0.1), "half": (2.0, 0.0)}, "EDM": {"full": (1.5, 0.2)}}
-    pictures.bars(values, tmp_path / "b.png", ylabel="f", title="t")
+    values = [
+        {"method": "PFGM", "network": "full", "f": 1.0, "f_spread": 0.1},
+        {"method": "PFGM", "network": "half", "f": 2.0},
+        {"method": "EDM", "network": "full", "f": 1.5, "f_spread": 0.2},
+    ]
+    pictures.bars(values, "method", "network", "f", tmp_path / "b.png", "f", "t")
     assert [row["value"] for row in rows_of(tmp_path / "b.csv")] == ["1", "2", "1.5"]
     assert (tmp_path / "b.png").exists()
 
 
-def counted(preset, folder, value):
+def counted(preset, folder, spec, value):
     with (folder / "calls").open("a") as file:
         file.write(f"{value}\n")
     if value == "bad" and not (folder / "mended").exists():
         raise RuntimeError("it is bad")
-    return [{"value": value}]
+    return {}
 
 
 def test_stored_measurements_are_not_repeated(tmp_path):
     chosen = [
-        jobs.Job("table", counted, ("a",), cost=3),
-        jobs.Job("table", counted, ("bad",), cost=2),
-        jobs.Job("times", counted, ("b",), alone=True),
+        jobs.Job("table", counted, {"value": "a"}, cost=3),
+        jobs.Job("table", counted, {"value": "bad"}, cost=2),
+        jobs.Job("times", counted, {"value": "b"}, alone=True),
     ]
     with pytest.raises(RuntimeError, match="it is bad"):
         jobs.measured_tables(chosen, MINIATURE, tmp_path, title="t", workers=1)
@@ -440,16 +447,19 @@ def test_the_classifier_learns(tmp_path):
 @pytest.mark.slow
 def test_jobs_in_processes_give_the_same_rows(folder, monkeypatch):
     monkeypatch.undo()
-    chosen = [jobs.Job("quality", quality.training_data, (seed,)) for seed in (0, 1)]
+    chosen = [jobs.Job("quality", quality.training_data, {"seed": seed}) for seed in (0, 1)]
     results = list(jobs.run_jobs(chosen, MINIATURE, folder, title="t", workers=2))
     assert len(results) == 2
     for job, rows in results:
-        assert rows == job.run(MINIATURE, folder, *job.arguments)
+        assert rows == job.rows(MINIATURE, folder)
 
 
 def test_an_error_in_a_process_ends_the_run(folder, monkeypatch):
     monkeypatch.undo()
-    chosen = [jobs.Job("quality", quality.by_peer, ("no such sampler", 0, 1))]
+    spec = methods.spec_of(MINIATURE, "VP", 0)
+    setting = {"series": "no such sampler", "setting": 1, "seed": 0}
+    methods.train(spec, MINIATURE, folder)
+    chosen = [jobs.Job("quality", quality.by_peer, setting, spec)]
     with pytest.raises(KeyError, match="no such sampler"):
         list(jobs.run_jobs(chosen, MINIATURE, folder, title="t", workers=1))
 
@@ -608,3 +618,13 @@ def test_published_figures_are_complete(place, preset, seeds, name):
         assert rows_of(path.with_suffix(".csv"))
     numbers = {row["seed"] for row in rows_of(folder / f"{name}-seeds.csv")}
     assert numbers == {str(seed) for seed in range(seeds)}
+
+
+@pytest.mark.parametrize(("chosen", "expected"), [("", "native"), ("torch", "torch")])
+def test_claims_name_their_backend(monkeypatch, tmp_path, chosen, expected):
+    """As studies do; a backend that is named is kept."""
+    monkeypatch.setenv("PFGM_BACKEND", chosen)
+    monkeypatch.setattr(command_line, "prepare", lambda *_: sys.exit())
+    with pytest.raises(SystemExit):
+        command_line.run(SimpleNamespace(workers=1), MINIATURE, tmp_path)
+    assert os.environ["PFGM_BACKEND"] == expected
