@@ -266,7 +266,8 @@ def _remembering(evaluate, most=256):
     def content(value):
         if not isinstance(value, torch.Tensor):
             return value if np.isscalar(value) else np.asarray(value).tobytes()
-        flat = value.detach().contiguous().view(-1).view(torch.uint8)
+        flat = value.detach().clone(memory_format=torch.contiguous_format)
+        flat = flat.view(-1).view(torch.uint8)
         return value.dtype, value.shape, hashlib.sha256(flat.numpy()).digest()
 
     def remembered(*arguments):
@@ -335,7 +336,7 @@ def one_calls(monkeypatch):
 
 @pytest.fixture
 def operators(monkeypatch):
-    """The operators that the functions of :mod:`pfgm.ops.eager` called, by name."""
+    """The operators that the public functions called, by name."""
     names = []
     for module in (posterior_mean, normalised_field, ode_step):
         for name in ("compute", "compute_into"):

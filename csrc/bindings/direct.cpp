@@ -1,7 +1,7 @@
 // posterior_mean, field_fn and a step of the ODE, each from its arguments to its result in one
 // call, on the CPU, or on a CUDA device if a place is given.
 // pfgm/backends/native_calls.py calls them with positional arguments, which cost least. Tensors are
-// contiguous; 0 is the address of one that is absent.
+// contiguous, but for the rows of references; 0 is the address of one that is absent.
 //
 // A call returns false where an argument is not allowed. Its outputs are then undefined, and the
 // caller takes the way through the operators, which says what is wrong. Values on a device are not
@@ -30,7 +30,7 @@ bool other_backend() {
   return name != nullptr && *name != '\0' && std::strcmp(name, "native") != 0;
 }
 
-// From a number, or from (address, type, distance between rows).
+// From a number, or from (address, type, distance between rows, tensor).
 Level level_from(const py::handle& level) {
   if (PyFloat_Check(level.ptr())) return {PyFloat_AS_DOUBLE(level.ptr()), nullptr, Type(), 0};
   const auto values = py::reinterpret_borrow<py::tuple>(level);
@@ -106,13 +106,13 @@ void mean_on_gpu(Problem problem, const Level& level, double factor, const Resul
 // keeps. Radii are level × factor. `place` is None, or a device, a stream and the function that
 // allocates.
 bool direct_mean(Index queries, Index references, Index features, int type, int reference_type,
-                 Address x, Address y, const py::handle& level, const py::object& sketch,
-                 int threads, [[maybe_unused]] const py::object& place, double factor,
-                 double dimensions, double gamma, Address result, Address logsumexp,
+                 Address x, Address y, Index y_stride, const py::handle& level,
+                 const py::object& sketch, int threads, [[maybe_unused]] const py::object& place,
+                 double factor, double dimensions, double gamma, Address result, Address logsumexp,
                  Address field_z) {
   if (other_backend()) return false;
   const Problem problem = pfgm::problem(
-      type, reference_type, queries, references, features, x, features, y, features, 0, dimensions,
+      type, reference_type, queries, references, features, x, features, y, y_stride, 0, dimensions,
       threads, sketch.is_none() ? 0 : sketch.attr("data_ptr")().cast<Address>(), 0, field_z != 0);
   const Results out = {result, logsumexp, field_z, gamma};
 #ifdef PFGM_HAS_CUDA

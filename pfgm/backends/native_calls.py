@@ -1,8 +1,8 @@
 """posterior_mean, field_fn and the steps of the ODE, each in one call of the extension.
 
-:mod:`pfgm.ops.eager` decides whether they may be called. The functions here bring the arguments of
-the public functions into the form that the extension takes. They return None for arguments that are
-not allowed and for layouts that the kernels do not read.
+:mod:`pfgm.ops.eager` decides whether they may be called. The functions here convert the arguments
+of the public functions to what the extension takes: contiguous tensors in float32 or float64. They
+return None for arguments that are not allowed.
 
 On a GPU, values are not checked and nothing waits for it. Levels in tensors on the GPU stay there.
 """
@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from ..common.checks import as_float
-from ..common.tensors import mark_written, unfilled
+from ..common.tensors import HALF, contiguous_features, flat_rows, mark_written, unfilled
 from . import native
 
 EULER, HEUN, MULTISTEP = 0, 1, 2
@@ -40,8 +40,9 @@ _empty_like, _threads = torch.empty_like, torch.get_num_threads
 # ---- arguments -------------------------------------------------------------------------------
 
 
-def _level(value: Any, B: int, dimensions: int) -> float | tuple[int, int, int] | None:
-    """A level of points (B, *S) as the extension takes it: a number, or address, type and stride.
+def _level(value: Any, B: int, dimensions: int) -> float | tuple[int, int, int, Tensor] | None:
+    """A level of points (B, *S) as the extension takes it: a number, or address, type and stride
+    of a tensor, which comes last to stay in memory.
 
     A tensor is one value, (B,), or (B, 1, …, 1) with as many dimensions as the points.
     """
@@ -49,14 +50,18 @@ def _level(value: Any, B: int, dimensions: int) -> float | tuple[int, int, int] 
         return value
     if type(value) is int:
         return as_float(value)
-    if type(value) is not Tensor or (kind := _POINTS.get(value.dtype)) is None:
+    if type(value) is not Tensor:
+        return None
+    if value.dtype in HALF:
+        value = value.float()
+    if (kind := _POINTS.get(value.dtype)) is None:
         return None
     own = value.ndim
     if own == 0:
-        return value.data_ptr(), kind, 0
+        return value.data_ptr(), kind, 0, value
     if value.numel() != B or not (own == 1 or (own == dimensions and value.shape[0] == B)):
         return None
-    return value.data_ptr(), kind, 1 if value.is_contiguous() else value.stride()[0]
+    return value.data_ptr(), kind, 1 if value.is_contiguous() else value.stride()[0], value
 
 
 _supported: set[tuple[torch.device, torch.dtype, torch.dtype | None]] = set()
@@ -84,18 +89,20 @@ def _sketch(sketch_of: SketchOf, x: Tensor, references: Tensor) -> Tensor | None
 
 def _problem(
     gpu: torch.device | None,
-    x: Tensor,
+    x: Any,
     references: Any,
     level: Any,
     sketch_of: SketchOf | None,
 ) -> tuple[Any, ...] | None:
-    """What the calls begin with: B, M, N, types, addresses, level and how to compute.
+    """The points and references as the kernels read them, and what the calls begin with: B, M, N,
+    types, addresses and strides, level and how to compute.
 
     The sketch is passed as a tensor: a set may drop its own while the kernels read it.
     """
     if type(x) is not Tensor or type(references) is not Tensor:
         return None
-    dtype, reference_dtype, shape, other = x.dtype, references.dtype, x.shape, references.shape
+    dtype = torch.float32 if x.dtype in HALF else x.dtype
+    reference_dtype, shape, other = references.dtype, x.shape, references.shape
     kind, reference_kind = _POINTS.get(dtype), native.TYPES.get(reference_dtype)
     if kind is None or reference_kind is None or not shape or not other:
         return None
@@ -104,29 +111,35 @@ def _problem(
         sample != other_sample  # lists are compared sooner than parts of a torch.Size
         or not values
         or not M
-        or not x.is_contiguous()
-        or not references.is_contiguous()
         or (radius := _level(level, B, len(shape))) is None
+        or (
+            gpu is not None and (sketch_of is not None or not _runs_on(gpu, dtype, reference_dtype))
+        )
     ):
-        return None
+        return None  # a set on a GPU is computed in chunks, of which the results are merged
+    N = values // B
+    if x.dtype is not dtype or not x.is_contiguous():
+        x = x.to(dtype).contiguous()
+    rows, stride = references, N
+    if not references.is_contiguous():
+        rows = contiguous_features(flat_rows(references))
+        stride = rows.stride(0)
     sketch, place = None, None
-    if gpu is None:
-        if sketch_of is not None:
-            sketch = _sketch(sketch_of, x, references)
-    # A set on a GPU is computed in chunks, of which the results are merged.
-    elif sketch_of is not None or not _runs_on(gpu, dtype, reference_dtype):
-        return None
-    else:
-        allocate = functools.partial(unfilled, device=gpu)
-        place = *native.current_stream(gpu), allocate
+    if gpu is not None:
+        place = *native.current_stream(gpu), functools.partial(unfilled, device=gpu)
+    elif sketch_of is not None:
+        sketch = _sketch(sketch_of, x, references)
     return (
+        x,
+        rows,
         B,
         M,
-        values // B,
+        N,
         kind,
         reference_kind,
         x.data_ptr(),
-        references.data_ptr(),
+        rows.data_ptr(),
+        stride,
         radius,
         sketch,
         _threads(),
@@ -136,31 +149,32 @@ def _problem(
 
 def posterior_mean(
     gpu: torch.device | None,
-    x: Tensor,
+    x: Any,
     references: Any,
     level: Any,
     factor: float,
-    D: Any,
+    D: float,
     with_logsumexp: bool,
     sketch_of: SketchOf | None,
 ) -> tuple[Tensor, Tensor | None] | None:
-    """The mean (B, *S), and the log-sum-exp (B,) if it is wanted. r is the level times the factor.
+    """The mean (B, *S), and the log-sum-exp (B,) if it is wanted.
 
-    D is finite. Diffusion takes the way through the operator.
+    The level times the factor is r, or σ at D = ∞.
     """
     problem = _problem(gpu, x, references, level, sketch_of)
     if problem is None:
         return None
+    x, _, *arguments = problem
     mean = _empty_like(x)
-    logsumexp = x.new_empty(problem[0], dtype=torch.float64) if with_logsumexp else None
+    logsumexp = x.new_empty(len(x), dtype=torch.float64) if with_logsumexp else None
     results = mean.data_ptr(), native.address(logsumexp), 0
-    done = _native.direct_mean(*problem, factor, D, 0.0, *results)
+    done = _native.direct_mean(*arguments, factor, D, 0.0, *results)
     return (mean, logsumexp) if done else None
 
 
 def field(
     gpu: torch.device | None,
-    x: Tensor,
+    x: Any,
     references: Any,
     z: Any,
     gamma: Any,
@@ -170,9 +184,10 @@ def field(
     problem = _problem(gpu, x, references, z, sketch_of)
     if problem is None:
         return None
-    field_x, field_z = _empty_like(x), x.new_empty(problem[0])
+    x, _, *arguments = problem
+    field_x, field_z = _empty_like(x), x.new_empty(len(x))
     results = field_x.data_ptr(), 0, field_z.data_ptr()
-    done = _native.direct_mean(*problem, 1.0, 1.0, gamma, *results)
+    done = _native.direct_mean(*arguments, 1.0, 1.0, gamma, *results)
     return (field_x, field_z) if done else None
 
 
@@ -206,7 +221,10 @@ def step(
         with_mean: whether the mean is wanted, from a field.
     """
     gamma, z_exp, substitution = law
-    kind, shape = _POINTS.get(x.dtype) if type(x) is Tensor else None, getattr(x, "shape", ())
+    if type(x) is not Tensor:
+        return None
+    dtype, shape = torch.float32 if x.dtype in HALF else x.dtype, x.shape
+    kind = _POINTS.get(dtype)
     if (
         kind is None
         or not shape
@@ -216,24 +234,35 @@ def step(
         or substitution not in _SUBSTITUTIONS
         or type(gamma) not in _NUMBERS
         or type(z_exp) not in _NUMBERS
-        or not x.is_contiguous()
-        or (gpu is not None and not _runs_on(gpu, x.dtype, None))
+        or (gpu is not None and not _runs_on(gpu, dtype, None))
     ):
         return None
-    dtype, B = x.dtype, shape[0]
-    for rows in (slope, history, out, mean_out, field_z):
+    B = shape[0]
+    arrays: list[Any] = []  # as the kernels read them
+    for rows in (x, slope, field_z, history):
+        if rows is not None:
+            if (
+                type(rows) is not Tensor
+                or not rows.is_floating_point()
+                or rows.shape != (shape if rows is not field_z else shape[:1])
+            ):
+                return None
+            if rows.dtype is not dtype or not rows.is_contiguous():
+                rows = rows.to(dtype).contiguous()
+        arrays.append(rows)
+    for rows in (out, mean_out):
         if rows is not None and (
             type(rows) is not Tensor
-            or rows.dtype is not dtype
-            or rows.shape != (shape if rows is not field_z else shape[:1])
+            or not x.dtype is dtype is rows.dtype
+            or rows.shape != shape
             or not rows.is_contiguous()
         ):
             return None
     levels = [_level(level, B, len(shape)) for level in (z, z_next, z_previous)]
     if None in levels:
         return None
-    result = _empty_like(x) if out is None else out
-    mean = _empty_like(x) if with_mean and mean_out is None else mean_out
+    result = _empty_like(arrays[0]) if out is None else out
+    mean = _empty_like(arrays[0]) if with_mean and mean_out is None else mean_out
     by_row = gpu is not None and tuple in map(type, levels)
     row_levels = torch.empty(3, B, dtype=torch.float64, device=gpu) if by_row else None
     done = _native.direct_step(
@@ -241,10 +270,7 @@ def step(
         kind,
         B,
         x.numel() // B,
-        x.data_ptr(),
-        slope.data_ptr(),
-        0 if field_z is None else field_z.data_ptr(),
-        0 if history is None else history.data_ptr(),
+        *(0 if rows is None else rows.data_ptr() for rows in arrays),
         *levels,
         gamma,
         z_exp,
@@ -257,6 +283,8 @@ def step(
     if not done:
         return None
     mark_written(out, mean_out)
+    if x.dtype is not dtype:
+        result, mean = result.to(x.dtype), None if mean is None else mean.to(x.dtype)
     return result, mean
 
 

@@ -20,14 +20,14 @@ from ..common.checks import (
     is_symbolic,
     layout_hint,
 )
-from ..common.tensors import flat_rows, over_samples
+from ..common.tensors import HALF, flat_rows, over_samples
 from ..common.transforms import in_torch_func
 from ..ops import PosteriorMean, eager
 from ..references import References, ReferenceSet
 from ..references import posterior_mean as over_set
 from .levels import per_query
 
-_QUERY_DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+_QUERY_DTYPES = (torch.float32, torch.float64, *HALF)
 
 
 def _refuse(function: str, arguments: Iterable[str]) -> NoReturn:
@@ -97,8 +97,11 @@ def _radius(x: Tensor, r: Tensor | float | None, sigma: Tensor | float | None, D
     if r is not None:
         return per_query("r", r, x)
     assert sigma is not None
-    scale = 1.0 if D > LARGEST else math.sqrt(D)
-    return per_query("sigma", sigma, x) * scale
+    return per_query("sigma", sigma, x) * _radius_of_unit_sigma(D)
+
+
+def _radius_of_unit_sigma(D: float) -> float:
+    return 1.0 if D > LARGEST else math.sqrt(D)
 
 
 def _flatten(samples: Tensor) -> Tensor:
@@ -119,19 +122,19 @@ def _flat_mean(
     With ``difference``, x − mean is in place of the mean. Nearest and total have no gradient
     (:class:`~pfgm.core.problems.State`).
     """
-    flat = _flatten(x)
-    if flat.dtype in (torch.bfloat16, torch.float16):
-        flat = flat.float()
+    points = x.float() if x.dtype in HALF else x
+    flat = _flatten(points)
     if isinstance(references, ReferenceSet):
         part = references.part
         return flat, *over_set.compute(flat, radius, part, D, backend, difference)
-    if torch.compiler.is_compiling() and not in_torch_func():
-        points = x if flat.dtype == x.dtype else x.float()  # see pfgm.ops.posterior_mean
-        problem = PosteriorMean(points, references, radius, D, difference=difference)
-        return flat, *ops.posterior_mean.compute(problem, backend)
-    rows = _flatten(references)
-    problem = PosteriorMean(flat, rows, radius, D, difference=difference)
-    return flat, *eager.posterior_mean(problem, backend)
+    problem = PosteriorMean(flat, _flatten(references), radius, D, difference=difference)
+    if (results := eager.differentiated(problem, backend)) is None:
+        if torch.compiler.is_compiling() and not in_torch_func():
+            problem = problem._replace(
+                x=points, references=references
+            )  # see pfgm.ops.posterior_mean
+        results = ops.posterior_mean.compute(problem, backend)
+    return flat, *results
 
 
 @overload
@@ -225,10 +228,14 @@ def posterior_mean(
     if removed:
         _refuse("posterior_mean", removed)
     # First in one call, which answers None wherever it does not apply or an argument is wrong.
-    if (r is None) != (sigma is None) and type(D) in (float, int) and 0 < D <= LARGEST:
-        level, factor = (r, 1.0) if sigma is None else (sigma, math.sqrt(D))
+    if (
+        (r is None) != (sigma is None)
+        and type(D) in (float, int)
+        and 0 < D <= (LARGEST if sigma is None else math.inf)
+    ):
+        level, factor = (r, 1.0) if sigma is None else (sigma, _radius_of_unit_sigma(D))
         rows, sketch_of = _in_one(references)
-        options = factor, D, return_logsumexp, sketch_of
+        options = factor, as_float(D), return_logsumexp, sketch_of
         results = eager.one_call("posterior_mean", backend, (x, rows, level), options)
         if results is not None:
             mean, logsumexp = results
@@ -296,7 +303,7 @@ def field_fn(
     check_at_least_0("gamma", gamma)
     radius = per_query("z", z, x)
     _, difference, *_ = _flat_mean(x, references, radius, 1.0, backend, True)
-    field_x, field_z = eager.normalised_field(difference, radius, gamma, backend)
+    field_x, field_z = ops.normalised_field.compute(difference, radius, gamma, backend)
     return field_x.reshape(x.shape), field_z
 
 

@@ -29,12 +29,12 @@ import torch
 from torch import Tensor
 
 from ..common.checks import check_at_least_0, check_dense
+from ..common.tensors import HALF
 from ..ops import OdeStep, eager, ode_step
 from ..ops.eager import EULER, HEUN, MULTISTEP
 from .levels import Level, per_query, step_levels
 
-_HALF = (torch.bfloat16, torch.float16)
-_DTYPES = (torch.float32, torch.float64, *_HALF)
+_DTYPES = (torch.float32, torch.float64, *HALF)
 _SUBSTITUTIONS = ("exact", "published")
 
 
@@ -288,7 +288,7 @@ def _step(
         if out is not None or mean_out is not None:
             result = _compute_into(out, mean_out, x, step, with_mean, backend)
         else:
-            x_next, mean = eager.ode_step(step, with_mean, None, None, backend)
+            x_next, mean = ode_step.compute(step, with_mean, backend)
             mean = None if mean is None else mean.reshape(x.shape).to(x.dtype)
             result = x_next.reshape(x.shape).to(x.dtype), mean
     return (result[0], prediction) if return_mean and isinstance(prediction, Tensor) else result
@@ -375,7 +375,7 @@ def _flat_step(
     law: tuple[float, float, str],
 ) -> OdeStep:
     """The step on rows (B, N), in float32 where x has half precision."""
-    dtype = torch.float32 if x.dtype in _HALF else x.dtype
+    dtype = torch.float32 if x.dtype in HALF else x.dtype
     gamma, z_exp, substitution = law
     return OdeStep(
         x=_flat(x, dtype),
@@ -407,7 +407,7 @@ def _compute_into(
     flat_mean = None if mean_out is None else _flat_output("mean_out", mean_out, x, dtype)
     if mean_out is not None:  # flat_out and flat_mean may be other memory
         ode_step.check_separate(out, mean_out)
-    eager.ode_step(step, with_mean, flat_out, flat_mean, backend)
+    ode_step.compute_into(step, flat_out, flat_mean, backend)
     if not _is_flat(out, dtype):
         out.copy_(flat_out.view(x.shape))
     if mean_out is not None and flat_mean is not None and not _is_flat(mean_out, dtype):

@@ -1,37 +1,33 @@
-"""The one gate past torch's dispatcher, for the operations and their gradients on every backend.
+"""The one door past torch's dispatcher, to the native kernels.
 
 The operators let torch differentiate, transform, trace and compile. On small tensors they take many
-times as long as the kernels. Where nothing but autograd is active, an operation is computed without
-them, in one of two ways:
+times as long as the kernels. Where nothing but autograd is active, two functions leave them out:
 
-- :func:`posterior_mean`, :func:`normalised_field` and :func:`ode_step` take the arguments of an
-  operator, checked, and call its implementation. One autograd.Function has the gradients of the
-  posterior mean. What the forward pass of the native kernels keeps saves distances in the backward
-  pass; gradients then differ from those of the operator by the rounding of these distances.
 - :func:`one_call` takes the arguments of a public function, and computes all of it in one call of
   the native kernels. It returns None where that is not possible, also for an argument that is not
-  allowed, so that only the other way has checks with messages. On a GPU values are not checked,
+  allowed, so that only the operators have checks with messages. On a GPU values are not checked,
   and nothing waits for it.
+- :func:`differentiated` computes the posterior mean with a gradient. The forward pass keeps
+  distances for the backward pass; gradients then differ from those of the operator by the rounding
+  of these distances.
 """
 
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple, NoReturn
 
 import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
-from ..backends import Backend, choose_for, native, native_calls, requested
+from ..backends import choose_for, native, native_calls, requested
 from ..backends.passes import known as native_passed
 from ..common.checks import debugging
-from ..common.tensors import mark_written
-from ..core.problems import OdeStep, PosteriorMean, State, Upstream
-from . import normalised_field as field_operator
-from . import ode_step as step_operator
+from ..core.problems import PosteriorMean, State, Upstream
 from . import posterior_mean as mean_operator
+from .differentiable import Differentiable
 
 enabled = True
 """Whether anything may pass. Tests turn it off."""
@@ -102,55 +98,14 @@ def _gpu_of(value: Any) -> torch.device | None:
     return value.device if type(value) is Tensor and native.on_gpu(value) else None
 
 
-# ---- an operator without the dispatcher ------------------------------------------------------
-
-
-def posterior_mean(problem: PosteriorMean, backend: str | None) -> Results:
-    """As :func:`pfgm.ops.posterior_mean.compute`."""
-    gpu = _gpu_of(problem.x)
-    if passes(gpu, problem.x, problem.references, problem.radius, problem.sketch):
-        return mean_operator.forward(problem, requested(backend))
-    return differentiated(problem, backend) or mean_operator.compute(problem, backend)
-
-
-def normalised_field(
-    difference: Tensor, z: Tensor, gamma: float, backend: str | None
-) -> tuple[Tensor, Tensor]:
-    """As :func:`pfgm.ops.normalised_field.compute`."""
-    if passes(_gpu_of(difference), difference, z, gamma):
-        return field_operator.forward(difference, z, gamma, requested(backend))
-    return field_operator.compute(difference, z, gamma, backend)
-
-
-def ode_step(
-    step: OdeStep,
-    with_mean: bool,
-    out: Tensor | None,
-    mean_out: Tensor | None,
-    backend: str | None,
-) -> tuple[Tensor, Tensor | None]:
-    """As :func:`pfgm.ops.ode_step.compute`; with ``out`` as ``compute_into``."""
-    # torch.compile of torch 2.6 takes no slice of a named tuple.
-    x, slope, field_z, history, z, toward, blend, rows, gamma, z_exp, _ = step
-    numbers = (z, toward, blend, gamma, z_exp)
-    if not passes(_gpu_of(x), x, slope, field_z, history, rows, *numbers, out, mean_out):
-        if out is None:
-            return step_operator.compute(step, with_mean, backend)
-        step_operator.compute_into(step, out, mean_out, backend)
-        return out, mean_out
-    name = requested(backend)
-    if out is None:
-        result, mean = step_operator.forward(step, with_mean, name)
-        return result, mean if with_mean else None
-    step_operator.forward_into(step, name, out, mean_out)
-    mark_written(out, mean_out)
-    return out, mean_out
+# ---- gradients from kept distances ------------------------------------------------------------
 
 
 def differentiated(
     problem: PosteriorMean, backend: str | None, check: Callable[[], None] | None = None
 ) -> Results | None:
-    """The results of :func:`posterior_mean`, with gradients and without the dispatcher.
+    """The results of :func:`pfgm.ops.posterior_mean.compute`, with gradients, by the native
+    kernels.
 
     None where that is not possible, or no gradient is wanted. The backward pass calls ``check``
     first, which may raise an error.
@@ -161,80 +116,61 @@ def differentiated(
         not _wants_gradients()
         or not any(tensor.requires_grad for tensor in tensors)
         or not passes(gpu, *tensors, problem.sketch, gradients=True)
+        or len(problem.x) == 0
     ):
         return None
     mean_operator.check(problem)
-    x, references, _ = tensors
     backend = requested(backend)
-    chosen = choose_for(backend, x, references)
-    if len(x) == 0:
+    if choose_for(backend, problem.x, problem.references) is not native:
         return None
-    results = _WithGradients.apply(*tensors, problem, chosen, backend, check)  # type: ignore[no-untyped-call]
+    kept = _Kept(*problem[3:], backend, check)
+    results = Differentiable.apply(*tensors, kept)  # type: ignore[no-untyped-call]
     result, logsumexp, nearest, total, _ = results
     return result, logsumexp, nearest, total
 
 
-class _WithGradients(torch.autograd.Function):
-    """(x, references, radius, problem, chosen, backend, check) → results, and what native keeps.
+class _Kept(NamedTuple):
+    """The posterior mean by the native kernels, which keep squared distances for its gradient.
 
-    The native kernels keep squared distances: on the CPU, with many features, those of the
-    references that count, at most 40 MiB (csrc/cpu/kept_distances.h); on a GPU all of them where
-    they are taken at once, at most 32 MiB (csrc/cuda/workspace.h).
+    On the CPU, with many features, they keep those of the references that count, at most 40 MiB
+    (csrc/cpu/kept_distances.h); on a GPU all of them where they are taken at once, at most 32 MiB
+    (csrc/cuda/workspace.h).
     """
 
-    @staticmethod
-    def forward(
-        ctx: Any,
-        x: Tensor,
-        references: Tensor,
-        radius: Tensor,
-        problem: PosteriorMean,
-        chosen: Backend,
-        backend: str | None,
-        check: Callable[[], None] | None,
-    ) -> tuple[Tensor | None, ...]:
-        problem = problem._replace(x=x, references=references, radius=radius)
-        kept: Tensor | None = None
-        if chosen is native:
-            memory = native.room_for_distances(problem)
-            results = native.posterior_mean(problem, memory)
-            kept = native.used_room(memory)
-        else:
-            results = chosen.posterior_mean(problem)
-        result, _, nearest, total = results
-        ctx.rest, ctx.chosen, ctx.backend, ctx.check = problem[3:], chosen, backend, check
-        ctx.save_for_backward(x, references, radius, result, nearest, total, kept)
-        ctx.mark_non_differentiable(*(t for t in (nearest, total, kept) if t is not None))
-        return *results, kept
+    D: float
+    sketch: Tensor | None
+    difference: bool
+    backend: str | None
+    check: Callable[[], None] | None
 
-    @staticmethod
-    def backward(
-        ctx: Any, grad_result: Tensor, grad_logsumexp: Tensor, *_: Tensor
+    def results(
+        self, x: Tensor, references: Tensor, radius: Tensor
     ) -> tuple[Tensor | None, ...]:
-        if ctx.check is not None:
-            ctx.check()
-        needs = ctx.needs_input_grad[:3]
-        x, references, radius, result, nearest, total, kept = ctx.saved_tensors
-        problem = PosteriorMean(x, references, radius, *ctx.rest)
-        difference = problem.difference
-        problem = problem._replace(difference=False)
-        mean, grad_mean = mean_operator.mean_and_gradient(x, result, grad_result, difference)
-        state, upstream = State(mean, nearest, total), Upstream(grad_mean, grad_logsumexp)
-        arguments = (problem, state, upstream, needs)
+        problem = PosteriorMean(x, references, radius, self.D, self.sketch, self.difference)
+        memory = native.room_for_distances(problem)
+        results = native.posterior_mean(problem, memory)
+        return *results, native.used_room(memory)
+
+    def gradients(
+        self,
+        inputs: tuple[Tensor, Tensor, Tensor],
+        state: State,
+        rest: Sequence[Tensor],
+        upstream: Upstream,
+        needs: tuple[bool, bool, bool],
+    ) -> Sequence[Tensor | None]:
+        if self.check is not None:
+            self.check()
+        problem = PosteriorMean(*inputs, self.D, self.sketch)
         # What was not active in the forward pass may be here. The operator refuses a second
         # derivative.
         batched = any(map(torch._C._functorch.is_legacy_batchedtensor, upstream))
-        gradients: tuple[Tensor | None, ...]
-        if _wants_gradients() or batched or not passes(_gpu_of(x), *upstream):
-            gradients = mean_operator.call_backward(*arguments, ctx.backend)
-        elif kept is not None:
-            gradients = native.posterior_mean_backward(*arguments, kept)
-        else:
-            gradients = ctx.chosen.posterior_mean_backward(*arguments)
-        grad_x, *rest = (g if needed else None for g, needed in zip(gradients, needs, strict=True))
-        if difference and grad_x is not None:
-            grad_x = grad_x + grad_result
-        return (grad_x, *rest, None, None, None, None)
+        if _wants_gradients() or batched or not passes(_gpu_of(problem.x), *upstream):
+            return mean_operator.call_backward(problem, state, upstream, needs, self.backend)
+        return native.posterior_mean_backward(problem, state, upstream, needs, *rest)
+
+    def tangents(self, *_: object) -> NoReturn:
+        raise AssertionError("forward-mode differentiation takes the operators")
 
 
 # ---- a public function in one call -----------------------------------------------------------

@@ -16,7 +16,7 @@ the value of a number and would compile again for each D. It does not do so for 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -234,39 +234,35 @@ def _fake_backward(
     )
 
 
-def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    problem, ctx.backend = _FORWARD.groups(inputs)
-    x, references, radius, D, sketch, ctx.difference = problem
-    result, _, nearest, total = output
-    ctx.D, varying_D = (None, D) if isinstance(D, Tensor) else (D, None)
-    ctx.save_for_backward(x, references, radius, result, nearest, total, sketch, varying_D)
-    ctx.mark_non_differentiable(nearest, total)
-
-
-def mean_and_gradient(
-    x: Tensor, result: Tensor, gradient: Tensor, difference: bool
-) -> tuple[Tensor, Tensor]:
-    """The mean and its upstream gradient, from the result of a forward pass and its gradient.
-
-    The gradient of a difference x − mean is one of x too. The caller adds it.
-    """
-    return (flat_rows(x) - result, -gradient) if difference else (result, gradient)
-
-
-def _gradient(
-    ctx: Any, grad_result: Tensor, grad_logsumexp: Tensor, *_: Tensor
+def pulled_back(
+    compute: Callable[[Tensor, Upstream], Sequence[Tensor | None]],
+    likes: tuple[Tensor, Tensor, Tensor],
+    difference: bool,
+    gradients: Sequence[Tensor | None],
+    needs: Sequence[bool],
 ) -> tuple[Tensor | None, ...]:
-    needs = list(ctx.needs_input_grad[:3])
-    x, references, radius, result, nearest, total, sketch, varying_D = ctx.saved_tensors
-    mean, grad_mean = mean_and_gradient(x, result, grad_result, ctx.difference)
-    operator, D = (_BACKWARD, ctx.D) if varying_D is None else (_BACKWARD_VARYING, varying_D)
-    problem = PosteriorMean(x, references, radius, D, sketch)
-    state, upstream = State(mean, nearest, total), Upstream(grad_mean, grad_logsumexp)
-    gradients = operator(upstream, state, needs, problem, ctx.backend)
-    grad_x, *rest = (g if needed else None for g, needed in zip(gradients, needs, strict=True))
-    if ctx.difference and grad_x is not None:
-        grad_x = grad_x + grad_result.view(x.shape)
-    return (grad_x, *rest, *[None] * (len(ctx.needs_input_grad) - 3))
+    """The gradients of x, references and radius, from those of the results of a forward pass.
+
+    A difference x − mean has a gradient of its own in x.
+
+    Args:
+        compute: (mean, upstream) → the gradients of x, references and radius.
+        likes: x, the result and radius.
+        difference: whether the result is a difference.
+        gradients: of the result and the log-sum-exp; None for one without. Others are not used.
+        needs: which gradients are needed. The others become None.
+    """
+    x, result, radius = likes
+    G, g = (
+        torch.zeros_like(like) if gradient is None else gradient
+        for gradient, like in zip(gradients, (result, radius), strict=False)
+    )
+    mean, grad_mean = (flat_rows(x) - result, -G) if difference else (result, G)
+    each = zip(compute(mean, Upstream(grad_mean, g)), needs, strict=True)
+    grad_x, *rest = (gradient if needed else None for gradient, needed in each)
+    if difference and grad_x is not None:
+        grad_x = grad_x + G.view(x.shape)
+    return grad_x, *rest
 
 
 # Without this, autograd would treat the gradient as constant and give a wrong second derivative.
@@ -288,25 +284,36 @@ class OnceDifferentiable(transforms.Rowwise):
 
 
 class _PosteriorMean(transforms.Rowwise):
-    """The operator posterior_mean, with a tangent and a batching rule."""
+    """The operator posterior_mean with its gradient, its tangent and a batching rule."""
 
     shared = _FORWARD.places("references", "sketch")
     forward = staticmethod(_FORWARD.overload)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-        _save(ctx, inputs, output)
-        ctx.save_for_forward(*inputs[:3])
+        problem, ctx.backend = _FORWARD.groups(inputs)
+        x, references, radius, D, sketch, ctx.difference = problem
+        result, _, nearest, total = output
+        ctx.D, varying_D = (None, D) if isinstance(D, Tensor) else (D, None)
+        ctx.save_for_backward(x, references, radius, result, nearest, total, sketch, varying_D)
+        ctx.save_for_forward(x, references, radius)
+        ctx.mark_non_differentiable(nearest, total)
         ctx.set_materialize_grads(False)
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor | None) -> tuple[Tensor | None, ...]:
-        result, radius = ctx.saved_tensors[3], ctx.saved_tensors[2]
-        grad_result, grad_logsumexp = (
-            torch.zeros_like(like) if gradient is None else gradient
-            for gradient, like in zip(gradients, (result, radius), strict=False)
-        )
-        return _gradient(ctx, grad_result, grad_logsumexp)
+        needs = list(ctx.needs_input_grad[:3])
+        x, references, radius, result, nearest, total, sketch, varying_D = ctx.saved_tensors
+        operator, D = (_BACKWARD, ctx.D) if varying_D is None else (_BACKWARD_VARYING, varying_D)
+        problem = PosteriorMean(x, references, radius, D, sketch)
+
+        def compute(mean: Tensor, upstream: Upstream) -> tuple[Tensor, ...]:
+            state = State(mean, nearest, total)
+            results: tuple[Tensor, ...] = operator(upstream, state, needs, problem, ctx.backend)
+            return results
+
+        of_inputs = pulled_back(compute, (x, result, radius), ctx.difference, gradients, needs)
+        return (*of_inputs, *[None] * (len(ctx.needs_input_grad) - 3))
 
     @staticmethod
     def jvp(ctx: Any, *tangents: Tensor | None) -> tuple[Tensor | None, ...]:
@@ -451,7 +458,11 @@ for _forward_op, _backward_op, _transforms in (
     (_FORWARD_VARYING, _BACKWARD_VARYING, (None, None)),
 ):
     _forward_op.register(
-        _forward_of_samples, fake=_fake, transformed=_transforms[0], gradient=_gradient, save=_save
+        _forward_of_samples,
+        fake=_fake,
+        transformed=_transforms[0],
+        gradient=_PosteriorMean.backward,
+        save=_PosteriorMean.setup_context,
     )
     _backward_op.register(
         _backward, fake=_fake_backward, transformed=_transforms[1], gradient=_no_second_derivative

@@ -8,16 +8,19 @@ merged.
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Sequence
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from ..backends import native_parts, requested
 from ..common.checks import check_range, check_underflow, checks_values
-from ..common.transforms import Rowwise, forward_mode, in_torch_func
+from ..common.transforms import forward_mode, in_torch_func
+from ..core.problems import State, Upstream
 from ..core.weights import check_singular, is_flat, log_sum_exp
-from ..ops.posterior_mean import OnceDifferentiable, mean_and_gradient, result_tangent
+from ..ops.differentiable import Differentiable, Inputs
+from ..ops.posterior_mean import OnceDifferentiable
 from . import continued, merged
 from .part import Part
 from .ranks import merge_over_ranks
@@ -58,23 +61,28 @@ def compute(
     settings = Settings(part, ranks, D, backend, version, difference, continues)
     if wanted and (results := continued.by_tensor(x, radius, settings)) is not None:
         return results
+    over = _OverSet(settings)
     if wanted or forward_mode() or in_torch_func():
-        results = _PosteriorMean.apply(x, radius, settings)  # type: ignore[no-untyped-call]
+        results = Differentiable.apply(x, None, radius, over)  # type: ignore[no-untyped-call]
     else:  # a tenth of a millisecond faster
         with torch.no_grad():  # rows have no gradient, even if their tensor requires one
-            results = _PosteriorMean.forward(x, radius, settings)
+            results = over.results(x, None, radius)
     result, logsumexp, nearest, total = results[:4]
     return result, logsumexp, nearest, total
 
 
-# ---- torch.autograd --------------------------------------------------------------------------
+class _OverSet(NamedTuple):
+    """The posterior mean over a set, for :class:`~pfgm.ops.differentiable.Differentiable`."""
 
+    settings: Settings
 
-class _PosteriorMean(Rowwise):
-    """(x, radius, settings) → result (B, N), lse (B,), and what the backward pass needs."""
+    @property
+    def difference(self) -> bool:
+        return self.settings.difference
 
-    @staticmethod
-    def forward(x: Tensor, radius: Tensor, settings: Settings) -> tuple[Tensor, ...]:
+    def results(self, x: Tensor, _: None, radius: Tensor) -> tuple[Tensor, ...]:
+        """After nearest and total come those of each chunk."""
+        settings = self.settings
         ranks, D = settings.ranks, settings.D
         if settings.continues and ranks is None:
             return continued.results(x, radius, settings)
@@ -95,44 +103,32 @@ class _PosteriorMean(Rowwise):
         logsumexp = log_sum_exp(nearest, total, column, D, x.shape[1]).squeeze(1)
         return state.mean.to(x.dtype), logsumexp, state.nearest, state.total, *chunk_totals
 
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-        x, radius, ctx.settings = inputs
-        result, _, *rest = output
-        ctx.save_for_backward(x, radius, result, *rest)
-        ctx.save_for_forward(x, radius)
-        ctx.mark_non_differentiable(*rest)
-        ctx.set_materialize_grads(False)
-
-    @staticmethod
-    def backward(
-        ctx: Any, grad_result: Tensor | None, grad_logsumexp: Tensor | None, *_: None
-    ) -> tuple[Tensor | None, ...]:
-        needs = ctx.needs_input_grad[:2]
-        x, radius, result, *rest = ctx.saved_tensors
-        grad_result = torch.zeros_like(result) if grad_result is None else grad_result
-        if grad_logsumexp is None:
-            grad_logsumexp = torch.zeros_like(radius)
-        difference = ctx.settings.difference
-        mean, grad_mean = mean_and_gradient(x, result, grad_result, difference)
-        settings = ctx.settings._replace(difference=False)
+    def gradients(
+        self,
+        inputs: Inputs,
+        state: State,
+        rest: Sequence[Tensor],
+        upstream: Upstream,
+        needs: tuple[bool, bool, bool],
+    ) -> Sequence[Tensor | None]:
+        x, _, radius = inputs
+        settings = self.settings._replace(difference=False)
         derived = torch.is_grad_enabled() or forward_mode() or in_torch_func()
         function: Any = _Gradient.apply if derived else _Gradient.forward
-        gradients = function(x, radius, mean, *rest, grad_mean, grad_logsumexp, settings, needs)
-        grad_x, grad_radius = (
-            g if need else None for g, need in zip(gradients, needs, strict=True)
+        grad_x, grad_radius = function(
+            x, radius, *state, *rest, *upstream, settings, (needs[0], needs[2])
         )
-        if difference and grad_x is not None:
-            grad_x = grad_x + grad_result
-        return grad_x, grad_radius, None
+        return grad_x, None, grad_radius
 
-    @staticmethod
-    def jvp(ctx: Any, *tangents: Tensor | None) -> tuple[Tensor | None, ...]:
-        x, radius = ctx.saved_tensors[:2]
-        settings = ctx.settings._replace(difference=False)
-        tangent = _Tangent.apply(x, radius, *tangents[:2], settings)  # type: ignore[no-untyped-call]
-        result = result_tangent(tangent[0], tangents[0], ctx.settings.difference)
-        return (result, tangent[1], None, None, None, None)
+    def tangents(self, inputs: Inputs, tangents: Sequence[Tensor | None]) -> tuple[Tensor, Tensor]:
+        settings = self.settings._replace(difference=False)
+        mean_tangent, lse_tangent = _Tangent.apply(  # type: ignore[no-untyped-call]
+            *inputs[::2], *tangents[::2], settings
+        )
+        return mean_tangent, lse_tangent
+
+
+# ---- derivatives -----------------------------------------------------------------------------
 
 
 class _Gradient(OnceDifferentiable):
