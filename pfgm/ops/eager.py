@@ -143,9 +143,7 @@ class _Kept(NamedTuple):
     backend: str | None
     check: Callable[[], None] | None
 
-    def results(
-        self, x: Tensor, references: Tensor, radius: Tensor
-    ) -> tuple[Tensor | None, ...]:
+    def results(self, x: Tensor, references: Tensor, radius: Tensor) -> tuple[Tensor | None, ...]:
         problem = PosteriorMean(x, references, radius, self.D, self.sketch, self.difference)
         memory = native.room_for_distances(problem)
         results = native.posterior_mean(problem, memory)
