@@ -356,7 +356,7 @@ def test_outputs_of_every_backend_are_written_and_marked(backend):
 def test_outputs_of_another_dtype_are_refused():
     x, _, _, slope, field_z, _ = inputs()
     for name in ("out", "mean_out"):
-        with pytest.raises(ValueError, match=f"{name} has shape"):
+        with pytest.raises(ValueError, match=f"{name} must have the shape and dtype"):
             pfgm.euler_step(
                 x.half(),
                 pfgm.Field(slope, field_z),
