@@ -51,7 +51,7 @@ def weigh(
     width, pairs_stride, pieces, count, first, exponent: tl.float64, floor: tl.float64,
     GAUSSIAN: tl.constexpr, PIECES: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """One query's weights over a piece of the chunk, relative to the nearest reference so far.
+    """One query's weights over a tile of the chunk, relative to the nearest reference so far.
 
     sums[row, piece] is the sum of the weights, and live[row, piece] how many are not set to zero.
     least_so_far[row] is the smallest squared distance, from ``count`` minima ``closest`` and from

@@ -1,7 +1,7 @@
 """Evaluation of a flow: metrics of its samples, its likelihood, and quality against cost.
 
 The same arguments with the same seed give the same results. Each figure of the samples comes with
-the same figure of training data, the value that a perfect model would reach.
+the same figure of training data, the value of a perfect model.
 """
 
 from __future__ import annotations

@@ -28,8 +28,8 @@ class Backend(Protocol):
     def sketch(self, references: Tensor, dtype: torch.dtype) -> Tensor | None:
         """A tensor that saves time at later calls over the same references (M, N).
 
-        dtype is that of x in those calls. The sketch is valid while the references stay the same.
-        It is None if the backend has no use for one.
+        The sketch is a summary of the references, valid while they stay the same. dtype is that of
+        x in those calls. None if the backend has no use for one.
         """
 
     def posterior_mean(self, problem: PosteriorMean) -> tuple[Tensor, Tensor, Tensor, Tensor]:

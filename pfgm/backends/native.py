@@ -262,7 +262,7 @@ def sketch(references: Tensor, dtype: torch.dtype) -> Tensor | None:
 
 
 def _sketch_size(references: Tensor, dtype: torch.dtype) -> int:
-    """The length of a sketch that is held as values of a dtype."""
+    """The number of values of a dtype that hold a sketch."""
     M, N = references.shape
     size: int = extension().sketch_bytes(
         type=TYPES[dtype], reference_type=TYPES[references.dtype], references=M, features=N

@@ -1,7 +1,7 @@
 """The backend ``torch``: the operations by matrix products of torch, on any device.
 
 References and points are taken relative to an origin among the references, so that little cancels
-in ‖x‖² + ‖y‖² − 2 x·y. The products have float64, or exact pieces of float32 where the device is
+in ‖x‖² + ‖y‖² − 2 x·y. The products have float64, or exact parts of float32 where the device is
 slow at float64 or has none. References that may be nearest get exact differences, so that ties and
 limits are those of :mod:`pfgm.backends.reference`. On the CPU these are all within the rounding of
 the nearest. Elsewhere nothing waits for the device: a fixed number are computed again, and others

@@ -29,7 +29,7 @@ def describe() -> str:
 
 
 def sketch(references: Tensor, dtype: torch.dtype) -> None:
-    """None: a sketch would save no work here."""
+    """None: a summary of the references would save no work here."""
     return None
 
 

@@ -78,7 +78,7 @@ def _current_device(tensor: Tensor) -> AbstractContextManager[object]:
 
 
 def sketch(references: Tensor, dtype: torch.dtype) -> None:
-    """None: a sketch would save no work in these kernels."""
+    """None: a summary of the references would save no work in these kernels."""
     return None
 
 

@@ -27,7 +27,8 @@ def posterior_mean_tangent(
     """The tangents of mean (B, N) and log-sum-exp (B,): the part of these references, in float64.
 
     With ℓ̇_j the tangent of a score, they are Σ p_j ((x_j − mean) ℓ̇_j + ẋ_j) and Σ p_j ℓ̇_j. Where
-    the mean is flat, it moves with its references alone, and the tangent of the log-sum-exp is NaN.
+    the mean is constant in x, it moves with its references alone, and the tangent of the
+    log-sum-exp is NaN.
 
     Args:
         problem: the problem over these references, which may be a part of all.

@@ -53,7 +53,7 @@ def is_flat(nearest: Tensor, radius: Tensor, D: float, N: int) -> Tensor:
 
 
 def check_singular(flat: Tensor, grad_logsumexp: Tensor) -> None:
-    """Raises ValueError if the log-sum-exp has a gradient in a row that is flat."""
+    """Raises ValueError if the log-sum-exp has a gradient in a row whose mean is constant."""
     if checks_values(flat.device) and bool((bad := flat & (grad_logsumexp != 0)).any()):
         raise ValueError(singular_message(int(bad.flatten().nonzero()[0])))
 

@@ -1,4 +1,4 @@
-"""Rows of samples, in memory or in a file that is read piece by piece.
+"""Rows of samples, in memory or in a file that is read in chunks.
 
 Rows in a file are read, not mapped, so a file may be larger than the memory. Reading releases the
 interpreter lock, so one thread can read ahead while another computes.

@@ -99,10 +99,10 @@ class Preconditioned(nn.Module):
 
     def mean(self, x: Tensor, sigma: Tensor, predicted: Tensor) -> Tensor:
         """c_skip(σ) x + c_out(σ) F, where F (B, *S) is the output of the backbone."""
-        kept, _, factor = self.shares(over_samples(sigma, x).to(x.dtype))
+        kept, _, factor = self.coefficients(over_samples(sigma, x).to(x.dtype))
         return kept * x + factor * predicted
 
-    def shares(self, sigma: Tensor) -> tuple[Tensor | float, Tensor | float, Tensor | float]:
+    def coefficients(self, sigma: Tensor) -> tuple[Tensor | float, Tensor | float, Tensor | float]:
         """c_skip(σ), 1 − c_skip(σ) and c_out(σ).
 
         With the last two, x − mean = (1 − c_skip) x − c_out F keeps its digits where the mean is

@@ -98,7 +98,7 @@ class Classifier(nn.Module):
 
     @torch.no_grad()
     def accuracy(self, images: Tensor, labels: Tensor) -> float:
-        """The share of images (n, C, H, W) whose label, of (n,), has the largest logit."""
+        """The fraction of images (n, C, H, W) whose label, of (n,), has the largest logit."""
         predicted = self.last(self.rows(images)).argmax(1)
         return float((predicted == labels.to(predicted.device)).float().mean())
 

@@ -58,8 +58,8 @@ def root_mean_square(x: Tensor) -> Tensor:
 class MeanParts(NamedTuple):
     """A predicted mean, kept·x + added, and x − mean = dropped·x − added, with kept + dropped = 1.
 
-    x and the results are relative to a network's center and in units of its scale. The shares are
-    formed one by one, so that neither result is the small difference of large numbers.
+    x and the results are relative to a network's center and in units of its scale. kept and dropped
+    are computed separately, so that neither result is the small difference of large numbers.
     """
 
     x: Tensor
@@ -82,7 +82,7 @@ class FieldNetwork(nn.Module):
     direction is right before any training. x − mean is formed before the mean is rounded.
 
     The backbone sees x scaled to order one. It returns an output, which is added to x, and a gate,
-    the share of x to drop. Both fade out as z → 0, where the mean is x itself. This is EDM's
+    the fraction of x to drop. Both fade out as z → 0, where the mean is x itself. This is EDM's
     preconditioning (arXiv 2206.00364), adapted to heavy-tailed noise.
 
     Subclasses implement `backbone` and set `config`: keyword arguments that rebuild the network and
@@ -155,7 +155,7 @@ class FieldNetwork(nn.Module):
         condition = {} if labels is None else {"labels": labels}
         output, gate = self.backbone(x * over_samples(self._c_in(rms), x), rms, z, **condition)
         change = over_samples(self._c_change(z), x)
-        skip, rest = (over_samples(share, x) for share in self._skip_and_rest(rms, z))
+        skip, rest = (over_samples(ratio, x) for ratio in self._skip_and_rest(rms, z))
         gated = change * gate.sigmoid()
         added = self._unit_std * change * output
         return MeanParts(x, skip * (1 - gated), rest + skip * gated, added)

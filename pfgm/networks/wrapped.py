@@ -95,7 +95,7 @@ def _prediction(x: Tensor, output: Tensor) -> Tensor:
     )
 
 
-def _shares(predicts: str, sigma: Tensor) -> tuple[float, float, Tensor | float]:
+def _coefficients(predicts: str, sigma: Tensor) -> tuple[float, float, Tensor | float]:
     """Factors with which mean = kept x + factor F and x − mean = dropped x − factor F."""
     if predicts == "mean":
         return 0.0, 1.0, 1.0
@@ -134,11 +134,11 @@ class WrappedDenoiser(Preconditioned):
         """The posterior mean (B, *S) that the output of the wrapped network implies."""
         return self.mean(x, sigma, _prediction(x, output))
 
-    def shares(self, sigma: Tensor) -> tuple[Tensor | float, Tensor | float, Tensor | float]:
+    def coefficients(self, sigma: Tensor) -> tuple[Tensor | float, Tensor | float, Tensor | float]:
         """The factors of x in mean and in x − mean, and that of the output in the mean."""
         if self._predicts == "residual":
-            return super().shares(sigma)
-        return _shares(self._predicts, sigma)
+            return super().coefficients(sigma)
+        return _coefficients(self._predicts, sigma)
 
     def forward(self, x: Tensor, sigma: Tensor, **condition: Any) -> Tensor:
         """The posterior mean (B, *S) at x (B, *S) and sigma (B,)."""
@@ -200,7 +200,7 @@ class WrappedMeanField(FieldNetwork):
         output, (x, z) = _prediction(x, output), self._to_unit(x, z)
         apparent = self._apparent_level(x, z)
         if self._predicts != "residual":
-            kept, dropped, factor = _shares(self._predicts, over_samples(apparent, x))
+            kept, dropped, factor = _coefficients(self._predicts, over_samples(apparent, x))
             return MeanParts(x, kept, dropped, factor * output)
         skip, rest = (over_samples(s, x) for s in self._skip_and_rest(root_mean_square(x), z))
         factor = self._unit_std * over_samples(self._c_change(apparent), x)

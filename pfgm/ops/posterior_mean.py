@@ -95,7 +95,7 @@ def call_backward(
 
 
 def sketch(references: Tensor, x: Tensor, backend: str | None) -> Tensor | None:
-    """The backend's sketch of references (M, N), for points of the dtype of x.
+    """The backend's sketch, a summary of references (M, N), for points of the dtype of x.
 
     It is valid while the references stay the same. It is None if the backend makes none.
     """
@@ -404,7 +404,7 @@ def tangent_from_gradients(
 
     The tangent of the mean is −Σ c_j (x_j − center) = grad_x + (center − x) Σ c_j, and that of the
     log-sum-exp is −Σ c_j. Σ c_j is the gradient in r divided by r; at D = ∞ it is −g/σ². Where
-    the mean is flat, its tangent is 0 and that of the log-sum-exp NaN.
+    the mean is constant, its tangent is 0 and that of the log-sum-exp NaN.
 
     Args:
         problem: the problem over these references, which may be a part of all.

@@ -35,7 +35,7 @@ if TYPE_CHECKING:
 # In pixels of the saved picture.
 _PANEL = 380
 _SPACE = (520, 440)
-_REACH = 2.0  # of the lines that are drawn in full, relative to the median of all
+_MOST_EXTENT = 2.0  # of the lines that are drawn in full, relative to the median of all
 
 
 def trajectory_plot(
@@ -185,8 +185,8 @@ def flow_lines(
             *known.T, 0, s=mark_size(known), color="#AAAAAA", linewidths=0, depthshade=False
         )
     end = lines[-1, :, 0]
-    share = (end - end.min()) / (end.max() - end.min()).clamp(min=torch.finfo(end.dtype).tiny)
-    colours = part_of_colormap("plasma", 0, 0.88)(share.numpy())
+    fraction = (end - end.min()) / (end.max() - end.min()).clamp(min=torch.finfo(end.dtype).tiny)
+    colours = part_of_colormap("plasma", 0, 0.88)(fraction.numpy())
     window = _window_of_lines(lines, known)
     for i, colour in enumerate(colours):
         inside = _cut_sides(window, heights, lines[:, i])
@@ -235,8 +235,8 @@ def _cut_at(top: float, heights: list[float], lines: Tensor) -> tuple[list[float
     first = next(i for i, z in enumerate(heights) if z <= top)
     if heights[first] == top:
         return heights[first:], lines[first:]
-    share = (heights[first - 1] - top) / (heights[first - 1] - heights[first])
-    cut = torch.lerp(lines[first - 1], lines[first], share)
+    fraction = (heights[first - 1] - top) / (heights[first - 1] - heights[first])
+    cut = torch.lerp(lines[first - 1], lines[first], fraction)
     return [top, *heights[first:]], torch.cat([cut.unsqueeze(0), lines[first:]])
 
 
@@ -244,8 +244,8 @@ def _window_of_lines(lines: Tensor, data: Tensor | None) -> Window:
     """The window of data, samples and most of the lines (steps, n, 2)."""
     ends = lines[-1] if data is None else torch.cat([lines[-1], data])
     x, y, half = Window.around(ends)
-    reach = (lines - lines.new_tensor([x, y])).abs().amax((0, 2))
-    usual = min(float(reach.max()), _REACH * float(reach.median()))
+    extent = (lines - lines.new_tensor([x, y])).abs().amax((0, 2))
+    usual = min(float(extent.max()), _MOST_EXTENT * float(extent.median()))
     return Window(x, y, max(half, 1.04 * usual))
 
 
@@ -258,9 +258,9 @@ def _cut_sides(window: Window, heights: list[float], line: Tensor) -> Tensor:
         return points
     last = int(outside[-1])
     before, after = offset[last], offset[last + 1]
-    # The share of the step that is outside, along the coordinate that enters last.
-    share = ((before.abs() - 1) / (before - after).abs())[before.abs() > 1].max()
-    entry = torch.lerp(points[last], points[last + 1], share)
+    # The fraction of the step that is outside, along the coordinate that enters last.
+    fraction = ((before.abs() - 1) / (before - after).abs())[before.abs() > 1].max()
+    entry = torch.lerp(points[last], points[last + 1], fraction)
     return torch.cat([entry.unsqueeze(0), points[last + 1 :]])
 
 

@@ -168,12 +168,12 @@ def equipotentials(
 
 
 def _noise_levels(
-    name: str, levels: Iterable[float] | None, data: Tensor, shares: tuple[float, ...]
+    name: str, levels: Iterable[float] | None, data: Tensor, multiples: tuple[float, ...]
 ) -> list[float]:
-    """The levels, checked; for None, these shares of the spread of the data."""
+    """The levels, checked; for None, these multiples of the spread of the data."""
     if levels is None:
         spread = float((data - data.mean(0)).square().sum(1).mean().sqrt())
-        return [share * (spread if spread > 0 else 1.0) for share in shares]
+        return [factor * (spread if spread > 0 else 1.0) for factor in multiples]
     result = [float(level) for level in levels]
     check_levels(name, result)
     return result

@@ -1,14 +1,14 @@
 """Results over chunks that are computed on their own and merged, for every backend.
 
 The forward pass merges the states of the chunks (:mod:`pfgm.core.merging`). In the backward
-pass, let q_i be the share of chunk i in the total weight, and G and g the upstream gradients of
+pass, let q_i be the fraction of the total weight in chunk i, and G and g the upstream gradients of
 mean and log-sum-exp. The upstream gradients of the chunk are then
 
     G_i = q_i G,   g_i = q_i (G·(mean_i − mean) + g)
 
 Σ_i q_i G·(mean_i − mean) is 0 for exact means, but not for means rounded to float32. At a small σ
 the gradient multiplies this error by d/σ². On the CPU the gradients of points where it would matter
-are computed in float64; such points are called steep.
+are computed in float64; such points are ill-conditioned (steep in the names here).
 """
 
 from __future__ import annotations
@@ -28,8 +28,8 @@ from ..core.weights import is_flat
 from ..ops.posterior_mean import call, call_backward, tangent_dtype, tangent_from_gradients
 from .settings import ChunkTotals, Saved, Settings
 
-_MIN_SHARE = 1e-18  # a chunk with a smaller share of the total weight is left out of the gradient
-_MAX_ERROR = 1e-5  # the rounding error of g_i/‖G‖ times (N + D) d/s; points above it are steep
+_MIN_SHARE = 1e-18  # a chunk with a smaller fraction of the weight is left out of the gradient
+_MAX_ERROR = 1e-5  # the rounding error of g_i/‖G‖ times (N + D) d/s; ill-conditioned above it
 
 
 def state(x: Tensor, radius: Tensor, settings: Settings) -> tuple[State, ChunkTotals]:
@@ -55,11 +55,11 @@ def _stack(each: list[ChunkTotals]) -> ChunkTotals:
     return ChunkTotals(*(torch.stack(values, 1) for values in zip(*each, strict=True)))
 
 
-# ---- chunks with a share of the weight -------------------------------------------------------
+# ---- chunks that have weight -----------------------------------------------------------------
 
 
 class _ChunkShare(NamedTuple):
-    """A chunk, and its share in the total weight of the points where this is not negligible.
+    """A chunk, and its fraction of the total weight, for points where it is not negligible.
 
     On a GPU it holds all points, because the host would have to wait for the numbers of some.
     """
@@ -200,7 +200,7 @@ def _sum_of_gradients(
 
 
 def _is_steep(saved: Saved, settings: Settings) -> Tensor | None:
-    """Mask (B,) of the steep points, whose gradients would show the rounding of the means.
+    """Mask (B,) of ill-conditioned points, whose gradients would show the rounding of the means.
 
     None if there is none. As csrc/cpu/steep_rows.h, with a third of its limit.
     """
@@ -224,7 +224,7 @@ def _is_steep(saved: Saved, settings: Settings) -> Tensor | None:
 
 
 def _pulls(saved: Saved, chunk_totals: ChunkTotals, settings: Settings, steep: Tensor) -> Tensor:
-    """Σ_i q_i G·(mean_i − mean) (B,) of steep points over all chunks of all processes, in float64.
+    """Σ_i q_i G·(mean_i − mean) (B,) of ill-conditioned points over all chunks, in float64.
 
     It is not 0, because mean is rounded.
     """

@@ -116,7 +116,7 @@ class Part:
             yield from self.stored_chunks()
 
     def sketch(self, start: int, chunk: Tensor, x: Tensor, backend: str | None) -> Tensor | None:
-        """The backend's sketch of a chunk (m, *S), kept while the rows stay the same.
+        """The backend's sketch (summary) of a chunk (m, *S), kept while the rows stay the same.
 
         The first call returns None, and the second makes the sketch. For a single call with few
         points the sketch would cost more time than it saves. Files have no sketches, because these

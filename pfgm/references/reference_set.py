@@ -36,7 +36,7 @@ class ReferenceSet:
     For a tensor on the CPU or an array with 512 or more values in a row, a summary of each row (a
     sketch) is kept from the second call on. It speeds up calls with points in float32. Sketches
     take a third of the memory of uint8 rows. Of float32 rows they take a twelfth, or a quarter on
-    processors with VNNI, and of 16-bit rows twice these shares. They are computed again when the
+    processors with VNNI, and of 16-bit rows twice these fractions. They are computed again when the
     rows have changed.
 
     A gradient needs the rows of the forward pass. ``backward`` raises RuntimeError if a tensor was

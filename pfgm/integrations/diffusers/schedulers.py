@@ -525,7 +525,7 @@ class PoissonFlowPPScheduler(FlowScheduler):
     ) -> Tensor:
         """The output (B, *S) that implies the original samples, or the posterior mean."""
         x = x.to(torch.promote_types(x.dtype, torch.float32))
-        kept, dropped, factor = self._wrapped.shares(over_samples(sigma.to(x.dtype), x))
+        kept, dropped, factor = self._wrapped.coefficients(over_samples(sigma.to(x.dtype), x))
         from_points, rest = kept * x, dropped * x
         if references is not None:
             D = self._flow.D
