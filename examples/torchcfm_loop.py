@@ -25,8 +25,8 @@ def sample(net: nn.Module, matcher: PoissonFlowMatcher, shape: torch.Size) -> Te
     integrated = odeint(net, noise, torch.linspace(0, 1, 101), method="euler")[-1]
     flow = pfgm.PoissonFlowPP(shape, D=matcher.D)
     start = flow.sigma_max * noise
-    options = {"solver": "multistep", "steps": 12, "x_init": start}
-    return torch.cat([integrated, flow.sample(as_denoiser(net), len(noise), **options)])
+    samples = flow.sample(as_denoiser(net), len(noise), solver="multistep", steps=12, x_init=start)
+    return torch.cat([integrated, samples])
 
 
 if __name__ == "__main__":

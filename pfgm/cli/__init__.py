@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import importlib.metadata
 import operator
 import sys
 import warnings
 from itertools import pairwise
-from typing import Annotated, Any
+from typing import Annotated, Any, get_type_hints
 
 import tyro
 
 from ..backends import Unavailable
 from ..common.checks import out_of_memory
 from ..common.files import reserve_standard_descriptors
+from ..common.hints import instead_of
 from ..common.messages import print_result, unfailing_streams
 from ..training import Diverged
 from ..training.processes import ProcessLost
@@ -88,10 +90,14 @@ def _run(arguments: list[str]) -> int:
     return 0
 
 
+def _name(command: type) -> str:
+    return command.__name__.lower()
+
+
 def _parse(arguments: list[str]) -> Any:
     commands: list[Any] = []
     for kind in _COMMANDS:
-        name, default = kind.__name__.lower(), tyro.MISSING_NONPROP
+        name, default = _name(kind), tyro.MISSING_NONPROP
         if kind is Train and arguments[:1] == [name]:
             start = starting_config(arguments[1:])
             default = Train(out=tyro.MISSING, settings=start.settings, training=start.training)
@@ -111,7 +117,10 @@ def _parse(arguments: list[str]) -> Any:
 
 def _check_values(arguments: list[str]) -> None:
     """Raises ValueError for an empty value, which as a path would mean the current folder, and for
-    an option that was removed."""
+    an option that was removed or has another name here."""
+    for kind in _COMMANDS:
+        if arguments[:1] == [_name(kind)]:
+            _check_names(arguments[1:], _options(kind))
     for before, argument in pairwise(["", *arguments]):
         name, _, value = argument.partition("=") if "=" in argument else (before, "", argument)
         name = _LONG_NAMES.get(name, name)
@@ -119,6 +128,23 @@ def _check_values(arguments: list[str]) -> None:
             raise ValueError(f"{name[2:]} is ''; allowed is a text that is not empty.")
     if arguments[:1] == ["check"] and "--quick" in arguments:
         raise ValueError("check --quick was removed in 0.3.0: there is one check; leave it out.")
+
+
+def _check_names(arguments: list[str], known: set[str]) -> None:
+    for argument in arguments:
+        name = argument.partition("=")[0]
+        instead = instead_of(name[2:].replace("-", "_"), known) if name[:2] == "--" else None
+        if instead is not None:
+            raise ValueError(f"there is no option {name}; use --{instead.replace('_', '-')}.")
+
+
+def _options(kind: type) -> set[str]:
+    """The options of a command as the names of their fields, those of groups of options too."""
+    names = set()
+    for name, each in get_type_hints(kind).items():
+        is_group = isinstance(each, type) and dataclasses.is_dataclass(each)
+        names |= _options(each) if is_group else {name}
+    return names
 
 
 def _memory_message(error: BaseException) -> str:

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from ..common.checks import check_choice, check_seed, positive_int
+from ..common.hints import with_hints
 from ..common.messages import progress_bar
 from ..common.tensors import dequantise, flat_rows
 from ..references import References, ReferenceSet
@@ -28,6 +29,7 @@ _FIRST_MOVE, _LEAST_MOVE = 0.25, 0.03  # of a level in the search, in log z
 class Fitting(Sampling, Targets):
     """Levels that follow from the data."""
 
+    @with_hints
     def fit_levels(
         self,
         references: References,

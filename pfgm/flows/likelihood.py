@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from ..common.checks import check_choice, positive, whole
+from ..common.hints import with_hints
 from ..common.messages import progress_bar
 from ..common.tensors import common_device, evaluating, wide_dtype
 from ..functional import euler_step, heun_step, log_density
@@ -54,6 +55,7 @@ class LogLikelihood(NamedTuple):
 class Likelihood(Sampling):
     """Log-densities of data."""
 
+    @with_hints
     def log_likelihood(
         self,
         net: Network,

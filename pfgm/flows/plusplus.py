@@ -6,7 +6,7 @@ import functools
 import math
 import warnings
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any, Literal, overload
 
 import torch
 from torch import Tensor, nn
@@ -33,7 +33,11 @@ from ..references import References, ReferenceSet
 from ..solvers import SAMPLERS, SCHEDULES, as_solver, rho_grid
 from .conditions import Condition, Network, as_condition, check_rows, with_inner_networks
 from .flow import Flow
+from .sampling import SampleOptions
 from .targets import ExactNetwork, targets_by_label
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
 
 # Below this D, draws of the noise σ g/√(χ²_D/D) are often many times σ: above 3 σ in 2 % of draws
 # at D = 4 and in 26 % at D = 1.
@@ -114,6 +118,14 @@ class Preconditioned(nn.Module):
 
     def _total(self, sigma: Tensor) -> Tensor:
         return sigma.square() + self.sigma_data**2
+
+
+class ChurnOptions(SampleOptions, total=False):
+    """The types of the options of :meth:`PoissonFlowPP.sample`."""
+
+    churn: float
+    churn_range: tuple[float, float]
+    churn_noise: float
 
 
 class PoissonFlowPP(Flow):
@@ -373,7 +385,37 @@ class PoissonFlowPP(Flow):
         device = common_device(device, generator)
         return self.noise(torch.full((n,), self.sigma_max, device=device), generator)
 
-    def sample(self, net: Network, n: int, **options: Any) -> Any:
+    @overload
+    def sample(
+        self,
+        net: Network,
+        n: int,
+        *,
+        return_nfe: Literal[False] = ...,
+        **options: Unpack[ChurnOptions],
+    ) -> Tensor: ...
+
+    @overload
+    def sample(
+        self, net: Network, n: int, *, return_nfe: Literal[True], **options: Unpack[ChurnOptions]
+    ) -> tuple[Tensor, int]: ...
+
+    @overload
+    def sample(
+        self, net: Network, n: int, *, return_nfe: bool, **options: Unpack[ChurnOptions]
+    ) -> Tensor | tuple[Tensor, int]: ...
+
+    def sample(
+        self,
+        net: Network,
+        n: int,
+        *,
+        return_nfe: bool = False,
+        churn: float = 0.0,
+        churn_range: tuple[float, float] = (0.0, math.inf),
+        churn_noise: float = 1.0,
+        **options: Unpack[SampleOptions],
+    ) -> Tensor | tuple[Tensor, int]:
         """Samples (n, *S).
 
         This is :meth:`pfgm.Flow.sample` with churn, which makes euler and heun stochastic
@@ -383,26 +425,24 @@ class PoissonFlowPP(Flow):
         Args:
             net: the network, a denoiser.
             n: the number of samples.
-            **options: those of :meth:`pfgm.Flow.sample`, and three for churn. churn (S_churn,
-                0 unless given) raises the level by the factor 1 + min(churn/steps, √2 − 1).
-                churn_range gives the lowest and the highest level that is raised. churn_noise
-                (S_noise, 1 unless given) multiplies the standard deviation of the noise. With churn
-                the solver is heun unless given.
+            return_nfe: whether to return the number of network evaluations too.
+            churn: S_churn, which raises the level by the factor 1 + min(churn/steps, √2 − 1). With
+                churn the solver is heun unless given.
+            churn_range: the lowest and the highest level that is raised.
+            churn_noise: S_noise, which multiplies the standard deviation of the noise.
+            **options: those of :meth:`pfgm.Flow.sample`.
 
         Raises:
             ValueError: as :meth:`pfgm.Flow.sample`, or churn with another solver.
         """
-        amount = options.pop("churn", 0.0)
-        between = options.pop("churn_range", (0.0, math.inf))
-        scale = options.pop("churn_noise", 1.0)
-        scale = positive("churn_noise", scale)
-        pair = isinstance(between, (list, tuple)) and len(between) == 2
-        if not pair or not as_number(between[0]) <= as_number(between[1]):
+        scale = positive("churn_noise", churn_noise)
+        pair = isinstance(churn_range, (list, tuple)) and len(churn_range) == 2
+        if not pair or not as_number(churn_range[0]) <= as_number(churn_range[1]):
             raise ValueError(
-                f"churn_range is {between!r}; allowed are two levels, the lower first."
+                f"churn_range must be two levels, the lower first, got {churn_range!r}."
             )
-        if non_negative("churn", amount) == 0:
-            return super().sample(net, n, **options)
+        if non_negative("churn", churn) == 0:
+            return super().sample(net, n, return_nfe=return_nfe, **options)
         solver = options["solver"] = options.get("solver") or "heun"
         if "churn" not in as_solver(solver).options:
             able = ", ".join(name for name, each in SAMPLERS.items() if "churn" in each.options)
@@ -410,14 +450,15 @@ class PoissonFlowPP(Flow):
         if options.get("schedule") is None:
             options["schedule"] = self.defaults.schedule  # levels are fitted without churn
         count = len(self.grid(options.get("steps"), options["schedule"], solver=solver)) - 1
-        churn = functools.partial(
+        raised = functools.partial(
             self._churn,
-            growth=min(amount / count, _LARGEST_CHURN),
-            between=between,
+            growth=min(churn / count, _LARGEST_CHURN),
+            between=churn_range,
             scale=scale,
             generator=options.get("generator"),
         )
-        return super().sample(net, n, churn=churn, **options)
+        given: Any = {"churn": raised}  # an option of the solver, which no caller gives
+        return super().sample(net, n, return_nfe=return_nfe, **options, **given)
 
     def _churn(
         self,

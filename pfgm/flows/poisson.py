@@ -23,6 +23,7 @@ from ..common.checks import (
     warn_channels_last,
     warn_image_range,
 )
+from ..common.hints import with_hints
 from ..common.tensors import common_device, flat_rows, over_samples, per_row, wide_dtype
 from ..data.opening import Samples
 from ..functional import euler_step, field_fn, posterior_mean
@@ -130,6 +131,7 @@ class PoissonFlow(Flow):
 
     D = 1.0
 
+    @with_hints
     def __init__(
         self,
         shape: Sequence[int],

@@ -10,7 +10,7 @@ from abc import abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from itertools import pairwise
-from typing import Any, Literal, overload
+from typing import TYPE_CHECKING, Any, Literal, TypedDict, overload
 
 import torch
 from torch import Tensor
@@ -24,6 +24,7 @@ from ..common.checks import (
     known_device,
     whole,
 )
+from ..common.hints import hint, with_hints
 from ..common.messages import progress_bar
 from ..common.tensors import evaluating, network_device
 from ..functional.steps import Field, euler_step, implied_mean
@@ -45,16 +46,35 @@ from .conditions import (
 )
 from .parametrisation import Parametrisation
 
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
+
 _GIVEN = ("churn", "noise", "earlier")  # options that no caller of a flow gives a solver
-_INSTEAD = {
-    "seed": "A seed is given as generator=torch.Generator().manual_seed(seed).",
-    **dict.fromkeys(["label", "labels"], "Labels are given as condition={'labels': labels}."),
-}
 _SAME_LEVEL = 1e-3  # relative difference of levels, as of rounding to half precision
 _MOST_STEPS = 1_000_000  # all levels are in memory at once; published samplers take up to 1000
 
 Projection = Callable[[Tensor, float], Tensor]
 """From points (B, *S) and their level to new points, at which the network is evaluated."""
+
+
+class SampleOptions(TypedDict, total=False):
+    """The types of the options of :meth:`pfgm.Flow.sample`."""
+
+    solver: str | SolverFunction | None
+    steps: int | None
+    schedule: str | Sequence[float] | None
+    last: float | None
+    condition: Condition | None
+    guidance: float | None
+    unconditional: Condition | None
+    generator: torch.Generator | None
+    device: torch.device | str | None
+    x_init: Tensor | None
+    callback: Callback | None
+    progress: bool
+    rtol: float
+    atol: float
+    project: Projection | None
 
 
 class Sampling(Parametrisation):
@@ -76,13 +96,23 @@ class Sampling(Parametrisation):
 
     @overload
     def sample(
-        self, net: Network, n: int, *, return_nfe: Literal[False] = ..., **options: Any
+        self,
+        net: Network,
+        n: int,
+        *,
+        return_nfe: Literal[False] = ...,
+        **options: Unpack[SampleOptions],
     ) -> Tensor: ...
 
     @overload
     def sample(
-        self, net: Network, n: int, *, return_nfe: Literal[True], **options: Any
+        self, net: Network, n: int, *, return_nfe: Literal[True], **options: Unpack[SampleOptions]
     ) -> tuple[Tensor, int]: ...
+
+    @overload
+    def sample(
+        self, net: Network, n: int, *, return_nfe: bool, **options: Unpack[SampleOptions]
+    ) -> Tensor | tuple[Tensor, int]: ...
 
     def sample(
         self,
@@ -175,6 +205,7 @@ class Sampling(Parametrisation):
             )
         return (x, nfe) if return_nfe else x
 
+    @with_hints
     def grid(
         self,
         steps: int | None = None,
@@ -441,9 +472,9 @@ def _check_options(solver: str | SolverFunction, options: Mapping[str, object]) 
     for name, value in options.items():
         if name not in chosen.options or (name in _GIVEN and not callable(value)):
             own = ", ".join(each for each in chosen.options if each not in _GIVEN) or "none"
-            hint = f" {_INSTEAD[name]}" if name in _INSTEAD else ""
             raise TypeError(
-                f"solver {solver!r} takes no option {name!r}; allowed are: {own}.{hint}"
+                f"solver {solver!r} takes no option {name!r}; allowed are: {own}"
+                f"{hint(name, SampleOptions.__annotations__)}."
             )
 
 

@@ -8,6 +8,7 @@ import reprlib
 from typing import Literal, NamedTuple, get_args
 
 from ..common.checks import LARGEST, as_number, check_bool, check_choice, check_seed
+from ..common.hints import with_hints_of_init
 from .logs import LogTo
 
 _PUBLISHED_STEPS = 100_000  # from this number of steps on, the published settings are the defaults
@@ -49,6 +50,7 @@ class Schedule(NamedTuple):
         )
 
 
+@with_hints_of_init
 @dataclasses.dataclass(frozen=True)
 class TrainConfig:
     """How to train.

@@ -21,6 +21,7 @@ from ..common.checks import (
     positive_int,
 )
 from ..common.files import StrPath, absolute_path, write_json
+from ..common.hints import hint
 from ..common.old_names import with_present_names
 from ..common.versions import versions
 from ..datasets import Layout, Range, absolute_source, takes_layout
@@ -317,5 +318,6 @@ def _arguments(content: Any, kind: type) -> dict[str, Any]:
     if unknown := sorted(arguments.keys() - known):
         raise ValueError(
             f"there is no setting {unknown[0]!r}; known are {', '.join(sorted(known))}"
+            f"{hint(unknown[0], known)}"
         )
     return arguments

@@ -257,7 +257,7 @@ def test_churn(data, solver):
     never = flow.sample(net, 60, churn=30.0, churn_range=(1e3, 1e4), **options)
     assert torch.equal(never, plain)
     for wrong in ((2, 1), 5):
-        with pytest.raises(ValueError, match=r"churn_range is .*; allowed are two levels"):
+        with pytest.raises(ValueError, match="churn_range must be two levels"):
             flow.sample(net, 3, churn=1.0, churn_range=wrong)
     with pytest.raises(ValueError, match="with churn allowed are euler, heun"):
         flow.sample(net, 3, churn=1.0, solver="multistep")

@@ -1,0 +1,81 @@
+"""Hints for arguments that go by other names here than elsewhere."""
+
+from __future__ import annotations
+
+import functools
+import inspect
+from collections.abc import Callable, Container
+from typing import ParamSpec, TypeVar
+
+P = ParamSpec("P")
+T = TypeVar("T")
+
+_INSTEAD: dict[str, tuple[str, ...]] = {
+    **dict.fromkeys(
+        ("num_steps", "n_steps", "max_steps", "num_inference_steps", "T", "iterations", "epochs"),
+        ("steps",),
+    ),
+    **dict.fromkeys(("batch", "bs", "minibatch"), ("batch_size",)),
+    **dict.fromkeys(("num_samples", "n_samples", "batch_size"), ("n",)),
+    "lr": ("learning_rate",),
+    **dict.fromkeys(("ema_decay", "ema_rate"), ("ema",)),
+    "warmup_steps": ("warmup",),
+    **dict.fromkeys(("grad_clip", "max_grad_norm"), ("clip",)),
+    **dict.fromkeys(("guidance_scale", "cfg_scale", "cfg"), ("guidance",)),
+    "seed": ("generator=torch.Generator().manual_seed(seed)",),
+    **dict.fromkeys(
+        ("label", "labels", "class_labels"), ("condition={'labels': labels}", "label", "labels")
+    ),
+    # Names of version 0.2.
+    "references": ("reference_batch",),
+    "levels": ("grey_levels", "student_levels"),
+    "sigma": ("noise_std",),
+}
+"""What to give in place of a name: the first of these that a function takes."""
+
+
+def instead_of(name: str, known: Container[str]) -> str | None:
+    """What to give in place of an argument that is not among the known ones, if that is known.
+
+    >>> instead_of("lr", ["steps", "learning_rate"]), instead_of("lr", ["steps"])
+    ('learning_rate', None)
+    """
+    if name in known:
+        return None
+    return next((each for each in _INSTEAD.get(name, ()) if each.partition("=")[0] in known), None)
+
+
+def hint(name: str, known: Container[str]) -> str:
+    """The hint at the end of an error, "; use …", or an empty text."""
+    instead = instead_of(name, known)
+    return "" if instead is None else f"; use {instead}"
+
+
+def with_hints(function: Callable[P, T]) -> Callable[P, T]:
+    """The function, whose TypeError for an unknown argument says what to give instead.
+
+    >>> @with_hints
+    ... def train(*, learning_rate): ...
+    >>> train(lr=1e-3)
+    Traceback (most recent call last):
+    TypeError: train() got an unexpected keyword argument 'lr'; use learning_rate
+    """
+    parameters = inspect.signature(function).parameters
+
+    @functools.wraps(function)
+    def checked(*arguments: P.args, **named: P.kwargs) -> T:
+        for name in named:
+            if instead := hint(name, parameters):
+                raise TypeError(
+                    f"{function.__qualname__}() got an unexpected keyword argument "
+                    f"{name!r}{instead}"
+                )
+        return function(*arguments, **named)
+
+    return checked
+
+
+def with_hints_of_init(kind: type[T]) -> type[T]:
+    """The class, a dataclass, with the hints of :func:`with_hints` for its fields."""
+    kind.__init__ = with_hints(kind.__init__)  # type: ignore[method-assign]
+    return kind

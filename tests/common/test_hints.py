@@ -1,0 +1,76 @@
+"""Arguments that go by other names elsewhere: what to give instead."""
+
+import inspect
+
+import pytest
+import torch
+
+import pfgm
+from pfgm import cli
+from pfgm.flows.sampling import SampleOptions
+from pfgm.training import TrainConfig
+from pfgm.training.runs import RunConfig
+
+FLOW, PLUS = pfgm.PoissonFlow((2,), data_norm=1.0), pfgm.PoissonFlowPP((2,), D=64)
+DATA = torch.ones(4, 2)
+
+
+@pytest.mark.parametrize(
+    ("call", "hint"),
+    [
+        (lambda: TrainConfig(lr=1e-3), "argument 'lr'; use learning_rate"),
+        (lambda: TrainConfig(num_steps=3), "'num_steps'; use steps"),
+        (lambda: TrainConfig(batch=3), "'batch'; use batch_size"),
+        (lambda: TrainConfig(references=64), "'references'; use reference_batch"),
+        (lambda: TrainConfig(colour=3), "'colour'$"),
+        (lambda: pfgm.PoissonFlow((2,), M=9, sigma=0.1), "'sigma'; use noise_std"),
+        (lambda: FLOW.grid(n_steps=3), "'n_steps'; use steps"),
+        (lambda: FLOW.fit_levels(DATA, T=3), "'T'; use steps"),
+        (lambda: FLOW.log_likelihood(FLOW.empirical(DATA), DATA, levels=3), "use grey_levels"),
+        *(
+            (lambda flow=flow, given=given: flow.sample(flow.empirical(DATA), 2, **given), hint)
+            for flow in (FLOW, PLUS)
+            for given, hint in (
+                ({"num_steps": 3}, "'num_steps'; allowed are: none; use steps"),
+                ({"seed": 3}, "use generator=torch.Generator"),
+                ({"labels": DATA}, "use condition={'labels': labels}"),
+                ({"guidance_scale": 2}, "use guidance"),
+            )
+        ),
+    ],
+)
+def test_functions_say_what_to_give_instead(call, hint):
+    with pytest.raises(TypeError, match=hint):
+        call()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "hint"),
+    [
+        (["train", "--lr", "3"], "there is no option --lr; use --learning-rate"),
+        (["train", "--references=3"], "--references; use --reference-batch"),
+        (["train", "--levels", "3"], "--levels; use --student-levels"),
+        (["sample", "--num-steps", "3"], "--num-steps; use --steps"),
+        (["sample", "--batch", "3"], "--batch; use --batch-size"),
+        (["demo", "--T", "3"], "--T; use --steps"),
+    ],
+)
+def test_commands_say_what_to_give_instead(arguments, hint, capsys):
+    assert cli.main(arguments) == 2
+    assert hint in capsys.readouterr().err
+
+
+def test_recipes_say_what_to_give_instead(tmp_path):
+    (tmp_path / "recipe.json").write_text('{"training": {"lr": 1e-3}}')
+    with pytest.raises(ValueError, match=r"no setting 'lr'; .*; use learning_rate"):
+        RunConfig.load(tmp_path / "recipe.json")
+
+
+def test_the_options_of_both_flows_have_the_types_of_sample():
+    own = inspect.signature(pfgm.PoissonFlow.sample).parameters
+    named = {name for name, each in own.items() if each.kind is each.KEYWORD_ONLY}
+    of_solvers = {"rtol", "atol", "project"}
+    assert {*SampleOptions.__annotations__} == (named - {"return_nfe"}) | of_solvers
+    plus = inspect.signature(pfgm.PoissonFlowPP.sample).parameters
+    assert {"return_nfe", "churn", "churn_range", "churn_noise"} < {*plus}
+    assert plus["options"].annotation == "Unpack[SampleOptions]"
