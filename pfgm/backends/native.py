@@ -31,6 +31,7 @@ from ..common.checks import (
     range_message,
     underflow_message,
 )
+from ..common.dtypes import GPU_REFERENCES, REFERENCES
 from ..common.tensors import contiguous, contiguous_features, unfilled
 from ..core import formulas
 from ..core.problems import Needs, OdeStep, PosteriorMean, State, Upstream
@@ -38,14 +39,6 @@ from ..core.weights import check_singular, is_flat, singular_message
 from .cuda_driver import CudaRuntime, cuda_lines
 from .layout import laid_out, laid_out_step, step_outputs
 
-TYPES = {  # the numbers of csrc/api/posterior_mean.h
-    torch.float32: 0,
-    torch.float64: 1,
-    torch.bfloat16: 2,
-    torch.float16: 3,
-    torch.uint8: 4,
-}
-_CUDA_REFERENCES = (torch.float32, torch.bfloat16, torch.float16, torch.uint8)
 # The failures that the CPU kernels return.
 _RADIUS, _VALUE, _SINGULAR, _MEMORY, _SKETCH, _KEPT, _RANGE, _UNDERFLOW = range(1, 9)
 
@@ -129,8 +122,8 @@ def _cuda_supports(
         return "its GPU kernels are for NVIDIA GPUs"
     if dtype != torch.float32:
         return f"it computes in float32 on a GPU, not {dtype}"
-    if references is not None and references not in _CUDA_REFERENCES:
-        names = ", ".join(map(str, _CUDA_REFERENCES))
+    if references is not None and references not in GPU_REFERENCES:
+        names = ", ".join(map(str, GPU_REFERENCES))
         return f"on a GPU it reads references in {names}, not {references}"
     # Without a GPU there are only fake tensors, of which a graph for a GPU may be made.
     return _device_reason(device.index) if torch.cuda.is_available() else None
@@ -219,8 +212,8 @@ def native_problem(problem: PosteriorMean, all_references: int = 0) -> object:
     if sketch is not None:
         check_sketch(sketch, x, references)
     return extension().Problem(
-        type=TYPES[x.dtype],
-        reference_type=TYPES[references.dtype],
+        type=REFERENCES[x.dtype].number,
+        reference_type=REFERENCES[references.dtype].number,
         queries=x.shape[0],
         references=references.shape[0],
         features=x.shape[1],
@@ -250,8 +243,8 @@ def sketch(references: Tensor, dtype: torch.dtype) -> Tensor | None:
     references = contiguous_features(references)
     out = torch.empty(size, dtype=dtype, device=references.device)
     extension().sketch(
-        type=TYPES[dtype],
-        reference_type=TYPES[references.dtype],
+        type=REFERENCES[dtype].number,
+        reference_type=REFERENCES[references.dtype].number,
         references=len(references),
         features=references.shape[1],
         y=address_and_stride(references),
@@ -265,7 +258,10 @@ def _sketch_size(references: Tensor, dtype: torch.dtype) -> int:
     """The number of values of a dtype that hold a sketch."""
     M, N = references.shape
     size: int = extension().sketch_bytes(
-        type=TYPES[dtype], reference_type=TYPES[references.dtype], references=M, features=N
+        type=REFERENCES[dtype].number,
+        reference_type=REFERENCES[references.dtype].number,
+        references=M,
+        features=N,
     )
     return size // dtype.itemsize
 
@@ -337,8 +333,8 @@ def room_for_distances(problem: PosteriorMean) -> Tensor | None:
     x, references = problem.x, problem.references
     of = extension().kept_bytes_cuda if _on_cuda(x.device) else extension().kept_bytes
     size: int = of(
-        type=TYPES[x.dtype],
-        reference_type=TYPES[references.dtype],
+        type=REFERENCES[x.dtype].number,
+        reference_type=REFERENCES[references.dtype].number,
         queries=len(x),
         references=len(references),
         features=x.shape[1],
@@ -437,7 +433,7 @@ def _native_field(
     difference: Tensor, z: Tensor, gamma: float, field_x: Tensor | None, field_z: Tensor | None
 ) -> object:
     return extension().NormalisedField(
-        type=TYPES[difference.dtype],
+        type=REFERENCES[difference.dtype].number,
         rows=difference.shape[0],
         features=difference.shape[1],
         difference=address_and_stride(difference),
@@ -491,7 +487,7 @@ def ode_step(
     out, mean_out = step_outputs(x, with_mean, out, mean_out)
     shared = array("d", (z, toward, blend))
     native_step = extension().OdeStep(
-        type=TYPES[x.dtype],
+        type=REFERENCES[x.dtype].number,
         rows=x.shape[0],
         features=x.shape[1],
         x=address_and_stride(x),

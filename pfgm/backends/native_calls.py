@@ -17,7 +17,8 @@ import torch
 from torch import Tensor
 
 from ..common.checks import as_float
-from ..common.tensors import HALF, contiguous_features, flat_rows, mark_written, unfilled
+from ..common.dtypes import HALF, REFERENCES
+from ..common.tensors import contiguous_features, flat_rows, mark_written, unfilled
 from . import native
 
 EULER, HEUN, MULTISTEP = 0, 1, 2
@@ -30,7 +31,7 @@ available = native.has_extension()
 """Whether there is an extension to call."""
 
 _native: Any = native.extension() if available else None
-_POINTS = {dtype: native.TYPES[dtype] for dtype in (torch.float32, torch.float64)}
+_POINTS = {dtype: REFERENCES[dtype].number for dtype in (torch.float32, torch.float64)}
 _SUBSTITUTIONS = ("exact", "published")
 _NUMBERS = (float, int)
 # Looked up once, as in pfgm/ops/eager.py.
@@ -103,8 +104,8 @@ def _problem(
         return None
     dtype = torch.float32 if x.dtype in HALF else x.dtype
     reference_dtype, shape, other = references.dtype, x.shape, references.shape
-    kind, reference_kind = _POINTS.get(dtype), native.TYPES.get(reference_dtype)
-    if kind is None or reference_kind is None or not shape or not other:
+    kind, stored = _POINTS.get(dtype), REFERENCES.get(reference_dtype)
+    if kind is None or stored is None or not shape or not other:
         return None
     (B, *sample), (M, *other_sample), values = shape, other, x.numel()
     if (
@@ -136,7 +137,7 @@ def _problem(
         M,
         N,
         kind,
-        reference_kind,
+        stored.number,
         x.data_ptr(),
         rows.data_ptr(),
         stride,

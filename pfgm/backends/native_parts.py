@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..common.dtypes import REFERENCES
 from ..common.tensors import contiguous
 from ..core.problems import PosteriorMean, RunningGradient, RunningMean, State, Upstream
 from . import choose, native
@@ -37,7 +38,7 @@ def kernel_chunk_rows(features: int, references: torch.dtype) -> int:
     """The number of references that the kernels take at a time."""
     if not native.has_extension():
         return 1
-    rows: int = native.extension().chunk_rows(features, native.TYPES[references])
+    rows: int = native.extension().chunk_rows(features, REFERENCES[references].number)
     return rows
 
 

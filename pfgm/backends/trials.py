@@ -17,6 +17,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from ..common.dtypes import REFERENCES
 from ..common.tensors import dequantise, wide_dtype
 from ..core.problems import OdeStep, PosteriorMean, State, Upstream
 from . import native, native_calls
@@ -44,7 +45,6 @@ SHAPES = (
     *((3, 2100, 31), (5, 70, 37), (20, 70, 100), (66, 500, 100), (590, 1030, 100)),
     *((300, 4100, 484), (1020, 4100, 36), (66, 33, 3070), (40, 1500, 2070), (97, 2100, 3076)),
 )
-TYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16, torch.uint8)
 _WIDTHS = (36, 37, 1041, 6150, 8200)  # for part of a warp, a block, and longer; odd, by values
 _ROWS = 5
 _GAMMA = 5.0
@@ -353,7 +353,7 @@ def _in_a_graph(place: Place) -> Results:
 
 def _trials() -> Iterator[tuple[str, Trial]]:
     part, half = functools.partial, (torch.bfloat16, torch.float16)
-    cases = [*itertools.product(SHAPES, TYPES), *((s, torch.float32) for s in SIZES.values())]
+    cases = [*itertools.product(SHAPES, REFERENCES), *((s, torch.float32) for s in SIZES.values())]
     for k, (sizes, dtype) in enumerate(cases):
         large = math.prod(sizes) >= _LARGE
         compute = part(_shape, sizes=sizes, D=(1.0, math.inf, 128.0)[k % 3], dtype=dtype)

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from ..common.checks import check_distances, check_radius, checks_values
+from ..common.dtypes import GPU_REFERENCES
 from ..common.tensors import contiguous_features
 from ..core import formulas
 from ..core.problems import Needs, OdeStep, PosteriorMean, State, Upstream
@@ -25,7 +26,6 @@ from ..core.weights import check_singular, is_flat
 from .layout import laid_out, laid_out_step, step_outputs
 
 _OLDEST = (3, 6)  # major and minor version of Triton
-_REFERENCES = (torch.float32, torch.bfloat16, torch.float16, torch.uint8)
 
 
 def interpreted() -> bool:
@@ -63,8 +63,8 @@ def supports(
         return f"its kernels run on a GPU, not on {device.type} (except under TRITON_INTERPRET=1)"
     if dtype != torch.float32:
         return f"it computes in float32, not {dtype}"
-    if references is not None and references not in _REFERENCES:
-        return f"it reads references in {', '.join(map(str, _REFERENCES))}, not {references}"
+    if references is not None and references not in GPU_REFERENCES:
+        return f"it reads references in {', '.join(map(str, GPU_REFERENCES))}, not {references}"
     return None
 
 

@@ -11,9 +11,6 @@ from torch import Tensor, nn
 
 from .checks import check_floating, is_number, is_symbolic, known_device
 
-HALF = (torch.bfloat16, torch.float16)
-"""Dtypes of points that are computed in float32."""
-
 
 def wide_dtype(device: torch.device) -> torch.dtype:
     """float64, or float32 on devices without float64."""

@@ -18,6 +18,7 @@ from numpy.lib import format as npy
 from safetensors import safe_open
 from torch import Tensor
 
+from ..common.dtypes import REFERENCES
 from ..common.files import StrPath, write_atomic
 from ..common.tensors import as_int64
 from .rows import InMemory, OnDisk, Source, check_samples
@@ -25,19 +26,8 @@ from .rows import InMemory, OnDisk, Source, check_samples
 __all__ = ["load_array", "save_array", "to_unit"]
 
 _PREFERRED_NAMES = ("images", "data", "x")
-_NUMPY_DTYPES = {
-    np.dtype(np.uint8): torch.uint8,
-    np.dtype(np.float16): torch.float16,
-    np.dtype(np.float32): torch.float32,
-    np.dtype(np.float64): torch.float64,
-}
-_SAFETENSORS_DTYPES = {
-    "U8": torch.uint8,
-    "BF16": torch.bfloat16,
-    "F16": torch.float16,
-    "F32": torch.float32,
-    "F64": torch.float64,
-}
+_NUMPY_DTYPES = {np.dtype(of.numpy): dtype for dtype, of in REFERENCES.items() if of.numpy}
+_SAFETENSORS_DTYPES = {of.safetensors: dtype for dtype, of in REFERENCES.items()}
 _TABLES = (".tsv", ".txt")  # suffixes of tables as text, which are not read
 _MAX_SAFETENSORS_HEADER = 100_000_000  # bytes, the limit of the safetensors library itself
 
@@ -130,7 +120,7 @@ def open_array(path: Path, name: str | None = None, *, in_place: bool = True) ->
     Returns:
         The rows. An array that cannot be read in place is loaded now, and float64 becomes float32:
         an array that is compressed, in Fortran order, in another byte order or of a width that is
-        not in ``DTYPES``.
+        not one of references.
 
     Raises:
         FileNotFoundError: there is no such file.

@@ -38,7 +38,7 @@ def open_source(
               differ from its file;
             - the path of a ``.npy``, ``.npz`` or ``.safetensors`` file, whose rows are read in
               place. An array is loaded if it is compressed, in Fortran order, in another byte order
-              or of a width that is not in ``DTYPES``. Of several arrays in a file,
+              or of a width that references cannot have. Of several arrays in a file,
               :func:`pfgm.data.load_array` tells which one is read;
             - a DataFrame of pandas, or the path of a ``.csv`` file, of numbers, which stay as they
               are: see :func:`pfgm.data.tables.load_table`. :class:`pfgm.data.Table` encodes texts;

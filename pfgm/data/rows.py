@@ -19,9 +19,8 @@ import torch
 from torch import Tensor
 
 from ..common.checks import check_dense, checks_values
+from ..common.dtypes import REFERENCES
 from ..common.files import StrPath
-
-DTYPES = (torch.uint8, torch.bfloat16, torch.float16, torch.float32, torch.float64)
 
 _MAX_READ_BYTES = 1 << 30  # in one system call; some systems refuse 2³¹ bytes or more
 
@@ -31,7 +30,7 @@ class Source(ABC):
 
     Attributes:
         shape: S.
-        dtype: the dtype in which the rows are stored, one of ``DTYPES``.
+        dtype: the dtype in which the rows are stored, one of :data:`pfgm.common.dtypes.REFERENCES`.
         labels: (n,) int64; None where there are none.
         label_names: the names of the classes, by label; empty where they have none.
     """
@@ -91,7 +90,7 @@ class InMemory(Source):
     """The rows of a tensor on any device. The tensor is neither copied nor changed.
 
     Raises:
-        TypeError: the dtype is not in ``DTYPES``, or the tensor is sparse.
+        TypeError: the dtype is not one of references, or the tensor is sparse.
         ValueError: there is no dimension, or there are no numbers.
     """
 
@@ -138,13 +137,13 @@ class OnDisk(Source):
     Args:
         path: the file, which stays open as long as this object lives.
         offset: the position of the first row in the file, in bytes.
-        dtype: one of ``DTYPES``, in the byte order of the machine.
+        dtype: one of :data:`pfgm.common.dtypes.REFERENCES`, in the byte order of the machine.
         shape: S.
         count: n.
 
     Raises:
         OSError: the file cannot be opened.
-        TypeError: the dtype is not in ``DTYPES``.
+        TypeError: the dtype is not one of references.
         ValueError: the file is too short for the rows, or the rows hold no numbers.
     """
 
@@ -305,8 +304,8 @@ def check_samples(shape: tuple[int, ...], name: str, *, in_file: bool = True) ->
 
 
 def _check_dtype(dtype: torch.dtype, name: str) -> None:
-    if dtype not in DTYPES:
-        raise TypeError(f"{name} must be one of {', '.join(map(str, DTYPES))}, got {dtype}.")
+    if dtype not in REFERENCES:
+        raise TypeError(f"{name} must be one of {', '.join(map(str, REFERENCES))}, got {dtype}.")
 
 
 def _check_range(start: int, stop: int, count: int) -> None:

@@ -20,13 +20,14 @@ from torch.utils.data import (
     default_convert,
 )
 
+from ..common.dtypes import REFERENCES
 from ..common.messages import progress_bar
 from .arrays import from_numpy
 from .images import channel_count, check_depth, has_16_bits, pixels
 
 _SAMPLE_KEYS = ("image", "images", "x", "data")
 _LABEL_KEYS = ("label", "labels")
-_KEPT_DTYPES = (torch.uint8, torch.bfloat16, torch.float16, torch.float32)
+_KEPT_DTYPES = REFERENCES.keys() - {torch.float64}
 
 
 def load_dataset(dataset: Any, *, progress: bool = False) -> tuple[Tensor, Tensor | None]:

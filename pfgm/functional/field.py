@@ -20,14 +20,13 @@ from ..common.checks import (
     is_symbolic,
     layout_hint,
 )
-from ..common.tensors import HALF, flat_rows, over_samples
+from ..common.dtypes import HALF, POINTS
+from ..common.tensors import flat_rows, over_samples
 from ..common.transforms import in_torch_func
 from ..ops import PosteriorMean, eager
 from ..references import References, ReferenceSet
 from ..references import posterior_mean as over_set
 from .levels import per_query
-
-_QUERY_DTYPES = (torch.float32, torch.float64, *HALF)
 
 
 def _refuse(function: str, arguments: Iterable[str]) -> NoReturn:
@@ -59,8 +58,8 @@ def _check_tensors(x: Tensor, references: References) -> None:
             + layout_hint(x.shape[1:], references.shape[1:])
             + layout_hint(references.shape[1:], x.shape[1:]).replace("x.", "references.")
         )
-    if x.dtype not in _QUERY_DTYPES:
-        raise TypeError(f"x must be one of {', '.join(map(str, _QUERY_DTYPES))}, got {x.dtype}.")
+    if x.dtype not in POINTS:
+        raise TypeError(f"x must be one of {', '.join(map(str, POINTS))}, got {x.dtype}.")
     # A set in the memory of the CPU is copied to the device of x chunk by chunk.
     streams = isinstance(references, ReferenceSet) and references.device.type == "cpu"
     if x.device != references.device and not streams:

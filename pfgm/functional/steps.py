@@ -29,12 +29,11 @@ import torch
 from torch import Tensor
 
 from ..common.checks import check_at_least_0, check_dense
-from ..common.tensors import HALF
+from ..common.dtypes import HALF, POINTS
 from ..ops import OdeStep, eager, ode_step
 from ..ops.eager import EULER, HEUN, MULTISTEP
 from .levels import Level, per_query, step_levels
 
-_DTYPES = (torch.float32, torch.float64, *HALF)
 _SUBSTITUTIONS = ("exact", "published")
 
 
@@ -330,8 +329,8 @@ def _check(method: int, x: Tensor, prediction: Field | Tensor, history: Tensor |
         raise ValueError(
             f"{name} must have shape (B, *S) with at least one value in S, got {tuple(x.shape)}."
         )
-    if x.dtype not in _DTYPES:
-        raise TypeError(f"{name} must be one of {', '.join(map(str, _DTYPES))}, got {x.dtype}.")
+    if x.dtype not in POINTS:
+        raise TypeError(f"{name} must be one of {', '.join(map(str, POINTS))}, got {x.dtype}.")
     if method in _HISTORY:
         _check_tensor(_HISTORY[method], history, x, x.shape)
     if not isinstance(prediction, Field):

@@ -26,13 +26,12 @@ from torch._subclasses import FakeTensor
 from ..backends import choose_for, requested
 from ..common import transforms
 from ..common.checks import is_symbolic
+from ..common.dtypes import REFERENCES
 from ..common.tensors import flat_rows, wide_dtype
 from ..core import formulas
 from ..core.problems import PosteriorMean, State, Tangents, Upstream
 from ..core.weights import is_flat
 from .library import Operator, as_arguments, no_gradient, save_nothing
-
-_REFERENCE_DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16, torch.uint8)
 
 _BACKEND = "str? backend=None"
 _RESULTS = "Tensor mean, Tensor logsumexp, Tensor nearest, Tensor total"
@@ -148,10 +147,9 @@ def check(problem: PosteriorMean) -> None:
         raise ValueError("references must hold at least one reference, got none.")
     if x.dtype not in (torch.float32, torch.float64):
         raise TypeError(f"x must be torch.float32 or torch.float64, got {x.dtype}.")
-    if references.dtype not in _REFERENCE_DTYPES:
+    if references.dtype not in REFERENCES:
         raise TypeError(
-            f"references must be one of {', '.join(map(str, _REFERENCE_DTYPES))}, got "
-            f"{references.dtype}."
+            f"references must be one of {', '.join(map(str, REFERENCES))}, got {references.dtype}."
         )
     if radius.shape != x.shape[:1] or radius.dtype != wide_dtype(x.device):
         raise ValueError(

@@ -14,10 +14,11 @@ import torch.distributed as dist
 from torch import Tensor
 
 from ..common.checks import is_whole, known_device
+from ..common.dtypes import REFERENCES
 from ..common.files import StrPath, write_atomic
 from ..common.tensors import as_int64, dequantise
 from ..data.opening import Samples, open_source
-from ..data.rows import DTYPES, InMemory
+from ..data.rows import InMemory
 from .drawing import draw_numbers
 from .measures import Measures, RowSums
 from .part import Part, check_finite
@@ -264,8 +265,10 @@ class ReferenceSet:
         torch.bfloat16
         """
         dtype = dtype or self.dtype
-        if dtype not in DTYPES:
-            raise ValueError(f"dtype must be one of {', '.join(map(str, DTYPES))}, got {dtype}.")
+        if dtype not in REFERENCES:
+            raise ValueError(
+                f"dtype must be one of {', '.join(map(str, REFERENCES))}, got {dtype}."
+            )
         device = self.device if device is None else known_device(device)
         shape = (len(self.part), *self.part.shape)
         held = torch.empty(shape, dtype=dtype, device=device, pin_memory=pin_memory)

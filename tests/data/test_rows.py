@@ -173,10 +173,10 @@ def test_row_numbers_that_are_refused(
 
 @pytest.mark.parametrize("dtype", [torch.int64, torch.bool, torch.complex64])
 def test_other_dtypes_are_refused(tmp_path: Path, dtype: torch.dtype) -> None:
-    with pytest.raises(TypeError, match=rf"source must be one of torch\.uint8,.*got {dtype}\."):
+    with pytest.raises(TypeError, match=rf"source must be one of torch\.float32,.*got {dtype}\."):
         open_source(torch.zeros(2, 2, dtype=dtype))
     with pytest.raises(
-        TypeError, match=rf" must be one of torch\.uint8, torch\.bfloat16,.*got {dtype}\."
+        TypeError, match=rf" must be one of torch\.float32, torch\.float64,.*got {dtype}\."
     ):
         OnDisk(tmp_path / "x", 0, dtype, (2,), 2)
 
