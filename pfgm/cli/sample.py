@@ -41,6 +41,7 @@ __all__ = ["Sample"]
 
 _SHOWN_NAMES = 20  # of labels, in an error
 _NO_LABEL = "none"
+_FRAMES = 24  # of an animation, at most
 _COLUMNS = 32  # of a picture at most, that stand for labels
 _FILES = (".csv", ".npy", ".png")
 _DIGITS = 6  # of the numbers in the names of single images, at least
@@ -71,8 +72,8 @@ class Sample:
     """Weight of classifier-free guidance, which exaggerates the label, so it needs labels. 1 is
     none; any other value takes twice as long."""
     animate: Path | None = None
-    """A .gif file of the samples on their field lines from the prior to data, with a frame for each
-    step (images only, at most --batch-size)."""
+    """A .gif file of the samples on their field lines from the prior to data, with at most 24 of
+    the steps, between which pictures change evenly (images only, at most --batch-size)."""
     seed: int = 0
     """Seed of the prior, and of the noise that some solvers add."""
     progress: Progress = True
@@ -223,7 +224,11 @@ class Sample:
         titles = [*(f"{symbol} = {level:.2g}" for level, _ in path[:-1]), "samples"]
         with output_folder(out.parent):
             animation(
-                torch.stack([x for _, x in path]), titles, out, **self._columns(labels, loaded)
+                torch.stack([x for _, x in path]),
+                titles,
+                out,
+                frames=_FRAMES,
+                **self._columns(labels, loaded),
             )
 
     def _write_images(self, batches: Iterator[Tensor]) -> None:

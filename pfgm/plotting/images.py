@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..common.checks import check_finite, positive, positive_int
+from ..common.checks import check_finite, positive, positive_int, whole
 from ..common.files import StrPath, write_atomic
 from ..data import to_unit
 from .figures import (
@@ -34,6 +34,8 @@ if TYPE_CHECKING:
 _PANEL = 72  # the size of an image that the default scale aims at
 _GAP = 4
 _HEADER = 12
+
+_MOST_FRAMES = 10_000
 
 
 def image_grid(
@@ -158,6 +160,7 @@ def animation(
     *,
     columns: int | None = None,
     header: Sequence[str] = (),
+    frames: int | None = None,
     seconds: float = 0.15,
 ) -> None:
     """Samples on their way from noise to data, as an animated GIF that repeats.
@@ -171,13 +174,16 @@ def animation(
         path: where to save the animation, a name ending in .gif.
         columns: images per row; by default the grid is about square.
         header: texts above the columns, one for each.
+        frames: at least 2: how many images to show at most, those between which pictures change
+            most evenly. Most steps of a solver change noise alone. None shows all.
         seconds: how long a frame is shown; the last is shown ten times as long.
 
     Raises:
         ImportError: matplotlib is not installed.
         TypeError: images are neither floating point nor uint8.
         ValueError: another shape, NaN or infinity, another number of titles than frames or of texts
-            than columns, columns below 1, seconds that are not positive, another suffix.
+            than columns, columns below 1, frames below 2, seconds that are not positive, another
+            suffix.
         OSError: the animation cannot be written.
 
     >>> import tempfile
@@ -193,13 +199,28 @@ def animation(
             f"titles must have {len(images)} texts, one for each frame, got {len(titles)}."
         )
     longest = max(map(len, titles))  # frames of one width
-    frames = []
-    for frame, title in zip(images, titles, strict=True):
-        title = title.center(longest)
-        frames.append(raster(image_grid(frame, columns=columns, title=title, header=header)))
-    milliseconds = [round(1000 * seconds)] * (len(frames) - 1) + [round(10_000 * seconds)]
-    shown = {"save_all": True, "append_images": frames[1:], "duration": milliseconds, "loop": 0}
-    write_atomic(path, lambda file: frames[0].save(file, format="GIF", **shown))
+    pictures = []
+    for place in range(len(images)) if frames is None else _evenly_changed(images, frames):
+        title = titles[place].center(longest)
+        picture = image_grid(images[place], columns=columns, title=title, header=header)
+        pictures.append(raster(picture))
+    milliseconds = [round(1000 * seconds)] * (len(pictures) - 1) + [round(10_000 * seconds)]
+    shown = {"save_all": True, "append_images": pictures[1:], "duration": milliseconds, "loop": 0}
+    write_atomic(path, lambda file: pictures[0].save(file, format="GIF", **shown))
+
+
+def _evenly_changed(images: Tensor, count: int) -> list[int]:
+    """At most ``count`` places, the first and the last included, with about equal changes between.
+
+    The change between two images is the root mean square of their difference; along the path of
+    all images changes add up.
+    """
+    if whole("frames", count, 2, _MOST_FRAMES) >= len(images):
+        return [*range(len(images))]
+    changes = images.diff(dim=0).flatten(1).square().mean(1).sqrt().double()
+    passed = torch.cat([torch.zeros(1, dtype=torch.float64, device="cpu"), changes.cumsum(0)])
+    wanted = passed[-1] * torch.arange(count, device="cpu") / (count - 1)
+    return [int(place) for place in (passed - wanted[:, None]).abs().argmin(1).unique()]
 
 
 def _shrunk(images: Tensor) -> Tensor:

@@ -208,9 +208,24 @@ def test_an_animation_ends_with_the_picture_of_its_samples(tmp_path: Path) -> No
     assert np.abs(frames[0] - expected).max() > 50
 
 
+def test_frames_are_spaced_by_what_changes(tmp_path: Path) -> None:
+    """Ten equal images, and then ten that brighten from 0.1 to 1."""
+    values = torch.cat([torch.zeros(10), torch.arange(1, 11) / 10])
+    images = values.view(20, 1, 1, 1, 1).expand(20, 1, 1, 8, 8)
+    plotting.animation(images, ["x"] * 20, tmp_path / "x.gif", frames=6)
+    with Image.open(tmp_path / "x.gif") as gif:
+        shown = []
+        for number in range(gif.n_frames):  # type: ignore[attr-defined]
+            gif.seek(number)
+            picture = np.asarray(gif.convert("L")).astype(float)
+            shown.append(picture[picture.shape[0] // 2 + 10, picture.shape[1] // 2])
+    assert shown == pytest.approx([127.5 * (1 + k / 5) for k in range(6)], abs=3)
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
+        ({"frames": 1}, "frames must be an integer of at least 2"),
         ({"path": "x.png"}, r"path must end in \.gif, got x\.png\."),
         ({"titles": ["a"]}, r"titles must have 2 texts, one for each frame, got 1\."),
         ({"seconds": 0.0}, r"seconds must be a number above 0 that float32 can.*got 0\.0\."),
