@@ -111,15 +111,15 @@ def test_the_version_is_that_of_the_installed_package():
     assert pfgm.__version__ == importlib.metadata.version("pfgm")
 
 
-def test_the_version_has_a_date():
-    """The same in the citation and above the newest release of the changelog."""
+def test_the_version_is_the_same_everywhere():
+    """In the package, the citation and the newest section of the changelog, and so is its date."""
     citation = (ROOT / "CITATION.cff").read_text()
     (version,) = re.findall(r"^version: (.*)$", citation, flags=re.MULTILINE)
-    (date,) = re.findall(r'^date-released: "(.*)"$', citation, flags=re.MULTILINE)
+    date = re.findall(r'^date-released: "(.*)"$', citation, flags=re.MULTILINE)
     changelog = (ROOT / "CHANGELOG.md").read_text()
-    released = re.findall(r"^## (\d(?!.*unreleased).*)$", changelog, flags=re.MULTILINE)
+    newest = re.findall(r"^## (\d.*)$", changelog, flags=re.MULTILINE)[0]
     assert version == pfgm.__version__
-    assert released[0] == f"{version} — {date}"
+    assert newest == f"{version} — {date[0] if date else 'unreleased'}"
 
 
 def test_workflows_pin_actions_and_call_recipes():
