@@ -8,7 +8,7 @@ from typing import Any
 MAX_WIDTH = 1 << 20
 """Most features or channels of a layer."""
 MAX_DEPTH = 10_000
-"""Most blocks of a network or of a level."""
+"""Most blocks of a network or of a resolution."""
 
 
 def as_json(config: Mapping[str, Any]) -> dict[str, Any]:

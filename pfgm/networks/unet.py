@@ -48,7 +48,7 @@ def _from_channels(h: Tensor, patch: int) -> Tensor:
 
 def _norm(channels: int) -> nn.GroupNorm:
     # At least four channels in a group: a group of one value would be normalised to zero, which
-    # happens with one channel on a level of one pixel.
+    # happens with one channel at a resolution of one pixel.
     groups = next((g for g in (8, 4, 2) if channels % g == 0 and channels >= 4 * g), 1)
     return nn.GroupNorm(groups, channels)
 
@@ -124,7 +124,7 @@ class Attention(nn.Module):
 
 
 class Stage(nn.Module):
-    """The blocks of one level; the first may change the number of channels."""
+    """The blocks of one resolution; the first may change the number of channels."""
 
     def __init__(
         self, axes: int, inputs: int, outputs: int, embedding: int, *, blocks: int, heads: int
@@ -150,18 +150,18 @@ class UNet(FieldNetwork):
     The shape says which: (C, L), (C, H, W) or (C, D, H, W), with axes of at least 4 values after
     the channels. The network works on patches of values, of length 1 unless ``patch`` says more.
     With 2, an image costs about as much as one of half the height and width, so the same time pays
-    for a wider network. There is one level for each multiplier. Each level halves the axes,
-    rounding up, so odd sizes work. The coarsest level has self-attention. The network predicts the
-    posterior mean (:class:`FieldNetwork`).
+    for a wider network. There is one resolution for each multiplier. Each halves the axes of the
+    one before, rounding up, so odd sizes work. The coarsest has self-attention. The network
+    predicts the posterior mean (:class:`FieldNetwork`).
 
     Args:
         shape: sample shape (C, L), (C, H, W) or (C, D, H, W).
-        width: channels of the finest level.
-        multipliers: channels of each level, finest first, in units of width; (1, 2) suits 8×8,
+        width: channels of the finest resolution.
+        multipliers: channels of each resolution, finest first, in units of width; (1, 2) suits 8×8,
             (1, 2, 2) suits 28×28 and 32×32.
-        blocks: residual blocks of each level, in the encoder and again in the decoder.
+        blocks: residual blocks of each resolution, in the encoder and again in the decoder.
         patch: length of a patch along each axis, a divisor of the axes that leaves at least 4.
-        heads: attention heads on the coarsest level; 0 for none.
+        heads: attention heads at the coarsest resolution; 0 for none.
         classes: number of labels, which forward takes as 0 to classes − 1; 0 for none.
         data_std: root mean square of the data's values.
         gamma: γ of the field.
@@ -196,8 +196,8 @@ class UNet(FieldNetwork):
         self._check_axes()
         width = positive_int("width", width, MAX_WIDTH)
         blocks = positive_int("blocks", blocks, MAX_DEPTH)
-        levels = [width * m for m in int_tuple("multipliers", multipliers, MAX_WIDTH)]
-        heads = _check_heads(heads, levels[-1])
+        sizes = [width * m for m in int_tuple("multipliers", multipliers, MAX_WIDTH)]
+        heads = _check_heads(heads, sizes[-1])
         self.config = as_json(
             {
                 "shape": self.shape,
@@ -212,7 +212,7 @@ class UNet(FieldNetwork):
                 **self._scaling_config,
             }
         )
-        self._build(width, levels, blocks, heads)
+        self._build(width, sizes, blocks, heads)
 
     def _check_axes(self) -> None:
         if not takes_shape(self.shape):
@@ -226,7 +226,7 @@ class UNet(FieldNetwork):
                 f"each, got {self.patch}."
             )
 
-    def _build(self, width: int, levels: list[int], blocks: int, heads: int) -> None:
+    def _build(self, width: int, sizes: list[int], blocks: int, heads: int) -> None:
         axes = len(self.shape) - 1
         embedding = 4 * width
         self.embedding = NoiseEmbedding(embedding, classes=self.config["classes"])
@@ -234,13 +234,13 @@ class UNet(FieldNetwork):
         self.stem = _convolution(axes, (self.shape[0] + 1) * inside, width)
         self.down = nn.ModuleList()
         above = width
-        for i, channels in enumerate(levels):
-            attends = heads if i == len(levels) - 1 else 0
+        for i, channels in enumerate(sizes):
+            attends = heads if i == len(sizes) - 1 else 0
             self.down.append(Stage(axes, above, channels, embedding, blocks=blocks, heads=attends))
             above = channels
         self.middle = ConvBlock(axes, above, above, embedding)
         self.up = nn.ModuleList()
-        for channels in reversed(levels):
+        for channels in reversed(sizes):
             self.up.append(
                 Stage(axes, above + channels, channels, embedding, blocks=blocks, heads=0)
             )

@@ -239,7 +239,7 @@ class RunConfig(Settings):
 
     @classmethod
     def load(cls, path: StrPath) -> RunConfig:
-        """The configuration in a file, or in the folder of a run.
+        """The configuration in a file, or in the folder of a run; also one of version 0.2.
 
         Raises:
             FileNotFoundError: there is no configuration, or only that of a model of
