@@ -29,8 +29,8 @@ def test_digits() -> None:
     assert torch.equal(data.held_out[:], digits.held_out)
     assert data.train.labels.tolist() == digits.train_labels.tolist()
     assert data.held_out.labels.tolist() == digits.held_out_labels.tolist()
-    assert (data.classes, data.levels) == (10, 17)
-    grey = (digits.train + 1) / 2 * (data.levels - 1)
+    assert (data.classes, data.grey_levels) == (10, 17)
+    grey = (digits.train + 1) / 2 * (data.grey_levels - 1)
     assert torch.equal(grey, grey.round())
 
 
@@ -85,7 +85,7 @@ def test_fashion_mnist_in_a_folder(tmp_path: Path, suffix: str) -> None:
     np.testing.assert_array_equal(held_out, arrays["t10k-images-idx3-ubyte"])
     assert data.train.labels.tolist() == [9, 0, 3, 3, 1]
     assert data.held_out.labels.tolist() == [2, 7, 2]
-    assert (data.classes, data.levels) == (10, 256)
+    assert (data.classes, data.grey_levels) == (10, 256)
 
 
 def test_fashion_mnist_in_the_data_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -212,7 +212,7 @@ def test_cifar10(tmp_path: Path, inner: str, monkeypatch: pytest.MonkeyPatch) ->
             data.held_out[:].numpy().reshape(2, -1), records["test_batch.bin"][:, 1:]
         )
         assert data.held_out.labels.tolist() == [5, 4]
-        assert (data.classes, data.levels) == (10, 256)
+        assert (data.classes, data.grey_levels) == (10, 256)
 
 
 def test_missing_cifar10_is_explained(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -280,7 +280,7 @@ def test_grey_images_get_a_channel_in_place(tmp_path: Path, dtype: torch.dtype) 
     assert data.train.shape == (5, 1, 3, 4)
     assert in_file(data.train)
     assert torch.equal(data.train[:][:, 0], images)
-    assert data.levels == (256 if dtype == torch.uint8 else 0)
+    assert data.grey_levels == (256 if dtype == torch.uint8 else 0)
     np.savez_compressed(tmp_path / "grey.npz", images.float().numpy())
     compressed = open_samples(tmp_path / "grey.npz", layout="images")
     assert not in_file(compressed)
@@ -327,7 +327,7 @@ def test_labels_and_held_out_samples(
     np.testing.assert_array_equal(data.held_out[:][:, 0].numpy(), arrays[held_out])
     assert data.train.labels.tolist() == [2, 0, 0, 1]
     assert data.held_out.labels.tolist() == [5, 0]
-    assert (data.classes, data.levels) == (6, 256)
+    assert (data.classes, data.grey_levels) == (6, 256)
 
 
 def test_a_single_array_is_the_samples_whatever_its_name(tmp_path: Path) -> None:
