@@ -55,7 +55,7 @@ class Demo:
     seed: int = 0
     """Seed of training and sampling: the same seed gives the same result."""
     conditional: bool = False
-    """Tell the network which digit to draw: each row of samples.png is one digit."""
+    """Train with labels: each row of samples.png is one digit."""
     progress: Progress = True
 
     def run(self) -> None:
@@ -88,9 +88,8 @@ def run(
         out: the folder, which is created if it is missing.
         steps: training steps.
         seed: seed of the network, training and sampling.
-        conditional: tell the network which digit to draw. Each row of samples.png is then one
-            digit. metrics.json also says how often a classifier trained on the real digits agrees
-            with the label.
+        conditional: train with labels. Each row of samples.png is then one digit, and metrics.json
+            also says how often a classifier trained on the real digits agrees with the label.
         report: called with each line of text about the progress.
         progress: show progress bars.
 

@@ -114,8 +114,8 @@ class Evaluate:
     """What arrays in files are, as for train. The default is that of the training run if its data
     are used, else auto."""
     resize: int | None = None
-    """Height and width to which images are scaled, likewise, and those of --samples in a folder or
-    archive too."""
+    """Height and width to which images are scaled, also those of --samples in a folder or archive.
+    The default is that of the training run if its data are used."""
     drop_missing: bool = False
     """Leave out the rows of a table in which a value is missing, as the training run does if it
     was told to."""
@@ -131,7 +131,7 @@ class Evaluate:
     guidance: float | None = None
     """Weight of classifier-free guidance, for a network that was trained with labels."""
     against: int = 10_000
-    """The most rows of held-out data, and of training data, to compare with."""
+    """Maximum number of rows of held-out data, and of training data, to compare with."""
     per_label: bool = False
     """Compare the samples of each label with the data of that label as well."""
     likelihood: int = 0
@@ -142,8 +142,8 @@ class Evaluate:
     curve: bool = False
     """Measure every solver at several numbers of steps as well."""
     curve_steps: tuple[int, ...] = (3, 5, 8, 10, 20, 40)
-    """Numbers of steps for --curve. A solver takes half as many if its steps cost twice as much,
-    as heun's."""
+    """Numbers of steps for --curve, for solvers with one evaluation a step. heun, with two, takes
+    half as many."""
     fid: bool = False
     """Compute FID and Inception score against training data as well, by torch-fidelity."""
     fid_weights: Path | None = None
@@ -268,11 +268,11 @@ class Evaluate:
                 check_steps(name, count)
 
     def _check_options_of_samples(self) -> None:
-        """Raises ValueError for an option that only a checkpoint has a use for."""
+        """Raises ValueError for an option that has a meaning only with a checkpoint."""
         if self.likelihood or self.curve:
             raise ValueError("samples alone have no likelihood and no curve; give a checkpoint.")
         options = {**asdict(self.sampling), "guidance": self.guidance}
-        unused = SamplingOptions(device=self.sampling.device)  # metrics have a use for the device
+        unused = SamplingOptions(device=self.sampling.device)  # metrics use the device too
         defaults = {**asdict(unused), "guidance": None}
         for name, value in options.items():
             if value != defaults[name]:

@@ -34,7 +34,7 @@ class SamplingOptions:
     """How and where samples are drawn."""
 
     solver: SolverName = "multistep"
-    """The method that follows the field lines; consistency is for few-step models."""
+    """The solver of the ODE; consistency is for few-step models."""
     steps: int | None = None
     """Number of solver steps. By default 10, more for samples of few values and for solvers that
     need them, as heun does, and 1 for consistency. rk45 chooses its own."""
@@ -42,7 +42,7 @@ class SamplingOptions:
     """Spacing of the steps. By default fitted, if the checkpoint has levels for this solver and
     number of steps and no last is given, else rho."""
     last: float | None = None
-    """Noise level at which the last step begins. It goes to the end of the flow at once."""
+    """Noise level at which the last step begins. That step goes to the end of the flow at once."""
     batch_size: int = 1000
     """Samples at a time."""
     device: str = "auto"
@@ -92,7 +92,7 @@ def load_network(
 
 
 def check_guidance(guidance: float | None, network: nn.Module) -> None:
-    """Raises ValueError for a guidance that would do nothing, as the network has no labels."""
+    """Raises ValueError if there is guidance and the network has no labels."""
     if guidance not in (None, 1.0) and not label_count(network):
         raise ValueError(
             f"guidance is {guidance}, but the network was trained without labels, which it would "

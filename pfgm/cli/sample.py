@@ -39,12 +39,12 @@ from .options import (
 
 __all__ = ["Sample"]
 
-_SHOWN_NAMES = 20  # of labels, in an error
+_SHOWN_NAMES = 20  # the most labels that an error names
 _NO_LABEL = "none"
-_FRAMES = 24  # of an animation, at most
-_COLUMNS = 32  # of a picture at most, that stand for labels
+_FRAMES = 24  # the most frames of an animation
+_COLUMNS = 32  # the most columns of a picture that stand for labels
 _FILES = (".csv", ".npy", ".png")
-_DIGITS = 6  # of the numbers in the names of single images, at least
+_DIGITS = 6  # the fewest digits in the names of single images
 
 
 @dataclass
@@ -170,7 +170,7 @@ class Sample:
             labels=each[torch.arange(self.n, device="cpu") % len(each)] if labels else None,
             guidance=self.guidance,
             generator=noise_generator(self.seed, device),
-            # A folder of several batches has a bar of its images.
+            # For a folder, a bar counts the images instead.
             progress=self.progress
             and (not self._is_folder() or self.n <= self.sampling.batch_size),
             callback=None if path is None else functools.partial(_record, path),

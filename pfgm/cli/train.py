@@ -12,7 +12,7 @@ import tyro
 from ..common.checks import usable_device
 from ..training import TrainConfig, runs
 from ..training.processes import joined
-from ..training.runs import RunConfig, Settings
+from ..training.runs import RunConfig, RunSettings
 from .options import Output, Progress
 
 
@@ -34,7 +34,7 @@ class Train:
     timeout: float = 600.0
     """Seconds after which a process that does not answer counts as lost. An evaluation must take
     less."""
-    settings: Annotated[Settings, tyro.conf.arg(name="")] = field(default_factory=Settings)
+    settings: Annotated[RunSettings, tyro.conf.arg(name="")] = field(default_factory=RunSettings)
     """What to train, and on which data."""
     training: Annotated[TrainConfig, tyro.conf.arg(name="")] = field(default_factory=TrainConfig)
     """How to train."""

@@ -584,13 +584,6 @@ def whole(name: str, value: Any, least: int, most: int = _MAX_INT) -> int:
     return int(value)
 
 
-def positive_float(name: str, value: Any) -> float:
-    """The value as a float. Raises ValueError unless it is positive and finite."""
-    if isinstance(value, bool) or not isinstance(value, Real) or not 0 < as_float(value) < math.inf:
-        raise ValueError(f"{name} must be a positive finite number, got {value!r}.")
-    return float(value)
-
-
 def int_tuple(name: str, values: Any, most: int = _MAX_INT) -> tuple[int, ...]:
     """A list or tuple of integers as a tuple.
 

@@ -1,7 +1,7 @@
 """The divergence of the posterior mean: the trace of its Jacobian, exact or estimated.
 
-Nothing here knows of flows. ``denoise(x, level)`` is the posterior mean, or the field that implies
-it, as for :mod:`pfgm.solvers`. Networks must treat the rows of a batch separately.
+``denoise(x, level)`` returns the posterior mean, or the field that implies it, as for
+:mod:`pfgm.solvers`. A network must compute each row of a batch on its own.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ _NO_DERIVATIVE = (
 def _jacobian_product(
     mean: Tensor, x: Tensor, vector: Tensor, keep: bool, differentiable: bool
 ) -> Tensor:
-    """vectorᵀ ∂mean/∂x of each row, flat and wide (B, N)."""
+    """vectorᵀ ∂mean/∂x of each row, (B, N) in :func:`wide_dtype`."""
     (product,) = torch.autograd.grad(
         mean, x, vector, retain_graph=keep, create_graph=differentiable, allow_unused=True
     )
@@ -65,7 +65,7 @@ def _gaussian(x: Tensor, generator: torch.Generator | None) -> Divergence:
 
 
 def _exact(x: Tensor, generator: torch.Generator | None) -> Divergence:
-    """The trace by one product for each dimension, as torch.func cannot differentiate the ops."""
+    """The trace, one product for each dimension: torch.func cannot differentiate the operators."""
     N = math.prod(x.shape[1:])
 
     def divergence(mean: Tensor, x: Tensor, differentiable: bool) -> Tensor:
@@ -88,7 +88,7 @@ ESTIMATORS: dict[str, Estimator] = {
 
 
 class MeanAndDivergence:
-    """Posterior mean and divergence at points; counts the evaluations.
+    """The posterior mean and its divergence as a function of points, with a count of evaluations.
 
     Args:
         denoise: the posterior mean, or the field that implies it.
@@ -111,7 +111,7 @@ class MeanAndDivergence:
         self.nfe = 0
 
     def __call__(self, x: Tensor, level: float) -> tuple[Tensor, Tensor]:
-        """mean (B, N) and div mean (B,) at flat points (B, N), all in the wide dtype."""
+        """mean (B, N) and div mean (B,) at points (B, N), all in :func:`wide_dtype`."""
         self.nfe += 1
         with torch.enable_grad():
             points = x.to(self._dtype).view(self._shape)

@@ -50,8 +50,8 @@ class Editing(Sampling):
         :meth:`decode` carries latents back. With the default solver and tolerances the round trip
         has a relative error below 1e-3 where the network is smooth along the path. Far from all
         data that the network knows, the ODE is stiff and the error is larger. For the exact network
-        this concerns all data that are not among its references. The guide "Invert and edit" gives
-        measured errors. Smaller rtol and atol help. The norms of latents are not clipped. They may
+        that is all data except its references. The guide "Invert and edit" gives measured errors.
+        Smaller rtol and atol help. The norms of latents are not clipped. They may
         be larger than those of :meth:`prior` of a :class:`PoissonFlow`, which are clipped.
 
         Args:
@@ -245,7 +245,7 @@ class Editing(Sampling):
         atol: float | None,
         **options: Any,
     ) -> tuple[Tensor, int]:
-        """:meth:`solve` for data of any allowed dtype or no rows, with the tolerances of rk45."""
+        """:meth:`solve` for data of any allowed dtype and any number of rows."""
         x = self._to_floating(x).detach()
         chosen = as_solver(solver)
         if len(x) == 0 and not chosen.few_step:

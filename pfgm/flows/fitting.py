@@ -42,14 +42,14 @@ class Fitting(Sampling, Targets):
     ) -> list[float]:
         """Finds the levels at which a solver with few steps follows the exact field best.
 
-        Field lines of the exact field of the references are followed from points of the prior with
-        200 steps, and then with ``steps`` steps at the levels in question. Minimised is the mean of
+        Points of the prior follow the exact field of the references with 200 steps, and with
+        ``steps`` steps at candidate levels. The levels minimise the mean of
 
             log(0.01 + ‖x − x*‖/R)
 
-        where x is the end found with few steps, x* that found with many, and R the root mean square
-        of the distances of the references from their mean. The logarithm keeps the few points for
-        which x and x* are different references from deciding alone. Align Your Steps (arXiv
+        where x is the end with few steps, x* the end with many, and R the root mean square distance
+        of the references from their mean. The logarithm keeps the few points that end at different
+        references from dominating. Align Your Steps (arXiv
         2404.14507) minimises a bound of the error of a trained network instead; here no network is
         needed.
 

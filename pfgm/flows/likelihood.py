@@ -166,8 +166,7 @@ class Likelihood(Sampling):
     def _rising_grid(self, steps: int) -> list[float]:
         """The levels of a number of steps, from the last level up to the first."""
         grid = self.grid(steps)
-        # There is no density at level 0. A grid that ends there loses this step and gets another
-        # one above the last level.
+        # There is no density at level 0: leave out the step to it, and take one more above.
         return (grid if grid[-1] > 0 else self.grid(steps + 1)[:-1])[::-1]
 
 
@@ -236,17 +235,17 @@ def log_likelihood(
 
 # ---- solvers -----------------------------------------------------------------------------------
 #
-# Each carries flat points x (B, N) of the wide dtype up the levels. It returns the points and
-# ∫ div mean dt (B,).
+# Each carries points x (B, N), in wide_dtype, up the levels. It returns the points at the last one
+# and ∫ div mean dt (B,).
 
 Carry = Callable[[MeanAndDivergence, Tensor, Sequence[float], float, float], tuple[Tensor, Tensor]]
 
 
 @torch.no_grad()
 def _largest_row_error(error: Tensor) -> Tensor:
-    """The largest error of any row: of its x (root mean square) or of its density.
+    """The largest error of any row, of x (root mean square) or of the density.
 
-    Errors are not averaged over rows, and the error of a density is not averaged with that of x.
+    An average over rows, or over x and the density, would hide a large error of a few.
     """
     points = error[:, :-1].square().mean(1).sqrt()
     return torch.maximum(points, error[:, -1].abs()).max()
@@ -267,10 +266,10 @@ def _rk45(
         mean, divergence = evaluate(x + level * state[:, :-1], level)
         return torch.cat([(x - mean) / level, divergence.unsqueeze(1)], 1)
 
-    # step_t makes the last step end at ends[1]. By default the solver steps beyond it and
-    # interpolates, which is less accurate than the tolerance.
-    # max_step is a factor e in σ. Steps grow where the slope hardly changes, and a longer step
-    # could skip a change that follows. For normal data in one dimension this limit takes the
+    # step_t ends the last step at ends[1]. By default the solver steps beyond it and interpolates,
+    # which is less accurate than the tolerance.
+    # max_step is a factor e in σ. Where the slope hardly changes steps grow, and a longer one
+    # could skip the next change. For normal data in one dimension this limit takes the
     # error from 2e-4 to 1e-5 nats, with as many evaluations.
     options = {"norm": _largest_row_error, "step_t": ends[1:], "max_step": 1.0}
     state = x.new_zeros(len(x), x.shape[1] + 1)
@@ -325,7 +324,7 @@ def _jointly(solver: Solver) -> Carry:
     return carry
 
 
-# Solvers that treat the density apart, more exactly than as one more coordinate.
+# Solvers that integrate the density more accurately than as one more coordinate.
 _APART: dict[SolverFunction, Carry] = {euler: _euler, heun: _heun, rk45: _rk45}
 
 

@@ -1,4 +1,4 @@
-"""What defines a flow: its levels, its noise, and the posterior mean that a network implies.
+"""The base of flows: levels, noise, and the posterior mean that a network implies.
 
 A flow carries points of a prior at its first level to data at its last level along the ODE
 
@@ -40,7 +40,7 @@ from .conditions import Condition, Network, as_condition
 
 
 class Defaults(NamedTuple):
-    """What ``sample`` of a flow uses unless the caller chooses otherwise."""
+    """Defaults of :meth:`pfgm.Flow.sample`."""
 
     solver: str
     steps: int
@@ -48,7 +48,7 @@ class Defaults(NamedTuple):
 
 
 class Parametrisation(ABC):
-    """Shape, levels and noise of a flow, and how the output of its networks is read."""
+    """Shape, levels and noise of a flow, and the meaning of its networks' output."""
 
     shape: tuple[int, ...]
     """S, the shape of one sample."""
@@ -104,7 +104,7 @@ class Parametrisation(ABC):
 
     @property
     def _unit(self) -> float:
-        """The length that scales absolute tolerances: the data's spread, about 0.5 for images."""
+        """The unit of absolute tolerances: the data's spread, about 0.5 for images."""
         return 0.5
 
     def _center(self, x: Tensor) -> Tensor | float:
@@ -123,7 +123,7 @@ class Parametrisation(ABC):
         return Defaults(solver="multistep", steps=self.default_steps("multistep"), schedule="rho")
 
     def default_steps(self, solver: str | SolverFunction) -> int:
-        """The number of steps of a solver unless it is given.
+        """The default number of steps of a solver.
 
         They are those of :attr:`defaults`, but at least 18 for heun, as published for EDM, and 1
         for consistency.
@@ -194,7 +194,7 @@ class Parametrisation(ABC):
         shape = (sigma.shape[0], *self.shape)
         g = draws.normal(shape, generator, dtype=sigma.dtype, device=sigma.device)
         if self.D <= LARGEST:
-            # In float64, because draws of a small D can be too small for float32.
+            # In float64, because for a small D draws can underflow in float32.
             half = torch.full(sigma.shape, self.D / 2, dtype=torch.float64, device=sigma.device)
             spread = torch._standard_gamma(half, generator=generator) / half
             smallest = torch.finfo(sigma.dtype).tiny
@@ -207,7 +207,7 @@ class Parametrisation(ABC):
         """The posterior mean (B, *S) that the network implies at points x of a level, z or sigma.
 
         The level is a number or a tensor (B,) or (B, 1, …, 1). The mean is differentiable in x and
-        in the network's parameters. It never shares memory with what the network returned.
+        in the network's parameters. It is new memory, never that of the network's output.
         """
         prediction = self._predict(net, x, level, as_condition("condition", condition))
         return implied_mean(x, prediction, level)

@@ -39,7 +39,7 @@ from .targets import ExactNetwork, targets_by_label
 if TYPE_CHECKING:
     from typing_extensions import Unpack
 
-# Below this D, draws of the noise σ g/√(χ²_D/D) are often many times σ: above 3 σ in 2 % of draws
+# Below this D, the noise σ g/√(χ²_D/D) is often many times larger than σ: above 3 σ in 2 % of draws
 # at D = 4 and in 26 % at D = 1.
 _SMALL_D = 4
 _LARGEST_CHURN = math.sqrt(2) - 1  # relative rise of the level in one step (EDM, algorithm 2)
@@ -109,8 +109,7 @@ class Preconditioned(nn.Module):
     def coefficients(self, sigma: Tensor) -> tuple[Tensor | float, Tensor | float, Tensor | float]:
         """c_skip(σ), 1 − c_skip(σ) and c_out(σ).
 
-        With the last two, x − mean = (1 − c_skip) x − c_out F keeps its digits where the mean is
-        near x.
+        Near the mean, compute x − mean as (1 − c_skip) x − c_out F, which does not cancel.
         """
         total = self._total(sigma)
         factor = sigma * self.sigma_data * total.rsqrt()
@@ -188,7 +187,7 @@ class PoissonFlowPP(Flow):
             )
         self.sigma_data = positive("sigma_data", sigma_data)
         self.rho = positive("rho", rho)
-        if not 0.1 <= rho <= 1000:  # levels to the power of 1/rho and back keep their digits
+        if not 0.1 <= rho <= 1000:  # else levels^(1/rho)^rho loses digits
             raise ValueError(f"rho is {rho}; allowed is 0.1 to 1000.")
         log_mean = as_number(P_mean)
         if not abs(log_mean) <= LARGEST:
@@ -319,7 +318,7 @@ class PoissonFlowPP(Flow):
             condition: keyword arguments of the network. With "labels" (B,) in it and references,
                 the target of each point is the posterior mean of the references of its label. A
                 label below 0 means no label: the target is the posterior mean of all references.
-            reference_labels: (M,) labels of the references, needed in that case.
+            reference_labels: (M,) labels of the references, needed with labels and references.
 
         Returns:
             A scalar of float32 or wider.

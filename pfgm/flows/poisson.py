@@ -49,13 +49,13 @@ from .targets import ExactNetwork, targets_by_label
 Weighting = Literal["balanced", "published"]
 """Weights of the levels in the loss of :class:`PoissonFlow`."""
 
-# restrict_M multiplies m by _RESTRICTED_SHARE where |ε_z|/σ is below _RESTRICT_BELOW (PFGM,
+# restrict_M multiplies m by _RESTRICTED_FRACTION where |ε_z|/σ is below _RESTRICT_BELOW (PFGM,
 # appendix B.1.1).
-_RESTRICT_BELOW, _RESTRICTED_SHARE = 0.5, 0.7
+_RESTRICT_BELOW, _RESTRICTED_FRACTION = 0.5, 0.7
 _SMALLEST_Z = 1e-8  # in units of σ
 _SMALLEST_NORMAL = 1e-6  # lower bound of |g₁| in the prior; 8e-7 of all draws are smaller
 _FEWEST_IMAGE_VALUES = 64  # samples with fewer values take the rules with spread
-_NORM_PER_REACH = 4.0  # upper_norm is at least this multiple of the data's reach
+_LEAST_NORM = 4.0  # of upper_norm, in units of the largest distance of the data from center
 _SAME_GAMMA = 1e-6  # relative; the same data in float32 and float64 differ by less
 
 
@@ -234,10 +234,11 @@ class PoissonFlow(Flow):
         if "data_norm" not in overrides and ("spread" in overrides or not are_images):
             defaults = {"spread": measured.std or measured.rms or 1.0, "center": measured.mean}
         flow = cls(data.shape[1:], **{**defaults, **overrides})
-        reach = _NORM_PER_REACH * measured.reach
-        if flow.spread is not None and "upper_norm" not in overrides and reach > flow.upper_norm:
-            # Some rows lie far from all others. The field is that of one charge only beyond them.
-            flow = cls(data.shape[1:], **{**defaults, **overrides, "upper_norm": reach})
+        least = _LEAST_NORM * measured.reach
+        if flow.spread is not None and "upper_norm" not in overrides and least > flow.upper_norm:
+            # Some rows lie far from all others; the field looks like that of one charge only
+            # farther out.
+            flow = cls(data.shape[1:], **{**defaults, **overrides, "upper_norm": least})
         if are_float_images(data.shape, data.dtype):
             flow._warned_of_range = warn_image_range(*measured.range)
         return flow
@@ -326,7 +327,7 @@ class PoissonFlow(Flow):
         noise_z = self.noise_std * noise_z.abs()
         noise_x = self.noise_std * draws.normal(x.shape, generator, dtype=dtype, device=device)
         if self.restrict_M:
-            m = torch.where(noise_z < _RESTRICT_BELOW * self.noise_std, _RESTRICTED_SHARE * m, m)
+            m = torch.where(noise_z < _RESTRICT_BELOW * self.noise_std, _RESTRICTED_FRACTION * m, m)
         growth = (1 + self.tau) ** m
         x_perturbed = x + over_samples(growth, x) * noise_x
         return x_perturbed, (growth * noise_z).clamp(min=_SMALLEST_Z * self.noise_std)
@@ -358,7 +359,7 @@ class PoissonFlow(Flow):
             net: the network being trained.
             x: (B, *S) clean data.
             references: (M, *S) data whose field v is the target; must contain the rows of x. None
-                means x itself. The more references, the less the target varies between batches.
+                means x itself. With more references the target varies less between batches.
             generator: of the perturbation, on the device of x.
             condition: keyword arguments of the network. With "labels" (B,) in it, the target of
                 each point is the field of the references of its label. A label below 0 means no
@@ -461,14 +462,14 @@ class PoissonFlow(Flow):
         return x if self.spread is None else x + self._center(x)
 
     def _center(self, x: Tensor) -> Tensor:
-        """The center in the dtype and on the device of x; the copy is kept."""
+        """The center in the dtype and on the device of x, cached."""
         key = (x.dtype, x.device)
         if (
             torch.compiler.is_compiling()
             or transforms.in_torch_func()
             or torch.is_inference_mode_enabled()
         ):
-            return self.center.to(x.device, x.dtype)  # not usable outside, so it is not kept
+            return self.center.to(x.device, x.dtype)  # may not be used outside, so it is not cached
         if key not in self._centers:
             self._centers[key] = self.center.to(x.device, x.dtype)
         return self._centers[key]
@@ -481,13 +482,13 @@ class PoissonFlow(Flow):
     ) -> Field | Tensor:
         z = per_row(level, x)
         if isinstance(net, EmpiricalField):
-            # Far away |v_x| is √N in float32, and the field no longer says where the mean is.
+            # Far away |v_x| rounds to √N in float32, so the field no longer determines the mean.
             return net.mean(x, z, **condition)
         if self.spread is None:
             return self.field(net, x, z, condition)
         points, z = self._move_inside(x, z)
         mean = euler_step(points, self.field(net, points, z, condition), z, 0.0)
-        return self._move_inside(mean, z)[0]  # no data lie beyond, whatever the network says
+        return self._move_inside(mean, z)[0]  # no data lie beyond upper_norm
 
     def field(
         self, net: Network, x: Tensor, z: Tensor, condition: Condition | None = None
@@ -506,9 +507,9 @@ class PoissonFlow(Flow):
         """
         center = self._center(x)
         offset = (x - center).reshape(x.shape[0], self.N)
-        # In wide_dtype, because squares of a large spread overflow.
+        # Squares of a large spread overflow in float32.
         norm = torch.linalg.vector_norm(offset, dim=1, dtype=wide_dtype(x.device))
-        # Without a branch on values, which would wait for a GPU. At t = 1 lerp returns x itself.
+        # No branch on values, which would synchronise with a GPU. At t = 1 lerp returns x exactly.
         t = (self.upper_norm / norm.clamp(min=self.upper_norm)).to(x.dtype)
         return torch.lerp(center, x, over_samples(t, x)), z * t
 
@@ -534,7 +535,7 @@ class PoissonFlow(Flow):
 
 
 def _mean_network(net: Network) -> nn.Module | None:
-    """The exact network or the one of pfgm.networks that predicts a mean in net; None: neither."""
+    """The network inside net that is exact or predicts a mean; None if there is none."""
     for inner in with_inner_networks(net):
         if isinstance(inner, EmpiricalField) or hasattr(inner, "data_std"):
             return inner

@@ -1,4 +1,4 @@
-"""The rules for hyper-parameters of :class:`pfgm.PoissonFlow` that are not given."""
+"""Default hyper-parameters of :class:`pfgm.PoissonFlow`."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ Center = float | Sequence[Any] | Tensor
 
 
 class Rules(NamedTuple):
-    """Hyper-parameters; None where the value follows from M (z_max) or gamma (z_exp)."""
+    """Default hyper-parameters. z_max is None if it follows from M, z_exp if it is gamma."""
 
     noise_std: float
     gamma: float
@@ -36,8 +36,8 @@ def published_rules() -> Rules:
 def spread_rules(s: float, N: int) -> Rules:
     """The published lengths in units of the spread s, which is about 0.5 for images in [−1, 1].
 
-    The prior replaces the data by a single charge at the center. At z_max this changes the density
-    by a share of at most about N s²/(2 z_max²), which is 1/400 for z_max = 14 √N s. From N = 33 on,
+    The prior treats the data as a single charge at the center. At z_max the relative error of its
+    density is at most about N s²/(2 z_max²), which is 1/400 for z_max = 14 √N s. From N = 33 on,
     z_max is 80 s, near the published 71 s for images: the noise of so many values hides the spread.
     """
     return Rules(
@@ -78,7 +78,7 @@ def exponent_from_z_max(z_max: float, noise_std: float, tau: float) -> float:
 
 
 def largest_scale(noise_std: float, tau: float, M: float) -> float:
-    """noise_std (1 + tau)^M, the largest scale of the perturbation, if float32 can hold it."""
+    """noise_std (1 + tau)^M, the largest scale of the perturbation; ValueError if above float32."""
     most = math.log(torch.finfo(torch.float32).max)
     if max(math.log(noise_std), 0.0) + M * math.log1p(tau) > most:
         raise ValueError(
@@ -89,7 +89,7 @@ def largest_scale(noise_std: float, tau: float, M: float) -> float:
 
 
 def checked_spread(spread: float) -> float:
-    """The spread, if float32 can hold its square."""
+    """The spread; ValueError unless float32 can hold its square."""
     spread = float(positive("spread", spread))
     low, high = _SPREAD_RANGE
     if not low <= spread <= high:

@@ -49,7 +49,7 @@ from .parametrisation import Parametrisation
 if TYPE_CHECKING:
     from typing_extensions import Unpack
 
-_GIVEN = ("churn", "noise", "earlier")  # options that no caller of a flow gives a solver
+_GIVEN = ("churn", "noise", "earlier")  # options that a flow sets itself
 _SAME_LEVEL = 1e-3  # relative difference of levels, as of rounding to half precision
 _MOST_STEPS = 1_000_000  # all levels are in memory at once; published samplers take up to 1000
 
@@ -395,9 +395,9 @@ class Sampling(Parametrisation):
 
 
 def _projected(predict: DenoiseFunction, project: Projection) -> DenoiseFunction:
-    """The prediction at projected points, as the posterior mean there.
+    """The posterior mean at projected points.
 
-    A field becomes its mean here, because a solver would take it for the field at its own points.
+    A field is converted to its mean, because a solver would take it for the field at its points.
     """
 
     def evaluate(x: Tensor, level: float) -> Tensor:
@@ -479,7 +479,7 @@ def _check_options(solver: str | SolverFunction, options: Mapping[str, object]) 
 
 
 def _warn_of_long_steps(solver: str | SolverFunction, grid: Sequence[float]) -> None:
-    """Warns the caller of ``sample`` if a step, all but the last, is too long for the solver."""
+    """Warn the caller of ``sample`` if a step other than the last is too long for the solver."""
     longest = max(pairwise(grid[:-1]), key=lambda ends: ends[0] / ends[1], default=(1.0, 1.0))
     if longest[0] > as_solver(solver).longest_step * longest[1]:
         warnings.warn(

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from ..common.checks import finite_values, int_tuple, layout_hint, positive_float
+from ..common.checks import finite_values, int_tuple, layout_hint, positive
 from ..common.tensors import is_wider, over_samples, per_row
 
 _TAIL = 10.0  # at D = 1 the noise is z/|g|, g ~ N(0, 1): above 10 z in 8 % of all draws
@@ -121,9 +121,9 @@ class FieldNetwork(nn.Module):
     ) -> None:
         super().__init__()
         self.shape = int_tuple("shape", shape)
-        self.data_std = positive_float("data_std", data_std)
-        self.gamma = positive_float("gamma", gamma)
-        self.scale = positive_float("scale", scale)
+        self.data_std = float(positive("data_std", data_std))
+        self.gamma = float(positive("gamma", gamma))
+        self.scale = float(positive("scale", scale))
         point = finite_values("center", center).float()
         if point.shape not in (torch.Size([]), torch.Size(self.shape)):
             raise ValueError(

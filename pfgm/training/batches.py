@@ -1,4 +1,4 @@
-"""The batch of a training step, which depends on seed, step and process alone."""
+"""The batch of a training step. It depends only on the seed, the step and the process."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ class Batches:
         self._size, self._references = size, references
         self._seed, self._device, self._dtype = seed, device, dtype
         self._sharded = isinstance(data, ReferenceSet) and data.sharded
-        # With a sharded set each process orders its own rows; otherwise all share one order.
+        # With a sharded set each process orders its own rows; otherwise all have the same order.
         self._own_rows = (
             data.rows if isinstance(data, ReferenceSet) else torch.arange(len(data), device="cpu")
         )

@@ -96,13 +96,13 @@ def save(
             Its weights are saved, not its code. The file of a network in torch.compile loads into
             the plain network too, and the other way round.
         step: training steps of the network.
-        distilled: whether it is a few-step model (:mod:`pfgm.distillation`); ``pfgm sample`` allows
-            the solver consistency for these alone. None does not say.
+        distilled: whether it is a few-step model (:mod:`pfgm.distillation`), which ``pfgm sample``
+            needs for the solver consistency. None if unknown.
         table: the columns of the table whose rows the network has learned.
 
     Raises:
         OSError: the file cannot be written; an existing one is left as it was.
-        TypeError: the flow is of a subclass, the network is a function and no module, or its state
+        TypeError: the flow is of a subclass, the network is not a module, or its state
             holds something other than tensors.
         ValueError: the step is no integer of at least 0, a tensor is on the device "meta", or a
             weight is not finite.
@@ -131,7 +131,7 @@ def load(
 
     Raises:
         FileNotFoundError: there is no such file, or no checkpoint in the folder.
-        TypeError: the network is no module.
+        TypeError: the network is not a module.
         ValueError: the device cannot be used here; the file is truncated, damaged, not from this
             library, or does not fit the network. Where an older checkpoint of the run is intact,
             the message names it.

@@ -61,9 +61,9 @@ def check_network(network: object) -> None:
     """Raises an error unless the network can be trained.
 
     Raises:
-        TypeError: it is no module, or a parameter that is trained is narrower than float32: it
-            would round small steps and the moving average to nothing.
-        ValueError: it has no parameters that are trained.
+        TypeError: it is not a module, or a trainable parameter is narrower than float32, which
+            would round small updates and the moving average away.
+        ValueError: it has no trainable parameters.
     """
     if not isinstance(network, nn.Module):
         raise TypeError(
@@ -96,9 +96,9 @@ def _compared_rows(data: References) -> Tensor:
 
 
 def warn_of_scales(data: References) -> None:
-    """Warns the caller of the caller of a table (n, columns) with columns of very different spread.
+    """Warns the caller's caller of a table (n, columns) with columns of very different spread.
 
-    Flattened images are no tables. They have 64 or more columns, of which some hardly vary.
+    Flattened images are not tables: they have 64 or more columns, some of which hardly vary.
     """
     if data.ndim != 2 or not 2 <= data.shape[1] < _FEWEST_PIXELS or data.dtype == torch.uint8:
         return
@@ -118,7 +118,7 @@ def warn_of_scales(data: References) -> None:
 
 
 def warn_of_range(data: References) -> None:
-    """Warns the caller of the caller of images (n, C, H, W) that do not look like [−1, 1]."""
+    """Warns the caller's caller of images (n, C, H, W) that do not look like [−1, 1]."""
     if are_float_images(data.shape, data.dtype):
         warn_image_range(*value_range(data), stacklevel=4)
 

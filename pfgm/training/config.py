@@ -17,7 +17,7 @@ Decay = Literal["none", "cosine"]
 
 
 class Schedule(NamedTuple):
-    """The settings of a run that follow from its number of steps unless they are given."""
+    """The settings whose defaults follow from the number of steps."""
 
     learning_rate: float
     beta2: float
@@ -28,7 +28,7 @@ class Schedule(NamedTuple):
 
     @classmethod
     def of(cls, steps: int) -> Schedule:
-        """The default schedule of a run of so many steps.
+        """The default schedule for this number of steps.
 
         From 100 000 steps on it is the one published for CIFAR-10 (PFGM, appendix B.1). A shorter
         run has the same proportions: 5 % of it is warm-up, the weights are averaged over a tenth,
@@ -39,14 +39,14 @@ class Schedule(NamedTuple):
         Schedule(learning_rate=0.002, beta2=0.99, warmup=50, decay='cosine', ema=0.99,
                  checkpoint_every=100)
         """
-        share = min(steps / _PUBLISHED_STEPS, 1.0)
+        fraction = min(steps / _PUBLISHED_STEPS, 1.0)
         return cls(
-            learning_rate=2e-4 * min(share**-0.5, 10.0),
-            beta2=max(1 - 1e-3 / share, 0.99),
-            warmup=int(5000 * share),
-            decay="none" if share == 1 else "cosine",
-            ema=max(1 - 1e-4 / share, 0.0),
-            checkpoint_every=max(int(5000 * share), 100),
+            learning_rate=2e-4 * min(fraction**-0.5, 10.0),
+            beta2=max(1 - 1e-3 / fraction, 0.99),
+            warmup=int(5000 * fraction),
+            decay="none" if fraction == 1 else "cosine",
+            ema=max(1 - 1e-4 / fraction, 0.0),
+            checkpoint_every=max(int(5000 * fraction), 100),
         )
 
 
@@ -81,18 +81,18 @@ class TrainConfig:
     """How the learning rate falls from the end of the warm-up to the last step; by default none
     from 100 000 steps on, else cosine."""
     clip: float = 1.0
-    """Maximum norm of the gradient; a longer gradient is scaled down."""
+    """Maximum norm of the gradient; a larger gradient is scaled down."""
     ema: float | None = None
     """Decay of the averaged weights; it is min(ema, (1 + t)/(10 + t)) at step t. By default
     1 - 10/steps, at most 0.9999."""
     accumulate: int = 1
-    """Parts in which a batch goes through the network, to save memory."""
+    """Number of parts into which a batch is split to save memory."""
     precision: Literal["float32", "bfloat16"] = "float32"
     """Precision of the network. bfloat16 means autocast, with weights in float32."""
     compile: bool = False
     """Whether to compile the network (torch.compile)."""
     label_dropout: float = 0.1
-    """Share of the labels that are dropped, so that the network also learns the field without
+    """Fraction of the labels that are dropped. The network then also learns the field without
     labels, which guidance needs."""
     checkpoint_every: int | None = None
     """Steps between checkpoints; by default 5 % of the steps, at least 100 and at most 5000."""

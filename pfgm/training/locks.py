@@ -28,8 +28,8 @@ _LOCK_NAME = ".pfgm.lock"
 _TRIES = 10
 _PAUSE = 0.1  # seconds between tries, enough for a run to sign the lock that it has just taken
 
-# A forked child shares the lock of its parent until it closes the file. So it closes the file at
-# once, or a worker that outlives the run would keep the lock.
+# A forked child holds its parent's lock until it closes the file. It closes the file at once, or a
+# worker that outlives the run would keep the lock.
 _mutex = threading.RLock()
 _open_files: set[int] = set()
 _owners: dict[str, int] = {}  # folder → thread that holds its lock
@@ -67,7 +67,7 @@ def locked(folder: StrPath) -> Iterator[Path]:
 
     The lock is a kernel lock (flock) on the file ``.pfgm.lock``. The file names the holder and is
     removed at the end. The lock ends with the process, however the process ends, and forked
-    processes do not share it. The thread that holds the lock may take it again. Before the lock is
+    processes do not hold it. The thread that holds the lock may take it again. Before the lock is
     taken, no other file in the folder is touched. On a file system without locks there is a warning
     and no lock.
 

@@ -31,13 +31,13 @@ from ..flows.poisson import PoissonFlow
 from ..flows.sampling import check_steps
 from .config import TrainConfig
 
-__all__ = ["RunConfig", "Settings"]
+__all__ = ["RunConfig", "RunSettings"]
 
 CONFIG_FILE = "config.json"
 _DEFAULT_D = 128.0
-_DIMENSIONS = {"pfgm": 1.0, "edm": math.inf}  # D of the methods that have no other
-_RECORDS = ("versions", "teacher_checksum")  # of a run in its config.json, which are no settings
-MIN_SAMPLES = 4  # also of data rows: precision and recall need 3 neighbours of each
+_DIMENSIONS = {"pfgm": 1.0, "edm": math.inf}  # D of each method that has only one
+_RECORDS = ("versions", "teacher_checksum")  # entries of config.json that are not settings
+MIN_SAMPLES = 4  # and rows of data: precision and recall need 3 neighbours of each
 _MAX_SAMPLES = 10_000_000
 
 Method = Literal["pfgm", "pfgm++", "edm"]
@@ -47,7 +47,7 @@ Weighting = Literal["auto", "balanced", "published"]
 
 
 @dataclasses.dataclass(frozen=True)
-class Settings:
+class RunSettings:
     """What to train, and on which data."""
 
     data: str = "digits"
@@ -65,8 +65,8 @@ class Settings:
     """Height and width to which the central square of each image is scaled, for folders and
     archives of images."""
     label_column: str | None = None
-    """The column of a table whose texts or integers the network is told as labels. By default,
-    with --labels, the one that is named labels, label or y; without, all columns are learned."""
+    """The column of a table, of texts or integers, that holds the labels. By default with --labels
+    the one named labels, label or y. Without --labels all columns are learned."""
     drop_missing: bool = False
     """Leave out the rows of a table in which a value is missing."""
     method: Method = "pfgm"
@@ -90,19 +90,19 @@ class Settings:
     patch: int | None = None
     """Length of the patches of values that the unet works on; a divisor of the axes."""
     labels: bool = False
-    """Tell the network the label of each sample, for data with labels, such as folders of images
-    with a subfolder for each class."""
+    """Train with the label of each sample, for data with labels, such as folders of images with a
+    subfolder for each class."""
     flips: bool = False
     """Train on mirror images too, for data that are images."""
     hold: Place = "source"
-    """Where data are held: at their source (files are read piece by piece), in memory, or on the
+    """Where data are held: at their source (files are read in chunks), in memory, or on the
     device that trains."""
     shared: bool = False
     """Hold a part of the data in each process. The target is the field of all data."""
     fit_levels: tuple[int, ...] = ()
     """Numbers of solver steps for which levels are fitted to the data before training. Sampling
-    with multistep and so many steps uses them. The time of a fit grows with the square of the
-    steps; it is seconds for small images and many minutes for large ones."""
+    with multistep and one of these numbers uses them. A fit takes seconds for small images and many
+    minutes for large ones, in proportion to the square of the steps."""
     samples: int = 1000
     """Number of samples of an evaluation."""
     init: str | None = None
@@ -188,16 +188,16 @@ class Settings:
 
 
 @dataclasses.dataclass(frozen=True)
-class RunConfig(Settings):
+class RunConfig(RunSettings):
     """What to train, on which data, and how. A recipe is a RunConfig as a JSON file."""
 
     training: TrainConfig = dataclasses.field(default_factory=TrainConfig)
     """How to train."""
 
     @classmethod
-    def of(cls, settings: Settings, training: TrainConfig) -> RunConfig:
+    def of(cls, settings: RunSettings, training: TrainConfig) -> RunConfig:
         """The configuration of these settings."""
-        named = {f.name: getattr(settings, f.name) for f in dataclasses.fields(Settings)}
+        named = {f.name: getattr(settings, f.name) for f in dataclasses.fields(RunSettings)}
         return cls(**named, training=training)
 
     @property
@@ -212,9 +212,11 @@ class RunConfig(Settings):
         }
 
     @property
-    def settings(self) -> Settings:
+    def settings(self) -> RunSettings:
         """The settings without the training."""
-        return Settings(**{f.name: getattr(self, f.name) for f in dataclasses.fields(Settings)})
+        return RunSettings(
+            **{f.name: getattr(self, f.name) for f in dataclasses.fields(RunSettings)}
+        )
 
     @property
     def absolute(self) -> RunConfig:

@@ -26,7 +26,7 @@ from .checks import other_setting
 from .locks import locked_for_all
 from .pretrained_folder import is_pretrained
 from .processes import Processes, reports_process_lost
-from .run_config import CONFIG_FILE, RunConfig, Settings, teacher_checksum
+from .run_config import CONFIG_FILE, RunConfig, RunSettings, teacher_checksum
 from .run_evaluation import Evaluation
 from .run_models import build_flow, build_network
 from .run_start import start_from
@@ -35,7 +35,7 @@ from .signals import Terminated
 from .threads import training_threads
 from .trainer import Trainer
 
-__all__ = ["RunConfig", "Settings", "start"]
+__all__ = ["RunConfig", "RunSettings", "start"]
 
 _TEACHER_SETTINGS = (
     "method",
@@ -122,7 +122,7 @@ def _check_settings(config: RunConfig, folder: Path) -> None:
         changeable.add("data")
     if config.teacher is not None and teacher_checksum(folder) is not None:
         changeable.add("teacher")  # its weights tell whether it is the same
-    for field in dataclasses.fields(Settings):
+    for field in dataclasses.fields(RunSettings):
         same = getattr(current_paths, field.name) == getattr(saved_paths, field.name)
         if field.name not in changeable and not same:
             value, before = getattr(config, field.name), getattr(saved, field.name)
@@ -244,9 +244,9 @@ def _model(
     if config.teacher is not None:
         ignored = [
             field.name
-            for field in dataclasses.fields(Settings)
+            for field in dataclasses.fields(RunSettings)
             if field.name in _TEACHER_SETTINGS
-            and getattr(config, field.name) != getattr(Settings(), field.name)
+            and getattr(config, field.name) != getattr(RunSettings(), field.name)
         ]
         notes = [f"ignored, since the teacher decides: {', '.join(ignored)}"] if ignored else []
         teacher = load(config.teacher) if resume or earlier is None else earlier

@@ -51,9 +51,9 @@ def fastest_count(
 ) -> int:
     """How many threads run a step fastest: 1, 2, 4, … or all.
 
-    The counts take turns, and the medians of their times are compared, so that what else the
-    machine does counts too. Of counts that are as fast, the smallest is returned. A step that takes
-    long on one thread is worth all threads, and is not timed further.
+    The counts take turns, and the medians of their times are compared, which includes the effect of
+    other work on the machine. Of equally fast counts the smallest is returned. If a step takes long
+    on one thread, all threads are used without further timing.
     """
     most = torch.get_num_threads()
     counts = sorted({most, *(1 << k for k in range(most.bit_length()))})
@@ -65,7 +65,7 @@ def fastest_count(
         return clock() - started
 
     try:
-        seconds(1)  # the first call makes what later ones reuse
+        seconds(1)  # the first call is slower: it allocates
         if seconds(1) > _LARGE:
             return most
         begun = clock()

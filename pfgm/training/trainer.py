@@ -84,7 +84,7 @@ class Trainer:
             target of a point is the field of the references with its label. By default those of
             the data, if they have some and the network takes labels.
         label_names: the names of the labels 0, 1, …, which checkpoints record.
-        table: the columns of the table that data are the rows of, which checkpoints record.
+        table: the table whose rows the data are; checkpoints record its columns.
         report: called once by the first process with a line of text: the time left, estimated from
             the first steps.
         loss: replaces the loss of the flow and takes the same arguments, such as
@@ -93,7 +93,7 @@ class Trainer:
 
     Raises:
         TypeError, ValueError: a checkpoint cannot hold the flow or the network (:func:`pfgm.save`);
-            or the network has no parameters in float32 or float64 that are trained.
+            or the network has no trainable parameters in float32 or float64.
         TypeError: data, labels or config are of another type.
         ValueError: data do not fit the flow or are fewer than a batch; labels do not fit the data,
             or are given with a sharded set; or the log that is asked for needs a folder.

@@ -63,8 +63,8 @@ def check_savable(flow: Flow, network: nn.Module) -> None:
     """Raises an error unless a weights file can hold the flow and the network.
 
     Raises:
-        TypeError: the flow is of another class, the network is no module, or its state holds
-            something that is no tensor.
+        TypeError: the flow is of another class, the network is not a module, or its state holds
+            something other than tensors.
         ValueError: a tensor is on the device "meta", where it has no values.
     """
     if _FLOWS.get(type(flow).__name__) is not type(flow):
@@ -129,7 +129,7 @@ def _is_pickled(path: Path) -> bool:
 
 
 def warn_without_checksum(path: Path, description: Mapping[str, Any]) -> None:
-    """Warns the caller of the caller where a weights file has no checksum."""
+    """Warns the caller's caller if a weights file has no checksum."""
     if "checksum" not in description:
         warnings.warn(
             f"{path} has no checksum, as an older version wrote it: damage would go unnoticed.",
@@ -163,8 +163,8 @@ def network_in(description: Mapping[str, Any], tensors: Mapping[str, Tensor]) ->
             "it holds the weights of a network that is not one of pfgm.networks; give the network "
             "to load them into."
         )
-    # Built on "meta" and with a limit first. So a config that does not fit the tensors is refused
-    # early and allocates nothing.
+    # Built on "meta" and with a limit first, so that a config that does not fit the tensors is
+    # refused before anything is allocated.
     with torch.device("meta"), _limit_parameters(len(tensors)):
         expected = build(described["name"], described["config"]).state_dict()
     shapes = {name: tensor.shape for name, tensor in plain_names(tensors).items()}
@@ -177,7 +177,7 @@ def network_in(description: Mapping[str, Any], tensors: Mapping[str, Tensor]) ->
 
 
 def _widen(network: nn.Module, tensors: Mapping[str, Tensor]) -> None:
-    """Gives the network's tensors the dtype of those of a file where that one is wider."""
+    """Widens the network's tensors to the dtype of the file's tensors where that is wider."""
     for name, own in network.state_dict(keep_vars=True).items():
         if own.is_floating_point():
             own.data = own.data.to(torch.promote_types(own.dtype, tensors[name].dtype))
