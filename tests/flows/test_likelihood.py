@@ -348,7 +348,7 @@ def test_exact_networks_have_no_second_derivative():
         result.nats.sum().backward()
 
 
-def test_progress_shows(capsys):
+def test_progress_shows(capsys, terminal):
     flow = small()
     flow.log_likelihood(Denoiser(3, torch.float32), torch.zeros(2, 3), progress=True)
     assert "likelihood" in capsys.readouterr().err

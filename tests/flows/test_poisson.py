@@ -674,7 +674,7 @@ def test_device_rule(flow):
     assert devices == ["meta", "cpu", "cpu", "meta"]
 
 
-def test_callback_stops_and_progress_shows(capsys, flow):
+def test_callback_stops_and_progress_shows(capsys, terminal, flow):
     net = flow.empirical(torch.randn(30, 2, generator=seeded(0)))
     seen = []
 
