@@ -268,7 +268,7 @@ def evaluate_labels(
     >>> digits = pfgm.data.digits()
     >>> each = Labels(digits.train_labels, digits.held_out_labels, digits.train_labels)
     >>> evaluate_labels(digits.train, digits.held_out, digits.train, each)[7]["counts"]["samples"]
-    141
+    149
     """
     figures = {}
     numbers = [int(label) for label in labels.samples.unique()]
