@@ -21,7 +21,7 @@ from ..common.checks import (
 )
 from ..core.arithmetic import Arithmetic, Chunk, Near, chunks
 from ..core.problems import Needs, PosteriorMean, State, Upstream
-from ..core.weights import at_limit, check_singular, is_flat, log_sum_exp, log_weight
+from ..core.weights import check_singular
 
 
 def _weighted_average(
@@ -33,8 +33,8 @@ def _weighted_average(
 
     ``weighted_sum(weights, chunk, near)`` is the weighted sum over a chunk of references.
     """
-    x, references, radius, D = problem[:4]
-    N, radius = x.shape[1], radius[:, None]
+    x, references = problem[:2]
+    law, radius = arithmetic.law, problem.radius[:, None]
     nearest = torch.full_like(radius, math.inf)
     total = torch.zeros_like(radius)
     weighted: Tensor | float = 0.0
@@ -45,9 +45,9 @@ def _weighted_average(
             raise ValueError(non_finite_message(arithmetic.x, references))
         merged = torch.minimum(nearest, own)
         # Before the first chunk there is nothing to rescale. relative is then NaN, from inf − inf.
-        relative = log_weight(nearest - merged, merged, radius, D, N)
+        relative = law.log_weight(nearest - merged, merged, radius)
         kept = torch.where(total == 0, 0.0, relative.exp())
-        weights = log_weight(excess + (own - merged), merged, radius, D, N).exp()
+        weights = law.log_weight(excess + (own - merged), merged, radius).exp()
         total = kept * total + weights.sum(1, keepdim=True)
         weighted = kept * weighted + weighted_sum(weights, chunk, near)
         nearest = merged
@@ -68,7 +68,7 @@ def posterior_mean(
         arithmetic,
         arithmetic.sums if problem.difference else lambda w, chunk, _: arithmetic.average(w, chunk),
     )
-    logsumexp = log_sum_exp(nearest, total, radius[:, None], D, x.shape[1])
+    logsumexp = arithmetic.law.log_sum_exp(nearest, total, radius[:, None])
     if problem.difference:
         result = 0 - result  # where it is 0, without a sign
     if checks_values(x.device):
@@ -80,14 +80,14 @@ def posterior_mean_backward(
     problem: PosteriorMean, state: State, upstream: Upstream, needs: Needs, arithmetic: Arithmetic
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
     """As in :class:`~pfgm.backends.Backend`."""
-    x, references, radius, D = problem[:4]
-    N, wide, r = x.shape[1], arithmetic.x, radius[:, None]
+    x, references, radius = problem[:3]
+    law, wide, r = arithmetic.law, arithmetic.x, radius[:, None]
     arithmetic.center(state.nearest[:, None])
     mean = state.mean.to(wide.dtype)
     G, g = upstream.grad_mean.to(wide.dtype), upstream.grad_logsumexp.to(wide.dtype)[:, None]
     nearest, total = state.nearest[:, None], state.total[:, None]
-    regular = ~at_limit(nearest, r, D)
-    flat = is_flat(nearest, r, D, N)
+    regular = ~law.is_limit(nearest, r)
+    flat = law.is_flat(nearest, r)
     check_singular(flat, g)
     # pull = Σ p G·(y − center) equals G·(mean − center) for a mean that is not rounded. p comes
     # from the nearest reference. From the log-sum-exp it would lose digits at a small σ, where that
@@ -106,16 +106,13 @@ def posterior_mean_backward(
         chunk = arithmetic.chunk(references[rows])
         own, excess, near = arithmetic.distances(chunk, nearest)
         excess = excess + (own - nearest)
-        p = torch.where(regular, log_weight(excess, nearest, r, D, N).exp() / total, 0.0)
+        p = torch.where(regular, law.log_weight(excess, nearest, r).exp() / total, 0.0)
         t = arithmetic.inner(G, chunk, near) - pull + g
         unmoved = flat | (p == 0)
-        if math.isinf(D):
-            c = torch.where(unmoved, 0.0, -p * t / r / r)
-            moment -= torch.where(unmoved, 0.0, c * excess).sum(1, keepdim=True)
-        else:
-            s = nearest + excess + r.square()
-            c = torch.where(unmoved, 0.0, -(N + D) * p * t / s)
-            moment += torch.where(unmoved, 0.0, p * t * (excess / s)).sum(1, keepdim=True)
+        weighted = p * t
+        c = torch.where(unmoved, 0.0, -law.pull(weighted, nearest + excess, r))
+        shares = weighted * law.ratio(excess, nearest, r)
+        moment += torch.where(unmoved, 0.0, shares).sum(1, keepdim=True)
         if grad_x is not None:
             sums = arithmetic.sums(c, chunk, near)
             grad_x -= sums - c.sum(1, keepdim=True) * (mean - arithmetic.centers)
@@ -123,12 +120,8 @@ def posterior_mean_backward(
             moved = p.T @ G + arithmetic.sums_of_points(c, chunk, near)
             grad_references[rows] = moved.to(references.dtype)
     # Summing c would lose digits to cancellation. Σ p t = g gives Σ c without that sum.
-    if math.isinf(D):
-        sum_c = torch.where(flat, 0.0, -g / r / r)
-        grad_radius = torch.where(flat, 0.0, (g * (nearest / r / r) + moment) / r)
-    else:
-        sum_c = torch.where(flat, 0.0, -(N + D) * (g - moment) / (nearest + r.square()))
-        grad_radius = r * sum_c
+    totals = law.totals(g, moment, nearest, r)
+    sum_c, grad_radius = (torch.where(flat, 0.0, value) for value in totals)
     if grad_x is not None:
         grad_x += sum_c * (wide - mean)
     return (

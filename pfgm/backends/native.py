@@ -35,7 +35,7 @@ from ..common.dtypes import GPU_REFERENCES, REFERENCES
 from ..common.tensors import contiguous, contiguous_features, unfilled
 from ..core import formulas
 from ..core.problems import Needs, OdeStep, PosteriorMean, State, Upstream
-from ..core.weights import check_singular, is_flat, singular_message
+from ..core.weights import check_singular, law, singular_message
 from .cuda_driver import CudaRuntime, cuda_lines
 from .layout import laid_out, laid_out_step, step_outputs
 
@@ -403,7 +403,7 @@ def posterior_mean_backward(
     io = backward_io(state, upstream, gradients, kept=_memory(kept))
     native_form = native_problem(problem)
     if _on_cuda(x.device):
-        flat = is_flat(state.nearest, radius, problem.D, x.shape[1])
+        flat = law(problem.D, x.shape[1]).is_flat(state.nearest, radius)
         check_singular(flat, upstream.grad_logsumexp)
         _run_on_cuda(x, native_form, io, True, kept)
     else:

@@ -20,6 +20,7 @@ from torch import Tensor
 from ..common.dtypes import REFERENCES
 from ..common.tensors import dequantise, wide_dtype
 from ..core.problems import OdeStep, PosteriorMean, State, Upstream
+from ..core.weights import unit_radius
 from . import native, native_calls
 from .backend import BACKENDS, Backend
 
@@ -139,7 +140,7 @@ def _data(
     sigma = 10 ** (2.5 * uniform(B) - 1.5)
     first, second = (torch.randint(M, (B,), generator=generator, device="cpu") for _ in range(2))
     x = y[first] + 0.5 * uniform(B, 1) * (y[second] - y[first]) + sigma[:, None] * normal(B, N)
-    radius = sigma.double() * (1.0 if math.isinf(D) else math.sqrt(D))
+    radius = sigma.double() * unit_radius(D)
     upstream = Upstream(normal(B, N), sigma.double().square().clamp(max=1) * normal(B).double())
     return Data(x, references, radius, upstream)
 
@@ -182,7 +183,7 @@ def _half_way(place: Place, D: float, dtype: torch.dtype) -> Results:
     _, references, _, upstream = _data(30, 96, 1536, D, dtype)
     y = dequantise(references, torch.float32)
     sigma = torch.tensor([0.1, 0.02, 0.005], dtype=torch.float64, device="cpu").repeat(10)
-    radius = sigma * (1.0 if math.isinf(D) else math.sqrt(D))
+    radius = sigma * unit_radius(D)
     data = Data((y[:30] + y[30:60]) / 2, references, radius, upstream).to(place)
     mean, logsumexp, _, _ = place.backend.posterior_mean(PosteriorMean(*data[:3], D))
     return {"mean": mean / math.sqrt(1536), "log-sum-exp": logsumexp}

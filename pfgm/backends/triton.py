@@ -22,7 +22,7 @@ from ..common.dtypes import GPU_REFERENCES
 from ..common.tensors import contiguous_features
 from ..core import formulas
 from ..core.problems import Needs, OdeStep, PosteriorMean, State, Upstream
-from ..core.weights import check_singular, is_flat
+from ..core.weights import check_singular, law
 from .layout import laid_out, laid_out_step, step_outputs
 
 _OLDEST = (3, 6)  # major and minor version of Triton
@@ -106,7 +106,7 @@ def posterior_mean_backward(
     problem: PosteriorMean, state: State, upstream: Upstream, needs: Needs
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
     x, references, radius, D = laid_out(problem)[:4]
-    check_singular(is_flat(state.nearest, radius, D, x.shape[1]), upstream.grad_logsumexp)
+    check_singular(law(D, x.shape[1]).is_flat(state.nearest, radius), upstream.grad_logsumexp)
     with _current_device(x):
         grad_x, grad_references, grad_radius = _kernels(
             "posterior_mean_backward"

@@ -7,7 +7,6 @@ one by one. They are few unless references crowd together far from the origin.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator
 from typing import NamedTuple
 
@@ -17,6 +16,7 @@ from torch import Tensor
 from ..common.checks import checks_values, least_square, underflow_message
 from ..common.tensors import dequantise, wide_dtype
 from .problems import PosteriorMean
+from .weights import law
 
 MAX_PAIRS = 1 << 20  # (query, reference) pairs in a chunk: 8 MiB for each (B, chunk) matrix
 MAX_VALUES = 1 << 22  # values of references in a chunk: 32 MiB in float64
@@ -84,7 +84,7 @@ class Arithmetic:
     def __init__(self, problem: PosteriorMean) -> None:
         x, device = problem.x, problem.x.device
         self.x = x.to(wide_dtype(device)).contiguous()  # as are the results of operators
-        self.radius, self.D = problem.radius[:, None], problem.D
+        self.radius, self.law = problem.radius[:, None], law(problem.D, x.shape[1])
         self.origin = self._origin(problem.references)
         self.placed = self.x - self.origin
         self.norms = self.placed.square().sum(1, keepdim=True)
@@ -145,13 +145,7 @@ class Arithmetic:
         """
         # A distance is off by its rounding × (‖x‖² + ‖y‖²), and ‖y‖² ≤ 2 ‖x‖² + 2 d².
         error = 4 * self.rounding * (self.norms + least)
-        square = self.radius.square()
-        if math.isinf(self.D):
-            shown = torch.where(error > 2 * _ERROR * square, 2 * _UNSEEN * square, 0.0)
-        else:
-            power = (self.x.shape[1] + self.D) / 2
-            s = least + square + 2 * error
-            shown = (s * math.expm1(_UNSEEN / power)).minimum(power / _ERROR * error - s)
+        shown = self.law.affected(error, _ERROR, _UNSEEN, least + 2 * error, self.radius)
         return 2 * error + shown.clamp(min=0)
 
     def _close(self, near: Near, squared: Tensor) -> Near:

@@ -14,7 +14,6 @@ from torch import Tensor
 from ..common.tensors import wide_dtype
 from .arithmetic import Arithmetic, chunks
 from .problems import OdeStep, PosteriorMean, State, Tangents
-from .weights import at_limit, is_flat, log_weight
 
 # A field has v_z < 0 and ‖v_x‖ < √N. A network's prediction is clamped to these bounds.
 _MAX_V_Z = -1e-5  # a positive v_z would reverse the flow
@@ -35,19 +34,19 @@ def posterior_mean_tangent(
         state: the result over all references, in float64.
         tangents: tangents of x, of these references and of radius.
     """
-    x, references, radius, D = problem[:4]
+    x, references, radius = problem[:3]
     mean, nearest, total = state
-    N, wide_type = x.shape[1], mean.dtype
+    wide_type = mean.dtype
     by, r = Arithmetic(problem), radius.to(wide_type)[:, None]
     nearest, total = nearest[:, None], total[:, None]
-    regular, flat = ~at_limit(nearest, r, D), is_flat(nearest, r, D, N)
+    regular, flat = ~by.law.is_limit(nearest, r), by.law.is_flat(nearest, r)
     by.center(nearest)
     mean_tangent, lse_tangent = torch.zeros_like(mean), torch.zeros_like(r)
     for rows in chunks(x, references):
         chunk = by.chunk(references[rows])
         own, excess, near = by.distances(chunk, nearest)
         excess = excess + (own - nearest)
-        p = torch.where(regular, log_weight(excess, nearest, r, D, N).exp() / total, 0.0)
+        p = torch.where(regular, by.law.log_weight(excess, nearest, r).exp() / total, 0.0)
         half = torch.zeros_like(excess)  # half of the tangent of ‖x − x_j‖²
         if tangents.x is not None:
             moved = tangents.x.to(wide_type)
@@ -58,11 +57,7 @@ def posterior_mean_tangent(
             half += by.inner_with(moved, chunk, near)
             mean_tangent += p @ moved
         change = torch.zeros_like(r) if tangents.radius is None else tangents.radius[:, None]
-        squared = nearest + excess
-        if math.isinf(D):
-            score = (squared * (change / r) - half) / r / r
-        else:
-            score = -(N + D) * (half + r * change) / (squared + r.square())
+        score = by.law.change(half, change, nearest + excess, r)
         weighted = torch.where(flat | (p == 0), 0.0, p * score)
         mean_tangent += by.sums(weighted, chunk, near)
         mean_tangent -= weighted.sum(1, keepdim=True) * (mean - by.centers)

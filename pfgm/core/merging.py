@@ -18,7 +18,7 @@ from torch import Tensor
 
 from ..common.tensors import wide_dtype
 from .problems import State
-from .weights import log_weight
+from .weights import law
 
 
 def merge(x: Tensor, radius: Tensor, D: float, states: Iterable[State]) -> State:
@@ -39,4 +39,4 @@ def merge(x: Tensor, radius: Tensor, D: float, states: Iterable[State]) -> State
 
 def relative_weight(nearest: Tensor, least: Tensor, radius: Tensor, D: float, N: int) -> Tensor:
     """Weight at the squared distance nearest, relative to that at the squared distance least."""
-    return log_weight(nearest - least, least, radius, D, N).exp()
+    return law(D, N).log_weight(nearest - least, least, radius).exp()

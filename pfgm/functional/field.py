@@ -23,6 +23,7 @@ from ..common.checks import (
 from ..common.dtypes import HALF, POINTS
 from ..common.tensors import flat_rows, over_samples
 from ..common.transforms import in_torch_func
+from ..core.weights import unit_radius
 from ..ops import PosteriorMean, eager
 from ..references import References, ReferenceSet
 from ..references import posterior_mean as over_set
@@ -96,11 +97,7 @@ def _radius(x: Tensor, r: Tensor | float | None, sigma: Tensor | float | None, D
     if r is not None:
         return per_query("r", r, x)
     assert sigma is not None
-    return per_query("sigma", sigma, x) * _radius_of_unit_sigma(D)
-
-
-def _radius_of_unit_sigma(D: float) -> float:
-    return 1.0 if D > LARGEST else math.sqrt(D)
+    return per_query("sigma", sigma, x) * unit_radius(D)
 
 
 def _flatten(samples: Tensor) -> Tensor:
@@ -232,7 +229,7 @@ def posterior_mean(
         and type(D) in (float, int)
         and 0 < D <= (LARGEST if sigma is None else math.inf)
     ):
-        level, factor = (r, 1.0) if sigma is None else (sigma, _radius_of_unit_sigma(D))
+        level, factor = (r, 1.0) if sigma is None else (sigma, unit_radius(D))
         rows, sketch_of = _in_one(references)
         options = factor, as_float(D), return_logsumexp, sketch_of
         results = eager.one_call("posterior_mean", backend, (x, rows, level), options)

@@ -30,7 +30,7 @@ from ..common.dtypes import REFERENCES
 from ..common.tensors import flat_rows, wide_dtype
 from ..core import formulas
 from ..core.problems import PosteriorMean, State, Tangents, Upstream
-from ..core.weights import is_flat
+from ..core.weights import law
 from .library import Operator, as_arguments, no_gradient, save_nothing
 
 _BACKEND = "str? backend=None"
@@ -362,7 +362,8 @@ class _Tangent(OnceDifferentiable):
         tangents = Tangents(tangent_x, tangent_references, tangent_radius)
         mean, _, nearest, total = call(problem, backend)
         center = mean.to(radius.dtype)
-        if tangent_references is not None or (math.isinf(D) and tangent_radius is not None):
+        adds_radius = law(D, x.shape[1]).adds_radius
+        if tangent_references is not None or not (adds_radius or tangent_radius is None):
             state = State(center, nearest, total)
             mean_tangent, lse_tangent = formulas.posterior_mean_tangent(problem, state, tangents)
         else:
@@ -413,21 +414,26 @@ def tangent_from_gradients(
     """
     x, radius, D = problem.x, problem.radius, problem.D
     wide = center.dtype
-    unmoved = is_flat(state.nearest, radius, D, x.shape[1])
+    weights = law(D, x.shape[1])
+    unmoved = weights.is_flat(state.nearest, radius)
     moved = torch.zeros_like(x) if tangents.x is None else tangents.x.to(x.dtype)
     moved = torch.where(unmoved[:, None], 0.0, moved)
     g = (moved.to(wide) * (state.mean.to(wide) - x.to(wide))).sum(1)
     if tangents.radius is not None:
         g = g - radius * tangents.radius
     g = torch.where(unmoved, 0.0, g)
-    finite = not math.isinf(D)
-    if finite:
+    if weights.adds_radius:
         # At r = 0 the gradient r Σ c_j would be 0. A radius too small to change s replaces it.
         radius = torch.maximum(radius, 1e-10 * state.nearest.sqrt())
     grad_x, _, grad_radius = call_backward(
-        problem._replace(radius=radius), state, Upstream(moved, g), [True, False, finite], backend
+        problem._replace(radius=radius),
+        state,
+        Upstream(moved, g),
+        [True, False, weights.adds_radius],
+        backend,
     )
-    sum_c = torch.where(unmoved, 0.0, grad_radius / radius if finite else -g / radius / radius)
+    sum_c = grad_radius / radius if weights.adds_radius else -g / radius / radius
+    sum_c = torch.where(unmoved, 0.0, sum_c)
     mean_tangent = grad_x.to(wide) + sum_c[:, None] * (center - x.to(wide))
     return mean_tangent, torch.where(unmoved, math.nan, -sum_c)
 

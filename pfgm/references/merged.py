@@ -24,7 +24,7 @@ from ..common.tensors import wide_dtype
 from ..core import formulas
 from ..core.merging import merge, relative_weight
 from ..core.problems import PosteriorMean, State, Tangents, Upstream
-from ..core.weights import is_flat
+from ..core.weights import Law, law
 from ..ops.posterior_mean import call, call_backward, tangent_dtype, tangent_from_gradients
 from .settings import ChunkTotals, Saved, Settings
 
@@ -94,7 +94,7 @@ def _shares(
     x: Tensor, radius: Tensor, state: State, chunk_totals: ChunkTotals, settings: Settings
 ) -> Iterator[_ChunkShare]:
     """Yields the chunks of this process that matter to any point whose mean changes with it."""
-    regular = ~is_flat(state.nearest, radius, settings.D, x.shape[1])
+    regular = ~law(settings.D, x.shape[1]).is_flat(state.nearest, radius)
     totals = zip(*(values.unbind(1) for values in chunk_totals), strict=True)
     for chunk, (nearest, total) in zip(settings.chunks(x.device), totals, strict=True):
         weight = relative_weight(nearest, state.nearest, radius, settings.D, x.shape[1])
@@ -130,7 +130,8 @@ def tangents(
 
     state = merge(x, radius, settings.D, states())
     mean_tangent, lse_tangent = torch.zeros_like(state.mean), torch.zeros_like(radius)
-    by_formula = math.isinf(settings.D) and tangent_radius is not None
+    adds_radius = law(settings.D, x.shape[1]).adds_radius
+    by_formula = tangent_radius is not None and not adds_radius
     for shared in _shares(x, radius, state, _stack(each), settings):
         chunk, rows, share = shared
         moved_x, moved_radius = (
@@ -147,7 +148,7 @@ def tangents(
             tangent = (share[:, None] * tangent[0], share * tangent[1])
         shared.add(tangent[0], mean_tangent)
         shared.add(tangent[1], lse_tangent)
-    flat = is_flat(state.nearest, radius, settings.D, x.shape[1])
+    flat = law(settings.D, x.shape[1]).is_flat(state.nearest, radius)
     return mean_tangent, torch.where(flat, math.nan, lse_tangent)
 
 
@@ -160,8 +161,9 @@ def gradients(
     """The gradients in x and radius over the references of all processes, in float64."""
     sums = _sum_of_gradients(saved, chunk_totals, settings, needs)
     grad_x, grad_radius = sums if settings.ranks is None else map(settings.ranks.sum, sums)
-    grad_of_nearest = _gradient_of_nearest(saved.grad_logsumexp, saved, settings.D)
-    flat = is_flat(saved.nearest, saved.radius, settings.D, saved.x.shape[1])
+    weights = law(settings.D, saved.x.shape[1])
+    grad_of_nearest = _gradient_of_score(saved.grad_logsumexp, saved.nearest, saved.radius, weights)
+    flat = weights.is_flat(saved.nearest, saved.radius)
     grad_radius += torch.where(flat, 0.0, grad_of_nearest)
     return grad_x, grad_radius
 
@@ -208,10 +210,7 @@ def _is_steep(saved: Saved, settings: Settings) -> Tensor | None:
     # On a GPU the kernels compute in float32 only.
     if not _can_select(saved.x.device) or saved.x.dtype == wide:
         return None
-    if math.isinf(settings.D):
-        variance = saved.radius.square()
-    else:
-        variance = (saved.nearest + saved.radius.square()) / (N + settings.D)
+    variance = law(settings.D, N).variance(saved.nearest, saved.radius)
     distance = (saved.nearest + variance).sqrt()
     largest = saved.mean.abs().amax(1).to(wide)
     rounding = torch.finfo(saved.x.dtype).eps / 2
@@ -262,22 +261,16 @@ def _gradients_of(
     grad_x, _, grad_radius = call_backward(problem, own, upstream, needed, settings.backend)
     # The gradient of Σ_i g_i times a score is much larger than the result. The part that all chunks
     # share, with the nearest of all references, is left out here and added by the caller.
-    if needs[1] and math.isinf(settings.D):
-        grad_radius = grad_radius - _gradient_of_distance(g, own.nearest, saved.radius)
-        grad_radius += _gradient_of_distance(g, own.nearest - saved.nearest, saved.radius)
-    elif needs[1]:
-        grad_radius = grad_radius - _gradient_of_nearest(g, saved, settings.D)
+    if needs[1]:
+        radius, weights = saved.radius, law(settings.D, saved.x.shape[1])
+        if weights.adds_radius:
+            grad_radius = grad_radius - _gradient_of_score(g, saved.nearest, radius, weights)
+        else:
+            grad_radius = grad_radius - _gradient_of_score(g, own.nearest, radius, weights)
+            grad_radius += _gradient_of_score(g, own.nearest - saved.nearest, radius, weights)
     return grad_x, grad_radius
 
 
-def _gradient_of_nearest(g: Tensor, saved: Saved, D: float) -> Tensor:
-    """The gradient in radius of g times the score of the nearest of all references."""
-    if math.isinf(D):
-        return _gradient_of_distance(g, saved.nearest, saved.radius)
-    N, radius = saved.x.shape[1], saved.radius
-    return -(N + D) * g * (radius / (saved.nearest + radius.square()))
-
-
-def _gradient_of_distance(g: Tensor, squared: Tensor, sigma: Tensor) -> Tensor:
-    """g d²/σ³, the gradient in σ of g times the score at the squared distance d², at D = ∞."""
-    return g * (squared / sigma / sigma) / sigma
+def _gradient_of_score(g: Tensor, squared: Tensor, radius: Tensor, weights: Law) -> Tensor:
+    """The gradient in radius of g times the score at a squared distance."""
+    return weights.change(torch.zeros_like(g), g, squared, radius)

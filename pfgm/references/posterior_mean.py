@@ -18,7 +18,7 @@ from ..backends import native_parts, requested
 from ..common.checks import check_range, check_underflow, checks_values
 from ..common.transforms import forward_mode, in_torch_func
 from ..core.problems import State, Upstream
-from ..core.weights import check_singular, is_flat, log_sum_exp
+from ..core.weights import check_singular, law
 from ..ops.differentiable import Differentiable, Inputs
 from ..ops.posterior_mean import OnceDifferentiable
 from . import continued, merged
@@ -100,7 +100,7 @@ class _OverSet(NamedTuple):
                 none = x.new_empty(0, *x.shape[1:], dtype=settings.part.source.dtype)
                 check_range(state.mean, x, none, settings.difference)
         nearest, total, column = (t[:, None] for t in (state.nearest, state.total, radius))
-        logsumexp = log_sum_exp(nearest, total, column, D, x.shape[1]).squeeze(1)
+        logsumexp = law(D, x.shape[1]).log_sum_exp(nearest, total, column).squeeze(1)
         return state.mean.to(x.dtype), logsumexp, state.nearest, state.total, *chunk_totals
 
     def gradients(
@@ -168,7 +168,7 @@ class _Gradient(OnceDifferentiable):
 def _check_singular(saved: Saved, settings: Settings) -> None:
     # Each process checks the points of all. If one raised alone, the others would wait for it.
     try:
-        flat = is_flat(saved.nearest, saved.radius, settings.D, saved.x.shape[1])
+        flat = law(settings.D, saved.x.shape[1]).is_flat(saved.nearest, saved.radius)
         check_singular(flat, saved.grad_logsumexp)
     except ValueError as error:
         rows = "" if settings.ranks is None else " Rows are numbered over all processes."
