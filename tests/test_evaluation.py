@@ -470,7 +470,7 @@ def test_fid(
     weights.parent.mkdir(parents=True)
     weights.write_bytes(b"other weights")
     assert "must be torch-fidelity's file of weights, with a SHA-256" in fails(*options, "--fid")
-    assert "fid-weights is" in fails(*options, "--fid-weights", weights)
+    assert "fid-weights needs --fid" in fails(*options, "--fid-weights", weights)
     assert not seen
     checksum = hashlib.sha256(b"other weights").hexdigest()[:8]
     monkeypatch.setattr("pfgm.metrics.inception._CHECKSUM", checksum)
@@ -485,30 +485,34 @@ def test_fid(
     assert all(seen["input2"].images[row].numpy().tobytes() in known for row in range(20))
     np.save(tmp_path / "rows.npy", np.zeros((9, 2), np.float32))
     rows = ["--samples", tmp_path / "rows.npy", "--data", tmp_path / "rows.npy"]
-    assert "samples of shape (2,) are not images" in fails(*rows, "--fid")
+    assert "samples must be images (C, H, W) with C = 1 or 3 for --fid, got shape (2,)" in fails(
+        *rows, "--fid"
+    )
 
 
 def test_one_sentence_for_bad_input(model: Path, tmp_path: Path, fails: Callable[..., str]) -> None:
     checkpoint = ["--checkpoint", model]
     np.save(tmp_path / "wide.npy", np.zeros((9, 4, 4), np.float32))
     np.save(tmp_path / "few.npy", np.zeros((5, 8, 8), np.float32))
-    assert "none of checkpoint, pretrained and samples" in fails()
-    assert "2 of checkpoint, pretrained and samples" in fails(*checkpoint, "--samples", tmp_path)
-    assert "n is 0; allowed is at least 1" in fails(*checkpoint, "--n", 0)
-    assert "curve-steps is 0" in fails(*checkpoint, "--curve-steps", 0)
+    assert "checkpoint, pretrained and samples must be given, got none" in fails()
+    assert "checkpoint, pretrained and samples must be given, got 2" in fails(
+        *checkpoint, "--samples", tmp_path
+    )
+    assert "n must be at least 1" in fails(*checkpoint, "--n", 0)
+    assert "curve-steps must be at least 1" in fails(*checkpoint, "--curve-steps", 0)
     assert "samples alone have no likelihood" in fails("--samples", tmp_path, "--likelihood", 1)
     for option, value in (("guidance", 2.0), ("solver", "heun"), ("batch-size", 7)):
         message = fails("--samples", tmp_path, f"--{option}", value)
         assert f"{option} is {value}, but {tmp_path} holds samples that" in message
-    assert "allowed is --likelihood N with it" in fails(*checkpoint, "--grey-levels", 17)
-    assert "likelihood is 400; allowed are at most 399" in fails(*checkpoint, "--likelihood", 400)
+    assert "grey-levels needs --likelihood N" in fails(*checkpoint, "--grey-levels", 17)
+    assert "likelihood must be at most 399" in fails(*checkpoint, "--likelihood", 400)
     grey = ["--n", 10, "--steps", 1, "--likelihood", 1, "--grey-levels", 1]
     assert "levels must be at least 2" in fails(*checkpoint, *grey)
     assert "no.npy does not exist" in fails("--samples", tmp_path / "no.npy")
     shape = fails("--samples", tmp_path / "wide.npy")
     assert (
-        "samples has shape (4, 4); allowed is (1, 8, 8), the shape of the data digits; give the "
-        "data with --data." in shape
+        "samples must have the shape of the data digits, (1, 8, 8), got (4, 4); give the data with "
+        "--data." in shape
     )
     assert "give --layout images" in fails("--samples", tmp_path / "few.npy", notices=1)
     few = fails("--samples", tmp_path / "few.npy", "--layout", "images")

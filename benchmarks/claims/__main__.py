@@ -50,7 +50,7 @@ def parse(arguments: Sequence[str]) -> tuple[argparse.Namespace, Preset]:
     add("--store", action="store_true", help="copy tables and pictures to docs/claims")
     options = parser.parse_args(arguments)
     if options.workers < 1:
-        parser.error(f"--workers is {options.workers}; allowed is at least 1.")
+        parser.error(f"--workers must be at least 1, got {options.workers}.")
     preset = PRESETS[options.preset]
     return options, dataclasses.replace(preset, data=options.data or preset.data)
 

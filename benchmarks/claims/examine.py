@@ -28,8 +28,8 @@ def keep_preset(preset: Preset, folder: Path) -> None:
     content = json.dumps(preset.described(), indent=2) + "\n"
     if path.exists() and path.read_text() != content:
         raise ValueError(
-            f"out is {folder}, which has networks and figures of other settings (preset.json); "
-            "allowed is a new folder, or one with the same settings."
+            f"out must be a new folder or have the same settings, got {folder}, which has networks "
+            "and figures of other settings (preset.json)."
         )
     write_atomic(path, lambda file: file.write(content.encode()))
 

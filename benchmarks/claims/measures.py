@@ -43,9 +43,7 @@ def data_of(preset: Preset) -> Data:
     """The preset's data, in memory."""
     opened = open_data(preset.data)
     if opened.held_out is None or opened.train.labels is None or opened.held_out.labels is None:
-        raise ValueError(
-            f"data is {preset.data!r}; allowed are data with labels and a held-out part."
-        )
+        raise ValueError(f"data must have labels and a held-out part, got {preset.data!r}.")
     train, held_out = (to_unit(part[:]) for part in (opened.train, opened.held_out))
     return Data(
         train,

@@ -125,7 +125,7 @@ def _check_values(arguments: list[str]) -> None:
         name, _, value = argument.partition("=") if "=" in argument else (before, "", argument)
         name = _LONG_NAMES.get(name, name)
         if name.startswith("--") and not value:
-            raise ValueError(f"{name[2:]} is ''; allowed is a text that is not empty.")
+            raise ValueError(f"{name[2:]} must not be empty.")
     if arguments[:1] == ["check"] and "--quick" in arguments:
         raise ValueError("check --quick was removed in 0.3.0: there is one check; leave it out.")
 

@@ -53,11 +53,11 @@ class Convert:
 
     def _check(self) -> None:
         if self.out.suffix != ".safetensors":
-            raise ValueError(f"out is {self.out}; allowed are names that end in .safetensors.")
+            raise ValueError(f"out must end in .safetensors, got {self.out}.")
         if self.out.is_dir() or os.path.realpath(self.out) == os.path.realpath(self.published):
             raise ValueError(
-                f"out is {self.out}, a folder or the published file; allowed is the name of "
-                "another file."
+                f"out must be the name of another file, got {self.out}, a folder or the published "
+                "file."
             )
 
     def _flow_of(self, network: Published | EDMDenoiser) -> Flow:
@@ -91,7 +91,7 @@ class Convert:
                 "that it was published under."
             )
         if stored is not None and self.D not in (None, stored):
-            raise ValueError(f"D is {self.D:g}; allowed is {stored:g}, that of {self.published}.")
+            raise ValueError(f"D must be {stored:g}, that of {self.published}, got {self.D:g}.")
         D = self.D if stored is None else stored
         assert D is not None
         return D

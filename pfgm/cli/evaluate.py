@@ -241,17 +241,15 @@ class Evaluate:
         sources = (self.checkpoint, self.pretrained, self.samples)
         if (number := sum(source is not None for source in sources)) != 1:
             raise ValueError(
-                f"{number or 'none'} of checkpoint, pretrained and samples are given; allowed is "
-                "one of them."
+                "exactly one of checkpoint, pretrained and samples must be given, got "
+                f"{number or 'none'}."
             )
         if self.fid_weights is not None and not self.fid:
-            raise ValueError(f"fid-weights is {self.fid_weights}; allowed is --fid with it.")
+            raise ValueError("fid-weights needs --fid.")
         if self.samples is not None:
             self._check_options_of_samples()
         if self.grey_levels is not None and not self.likelihood:
-            raise ValueError(
-                f"grey-levels is {self.grey_levels}; allowed is --likelihood N with it."
-            )
+            raise ValueError("grey-levels needs --likelihood N.")
         for name, value, least in (
             ("n", self.n, 1),
             ("batch-size", self.sampling.batch_size, 1),
@@ -260,7 +258,7 @@ class Evaluate:
             ("curve-steps", min(self.curve_steps, default=0), 1),
         ):
             if not least <= value < 2**63:
-                raise ValueError(f"{name} is {value}; allowed is at least {least}, below 2^63.")
+                raise ValueError(f"{name} must be at least {least} and below 2^63, got {value}.")
         check_seed(self.seed)
         steps = () if self.sampling.steps is None else (self.sampling.steps,)
         for name, counts in (("steps", steps), ("curve-steps", self.curve_steps)):
@@ -318,13 +316,11 @@ class Evaluate:
             if shape == expected[1:]:
                 remedy = "; for images without channels give --layout images."
             raise ValueError(
-                f"samples has shape {shape}; allowed is {expected}, the shape of the data {name}"
-                + remedy
+                f"samples must have the shape of the data {name}, {expected}, got {shape}" + remedy
             )
         if self.fid and (len(expected) != 3 or expected[0] not in (1, 3)):
             raise ValueError(
-                f"fid is True, but samples of shape {expected} are not images; allowed are images "
-                "(C, H, W) with C = 1 or 3."
+                f"samples must be images (C, H, W) with C = 1 or 3 for --fid, got shape {expected}."
             )
         real = data.held_out or data.train
         labelled = isinstance(source, Loaded) and label_count(source.network) > 0
@@ -337,8 +333,8 @@ class Evaluate:
             )
         if self.likelihood > len(real):
             raise ValueError(
-                f"likelihood is {self.likelihood}; allowed are at most {len(real)}, the "
-                f"{_part(data).replace('_', '-')} samples of {name}."
+                f"likelihood must be at most {len(real)}, the {_part(data).replace('_', '-')} "
+                f"samples of {name}, got {self.likelihood}."
             )
 
     def _classifier(self, name: str, data: Data, device: torch.device) -> Classifier | None:
@@ -351,8 +347,8 @@ class Evaluate:
         classifier = load_classifier(chosen, device=place)
         if (shape := tuple(data.train.shape[1:])) != classifier.shape:
             raise ValueError(
-                f"features is {chosen}, of images of shape {classifier.shape}; allowed is a "
-                f"classifier of the data {name}, which have the shape {shape}."
+                f"features must be a classifier for the shape of the data {name}, {shape}, got "
+                f"{chosen}, for {classifier.shape}."
             )
         return classifier
 

@@ -33,14 +33,14 @@ class Features:
 
     def run(self) -> None:
         if self.out.suffix != ".safetensors":
-            raise ValueError(f"out is {self.out}; allowed is a name that ends in .safetensors.")
+            raise ValueError(f"out must end in .safetensors, got {self.out}.")
         if self.epochs is not None and self.epochs < 1:
-            raise ValueError(f"epochs is {self.epochs}; allowed is at least 1.")
+            raise ValueError(f"epochs must be at least 1, got {self.epochs}.")
         check_seed(self.seed)
         device = usable_device(self.device)
         data = open_data(self.data, progress=self.progress)
         if data.train.labels is None or data.train.ndim != 4:
-            raise ValueError(f"data is {self.data}; allowed are images with labels.")
+            raise ValueError(f"data must be images with labels, got {self.data}.")
         with output_folder(self.out.parent):
             print_result(self._train(data, device))
 

@@ -79,8 +79,8 @@ def load_network(
     source = checkpoint or pretrained
     if as_solver(solver).few_step and loaded.distilled is False:
         raise ValueError(
-            f"solver is {solver!r}, but the network in {source} is not a few-step model (pfgm "
-            "train --teacher makes one); allowed are the other solvers."
+            f"solver must not be {solver} for the network in {source}, which is not a few-step "
+            "model (pfgm train --teacher makes one)."
         )
     if as_solver(solver).few_step and loaded.distilled is None:
         print(

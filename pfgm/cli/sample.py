@@ -89,13 +89,13 @@ class Sample:
             files = (".csv",)  # an array has neither the texts nor the units of the table
         if not images and (self.out.suffix not in files or self.animate):
             raise ValueError(
-                f"out is {self.out}, but samples of shape {flow.shape} are not images; allowed is "
-                f"a name that ends in {' or '.join(files)}, without --animate."
+                f"out must end in {' or '.join(files)}, without --animate, for samples of shape "
+                f"{flow.shape}, which are not images, got {self.out}."
             )
         if images and self.out.suffix == ".csv":
             raise ValueError(
-                f"out is {self.out}, but samples of shape {flow.shape} are images; allowed are "
-                "names that end in .npy or .png, and folders."
+                f"out must be a folder or end in .npy or .png for images of shape {flow.shape}, "
+                f"got {self.out}."
             )
         if self.out.suffix == ".png" or self.animate:
             require_matplotlib()
@@ -118,27 +118,27 @@ class Sample:
         if (self.checkpoint is None) == (self.pretrained is None):
             count = "neither" if self.pretrained is None else "both"
             raise ValueError(
-                f"{count} of checkpoint and pretrained are given; allowed is one: --checkpoint "
-                "PATH or --pretrained NAME."
+                f"one of --checkpoint PATH and --pretrained NAME must be given, got {count}."
             )
         if self._is_folder():
             if self.out.suffix and not self.out.is_dir():
                 raise ValueError(
-                    f"out is {self.out}; allowed are names that end in .csv, .npy or .png, and "
-                    "folders, whose names have no dot unless they exist."
+                    "out must end in .csv, .npy or .png, or be a folder, whose name has no dot "
+                    f"unless it exists, got {self.out}."
                 )
             check_new_folder(self.out)
         elif self.out.is_dir():
-            raise ValueError(f"out is {self.out}, a folder; allowed is the name of a file.")
+            raise ValueError(f"out must be the name of a file, got {self.out}, a folder.")
         batch_size = self.sampling.batch_size
         if self.animate is not None and (self.animate.suffix != ".gif" or self.n > batch_size):
             raise ValueError(
-                f"animate is {self.animate} with {self.n} samples; allowed is a name that ends in "
-                f".gif, and at most {batch_size} samples, the batch size."
+                f"animate must end in .gif, with at most {batch_size} samples, the batch size, got "
+                f"{self.animate} with {self.n} samples."
             )
         if not (1 <= self.n < 2**63 and 1 <= batch_size < 2**63):
             raise ValueError(
-                f"n is {self.n} and batch-size is {batch_size}; allowed is at least 1, below 2^63."
+                f"n and batch-size must be at least 1 and below 2^63, got {self.n} and "
+                f"{batch_size}."
             )
         check_seed(self.seed)
 
@@ -265,8 +265,8 @@ def _number(label: str, names: Sequence[str], classes: int) -> int:
         return alike[0]
     known = ", ".join(names[:_SHOWN_NAMES]) + (", …" if len(names) > _SHOWN_NAMES else "")
     raise ValueError(
-        f"label is {label}; allowed are the labels of the network, numbers from 0 to "
-        f"{classes - 1}" + (f" or names: {known}." if names else ".")
+        f"label must be one of the network's labels, 0 to {classes - 1}, got {label}"
+        + (f" or names: {known}." if names else ".")
     )
 
 

@@ -129,11 +129,11 @@ def shape_or_type(value: object) -> str:
     """What an error says of a value that should be a tensor of another shape.
 
     >>> shape_or_type(torch.zeros(2, 3)), shape_or_type((1, 2))
-    ('shape (2, 3)', 'a tuple')
+    ('shape (2, 3)', 'tuple')
     """
     if isinstance(value, Tensor):
         return f"shape {tuple(value.shape)}"
-    return f"a {type(value).__name__}"
+    return type(value).__name__
 
 
 def check_dimensions(shape: Sequence[object]) -> None:

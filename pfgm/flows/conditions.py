@@ -33,8 +33,7 @@ def check_network(net: object) -> None:
     if isinstance(net, type) or not callable(net):
         kind = f"the class {net.__name__}" if isinstance(net, type) else f"a {type(net).__name__}"
         raise TypeError(
-            f"net is {kind}; allowed is a network: a torch.nn.Module, or a function of x and the "
-            "level."
+            f"net must be a torch.nn.Module, or a function of x and the level, got {kind}."
         )
 
 
@@ -49,8 +48,8 @@ def as_condition(name: str, condition: Condition | None) -> Condition:
         return {}
     if not isinstance(condition, Mapping):
         raise TypeError(
-            f"{name} is a {type(condition).__name__}; allowed is a dict of keyword arguments of "
-            "the network, such as {'labels': labels}."
+            f"{name} must be a dict of keyword arguments of the network, such as {{'labels': "
+            f"labels}}, got {type(condition).__name__}."
         )
     labels = condition.get("labels")
     if isinstance(labels, Tensor) and labels.dtype in (torch.uint16, torch.uint32, torch.uint64):
@@ -74,8 +73,8 @@ def check_rows(condition: Condition, count: int) -> None:
     for name, value in condition.items():
         if isinstance(value, Tensor) and value.shape[:1] != (count,):
             raise ValueError(
-                f"condition[{name!r}] has shape {tuple(value.shape)}; allowed is a first "
-                f"dimension of {count}, as x has."
+                f"condition[{name!r}] must have {count} rows like x, got shape "
+                f"{tuple(value.shape)}."
             )
 
 

@@ -24,8 +24,8 @@ Estimator = Callable[[Tensor, torch.Generator | None], Divergence]
 """Makes the divergence of a run that starts at points x; the generator draws its probe."""
 
 _NO_DERIVATIVE = (
-    "the network's result has no gradient in x, which the divergence needs; allowed is a network "
-    "that autograd can differentiate (no torch.no_grad, no detach)."
+    "the network's result has no gradient in x, which the divergence needs; the network must not "
+    "use torch.no_grad or detach."
 )
 
 

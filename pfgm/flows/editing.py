@@ -212,9 +212,7 @@ class Editing(Sampling):
                 [1.2000, 1.6000]])
         """
         if not is_number(temperature) or not 0 < temperature <= LARGEST:
-            raise ValueError(
-                f"temperature is {temperature!r}; allowed is any finite number above 0."
-            )
+            raise ValueError(f"temperature must be a finite number above 0, got {temperature!r}.")
         self._check_x(latent, "latent")
         center = self._center(latent)
         offset = latent - center
@@ -231,7 +229,7 @@ class Editing(Sampling):
             grid = grid[:-1]
         if len(grid) < 2:
             raise ValueError(
-                f"steps or schedule leaves {grid}; allowed are two or more levels above 0."
+                f"steps or schedule must leave two or more levels above 0, got {grid}."
             )
         return grid
 

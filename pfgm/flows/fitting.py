@@ -160,8 +160,8 @@ class Fitting(Sampling, Targets):
         same = [math.isclose(a, b, rel_tol=1e-6) for a, b in zip(levels, ends, strict=False)]
         if len(levels) != len(ends) or not (same[0] and same[-1]):
             raise ValueError(
-                f"the levels fitted for {solver} with {steps} steps are {levels}; needed are "
-                f"{steps + 1} levels from {ends[0]} to {ends[-1]}."
+                f"the levels fitted for {solver} with {steps} steps must be {steps + 1} levels "
+                f"from {ends[0]} to {ends[-1]}, got {levels}."
             )
         # The ends are computed from the data, so another machine rounds them otherwise.
         levels = [ends[0], *levels[1:-1], ends[-1]]
@@ -185,8 +185,8 @@ def check_fitted_steps(name: str, steps: int) -> None:
     check_steps(name, steps)
     if steps > _MOST_STEPS:
         raise ValueError(
-            f"{name} is {steps}; allowed are at most {_MOST_STEPS}: with more, the schedules "
-            "hardly differ."
+            f"{name} must be at most {_MOST_STEPS}, got {steps}: with more, the schedules hardly "
+            "differ."
         )
 
 
@@ -216,8 +216,7 @@ def _drawn(references: References, seed: int) -> Tensor:
     """At most 10 000 of the references, as float32 on their device."""
     if isinstance(references, ReferenceSet) and references.sharded:
         raise ValueError(
-            "references are divided among processes; allowed are a tensor and a ReferenceSet that "
-            "is not."
+            "references must be a tensor, or a ReferenceSet that is not divided among processes."
         )
     generator = torch.Generator().manual_seed(seed)
     held = references if isinstance(references, ReferenceSet) else ReferenceSet(references)

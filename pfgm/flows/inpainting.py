@@ -148,8 +148,7 @@ def _resampling_grids(grid: Sequence[float], resample: int, start: float) -> lis
         return []
     if not is_number(start) or not grid[-1] < start <= grid[0]:
         raise ValueError(
-            f"resample_from is {start!r}; allowed is a level above {grid[-1]} and at most "
-            f"{grid[0]}."
+            f"resample_from must be a level above {grid[-1]} and at most {grid[0]}, got {start!r}."
         )
     below = [level for level in grid if level < start]
     return [[float(start), *below]] * resample
@@ -170,10 +169,10 @@ def _show_projected(callback: Callback | None, project: Projection) -> Callback 
 def _check_mask(mask: Tensor, known: Tensor) -> None:
     if not isinstance(mask, Tensor) or mask.dtype != torch.bool:
         kind = mask.dtype if isinstance(mask, Tensor) else type(mask).__name__
-        raise TypeError(f"mask has dtype {kind}; allowed is bool, True where known.")
+        raise TypeError(f"mask must be bool, True where known, got {kind}.")
     if mask.device != known.device:
         raise ValueError(
-            f"mask is on {mask.device} and known on {known.device}; both must be on one device."
+            f"mask and known must be on one device, got {mask.device} and {known.device}."
         )
     try:
         fits = torch.broadcast_shapes(mask.shape, known.shape) == known.shape
@@ -181,6 +180,6 @@ def _check_mask(mask: Tensor, known: Tensor) -> None:
         fits = False
     if not fits:
         raise ValueError(
-            f"mask has shape {tuple(mask.shape)}; allowed is any that broadcasts to that of known, "
-            f"{tuple(known.shape)}."
+            f"mask must broadcast to the shape of known, {tuple(known.shape)}, got "
+            f"{tuple(mask.shape)}."
         )

@@ -80,12 +80,12 @@ def check_pair(a: Tensor, b: Tensor, name_a: str = "a", name_b: str = "b") -> No
     check_floating(name_b, b)
     if a.ndim == 0 or a.shape != b.shape or a.device != b.device:
         raise ValueError(
-            f"{name_a} has shape {tuple(a.shape)} on {a.device} and {name_b} {tuple(b.shape)} on "
-            f"{b.device}; both must have one shape (B, *S) on one device."
+            f"{name_a} and {name_b} must have one shape (B, *S) and be on one device, got "
+            f"{tuple(a.shape)} on {a.device} and {tuple(b.shape)} on {b.device}."
         )
     if a.dtype != b.dtype:
         raise TypeError(
-            f"{name_a} has dtype {a.dtype} and {name_b} {b.dtype}; both must have the same."
+            f"{name_a} and {name_b} must have the same dtype, got {a.dtype} and {b.dtype}."
         )
 
 
@@ -100,5 +100,5 @@ def _perpendicular(direction: Tensor) -> Tensor:
 def _checked_weights(weights: Sequence[float] | Tensor) -> Tensor:
     values = finite_values("weights", weights)
     if values.ndim != 1 or len(values) == 0:
-        raise ValueError(f"weights is {weights}; allowed are one or more finite numbers, (W,).")
+        raise ValueError(f"weights must be one or more finite numbers, (W,), got {weights}.")
     return values

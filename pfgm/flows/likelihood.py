@@ -134,8 +134,8 @@ class Likelihood(Sampling):
         self._check_x(x, hint=hint)
         if x.dtype not in (torch.float32, torch.float64):
             raise TypeError(
-                f"x has dtype {x.dtype}; allowed are torch.float32 and torch.float64, as half "
-                "precision changes the density by tenths of a nat."
+                f"x must be torch.float32 or torch.float64, got {x.dtype}: half precision changes "
+                "the density by tenths of a nat."
             )
         check_choice("estimator", estimator, ESTIMATORS)
         if not callable(solver):
@@ -334,7 +334,7 @@ _APART: dict[SolverFunction, Carry] = {euler: _euler, heun: _heun, rk45: _rk45}
 def _checked_prior(log_prob: Tensor, count: int) -> Tensor:
     if not isinstance(log_prob, Tensor) or log_prob.shape != (count,):
         got = tuple(log_prob.shape) if isinstance(log_prob, Tensor) else type(log_prob).__name__
-        raise ValueError(f"prior_log_prob returned {got}; needed is a tensor of shape ({count},).")
+        raise ValueError(f"prior_log_prob must return a tensor of shape ({count},), got {got}.")
     _check_each("prior_log_prob", log_prob, lambda values: ~values.isnan())
     return log_prob
 

@@ -63,11 +63,11 @@ class Parametrisation(ABC):
 
     def __init__(self, shape: Sequence[int]) -> None:
         if not isinstance(shape, Iterable):
-            raise TypeError(f"shape is {shape!r}; allowed is a tuple, such as (2,) or (3, 32, 32).")
+            raise TypeError(f"shape must be a tuple, such as (2,) or (3, 32, 32), got {shape!r}.")
         sizes = tuple(shape)
         check_dimensions(sizes)
         if not all(is_whole(n) and n > 0 for n in sizes):
-            raise ValueError(f"shape is {sizes}; allowed are positive integers.")
+            raise ValueError(f"shape must hold positive integers, got {sizes}.")
         self.shape = tuple(map(int, sizes))
         self.N = math.prod(self.shape)
         self.fitted_levels = {}
@@ -168,9 +168,7 @@ class Parametrisation(ABC):
         80.0
         """
         if math.isinf(self.D):
-            raise ValueError(
-                "D is infinite; allowed is a finite D, for which levels have a radius."
-            )
+            raise ValueError("D must be finite for levels to have a radius, got infinity.")
         return non_negative("radius", radius) / math.sqrt(self.D)
 
     def noise(self, sigma: Tensor, generator: torch.Generator | None = None) -> Tensor:
@@ -183,13 +181,13 @@ class Parametrisation(ABC):
         (PFGM++, equation 3).
         """
         if not isinstance(sigma, Tensor):
-            raise TypeError(f"sigma is a {type(sigma).__name__}; allowed is a torch.Tensor, (B,).")
+            raise TypeError(f"sigma must be a torch.Tensor, (B,), got {type(sigma).__name__}.")
         if sigma.ndim == 1 + len(self.shape) and sigma.numel() == sigma.shape[0]:
             sigma = sigma.flatten()
         if sigma.ndim != 1:
             raise ValueError(
-                f"sigma has shape {tuple(sigma.shape)}; allowed is (B,), or (B, 1, …, 1) with a 1 "
-                "for each dimension of a sample."
+                "sigma must have shape (B,), or (B, 1, …, 1) with a 1 for each dimension of a "
+                f"sample, got {tuple(sigma.shape)}."
             )
         shape = (sigma.shape[0], *self.shape)
         g = draws.normal(shape, generator, dtype=sigma.dtype, device=sigma.device)
@@ -219,10 +217,10 @@ class Parametrisation(ABC):
 
     def _check_shape(self, x: Tensor, name: str) -> None:
         if not isinstance(x, Tensor):
-            raise TypeError(f"{name} is a {type(x).__name__}; allowed is a torch.Tensor.")
+            raise TypeError(f"{name} must be a torch.Tensor, got {type(x).__name__}.")
         if x.ndim == 0 or x.shape[1:] != self.shape:
             raise ValueError(
-                f"{name} has shape {tuple(x.shape)}; allowed is (B, *S) with S = {self.shape}."
+                f"{name} must have shape (B, *S) with S = {self.shape}, got {tuple(x.shape)}."
                 + layout_hint(x.shape[1:], self.shape)
             )
 

@@ -80,7 +80,7 @@ class Preconditioned(nn.Module):
         super().__init__()
         if hasattr(backbone, "sigma_data"):
             raise ValueError(
-                f"backbone is a {type(backbone).__name__}, which is a denoiser with EDM's "
+                f"backbone must not be a {type(backbone).__name__}, which is a denoiser with EDM's "
                 "preconditioning already; use it as it is."
             )
         self.backbone = backbone
@@ -92,8 +92,8 @@ class Preconditioned(nn.Module):
         predicted = self.backbone(self.scaled(x, sigma), noise, **condition)
         if not isinstance(predicted, Tensor) or predicted.shape != x.shape:
             raise ValueError(
-                f"backbone returned {shape_or_type(predicted)}; needed is a tensor of the shape "
-                f"of x, {tuple(x.shape)}.{_INSTEAD}"
+                f"backbone must return a tensor of the shape of x, {tuple(x.shape)}, got "
+                f"{shape_or_type(predicted)}.{_INSTEAD}"
             )
         return self.mean(x, sigma, predicted.to(x.dtype))
 
@@ -170,28 +170,26 @@ class PoissonFlowPP(Flow):
         super().__init__(shape)
         if D is None:
             raise ValueError(
-                "D is None; allowed is any positive number or infinity. For a published file that "
-                "does not say its D, give the D that it was published under, or float('inf') for a "
-                "file of EDM."
+                "D must be a positive number or infinity, got None. For a published file that does "
+                "not say its D, give the D that it was published under, or float('inf') for a file "
+                "of EDM."
             )
         value: Any = D  # a config has the text "inf", because JSON has no infinity
         self.D = math.inf if isinstance(value, str) and value == "inf" else float(as_number(value))
         if not self.D > 0:
             shown = D if math.isnan(self.D) else self.D
-            raise ValueError(f"D is {shown}; allowed is any positive number or infinity.")
+            raise ValueError(f"D must be a positive number or infinity, got {shown}.")
         self.sigma_min = positive("sigma_min", sigma_min)
         self.sigma_max = positive("sigma_max", sigma_max)
         if sigma_min >= sigma_max:
-            raise ValueError(
-                f"sigma_min is {sigma_min}; allowed is less than sigma_max, which is {sigma_max}."
-            )
+            raise ValueError(f"sigma_min must be below sigma_max, {sigma_max}, got {sigma_min}.")
         self.sigma_data = positive("sigma_data", sigma_data)
         self.rho = positive("rho", rho)
         if not 0.1 <= rho <= 1000:  # else levels^(1/rho)^rho loses digits
-            raise ValueError(f"rho is {rho}; allowed is 0.1 to 1000.")
+            raise ValueError(f"rho must be from 0.1 to 1000, got {rho}.")
         log_mean = as_number(P_mean)
         if not abs(log_mean) <= LARGEST:
-            raise ValueError(f"P_mean is {P_mean!r}; allowed is any finite number.")
+            raise ValueError(f"P_mean must be a finite number, got {P_mean!r}.")
         self.P_mean, self.P_std = float(log_mean), positive("P_std", P_std)
 
     @classmethod
@@ -445,7 +443,7 @@ class PoissonFlowPP(Flow):
         solver = options["solver"] = options.get("solver") or "heun"
         if "churn" not in as_solver(solver).options:
             able = ", ".join(name for name, each in SAMPLERS.items() if "churn" in each.options)
-            raise ValueError(f"solver is {solver!r}; with churn allowed are {able}.")
+            raise ValueError(f"solver must be one of {able} with churn, got {solver!r}.")
         if options.get("schedule") is None:
             options["schedule"] = self.defaults.schedule  # levels are fitted without churn
         count = len(self.grid(options.get("steps"), options["schedule"], solver=solver)) - 1
@@ -506,13 +504,13 @@ def _evaluate(net: Network, x: Tensor, sigma: Tensor, condition: Condition, D: f
     for inner in with_inner_networks(net):
         if isinstance(inner, EmpiricalDenoiser) and inner.D != D:
             raise ValueError(
-                f"net is the exact network of D = {inner.D:g}, and the flow has D = {D:g}; both "
-                "must be the same (flow.empirical makes the network)."
+                f"net must have the D of the flow, {D:g}, got the exact network of D = "
+                f"{inner.D:g}; flow.empirical makes the network."
             )
     mean: Tensor = untouched(net, "net", ("x", "sigma"), x, sigma, **condition)
     if not isinstance(mean, Tensor) or mean.shape != x.shape:
         raise ValueError(
-            f"net returned {shape_or_type(mean)}; needed is a denoiser's mean of the shape of x, "
-            f"{tuple(x.shape)}.{_INSTEAD}"
+            f"net must return a denoiser's mean of the shape of x, {tuple(x.shape)}, got "
+            f"{shape_or_type(mean)}.{_INSTEAD}"
         )
     return mean

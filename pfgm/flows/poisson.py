@@ -152,7 +152,7 @@ class PoissonFlow(Flow):
     ) -> None:
         super().__init__(shape)
         if spread is not None and data_norm is not None:
-            raise ValueError("both data_norm and spread given; allowed is one of them.")
+            raise ValueError("only one of data_norm and spread may be given, got both.")
         self.spread = None if spread is None else checked_spread(spread)
         self.center = checked_center(center, self.shape, self.spread)
         self._centers: dict[tuple[torch.dtype, torch.device], Tensor] = {}
@@ -170,21 +170,17 @@ class PoissonFlow(Flow):
         self.z_max = positive("z_max", MEAN_NORMAL * scale if z_max is None else z_max)
         self.z_min = positive("z_min", rules.z_min if z_min is None else z_min)
         if self.z_min >= self.z_max:
-            raise ValueError(
-                f"z_min is {self.z_min}; allowed is less than z_max, which is {self.z_max}."
-            )
+            raise ValueError(f"z_min must be below z_max, {self.z_max}, got {self.z_min}.")
         self.upper_norm = positive(
             "upper_norm", math.sqrt(self.N) * scale if upper_norm is None else upper_norm
         )
         if not isinstance(restrict_M, (bool, np.bool_, type(None))):
-            raise ValueError(f"restrict_M is {restrict_M!r}; allowed are True, False and None.")
+            raise ValueError(f"restrict_M must be True, False or None, got {restrict_M!r}.")
         self.restrict_M = rules.restrict_M if restrict_M is None else bool(restrict_M)
         default = self.gamma if rules.z_exp is None else rules.z_exp
         self.z_exp = non_negative("z_exp", default if z_exp is None else z_exp)
         if substitution not in ("exact", "published"):
-            raise ValueError(
-                f"substitution is {substitution!r}; allowed are 'exact' and 'published'."
-            )
+            raise ValueError(f"substitution must be 'exact' or 'published', got {substitution!r}.")
         self.substitution = substitution
 
     @classmethod
@@ -220,14 +216,15 @@ class PoissonFlow(Flow):
             data = torch.as_tensor(data, device="cpu")
         data = as_references(data)
         if data.ndim < 1 or len(data) == 0:
-            raise ValueError(f"data has shape {tuple(data.shape)}; allowed is (n, *S) with n ≥ 1.")
+            raise ValueError(f"data must have shape (n, *S) with n ≥ 1, got {tuple(data.shape)}.")
         if isinstance(data, Tensor):
             check_dtype("data", data)
         warn_channels_last(data.shape[1:])
         measured = measure(data)
         if not math.isfinite(measured.rms):
             raise ValueError(
-                "data holds NaN, infinity or values with infinite squares; allowed are finite ones."
+                "data must be finite, as must its squares, got NaN, infinity or values with "
+                "infinite squares."
             )
         defaults: dict[str, Any] = {"data_norm": measured.norm}
         are_images = measured.fills_unit and math.prod(data.shape[1:]) >= _FEWEST_IMAGE_VALUES
@@ -549,19 +546,19 @@ def _evaluate(
     own = getattr(_mean_network(net), "gamma", None)
     if own is not None and abs(own - gamma) > _SAME_GAMMA * gamma:
         raise ValueError(
-            f"net has gamma {own} and the flow {gamma}; both must be the same (flow.network makes "
-            "a network that fits)."
+            f"net must have the gamma of the flow, {gamma}, got {own}; flow.network makes a "
+            "network that fits."
         )
     prediction = untouched(net, "net", ("x", "z"), x, z, **condition)
     if not isinstance(prediction, (tuple, list)) or len(prediction) != 2:
         raise ValueError(
-            f"net returned a {type(prediction).__name__}; needed is (field_x, field_z), the field "
-            "at x and z (a denoiser is a network of PoissonFlowPP)."
+            "net must return (field_x, field_z), the field at x and z, got "
+            f"{type(prediction).__name__}; a denoiser is a network of PoissonFlowPP."
         )
     field_x, field_z = prediction
     if field_x.shape != x.shape or field_z.shape != z.shape:
         raise ValueError(
-            f"net returned shapes {tuple(field_x.shape)} and {tuple(field_z.shape)}; needed are "
-            f"those of x and z, {tuple(x.shape)} and {tuple(z.shape)}."
+            f"net must return the shapes of x and z, {tuple(x.shape)} and {tuple(z.shape)}, got "
+            f"{tuple(field_x.shape)} and {tuple(field_z.shape)}."
         )
     return field_x, field_z

@@ -54,8 +54,8 @@ def exponent_from_norm(data_norm: float | None, N: int, noise_std: float, tau: f
     """M for data of this average norm (PFGM, appendix B.1.1)."""
     if data_norm is None:
         raise ValueError(
-            "none of M, data_norm and spread given; one of them is needed, which "
-            "PoissonFlow.from_data(data) chooses from data."
+            "one of M, data_norm and spread must be given, got none; PoissonFlow.from_data(data) "
+            "chooses them from data."
         )
     ratio = positive("data_norm", data_norm) ** 2 / (2 * math.sqrt(N) * noise_std**2)
     exponent = int(0.75 * math.log(ratio) / math.log1p(tau)) + 1
@@ -72,7 +72,7 @@ def exponent_from_z_max(z_max: float, noise_std: float, tau: float) -> float:
     ratio = z_max / (MEAN_NORMAL * noise_std)
     if ratio <= 1:
         raise ValueError(
-            f"noise_std is {noise_std}; allowed is less than 1.25 z_max, which is {z_max}."
+            f"noise_std must be below 1.25 z_max, with z_max {z_max}, got {noise_std}."
         )
     return math.log(ratio) / math.log1p(tau)
 
@@ -82,8 +82,8 @@ def largest_scale(noise_std: float, tau: float, M: float) -> float:
     most = math.log(torch.finfo(torch.float32).max)
     if max(math.log(noise_std), 0.0) + M * math.log1p(tau) > most:
         raise ValueError(
-            f"M is {M} with noise_std {noise_std} and tau {tau}; allowed is an M for which "
-            "noise_std (1 + tau)^M is at most 3.4e38, the limit of float32."
+            f"M must keep noise_std (1 + tau)^M at or below 3.4e38, the limit of float32, got {M} "
+            f"with noise_std {noise_std} and tau {tau}."
         )
     return float(noise_std * (1 + tau) ** M)
 
@@ -94,7 +94,8 @@ def checked_spread(spread: float) -> float:
     low, high = _SPREAD_RANGE
     if not low <= spread <= high:
         raise ValueError(
-            f"spread is {spread}; allowed are {low} to {high}, so that float32 can hold its square."
+            f"spread must be from {low} to {high}, so that float32 can hold its square, got "
+            f"{spread}."
         )
     return spread
 
@@ -103,7 +104,7 @@ def checked_center(center: Center, shape: tuple[int, ...], spread: float | None)
     """The center as float64 of shape S."""
     point = finite_values("center", center)
     if point.shape not in (torch.Size([]), torch.Size(shape)):
-        raise ValueError(f"center has shape {tuple(point.shape)}; allowed are {shape} and ().")
+        raise ValueError(f"center must have shape {shape} or (), got {tuple(point.shape)}.")
     if spread is None and bool((point != 0).any()):
         raise ValueError("center is given without spread; the published rules centre data at 0.")
     return point.expand(shape).clone()

@@ -246,7 +246,8 @@ class Sampling(Parametrisation):
             return self._grid(schedule, steps, self.last_level)
         if not is_number(last) or not self.last_level <= last < self.first_level:
             raise ValueError(
-                f"last is {last!r}; allowed is {self.last_level} to below {self.first_level}."
+                f"last must be at least {self.last_level} and below {self.first_level}, got "
+                f"{last!r}."
             )
         return self._grid(schedule, steps, float(last))
 
@@ -254,9 +255,8 @@ class Sampling(Parametrisation):
         """Raises ValueError unless a grid starts at the level of the prior, the first level."""
         if not math.isclose(grid[0], self.first_level, rel_tol=_SAME_LEVEL):
             raise ValueError(
-                f"schedule starts at {grid[0]:.6g}, but points of the prior are at "
-                f"{self.first_level:.6g}; allowed are levels from there on, or x_init at the first "
-                "level of schedule."
+                f"schedule must start at {self.first_level:.6g}, the level of the prior, got "
+                f"{grid[0]:.6g}; to start elsewhere give x_init at the first level of schedule."
             )
 
     def _schedule_for(
@@ -351,7 +351,7 @@ class Sampling(Parametrisation):
             return lambda x, level: self._predict(net, x, level, conditional)
         weight = as_number(guidance)
         if not abs(weight) <= LARGEST:
-            raise ValueError(f"guidance is {guidance!r}; allowed is any finite number.")
+            raise ValueError(f"guidance must be a finite number, got {guidance!r}.")
         if weight != 1 and not conditional and not without:
             raise ValueError(
                 f"guidance is {guidance!r}, but neither condition nor unconditional is given, "
@@ -379,11 +379,11 @@ class Sampling(Parametrisation):
             with allocating(f"n is {n}, and {n} samples of shape {self.shape}"):
                 return self.prior(n, generator=generator, device=device)
         if not isinstance(x_init, Tensor):
-            raise TypeError(f"x_init is a {type(x_init).__name__}; allowed is a torch.Tensor.")
+            raise TypeError(f"x_init must be a torch.Tensor, got {type(x_init).__name__}.")
         if x_init.shape != (n, *self.shape) or not x_init.is_floating_point():
             raise ValueError(
-                f"x_init has shape {tuple(x_init.shape)} and dtype {x_init.dtype}; allowed is "
-                f"floating point of shape {(n, *self.shape)}."
+                f"x_init must be floating point of shape {(n, *self.shape)}, got {x_init.dtype} of "
+                f"shape {tuple(x_init.shape)}."
             )
         return x_init.detach().to(None if device is None else known_device(device))
 
@@ -404,8 +404,8 @@ def _projected(predict: DenoiseFunction, project: Projection) -> DenoiseFunction
         points = project(x, level)
         if points.shape != x.shape or points.dtype != x.dtype:
             raise ValueError(
-                f"project returned shape {tuple(points.shape)} and dtype {points.dtype}; needed "
-                f"are those of x, {tuple(x.shape)} and {x.dtype}."
+                f"project must return the shape and dtype of x, {tuple(x.shape)} and {x.dtype}, "
+                f"got {tuple(points.shape)} and {points.dtype}."
             )
         prediction = predict(points, level)
         if isinstance(prediction, Field):
@@ -473,7 +473,7 @@ def _check_options(solver: str | SolverFunction, options: Mapping[str, object]) 
         if name not in chosen.options or (name in _GIVEN and not callable(value)):
             own = ", ".join(each for each in chosen.options if each not in _GIVEN) or "none"
             raise TypeError(
-                f"solver {solver!r} takes no option {name!r}; allowed are: {own}"
+                f"solver {solver!r} takes no option {name!r}; its options are: {own}"
                 f"{hint(name, SampleOptions.__annotations__)}."
             )
 
@@ -496,7 +496,7 @@ def _checked_levels(levels: Sequence[float]) -> list[float]:
     for level in levels:
         number = as_number(level)
         if not 0 <= number <= LARGEST:
-            raise ValueError(f"grid holds {level!r}; allowed are finite levels of at least 0.")
+            raise ValueError(f"grid must hold finite levels of at least 0, got {level!r}.")
         grid.append(float(number))
     return grid
 
@@ -505,13 +505,14 @@ def checked_grid(levels: Sequence[float]) -> list[float]:
     """The levels as a list. Raises ValueError unless they are decreasing and above 0."""
     if not isinstance(levels, Iterable):
         raise ValueError(
-            f"schedule is {levels!r}; allowed are {', '.join(SCHEDULES)}, fitted, and levels."
+            f"schedule must be one of {', '.join(SCHEDULES)}, fitted, or levels, got {levels!r}."
         )
     grid = [float(as_number(level)) for level in levels]
     inner = grid[:-1]
     if len(grid) < 2 or not all(0 < level < math.inf for level in inner) or not grid[-1] >= 0:
         raise ValueError(
-            f"schedule is {grid}; allowed are two or more finite levels above 0, the last may be 0."
+            "schedule must be two or more finite levels above 0, of which the last may be 0, got "
+            f"{grid}."
         )
     for i, (level, after) in enumerate(pairwise(grid)):
         if not after < level:

@@ -42,15 +42,15 @@ class Targets(Parametrisation):
         """Raises an error unless references are samples of the flow."""
         if not isinstance(references, (Tensor, ReferenceSet)):
             raise TypeError(
-                f"references is a {type(references).__name__}; allowed are a torch.Tensor and a "
-                "pfgm.ReferenceSet, which takes arrays."
+                "references must be a torch.Tensor or a pfgm.ReferenceSet, which takes arrays, got "
+                f"{type(references).__name__}."
             )
         if isinstance(references, Tensor):
             check_dtype("references", references)
         if references.shape[1:] != self.shape or len(references) == 0:
             raise ValueError(
-                f"references has shape {tuple(references.shape)}; allowed is (M, *S) with M ≥ 1 "
-                f"and S = {self.shape}." + layout_hint(references.shape[1:], self.shape)
+                f"references must have shape (M, *S) with M ≥ 1 and S = {self.shape}, got "
+                f"{tuple(references.shape)}." + layout_hint(references.shape[1:], self.shape)
             )
 
 
@@ -84,23 +84,23 @@ def targets_by_label(
     x = arguments[0]
     if labels is not None and not isinstance(labels, Tensor):
         raise TypeError(
-            f"condition['labels'] is a {type(labels).__name__}; allowed is a torch.Tensor of "
-            f"integers, of shape ({len(x)},)."
+            f"condition['labels'] must be a torch.Tensor of integers, of shape ({len(x)},), got "
+            f"{type(labels).__name__}."
         )
     if labels is None or len(labels) == 0:
         return target(*arguments, references)
     if isinstance(references, ReferenceSet):
         if references.sharded:
             raise ValueError(
-                f"references is {references!r}, whose rows are shared among processes; allowed "
-                "with labels in the condition are references that each process has in full."
+                "references must be whole in each process with labels in the condition, got "
+                f"{references!r}, whose rows are divided among processes."
             )
         reference_labels = references.labels if reference_labels is None else reference_labels
     if reference_labels is None or reference_labels.shape != references.shape[:1]:
         shape = None if reference_labels is None else tuple(reference_labels.shape)
         raise ValueError(
-            f"reference_labels has shape {shape}; allowed with labels in the condition is "
-            f"({len(references)},), so that each point sees the references of its label."
+            f"reference_labels must have shape ({len(references)},) with labels in the condition, "
+            f"so that each point sees the references of its label, got {shape}."
         )
     results: tuple[Tensor, ...] | None = None
     for label in labels.unique().tolist():
@@ -111,7 +111,7 @@ def targets_by_label(
             seen = references[same].to(x.device)
         if len(seen) == 0:
             raise ValueError(
-                f"labels holds {label}; allowed are those in reference_labels, or below 0 for none."
+                f"labels must be in reference_labels, or negative for no label, got {label}."
             )
         parts = target(*(each[rows] for each in arguments), seen)
         if results is None:

@@ -150,8 +150,8 @@ def load(
     device = usable_device(str(device))
     if network is not None and not isinstance(network, nn.Module):
         raise TypeError(
-            f"network is a {type(network).__name__}; allowed is a torch.nn.Module, which takes the "
-            "weights."
+            "network must be a torch.nn.Module, which takes the weights, got "
+            f"{type(network).__name__}."
         )
     path, tensors, description = _read_newest(path)
     warn_without_checksum(path, description)
@@ -282,8 +282,8 @@ def _read_checkpoint(folder: Path, names: Mapping[str, str]) -> RunCheckpoint:
             checksum = checksum_of(file)
         if checksum != needed:
             raise ValueError(
-                f"{path} is not a complete training state, or is not the training state that "
-                f"belongs to its weights: its checksum is {checksum}; needed is {needed}."
+                f"{path} must be the complete training state that belongs to its weights, with the "
+                f"checksum {needed}, got {checksum}."
             )
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)

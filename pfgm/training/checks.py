@@ -32,8 +32,8 @@ def check_config(config: object) -> None:
     """Raises TypeError unless config is a TrainConfig, or None for the defaults."""
     if config is not None and not isinstance(config, TrainConfig):
         raise TypeError(
-            f"config is a {type(config).__name__}; allowed is a TrainConfig, such as "
-            "TrainConfig(steps=1000)."
+            "config must be a TrainConfig, such as TrainConfig(steps=1000), got "
+            f"{type(config).__name__}."
         )
 
 
@@ -47,12 +47,12 @@ def check_data(flow: Flow, data: References, config: TrainConfig, *, other_loss:
         )
     if data.ndim == 0 or data.shape[1:] != flow.shape:
         raise ValueError(
-            f"data has shape {tuple(data.shape)}; allowed is (n, *S) with S = {flow.shape}."
+            f"data must have shape (n, *S) with S = {flow.shape}, got {tuple(data.shape)}."
         )
     if len(data) < config.batch_size:
-        hint = f" Allowed is a batch_size of 1 to {len(data)} (--batch-size on the command line)."
+        hint = f" Give a batch_size of 1 to {len(data)} (--batch-size on the command line)."
         raise ValueError(
-            f"data has {len(data)} rows; at least batch_size, {config.batch_size}, are needed."
+            f"data must have at least batch_size rows, {config.batch_size}, got {len(data)}."
             + (hint if len(data) else "")
         )
 
@@ -67,18 +67,16 @@ def check_network(network: object) -> None:
     """
     if not isinstance(network, nn.Module):
         raise TypeError(
-            f"network is a {type(network).__name__}; allowed is a torch.nn.Module with parameters."
+            f"network must be a torch.nn.Module with parameters, got {type(network).__name__}."
         )
     trained = [(name, p) for name, p in network.named_parameters() if p.requires_grad]
     if not trained:
-        raise ValueError(
-            "network has no parameters that are trained; needed is one with requires_grad."
-        )
+        raise ValueError("network must have a parameter with requires_grad, got none.")
     for name, parameter in trained:
         if torch.finfo(parameter.dtype).bits < 32:  # of complex numbers, those of each part
             raise TypeError(
-                f"network has {name} in {parameter.dtype}, in which small steps are lost; allowed "
-                "are float32 and float64: network.float(), with precision='bfloat16' for speed."
+                f"network must be float32 or float64, got {name} in {parameter.dtype}, in which "
+                "small steps are lost; use network.float(), with precision='bfloat16' for speed."
             )
 
 
@@ -133,22 +131,22 @@ def checked_labels(labels: Tensor | None, data: References, classes: int) -> Ten
     if labels is None:
         return None
     if not isinstance(labels, Tensor):
-        raise TypeError(f"labels is a {type(labels).__name__}; allowed is a torch.Tensor.")
+        raise TypeError(f"labels must be a torch.Tensor, got {type(labels).__name__}.")
     if isinstance(data, ReferenceSet) and data.sharded:
         raise ValueError(
-            f"labels are given, but data is {data!r}, whose rows are shared among processes; "
-            "allowed with labels are data that each process has in full."
+            f"data must be whole in each process when labels are given, got {data!r}, whose rows "
+            "are divided among processes."
         )
     fit = labels.shape == data.shape[:1] and not labels.is_floating_point()
     if not fit or int((labels := as_int64("labels", labels)).min()) < 0:
         raise ValueError(
-            f"labels has shape {tuple(labels.shape)} and dtype {labels.dtype}; allowed are "
-            f"integers of at least 0, of shape ({len(data)},)."
+            f"labels must be integers of at least 0, of shape ({len(data)},), got {labels.dtype} "
+            f"of shape {tuple(labels.shape)}."
         )
     if classes and int(labels.max()) >= classes:
         raise ValueError(
-            f"labels holds {int(labels.max())}, but the network has {classes} classes; allowed are "
-            f"0 to {classes - 1}."
+            f"labels must be from 0 to {classes - 1} for a network of {classes} classes, got "
+            f"{int(labels.max())}."
         )
     return labels
 
@@ -157,7 +155,8 @@ def check_same_flow(flow: Flow, saved: Flow, folder: Path) -> None:
     """Raises ValueError unless the run in the folder has the same flow."""
     if type(flow) is not type(saved):
         raise ValueError(
-            f"flow is a {type(flow).__name__}; the run in {folder} has a {type(saved).__name__}."
+            f"flow must be a {type(saved).__name__}, as in the run in {folder}, got "
+            f"{type(flow).__name__}."
         )
     for name, value in flow.config.items():
         # Values that follow from the data depend on the order of summation, up to rounding.

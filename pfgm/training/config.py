@@ -119,23 +119,22 @@ class TrainConfig:
         for name, finite, most in (("learning_rate", "finite ", LARGEST), ("clip", "", math.inf)):
             if not 0 < as_number(values[name]) <= most:
                 shown = reprlib.repr(values[name])
-                raise ValueError(f"{name} is {shown}; allowed is any {finite}number above 0.")
+                raise ValueError(f"{name} must be a {finite}number above 0, got {shown}.")
         for name in ("ema", "beta2", "label_dropout"):
             if not 0 <= as_number(values[name]) < 1:
-                raise ValueError(f"{name} is {values[name]!r}; allowed is 0 to below 1.")
+                raise ValueError(f"{name} must be at least 0 and below 1, got {values[name]!r}.")
         check_choice("decay", values["decay"], get_args(Decay))
         check_choice("log", self.log, get_args(LogTo))
         check_choice("precision", self.precision, ("float32", "bfloat16"))
         if self.batch_size % self.accumulate:
             raise ValueError(
-                f"accumulate is {self.accumulate}; allowed are divisors of batch_size, "
-                f"{self.batch_size}."
+                f"accumulate must divide batch_size, {self.batch_size}, got {self.accumulate}."
             )
         if 0 < self.reference_batch < self.batch_size:
             raise ValueError(
-                f"reference_batch is {self.reference_batch}; allowed is at least batch_size, "
-                f"{self.batch_size}, as the references contain the batch (or 0, for PFGM++ only); "
-                "or give a smaller batch_size."
+                f"reference_batch must be at least batch_size, {self.batch_size}, as the "
+                "references contain the batch (or 0, for PFGM++ only), got "
+                f"{self.reference_batch}; or give a smaller batch_size."
             )
 
     @property
@@ -175,5 +174,5 @@ class TrainConfig:
 def _check_integer(name: str, value: object, least: int) -> None:
     if not isinstance(value, int) or isinstance(value, bool) or not least <= value < 2**63:
         raise ValueError(
-            f"{name} is {value!r}; allowed is an integer of at least {least}, below 2^63."
+            f"{name} must be an integer of at least {least} and below 2^63, got {value!r}."
         )

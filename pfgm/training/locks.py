@@ -117,8 +117,8 @@ def _take(folder: Path) -> int:
         if attempt and holder is not None:
             break
     raise FolderInUse(
-        f"the output folder is {folder}, which {holder or 'another run'} uses; allowed is a folder "
-        "that no other run uses."
+        f"the output folder must not be in use by another run, got {folder}, which "
+        f"{holder or 'another run'} uses."
     )
 
 

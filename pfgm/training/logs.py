@@ -161,8 +161,8 @@ class _Table:
         rows: list[Sequence[object]] = []
         if not self._path.parent.is_dir():
             raise FileNotFoundError(
-                f"{self._path.parent}, the folder of the run, was removed while it trained; "
-                "allowed is to move it after the run."
+                f"{self._path.parent}, the folder of the run, was removed during training; move it "
+                "after the run."
             )
         with write_errors(self._path), self._path.open("a", newline="") as file:
             if not self._fields or file.tell() == 0:  # also if the file was removed

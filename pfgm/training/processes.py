@@ -41,7 +41,7 @@ def joined(device: torch.device, timeout: float = 600.0) -> Iterator[torch.devic
     """
     # torch counts the timeout in milliseconds, as an integer of limited size.
     if not 0.001 <= timeout <= 1e8:
-        raise ValueError(f"timeout is {timeout!r}; allowed are 0.001 to 1e8 seconds.")
+        raise ValueError(f"timeout must be from 0.001 to 1e8 seconds, got {timeout!r}.")
     if "TORCHELASTIC_RUN_ID" not in os.environ or dist.is_initialized():
         yield device
         return

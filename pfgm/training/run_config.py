@@ -129,16 +129,16 @@ class RunSettings:
                 object.__setattr__(self, name, checked(name, value))
         if not isinstance(self.fit_levels, (list, tuple)):
             raise ValueError(
-                f"fit_levels is {self.fit_levels!r}; allowed are numbers of steps in a list."
+                f"fit_levels must be a list of numbers of steps, got {self.fit_levels!r}."
             )
         object.__setattr__(self, "fit_levels", tuple(self.fit_levels))
         for name in ("data", "init", "teacher"):
             value, optional = getattr(self, name), name != "data"
             if not isinstance(value, (str, os.PathLike)) and not (optional and value is None):
-                raise ValueError(f"{name} is {value!r}; allowed is a text, a name or a path.")
+                raise ValueError(f"{name} must be a text, a name or a path, got {value!r}.")
         if not isinstance(self.flow, dict):
             raise ValueError(
-                f"flow is {self.flow!r}; allowed are hyper-parameters and their values, by name."
+                f"flow must be a dict of hyper-parameters and their values, got {self.flow!r}."
             )
         if self.label_column is not None and not isinstance(self.label_column, str):
             raise ValueError(f"label_column must be a text, got {self.label_column!r}.")
@@ -157,34 +157,34 @@ class RunSettings:
         check_choice("weighting", self.weighting, get_args(Weighting))
         if self.weighting != "auto" and self.method != "pfgm":
             raise ValueError(
-                f"weighting is {self.weighting!r} with method {self.method!r}; allowed is auto, as "
-                "the loss of this method has one weight."
+                f"weighting must be auto with method {self.method!r}, whose loss has one weight, "
+                f"got {self.weighting!r}."
             )
         if not is_whole(self.samples) or not MIN_SAMPLES <= self.samples <= _MAX_SAMPLES:
             raise ValueError(
-                f"samples is {self.samples!r}; allowed are {MIN_SAMPLES} to {_MAX_SAMPLES}."
+                f"samples must be from {MIN_SAMPLES} to {_MAX_SAMPLES}, got {self.samples!r}."
             )
         if self.init is not None and self.teacher is not None:
-            raise ValueError("init and teacher are both given; allowed is one of them.")
+            raise ValueError("only one of init and teacher may be given, got both.")
         if not as_number(self.D) > 0:
-            raise ValueError(f"D is {self.D!r}; allowed is any positive number.")
+            raise ValueError(f"D must be a positive number, got {self.D!r}.")
         object.__setattr__(self, "D", as_number(self.D))
         own = _DIMENSIONS.get(self.method, self.D)
         if self.D not in (_DEFAULT_D, own) and self.teacher is None:
             raise ValueError(
-                f"D is {self.D:g} with method {self.method!r}; allowed with a D is pfgm++, as pfgm "
-                "has one augmented dimension and edm infinitely many."
+                f"method must be pfgm++ with D = {self.D:g}, got {self.method!r}; pfgm has one "
+                "augmented dimension and edm infinitely many."
             )
         check_steps("student_levels", self.student_levels)
         for steps in self.fit_levels:
             check_fitted_steps("fit_levels", steps)
         if self.fit_levels and self.teacher is not None:
             raise ValueError(
-                "both fit_levels and teacher are given; allowed is one: the solver of few-step "
+                "only one of fit_levels and teacher may be given, got both: the solver of few-step "
                 "models, consistency, takes no fitted levels."
             )
         if self.student_levels < 2:
-            raise ValueError(f"student_levels is {self.student_levels}; allowed is at least 2.")
+            raise ValueError(f"student_levels must be at least 2, got {self.student_levels}.")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -292,7 +292,7 @@ class RunConfig(RunSettings):
 def _check_range(value: Any) -> None:
     pair = isinstance(value, (list, tuple)) and len(value) == 2 and all(map(is_number, value))
     if not pair or not -math.inf < value[0] < value[1] < math.inf:
-        raise ValueError(f"range is {value!r}; allowed are two numbers, the lower first.")
+        raise ValueError(f"range must be two numbers, the lower first, got {value!r}.")
 
 
 def _check_hyper_parameters(flow: dict[str, Any], method: str) -> None:
@@ -301,7 +301,8 @@ def _check_hyper_parameters(flow: dict[str, Any], method: str) -> None:
     for name in flow:
         if name not in known:
             raise ValueError(
-                f"flow has {name!r}; allowed with method {method!r} are {', '.join(sorted(known))}."
+                f"names in flow must be among {', '.join(sorted(known))} with method {method!r}, "
+                f"got {name!r}."
             )
 
 

@@ -37,8 +37,8 @@ class Evaluation:
         rows = torch.arange(len(against), device="cpu")
         if len(rows) < MIN_SAMPLES:
             raise ValueError(
-                f"{config.data} has {len(rows)} rows to compare samples with; at least "
-                f"{MIN_SAMPLES} are needed."
+                f"{config.data} must have at least {MIN_SAMPLES} rows to compare samples with, got "
+                f"{len(rows)}."
             )
         if len(rows) > _MAX_COMPARED_ROWS:
             generator = torch.Generator().manual_seed(0)

@@ -269,9 +269,8 @@ def _check_teacher(config: RunConfig, checksum: str, folder: Path) -> None:
     needed = teacher_checksum(folder)
     if needed not in (None, checksum):
         raise ValueError(
-            f"teacher is {config.teacher}, whose weights have the checksum {checksum}; the run in "
-            f"{folder} learns from weights with the checksum {needed}; allowed is a file that "
-            "holds them, or a new run."
+            f"teacher must hold the weights that the run in {folder} learns from, with the "
+            f"checksum {needed}, got {config.teacher}, with {checksum}; or start a new run."
         )
 
 
@@ -280,13 +279,10 @@ def _resume(trainer: Trainer, resume_from: int | None) -> str:
     step, steps = trainer.resume(resume_from), trainer.config.steps
     if resume_from is not None and step >= steps:
         raise ValueError(
-            f"steps is {steps}, but the checkpoint to continue from is of step {step}; allowed are "
-            "more steps than that."
+            f"steps must be above {step}, the step of the checkpoint to continue from, got {steps}."
         )
     if step > steps:
-        raise ValueError(
-            f"steps is {steps}, but the run is at step {step}; allowed are at least that many."
-        )
+        raise ValueError(f"steps must be at least {step}, the step of the run, got {steps}.")
     if step == steps:
         return f"resuming at step {step}: nothing is left of {steps} steps; give more with --steps"
     return f"resuming at step {step}"

@@ -161,8 +161,8 @@ class Trainer:
         self._processes = processes = Processes()
         if config.batch_size % (processes.size * config.accumulate):
             raise ValueError(
-                f"batch_size is {config.batch_size}; allowed are multiples of the number of "
-                f"processes, {processes.size}, times accumulate, {config.accumulate}."
+                f"batch_size must be a multiple of the number of processes, {processes.size}, "
+                f"times accumulate, {config.accumulate}, got {config.batch_size}."
             )
         # The first trained parameter, as frozen ones may be narrow or hold integers.
         parameter = next(p for p in network.parameters() if p.requires_grad)

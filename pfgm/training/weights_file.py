@@ -69,24 +69,24 @@ def check_savable(flow: Flow, network: nn.Module) -> None:
     """
     if _FLOWS.get(type(flow).__name__) is not type(flow):
         raise TypeError(
-            f"flow is a {type(flow).__qualname__}, of which a file cannot hold the class; allowed "
-            f"are {' and '.join(_FLOWS)} themselves."
+            f"flow must be {' or '.join(_FLOWS)} itself, got {type(flow).__qualname__}, whose "
+            "class a file cannot hold."
         )
     if not isinstance(network, nn.Module):
         raise TypeError(
-            f"network is a {type(network).__name__}, of which a file cannot hold the code; allowed "
-            "is a torch.nn.Module, whose weights are saved."
+            "network must be a torch.nn.Module, whose weights are saved, got "
+            f"{type(network).__name__}, whose code a file cannot hold."
         )
     for name, value in network.state_dict().items():
         if not isinstance(value, Tensor):
             raise TypeError(
-                f"network has a {type(value).__name__} {name!r} in its state_dict, which a file "
-                "cannot hold; allowed are tensors."
+                f"the state_dict of network must hold tensors, got {type(value).__name__} for "
+                f"{name!r}."
             )
         if value.is_meta:
             raise ValueError(
-                f'network has a tensor {name!r} on the device "meta", where it has no values; '
-                "allowed are devices that hold values."
+                f"network must be on a device that holds values, got tensor {name!r} on the device "
+                '"meta".'
             )
 
 

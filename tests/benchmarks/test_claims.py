@@ -503,7 +503,7 @@ def test_a_run_that_is_stopped_leaves_checkpoints_and_no_processes(tmp_path):
     ("arguments", "status", "said"),
     [
         (["--only", "fid"], 2, "invalid choice: 'fid'"),
-        (["--workers", "0"], 2, "--workers is 0; allowed is at least 1."),
+        (["--workers", "0"], 2, "--workers must be at least 1, got 0."),
         (["--data", "no-such.npz"], 2, "error: no-such.npz does not exist."),
     ],
 )

@@ -31,7 +31,7 @@ DATA = torch.ones(4, 2)
             (lambda flow=flow, given=given: flow.sample(flow.empirical(DATA), 2, **given), hint)
             for flow in (FLOW, PLUS)
             for given, hint in (
-                ({"num_steps": 3}, "'num_steps'; allowed are: none; use steps"),
+                ({"num_steps": 3}, "'num_steps'; its options are: none; use steps"),
                 ({"seed": 3}, "use generator=torch.Generator"),
                 ({"labels": DATA}, "use condition={'labels': labels}"),
                 ({"guidance_scale": 2}, "use guidance"),

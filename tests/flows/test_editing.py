@@ -129,13 +129,18 @@ def test_conditions_reach_the_network():
 @pytest.mark.parametrize(
     ("x", "options", "error", "message"),
     [
-        (torch.zeros(4, 3), {}, ValueError, "(x|latent) has shape"),
+        (torch.zeros(4, 3), {}, ValueError, r"must have shape \(B, \*S\) with.*got \(4, 3\)\."),
         (torch.zeros(4, 2).long(), {}, TypeError, "(x|latent) must be .*, got torch.int64"),
         (torch.zeros(4, 2), {"solver": "rk4"}, ValueError, r"solver must be one.*got 'rk4'\."),
         (torch.zeros(0, 2), {"solver": "rk4"}, ValueError, r"solver must be one.*got 'rk4'\."),
         (torch.zeros(4, 2), {"steps": 0}, ValueError, r"steps must be an integer.*got 0\."),
-        (torch.zeros(4, 2), {"steps": 1}, ValueError, "steps or schedule leaves"),
-        (torch.zeros(4, 2), {"schedule": [1.0, 0.0]}, ValueError, "steps or schedule leaves"),
+        (
+            torch.zeros(4, 2),
+            {"steps": 1},
+            ValueError,
+            "steps or schedule must leave two or more levels",
+        ),
+        (torch.zeros(4, 2), {"schedule": [1.0, 0.0]}, ValueError, r"steps or schedule.*got \["),
         (torch.zeros(4, 2), {"condition": {"a": 1}}, ValueError, "condition has 'a'"),
         (torch.full((4, 2), math.nan), {}, ValueError, "NaN"),
     ],
@@ -161,7 +166,7 @@ def test_data_are_interpolated_by_their_latents(flow):
     for count in (1, 2.0, True):
         with pytest.raises(ValueError, match="count must be an integer of at least 2, got"):
             flow.interpolate(net, a, b, count=count)
-    with pytest.raises(ValueError, match="x_a has shape"):
+    with pytest.raises(ValueError, match=r"x_a and x_b must.*got \(4, 2\) on cpu and \(2"):
         flow.interpolate(net, a, b[:2])
 
 
@@ -185,9 +190,9 @@ def test_rescaling_multiplies_norms_within_those_of_the_prior():
 def test_bad_temperatures_and_latents():
     flow = PoissonFlow((2,), M=200)
     for temperature in (0, -1.0, math.inf, math.nan, "hot", True):
-        with pytest.raises(ValueError, match="temperature is"):
+        with pytest.raises(ValueError, match="temperature must be a finite number"):
             flow.rescale(torch.ones(3, 2), temperature)
-    with pytest.raises(ValueError, match="latent has shape"):
+    with pytest.raises(ValueError, match=r"latent must have shape \(B, \*S\).*got \(3, 4\)\."):
         flow.rescale(torch.ones(3, 4), 2.0)
     with pytest.raises(TypeError, match=r"latent must be a.*got torch\.uint8\."):
         flow.rescale(torch.ones(3, 2, dtype=torch.uint8), 2.0)

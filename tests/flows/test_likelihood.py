@@ -365,12 +365,12 @@ def test_progress_shows(capsys, terminal):
         ({"grey_levels": 2.5}, r"grey_levels must be an integer of at least 2, got 2\.5\."),
         ({"rtol": 0.0}, r"rtol must be a number above 0 that float32 can.*got 0\.0\."),
         ({"atol": math.nan}, r"atol must be a number above 0 that float32 can.*got nan\."),
-        ({"x": torch.zeros(2, 4)}, "x has shape"),
+        ({"x": torch.zeros(2, 4)}, r"x must have shape \(B, \*S\) with S = \(3,\), got \(2, 4\)\."),
         ({"x": torch.full((2, 3), math.nan)}, "the network returned NaN or infinity"),
         ({"condition": {"colour": 1}}, "condition has 'colour'"),
-        ({"condition": {"labels": torch.zeros(3)}}, r"condition\['labels'\] has shape"),
-        ({"prior_log_prob": lambda latent: latent}, "prior_log_prob returned"),
-        ({"prior_log_prob": lambda latent: 0.0}, "prior_log_prob returned float"),
+        ({"condition": {"labels": torch.zeros(3)}}, r"condition\['labels'\].*got shape \(3,\)\."),
+        ({"prior_log_prob": lambda latent: latent}, r"prior_log_prob must.*got \(2, 3\)\."),
+        ({"prior_log_prob": lambda latent: 0.0}, r"prior_log_prob must.*got float\."),
         ({"prior_log_prob": lambda latent: latent[:, 0] * math.nan}, "prior_log_prob is nan"),
     ],
 )
@@ -394,7 +394,7 @@ def test_bad_networks(solver):
         (lambda x, sigma: (x - 1).abs().sqrt(), "the divergence of the network is NaN or infinity"),
         (lambda x, sigma: x.detach(), "has no gradient in x"),
         (lambda x, sigma: torch.zeros_like(x).requires_grad_(), "has no gradient in x"),
-        (lambda x, sigma: x[:, :2], "net returned"),
+        (lambda x, sigma: x[:, :2], r"net must return a.*got shape \(2, 2\)\. Networks"),
     ]:
         with pytest.raises(ValueError, match=message):
             flow.log_likelihood(net, x, solver=solver, steps=4)

@@ -106,12 +106,12 @@ def test_config_is_the_whole_flow():
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({}, r"none of M, data_norm and spread given; .* PoissonFlow\.from_data\(data\) chooses"),
-        ({"data_norm": 1.0, "spread": 1.0}, "both data_norm and spread given"),
+        ({}, r"one of M, data_norm and.*got none; PoissonFlow\.from_data"),
+        ({"data_norm": 1.0, "spread": 1.0}, r"only one of data_norm and.*got both\."),
         ({"spread": 0.0}, r"spread must be a number above 0 that float32 can.*got 0\.0\."),
         ({"spread": math.inf}, r"spread must be a number above 0 that float32.*got inf\."),
-        ({"spread": 1.0, "noise_std": 100.0}, "noise_std is 100.0"),
-        ({"spread": 1.0, "center": [1.0, 2.0, 3.0]}, "center has shape"),
+        ({"spread": 1.0, "noise_std": 100.0}, r"noise_std must be below 1\.25.*got 100\.0\."),
+        ({"spread": 1.0, "center": [1.0, 2.0, 3.0]}, r"center must have shape.*got \(3,\)\."),
         ({"spread": 1.0, "center": [1.0, math.nan]}, "center must be finite"),
         ({"M": 200, "center": 1.0}, "center is given without spread"),
         ({"data_norm": 0.0}, r"data_norm must be a number above 0 that float32.*got 0\.0\."),
@@ -123,11 +123,11 @@ def test_config_is_the_whole_flow():
         ({"M": 200, "gamma": -1.0}, r"gamma must be a number of at least 0.*got -1\.0\."),
         ({"M": 200, "gamma": True}, r"gamma must be a number of at least 0.*got True\."),
         ({"M": 200, "tau": True}, r"tau must be a number above 0 that float32.*got True\."),
-        ({"M": 200, "z_min": 1e6}, "z_min is 1000000.0"),
+        ({"M": 200, "z_min": 1e6}, r"z_min must be below z_max,.*got 1000000\.0\."),
         ({"M": 200, "z_max": math.inf}, r"z_max must be a number above 0 that.*got inf\."),
         ({"M": 200, "upper_norm": 0.0}, r"upper_norm must be a number above 0.*got 0\.0\."),
-        ({"M": 200, "substitution": "none"}, "substitution is 'none'"),
-        ({"M": 200, "restrict_M": "False"}, "restrict_M is 'False'; allowed are True, False"),
+        ({"M": 200, "substitution": "none"}, r"substitution must be 'exact'.*got 'none'\."),
+        ({"M": 200, "restrict_M": "False"}, r"restrict_M must be True,.*got 'False'\."),
     ],
 )
 def test_bad_hyper_parameters(arguments, message):
@@ -145,13 +145,13 @@ def test_flows_of_a_file(tmp_path):
 
 def test_bad_shapes_and_data(flow):
     for references in (torch.ones(3, 3), torch.ones(0, 2)):
-        with pytest.raises(ValueError, match="references has shape"):
+        with pytest.raises(ValueError, match=r"references must have shape \(M, \*S\).*got \("):
             flow.empirical(references)
-    with pytest.raises(ValueError, match="shape is"):
+    with pytest.raises(ValueError, match=r"shape must hold positive integers, got \(0, 2\)\."):
         PoissonFlow((0, 2), M=200)
-    with pytest.raises(ValueError, match="data has shape"):
+    with pytest.raises(ValueError, match=r"data must have shape \(n, \*S\).*got \(0, 2\)\."):
         PoissonFlow.from_data(torch.empty(0, 2))
-    with pytest.raises(ValueError, match="data holds NaN, infinity"):
+    with pytest.raises(ValueError, match="data must be finite"):
         PoissonFlow.from_data(torch.tensor([[1.0, math.nan]]))
     with pytest.raises(TypeError, match=r"data must be uint8 or.*got torch\.int64\."):
         PoissonFlow.from_data(torch.ones(3, 2, dtype=torch.int64))
@@ -196,7 +196,7 @@ def test_perturbation_is_reproducible_and_typed():
     pixels = torch.full((4, 2, 3), 255, dtype=torch.uint8)
     torch.testing.assert_close(flow.perturb(pixels, seeded(3))[0], a[0] + 1)
     assert [t.shape for t in flow.perturb(x[:0])] == [(0, 2, 3), (0,)]
-    with pytest.raises(ValueError, match="x has shape"):
+    with pytest.raises(ValueError, match=r"x must have shape \(B, \*S\).*got \(4, 3, 2\)\."):
         flow.perturb(torch.zeros(4, 3, 2))
     with pytest.raises(TypeError, match=r"x must be uint8 or floating.*got torch\.int64\."):
         flow.perturb(x.long())
@@ -450,10 +450,10 @@ def test_a_network_with_another_gamma_is_refused():
     net = pfgm.networks.MLP((2,), width=8)
     for wrong in (net, torch.optim.swa_utils.AveragedModel(net)):
         with pytest.raises(
-            ValueError, match=r"net has gamma 5\.0 and the flow .*flow\.network makes"
+            ValueError, match=r"net must have the gamma of.*got 5\.0; flow\.network makes a "
         ):
             flow.loss(wrong, data)
-        with pytest.raises(ValueError, match="net has gamma"):
+        with pytest.raises(ValueError, match=r"net must have the.*got 5\.0; flow\.network "):
             flow.sample(wrong, 2)
     assert flow.loss(flow.network("mlp", width=8), data).isfinite()
     unrelated = nn.Linear(1, 1)
@@ -468,7 +468,7 @@ def test_the_gamma_of_the_same_data_in_another_precision_is_the_same():
     net = other.network("mlp", width=8)
     assert flow.loss(net, data.float()).isfinite()
     net.gamma = flow.gamma * (1 + 2e-6)
-    with pytest.raises(ValueError, match="net has gamma"):
+    with pytest.raises(ValueError, match="net must have the gamma of the flow"):
         flow.loss(net, data.float())
 
 
@@ -574,9 +574,15 @@ def test_empirical_sampling_gives_the_references(schedule):
 def test_levels_start_where_the_points_are(flow):
     net = flow.empirical(torch.eye(2))
     options = {"schedule": [1.0, 0.1, 0.01]}
-    with pytest.raises(ValueError, match="schedule starts at 1, but points of the prior are at"):
+    with pytest.raises(
+        ValueError,
+        match=r"schedule must start at .*, the level of the prior, got 1; to start elsewhere",
+    ):
         flow.sample(net, 3, **options)
-    with pytest.raises(ValueError, match="schedule starts at 1, but points of the prior are at"):
+    with pytest.raises(
+        ValueError,
+        match=r"schedule must start at .*, the level of the prior, got 1; to start elsewhere",
+    ):
         pfgm.evaluation.draw_samples(flow, net, 3, **options)
     assert flow.sample(net, 3, x_init=torch.ones(3, 2), **options).shape == (3, 2)
     rounded = torch.tensor([flow.first_level, 0.1, 0.01], dtype=torch.float16)
@@ -584,9 +590,9 @@ def test_levels_start_where_the_points_are(flow):
 
 
 def test_networks_that_return_something_else(flow):
-    with pytest.raises(ValueError, match="net returned shapes"):
+    with pytest.raises(ValueError, match=r"net must return the.*got \(4, 2\) and \(4, 1\)\."):
         flow.loss(lambda x, z: (x, z[:, None]), torch.zeros(4, 2))
-    with pytest.raises(ValueError, match=r"returned a Tensor; needed is \(field_x, field_z\)"):
+    with pytest.raises(ValueError, match=r"net must return.*got Tensor; a denoiser i"):
         flow.sample(lambda x, z: x, 2)
 
 
@@ -600,7 +606,7 @@ def test_the_last_step_goes_to_the_end_at_once(flow):
     flow.sample(net, 5, steps=5, schedule="log", last=0.1)
     assert net.levels == pytest.approx(grid[:-1])
     for bad in (0.0, flow.z_max, "0.1"):
-        with pytest.raises(ValueError, match=r"last is .*; allowed is 0\.001 to below"):
+        with pytest.raises(ValueError, match=r"last must be at least 0\.001 and below"):
             flow.sample(net, 5, last=bad)
     with pytest.raises(ValueError, match="schedule holds all levels"):
         flow.sample(net, 5, schedule=[3.0, 1.0], last=0.1)
@@ -693,8 +699,8 @@ def test_callback_stops_and_progress_shows(capsys, terminal, flow):
     ("arguments", "message"),
     [
         ({"n": -2}, r"n must be an integer of at least 0, got -2\."),
-        ({"x_init": torch.zeros(3, 2)}, "x_init has shape"),
-        ({"x_init": torch.zeros(4, 2, dtype=torch.int32)}, "x_init has shape"),
+        ({"x_init": torch.zeros(3, 2)}, "x_init must be floating point of shape"),
+        ({"x_init": torch.zeros(4, 2, dtype=torch.int32)}, r"x_init must be.*got torch\."),
     ],
 )
 def test_bad_sampling_arguments(arguments, message, flow):
@@ -774,7 +780,7 @@ def test_a_spread_for_images_and_settings_that_are_refused():
     digits = pfgm.data.digits().train
     assert PoissonFlow.from_data(digits, spread=0.5).spread == 0.5
     for spread in (1e-20, 1e20):
-        with pytest.raises(ValueError, match="spread is"):
+        with pytest.raises(ValueError, match=r"spread must be from 1e-15 to.*got 1e"):
             PoissonFlow((2,), spread=spread)
     for center in ("x", 10**400):
         with pytest.raises(TypeError, match="center must hold real numbers, got"):
@@ -800,9 +806,9 @@ def test_networks_levels_and_guidance_of_other_types_are_refused():
     flow = PoissonFlow.from_data(data)
     net, x = flow.empirical(data), data[:3]
     for wrong, message in ((pfgm.networks.MLP, "the class MLP"), (None, "a NoneType")):
-        with pytest.raises(TypeError, match=f"net is {message}; allowed is a network"):
+        with pytest.raises(TypeError, match=rf"net must be a.*got {message}\."):
             flow.sample(wrong, 2)
-    with pytest.raises(ValueError, match="guidance is 'a'; allowed is any finite number"):
+    with pytest.raises(ValueError, match=r"guidance must be a finite number, got 'a'\."):
         flow.sample(net, 2, guidance="a")
     with pytest.raises(ValueError, match=r"guidance is 3\.0, but neither condition nor uncond"):
         flow.sample(net, 2, guidance=3.0)
@@ -811,7 +817,7 @@ def test_networks_levels_and_guidance_of_other_types_are_refused():
         with pytest.raises(ValueError, match="level must be a number of at least 0"):
             flow.denoise(net, x, level)
     for level in (math.nan, math.inf, -1.0, "1"):
-        with pytest.raises(ValueError, match=f"grid holds {level!r}; allowed are finite levels"):
+        with pytest.raises(ValueError, match=rf"grid must hold finite.*got {level!r}\."):
             flow.solve(net, x, [1.0, level])
     network = flow.network("mlp")
     for level in (math.nan, -1.0):
@@ -904,7 +910,7 @@ def test_tensors_and_arrays_of_one_value_are_numbers():
         assert torch.equal(flow.sample(either, 3, guidance=weight, **options), expected)
         assert PoissonFlow((2,), M=weight) == PoissonFlow((2,), M=2.0)
     for wrong in (torch.ones(2), torch.tensor(True), np.array("2"), np.array(math.nan)):
-        with pytest.raises(ValueError, match="guidance is"):
+        with pytest.raises(ValueError, match="guidance must be a finite number, got"):
             flow.sample(either, 3, guidance=wrong, **options)
         with pytest.raises(ValueError, match="M must be a number above 0"):
             PoissonFlow((2,), M=wrong)
@@ -914,16 +920,16 @@ def test_tensors_and_arrays_of_one_value_are_numbers():
     ("options", "message"),
     [
         ({"generator": 0}, r"generator must be a torch\.Generator, such as.*got int\."),
-        ({"condition": 3}, "condition is a int; allowed is a dict"),
-        ({"condition": torch.tensor([1, 1])}, "condition is a Tensor; allowed is a dict"),
-        ({"unconditional": [1]}, "unconditional is a list; allowed is a dict"),
+        ({"condition": 3}, r"condition must be a dict of keyword arguments of.*got int\."),
+        ({"condition": torch.tensor([1, 1])}, "condition must be a dict of .*, got Tensor"),
+        ({"unconditional": [1]}, r"unconditional must be a dict of keyword.*got list\."),
         ({"condition": {"labels": 1}}, r"labels must be a torch\.Tensor of.*got int\."),
-        ({"x_init": np.zeros((2, 2))}, r"x_init is a ndarray; allowed is a torch\.Tensor"),
-        ({"step": 5}, r"'multistep' takes no option 'step'; allowed are: none\.$"),
+        ({"x_init": np.zeros((2, 2))}, r"x_init must be a torch\.Tensor, got ndarray\."),
+        ({"step": 5}, r"'multistep' takes no option 'step'; its options are: none\.$"),
         ({"seed": 0}, r"no option 'seed'.* generator=torch\.Generator\(\)\.manual_seed\(seed\)"),
         ({"labels": 1}, r"no option 'labels'.* condition=\{'labels': labels\}"),
-        ({"solver": "rk45", "tol": 1}, "'rk45' takes no option 'tol'; allowed are: rtol, atol"),
-        ({"solver": "heun", "churn": 3}, "'heun' takes no option 'churn'; allowed are: none"),
+        ({"solver": "rk45", "tol": 1}, "'rk45' takes no option 'tol'; its options are: rtol, atol"),
+        ({"solver": "heun", "churn": 3}, "'heun' takes no option 'churn'; its options are: none"),
     ],
 )
 def test_options_of_other_types_and_names_are_named(options, message):
@@ -937,8 +943,8 @@ def test_conditions_of_other_types_are_refused_in_a_loss():
     x = torch.randn(4, 2, generator=seeded(0))
     flow = PoissonFlow((2,), data_norm=1.0)
     net = pfgm.networks.MLP((2,), width=8, classes=2)
-    with pytest.raises(TypeError, match=r"condition\['labels'\] is a int; allowed is a torch"):
+    with pytest.raises(TypeError, match=r"condition\['labels'\] must be a.*got int\."):
         flow.loss(net, x, condition={"labels": 1})
     for call in (flow.loss, lambda net, x, condition: flow.denoise(net, x, 1.0, condition)):
-        with pytest.raises(TypeError, match="condition is a Tensor; allowed is a dict"):
+        with pytest.raises(TypeError, match=r"condition must be a dict of.*got Tensor\."):
             call(net, x, condition=torch.ones(4))

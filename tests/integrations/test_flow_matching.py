@@ -302,7 +302,7 @@ def test_bad_calls():
         matcher.velocity(math.nan, POINTS)
     with pytest.raises(ValueError, match=r"labels must have shape \(4,\), got \(3,\)\."):
         matcher.velocity(0.5, POINTS, labels=torch.zeros(3))
-    with pytest.raises(ValueError, match="reference_labels has shape None"):
+    with pytest.raises(ValueError, match=r"reference_labels must have shape.*got None\."):
         matcher.velocity(0.5, POINTS, labels=torch.zeros(4))
     for shape in ((), (-1, 2), (2.0, 2)):
         with pytest.raises(ValueError, match=r"shape must be \(n, \*S\) with n of at.*got \("):

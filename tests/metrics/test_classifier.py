@@ -102,16 +102,24 @@ def test_one_sentence_for_bad_input(tmp_path, refusal):
     out = tmp_path / "x.safetensors"
     evaluate = ["evaluate", "--pretrained", "digits", "--out", tmp_path / "e", "--features"]
     assert "there is no classifier at" in refusal(*evaluate, out)
-    assert "allowed is a classifier of the data digits" in refusal(*evaluate, "fashion-mnist")
+    assert "features must be a classifier for the shape of the data digits" in refusal(
+        *evaluate, "fashion-mnist"
+    )
     network = pfgm.pretrained.pretrained_path("digits")
     assert "must be a classifier" in refusal(*evaluate, network)
-    assert "ends in .safetensors" in refusal("features", "--data", "digits", "--out", "x.pt")
-    assert "epochs is 0" in refusal("features", "--data", "digits", "--out", out, "--epochs", 0)
+    assert "out must end in .safetensors" in refusal(
+        "features", "--data", "digits", "--out", "x.pt"
+    )
+    assert "epochs must be at least 1" in refusal(
+        "features", "--data", "digits", "--out", out, "--epochs", 0
+    )
     torch.save({}, tmp_path / "x.pt")
     assert "not a complete safetensors file" in refusal(*evaluate, tmp_path / "x.pt")
     unlabelled = tmp_path / "x.npy"
     pfgm.data.save_array(unlabelled, torch.zeros(9, 1, 8, 8))
-    assert "images with labels" in refusal("features", "--data", unlabelled, "--out", out)
+    assert "data must be images with labels" in refusal(
+        "features", "--data", unlabelled, "--out", out
+    )
     assert not out.exists()
     assert not (tmp_path / "e").exists()
 

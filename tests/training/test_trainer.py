@@ -123,20 +123,19 @@ def test_settings_that_follow_from_the_steps_stay_in_a_longer_run(tmp_path, data
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"steps": 0}, "steps is 0"),
-        ({"batch_size": 2.5}, "batch_size is 2.5"),
+        ({"steps": 0}, r"steps must be an integer of at least 1 and below 2\^63, got 0\."),
+        ({"batch_size": 2.5}, r"batch_size must be an integer of at least 1.*got 2\.5\."),
         (
             {"reference_batch": 64},
-            r"reference_batch is 64; allowed is at least batch_size, 128, .* \(or 0, for PFGM\+\+ "
-            r"only\); or give a smaller batch_size",
+            "reference_batch must be at.*got 64; or give a smaller batch",
         ),
-        ({"learning_rate": 0.0}, "learning_rate is 0.0"),
-        ({"learning_rate": math.nan}, "learning_rate is nan"),
-        ({"learning_rate": math.inf}, "learning_rate is inf; allowed is any finite number"),
-        ({"learning_rate": 10**400}, r"learning_rate is 10\S+; allowed is any finite number"),
-        ({"ema": 1.0}, "ema is 1.0"),
+        ({"learning_rate": 0.0}, r"learning_rate must be a finite number above 0, got 0\.0\."),
+        ({"learning_rate": math.nan}, r"learning_rate must be a finite number.*got nan\."),
+        ({"learning_rate": math.inf}, r"learning_rate must be a finite number.*got inf\."),
+        ({"learning_rate": 10**400}, r"learning_rate must be.*got 100000000000000000\.\.\.0"),
+        ({"ema": 1.0}, r"ema must be at least 0 and below 1, got 1\.0\."),
         ({"decay": "linear"}, r"decay must be one of none, cosine, got 'linear'\."),
-        ({"checkpoint_every": 0}, "checkpoint_every is 0"),
+        ({"checkpoint_every": 0}, r"checkpoint_every must be an integer of at.*got 0\."),
     ],
 )
 def test_bad_settings(arguments, message):
@@ -145,12 +144,12 @@ def test_bad_settings(arguments, message):
 
 
 def test_bad_data(flow, data):
-    with pytest.raises(ValueError, match="data has shape"):
+    with pytest.raises(ValueError, match=r"data must have shape \(n, \*S\).*got \(50, 3\)\."):
         Trainer(flow, new_network(), torch.zeros(50, 3), SMALL)
-    with pytest.raises(ValueError, match="data has 5 rows; at least batch_size, 8") as raised:
+    with pytest.raises(ValueError, match=r"data must have at.*got 5\. Give a") as raised:
         Trainer(flow, new_network(), data[:5], SMALL)
-    assert "Allowed is a batch_size of 1 to 5 (--batch-size on the" in str(raised.value)
-    with pytest.raises(ValueError, match=r"at least batch_size, 8, are needed\.$"):
+    assert "Give a batch_size of 1 to 5 (--batch-size on the" in str(raised.value)
+    with pytest.raises(ValueError, match=r"data must have at least batch_size.*got 0\."):
         Trainer(flow, new_network(), data[:0], SMALL)
     data[17, 1] = math.nan
     with pytest.raises(ValueError, match="NaN or infinity"):
@@ -173,9 +172,9 @@ def test_arguments_of_other_types_are_named(flow, data):
     with pytest.raises(TypeError, match=r"source must be a tensor, .* or a dataset .*, got dict"):
         Trainer(flow, net, {"x": data}, SMALL)
     for wrong, kind in ((100, "int"), ({}, "dict")):
-        with pytest.raises(TypeError, match=rf"config is a {kind}; allowed is a TrainConfig"):
+        with pytest.raises(TypeError, match=rf"config must be a TrainConfig,.*got {kind}\."):
             Trainer(flow, net, data, wrong)
-    with pytest.raises(TypeError, match=r"labels is a ndarray; allowed is a torch\.Tensor"):
+    with pytest.raises(TypeError, match=r"labels must be a torch\.Tensor, got ndarray\."):
         Trainer(flow, net, data, SMALL, labels=np.zeros(len(data), dtype=int))
 
 
@@ -552,7 +551,7 @@ def test_more_steps_than_before_are_allowed_other_changes_are_not(tmp_path, data
         resume(network=nn.Linear(2, 2))
     with pytest.raises(ValueError, match=r"flow has M = 200; .* another flow, with M = "):
         resume(other_flow=pfgm.PoissonFlow((2,), M=200))
-    with pytest.raises(ValueError, match=r"PoissonFlowPP; the run in .* has a PoissonFlow"):
+    with pytest.raises(ValueError, match=r"flow must be a.*got PoissonFlowPP\."):
         resume(other_flow=pfgm.PoissonFlowPP((2,), D=2))
     with pytest.raises(FileNotFoundError, match="no checkpoint"):
         resume(folder=tmp_path / "elsewhere")
@@ -717,7 +716,7 @@ def test_a_reference_set_trains_as_its_tensor(tmp_path, data, flow, where, refer
 def test_labels_beyond_the_classes_of_the_network(data, flow):
     network = pfgm.networks.MLP((2,), width=16, depth=1, classes=4)
     labels = torch.arange(50) % 5
-    with pytest.raises(ValueError, match="labels holds 4, but the network has 4 classes"):
+    with pytest.raises(ValueError, match=r"labels must be from 0 to 3 for a.*got 4\."):
         Trainer(flow, network, data, SMALL, progress=False, labels=labels)
 
 
@@ -801,12 +800,12 @@ def test_compiled_and_plain_networks_resume_each_other(
 def test_networks_that_cannot_be_trained(data, flow):
     network = pfgm.networks.MLP((2,), width=16, depth=1)
     for other, error, message in (
-        (lambda x, z: (x, z), TypeError, "network is a function; allowed is a torch.nn.Module"),
-        (nn.Identity(), ValueError, "network has no parameters that are trained"),
+        (lambda x, z: (x, z), TypeError, r"network must be a.*got function\."),
+        (nn.Identity(), ValueError, r"network must have a parameter with.*got none\."),
         (
             copy.deepcopy(network).requires_grad_(False),
             ValueError,
-            "no parameters that are trained",
+            r"network must have a parameter with requires_grad, got none\.",
         ),
         (copy.deepcopy(network).bfloat16(), TypeError, "bfloat16, in which small steps are lost"),
         (copy.deepcopy(network).half(), TypeError, "float16, in which small steps are lost"),

@@ -226,7 +226,7 @@ def test_convert_makes_a_checkpoint(tmp_path, capsys, refusal, file, state, opti
     )
     drawn = torch.from_numpy(np.load(tmp_path / "x.npy"))
     torch.testing.assert_close(drawn, correct, rtol=1e-4, atol=1e-4)
-    assert "solver is 'consistency'" in refusal(
+    assert "solver must not be consistency" in refusal(
         *sample, "--out", tmp_path / "y.npy", "--solver", "consistency"
     )
 
@@ -246,15 +246,15 @@ def test_what_convert_refuses(tmp_path, refusal):
     path = published_file(tmp_path / "state.pt", net)
     silent = published_file(tmp_path / "edm.pkl", net, write=dumped(4), pfgmpp=None)
     out = ["--out", tmp_path / "new" / "net.safetensors"]
-    assert "D is 64; allowed is 2048, that of" in refusal("convert", path, *out, "--D", 64)
+    assert "D must be 2048, that of" in refusal("convert", path, *out, "--D", 64)
     assert "does not say its D; give --D inf" in refusal("convert", silent, *out)
-    assert "D is -1.0; allowed is any" in refusal("convert", silent, *out, "--D", -1)
+    assert "D must be a positive number or infinity, got -1.0" in refusal(
+        "convert", silent, *out, "--D", -1
+    )
     assert "M is 291, but" in refusal("convert", path, *out, "--M", 291)
     assert "its resolution is 8" in refusal("convert", path, *out, "--resolution", 9)
     assert "there is no checkpoint at" in refusal("convert", tmp_path / "no.pth", *out)
-    assert "names that end in .safetensors" in refusal(
-        "convert", path, "--out", tmp_path / "net.pth"
-    )
+    assert "out must end in .safetensors" in refusal("convert", path, "--out", tmp_path / "net.pth")
     (tmp_path / "a.safetensors").mkdir()
     assert "a folder or the published" in refusal(
         "convert", path, "--out", tmp_path / "a.safetensors"
