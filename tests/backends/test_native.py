@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 
+from benchmarks.common import problems
 from pfgm import field_fn, posterior_mean
 from pfgm.backends import native, reference
 from pfgm.common.tensors import dequantise
@@ -62,20 +63,7 @@ def isa(request, monkeypatch):
     return request.param
 
 
-def problem(B, M, N, dtype=torch.float32, reference_dtype=None, seed=0):
-    """Points between their own reference and another: some rows have one weight, some many."""
-    generator = torch.Generator().manual_seed(seed)
-    references = torch.rand(M, N, generator=generator, dtype=torch.float64) * 2 - 1
-    if reference_dtype == torch.uint8:
-        references = ((references + 1) * 127.5).round()
-    references = references.to(reference_dtype or dtype)
-    y = dequantise(references, torch.float64)
-    index, other = (torch.randint(0, M, (B,), generator=generator) for _ in range(2))
-    fraction = 0.5 * torch.rand(B, 1, generator=generator, dtype=torch.float64)
-    x = y[index] + fraction * (y[other] - y[index])
-    x = x + 0.2 * torch.randn(B, N, generator=generator, dtype=torch.float64)
-    sigma = 10 ** (3 * torch.rand(B, generator=generator, dtype=torch.float64) - 2)
-    return x.to(dtype), references, sigma
+problem = functools.partial(problems.problem, between=0.5, spread=0.2)
 
 
 def radius_of(sigma, D):

@@ -7,6 +7,7 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from benchmarks.common import problems
 from pfgm.backends import chunked, products, reference
 from pfgm.common.tensors import dequantise
 from pfgm.core import arithmetic, formulas, weights
@@ -38,18 +39,9 @@ def form(request, monkeypatch):
     return request.param
 
 
-def problem(B, M, N, dtype=torch.float32, seed=0):
-    """Points between two references: some rows have one weight, some many."""
-    generator = torch.Generator().manual_seed(seed)
-    references = torch.rand(M, N, generator=generator, dtype=torch.float64) * 2 - 1
-    if dtype == torch.uint8:
-        references = ((references + 1) * 127.5).round()
-    references = references.to(dtype)
-    y = dequantise(references, torch.float64)
-    first, second = y[torch.randint(0, M, (2, B), generator=generator)]
-    x = first + 0.3 * (second - first)
-    x = x + 0.2 * torch.randn(B, N, generator=generator, dtype=torch.float64)
-    return x.float(), references, torch.logspace(-2, 1, B, dtype=torch.float64)
+def problem(B, M, N, dtype=torch.float32):
+    levels = torch.logspace(-2, 1, B, dtype=torch.float64)
+    return problems.problem(B, M, N, sigma=levels, between=0.5, spread=0.2, reference_dtype=dtype)
 
 
 def radius_of(sigma, D):

@@ -8,6 +8,7 @@ from torch.autograd import forward_ad
 from torch.func import grad, hessian, jacfwd, jacrev, jvp, vjp, vmap
 
 import pfgm
+from benchmarks.common import problems
 from pfgm.backends.reference import normalised_field
 from pfgm.references import part as references_module
 
@@ -28,10 +29,7 @@ def small_chunks(monkeypatch):
 
 
 def problem(B=3, M=7, N=4):
-    generator = torch.Generator().manual_seed(0)
-    references = torch.randn(M, N, generator=generator, dtype=torch.float64)
-    x = references[:B] + 0.5 * torch.randn(B, N, generator=generator, dtype=torch.float64)
-    return x, references, torch.linspace(0.4, 1.5, B, dtype=torch.float64)
+    return problems.problem(B, M, N, sigma=(0.4, 1.5), spread=0.5, dtype=torch.float64)
 
 
 def tangents(values):

@@ -14,6 +14,7 @@ from torch.distributions import (
 )
 
 import pfgm
+from benchmarks.common import problems
 from pfgm import debug_checks, field_fn, log_density, posterior_mean
 
 DIMENSIONS = [0.5, 1.0, 4.5, 128.0, 1e6, math.inf]
@@ -29,13 +30,9 @@ def close(actual, expected, tolerance=1e-12):
     )
 
 
-def problem(B=4, M=9, shape=(5,), dtype=torch.float64, seed=0):
+def problem(dtype=torch.float64, **sizes):
     """Points a few tenths away from some of their references."""
-    generator = torch.Generator().manual_seed(seed)
-    references = torch.rand(M, *shape, generator=generator, dtype=torch.float64) * 2 - 1
-    noise = torch.randn(B, *shape, generator=generator, dtype=torch.float64)
-    x = references[torch.arange(B) % M] + 0.3 * noise
-    return x.to(dtype), references.to(dtype)
+    return problems.problem(spread=0.3, dtype=dtype, **sizes)[:2]
 
 
 def noise_level(radius, D):

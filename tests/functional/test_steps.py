@@ -8,6 +8,7 @@ import pytest
 import torch
 
 import pfgm
+from benchmarks.common import problems
 from pfgm import Field, backends
 from pfgm.backends import native
 from pfgm.core.problems import OdeStep
@@ -101,11 +102,7 @@ def close(actual, expected, *inputs, tolerance=None):
 
 def problem(B=5, shape=(37,), z=2.0, dtype=torch.float32, seed=0):
     """Points around 8 data at level z (a number or (B,)), and the exact field there."""
-    generator = torch.Generator().manual_seed(seed)
-    data = torch.rand(8, *shape, generator=generator, dtype=torch.float64) * 2 - 1
-    level = torch.as_tensor(z, dtype=torch.float64).expand(B)
-    noise = torch.randn(B, *shape, generator=generator, dtype=torch.float64)
-    x = data[torch.arange(B) % 8] + level.view(-1, *[1] * len(shape)) * noise
+    x, data, level = problems.problem(B, 8, shape, sigma=z, dtype=torch.float64, seed=seed)
     field_x, field_z = pfgm.field_fn(x, level, data, backend="reference")
     return x.to(dtype), Field(field_x.to(dtype), field_z.to(dtype))
 

@@ -1,12 +1,14 @@
 """Gradients from kept distances, against those of the operator and the oracle."""
 
 import math
+from functools import partial
 
 import numpy as np
 import pytest
 import torch
 
 import pfgm
+from benchmarks.common import problems
 from pfgm.backends import native
 from pfgm.common.tensors import dequantise
 from pfgm.core.problems import PosteriorMean, State, Upstream
@@ -18,16 +20,7 @@ if not native.has_extension():
 INF = math.inf
 
 
-def problem(B=50, M=1500, N=600, dtype=torch.float32, reference_dtype=None, seed=0):
-    generator = torch.Generator().manual_seed(seed)
-    references = torch.rand(M, N, generator=generator, dtype=torch.float64) * 2 - 1
-    if reference_dtype == torch.uint8:
-        references = ((references + 1) * 127.5).round()
-    references = references.to(reference_dtype or dtype)
-    sigma = 10 ** (3 * torch.rand(B, generator=generator, dtype=torch.float64) - 2)
-    noise = torch.randn(B, N, generator=generator, dtype=torch.float64)
-    x = dequantise(references, torch.float64)[:B] + sigma[:, None] * noise
-    return x.to(dtype), references, sigma
+problem = partial(problems.problem, B=50, M=1500, shape=600)
 
 
 def gradients(x, references, sigma, D, with_references=False, **options):
@@ -93,7 +86,7 @@ def test_gradients_are_those_of_the_operator_and_the_oracle(
 
 @pytest.mark.parametrize("M", [1, 2, 63, 65, 1500, 4500])  # the last takes three chunks
 def test_gradients_of_references(kept, monkeypatch, M):
-    inputs = problem(B=min(M, 50), M=M, N=1030)
+    inputs = problem(B=min(M, 50), M=M, shape=1030)
     results = gradients(*inputs, 1.0, with_references=True)
     assert kept[-1] > 0
     monkeypatch.setattr(eager, "enabled", False)
@@ -123,7 +116,7 @@ def test_too_little_memory_keeps_nothing(kept, monkeypatch, room):
 
 
 def test_few_features_keep_nothing(kept):
-    gradients(*problem(N=511), 1.0)
+    gradients(*problem(shape=511), 1.0)
     assert kept == [0]
 
 

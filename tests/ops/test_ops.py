@@ -9,6 +9,7 @@ import torch
 from torch.fx.experimental import symbolic_shapes
 
 import pfgm
+from benchmarks.common import problems
 from pfgm import field_fn, log_density, posterior_mean
 from pfgm.backends import native_parts
 from pfgm.core import formulas
@@ -20,12 +21,9 @@ native_only = pytest.mark.skipif(WITHOUT_NATIVE, reason="PFGM_NATIVE=0")
 BEST = "torch" if WITHOUT_NATIVE else "native"
 
 
-def problem(B=3, M=5, shape=(4,), dtype=torch.float64):
-    generator = torch.Generator().manual_seed(0)
-    references = torch.randn(M, *shape, generator=generator, dtype=torch.float64)
-    x = references[:B] + 0.5 * torch.randn(B, *shape, generator=generator, dtype=torch.float64)
-    radius = torch.linspace(0.4, 1.5, B, dtype=torch.float64)
-    return x.to(dtype), references.to(dtype), radius
+problem = partial(
+    problems.problem, B=3, M=5, shape=4, sigma=(0.4, 1.5), spread=0.5, dtype=torch.float64
+)
 
 
 def noise_level(radius, D):
