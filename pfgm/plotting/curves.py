@@ -31,7 +31,6 @@ _WIDTH, _HEIGHT = 380, 260  # of the area between the axes, in pixels
 _LEFT, _BELOW = 62, 46  # the room for the labels of the axes; left at least
 _LABEL = 12
 _TICK_LABEL = 0.9 * _LABEL
-_SUPERSCRIPTS = str.maketrans("-0123456789", "⁻⁰¹²³⁴⁵⁶⁷⁸⁹")
 
 Curve = (
     tuple[Sequence[float], Sequence[float]]
@@ -144,26 +143,14 @@ def _make_room(figure: Figure, axes: Any, names: list[str], title: str | None) -
     axes.set_position((left / width, _BELOW / height, _WIDTH / width, _HEIGHT / height))
 
 
-def _power_of_ten(number: float) -> str:
-    """A number such as 2×10⁻⁵."""
-    mantissa, exponent = f"{number:e}".split("e")
-    power = "10" + str(int(exponent)).translate(_SUPERSCRIPTS)
-    return power if float(mantissa) == 1 else f"{float(mantissa):g}×{power}"
-
-
 def _label_axes(axes: Any, xlabel: str, ylabel: str, ticks: list[float]) -> None:
     from matplotlib.ticker import LogFormatter, NullLocator
 
-    low, high = axes.get_ylim()
-    plain = low >= 1e-4 and high <= 1e5
-
     class Numbers(LogFormatter):
-        """All plain, such as 0.02, where they are short, else all as powers of ten."""
+        """Plain where they are short, such as 0.02, at the ticks that LogFormatter labels."""
 
         def __call__(self, x: float, pos: int | None = None) -> str:
-            if not super().__call__(x, pos):
-                return ""
-            return f"{x:g}" if plain else _power_of_ten(x)
+            return f"{x:g}" if super().__call__(x, pos) else ""
 
     letters = {"fontsize": _LABEL * 72 / DPI, "color": INK}
     axes.set_xlabel(xlabel, **letters)

@@ -710,38 +710,23 @@ def test_ticks_of_a_quality_curve_do_not_run_into_each_other() -> None:
     assert all(left.x1 < right.x0 for left, right in pairwise(boxes))
 
 
-def test_numbers_of_a_logarithmic_quality_axis_are_plain_and_leave_room() -> None:
-    for values, expected in (([0.9, 5.0], ["1", "2", "3", "4"]), ([0.002, 300], ["0.01", "100"])):
-        figure = plotting.quality_curve({"a": ([1, 10], values)}, log_y=True, ylabel="distance")
-        renderer: Any = RendererAgg(*(figure.get_size_inches() * figure.dpi), figure.dpi)
-        figure.draw(renderer)
-        axis = figure.axes[0].yaxis
-        shown = [label.get_text() for label in axis.get_ticklabels(which="both")]
-        assert set(expected) <= set(shown)
-        assert not [text for text in shown if "10^" in text]
-        assert axis.label.get_window_extent(renderer).x0 >= 0
-
-
 @pytest.mark.parametrize(
     ("values", "log_y", "expected"),
     [
-        ([0.3, 2e-5], True, ["10⁻⁴", "10⁻³", "10⁻²", "10⁻¹"]),
-        ([3e-5, 1.5e-5], True, ["2×10⁻⁵", "3×10⁻⁵"]),
-        ([1e9, 2.0], True, ["10²", "10⁸"]),
-        ([3e-5, 1.6e-5], False, ["0.000020", "0.000030"]),
+        ([0.9, 5.0], True, ["1", "2", "3", "4"]),
+        ([0.002, 300], True, ["0.01", "100"]),
+        ([3e-5, 1.5e-5], True, ["2e-05", "3e-05"]),
         ([1e9 + 2, 1e9], False, ["1000000000.50", "1000000001.50"]),
     ],
 )
-def test_long_numbers_of_a_quality_axis_are_alike_and_leave_room_for_its_label(
+def test_numbers_of_a_quality_axis_leave_room_for_its_label(
     values: list[float], log_y: bool, expected: list[str]
 ) -> None:
     figure = plotting.quality_curve({"a": ([1, 10], values)}, log_y=log_y, ylabel="distance")
     renderer: Any = RendererAgg(*(figure.get_size_inches() * figure.dpi), figure.dpi)
     figure.draw(renderer)
     axis = figure.axes[0].yaxis
-    shown = {label.get_text() for label in axis.get_ticklabels(which="both")}
-    assert set(expected) <= shown
-    assert not [text for text in shown if "e" in text or (log_y and "0." in text)]
+    assert set(expected) <= {label.get_text() for label in axis.get_ticklabels(which="both")}
     assert axis.get_offset_text().get_text() == ""
     assert axis.label.get_window_extent(renderer).x0 >= 0
 
