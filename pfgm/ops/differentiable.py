@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any, Protocol
 
+import torch
 from torch import Tensor
 
 from ..common import transforms
@@ -52,6 +53,13 @@ class Differentiable(transforms.Rowwise):
     """(x, references, radius, source) → the results of the source."""
 
     shared = (1,)
+
+    @classmethod
+    def apply(cls, *arguments: Any) -> Any:
+        if transforms.in_torch_func():
+            return super().apply(*arguments)  # type: ignore[no-untyped-call]
+        # torch.autograd.Function would look for default arguments, which takes as long as the rest.
+        return super(torch.autograd.Function, cls).apply(*arguments)  # type: ignore[misc]
 
     @staticmethod
     def forward(

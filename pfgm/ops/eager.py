@@ -124,7 +124,7 @@ def differentiated(
     if choose_for(backend, problem.x, problem.references) is not native:
         return None
     kept = _Kept(*problem[3:], backend, check)
-    results = Differentiable.apply(*tensors, kept)  # type: ignore[no-untyped-call]
+    results = Differentiable.apply(*tensors, kept)
     result, logsumexp, nearest, total, _ = results
     return result, logsumexp, nearest, total
 

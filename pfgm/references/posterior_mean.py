@@ -63,7 +63,7 @@ def compute(
         return results
     over = _OverSet(settings)
     if wanted or forward_mode() or in_torch_func():
-        results = Differentiable.apply(x, None, radius, over)  # type: ignore[no-untyped-call]
+        results = Differentiable.apply(x, None, radius, over)
     else:  # a tenth of a millisecond faster
         with torch.no_grad():  # rows have no gradient, even if their tensor requires one
             results = over.results(x, None, radius)
