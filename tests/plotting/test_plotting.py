@@ -168,8 +168,6 @@ def test_long_labels_do_not_run_into_each_other(steps: int) -> None:
 def test_texts_above_the_columns_of_a_grid() -> None:
     axes = plotting.image_grid(uniform(5, 8, 8), columns=2, header=["a", "b"]).axes[0]
     assert [text.get_text() for text in axes.texts] == ["a", "b"]
-    with pytest.raises(ValueError, match=r"header must have 3 texts, one for each column, got 2\."):
-        plotting.image_grid(uniform(5, 8, 8), columns=3, header=["a", "b"])
 
 
 def test_texts_beside_the_rows_of_a_grid(tmp_path: Path) -> None:
@@ -184,8 +182,6 @@ def test_texts_beside_the_rows_of_a_grid(tmp_path: Path) -> None:
     plotting.image_grid(images, tmp_path / "y.png", columns=2)
     plain, named = read(tmp_path / "y.png"), read(tmp_path / "x.png")
     assert np.array_equal(named[:, MARGIN - plain.shape[1] :], plain[:, MARGIN:])
-    with pytest.raises(ValueError, match=r"side must have 3 texts, one for each row, got 2\."):
-        plotting.image_grid(images, columns=2, side=["a", "b"])
 
 
 def test_an_animation_ends_with_the_picture_of_its_samples(tmp_path: Path) -> None:
@@ -250,26 +246,6 @@ def test_arguments_are_unchanged_and_may_need_a_gradient() -> None:
 
 
 @pytest.mark.parametrize(
-    ("images", "error", "message"),
-    [
-        (np.zeros((2, 1, 8, 8)), TypeError, r"must be a torch\.Tensor, got ndarray"),
-        (
-            torch.zeros(2, 1, 8, 8, dtype=torch.int64),
-            TypeError,
-            r"must be torch\.uint8 or floating point, got torch\.int64",
-        ),
-        (torch.full((2, 1, 8, 8), math.nan), ValueError, "must be finite"),
-        (torch.full((2, 1, 8, 8), math.inf), ValueError, "must be finite"),
-    ],
-)
-def test_images_that_are_refused(images: Any, error: type[Exception], message: str) -> None:
-    with pytest.raises(error, match=f"images {message}"):
-        plotting.image_grid(images)
-    with pytest.raises(error, match=f"images {message}"):
-        plotting.trajectory_grid(images[None], [1.0])
-
-
-@pytest.mark.parametrize(
     ("draw", "form", "shapes"),
     [
         (
@@ -296,24 +272,6 @@ def test_other_shapes_are_refused(
         message = f"s must have shape {re.escape(form)}.*, got {re.escape(str(shape))}"
         with pytest.raises(ValueError, match=message):
             draw(torch.zeros(shape))
-
-
-@pytest.mark.parametrize("z", [[1.0], [3.0, 2.0, 1.0], torch.ones(3)])
-def test_trajectory_grid_needs_a_z_for_each_step(z: Any) -> None:
-    with pytest.raises(
-        ValueError, match=rf"z must have 2 values, one for each step, got {len(z)}\."
-    ):
-        plotting.trajectory_grid(torch.zeros(2, 1, 8, 8), z)
-
-
-@pytest.mark.parametrize("count", [0, -3, 2.5])
-def test_counts_below_one_are_refused(count: Any) -> None:
-    with pytest.raises(
-        ValueError, match=rf"columns must be an integer of at least 1, got {count}\."
-    ):
-        plotting.image_grid(torch.zeros(1, 1, 8, 8), columns=count)
-    with pytest.raises(ValueError, match=rf"scale must be an integer of at least 1, got {count}\."):
-        plotting.image_grid(torch.zeros(1, 1, 8, 8), scale=count)
 
 
 def test_a_missing_folder_is_named(tmp_path: Path) -> None:
@@ -523,21 +481,6 @@ def test_equipotentials_shows_the_log_density(
             np.testing.assert_allclose(offset, offset[0, 0], atol=1e-9)
 
 
-@pytest.mark.parametrize("levels", [[], [0.0], [0.1, -1.0], [math.inf], [math.nan]])
-def test_levels_that_are_refused(levels: list[float]) -> None:
-    message = "must be finite and above 0" if levels else "must hold at least one value, got none"
-    with pytest.raises(ValueError, match=f"z {message}"):
-        plotting.field_lines(ring(), z=levels)
-    with pytest.raises(ValueError, match=f"sigma {message}"):
-        plotting.equipotentials(ring(), sigma=levels)
-
-
-@pytest.mark.parametrize("D", [0.0, -1.0, math.nan])
-def test_equipotentials_refuses_other_dimensions(D: float) -> None:
-    with pytest.raises(ValueError, match=rf"D must be a positive number or infinity, got {D}\."):
-        plotting.equipotentials(ring(), D=D)
-
-
 def test_trajectory_plot_draws_every_segment_twice() -> None:
     paths, levels = straight_paths()
     figure = plotting.trajectory_plot(paths, levels, data=ring(), symbol="σ")
@@ -563,16 +506,6 @@ def test_trajectory_plot_without_data_magnifies_the_samples() -> None:
     figure = plotting.trajectory_plot(*straight_paths())
     assert [len(axes.collections) for axes in figure.axes[:2]] == [2, 2]
     assert figure.axes[1].get_xlim() == pytest.approx((-1.6, 1.6))
-
-
-def test_trajectory_plot_refuses_other_levels() -> None:
-    paths, levels = straight_paths()
-    with pytest.raises(ValueError, match=r"levels must have 4 values, one for each step, got 3\."):
-        plotting.trajectory_plot(paths, levels[1:])
-    with pytest.raises(ValueError, match=r"levels must be finite and above 0, got 0\.0\."):
-        plotting.trajectory_plot(paths, [*levels[:3], 0.0])
-    with pytest.raises(ValueError, match=r"paths must be finite, got NaN or infinity\."):
-        plotting.trajectory_plot(paths / 0, levels)
 
 
 @pytest.mark.parametrize("top", [None, 0.7])
@@ -640,18 +573,6 @@ def test_a_far_path_does_not_rule_the_window_of_a_trajectory() -> None:
     paths = torch.stack([start, start / 2, data[:5]])
     whole, _ = plotting.trajectory_plot(paths, [4, 2, 1], data=data).axes[:2]
     assert whole.get_xlim() == pytest.approx((-8.32, 8.32), rel=0.01)
-
-
-def test_flow_lines_checks_its_arguments() -> None:
-    flow = PoissonFlow((2,), data_norm=1.0)
-    net = flow.empirical(ring())
-    with pytest.raises(ValueError, match=r"flow must have sample shape \(2,\), got \(3,\)\."):
-        plotting.flow_lines(PoissonFlow((3,), data_norm=1.0), net, 5)
-    with pytest.raises(ValueError, match=r"n must be an integer of at least 1, got 0\."):
-        plotting.flow_lines(flow, net, 0)
-    for top in (0.0, flow.z_min, flow.z_max * 1.01, math.nan):
-        with pytest.raises(ValueError, match=rf"to 3\.733213263705989, got {top}\."):
-            plotting.flow_lines(flow, net, 5, z_top=top)
 
 
 @pytest.mark.parametrize(
@@ -796,3 +717,108 @@ def test_notebooks_show_figures():
     width, height = (int.from_bytes(picture[i : i + 4], "big") for i in (16, 20))
     assert [width, height] == [round(inches * 100) for inches in figure.get_size_inches()]
     assert pickle.loads(pickle.dumps(figure))._repr_png_() == picture
+
+
+IMAGES, RING = torch.zeros(5, 1, 8, 8), ring()
+PATHS, LEVELS = straight_paths()
+FLOW = PoissonFlow((2,), data_norm=1.0)
+NET = FLOW.empirical(RING)
+LEVEL = "must be finite and above 0, got"
+
+
+@pytest.mark.parametrize(
+    ("call", "error", "sentence"),
+    [
+        *(
+            (lambda images=images, draw=draw: draw(images), error, f"images must be {what}.")
+            for draw in (plotting.image_grid, lambda x: plotting.trajectory_grid(x[None], [1.0]))
+            for images, error, what in (
+                (IMAGES.numpy(), TypeError, "a torch.Tensor, got ndarray"),
+                (IMAGES.long(), TypeError, "torch.uint8 or floating point, got torch.int64"),
+                (IMAGES / 0, ValueError, "finite, got NaN or infinity"),
+                (IMAGES + math.inf, ValueError, "finite, got NaN or infinity"),
+            )
+        ),
+        *(
+            (
+                lambda name=name, n=n: plotting.image_grid(IMAGES, **{name: n}),
+                ValueError,
+                f"{name} must be an integer of at least 1, got {n}.",
+            )
+            for name in ("columns", "scale")
+            for n in (0, -3, 2.5)
+        ),
+        (
+            lambda: plotting.image_grid(IMAGES, columns=3, header=["a", "b"]),
+            ValueError,
+            "header must have 3 texts, one for each column, got 2.",
+        ),
+        (
+            lambda: plotting.image_grid(IMAGES, columns=2, side=["a", "b"]),
+            ValueError,
+            "side must have 3 texts, one for each row, got 2.",
+        ),
+        *(
+            (
+                lambda z=z: plotting.trajectory_grid(torch.zeros(2, 1, 8, 8), z),
+                ValueError,
+                f"z must have 2 values, one for each step, got {len(z)}.",
+            )
+            for z in ([1.0], [3.0, 2.0, 1.0], torch.ones(3))
+        ),
+        *(
+            (lambda draw=draw, levels=levels: draw(levels), ValueError, f"{name} {what}")
+            for name, draw in (
+                ("z", lambda levels: plotting.field_lines(RING, z=levels)),
+                ("sigma", lambda levels: plotting.equipotentials(RING, sigma=levels)),
+            )
+            for levels, what in (
+                ([], "must hold at least one value, got none."),
+                ([0.0], f"{LEVEL} 0.0."),
+                ([0.1, -1.0], f"{LEVEL} -1.0."),
+                ([math.inf], f"{LEVEL} inf."),
+                ([math.nan], f"{LEVEL} nan."),
+            )
+        ),
+        *(
+            (
+                lambda D=D: plotting.equipotentials(RING, D=D),
+                ValueError,
+                f"D must be a positive number or infinity, got {D}.",
+            )
+            for D in (0.0, -1.0, math.nan)
+        ),
+        (
+            lambda: plotting.trajectory_plot(PATHS, LEVELS[1:]),
+            ValueError,
+            "levels must have 4 values, one for each step, got 3.",
+        ),
+        (
+            lambda: plotting.trajectory_plot(PATHS, [*LEVELS[:3], 0.0]),
+            ValueError,
+            f"levels {LEVEL} 0.0.",
+        ),
+        (lambda: plotting.trajectory_plot(PATHS / 0, LEVELS), ValueError, "paths must be finite"),
+        (
+            lambda: plotting.flow_lines(PoissonFlow((3,), data_norm=1.0), NET, 5),
+            ValueError,
+            "flow must have sample shape (2,), got (3,).",
+        ),
+        (
+            lambda: plotting.flow_lines(FLOW, NET, 0),
+            ValueError,
+            "n must be an integer of at least 1",
+        ),
+        *(
+            (
+                lambda top=top: plotting.flow_lines(FLOW, NET, 5, z_top=top),
+                ValueError,
+                f"z_top must be from {FLOW.z_min} to {FLOW.z_max}, got {top}.",
+            )
+            for top in (0.0, FLOW.z_min, FLOW.z_max * 1.01, math.nan)
+        ),
+    ],
+)
+def test_refusals(call: Callable[[], object], error: type[Exception], sentence: str) -> None:
+    with pytest.raises(error, match=re.escape(sentence)):
+        call()
