@@ -19,7 +19,7 @@ from torch import Tensor
 import pfgm
 from benchmarks.common.subjects import Case
 from benchmarks.gpu import contender
-from pfgm.backends.trials import SIZES, plain_mean, timed_data
+from pfgm.backends.trials import SIZES, data_of, plain_mean
 
 BACKENDS = ("native", "triton", "torch")
 PATHS = (*BACKENDS, "plain torch", "compiled TF32", "contender")
@@ -52,7 +52,7 @@ def error(case: Case, mean: Tensor) -> float:
 @pytest.mark.parametrize("path", PATHS)
 @pytest.mark.parametrize("size", SIZES)
 def test_posterior_mean(benchmark: Any, monkeypatch: Any, size: str, path: str) -> None:
-    x, references, z = (t.cuda() for t in timed_data(SIZES[size]))
+    x, references, z = (t.cuda() for t in data_of(*SIZES[size])[:3])
     case = Case(x, z.float(), references)
     monkeypatch.setattr(torch.backends.cuda.matmul, "allow_tf32", path == "compiled TF32")
     call, cache = call_of(path, case), torch.empty(_CACHE, dtype=torch.uint8, device="cuda")

@@ -20,16 +20,15 @@ import torch
 from ..common.checks import known_device
 from . import passes, triton
 from .backend import BACKENDS
-from .trials import EXACT, SIZES, TRIALS, Place, Results, error_of, name_of, seconds_of
+from .trials import EXACT, SIZES, TRIALS, Place, Results, allowed, seconds_of
 from .worker import Lost, failure_of, sender, values_of
 
 _ORDER = ("torch", "reference", "native", "triton")
 _CONTENDERS = ("plain torch", "compiled TF32")  # times alone
 _KERNELS = ("native", "triton")  # which take passes on a GPU
 # The problem at which a backend must not be slower than torch, to pass on a GPU.
-_DECIDES = f"CIFAR-10, {name_of(SIZES['CIFAR-10'])}"
+_DECIDES = "CIFAR-10, 128 × 4096 × 3072"
 _EQUAL_ERRORS = 2  # after so many equal exceptions the turn of a backend ends
-_TIMING = 2.0  # seconds
 
 
 class Row(NamedTuple):
@@ -38,9 +37,9 @@ class Row(NamedTuple):
     backend: str
     problem: str
     error: float | None = None
-    """The largest error, or None if there is no result or it was a timing."""
+    """The largest error, if it is a number."""
     allowed: float | None = None
-    """The largest error that is allowed."""
+    """The largest error that is allowed, or None if there is no result, or it is a time."""
     seconds: float | None = None
     """The time of a call, of problems that are timed."""
     speed: float | None = None
@@ -72,12 +71,9 @@ class Report(NamedTuple):
         return tuple(n for n, why in self.backends.items() if why is None and n not in failed)
 
     def as_dict(self) -> dict[str, Any]:
-        """All of it, as JSON can hold it. The failure of a row says where its error is NaN."""
-        finite = [
-            r if r.error is None or math.isfinite(r.error) else r._replace(error=None)
-            for r in self.rows
-        ]
-        return self._asdict() | {"rows": [r._asdict() for r in finite], "passed": self.passed}
+        """All of it, as JSON can hold it."""
+        rows = [row._asdict() for row in self.rows]
+        return self._asdict() | {"rows": rows, "passed": self.passed}
 
     def __str__(self) -> str:
         names = [name for name, why in self.backends.items() if why is None]
@@ -89,16 +85,12 @@ class Report(NamedTuple):
         lines += [_line(p, [row.get(name, "-") for name in names]) for p, row in cells.items()]
         lines.append("")
         lines += [f"{name} cannot run: {why}" for name, why in self.backends.items() if why]
-        lines += [_failed(row) for row in self.rows if row.failure]
+        lines += [f"FAILED: {r.backend}, {r.problem}: {r.failure}" for r in self.rows if r.failure]
         return "\n".join([*lines, f"passed: {', '.join(self.passed) or 'none'}", *self.stored])
 
 
 def _line(first: str, cells: list[str]) -> str:
     return (f"{first:48}" + "".join(f"{cell:20}" for cell in cells)).rstrip()
-
-
-def _failed(row: Row) -> str:
-    return f"FAILED: {row.backend}, {row.problem}: {row.failure}"
 
 
 def _cell(row: Row) -> str:
@@ -109,111 +101,79 @@ def _cell(row: Row) -> str:
     return f"{1e3 * row.seconds:.3g} ms" + (f", {row.speed:.2f}×" if row.speed else "")
 
 
-# ---- in the child process ----------------------------------------------------------------------
+def serve(backend: str, name: str, exact: str) -> None:
+    """Computes and times the problems of a backend; the exact results are in a file.
 
-
-def serve(backend: str, name: str, folder: str) -> None:
-    """Computes the trials of a backend, and times it.
-
-    Sends messages (what, problem, value): "doing" before each problem, then "result" with a file,
-    "seconds" with times, or "failure" with a reason; before all else what is known of the device.
+    Sends what is known of the device, and then the name and the row of each problem.
     """
     send = sender()
     device = torch.empty(0, device=name).device  # with an index
     with torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext():
-        reason = None
-        if backend in BACKENDS:
-            reason = BACKENDS[backend].supports(device, torch.float32)
-        send(["about", "title", _title(device)])
-        send(["about", "kind", passes.kind_of(device)])
-        send(["about", "unable", reason])
+        ours = backend in BACKENDS
+        why = BACKENDS[backend].supports(device, torch.float32) if ours else None
+        send({"title": _title(device), "kind": passes.kind_of(device), "unable": why})
         failures: list[str] = []
-        for what, problem, compute in [] if reason else _turn(backend, device, Path(folder)):
-            send(["doing", problem, None])
+        for row in [] if why else _turn(backend, device, exact):
+            _, problem, *_ = row.args
+            send(problem)
             try:
-                send([what, problem, compute()])
+                send(row())
             except Exception as error:
                 failures.append(failure_of(error))
-                send(["failure", problem, failures[-1]])
+                send(Row(backend, problem, failure=failures[-1]))
                 if failures.count(failures[-1]) == _EQUAL_ERRORS:
                     return
 
 
-def _turn(
-    backend: str, device: torch.device, folder: Path
-) -> Iterator[tuple[str, str, Callable[[], Any]]]:
-    """What to send of which problem, and what computes it."""
-    for number, (name, trial) in enumerate(TRIALS.items()):
-        if backend in BACKENDS and trial.applies(backend, device):
-            place, path = Place(BACKENDS[backend], device, torch.float32), folder / f"{number}.pt"
-            yield "result", name, functools.partial(_saved, trial.compute, place, path)
-    for name, sizes in SIZES.items():
-        if backend != "reference" or name == "digits":  # it is not made for speed
-            compute = functools.partial(seconds_of, sizes, backend, device, _TIMING)
-            yield "seconds", f"{name}, {name_of(sizes)}", compute
+def _turn(backend: str, device: torch.device, exact: str) -> Iterator[functools.partial[Row]]:
+    """What computes the row of each problem, by the name of the backend and the problem."""
+    if backend in BACKENDS:
+        place = Place(BACKENDS[backend], device, torch.float32)
+        for name, wanted in torch.load(exact, weights_only=True).items():
+            if TRIALS[name].applies(backend, device):
+                yield functools.partial(_compared, backend, name, place, wanted)
+    for name in list(SIZES)[: 1 if backend == "reference" else None]:  # it is not made for speed
+        yield functools.partial(_timed, backend, name, device)
 
 
-def _saved(compute: Callable[[Place], Results], place: Place, path: Path) -> str:
-    torch.save({name: result.cpu() for name, result in compute(place).items()}, path)
-    return str(path)
+def _compared(backend: str, name: str, place: Place, exact: Results) -> Row:
+    """The worst result of a trial, relative to its bound."""
+    errors = TRIALS[name].errors(place, exact)
+    worst = max(errors, key=lambda each: (math.isnan(errors[each]), errors[each] / allowed(each)))
+    error, bound = errors[worst], allowed(worst)
+    failure = None if error <= bound else f"{worst} is off by {error:.1e}; allowed is {bound:.1e}"
+    return Row(backend, name, error if math.isfinite(error) else None, bound, failure=failure)
+
+
+def _timed(backend: str, name: str, device: torch.device) -> Row:
+    own, other = seconds_of(name, backend, device)
+    return Row(backend, name, seconds=own, speed=other / own)
 
 
 def _title(device: torch.device) -> str:
     """A device and what else results depend on, in a line."""
-    threads = torch.get_num_threads()
-    more = f"driver {passes.driver()}" if device.type == "cuda" else f"{threads} threads"
-    versions = f"torch {torch.__version__}, Triton {triton.installed()}"
-    return f"{device}: {passes.kind_of(device)}, {more}, {versions}"
+    more = f"{torch.get_num_threads()} threads, torch {torch.__version__}"
+    driver = f"driver {passes.driver()}, " if device.type == "cuda" else ""
+    return f"{device}: {passes.kind_of(device)}, {driver}{more}, Triton {triton.installed()}"
 
 
-# ---- in this process ---------------------------------------------------------------------------
-
-
-@functools.cache
-def _exact(name: str) -> Results:
-    return TRIALS[name].compute(EXACT)
-
-
-def _trial_row(backend: str, name: str, path: str) -> Row:
-    """The worst result of a trial, relative to its bound."""
-    results = torch.load(path, weights_only=True)
-    Path(path).unlink()
-    worst, error, allowed = "", 0.0, 1.0
-    for each, wanted in _exact(name).items():
-        own, bound = (
-            error_of(each, results[each].double(), wanted.double()),
-            TRIALS[name].allowed(each),
-        )
-        if not own / bound <= error / allowed or not worst:
-            worst, error, allowed = each, own, bound
-        if math.isnan(error):
-            break
-    failure = None
-    if not error <= allowed:
-        failure = f"{worst} is off by {error:.1e}; allowed is {allowed:.1e}"
-    return Row(backend, name, error, allowed, failure=failure)
-
-
-def _rows(backend: str, device: str, seconds: float, about: dict[str, str | None]) -> Iterator[Row]:
-    """The rows of one backend. What its process knows of the device goes to ``about``."""
-    problem = "start"
-    with tempfile.TemporaryDirectory() as folder:
-        try:
-            for what, problem, value in values_of(_code(backend, device, folder), seconds):
-                if what == "about":
-                    about[problem] = value
-                elif what == "failure":
-                    yield Row(backend, problem, failure=value)
-                elif what == "seconds":
-                    yield Row(backend, problem, seconds=value[0], speed=value[1] / value[0])
-                elif what == "result":
-                    yield _trial_row(backend, problem, value)
-        except Lost as lost:
-            yield Row(backend, problem, failure=str(lost))
-
-
-def _code(backend: str, device: str, folder: str) -> str:
-    return f"from pfgm.backends.checking import serve; serve({backend!r}, {device!r}, {folder!r})"
+def _answers(
+    backend: str, device: str, exact: str, seconds: float
+) -> tuple[dict[str, Any], list[Row]]:
+    """What the process of a backend knows of the device, and its rows."""
+    about, rows, problem = {}, [], "start"
+    code = f"from pfgm.backends.checking import serve; serve{backend, device, exact}"
+    try:
+        for value in values_of(code, seconds):
+            if isinstance(value, Row):
+                rows.append(value)
+            elif isinstance(value, str):
+                problem = value
+            else:
+                about = value
+    except Lost as lost:
+        rows.append(Row(backend, problem, failure=str(lost)))
+    return about, rows
 
 
 def _decide(backend: str, kind: str, rows: list[Row]) -> str:
@@ -221,7 +181,7 @@ def _decide(backend: str, kind: str, rows: list[Row]) -> str:
     where = f"{backend} on {kind}"
     speed = next((row.speed for row in rows if row.problem == _DECIDES and row.speed), None)
     try:
-        if any(row.failure and row.error is not None for row in rows):
+        if any(row.failure and row.allowed is not None for row in rows):
             passes.take_away(kind, backend)
             return f"{where} has no pass, as a result is wrong."
         if any(row.failure for row in rows) or speed is None:
@@ -250,7 +210,7 @@ def check(
     Args:
         device: the device; "auto" is cuda if there is a GPU, else cpu.
         seconds: the time that each backend has.
-        report: called with lines of text about the progress and failures.
+        report: called with lines of text about the progress.
 
     Raises:
         ValueError: there is no such device.
@@ -261,19 +221,18 @@ def check(
         device = "cuda" if torch.cuda.is_available() else "cpu"
     place = known_device(device, "auto")
     on_gpu = place.type == "cuda"
-    about: dict[str, str | None] = {"title": str(place)}
-    reasons: dict[str, str | None] = {}
-    rows: list[Row] = []
-    stored: list[str] = []
-    for backend in (*_ORDER, *_CONTENDERS[: 1 + on_gpu]):
-        report(f"{backend} on {place}")
-        first, about["unable"] = len(rows), None
-        for row in _rows(backend, str(place), seconds, about):
-            rows.append(row)
-            if row.failure is not None:
-                report(_failed(row))
-        if backend in BACKENDS:
-            reasons[backend] = about["unable"]
-        if on_gpu and backend in _KERNELS and not about["unable"] and (kind := about.get("kind")):
-            stored.append(_decide(backend, kind, rows[first:]))
-    return Report(str(about["title"]), reasons, rows, tuple(stored))
+    title, reasons, rows, stored = str(place), {}, [], []
+    with tempfile.TemporaryDirectory() as folder:
+        report("exact results")
+        exact = str(Path(folder) / "exact.pt")
+        torch.save({name: trial.results(EXACT) for name, trial in TRIALS.items()}, exact)
+        for backend in (*_ORDER, *_CONTENDERS[: 1 + on_gpu]):
+            report(f"{backend} on {place}")
+            about, own = _answers(backend, str(place), exact, seconds)
+            title = about.get("title", title)
+            rows += own
+            if backend in BACKENDS:
+                reasons[backend] = about.get("unable")
+            if on_gpu and backend in _KERNELS and about and not about["unable"]:
+                stored.append(_decide(backend, about["kind"], own))
+    return Report(title, reasons, rows, tuple(stored))

@@ -14,12 +14,12 @@ from pfgm.backends.trials import EXACT, TRIALS, Place
 from pfgm.backends.worker import Lost
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda", 0)
-SMALL = [name for name, trial in TRIALS.items() if not trial.large and not trial.on_gpu]
+SMALL = [name for name, trial in TRIALS.items() if not trial.large and not trial.run]
 native_only = pytest.mark.skipif(os.environ.get("PFGM_NATIVE") == "0", reason="PFGM_NATIVE=0")
 # Faults of two backends, in the process that computes.
 FAULTS = """
 import os, signal, torch
-from pfgm.backends import checking, native, products, trials
+from pfgm.backends import checking, native, products
 def with_faults(real, fault_of):
     def faulty(problem, *rest):
         mean, *others = real(problem, *rest)
@@ -50,16 +50,11 @@ def test_each_planted_fault_is_found(monkeypatch):
     names = [few, ragged, tiles, "ties and limits", "field", "x − mean of float32"]
     names[5:] = ["steps, 37"]
     chosen = {name: TRIALS[name] for name in names}
-    code = checking._code
+    values_of = checking.values_of
+    faulty = f"exec({FAULTS!r}, globals()); checking.SIZES = {{}}; "
     monkeypatch.setattr(checking, "TRIALS", chosen)
     monkeypatch.setattr(
-        checking,
-        "_code",
-        lambda *arguments: (
-            f"exec({FAULTS!r}, globals()); checking.SIZES = {{}}; "
-            f"checking.TRIALS = {{name: trials.TRIALS[name] for name in {names!r}}}; "
-            f"{code(*arguments)}"
-        ),
+        checking, "values_of", lambda code, seconds: values_of(faulty + code, seconds)
     )
     report = checking.check("cpu")
     failures = {row.problem: row.failure for row in report.failures if row.backend == "torch"}
@@ -80,16 +75,16 @@ def test_each_planted_fault_is_found(monkeypatch):
 
 def messages(kind, result="right", speed=2.0):
     """A turn on a GPU: one trial with a result, and one timing."""
-    yield ["about", "kind", kind]
-    yield ["about", "unable", None]
-    yield ["doing", "field", None]
+    yield {"title": "cuda", "kind": kind, "unable": None}
+    yield "field"
     if result == "lost":
         raise Lost("took more than 180 s, and was stopped")
-    if result == "error":
-        yield ["failure", "field", "OutOfMemoryError: CUDA out of memory"]
-    else:
-        yield ["result", "field", result]
-    yield ["seconds", checking._DECIDES, [1.0, speed]]
+    error = None if result == "error" else {"right": 1e-7, "wrong": 1e-3, "NaN": None}[result]
+    failure = None if result == "right" else f"{result}: as planted"
+    yield checking.Row(
+        "native", "field", error, None if result == "error" else 2e-5, None, None, failure
+    )
+    yield checking.Row("native", checking._DECIDES, seconds=1.0, speed=speed)
 
 
 @pytest.mark.parametrize("had", [False, True])
@@ -102,15 +97,12 @@ def messages(kind, result="right", speed=2.0):
         ({"result": "error"}, None),
         ({"result": "lost"}, None),
         ({"result": "wrong"}, False),
+        ({"result": "NaN"}, False),
     ],
 )
 @native_only
 def test_only_passes_are_stored(gpus, monkeypatch, had, turn, then):
     """None: what there was before. It is a pass of that kind of GPU, and of that backend, alone."""
-
-    def row(backend, name, path):
-        wrong = "mean is off by 1.0e-03; allowed is 2.0e-05" if path == "wrong" else None
-        return checking.Row(backend, name, 1e-3 if wrong else 1e-7, 2e-5, failure=wrong)
 
     def values(code, seconds):
         own = "'native'" in code
@@ -118,7 +110,7 @@ def test_only_passes_are_stored(gpus, monkeypatch, had, turn, then):
         return messages(gpus.kinds[1], **(turn if own else {"result": "error"}))
 
     monkeypatch.setattr(checking, "values_of", values)
-    monkeypatch.setattr(checking, "_trial_row", row)
+    monkeypatch.setattr(checking, "TRIALS", {})
     if had:
         passes.store("A100", "native")
     report = checking.check("cuda:1")
@@ -151,6 +143,7 @@ def test_this_process_makes_no_context(gpus, monkeypatch):
     for name in ("zeros", "empty"):
         monkeypatch.setattr(torch, name, refuse)
     gpus.problems[:] = [None, None]  # which the extension would fail on
+    monkeypatch.setattr(checking, "TRIALS", {})
     monkeypatch.setattr(checking, "values_of", lambda code, seconds: messages("A100", "error"))
     assert checking.check("auto").device == "cuda"
     with pytest.raises(ValueError, match="cuda:2"):
@@ -181,20 +174,24 @@ def test_the_device_is_the_current_one_in_all_trials(gpus, monkeypatch, number):
         torch, "empty", lambda n, device: SimpleNamespace(device=torch.device(device))
     )
     monkeypatch.setattr(checking, "sender", lambda: sent.append)
-    monkeypatch.setattr(checking, "TRIALS", dict.fromkeys("abc", trials.Trial(compute)))
+    stand_in = SimpleNamespace(applies=lambda *_: True, errors=lambda place, _: compute(place))
+    monkeypatch.setattr(checking, "TRIALS", dict.fromkeys("abc", stand_in))
+    monkeypatch.setattr(torch, "load", lambda *_, **__: dict.fromkeys("abc"))
     monkeypatch.setattr(checking, "seconds_of", lambda *_: (1.0, 2.0))
-    checking.serve("native", f"cuda:{number}", "folder")
+    checking.serve("native", f"cuda:{number}", "exact.pt")
     assert seen == [(number, number)] * 3
-    assert ["about", "kind", gpus.kinds[number]] in sent
-    assert [what for what, *_ in sent].count("seconds") == 3
+    assert sent[0]["kind"] == gpus.kinds[number]
+    assert [isinstance(each, checking.Row) and each.seconds == 1.0 for each in sent].count(
+        True
+    ) == 3
     assert gpus.current == 0
 
 
-@pytest.mark.parametrize("name", [name for name in SMALL if "row" not in name])
+@pytest.mark.parametrize("name", SMALL)
 def test_the_truth_of_a_trial_does_not_depend_on_the_backend(name):
     """Matrix products in float64 agree with differences to its rounding."""
     place = EXACT._replace(backend=backends.backend.BACKENDS["torch"])
-    exact, other = TRIALS[name].compute(EXACT), TRIALS[name].compute(place)
+    exact, other = TRIALS[name].results(EXACT), TRIALS[name].results(place)
     assert exact.keys() == other.keys()
     for result, wanted in exact.items():
         assert trials.error_of(result, other[result].double(), wanted.double()) <= 1e-6
@@ -216,7 +213,7 @@ def test_an_error_is_that_of_the_worst_row():
 @native_only
 def test_a_trial_is_for_devices_and_types_that_it_needs(gpus):
     assert gpus.kinds
-    graph = TRIALS["a CUDA graph"]
+    graph = TRIALS["a CUDA graph, steps"]
     assert not graph.applies("torch", CPU)
     assert graph.applies("torch", CUDA)
     assert not graph.applies("reference", CUDA)
@@ -225,8 +222,8 @@ def test_a_trial_is_for_devices_and_types_that_it_needs(gpus):
     assert not any(trial.applies("native", CUDA) for trial in wide)
 
 
-def test_streams_and_graphs_with_stand_ins(monkeypatch):
-    """They are told what to do as on a GPU, in the memory of the CPU, and on the trial's device."""
+def test_a_graph_with_stand_ins(monkeypatch):
+    """It is told what to do as on a GPU, in the memory of the CPU, and on the trial's device."""
     log = []
 
     class Stream:
@@ -235,9 +232,6 @@ def test_streams_and_graphs_with_stand_ins(monkeypatch):
 
         def wait_stream(self, other):
             log.append("waits")
-
-        def synchronize(self):
-            log.append("synchronized")
 
         def __enter__(self):
             log.append("enters")
@@ -256,35 +250,26 @@ def test_streams_and_graphs_with_stand_ins(monkeypatch):
         current_stream=Stream,
         stream=lambda stream: stream,
         synchronize=lambda device: log.append("synchronized"),
-        _sleep=lambda cycles: log.append("sleeps"),
         CUDAGraph=Graph,
         graph=lambda graph, stream: stream,
     )
-    everything = trials._everything
 
     def watched(place, data):
-        results = everything(place, data)
-        again = lambda: (results.values(), everything(place, data).values())  # noqa: E731
+        results = trials._mean(place, data)
+        again = lambda: (results.values(), trials._mean(place, data).values())  # noqa: E731
         Graph.captured = staticmethod(again)
         return results
 
-    monkeypatch.setattr(trials, "_everything", watched)
     monkeypatch.setattr(trials.torch, "cuda", cuda)
-    monkeypatch.setattr(Place, "on_gpu", property(lambda place: place is not EXACT))
+    gpu = property(lambda place: None if place is EXACT else place.device)
+    monkeypatch.setattr(Place, "gpu", gpu)
+    trial = TRIALS["a CUDA graph, mean"]._replace(compute=watched)
     place = Place(backends.backend.BACKENDS["torch"], CPU, torch.float32)
-    for compute in (trials._on_another_stream, trials._in_a_graph):
-        exact, other = compute(EXACT), compute(place)
-        for result, wanted in exact.items():
-            assert trials.error_of(result, other[result].double(), wanted.double()) <= 1e-6
-    order = [
-        "stream on cpu",
-        "stream on cpu",
-        "waits",
-        "enters",
-        "sleeps",
-        "leaves",
-        "synchronized",
+    errors = trial.errors(place, trial.results(EXACT))
+    assert max(errors.values()) <= 1e-6
+    streams = ["stream on cpu", "stream on cpu", "waits"]
+    assert log == [
+        *streams,
+        *["enters", "leaves", "synchronized", "enters", "leaves"],
+        *["replay"] * 2,
     ]
-    assert log[:7] == order
-    assert log.count("replay") == 3
-    assert log.count("stream on cpu") == len([entry for entry in log if "stream" in entry])

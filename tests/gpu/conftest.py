@@ -17,7 +17,7 @@ import torch
 from benchmarks.common import executor as ptx
 from pfgm.backends import native, triton
 from pfgm.backends.backend import BACKENDS as MODULES
-from pfgm.backends.trials import EXACT, TRIALS, Place, error_of
+from pfgm.backends.trials import EXACT, TRIALS, Place
 from pfgm.common.tensors import dequantise
 from pfgm.core.problems import PosteriorMean, State, Upstream
 from pfgm.ops import eager
@@ -308,12 +308,8 @@ def trial_errors(device):
     """trial_errors(name, backend) → the error of each result of a trial of pfgm check."""
 
     def errors(name, backend):
-        exact = TRIALS[name].compute(EXACT)
-        results = TRIALS[name].compute(Place(MODULES[backend], device, torch.float32))
-        return {
-            each: error_of(each, results[each].cpu().double(), wanted.double())
-            for each, wanted in exact.items()
-        }
+        place = Place(MODULES[backend], device, torch.float32)
+        return TRIALS[name].errors(place, TRIALS[name].results(EXACT))
 
     return errors
 
