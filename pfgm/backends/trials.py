@@ -77,8 +77,7 @@ class Data(NamedTuple):
 
     @property
     def problem(self) -> PosteriorMean:
-        radius = self.sigma * unit_radius(self.D)
-        return PosteriorMean(self.x, self.references, radius, self.D)
+        return PosteriorMean(self.x, self.references, self.sigma * unit_radius(self.D), self.D)
 
     def every(self, step: int) -> Data:
         """Some of the points."""

@@ -251,3 +251,15 @@ def test_a_reference_far_from_all_others_in_the_centre(op, scale):
     near = expected.abs().amax(1) < 1e3
     assert near.sum() > 10
     assert (mean.double().cpu() - expected)[near].abs().max() < 1e-5
+
+
+@pytest.mark.parametrize("N", FEATURES)
+def test_ties_whose_distances_are_rounded_apart(op, N):
+    """Points exactly half-way between two references, at levels far below the rounding of their
+    distances: without the margin for it, only one of the two would be computed again."""
+    generator = torch.Generator().manual_seed(6)
+    references = torch.randn(40, N, generator=generator).half().float()
+    x = (references[:18] + references[18:36]) / 2
+    sigma = torch.logspace(-7, -4, 18, dtype=torch.float64)
+    tensors = (t.to(op.device) for t in (x, references, sigma))
+    op.check(*tensors, math.inf, tolerance=1e-6)
