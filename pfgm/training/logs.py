@@ -112,15 +112,20 @@ class _WeightsAndBiases:
     def __init__(self, folder: Path, step: int, settings: Mapping[str, Any]) -> None:
         import wandb
 
-        self._run = wandb.init(
-            project=os.environ.get("WANDB_PROJECT", "pfgm"),
-            name=folder.resolve().name,
-            dir=str(folder),
-            config={**settings},
-            id=_newest_id(folder) if step else None,
-            resume="allow",
-            settings=wandb.Settings(console="off"),  # the messages of the run stay its own
-        )
+        try:
+            self._run = wandb.init(
+                project=os.environ.get("WANDB_PROJECT", "pfgm"),
+                name=folder.resolve().name,
+                dir=str(folder),
+                config={**settings},
+                id=_newest_id(folder) if step else None,
+                resume="allow",
+                settings=wandb.Settings(console="off"),  # the messages of the run stay its own
+            )
+        except wandb.errors.UsageError as error:  # above all nobody is logged in
+            raise ValueError(
+                f"log='wandb' cannot start: {error} Or set WANDB_MODE=offline."
+            ) from error
         self._run.define_metric("*", step_metric="step")
 
     def write(self, step: int, values: Mapping[str, float]) -> None:

@@ -600,6 +600,17 @@ def test_wandb_gets_the_figures_and_goes_on_after_a_resumption(tmp_path, data, f
     assert names == ["pfgm", tmp_path.name]
 
 
+def test_wandb_without_a_login_is_one_sentence(tmp_path, data, flow, monkeypatch):
+    pytest.importorskip("wandb").teardown()  # which would remember the mode of another test
+    for name in ("WANDB_MODE", "WANDB_API_KEY"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("NETRC", str(tmp_path / "netrc"))
+    monkeypatch.setenv("WANDB_ERROR_REPORTING", "false")
+    trainer = Trainer(flow, new_network(), data, config(log="wandb"), folder=tmp_path)
+    with pytest.raises(ValueError, match=r"log='wandb' cannot start: .*login.*WANDB_MODE=offline"):
+        trainer.train()
+
+
 def wandb_records(path):
     """The records of a file of less than 32 KiB, each after its checksum, length and type."""
     content, place = path.read_bytes(), 7
