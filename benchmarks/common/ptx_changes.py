@@ -68,16 +68,6 @@ KINDS: dict[str, tuple[str, Rewrite]] = {
         rf"\bld\.param\.\w64 .*{_OFFSET}",
         _number(_OFFSET, lambda n: n + 8 if n < 16 else n - 8),
     ),
-    "no fence between threads and products": (r"\bfence\.proxy\.async", _remove),
-    "one product more may be under way": (
-        r"\bwgmma\.wait_group", _number(r"(\d+);", lambda n: n + 1),
-    ),
-    "wgmma: registers 1, 2": (r"\bwgmma\.mma_async", _swap(-1, 1, 2)),
-    "no fence of registers": (r"\bwgmma\.fence", _remove),
-    "another descriptor": (
-        r"\bor\.b64 .*, \d{10,13};", _number(r", (\d{10,13});", lambda n: n ^ 3 << 32),
-    ),
-    "no wait for the launch before": (r"\bgriddepcontrol\.wait", _remove),
 }  # fmt: skip
 
 
