@@ -18,7 +18,6 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from ..common.files import MALFORMED, folder_path, remove_leftovers
-from ..common.hints import with_hints
 from ..common.messages import progress_bar
 from ..common.old_names import with_present_names
 from ..data.opening import Samples
@@ -113,7 +112,6 @@ class Trainer:
     torch.Size([4, 2])
     """
 
-    @with_hints
     def __init__(
         self,
         flow: Flow,
