@@ -339,7 +339,7 @@ def _make_folder(path: Path) -> int:
 
 @contextmanager
 def _temporary_file(folder: Path) -> Iterator[tuple[Path, BinaryIO]]:
-    """A new temporary file in a block, which removes it unless it has been renamed."""
+    """Open a new temporary file for a block. Afterwards it is removed unless it was renamed."""
     path, descriptor = _create_temporary(folder, _make_file)
     try:
         # Open for reading too, or numpy.save would write past Python and not say why it failed.

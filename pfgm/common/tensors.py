@@ -18,7 +18,7 @@ def wide_dtype(device: torch.device) -> torch.dtype:
 
 
 def unfilled(size: int, device: torch.device) -> Tensor:
-    """Bytes (size,) that are written before they are read.
+    """Uninitialised bytes (size,), which the caller writes before it reads them.
 
     Under :func:`torch.use_deterministic_algorithms` torch fills new tensors, which takes as long as
     a kernel.

@@ -95,10 +95,10 @@ def normalised_field_backward(
     G, g = grad_field_x.to(dtype), grad_field_z.to(dtype)
     norm = wide.square().sum(1).sqrt().hypot(height)  # z² may underflow
     at_zero = norm == 0
-    # With γ = 0 the field has no gradient at E = 0, and 0 is taken.
+    # With γ = 0 the field has no gradient at E = 0; 0 is returned.
     scale = -root_N / torch.where(at_zero, gamma if gamma > 0 else math.inf, norm + gamma)
     along = (G * wide).sum(1) + g * height
-    # In this order nothing overflows that is multiplied by a small number afterwards.
+    # This order avoids an overflow before the multiplication by a small number.
     k = torch.where(at_zero, 0.0, along / norm * scale / root_N)
     grad_difference = scale[:, None] * G + k[:, None] * (scale[:, None] * wide)
     return grad_difference.to(difference.dtype), (scale * g + k * (scale * height)).to(z.dtype)

@@ -65,7 +65,7 @@ class NoiseEmbedding(nn.Module):
             nn.init.zeros_(self.labels.weight)
 
     def forward(self, rms: Tensor, z: Tensor, labels: Tensor | None = None) -> Tensor:
-        """(B,) root mean square of x, (B,) z and (B,) labels to (B, width)."""
+        """Embed the root mean square of x (B,), z (B,) and labels (B,) as (B, width)."""
         logs = torch.stack([rms, z], 1).square().add(_FLOOR**2).log() / 2
         angles = (logs[:, :, None] * self.frequencies).flatten(1)
         features = torch.cat([angles.sin(), angles.cos()], 1)

@@ -174,8 +174,8 @@ def animation(
         path: where to save the animation, a name ending in .gif.
         columns: images per row; by default the grid is about square.
         header: texts above the columns, one for each.
-        frames: at least 2: how many images to show at most, those between which pictures change
-            most evenly. Most steps of a solver change noise alone. None shows all.
+        frames: the most images to show, at least 2; None shows all. They are chosen so that the
+            pictures change evenly, because most steps of a solver change noise alone.
         seconds: how long a frame is shown; the last is shown ten times as long.
 
     Raises:

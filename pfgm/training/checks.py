@@ -94,7 +94,7 @@ def _compared_rows(data: References) -> Tensor:
 
 
 def warn_of_scales(data: References) -> None:
-    """Warns the caller's caller of a table (n, columns) with columns of very different spread.
+    """Warns the caller of Trainer(…) of a table (n, columns) with columns of very different spread.
 
     Flattened images are not tables: they have 64 or more columns, some of which hardly vary.
     """
@@ -111,14 +111,14 @@ def warn_of_scales(data: References) -> None:
         "hundredth of the spread of all values is lost. Standardise the rows, a tensor "
         "(n, columns): (rows - mean) / std with mean = rows.mean(0), std = rows.std(0), and 1 in "
         "place of each std of 0; then take samples * std + mean.",
-        stacklevel=3,
+        stacklevel=4,  # this function, __init__ and its check of names
     )
 
 
 def warn_of_range(data: References) -> None:
-    """Warns the caller's caller of images (n, C, H, W) that do not look like [−1, 1]."""
+    """Warns the caller of Trainer(…) of images (n, C, H, W) that do not look like [−1, 1]."""
     if are_float_images(data.shape, data.dtype):
-        warn_image_range(*value_range(data), stacklevel=4)
+        warn_image_range(*value_range(data), stacklevel=5)
 
 
 def checked_labels(labels: Tensor | None, data: References, classes: int) -> Tensor | None:

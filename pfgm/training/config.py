@@ -139,7 +139,7 @@ class TrainConfig:
 
     @property
     def schedule(self) -> Schedule:
-        """The settings that follow from the steps, or their values where they are given.
+        """The settings that follow from the number of steps, except those that were given.
 
         >>> TrainConfig(steps=2000, ema=0.5).schedule.ema, TrainConfig(steps=2000).schedule.ema
         (0.5, 0.995)

@@ -118,10 +118,10 @@ class StoredTensor(NamedTuple):
         """
         key, dtype, elements, read = self.storage
         try:
-            flat = read(key).view(dtype)
-            if len(flat) != elements:
-                raise ValueError(f"{len(flat)} elements, where {elements} are needed")
-            return flat.as_strided(self.shape, self.strides, self.offset)
+            values = read(key).view(dtype)
+            if len(values) != elements:
+                raise ValueError(f"{len(values)} elements, where {elements} are needed")
+            return values.as_strided(self.shape, self.strides, self.offset)
         except MALFORMED as error:
             raise ValueError(f"its storage {key} is truncated ({error}).") from error
 
