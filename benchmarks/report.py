@@ -12,6 +12,7 @@ from typing import Any
 from benchmarks.common.commands import new_parser
 from benchmarks.common.folders import DOCS, RESULTS
 from benchmarks.common.posterior_paths import ONE_THREAD
+from benchmarks.common.rows import markdown
 from benchmarks.common.tables import format_seconds, table
 
 PAGE = DOCS / "benchmarks.md"
@@ -84,49 +85,13 @@ def one_thread_table() -> str:
     return table(["one thread", "native", *list(PEERS.values())[:2]], rows)
 
 
-def step_table() -> str:
-    """Times of Euler steps. A step reads B N numbers twice and writes them once."""
-    rows = []
-    for subject, paths in rows_of("ode_step").items():
-        native = paths["native"]
-        B, N = native["B, N"]
-        share = 12e-9 * B * N / native["median seconds"] / native["copy GB/s"]
-        rows.append(
-            [
-                subject,
-                format_seconds(native["median seconds"]),
-                *(times_as_long(paths, peer) for peer in ("published", "compiled", "add", "copy")),
-                f"{share:.2f}",
-            ]
-        )
-    peers = ["published", "compiled", "x += field_x", "copy of as much"]
-    return table(["", "native", *peers, "bandwidth / copy"], rows)
-
-
-def calls_table() -> str:
-    """Times of calls on tiny tensors."""
-    rows = []
-    for subject, paths in rows_of("calls").items():
-        for path, row in paths.items():
-            against = row["times as long"]
-            others = (f"{name} {ratio:.3g} ×" for name, ratio in against.items() if name != path)
-            rows.append([subject, path, format_seconds(row["median seconds"]), ", ".join(others)])
-    return table(["", "path", "time", "times as long"], rows)
-
-
-def memory_table() -> str:
+def rows_table(module: str) -> str:
+    """The rows of a module, and how many times as long its peers take."""
     rows = [
-        [
-            row["subject"],
-            " × ".join(map(str, row["B, M, N"])),
-            row["path"],
-            row["references"],
-            f"{row['megabytes of references']:.0f} MiB",
-            f"{row['megabytes']:.0f} MiB",
-        ]
-        for row in load("memory")["result"]
+        {**row, **{f"× {peer}": ratio for peer, ratio in row.get("times as long", {}).items()}}
+        for row in load(module)["result"]
     ]
-    return table(["", "B × M × N", "path", "references", "they take", "extra at the peak"], rows)
+    return markdown(rows)
 
 
 def circumstances(module: str) -> str:
@@ -148,9 +113,9 @@ def main_report() -> str:
 def report() -> str:
     parts = {
         "Posterior mean": main_report(),
-        "Euler step": f"{step_table()}\n\n{circumstances('ode_step')}",
-        "Calls on tiny tensors, one thread": f"{calls_table()}\n\n{circumstances('calls')}",
-        "Memory": memory_table(),
+        "Euler step": f"{rows_table('ode_step')}\n\n{circumstances('ode_step')}",
+        "Calls on tiny tensors, one thread": f"{rows_table('calls')}\n\n{circumstances('calls')}",
+        "Memory": rows_table("memory"),
     }
     return "\n\n".join(f"## {title}\n\n{text}" for title, text in parts.items())
 
