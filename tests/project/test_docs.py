@@ -353,6 +353,21 @@ def test_the_commands_of_readme_draw_its_pictures(tmp_path, monkeypatch, command
             assert (np.abs(a - b).max(2) <= 2).mean() >= 0.99
 
 
+def test_the_rates_of_flows_have_the_stored_figures():
+    page = " ".join((DOCS / "howto" / "training.md").read_text().split())
+    cells = {}
+    for row in stored("flows"):
+        at = row["10"]
+        cell = f"{at['features']:.1f}, {at['agreement']:.0%}".replace("%", " %")
+        if row["steps"] == 1000 and row["seed"] == 0:
+            cells.setdefault(row["flow"], {})[row["rate"]] = cell
+        elif row["steps"] == 250:
+            assert f"{row['flow']} {cell} ({row['rate']:g} times the default)" in page
+    assert len(cells) == 4
+    for flow, by_rate in cells.items():
+        assert f"| {' | '.join([flow, *(by_rate[rate] for rate in sorted(by_rate))])} |" in page
+
+
 def test_the_tables_of_samples_have_the_stored_figures():
     pages = {"digits": ("sampling.md", 3, 1), "fashion-mnist": ("training.md", 1, 2)}
     names = {"labels": "labels (schedule `rho`, the default)"}
