@@ -66,8 +66,8 @@ def verify_checksum(path: Path, recorded: str) -> None:
             computed = checksum_of(file, zlib.crc32(blanked))
     if computed != recorded:
         raise ValueError(
-            f"{path} is damaged, or was changed by another program: its checksum must be {recorded}, "
-            f"got {computed or 'none in its place'}."
+            f"{path} is damaged, or was changed by another program: its checksum must be "
+            f"{recorded}, got {computed or 'none in its place'}."
         )
 
 
