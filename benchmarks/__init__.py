@@ -2,7 +2,6 @@
 
 - :mod:`benchmarks.cpu`: operations on the CPU, by pytest-benchmark;
 - :mod:`benchmarks.gpu`: the posterior mean on a GPU, by pytest-benchmark;
-- :mod:`benchmarks.codegen`: what the GPU kernels compile to;
 - :mod:`benchmarks.claims`: the papers' claims;
 - :mod:`benchmarks.studies`: single questions, such as quality by solver;
 - :mod:`benchmarks.report`: the stored results as tables.

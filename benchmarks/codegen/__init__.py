@@ -1,1 +1,0 @@
-"""What the GPU kernels compile to, read from the machine code. Needs no GPU."""
