@@ -10,10 +10,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from benchmarks.common.ptx_changes import Change, Changes
 from pfgm.backends import native, triton
 from pfgm.common.tensors import dequantise
 from pfgm.core.problems import PosteriorMean, State, Upstream
+from tests.gpu.ptx_changes import Change, Changes
 
 pytestmark = pytest.mark.skipif(triton.interpreted(), reason="the executor runs what is compiled")
 
