@@ -87,7 +87,7 @@ void project_rows(const DenseRows<R>& rows, const Index* row, Index number, Inde
         grad[q] = grad_of(row[q]) + k;
         mean[q] = mean_of(row[q]) + k;
       }
-      sum_panel<Projection, kTileQueries>(
+      sum_panel<Projection, false, kTileQueries>(
           number, mean, grad, rows.packed(j) + k * tile, smaller(panel, features - k),
           [&](int q, const Floats(&part)[kTileVectors]) {
             for (int v = 0; v < kTileVectors; ++v) {

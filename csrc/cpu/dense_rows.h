@@ -52,28 +52,39 @@ void unroll(const F& f, Indices<kIndex...>) {
   (f(kIndex), ...);
 }
 
-// Calls finish(q, sums) for each row, with Σ Term over a panel of n features.
-template <class Term, int kRows, class Finish>
+// Calls finish(q, sums) for each row, with Σ Term over a panel of n features; kHalves adds each
+// half of them by itself.
+template <class Term, bool kHalves, int kRows, class Finish>
 void sum_panel(const float* const* x, const float* const* g, const float* y, Index n,
                const Finish& finish) {
   constexpr Index lanes = kFloats, tile = Simd<float>::tile;
-  Floats sum[kRows][kTileVectors];
-  set_zero(sum);
-  for (Index k = 0; k < n; ++k) {
-    Floats reference[kTileVectors];
-    for (int v = 0; v < kTileVectors; ++v) reference[v] = vector_at(y + k * tile + v * lanes);
+  typedef Floats Sums[kRows][kTileVectors];
+  const auto add = [&](Index begin, Index end, Sums& sum) __attribute__((always_inline)) {
+    set_zero(sum);
+    for (Index k = begin; k < end; ++k) {
+      Floats reference[kTileVectors];
+      for (int v = 0; v < kTileVectors; ++v) reference[v] = vector_at(y + k * tile + v * lanes);
+      for (int q = 0; q < kRows; ++q)
+        for (int v = 0; v < kTileVectors; ++v) Term::add(sum[q][v], x[q][k], g[q][k], reference[v]);
+    }
+  };
+  Sums sum;
+  add(kHalves ? dense_part(n) : 0, n, sum);
+  if constexpr (kHalves) {
+    Sums first;
+    add(0, dense_part(n), first);
     for (int q = 0; q < kRows; ++q)
-      for (int v = 0; v < kTileVectors; ++v) Term::add(sum[q][v], x[q][k], g[q][k], reference[v]);
+      for (int v = 0; v < kTileVectors; ++v) sum[q][v] += first[q][v];
   }
   unroll([&](int q) { finish(q, sum[q]); }, typename CountTo<kRows>::Type());
 }
 
-template <class Term, int kRows, class Finish>
+template <class Term, bool kHalves, int kRows, class Finish>
 void sum_panel(Index rows, const float* const* x, const float* const* g, const float* y, Index n,
                const Finish& finish) {
   if constexpr (kRows > 1)
-    if (rows < kRows) return sum_panel<Term, kRows - 1>(rows, x, g, y, n, finish);
-  sum_panel<Term, kRows>(x, g, y, n, finish);
+    if (rows < kRows) return sum_panel<Term, kHalves, kRows - 1>(rows, x, g, y, n, finish);
+  sum_panel<Term, kHalves, kRows>(x, g, y, n, finish);
 }
 
 // Adds a value to the sum of two floats.
@@ -243,15 +254,15 @@ class DenseRows {
     for (Index q = 0; q < count; ++q) x[q] = query(b + q) + k;
     const bool last = k + n == problem_.features;
     if (!low_rows_) {
-      sum_panel<Distance, kTileQueries>(count, x, x, packed, n,
-                                        [&](int q, const Floats(&squared)[kTileVectors]) {
-                                          for (int v = 0; v < kTileVectors; ++v)
-                                            vector_at(row(b + q) + j + v * kFloats) = squared[v];
-                                          note(b + q, squared);
-                                        });
+      sum_panel<Distance, true, kTileQueries>(
+          count, x, x, packed, n, [&](int q, const Floats(&squared)[kTileVectors]) {
+            for (int v = 0; v < kTileVectors; ++v)
+              vector_at(row(b + q) + j + v * kFloats) = squared[v];
+            note(b + q, squared);
+          });
       return;
     }
-    sum_panel<Distance, kTileQueries>(
+    sum_panel<Distance, false, kTileQueries>(
         count, x, x, packed, n, [&](int q, const Floats(&part)[kTileVectors]) {
           Floats squared[kTileVectors];
           for (int v = 0; v < kTileVectors; ++v) {

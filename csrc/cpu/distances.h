@@ -32,9 +32,10 @@ constexpr double kCloseShare = 0.1;
 // A query is close if its squared distance from the nearest reference is below this share of |x|².
 constexpr double kCloseSquare = 0.25;
 constexpr double kNear = 20.0;  // a weight below e^-20 of the largest needs no more digits
-// Tolerated error of a score, and as a multiple of √N. It lies above the rounding of N distinct
-// terms, about 50 of them in a sum, or too many rows of real images would be computed again.
-constexpr double kScoreError = 1e-5, kAverageScoreError = 1.2e-6;
+// Tolerated error of a score, at least and as a multiple of √N, with sums in halves or not: root
+// mean square, and twice the mean. It lies above the rounding of N distinct terms, or too many rows
+// of real images would be computed again.
+constexpr double kScoreError = 1e-5, kHalvesScoreError = 7e-7, kAverageScoreError = 1.2e-6;
 
 // Whether T represents every R exactly. If not, distances have an error relative to |y| too.
 template <class T, class R>
@@ -127,15 +128,15 @@ class NeededDigits {
 
   // Whether the errors of `candidates` distances, those up to `near`, average out. Where the terms
   // of a sum repeat, or one is much larger than the others, they have one sign instead. The errors
-  // of a few tell. squared_of(j) is the distance of reference(j) with all its digits. With
-  // one panel alone the field is off by less than 3e-5 where all terms are equal, so none is looked
-  // at.
+  // of a few tell. squared_of(j) is the distance of reference(j) with all its digits.
+  // One panel alone, added in halves, has small errors whatever the terms: none is looked at.
   template <class V, class Squared, class Reference>
   bool average_out(const V* squared, V near, Index candidates, const Squared& squared_of,
                    const Reference& reference) const {
     if (features_ <= kMaxAdditions) return true;
+    const double average = in_halves(features_) ? kHalvesScoreError : kAverageScoreError;
     const double tolerated =
-        std::fmax(kScoreError, kAverageScoreError * std::sqrt(static_cast<double>(features_)));
+        std::fmax(kScoreError, average * std::sqrt(static_cast<double>(features_)));
     for (const Index samples : kSamples) {
       const Index count = smaller(samples, candidates);
       Index sampled[kMostSamples];
@@ -232,7 +233,8 @@ class Distances {
         [&](const Index* b, Index k, Index n, const T* const* y, double (*sums)[kPairColumns]) {
           const T* x[kTileQueries];
           for (int q = 0; q < kTileQueries; ++q) x[q] = queries_.at(b[q] * padded_ + k);
-          distance_pairs<T>(x, y, n, sums);
+          const Index half = in_halves(problem_.features) ? round_up(n / 2, Simd<T>::lanes) : 0;
+          distance_pairs<T>(x, y, half, n, sums);
         },
         out);
   }

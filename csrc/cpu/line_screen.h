@@ -138,7 +138,7 @@ class LineScreen {
               x[q] = queries_.at(smaller(b + q, queries_count_ - 1) * stride_) + k;
             for (Index c = 0; c < kPairColumns; ++c)
               y[c] = rows + smaller(j + c, last) * stride_ + k;
-            distance_pairs<T>(x, y, smaller(kPairPanel<T>, stride_ - k), sums);
+            distance_pairs<T>(x, y, 0, smaller(kPairPanel<T>, stride_ - k), sums);
             for (Index q = 0; q < smaller(kTileQueries, queries_count_ - b); ++q)
               for (Index c = 0; c <= smaller(kPairColumns - 1, last - j); ++c)
                 out(b + q)[j + c] = (k == 0 ? 0 : out(b + q)[j + c]) + sums[q][c];

@@ -33,6 +33,11 @@ inline Index dense_panel(Index features) {
   return divide_up(features, divide_up(features, kMaxAdditions));
 }
 
+// Features that are added into one sum of T.
+inline Index dense_part(Index features) {
+  return features <= kMaxAdditions ? divide_up(features, 2) : dense_panel(features);
+}
+
 // Adds the sum over n features, in panels, to out[q][r] for a tile of references; assigns it if
 // `fresh`.
 template <class Term, class T, int kRows>
@@ -83,7 +88,7 @@ class DenseTiles {
     const Index tiles = divide_up(references, Simd<T>::tile);
     const Index parts = parts_of(tiles, threads_, divide_up(queries, kTileQueries));
     const Index part = round_up(divide_up(queries, parts), kTileQueries);
-    const Index panel = dense_panel(features), packed_panels = kPanel / panel * panel;
+    const Index panel = dense_part(features), packed_panels = kPanel / panel * panel;
     parallel(tiles * parts, threads_, [&](Index task, int thread) {
       const Index first = task % parts * part, last = smaller(first + part, queries);
       const Index j = task / parts * Simd<T>::tile;
@@ -158,22 +163,41 @@ Index pair_panel(Index features) {
 }
 constexpr int kPairColumns = kVectorBytes == 64 ? 4 : 2;  // references in a register tile
 
-// out[q][c] = |x_q − y_c|² over n features, all padded with zeros to whole vectors.
+// Whether distances of so many features are added in halves of a panel. With half as many additions
+// a sum has less than half the error. More features have more panels, over which errors average
+// out.
+inline bool in_halves(Index features) { return features < 1152; }
+
+// out[q][c] = |x_q − y_c|² over n features, all padded with zeros to whole vectors, of which `half`
+// are added apart from the rest; 0 if all are added together.
 template <class T>
-void distance_pairs(const T* const* x, const T* const* y, Index n, double (*out)[kPairColumns]) {
+void distance_pairs(const T* const* x, const T* const* y, Index half, Index n,
+                    double (*out)[kPairColumns]) {
   using Vector = typename Simd<T>::Vector;
-  Vector sum[kTileQueries][kPairColumns];
-  set_zero(sum);
-  for (Index k = 0; k < n; k += Simd<T>::lanes) {
-    Vector reference[kPairColumns];
-    for (int c = 0; c < kPairColumns; ++c) reference[c] = vector_at(y[c] + k);
-    for (int q = 0; q < kTileQueries; ++q) {
-      const Vector query = vector_at(x[q] + k);
-      for (int c = 0; c < kPairColumns; ++c) {
-        const Vector difference = query - reference[c];
-        sum[q][c] += difference * difference;
+  typedef Vector Sums[kTileQueries][kPairColumns];
+  const auto add = [&](Index begin, Index end, Sums& sum) __attribute__((always_inline)) {
+    set_zero(sum);
+    for (Index k = begin; k < end; k += Simd<T>::lanes) {
+      Vector reference[kPairColumns];
+      for (int c = 0; c < kPairColumns; ++c) reference[c] = vector_at(y[c] + k);
+      for (int q = 0; q < kTileQueries; ++q) {
+        const Vector query = vector_at(x[q] + k);
+        for (int c = 0; c < kPairColumns; ++c) {
+          const Vector difference = query - reference[c];
+          sum[q][c] += difference * difference;
+        }
       }
     }
+  };
+  Sums sum;
+  if (half > 0) {
+    Sums first;
+    add(0, half, first);
+    add(half, n, sum);
+    for (int q = 0; q < kTileQueries; ++q)
+      for (int c = 0; c < kPairColumns; ++c) sum[q][c] += first[q][c];
+  } else {
+    add(0, n, sum);
   }
   sum_all_lanes<T, kTileQueries * kPairColumns>(sum[0], out[0]);
 }

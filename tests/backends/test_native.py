@@ -684,7 +684,7 @@ def with_terms_that_repeat(name, N, copies):
 
 
 @pytest.mark.parametrize("copies", [9, 22, 40])
-@pytest.mark.parametrize("N", [256, 500, 784, 3072])
+@pytest.mark.parametrize("N", [48, 64, 256, 500, 784, 1000, 3072])
 @pytest.mark.parametrize("name", ["constant", "brighter", "binary", "one feature"])
 def test_terms_that_repeat(isa, oracle, oracle_gradients, name, N, copies):
     x, references = with_terms_that_repeat(name, N, copies)
@@ -695,7 +695,7 @@ def test_terms_that_repeat(isa, oracle, oracle_gradients, name, N, copies):
     assert field_error(field, expected) <= 1e-5
     actual_mean, actual_lse = forward(x, references, radius, 1.0)
     assert row_error(actual_mean, mean, references.double().norm(dim=1).max()) <= 1e-5
-    assert (actual_lse - lse).abs().max() <= (1e-5 if N < 784 else 2e-5)
+    assert (actual_lse - lse).abs().max() <= (3e-5 if name == "one feature" else 1e-5)
     for row in (slice(0, 1), slice(15, 16)):
         alone = field_of(x[row], radius[row], references)
         assert field_error(alone, field[row].double()) <= 5e-6
