@@ -32,7 +32,7 @@ struct Problem {
   const double* radius;  // (queries)
   double dimensions;     // D, infinity for diffusion
   int threads;
-  const void* sketch = nullptr;  // sketch of the references, in the type of x; may be null
+  const void* sketch = nullptr;  // summary of the references, in the type of x; may be null
   // References of all calls that continue one result, see below; 0 if it takes one call.
   std::int64_t all_references = 0;
   // Whether the forward pass returns x − mean in place of the mean. Near the mean it has digits
@@ -65,7 +65,8 @@ struct Forward {
 // several calls in the same way. They add to `sums` (null if x needs no gradient) and `moments`,
 // which begin as 0. The last call, which has the gradients, may be without references. `pulls` must
 // be complete before: it begins as 0, and if any_steep(), posterior_mean_pulls() adds each part of
-// the references to it. cpu/gradients.h defines c_j and the moment, cpu/steep_rows.h steep rows.
+// the references to it. cpu/gradients.h defines c_j and the moment, cpu/steep_rows.h
+// ill-conditioned rows.
 struct Backward {
   const void* grad_mean;         // (queries, features)
   const double* grad_logsumexp;  // (queries)
@@ -87,7 +88,7 @@ enum class Failure : int {
   value = 2,     // a distance is not finite, even in float64
   singular = 3,  // logsumexp is infinite and has no gradient
   memory = 4,
-  sketch = 5,  // the sketch is of other references
+  sketch = 5,  // the sketch is that of other references
   kept = 6,    // what was kept is of another problem
   range = 7,   // a reference that counts holds a value that the type of x cannot hold
   // A query and a reference that differ are so close, at so small a radius, that the square of
@@ -100,7 +101,7 @@ struct Status {
   std::int64_t row = -1;  // the first query that failed
 };
 
-// A sketch holds what the kernels can reuse of references that do not change (cpu/line_screen.h,
+// A sketch is a summary of references, reusable while they do not change (cpu/line_screen.h,
 // cpu/byte_screen.h). sketch_bytes is its size; 0 if the kernels have no use for a sketch. `sketch`
 // writes it to memory on a 64-byte boundary. Both ignore the queries and radius of their problem.
 // kept_bytes is the size of the memory that a forward pass may need to keep all it can; 0 if it

@@ -64,7 +64,7 @@ void reference_gradients(const Problem& problem, const Backward& io,
   });
 }
 
-// The pulls of all steep rows, over one part of the references.
+// The pulls of all ill-conditioned rows, over one part of the references.
 template <class T, class R>
 Status all_pulls(const Problem& problem, const Backward& io) {
   const WeightLaw law = weight_law<T>(problem, kGradientCutoff);
@@ -185,8 +185,8 @@ class BackwardPass {
     });
   }
 
-  // Takes the queries from first_ on, and finds the averages of steep rows, unless the one chunk
-  // gives them.
+  // Takes the queries from first_ on, and finds the averages of ill-conditioned rows, unless the
+  // one chunk gives them.
   Status start() {
     count_ = smaller(block_, problem_.queries - first_);
     mean_ = static_cast<const T*>(io_.mean) + first_ * features_;
@@ -241,7 +241,7 @@ class BackwardPass {
     });
   }
 
-  // G·(y − mean) of all rows that are not steep, in the memory of c.
+  // G·(y − mean) of all well-conditioned rows, in the memory of c.
   void project() {
     groups_.arrange(count_, distances_.count(), problem_.threads);
     const auto y = [&](Index j) { return distances_.reference(j); };
@@ -308,7 +308,7 @@ class BackwardPass {
   const WeightLaw& law_;
   const Index features_, block_, chunk_;
   const bool needs_sums_;
-  const bool one_chunk_;  // and it gives the averages of steep rows itself
+  const bool one_chunk_;  // and it gives the averages of ill-conditioned rows itself
   const KeptDistances kept_;
   Distances<T, R> distances_;
   typename Distances<T, R>::Lists lists_;

@@ -10,8 +10,8 @@ namespace pfgm {
 namespace PFGM_ISA {
 namespace {
 
-// A row is computed again if the length of (x − mean, r) is below this share of the distance of the
-// nearest reference. Errors of 2e-7 of that distance stay below 1e-6 of the field.
+// A row is computed again if the length of (x − mean, r) is below this fraction of the distance of
+// the nearest reference. Errors of 2e-7 of that distance stay below 1e-6 of the field.
 constexpr double kCancelledShare = 0.2;
 constexpr Index kCancelledBlock = 64;  // rows computed again at a time
 

@@ -35,7 +35,7 @@ void list_probabilities(const DenseRows<R>& rows, const WeightLaw& law, QuerySta
 }
 
 // Replaces the listed weights by p_j and the terms by c_j. Returns the list's part of the moment.
-// In a steep row whose references are all listed, t_j becomes relative to its average.
+// In an ill-conditioned row whose references are all listed, t_j becomes relative to its average.
 template <class R>
 double list_coefficients(const DenseRows<R>& rows, const WeightLaw& law, QueryState& state,
                          double radius, double g, const float* grad, const float* mean,
@@ -166,7 +166,7 @@ Status gradients_of_block(const Problem& problem, const WeightLaw& law, const Ba
     row_is_steep[b] = query_is_steep<float, R>(problem, io, law, first + b);
     if (row_is_steep[b]) steep[steep_count++] = b;
   }
-  // Whether the one chunk gives the averages of steep rows itself.
+  // Whether the one chunk gives the averages of ill-conditioned rows itself.
   const bool one_chunk = problem.references <= dense_chunk(problem) && !io.pulls;
   if (steep_count > 0 && !one_chunk && !io.pulls) {
     const Status status = add_pulls_of_rows<R>(problem, law, io, first, steep, steep_count,
@@ -237,7 +237,7 @@ Status dense_backward(const Problem& problem, const Backward& io) {
   });
 }
 
-// The pulls of all steep rows, over one part of the references.
+// The pulls of all ill-conditioned rows, over one part of the references.
 template <class R>
 Status dense_pulls(const Problem& problem, const Backward& io) {
   const WeightLaw law = weight_law<float>(problem, kGradientCutoff);

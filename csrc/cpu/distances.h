@@ -27,9 +27,10 @@ constexpr Index kSamples[] = {4, 16, 64}, kMostSamples = 64;
 constexpr double kSkipped = std::numeric_limits<double>::max();
 // When float32 distances do not suffice (Distances::refine):
 constexpr double kFloatUnderflow = 1e-30;  // squared distances below this lose digits to underflow
-// Distances below this share of |x| suffer from the rounding of y.
+// Distances below this fraction of |x| suffer from the rounding of y.
 constexpr double kCloseShare = 0.1;
-// A query is close if its squared distance from the nearest reference is below this share of |x|².
+// A query is close if its squared distance from the nearest reference is below this fraction of
+// |x|².
 constexpr double kCloseSquare = 0.25;
 constexpr double kNear = 20.0;  // a weight below e^-20 of the largest needs no more digits
 // Tolerated error of a score, at least and as a multiple of √N, with sums in halves or not: root
@@ -112,7 +113,8 @@ class NeededDigits {
         radius_(radius),
         tolerated_(larger(features * 3 / 4, 256)) {}
 
-  // No reference beyond this distance has a score that is at most `fall` lower than the best.
+  // No reference beyond this distance has a score that is at most `fall` below the best (`fall` is
+  // the score drop).
   double reach(double fall) const {
     return widened(base_ * (2 * kSumError<T> + 1) + law_.excess_at(fall, base_, radius_) +
                    kFloatUnderflow);
@@ -359,7 +361,7 @@ class Distances {
     while (bounds[candidate] != lowest) ++candidate;
     *likeliest = candidate;
     double upper = exact_distance(query(b), reference(candidate), problem_.features);
-    // The candidate itself and what separate() must see stay within reach.
+    // The candidate itself and what separate() must see stay within the bound.
     if (kMayUnderflow<T, R> && upper < least_square(problem_.features))
       upper = least_square(problem_.features);
     const double other = upper + law_.excess_at(law_.cutoff, upper, radius(b));

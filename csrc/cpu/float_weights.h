@@ -21,7 +21,7 @@ inline void add_lanes(const Floats& values, Doubles& total) {
 }
 
 // The weight law of one row in float32, relative to its nearest reference at squared distance d².
-// With excess e_j = d_j² − d², the share is u_j = e_j/(d² + r²), or e_j/(2 σ²) if D = ∞. The weight
+// With excess e_j = d_j² − d², the ratio is u_j = e_j/(d² + r²), or e_j/(2 σ²) if D = ∞. The weight
 // is (1 + u_j)^−(N + D)/2, or e^−u_j. d² is held as the sum of two float32, so the small difference
 // e_j is rounded only to its own 6e-8. u_j has no larger error, and log(1 + u_j) one of 3e-7
 // (log2_one_plus). At a score of −f the weight e^−f has an error of about 4e-7 f relative to
@@ -33,7 +33,7 @@ class FloatWeights {
     const double visible = law.excess_at(fall, nearest, radius);
     const double inverse = gaussian_ ? 1 / radius / radius / 2 : 1 / (nearest + radius * radius);
     const double exponent = gaussian_ ? 1 : law.exponent;
-    // Shares that make a difference to a weight do not underflow, visible ones do not overflow.
+    // Ratios that make a difference to a weight do not underflow, visible ones do not overflow.
     slope_ = inverse * exponent;
     fits_ = inverse > 1e-37 && slope_ < 1e30 && exponent < 1e30 && visible * inverse < 1e30;
     high_ = static_cast<float>(nearest);
@@ -43,7 +43,7 @@ class FloatWeights {
     exponent_ = static_cast<float>(exponent);
   }
 
-  // Whether float32 holds the shares.
+  // Whether float32 holds the ratios.
   bool fits() const { return fits_; }
 
   // Calls use(j, u, w) for the vectors of a row in which any weight counts, and skip(j) for

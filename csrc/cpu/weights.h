@@ -20,7 +20,7 @@ template <class T> constexpr double kWeightCutoff = sizeof(T) == sizeof(float) ?
 struct WeightLaw {
   bool gaussian;    // D = ∞
   double exponent;  // (N + D)/2, D finite
-  double cutoff;    // −log of the smallest share of the sum of weights that counts
+  double cutoff;    // −log of the smallest fraction of the sum of weights that counts
 
   // Score at the squared distance nearest + excess, minus the score at nearest.
   double relative_score(double excess, double nearest, double radius) const {
@@ -197,14 +197,14 @@ inline void widen(const Floats& narrow, Doubles (&wide)[2]) {
 }
 
 // As weigh(), in float32: sums in T = float need no more digits. The excess is formed in float64,
-// because it is a small difference. Its share u of d² + r² is rounded to 6e-8, and log(1 + u) has
+// because it is a small difference. Its ratio u to d² + r² is rounded to 6e-8, and log(1 + u) has
 // an error of 3e-7 (log2_one_plus). At a score of −f the weight e^−f has an error of about 4e-7 f
 // relative to itself, so at most 2e-7 relative to the largest weight.
 inline double weigh_in_float(const WeightLaw& law, double nearest, double radius, double fall,
                              const double* squared, double* weights, Index count) {
   const double visible = law.excess_at(fall, nearest, radius);
   const double inverse = law.gaussian ? 1 / radius / radius / 2 : 1 / (nearest + radius * radius);
-  // Where the shares do not fit float32, all is computed in float64.
+  // If the ratios do not fit float32, all is computed in float64.
   if (!(inverse > 1e-300 && inverse < 1e300 && visible * inverse < 1e30 && law.exponent < 1e30))
     return weigh(law, nearest, radius, fall, squared, weights, count);
   const float exponent = static_cast<float>(law.exponent);

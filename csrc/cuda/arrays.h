@@ -23,7 +23,7 @@ constexpr int kPanel = 32;           // terms that are added up together: featur
 constexpr int kTileReferences = 64;  // references in a tile, whose smallest distance is kept
 constexpr int kQueryThreads = 256;   // of a block that takes a query
 constexpr int kPiece = 1024;         // references that such a block takes at a time
-constexpr int kThreadReferences = kPiece / kQueryThreads;  // of a piece, those of a thread
+constexpr int kThreadReferences = kPiece / kQueryThreads;  // references of a tile for each thread
 constexpr int kCenterThreads = 256;                        // features of a block of find_center
 
 constexpr Index kMostPairs = Index{1} << 31;  // of a block and a chunk, for places of 32 bits
@@ -152,8 +152,8 @@ struct QueryStates {
   double* logsumexp;
 };
 
-// Queries × pieces of the chunk: what weigh leaves for merge and for the order of queries. In the
-// backward pass find_coefficients leaves `live`, and the other sums are null.
+// Queries × tiles (pieces) of the chunk: what weigh leaves for merge and for the order of queries.
+// In the backward pass find_coefficients leaves `live`, and the other sums are null.
 struct PieceSums {
   int pieces, size;  // how many, and how many references each has, a multiple of kPiece
   float* sum;        // of the weights
@@ -162,11 +162,11 @@ struct PieceSums {
   double* earlier;   // (queries): the weight of all earlier chunks, relative to `nearest`
 };
 
-// Sums of each query over the chunks so far, one for each piece of a chunk, and what follows from
+// Sums of each query over the chunks so far, one for each tile of a chunk, and what follows from
 // them after the last one (cuda/coefficients.h).
 struct Moments {
   double* projection;  // (queries, pieces): Σ p_j G·y_j
-  // (queries, pieces): Σ p_j. Over all pieces it is close to 1; distances differ a little from the
+  // (queries, pieces): Σ p_j. Over all tiles it is close to 1; distances differ a little from the
   // forward pass. It is 0 at a limit.
   double* mass;
   double* moment;     // (queries, pieces): moment times law.exponent
@@ -177,12 +177,12 @@ struct Moments {
   double* grad_radius;
   int pieces, size;  // as many as the first chunk has, and references of each
 
-  // Adds to the sum of a piece.
+  // Adds to the sum of a tile (`piece`).
   __device__ void add(double* sums, Index query, int piece, double value, bool first_chunk) const {
     double& at = sums[query * pieces + piece];
     at = value + (first_chunk ? 0 : at);
   }
-  // The sum over all pieces.
+  // The sum over all tiles.
   __device__ double over_pieces(const double* sums, Index query) const {
     return over_pieces(sums, query, pieces);
   }

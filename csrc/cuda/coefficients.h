@@ -49,7 +49,7 @@ struct PullMemory {
   TwoFloats sums[2 * kQueryThreads / 32];
 };
 
-// Adds Σ p_j G·y_j and Σ p_j of one query over a piece of the chunk. GAUSSIAN is law.gaussian.
+// Adds Σ p_j G·y_j and Σ p_j of one query over a tile of the chunk. GAUSSIAN is law.gaussian.
 template <bool GAUSSIAN>
 __global__ void __launch_bounds__(kQueryThreads)
     pull(WeightLaw law, const double* radius, const double* nearest, const double* total,
@@ -133,7 +133,7 @@ struct alignas(16) CoefficientMemory {
   int live[kQueryThreads / 32];
 };
 
-// Coefficients of one query over a piece of the chunk, and their sums. GAUSSIAN is law.gaussian.
+// Coefficients of one query over a tile of the chunk, and their sums. GAUSSIAN is law.gaussian.
 // With REFERENCES it stores what the gradient of the references needs.
 template <bool GAUSSIAN, bool REFERENCES>
 __global__ void __launch_bounds__(kQueryThreads, 2)

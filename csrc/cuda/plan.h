@@ -147,7 +147,7 @@ Plan plan(const Problem& problem, const Device& device, bool backward, bool keep
   plan.halves = !plan.few && problem.references <= limits.halved;
   plan.part_panels = choose_part_panels(plan, most.parts);
   plan.parts = divide_up(plan.stride / kPanel, plan.part_panels);
-  // Each block of weigh finds the nearest reference, so large pieces are cheaper if there are still
+  // Each block of weigh finds the nearest reference, so large tiles are cheaper if there are still
   // four blocks per multiprocessor.
   const Index least = divide_up(plan.references, kPiece);
   const Index together = plan.queries * least / (4 * device.multiprocessors);

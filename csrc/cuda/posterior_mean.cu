@@ -147,7 +147,7 @@ class Launches {
     for (Index first = 0; first < problem_.references; first += plan_.references) {
       chunk_ = {first, static_cast<int>(smaller(plan_.references, problem_.references - first))};
       arrays_.pairs.tiles = static_cast<int>(divide_up(chunk_.count, kTileReferences));
-      // Blocks of weigh, pull and find_coefficients take a piece of the chunk.
+      // Blocks of weigh, pull and find_coefficients take a tile of the chunk.
       arrays_.sums.pieces = static_cast<int>(divide_up(chunk_.count, arrays_.sums.size));
       body();
     }

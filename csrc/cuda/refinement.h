@@ -118,7 +118,7 @@ struct LimitMemory {
   std::int64_t near, close_to;  // the largest distance that may be refined; of a close tile
   std::int64_t limit;           // the largest finite distance that is refined, −1 if none is
 
-  // The minima and the reach of all tiles follow.
+  // The minima and the norm bounds of all tiles follow.
   static std::size_t bytes(int tiles) {
     return sizeof(LimitMemory) + 2 * sizeof(double) * static_cast<std::size_t>(tiles);
   }

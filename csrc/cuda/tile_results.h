@@ -57,13 +57,13 @@ __device__ inline void store_lowest(const LeastOfRows<QUERIES, ROWS, THREADS>& l
   }
 }
 
-// |y − centre|², if the reference counts for the reach of its tile: larger ones have no products in
-// float16.
+// |y − centre|², if the reference counts for the norm bound of its tile: larger ones have no
+// products in float16.
 __device__ inline double reach_of(double scaled, double squared, int features, bool known) {
   return known && scaled <= features * 0x1p32 ? squared : 0;
 }
 
-// Stores the reach of each tile of the block.
+// Stores the norm bound of each tile of the block.
 template <int REFERENCES>
 __device__ inline void store_reach(const double (&farthest)[REFERENCES / 16], const Pairs& out) {
   constexpr int kTiles = REFERENCES / kTileReferences, kSlabs = kTileReferences / 16;

@@ -23,7 +23,7 @@ constexpr int kRound = 32 * kQueryThreads;
 // The words of a warp in a round. Places have 32 bits: a multiplication makes an address of them.
 struct Round {
   unsigned first, place;  // of the first word, in its chunk, and in the rows of all queries
-  int left;               // references from there to the end of the piece, or of the round
+  int left;               // references from there to the end of the tile, or of the round
 
   // Whether there is a reference so far behind the first one.
   __device__ bool has(unsigned behind) const { return static_cast<int>(behind) < left; }
@@ -101,7 +101,7 @@ struct WeighMemory {
   int live[kQueryThreads / 32];
 };
 
-// Weights of one query over a piece of the chunk, relative to the nearest reference so far, which
+// Weights of one query over a tile of the chunk, relative to the nearest reference so far, which
 // comes from the minima of tiles and from earlier chunks. They are stored times `factor`, in halves
 // if HALVES. GAUSSIAN is law.gaussian. Most tiles have no weight that is not zero; their distances
 // are not read.

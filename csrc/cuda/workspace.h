@@ -7,7 +7,7 @@
 namespace pfgm {
 namespace {
 
-// Hands out pieces of memory; without memory it only counts bytes.
+// Hands out memory; without memory it only counts bytes.
 class Arena {
  public:
   Arena(void* at, std::size_t bytes) : base_(static_cast<char*>(at)), bytes_(bytes) {}

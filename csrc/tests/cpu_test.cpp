@@ -25,7 +25,7 @@ Implementation cpu(int threads) {
           kernels.posterior_mean, kernels.posterior_mean_backward, threads};
 }
 
-// The mean computed without a sketch.
+// The mean computed without a summary of the references.
 std::vector<unsigned char> without_sketch(const Implementation& plain, const Problem& problem) {
   const auto queries = static_cast<std::size_t>(problem.queries);
   std::vector<unsigned char> mean(queries * static_cast<std::size_t>(problem.features) *
@@ -36,7 +36,7 @@ std::vector<unsigned char> without_sketch(const Implementation& plain, const Pro
   return mean;
 }
 
-// The same with a sketch of the references, which must not change a bit.
+// The same with a summary (sketch) of the references, which must not change a bit.
 Implementation sketched(int threads) {
   Implementation plain = cpu(threads), result = plain;
   result.name += ", sketched";
