@@ -16,7 +16,7 @@ from torch import Tensor
 from ..backends import choose_for, requested
 from ..common import transforms
 from ..common.checks import is_symbolic
-from ..common.tensors import wide_dtype
+from ..common.tensors import mark_written, wide_dtype
 from ..core import formulas
 from ..core.problems import OdeStep
 from .library import Operator, check_like, no_gradient
@@ -137,6 +137,7 @@ def forward_into(step: OdeStep, backend: str | None, out: Tensor, mean_out: Tens
     direct_mean = mean_out if mean_out is None or _writable(mean_out, inputs) else None
     chosen = choose_for(backend, step.x)
     result, mean = chosen.ode_step(step, mean_out is not None, direct, direct_mean)
+    mark_written(direct, direct_mean)  # kernels write past torch
     if direct is None:
         out.copy_(result)
     if mean_out is not None and mean is not None and direct_mean is None:

@@ -24,7 +24,7 @@ def test_check_prints_a_table_and_fails_if_a_row_did(monkeypatch, capsys, tmp_pa
     assert "1.0e-07 / 2e-05" in shown.out
     assert shown.err.splitlines()[0] == "pfgm check: torch on cpu"
     failure = "step 0 is off by nan"
-    rows.append(backends.Row("torch", "steps", float("nan"), 1e-5, failure=failure))
+    rows.append(backends.Row("torch", "steps", None, 1e-5, failure=failure))
     file = tmp_path / "report.json"
     assert cli.main(["check", "--json", str(file)]) == 1
     assert f"FAILED: torch, steps: {failure}\npassed: none" in capsys.readouterr().out

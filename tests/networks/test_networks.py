@@ -273,8 +273,8 @@ def test_an_empty_batch_gives_an_empty_field(name: str) -> None:
         (MLP, {"shape": (3, 0)}, r"shape\[1\] must be an integer of at least 1, got 0\."),
         (MLP, {"shape": (3,), "width": -1}, r"width must be an integer of at.*got -1\."),
         (MLP, {"shape": (3,), "depth": 1.5}, r"depth must be an integer of at.*got 1\.5\."),
-        (MLP, {"shape": (3,), "data_std": 0}, r"data_std must be a positive.*got 0\."),
-        (MLP, {"shape": (3,), "gamma": math.nan}, r"gamma must be a positive.*got nan\."),
+        (MLP, {"shape": (3,), "data_std": 0}, r"data_std must be a number above 0.*got 0\."),
+        (MLP, {"shape": (3,), "gamma": math.nan}, r"gamma must be a number above 0.*got nan\."),
         (MLP, {"shape": (3,), "center": math.nan}, "center must be finite"),
         *(
             (UNet, {"shape": shape}, r"shape must be \(C, L\), \(C, H, W\) or \(C, D,.*got \(")

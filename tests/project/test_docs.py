@@ -418,12 +418,3 @@ def test_quick_start_has_the_stored_figures():
         ("recall, k = 3", first["recall"]),
     ):
         assert f"| {name} | {figures['samples']:.2f} | {figures['train']:.2f} |" in start
-
-
-def test_presets_that_were_run_are_called_so():
-    """Where results of a preset are stored, no page says that it has not been run."""
-    text = " ".join((DOCS / "benchmarks.md").read_text().split())
-    assert (DOCS / "claims" / "fashion-mnist" / "quality.json").exists()
-    assert "Neither preset" not in text
-    assert "`gpu` has not been run" in text
-    assert not any((DOCS / "claims").rglob("*gpu*"))

@@ -289,7 +289,7 @@ def test_debug_checks_take_the_operators(call, inputs, device, one_calls, name):
     values = inputs()
     with pfgm.debug_checks():
         call(name, values)
-        with pytest.raises(ValueError, match=r"is -1\.0"):
+        with pytest.raises(ValueError, match=r"got -1\.0"):
             call(name, values, torch.full((B,), -1.0, device=device))
     assert one_calls == [False, False]
 
