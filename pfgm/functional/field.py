@@ -126,9 +126,8 @@ def _flat_mean(
     problem = PosteriorMean(flat, _flatten(references), radius, D, difference=difference)
     if (results := eager.differentiated(problem, backend)) is None:
         if torch.compiler.is_compiling() and not in_torch_func():
-            problem = problem._replace(
-                x=points, references=references
-            )  # see pfgm.ops.posterior_mean
+            # as they are: see pfgm.ops.posterior_mean
+            problem = PosteriorMean(points, references, radius, D, difference=difference)
         results = ops.posterior_mean.compute(problem, backend)
     return flat, *results
 
