@@ -152,7 +152,10 @@ def test_a_signal_to_one_process_and_the_lock_of_all(tmp_path, points):
     with locked(run):
         done = torchrun("training.py", run, points, "whole", step + 5)
     assert done.returncode != 0
-    assert f"FolderInUse: the output folder is {run}, which process {os.getpid()}" in done.stderr
+    held = f"got {run}, which process {os.getpid()}"
+    assert (
+        f"FolderInUse: the output folder must not be in use by another run, {held}" in done.stderr
+    )
     assert load_run(run)[2]["step"] == step
 
 
