@@ -538,7 +538,7 @@ SCHEDULES: dict[str, Callable[[float, float, int], list[float]]] = {
 
 
 def as_solver(solver: str | SolverFunction) -> Solver:
-    """The solver of a name or of a function. Of a function not in ``SAMPLERS`` nothing is known.
+    """The solver of a name or of a function. A function that is not in ``SAMPLERS`` states nothing.
 
     Raises:
         ValueError: no solver has that name.

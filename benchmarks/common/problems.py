@@ -25,15 +25,15 @@ def problem(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Points (B, *S), references (M, *S) and sigma (B,), float64.
 
-    Each point starts at a reference, goes a random share of the way to another one, and gets normal
-    noise. All is drawn in float64 and rounded once.
+    Each point starts at a reference, moves a random fraction of the way to another one, and gets
+    normal noise. All is drawn in float64 and rounded once.
 
     Args:
         B, M, shape: the numbers, and the shape S or its only length.
         sigma: noise levels; two numbers are the ends of evenly spaced ones. None draws them
             from 0.01 to 10, uniformly in their logarithm.
         spread: standard deviation of the points' noise; None is sigma.
-        between: the largest share of the way. With 0.5 some points have one weight, some many.
+        between: the largest fraction of the way. With 0.5 some points have one weight, some many.
         offset: the centre of the references, which are uniform 1 to each side.
         dtype, reference_dtype: of the points and, unless it is given, of the references; uint8 are
             rounded to the byte.

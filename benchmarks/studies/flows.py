@@ -190,7 +190,7 @@ def figures(samples: Tensor, data: str) -> Row:
 
 
 def samplers(process: Flow, flow: str, evaluations: int) -> dict[str, dict[str, Any]]:
-    """The options of each sampler with so many evaluations."""
+    """The options of each sampler for a number of evaluations."""
     every: dict[str, dict[str, Any]] = {
         schedule: {"solver": "multistep", "schedule": schedule, "steps": evaluations}
         for schedule in ("log", "rho")

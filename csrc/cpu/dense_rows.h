@@ -159,8 +159,8 @@ class DenseRows {
     const double base = nearer ? smallest.value : known.nearest, r = radius(b);
     const double fall = nearer ? law_.cutoff : visible_fall(law_, known);
     const NeededDigits<float, R> needed(law_, query(b), problem_.features, base, r);
-    const double near = needed.reach(kNear);
-    const double far = needed.reach(fall > kNear ? fall : kNear);
+    const double near = needed.farthest(kNear);
+    const double far = needed.farthest(fall > kNear ? fall : kNear);
     if (smallest.value > far) return false;
     if (!in_float || !FloatWeights(law_, base, r, fall).fits()) return take(b, far, near, list);
     const Index candidates = number_within(b, near);

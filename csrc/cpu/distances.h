@@ -113,9 +113,8 @@ class NeededDigits {
         radius_(radius),
         tolerated_(larger(features * 3 / 4, 256)) {}
 
-  // No reference beyond this distance has a score that is at most `fall` below the best (`fall` is
-  // the score drop).
-  double reach(double fall) const {
+  // The largest squared distance at which a score may be within `fall` of the best.
+  double farthest(double fall) const {
     return widened(base_ * (2 * kSumError<T> + 1) + law_.excess_at(fall, base_, radius_) +
                    kFloatUnderflow);
   }
@@ -265,7 +264,7 @@ class Distances {
     if (smallest.finite) {
       const double base = smallest.value < known.nearest ? smallest.value : known.nearest;
       const NeededDigits<T, R> needed(law_, query(b), problem_.features, base, radius(b));
-      const double near = needed.reach(kNear);
+      const double near = needed.farthest(kNear);
       if (smallest.value > near) return smallest.value;
       Index candidates = 0;
       for (Index j = 0; j < count_; ++j) candidates += squared[j] <= near;

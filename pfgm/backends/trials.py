@@ -95,7 +95,7 @@ class Data(NamedTuple):
 def data_of(
     B: int, M: int, N: int, D: float = 1.0, dtype: torch.dtype = torch.float32, away: float = 1.0
 ) -> Data:
-    """On the CPU, in float32 but for the references. Points and levels are so many times away."""
+    """On the CPU, in float32 but for the references. ``away`` scales points and levels."""
     generator = torch.Generator().manual_seed(B + M + N)
 
     def normal(*shape: int) -> Tensor:
@@ -257,7 +257,7 @@ class Trial(NamedTuple):
     references: torch.dtype = torch.float32
     """Their type, which not all backends read."""
     run: Callable[[Compute, Place, Data], Results] | None = None
-    """How a GPU is told to compute it, which no other device is."""
+    """How a GPU runs it; other devices, and all without it, call ``compute``."""
     large: bool = False
     """Whether only some points are compared."""
 

@@ -27,7 +27,7 @@ REFERENCES = {
     torch.float16: _Stored(3, True, "float16", "F16"),
     torch.uint8: _Stored(4, True, "uint8", "U8"),
 }
-"""What references may have. A byte u means u/127.5 − 1 (:func:`pfgm.common.tensors.dequantise`)."""
+"""The dtypes of references. A byte u means u/127.5 − 1 (:func:`pfgm.common.tensors.dequantise`)."""
 
 GPU_REFERENCES = tuple(dtype for dtype, stored in REFERENCES.items() if stored.on_gpus)
 
@@ -35,4 +35,4 @@ HALF = (torch.bfloat16, torch.float16)
 """Dtypes of points that are computed in float32."""
 
 POINTS = (torch.float32, torch.float64, *HALF)
-"""What points may have."""
+"""The dtypes of points."""

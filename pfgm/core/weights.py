@@ -35,8 +35,8 @@ class Law(ABC):
     def affected(
         self, error: Tensor, allowed: float, fall: float, nearest: Tensor, radius: Tensor
     ) -> Tensor:
-        """Up to which excess an error of d² changes a score by more than ``allowed``, while scores
-        are less than ``fall`` below that at the nearest. Where there is none, it is 0 or less."""
+        """The excess up to which an error of d² changes a score by more than ``allowed``, among
+        scores within ``fall`` of that at the nearest; 0 or less if there is none."""
 
     @abstractmethod
     def variance(self, squared: Tensor, radius: Tensor) -> Tensor:

@@ -17,10 +17,7 @@ from .registry import build
 from .unet import takes_shape
 
 _PUBLISHED = ("ddpmpp", "ncsnpp")  # of PFGM
-_KINDS: dict[type[Flow], tuple[str, ...]] = {
-    PoissonFlow: ("auto", "unet", "mlp", *_PUBLISHED),
-    PoissonFlowPP: ("auto", "unet", "mlp", *_PUBLISHED, "edm"),
-}
+_KINDS = ("auto", "unet", "mlp", *_PUBLISHED)  # of both flows
 
 
 def network_for(
@@ -34,8 +31,7 @@ def network_for(
                 "pfgm.networks.from_module fits a module of your own to it."
             )
         return kind(flow.shape, **{**_scaling(flow), **settings})
-    names = _KINDS[PoissonFlow if isinstance(flow, PoissonFlow) else PoissonFlowPP]
-    check_choice("kind", kind, names)
+    check_choice("kind", kind, _KINDS if isinstance(flow, PoissonFlow) else (*_KINDS, "edm"))
     name = str(kind)
     if name == "auto":
         name = "unet" if takes_shape(flow.shape) else "mlp"

@@ -58,7 +58,7 @@ class Differentiable(transforms.Rowwise):
     def apply(cls, *arguments: Any) -> Any:
         if transforms.in_torch_func():
             return super().apply(*arguments)  # type: ignore[no-untyped-call]
-        # torch.autograd.Function would look for default arguments, which takes as long as the rest.
+        # torch.autograd.Function would look for default arguments at each call, which is slow.
         return super(torch.autograd.Function, cls).apply(*arguments)  # type: ignore[misc]
 
     @staticmethod

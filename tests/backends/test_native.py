@@ -695,7 +695,9 @@ def test_terms_that_repeat(isa, oracle, oracle_gradients, name, N, copies):
     assert field_error(field, expected) <= 1e-5
     actual_mean, actual_lse = forward(x, references, radius, 1.0)
     assert row_error(actual_mean, mean, references.double().norm(dim=1).max()) <= 1e-5
-    assert (actual_lse - lse).abs().max() <= (3e-5 if name == "one feature" else 1e-5)
+    # A sum that is nearly one term has that term's rounding in every distance.
+    missed = {48: 2e-5, 64: 3e-5, 784: 2e-5, 1000: 2e-5} if name == "one feature" else {}
+    assert (actual_lse - lse).abs().max() <= missed.get(N, 1e-5)
     for row in (slice(0, 1), slice(15, 16)):
         alone = field_of(x[row], radius[row], references)
         assert field_error(alone, field[row].double()) <= 5e-6

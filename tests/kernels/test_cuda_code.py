@@ -29,7 +29,7 @@ DOUBLE = r"D(ADD|MUL|FMA|SETP)|\S*\.F64"
 
 
 def architectures(built: str | None) -> list[str]:
-    """Those with machine code, as in "80"."""
+    """The architectures with machine code, such as "80"."""
     return re.findall(r"\b(\d+[af]?)(?:-real)?(?=\s|$)", built or "")
 
 
@@ -58,7 +58,7 @@ def loops(code: list[tuple[str, str, str]]) -> list[list[str]]:
 
 
 def flaws(name: str, usage: str, text: str) -> list[str]:
-    """Of one kernel, whose resources and code cuobjdump has printed."""
+    """What is wrong with a kernel, whose resources and code cuobjdump has printed."""
     code = INSTRUCTION.findall(text)
 
     def has(pattern: str, names: list[str]) -> bool:
@@ -77,7 +77,7 @@ def flaws(name: str, usage: str, text: str) -> list[str]:
 
 
 def all_flaws(text: str) -> list[tuple[str, list[str]]]:
-    """Kernels and theirs, in what cuobjdump prints of one architecture."""
+    """Each kernel and its flaws, in what cuobjdump prints for one architecture."""
     usage = re.findall(r"^ Function (\S+):\n(.*)$", text, re.MULTILINE)
     codes = {s: c for s, _, c in (p.partition("\n") for p in text.split("\tFunction : ")[1:])}
     names = [re.sub(PREFIXES, "", torch._C._demangle(symbol)) for symbol, _ in usage]
