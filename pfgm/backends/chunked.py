@@ -36,24 +36,22 @@ def _weighted_average(
     x, references = problem[:2]
     law, radius = arithmetic.law, problem.radius[:, None]
     nearest = torch.full_like(radius, math.inf)
-    total = torch.zeros_like(radius)
-    weighted: Tensor | float = 0.0
+    sums: tuple[Tensor, ...] = ()  # of the weights, and weighted
     for rows in chunks(arithmetic.x, references, arithmetic.max_pairs, arithmetic.max_values):
         chunk = arithmetic.chunk(references[rows])
         own, excess, near = arithmetic.distances(chunk, nearest)
-        if checks_values(x.device) and not bool(excess.amax().isfinite()):
+        if checks_values(x.device) and not math.isfinite(excess.amax()):
             raise ValueError(non_finite_message(arithmetic.x, references))
         merged = torch.minimum(nearest, own)
-        # Before the first chunk there is nothing to rescale. relative is then NaN, from inf − inf.
-        relative = law.log_weight(nearest - merged, merged, radius)
-        kept = torch.where(total == 0, 0.0, relative.exp())
         weights = law.log_weight(excess + (own - merged), merged, radius).exp()
-        total = kept * total + weights.sum(1, keepdim=True)
-        weighted = kept * weighted + weighted_sum(weights, chunk, near)
-        nearest = merged
+        added = weights.sum(1, keepdim=True), weighted_sum(weights, chunk, near)
+        if sums:
+            kept = law.log_weight(nearest - merged, merged, radius).exp()
+            added = kept * sums[0] + added[0], kept * sums[1] + added[1]
+        sums, nearest = added, merged
     if checks_values(x.device):
         check_underflow(nearest, radius, arithmetic.x)
-    return nearest, total, weighted / total
+    return nearest, sums[0], sums[1] / sums[0]
 
 
 def posterior_mean(
@@ -87,8 +85,8 @@ def posterior_mean_backward(
     G, g = upstream.grad_mean.to(wide.dtype), upstream.grad_logsumexp.to(wide.dtype)[:, None]
     nearest, total = state.nearest[:, None], state.total[:, None]
     regular = ~law.is_limit(nearest, r)
-    flat = law.is_flat(nearest, r)
-    check_singular(flat, g)
+    constant = law.is_constant(nearest, r)
+    check_singular(constant, g)
     # pull = Σ p G·(y − center) equals G·(mean − center) for a mean that is not rounded. p comes
     # from the nearest reference. From the log-sum-exp it would lose digits at a small σ, where that
     # is near d²/σ².
@@ -108,11 +106,11 @@ def posterior_mean_backward(
         excess = excess + (own - nearest)
         p = torch.where(regular, law.log_weight(excess, nearest, r).exp() / total, 0.0)
         t = arithmetic.inner(G, chunk, near) - pull + g
-        unmoved = flat | (p == 0)
+        unmoved = constant | (p == 0)
         weighted = p * t
         c = torch.where(unmoved, 0.0, -law.pull(weighted, nearest + excess, r))
-        shares = weighted * law.ratio(excess, nearest, r)
-        moment += torch.where(unmoved, 0.0, shares).sum(1, keepdim=True)
+        moments = weighted * law.ratio(excess, nearest, r)
+        moment += torch.where(unmoved, 0.0, moments).sum(1, keepdim=True)
         if grad_x is not None:
             sums = arithmetic.sums(c, chunk, near)
             grad_x -= sums - c.sum(1, keepdim=True) * (mean - arithmetic.centers)
@@ -121,7 +119,7 @@ def posterior_mean_backward(
             grad_references[rows] = moved.to(references.dtype)
     # Summing c would lose digits to cancellation. Σ p t = g gives Σ c without that sum.
     totals = law.totals(g, moment, nearest, r)
-    sum_c, grad_radius = (torch.where(flat, 0.0, value) for value in totals)
+    sum_c, grad_radius = (torch.where(constant, 0.0, value) for value in totals)
     if grad_x is not None:
         grad_x += sum_c * (wide - mean)
     return (

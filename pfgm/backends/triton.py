@@ -106,7 +106,7 @@ def posterior_mean_backward(
     problem: PosteriorMean, state: State, upstream: Upstream, needs: Needs
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
     x, references, radius, D = laid_out(problem)[:4]
-    check_singular(law(D, x.shape[1]).is_flat(state.nearest, radius), upstream.grad_logsumexp)
+    check_singular(law(D, x.shape[1]).is_constant(state.nearest, radius), upstream.grad_logsumexp)
     with _current_device(x):
         grad_x, grad_references, grad_radius = _kernels(
             "posterior_mean_backward"

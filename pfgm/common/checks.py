@@ -282,9 +282,8 @@ def first_bad_row(values: Tensor) -> int | None:
         return None
     for start in range(0, len(values), 4096):
         rows = values[start : start + 4096]
-        bad = ~torch.isfinite(rows).reshape(len(rows), -1).all(1)
-        if bool(bad.any()):
-            return start + int(bad.nonzero()[0])
+        if not bool((finite := rows.isfinite()).all()):
+            return start + int((~finite).nonzero()[0, 0])
     return None
 
 
@@ -306,9 +305,9 @@ def radius_message(radius: Tensor, row: int) -> str:
 def check_radius(radius: Tensor, D: float) -> None:
     """Raises ValueError for the first radius that is not allowed."""
     most = min(_LARGEST_OF_ALL, _LARGEST_RADIUS * math.sqrt(max(1.0, D)))
-    bad = ~((radius >= 0) & (radius <= most))
-    if bool(bad.any()):
-        raise ValueError(radius_message(radius, int(bad.nonzero()[0])))
+    allowed = (radius >= 0) & (radius <= most)
+    if not bool(allowed.all()):
+        raise ValueError(radius_message(radius, int((~allowed).nonzero()[0])))
 
 
 def non_finite_message(x: Tensor, references: Tensor) -> str:

@@ -134,10 +134,10 @@ class Arithmetic:
         if not self.waits:
             return self.nearest_of_all(squared)
         least = squared.amin(1, keepdim=True).minimum(known)
-        b, j = (squared <= least + self._reach(least)).nonzero().unbind(1)
+        b, j = (squared <= least + self._most_off(least)).nonzero().unbind(1)
         return Near(b[:, None], j[:, None])
 
-    def _reach(self, least: Tensor) -> Tensor:
+    def _most_off(self, least: Tensor) -> Tensor:
         """By how much squared distances that may not be rounded exceed the least (B, 1) at most.
 
         These are the distances of all that may be nearest, and those in which rounding would change
@@ -164,6 +164,8 @@ class Arithmetic:
         self, chunk: Chunk, near: Near, points: Tensor
     ) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
         """Yields points b, references j and y_j − points_b (·, c, N) for some of the near pairs."""
+        if near.j.numel() == 0:
+            return
         values = _NEAR_VALUES if self.waits else self.max_values
         rows = max(values // max(near.j.shape[1] * self.x.shape[1], 1), 1)
         for b, j in zip(near.b.split(rows), near.j.split(rows), strict=True):
@@ -222,7 +224,10 @@ def _told_apart(squared: Tensor, x: Tensor, references: Tensor, radius: Tensor) 
         ValueError: one underflows at an r > 0 whose square underflows too.
     """
     least = least_square(x.shape[1], x.dtype)
-    near = (squared.amin(1, keepdim=True) < least) & (radius.square() < least)
+    near = radius.square() < least
+    if not bool(near.any()):
+        return squared
+    near &= squared.amin(1, keepdim=True) < least
     for row in map(int, near.flatten().nonzero()):
         different = dequantise(references, x.dtype) != x[row]
         apart = (squared[row] < least) & different.any(1)

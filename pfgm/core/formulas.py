@@ -39,7 +39,7 @@ def posterior_mean_tangent(
     wide_type = mean.dtype
     by, r = Arithmetic(problem), radius.to(wide_type)[:, None]
     nearest, total = nearest[:, None], total[:, None]
-    regular, flat = ~by.law.is_limit(nearest, r), by.law.is_flat(nearest, r)
+    regular, constant = ~by.law.is_limit(nearest, r), by.law.is_constant(nearest, r)
     by.center(nearest)
     mean_tangent, lse_tangent = torch.zeros_like(mean), torch.zeros_like(r)
     for rows in chunks(x, references):
@@ -58,11 +58,11 @@ def posterior_mean_tangent(
             mean_tangent += p @ moved
         change = torch.zeros_like(r) if tangents.radius is None else tangents.radius[:, None]
         score = by.law.change(half, change, nearest + excess, r)
-        weighted = torch.where(flat | (p == 0), 0.0, p * score)
+        weighted = torch.where(constant | (p == 0), 0.0, p * score)
         mean_tangent += by.sums(weighted, chunk, near)
         mean_tangent -= weighted.sum(1, keepdim=True) * (mean - by.centers)
         lse_tangent += weighted.sum(1, keepdim=True)
-    return mean_tangent, torch.where(flat, math.nan, lse_tangent).squeeze(1)
+    return mean_tangent, torch.where(constant, math.nan, lse_tangent).squeeze(1)
 
 
 def normalised_field(difference: Tensor, z: Tensor, gamma: float) -> tuple[Tensor, Tensor]:
@@ -73,9 +73,9 @@ def normalised_field(difference: Tensor, z: Tensor, gamma: float) -> tuple[Tenso
     # ‖E‖ has no gradient at E = 0. There v is −√N E/gamma, or 0 if gamma is 0 too.
     at_mean = squared == 0
     at_zero = at_mean & (z_wide == 0)
-    distance = torch.where(at_mean, 0.0, torch.where(at_mean, 1.0, squared).sqrt())
-    root = torch.where(at_zero, 1.0, distance).hypot(z_wide)  # z² may underflow
-    norm = torch.where(at_zero, 0.0 if gamma > 0 else math.inf, root)
+    distance = squared.masked_fill(at_mean, 1.0).sqrt().masked_fill(at_mean, 0.0)
+    root = distance.masked_fill(at_zero, 1.0).hypot(z_wide)  # z² may underflow
+    norm = root.masked_fill(at_zero, 0.0 if gamma > 0 else math.inf)
     scale = -math.sqrt(difference.shape[1]) / (norm + gamma)
     return (scale[:, None] * wide).to(difference.dtype), (scale * z).to(difference.dtype)
 
@@ -96,10 +96,10 @@ def normalised_field_backward(
     norm = wide.square().sum(1).sqrt().hypot(height)  # z² may underflow
     at_zero = norm == 0
     # With γ = 0 the field has no gradient at E = 0; 0 is returned.
-    scale = -root_N / torch.where(at_zero, gamma if gamma > 0 else math.inf, norm + gamma)
+    scale = -root_N / (norm + gamma).masked_fill(at_zero, gamma if gamma > 0 else math.inf)
     along = (G * wide).sum(1) + g * height
     # This order avoids an overflow before the multiplication by a small number.
-    k = torch.where(at_zero, 0.0, along / norm * scale / root_N)
+    k = (along / norm * scale / root_N).masked_fill(at_zero, 0.0)
     grad_difference = scale[:, None] * G + k[:, None] * (scale[:, None] * wide)
     return grad_difference.to(difference.dtype), (scale * g + k * (scale * height)).to(z.dtype)
 

@@ -12,7 +12,7 @@ from ..common.checks import LARGEST, checks_values
 
 
 class Law(ABC):
-    """How a score falls with the squared distance d² of a reference.
+    """How a score depends on the squared distance d² of a reference.
 
     A score is −(N + D)/2 · log(d² + r²), or −d²/(2σ²) at D = ∞, where the radius is σ. Distances
     and radii are tensors that broadcast. The nearest is at d² = ``nearest``; an excess is by how
@@ -33,10 +33,10 @@ class Law(ABC):
 
     @abstractmethod
     def affected(
-        self, error: Tensor, allowed: float, fall: float, nearest: Tensor, radius: Tensor
+        self, error: Tensor, allowed: float, drop: float, nearest: Tensor, radius: Tensor
     ) -> Tensor:
         """The excess up to which an error of d² changes a score by more than ``allowed``, among
-        scores within ``fall`` of that at the nearest; 0 or less if there is none."""
+        scores that are at most ``drop`` below that of the nearest; 0 or less if there is none."""
 
     @abstractmethod
     def variance(self, squared: Tensor, radius: Tensor) -> Tensor:
@@ -74,14 +74,14 @@ class Law(ABC):
 
     def log_weight(self, excess: Tensor, nearest: Tensor, radius: Tensor) -> Tensor:
         """Log of the weight at an excess, relative to that at the nearest."""
-        return torch.where(excess == 0, 0.0, self.relative_score(excess, nearest, radius))
+        return self.relative_score(excess, nearest, radius).masked_fill_(excess == 0, 0.0)
 
     def log_sum_exp(self, nearest: Tensor, total: Tensor, radius: Tensor) -> Tensor:
         """Log-sum-exp of all scores, from the nearest squared distance and the total weight."""
         score = self.score(nearest, radius)
         return torch.where(score.isposinf(), score, score + total.log())
 
-    def is_flat(self, nearest: Tensor, radius: Tensor) -> Tensor:
+    def is_constant(self, nearest: Tensor, radius: Tensor) -> Tensor:
         """Where the mean does not change with x and r, as far as float64 tells.
 
         This is so at a limit, and on a reference where r is so small that (N + D)/r² overflows. The
@@ -109,10 +109,10 @@ class _Power(Law):
         return torch.log1p(excess / (nearest + radius.square())) * (-self.power / 2)
 
     def affected(
-        self, error: Tensor, allowed: float, fall: float, nearest: Tensor, radius: Tensor
+        self, error: Tensor, allowed: float, drop: float, nearest: Tensor, radius: Tensor
     ) -> Tensor:
         s, power = nearest + radius.square(), self.power / 2
-        return (s * math.expm1(fall / power)).minimum(power / allowed * error - s)
+        return (s * math.expm1(drop / power)).minimum(power / allowed * error - s)
 
     def variance(self, squared: Tensor, radius: Tensor) -> Tensor:
         return (squared + radius.square()) / self.power
@@ -151,10 +151,10 @@ class _Gaussian(Law):
         return -excess / radius / radius / 2
 
     def affected(
-        self, error: Tensor, allowed: float, fall: float, nearest: Tensor, radius: Tensor
+        self, error: Tensor, allowed: float, drop: float, nearest: Tensor, radius: Tensor
     ) -> Tensor:
         square = radius.square()
-        return torch.where(error > 2 * allowed * square, 2 * fall * square, 0.0)
+        return torch.where(error > 2 * allowed * square, 2 * drop * square, 0.0)
 
     def variance(self, squared: Tensor, radius: Tensor) -> Tensor:
         return radius.square()
@@ -190,9 +190,9 @@ def unit_radius(D: float) -> float:
     return 1.0 if D > LARGEST else math.sqrt(D)
 
 
-def check_singular(flat: Tensor, grad_logsumexp: Tensor) -> None:
+def check_singular(constant: Tensor, grad_logsumexp: Tensor) -> None:
     """Raises ValueError if the log-sum-exp has a gradient in a row whose mean is constant."""
-    if checks_values(flat.device) and bool((bad := flat & (grad_logsumexp != 0)).any()):
+    if checks_values(constant.device) and bool((bad := constant & (grad_logsumexp != 0)).any()):
         raise ValueError(singular_message(int(bad.flatten().nonzero()[0])))
 
 

@@ -231,7 +231,7 @@ class PoissonFlow(Flow):
         if "data_norm" not in overrides and ("spread" in overrides or not are_images):
             defaults = {"spread": measured.std or measured.rms or 1.0, "center": measured.mean}
         flow = cls(data.shape[1:], **{**defaults, **overrides})
-        least = _LEAST_NORM * measured.reach
+        least = _LEAST_NORM * measured.radius
         if flow.spread is not None and "upper_norm" not in overrides and least > flow.upper_norm:
             # Some rows lie far from all others; the field looks like that of one charge only
             # farther out.

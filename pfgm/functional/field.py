@@ -69,11 +69,11 @@ def _check_tensors(x: Tensor, references: References) -> None:
         )
 
 
-def _in_one(references: Any) -> tuple[Any, Callable[..., Tensor | None] | None]:
+def _as_tensor(references: Any) -> tuple[Any, Callable[..., Tensor | None] | None]:
     """The references as one tensor, None if a set needs chunks, and the function of its sketch."""
     if type(references) is not ReferenceSet:
         return references, None
-    return references.part.in_one(), references.part.sketch
+    return references.part.as_tensor(), references.part.sketch
 
 
 def _check_dimensions(D: float, with_r: bool) -> float:
@@ -229,7 +229,7 @@ def posterior_mean(
         and 0 < D <= (LARGEST if sigma is None else math.inf)
     ):
         level, factor = (r, 1.0) if sigma is None else (sigma, unit_radius(D))
-        rows, sketch_of = _in_one(references)
+        rows, sketch_of = _as_tensor(references)
         options = factor, as_float(D), return_logsumexp, sketch_of
         results = eager.one_call("posterior_mean", backend, (x, rows, level), options)
         if results is not None:
@@ -288,7 +288,7 @@ def field_fn(
         _refuse("field_fn", removed)
     # First in one call, as in posterior_mean.
     if type(gamma) in (float, int) and 0 <= gamma <= LARGEST:
-        rows, sketch_of = _in_one(references)
+        rows, sketch_of = _as_tensor(references)
         field: tuple[Tensor, Tensor] | None
         options = gamma, sketch_of
         field = eager.one_call("field", backend, (x, rows, z), options)

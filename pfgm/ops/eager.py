@@ -1,4 +1,4 @@
-"""The one door past torch's dispatcher, to the native kernels.
+"""Direct calls: the native kernels without torch's dispatcher.
 
 The operators let torch differentiate, transform, trace and compile. On small tensors they take many
 times as long as the kernels. Where nothing but autograd is active, two functions leave them out:

@@ -415,7 +415,7 @@ def tangent_from_gradients(
     x, radius, D = problem.x, problem.radius, problem.D
     wide = center.dtype
     weights = law(D, x.shape[1])
-    unmoved = weights.is_flat(state.nearest, radius)
+    unmoved = weights.is_constant(state.nearest, radius)
     moved = torch.zeros_like(x) if tangents.x is None else tangents.x.to(x.dtype)
     moved = torch.where(unmoved[:, None], 0.0, moved)
     g = (moved.to(wide) * (state.mean.to(wide) - x.to(wide))).sum(1)

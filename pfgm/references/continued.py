@@ -54,7 +54,7 @@ def _count(settings: Settings) -> int:
     return len(settings.part) * (2 if settings.part.flips else 1)
 
 
-def _in_one(rows: Tensor, x: Tensor, radius: Tensor, settings: Settings) -> PosteriorMean:
+def _problem_of_all(rows: Tensor, x: Tensor, radius: Tensor, settings: Settings) -> PosteriorMean:
     """The problem over all rows at once."""
     rows = flat_rows(rows)
     sketch = settings.part.sketch(0, rows, x, "native")
@@ -66,9 +66,11 @@ def _in_one(rows: Tensor, x: Tensor, radius: Tensor, settings: Settings) -> Post
 
 def results(x: Tensor, radius: Tensor, settings: Settings) -> tuple[Tensor, ...]:
     """Mean or difference, log-sum-exp, nearest and total, and the last two as those of a chunk."""
-    rows = settings.part.in_one()
+    rows = settings.part.as_tensor()
     if rows is not None:
-        result, logsumexp, nearest, total = call(_in_one(rows, x, radius, settings), "native")
+        result, logsumexp, nearest, total = call(
+            _problem_of_all(rows, x, radius, settings), "native"
+        )
     else:
         running = _sum_of_chunks(x, radius, settings)
         nearest, total = running.nearest, running.total
@@ -82,10 +84,10 @@ def by_tensor(
     x: Tensor, radius: Tensor, settings: Settings
 ) -> tuple[Tensor, Tensor, Tensor, Tensor] | None:
     """The results of :func:`pfgm.ops.eager.differentiated`; None where that is not possible."""
-    rows = settings.part.in_one() if settings.continues and settings.ranks is None else None
+    rows = settings.part.as_tensor() if settings.continues and settings.ranks is None else None
     if rows is None or torch.compiler.is_compiling():
         return None
-    problem = _in_one(rows.detach(), x, radius, settings)
+    problem = _problem_of_all(rows.detach(), x, radius, settings)
     return eager.differentiated(problem, "native", settings.check_version)
 
 
@@ -140,9 +142,9 @@ def gradients(saved: Saved, settings: Settings, needs: tuple[bool, bool]) -> tup
 
     A gradient that is not needed is an empty tensor.
     """
-    rows = settings.part.in_one()
+    rows = settings.part.as_tensor()
     if rows is not None:
-        problem = _in_one(rows, saved.x, saved.radius, settings)
+        problem = _problem_of_all(rows, saved.x, saved.radius, settings)
         needed = [needs[0], False, needs[1]]
         gradients = call_backward(problem, saved.state, saved.upstream, needed, "native")
         return gradients[0], gradients[2]

@@ -34,7 +34,7 @@ class Measures(NamedTuple):
     """Whether all values are in [−1, 1] and some within 0.01 of both ends, as in images."""
 
     @property
-    def reach(self) -> float:
+    def radius(self) -> float:
         """An upper bound of the distance from mean to any row."""
         return float(torch.maximum(self.most - self.mean, self.mean - self.least).norm())
 

@@ -8,7 +8,7 @@ mean and log-sum-exp. The upstream gradients of the chunk are then
 
 Σ_i q_i G·(mean_i − mean) is 0 for exact means, but not for means rounded to float32. At a small σ
 the gradient multiplies this error by d/σ². On the CPU the gradients of points where it would matter
-are computed in float64; such points are ill-conditioned (steep in the names here).
+are computed in float64; such points are ill-conditioned.
 """
 
 from __future__ import annotations
@@ -28,21 +28,32 @@ from ..core.weights import Law, law
 from ..ops.posterior_mean import call, call_backward, tangent_dtype, tangent_from_gradients
 from .settings import ChunkTotals, Saved, Settings
 
-_MIN_SHARE = 1e-18  # a chunk with a smaller fraction of the weight is left out of the gradient
+_MIN_FRACTION = 1e-18  # a chunk with a smaller fraction of the weight is left out of the gradient
 _MAX_ERROR = 1e-5  # the rounding error of g_i/‖G‖ times (N + D) d/s; ill-conditioned above it
 
 
-def state(x: Tensor, radius: Tensor, settings: Settings) -> tuple[State, ChunkTotals]:
-    """The state over the references of this process, and nearest and total of each chunk."""
+def state(
+    x: Tensor, radius: Tensor, settings: Settings, *, widened: bool = False
+) -> tuple[State, ChunkTotals]:
+    """The state over the references of this process, and nearest and total of each chunk.
+
+    With ``widened`` the points are in float64 where the backend computes in it.
+    """
     each: list[ChunkTotals] = []
 
     def states() -> Iterator[State]:
         for chunk in settings.chunks(x.device):
-            state = _state(settings.problem(x, chunk, radius), settings)
+            points = _widened(x, chunk, settings) if widened else x
+            state = _state(settings.problem(points, chunk, radius), settings)
             each.append(ChunkTotals(state.nearest, state.total))
             yield state
 
-    return merge(x, radius, settings.D, states()), _stack(each)
+    state = merge(x, radius, settings.D, states())
+    return state, ChunkTotals(*(torch.stack(values, 1) for values in zip(*each, strict=True)))
+
+
+def _widened(x: Tensor, chunk: Tensor, settings: Settings) -> Tensor:
+    return x.to(tangent_dtype(x, chunk, settings.backend))
 
 
 def _state(problem: PosteriorMean, settings: Settings) -> State:
@@ -51,14 +62,10 @@ def _state(problem: PosteriorMean, settings: Settings) -> State:
     return State(mean, nearest, total)
 
 
-def _stack(each: list[ChunkTotals]) -> ChunkTotals:
-    return ChunkTotals(*(torch.stack(values, 1) for values in zip(*each, strict=True)))
-
-
 # ---- chunks that have weight -----------------------------------------------------------------
 
 
-class _ChunkShare(NamedTuple):
+class _WeightedChunk(NamedTuple):
     """A chunk, and its fraction of the total weight, for points where it is not negligible.
 
     On a GPU it holds all points, because the host would have to wait for the numbers of some.
@@ -71,7 +78,7 @@ class _ChunkShare(NamedTuple):
     fraction: Tensor
     """(k,); 0 where it is negligible."""
 
-    def select(self, mask: Tensor) -> _ChunkShare:
+    def select(self, mask: Tensor) -> _WeightedChunk:
         """The same chunk for only those points that the mask (B,) selects."""
         selected = mask[self.rows]
         return self._replace(rows=self.rows[selected], fraction=self.fraction[selected])  # type: ignore[index]
@@ -90,20 +97,20 @@ def _can_select(device: torch.device) -> bool:
     return device.type == "cpu"
 
 
-def _shares(
+def _weighted_chunks(
     x: Tensor, radius: Tensor, state: State, chunk_totals: ChunkTotals, settings: Settings
-) -> Iterator[_ChunkShare]:
+) -> Iterator[_WeightedChunk]:
     """Yields the chunks of this process that matter to any point whose mean changes with it."""
-    regular = ~law(settings.D, x.shape[1]).is_flat(state.nearest, radius)
+    regular = ~law(settings.D, x.shape[1]).is_constant(state.nearest, radius)
     totals = zip(*(values.unbind(1) for values in chunk_totals), strict=True)
     for chunk, (nearest, total) in zip(settings.chunks(x.device), totals, strict=True):
         weight = relative_weight(nearest, state.nearest, radius, settings.D, x.shape[1])
-        share = weight * total / state.total
-        counts = regular & (share > _MIN_SHARE)
+        fraction = weight * total / state.total
+        counts = regular & (fraction > _MIN_FRACTION)
         if not _can_select(x.device):
-            yield _ChunkShare(chunk, slice(None), torch.where(counts, share, 0.0))
+            yield _WeightedChunk(chunk, slice(None), torch.where(counts, fraction, 0.0))
         elif len(rows := counts.nonzero().squeeze(1)) > 0:
-            yield _ChunkShare(chunk, rows, share[rows])
+            yield _WeightedChunk(chunk, rows, fraction[rows])
 
 
 # ---- tangents --------------------------------------------------------------------------------
@@ -117,39 +124,28 @@ def tangents(
     settings: Settings,
 ) -> tuple[Tensor, Tensor]:
     """The tangents of mean and log-sum-exp, summed over the chunks in float64."""
-    each: list[ChunkTotals] = []
-
-    def widened(points: Tensor, chunk: Tensor) -> Tensor:
-        return points.to(tangent_dtype(x, chunk, settings.backend))
-
-    def states() -> Iterator[State]:
-        for chunk in settings.chunks(x.device):
-            state = _state(settings.problem(widened(x, chunk), chunk, radius), settings)
-            each.append(ChunkTotals(state.nearest, state.total))
-            yield state
-
-    state = merge(x, radius, settings.D, states())
-    mean_tangent, lse_tangent = torch.zeros_like(state.mean), torch.zeros_like(radius)
-    adds_radius = law(settings.D, x.shape[1]).adds_radius
-    by_formula = tangent_radius is not None and not adds_radius
-    for shared in _shares(x, radius, state, _stack(each), settings):
-        chunk, rows, share = shared
+    over_all, chunk_totals = state(x, radius, settings, widened=True)
+    mean_tangent, lse_tangent = torch.zeros_like(over_all.mean), torch.zeros_like(radius)
+    weights = law(settings.D, x.shape[1])
+    by_formula = tangent_radius is not None and not weights.adds_radius
+    for weighted in _weighted_chunks(x, radius, over_all, chunk_totals, settings):
+        chunk, rows, fraction = weighted
         moved_x, moved_radius = (
             None if t is None else t[rows] for t in (tangent_x, tangent_radius)
         )
         moved = Tangents(moved_x, None, moved_radius)
-        problem = settings.problem(widened(x[rows], chunk), chunk, radius[rows])
-        over_all = State(*(value[rows] for value in state))
+        problem = settings.problem(_widened(x[rows], chunk, settings), chunk, radius[rows])
+        whole = State(*(value[rows] for value in over_all))
         if by_formula:
-            tangent = formulas.posterior_mean_tangent(problem, over_all, moved)
+            tangent = formulas.posterior_mean_tangent(problem, whole, moved)
         else:
             own = _state(problem, settings)
-            tangent = tangent_from_gradients(problem, own, over_all.mean, moved, settings.backend)
-            tangent = (share[:, None] * tangent[0], share * tangent[1])
-        shared.add(tangent[0], mean_tangent)
-        shared.add(tangent[1], lse_tangent)
-    flat = law(settings.D, x.shape[1]).is_flat(state.nearest, radius)
-    return mean_tangent, torch.where(flat, math.nan, lse_tangent)
+            tangent = tangent_from_gradients(problem, own, whole.mean, moved, settings.backend)
+            tangent = (fraction[:, None] * tangent[0], fraction * tangent[1])
+        weighted.add(tangent[0], mean_tangent)
+        weighted.add(tangent[1], lse_tangent)
+    constant = weights.is_constant(over_all.nearest, radius)
+    return mean_tangent, torch.where(constant, math.nan, lse_tangent)
 
 
 # ---- gradients -------------------------------------------------------------------------------
@@ -163,8 +159,8 @@ def gradients(
     grad_x, grad_radius = sums if settings.ranks is None else map(settings.ranks.sum, sums)
     weights = law(settings.D, saved.x.shape[1])
     grad_of_nearest = _gradient_of_score(saved.grad_logsumexp, saved.nearest, saved.radius, weights)
-    flat = weights.is_flat(saved.nearest, saved.radius)
-    grad_radius += torch.where(flat, 0.0, grad_of_nearest)
+    constant = weights.is_constant(saved.nearest, saved.radius)
+    grad_radius += torch.where(constant, 0.0, grad_of_nearest)
     return grad_x, grad_radius
 
 
@@ -178,14 +174,14 @@ def _sum_of_gradients(
     """
     grad_x = torch.zeros(saved.x.shape, dtype=wide_dtype(saved.x.device), device=saved.x.device)
     grad_radius = torch.zeros_like(saved.radius)
-    steep = _is_steep(saved, settings)
+    mask = _ill_conditioned(saved, settings)
     pulls = torch.zeros_like(saved.radius)
-    if steep is not None:
-        pulls = _pulls(saved, chunk_totals, settings, steep)
-    for shared in _shares(saved.x, saved.radius, saved.state, chunk_totals, settings):
-        parts = [(shared, False)]
-        if steep is not None:
-            parts = [(shared.select(~steep), False), (shared.select(steep), True)]
+    if mask is not None:
+        pulls = _pulls(saved, chunk_totals, settings, mask)
+    for weighted in _weighted_chunks(saved.x, saved.radius, saved.state, chunk_totals, settings):
+        parts = [(weighted, False)]
+        if mask is not None:
+            parts = [(weighted.select(~mask), False), (weighted.select(mask), True)]
         for selected, in_float64 in parts:
             if len(selected.fraction) == 0:
                 continue
@@ -193,15 +189,15 @@ def _sum_of_gradients(
             if in_float64:
                 points = points._replace(x=points.x.double(), grad_mean=points.grad_mean.double())
             average = pulls[selected.rows]
-            share_x, share_radius = _gradients_of(selected, points, average, settings, needs)
+            added_x, added_radius = _gradients_of(selected, points, average, settings, needs)
             if needs[0]:
-                selected.add(share_x, grad_x)
+                selected.add(added_x, grad_x)
             if needs[1]:
-                selected.add(share_radius, grad_radius)
+                selected.add(added_radius, grad_radius)
     return grad_x, grad_radius
 
 
-def _is_steep(saved: Saved, settings: Settings) -> Tensor | None:
+def _ill_conditioned(saved: Saved, settings: Settings) -> Tensor | None:
     """Mask (B,) of ill-conditioned points, whose gradients would show the rounding of the means.
 
     None if there is none. As csrc/cpu/steep_rows.h, with a third of its limit.
@@ -218,22 +214,22 @@ def _is_steep(saved: Saved, settings: Settings) -> Tensor | None:
     # Where one reference counts alone, the mean is that reference, if its dtype is no wider.
     dtype = settings.part.source.dtype
     exact = dtype.itemsize <= saved.x.dtype.itemsize and dtype != torch.uint8
-    steep = ((saved.total > 1) | (not exact)) & (error * distance > _MAX_ERROR * variance)
-    return steep if bool(steep.any()) else None
+    mask = ((saved.total > 1) | (not exact)) & (error * distance > _MAX_ERROR * variance)
+    return mask if bool(mask.any()) else None
 
 
-def _pulls(saved: Saved, chunk_totals: ChunkTotals, settings: Settings, steep: Tensor) -> Tensor:
+def _pulls(saved: Saved, chunk_totals: ChunkTotals, settings: Settings, mask: Tensor) -> Tensor:
     """Σ_i q_i G·(mean_i − mean) (B,) of ill-conditioned points over all chunks, in float64.
 
     It is not 0, because mean is rounded.
     """
     pulls = torch.zeros_like(saved.radius)
-    for shared in _shares(saved.x, saved.radius, saved.state, chunk_totals, settings):
-        selected = shared.select(steep)
+    for weighted in _weighted_chunks(saved.x, saved.radius, saved.state, chunk_totals, settings):
+        selected = weighted.select(mask)
         if len(selected.fraction) == 0:
             continue
         points = saved.select(selected.rows)
-        own = _state(settings.problem(points.x.double(), shared.chunk, points.radius), settings)
+        own = _state(settings.problem(points.x.double(), weighted.chunk, points.radius), settings)
         selected.add(selected.fraction * _pull_of_chunk(own.mean, points), pulls)
     return pulls if settings.ranks is None else settings.ranks.sum(pulls)
 
@@ -245,22 +241,22 @@ def _pull_of_chunk(chunk_mean: Tensor, saved: Saved) -> Tensor:
 
 
 def _gradients_of(
-    chunk_share: _ChunkShare,
+    weighted: _WeightedChunk,
     saved: Saved,
     average: Tensor,
     settings: Settings,
     needs: Sequence[bool],
 ) -> tuple[Tensor, Tensor]:
-    """One chunk's part of the gradients in x and radius, for the points of chunk_share."""
-    chunk, _, share = chunk_share
+    """One chunk's part of the gradients in x and radius, for its points."""
+    chunk, _, fraction = weighted
     problem = settings.problem(saved.x, chunk, saved.radius)
     own = _state(problem, settings)
-    g = share * (_pull_of_chunk(own.mean, saved) - average + saved.grad_logsumexp)
-    upstream = Upstream((share[:, None] * saved.grad_mean).to(saved.x.dtype), g)
+    g = fraction * (_pull_of_chunk(own.mean, saved) - average + saved.grad_logsumexp)
+    upstream = Upstream((fraction[:, None] * saved.grad_mean).to(saved.x.dtype), g)
     needed = [needs[0], False, needs[1]]
     grad_x, _, grad_radius = call_backward(problem, own, upstream, needed, settings.backend)
-    # The gradient of Σ_i g_i times a score is much larger than the result. The part that all chunks
-    # share, with the nearest of all references, is left out here and added by the caller.
+    # The gradient of Σ_i g_i times a score is much larger than the result. The part with the
+    # nearest of all references, common to all chunks, is left out here and added by the caller.
     if needs[1]:
         radius, weights = saved.radius, law(settings.D, saved.x.shape[1])
         if weights.adds_radius:

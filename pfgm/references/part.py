@@ -43,9 +43,9 @@ class Part:
     """Whether all values are known to be finite."""
     chunk_rows: int = field(init=False)
     """Rows in a chunk."""
-    _in_one: bool = field(init=False)
-    """Whether the rows are in memory, and one call of the CPU kernels for all of them gives the
-    bits of one for each chunk."""
+    _one_chunk: bool = field(init=False)
+    """Whether the rows are in memory, and the CPU kernels give the same bits for all rows at once
+    as chunk by chunk."""
     _buffers: list[tuple[Tensor, Tensor]] = field(init=False, default_factory=list)
     _seen: dict[int, tuple[int, int, int]] = field(init=False, default_factory=dict)
     """First row of a chunk → what shows that it is unchanged."""
@@ -62,7 +62,7 @@ class Part:
         self.chunk_rows = fitting // step * step or fitting
         same_bits = self.chunk_rows % step == 0 or len(self) <= self.chunk_rows
         held = self.source.tensor
-        self._in_one = same_bits and held is not None and held.is_contiguous()
+        self._one_chunk = same_bits and held is not None and held.is_contiguous()
         if not self.source.dtype.is_floating_point:
             self.finite = True
         if self.source.tensor is not None and not self.finite:
@@ -104,19 +104,19 @@ class Part:
         held = self.source.tensor
         return self.source.version(), 0 if held is None else native_calls.sample(held)
 
-    def in_one(self) -> Tensor | None:
-        """All references (M, *S) as one tensor for the CPU kernels; None if they need several."""
-        return self.source.tensor if self._in_one and self._is_all else None
+    def as_tensor(self) -> Tensor | None:
+        """All references (M, *S) as one tensor for the CPU kernels; None if they need chunks."""
+        return self.source.tensor if self._one_chunk and self._is_all else None
 
     def large_chunks(self) -> Iterator[tuple[int, Tensor]]:
         """As :meth:`stored_chunks`, but rows in memory in one chunk if results keep their bits."""
-        if self._in_one:
+        if self._one_chunk:
             yield 0, self.source.read(self.begin, self.end)
         else:
             yield from self.stored_chunks()
 
     def sketch(self, start: int, chunk: Tensor, x: Tensor, backend: str | None) -> Tensor | None:
-        """The backend's sketch (summary) of a chunk (m, *S), kept while the rows stay the same.
+        """The backend's sketch of a chunk (m, *S), kept while the rows stay the same.
 
         The first call returns None, and the second makes the sketch. For a single call with few
         points the sketch would cost more time than it saves. Files have no sketches, because these

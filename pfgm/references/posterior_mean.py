@@ -168,8 +168,8 @@ class _Gradient(OnceDifferentiable):
 def _check_singular(saved: Saved, settings: Settings) -> None:
     # Each process checks the points of all. If one raised alone, the others would wait for it.
     try:
-        flat = law(settings.D, saved.x.shape[1]).is_flat(saved.nearest, saved.radius)
-        check_singular(flat, saved.grad_logsumexp)
+        constant = law(settings.D, saved.x.shape[1]).is_constant(saved.nearest, saved.radius)
+        check_singular(constant, saved.grad_logsumexp)
     except ValueError as error:
         rows = "" if settings.ranks is None else " Rows are numbered over all processes."
         raise ValueError(f"{error}{rows}") from error

@@ -1,4 +1,4 @@
-"""Communication between the processes that share the references, with torch.distributed."""
+"""Communication between the processes that hold the references, with torch.distributed."""
 
 from __future__ import annotations
 
@@ -96,8 +96,8 @@ def merge_over_ranks(state: State, x: Tensor, radius: Tensor, D: float, ranks: R
         The state over all references, for the points of this process.
     """
     least = ranks.least(state.nearest)
-    share = relative_weight(state.nearest, least, radius, D, x.shape[1]) * state.total
-    total = ranks.sum(share)
+    weight = relative_weight(state.nearest, least, radius, D, x.shape[1]) * state.total
+    total = ranks.sum(weight)
     # Sent in the dtype of x, which halves the bytes in float32.
-    mean = ranks.sum(((share / total)[:, None] * state.mean).to(x.dtype))
+    mean = ranks.sum(((weight / total)[:, None] * state.mean).to(x.dtype))
     return State(*(ranks.own(values) for values in (mean, least, total)))
