@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import copy
 import math
+import operator
 from itertools import pairwise
 
 import torch
@@ -20,7 +21,7 @@ from .common import draws
 from .common.checks import check_not_empty
 from .common.tensors import flat_rows
 from .flows import Condition, Flow, Network
-from .flows.conditions import as_condition, select_rows
+from .flows.conditions import as_condition, map_tensors
 from .functional import euler_step, multistep_step
 from .references import References
 
@@ -138,7 +139,8 @@ class Consistency:
         ends = starts + self.ahead
         above_last = ends < len(levels) - 1
         if bool(above_last.any()):
-            own, reached = select_rows(condition, above_last), levels[ends[above_last]]
+            own = map_tensors(condition, lambda value: value[above_last])
+            reached = levels[ends[above_last]]
             x[above_last] = self.flow.denoise(net, x[above_last], reached, own).to(x.dtype)
         return x
 
@@ -157,7 +159,8 @@ class Consistency:
             if begin == end:
                 continue
             rows = slice(begin, end)
-            mean = self.flow.denoise(self.teacher, x[rows], z, select_rows(condition, rows))
+            own = map_tensors(condition, operator.itemgetter(rows))
+            mean = self.flow.denoise(self.teacher, x[rows], z, own)
             moved = euler_step(x[rows], mean, z, z_next)
             if begin < new and i < count - 1:
                 old, before = slice(begin, new), self.levels[i - 1]

@@ -105,9 +105,7 @@ def draw_samples(
     often: sample i has the label i mod classes.
 
     Args:
-        flow: the flow of the network.
-        network: as for :meth:`pfgm.Flow.sample`.
-        n: the number of samples.
+        flow, network, n: as for :meth:`pfgm.Flow.sample`.
         seed: seed of the prior, and of the noise that some samplers add.
         batch_size: samples at a time.
         device: where samples are computed; None means the device of the network's parameters.
@@ -210,9 +208,13 @@ def evaluate_samples(
     samples, train = to_unit(samples), to_unit(train)
     if held_out is None:
         against, real, others = "train", train[::2], train[1::2]
+        counted = {"half of train": others}
     else:
         against, real, others = "held_out", to_unit(held_out), train
-    _check_counts({"samples": samples, against: real, "train": others}, halved=held_out is None)
+        counted = {"held_out": real, "train": others}
+    for name, rows in {"samples": samples, **counted}.items():
+        if len(rows) < _MIN_ROWS:
+            raise ValueError(f"{name} must have at least {_MIN_ROWS} rows, got {len(rows)}.")
     others_labels = None
     if labels is not None:
         others_labels = labels.train if held_out is not None else labels.train[1::2]
@@ -254,9 +256,8 @@ def evaluate_labels(
     """Compares the samples of each label with the data of that label.
 
     Args:
-        samples, held_out, train: as for :func:`evaluate_samples`.
+        samples, held_out, train, progress: as for :func:`evaluate_samples`.
         labels: of their rows.
-        progress: show a progress bar.
 
     Returns:
         The result of :func:`evaluate_samples` for each label that samples have, in their order.
@@ -299,18 +300,10 @@ def _equally_many(
     for rows, rows_beside in pairs:
         count = min(len(rows), len(rows_beside))
         if count < len(rows):
-            rows = rows[
-                torch.randperm(len(rows), generator=draw, device="cpu")[:count].sort().values
-            ]
+            order = torch.randperm(len(rows), generator=draw, device="cpu")
+            rows = rows[order[:count].sort().values]
         chosen.append((rows, evenly_spaced(rows_beside, count)))
     return torch.cat([a for a, _ in chosen]), torch.cat([b for _, b in chosen])
-
-
-def _check_counts(sets: dict[str, Tensor], halved: bool) -> None:
-    for name, rows in sets.items():
-        if len(rows) < _MIN_ROWS:
-            half = "half of " if halved and name == "train" else ""
-            raise ValueError(f"{half}{name} must have at least {_MIN_ROWS} rows, got {len(rows)}.")
 
 
 def _figures(rows: Tensor, real: Tensor, neighbours: Tensor) -> dict[str, float]:
@@ -355,7 +348,7 @@ def bits_per_dim(
 
     Args:
         flow: the flow of the network.
-        network: must treat rows separately. It is put in evaluation mode during the call.
+        network: must treat rows separately.
         x: (B, *S) on the device of the network: uint8, or floating values at evenly spaced grey
             levels from −1 to 1.
         grey_levels: the number of grey levels. 0 means continuous data: no noise is added, and the
@@ -456,8 +449,7 @@ def curve(
     [−1, 1] if the held-out images are in this range.
 
     Args:
-        flow: the flow of the network.
-        network: as for :meth:`pfgm.Flow.sample`.
+        flow, network: as for :meth:`pfgm.Flow.sample`.
         held_out: (m, *S), floating or uint8, m ≥ 2, on the device of the samples.
         n: samples for each point, at least 2.
         steps: numbers of steps of euler, heun and multistep; an empty list leaves them out.
@@ -465,12 +457,6 @@ def curve(
         seed: seed of the prior.
         progress: show a progress bar.
         **options: of :func:`draw_samples`, such as batch_size, device and guidance.
-
-    Returns:
-        The points in the order of solvers and steps.
-
-    Raises:
-        ValueError: an argument is out of range.
 
     >>> import pfgm
     >>> data = torch.randn(50, 2, generator=torch.Generator().manual_seed(0))

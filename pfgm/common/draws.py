@@ -2,6 +2,12 @@
 
 The same numbers as those of torch.randn, rand and randint. torch.compile cannot call these with
 ``generator=None`` and a symbolic shape, such as that of a second batch size.
+
+>>> a, b = (torch.Generator().manual_seed(0) for _ in range(2))
+>>> torch.equal(normal((2,), a, device=a.device), torch.randn(2, generator=b))
+True
+>>> torch.equal(integers(9, (2,), a, device=a.device), torch.randint(9, (2,), generator=b))
+True
 """
 
 from __future__ import annotations
@@ -19,12 +25,7 @@ def normal(
     dtype: torch.dtype | None = None,
     device: torch.device,
 ) -> Tensor:
-    """Draws from N(0, 1).
-
-    >>> a, b = (torch.Generator().manual_seed(0) for _ in range(2))
-    >>> torch.equal(normal((2,), a, device=a.device), torch.randn(2, generator=b))
-    True
-    """
+    """Draws from N(0, 1)."""
     return torch.empty(shape, dtype=dtype, device=device).normal_(generator=generator)
 
 
@@ -35,23 +36,13 @@ def uniform(
     dtype: torch.dtype | None = None,
     device: torch.device,
 ) -> Tensor:
-    """Draws from U[0, 1).
-
-    >>> a, b = (torch.Generator().manual_seed(0) for _ in range(2))
-    >>> torch.equal(uniform((2,), a, device=a.device), torch.rand(2, generator=b))
-    True
-    """
+    """Draws from U[0, 1)."""
     return torch.empty(shape, dtype=dtype, device=device).uniform_(generator=generator)
 
 
 def integers(
     below: int, shape: Sequence[int], generator: torch.Generator | None, *, device: torch.device
 ) -> Tensor:
-    """Draws from 0 to below − 1.
-
-    >>> a, b = (torch.Generator().manual_seed(0) for _ in range(2))
-    >>> torch.equal(integers(9, (2,), a, device=a.device), torch.randint(9, (2,), generator=b))
-    True
-    """
+    """Draws from 0 to below − 1."""
     empty = torch.empty(shape, dtype=torch.int64, device=device)
     return empty.random_(0, below, generator=generator)

@@ -78,27 +78,9 @@ def check_rows(condition: Condition, count: int) -> None:
             )
 
 
-def move_condition(condition: Condition, device: torch.device) -> dict[str, Any]:
-    """The condition with its tensors on a device."""
+def map_tensors(condition: Condition, function: Callable[[Tensor], Tensor]) -> Condition:
+    """The condition with its tensors replaced, such as by their rows or on another device."""
     return {
-        name: value.to(device) if isinstance(value, Tensor) else value
+        name: function(value) if isinstance(value, Tensor) else value
         for name, value in condition.items()
-    }
-
-
-def select_rows(condition: Condition, rows: Tensor | slice) -> Condition:
-    """The condition of these rows alone."""
-    return {
-        name: value[rows] if isinstance(value, Tensor) else value
-        for name, value in condition.items()
-    }
-
-
-def repeat_rows(condition: Condition | None, times: int) -> Condition | None:
-    """The condition of B rows, repeated for times · B rows."""
-    if condition is None:
-        return None
-    return {
-        name: value.repeat(times, *[1] * (value.ndim - 1)) if isinstance(value, Tensor) else value
-        for name, value in as_condition("condition", condition).items()
     }

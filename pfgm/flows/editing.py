@@ -14,7 +14,7 @@ from torch import Tensor
 from ..common.checks import LARGEST, is_number
 from ..common.tensors import over_samples
 from ..solvers import SolverFunction, as_solver
-from .conditions import Condition, Network, repeat_rows
+from .conditions import Condition, Network, as_condition, map_tensors
 from .interpolation import check_pair, even_weights, interpolate
 from .sampling import Sampling
 
@@ -51,8 +51,8 @@ class Editing(Sampling):
         has a relative error below 1e-3 where the network is smooth along the path. Far from all
         data that the network knows, the ODE is stiff and the error is larger. For the exact network
         that is all data except its references. The guide "Invert and edit" gives measured errors.
-        Smaller rtol and atol help. The norms of latents are not clipped. They may
-        be larger than those of :meth:`prior` of a :class:`PoissonFlow`, which are clipped.
+        Smaller rtol and atol help. The norms of latents are not clipped. They may be larger than
+        those of :meth:`prior` of a :class:`PoissonFlow`, which are clipped.
 
         Args:
             net: the network, as in :meth:`sample`.
@@ -61,9 +61,7 @@ class Editing(Sampling):
                 level, ``x + flow.noise(level)``, makes them typical points of that level.
             solver: as in :meth:`sample`. The other solvers need many steps for the accuracy of
                 rk45.
-            steps: the number of solver steps; rk45 chooses its own. The levels are those of
-                :meth:`sample`, without its last step if that goes to 0.
-            schedule: as in :meth:`sample`.
+            steps, schedule: as in :meth:`sample`, without its last step if that goes to 0.
             rtol: relative tolerance of rk45, on the root mean square over the batch.
             atol: absolute tolerance of rk45. None is 1e-5, or 2e-5 times the spread of a flow that
                 has one.
@@ -119,20 +117,7 @@ class Editing(Sampling):
         ``denoise(net, decoded, flow.last_level)``. Its samples have less noise, but that step maps
         many points to one and cannot be inverted.
 
-        Args:
-            latent: (B, *S), floating point, at the first level.
-            others: as in :meth:`encode`.
-
-        Raises:
-            ValueError, TypeError: as :meth:`encode`.
-
-        >>> import pfgm, torch
-        >>> flow = pfgm.PoissonFlowPP((2,), D=16)
-        >>> net = flow.empirical(torch.ones(1, 2))
-        >>> flow.decode(net, flow.prior(3)).round(decimals=1)
-        tensor([[1., 1.],
-                [1., 1.],
-                [1., 1.]])
+        Latents are (B, *S), floating point. Other arguments and errors are those of :meth:`encode`.
         """
         self._check_x(latent, "latent")
         grid = self._grid_above_zero(steps, schedule)
@@ -158,13 +143,11 @@ class Editing(Sampling):
 
         Args:
             net: the network.
-            x_a: (B, *S) data, the start.
-            x_b: (B, *S) data, the end.
+            x_a, x_b: (B, *S) data, the start and the end.
             count: W, the number of points, evenly spaced. The first and the last are x_a and x_b,
                 encoded and decoded.
             weights: (W,) weights of x_b instead of count, as :func:`pfgm.interpolate` takes them.
-            condition: as in :meth:`sample`, with values for B rows.
-            unconditional: as in :meth:`sample`, with values for B rows.
+            condition, unconditional: as in :meth:`sample`, with values for B rows.
             **options: of both :meth:`encode` and :meth:`decode`, such as solver and rtol.
 
         Raises:
@@ -185,7 +168,13 @@ class Editing(Sampling):
         start, end = (self.encode(net, x, return_nfe=False, **own, **options) for x in (a, b))
         center = self._center(start)
         points = interpolate(start - center, end - center, weights) + center
-        own = {name: repeat_rows(value, len(points)) for name, value in own.items()}
+        own = {
+            name: map_tensors(
+                as_condition(name, value),
+                lambda rows: rows.repeat(len(points), *[1] * (rows.ndim - 1)),
+            )
+            for name, value in own.items()
+        }
         data = self.decode(net, points.flatten(0, 1), return_nfe=False, **own, **options)
         return data.view_as(points)
 

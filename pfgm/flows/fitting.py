@@ -148,11 +148,9 @@ class Fitting(Sampling, Targets):
         Raises:
             ValueError, TypeError: they are not levels of this flow.
         """
-        _check_mapping(described)
-        for solver, by_steps in described.items():
+        for solver, by_steps in _checked_mapping(described).items():
             check_choice("the solver of fitted levels", solver, GRID_SOLVERS)
-            _check_mapping(by_steps)
-            for steps, levels in by_steps.items():
+            for steps, levels in _checked_mapping(by_steps).items():
                 self._restore(solver, int(steps), checked_grid(levels))
 
     def _restore(self, solver: str, steps: int, levels: list[float]) -> None:
@@ -175,9 +173,10 @@ class Fitting(Sampling, Targets):
         }
 
 
-def _check_mapping(described: Any) -> None:
+def _checked_mapping(described: Any) -> Mapping[Any, Any]:
     if not isinstance(described, Mapping):
         raise TypeError(f"fitted levels are a {type(described).__name__}, not a mapping.")
+    return described
 
 
 def check_fitted_steps(name: str, steps: int) -> None:

@@ -27,18 +27,12 @@ class Inpainting(Sampling):
         mask: Tensor,
         *,
         return_nfe: Literal[False] = ...,
-        **options: Any,
+        **_: Any,
     ) -> Tensor: ...
 
     @overload
     def inpaint(
-        self,
-        net: Network,
-        known: Tensor,
-        mask: Tensor,
-        *,
-        return_nfe: Literal[True],
-        **options: Any,
+        self, net: Network, known: Tensor, mask: Tensor, *, return_nfe: Literal[True], **_: Any
     ) -> tuple[Tensor, int]: ...
 
     def inpaint(
@@ -83,8 +77,7 @@ class Inpainting(Sampling):
             net: the network.
             known: (B, *S) data; uint8 means u/127.5 − 1. Values where mask is False are not read.
             mask: bool, True where the data are known; any shape that broadcasts to (B, *S).
-            steps: as in :meth:`sample`.
-            schedule: as in :meth:`sample`.
+            steps, schedule: as in :meth:`sample`.
             resample: the number of further rounds. Each starts at resample_from and takes the
                 levels of the grid below it. More rounds leave fewer seams (docs/howto/editing.md).
             resample_from: the level at which rounds start, about the standard deviation of the
@@ -97,7 +90,7 @@ class Inpainting(Sampling):
             **options: of :meth:`sample`, such as solver, condition, guidance and progress.
 
         Returns:
-            (B, *S), exactly as given where mask is True; with ``return_nfe`` the evaluations too.
+            (B, *S), exactly as given where mask is True.
 
         Raises:
             ValueError: shapes do not fit, resample is below 0, or as :meth:`sample`.

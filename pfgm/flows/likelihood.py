@@ -25,7 +25,6 @@ from ..common.tensors import common_device, evaluating, wide_dtype
 from ..functional import euler_step, heun_step, log_density
 from ..solvers import (
     SOLVERS,
-    DenoiseFunction,
     Solver,
     SolverFunction,
     as_solver,
@@ -77,9 +76,8 @@ class Likelihood(Sampling):
 
             log p(x) = log p_prior(latent) + ∫ div dt,  div = N − div mean,  t = log σ
 
-        along dx/dt = x − mean (PFGM, arXiv 2209.11178, section 3.3; arXiv 1810.01367, equation 8).
-        This is the density at the flow's last level, z_min or sigma_min: that of data with noise of
-        this level.
+        along dx/dt = x − mean. This is the density at the flow's last level, z_min or sigma_min:
+        that of data with noise of this level.
 
         The prior is the perturbation kernel at the first level around one point: around the center
         of a PoissonFlow with a spread, else around 0. Real data are not all at that point, so the
@@ -115,10 +113,6 @@ class Likelihood(Sampling):
                 differentiated only once and the divergence already does so.
             progress: whether to show a progress bar.
 
-        Returns:
-            nats (B,), bits_per_dim (B,) = −log₂ p/N + log₂(L/2), latent (B, *S) at the first level,
-            and nfe, the number of network evaluations.
-
         Raises:
             ValueError: an argument is out of range, shapes do not fit, the result of the network or
                 of prior_log_prob is not finite, or the former has no gradient in x.
@@ -143,22 +137,33 @@ class Likelihood(Sampling):
         check_steps("steps", steps)
         whole("grey_levels", grey_levels, 2)
         common_device(x.device, generator)
+        rtol, atol = positive("rtol", rtol), positive("atol", atol)
         predict = self._predictor(net, x, condition, None, None)
-        with evaluating(net):
-            return log_likelihood(
-                predict,
-                x,
-                self._rising_grid(steps),
-                prior_log_prob or self._prior_log_prob,
-                estimator=estimator,
-                solver=solver,
-                rtol=positive("rtol", rtol),
-                atol=positive("atol", atol),
-                grey_levels=grey_levels,
-                generator=generator,
-                differentiable=differentiable,
-                progress=progress,
-            )
+        grid, count = self._rising_grid(steps), len(x)
+        # Autograd works neither in inference mode nor on tensors made there.
+        with (
+            evaluating(net),
+            torch.inference_mode(False),
+            torch.set_grad_enabled(differentiable),
+            _progress_reported(grid, progress) as report,
+        ):
+            x = x.clone() if x.is_inference() else x
+            x = x if differentiable else x.detach()
+            wide = x.reshape(count, self.N).to(wide_dtype(x.device))
+            divergence = ESTIMATORS[estimator](x, generator)
+            evaluate = MeanAndDivergence(predict, x, divergence, differentiable, report)
+            integral = wide.new_zeros(count)
+            if count > 0:
+                chosen = as_solver(solver)
+                carry = _APART.get(chosen.function) or _jointly(chosen)
+                wide, integral = carry(evaluate, wide, grid, rtol, atol)
+                _check_each("the latent or its density", wide.sum(1) + integral, torch.isfinite)
+            latent = wide.to(x.dtype).view(x.shape)
+            prior = _checked_prior((prior_log_prob or self._prior_log_prob)(latent), count)
+            known = self.N * math.log(grid[-1] / grid[0])
+            nats = prior.to(wide.dtype) + known - integral
+            bits = -nats / (self.N * math.log(2)) + math.log2(grey_levels) - 1
+        return LogLikelihood(nats, bits, latent, evaluate.nfe)
 
     def _prior_log_prob(self, latent: Tensor) -> Tensor:
         return centred_prior(latent - self._center(latent), self.first_level, self.D)
@@ -170,9 +175,6 @@ class Likelihood(Sampling):
         return (grid if grid[-1] > 0 else self.grid(steps + 1)[:-1])[::-1]
 
 
-# ---- without a flow ----------------------------------------------------------------------------
-
-
 def centred_prior(latent: Tensor, level: float, D: float) -> Tensor:
     """Log-density (B,) of a flow's prior: the perturbation kernel at its first level around 0.
 
@@ -182,55 +184,6 @@ def centred_prior(latent: Tensor, level: float, D: float) -> Tensor:
     # In float64, because the exponent N + D multiplies rounding errors.
     wide = latent.to(wide_dtype(latent.device))
     return log_density(wide, wide.new_zeros(1, *wide.shape[1:]), sigma=level, D=D)
-
-
-def log_likelihood(
-    denoise: DenoiseFunction,
-    x: Tensor,
-    grid: Sequence[float],
-    prior_log_prob: Callable[[Tensor], Tensor],
-    *,
-    estimator: str = "rademacher",
-    solver: str | SolverFunction = "rk45",
-    rtol: float = 1e-5,
-    atol: float = 1e-5,
-    grey_levels: int = 256,
-    generator: torch.Generator | None = None,
-    differentiable: bool = False,
-    progress: bool = False,
-) -> LogLikelihood:
-    """As :meth:`Likelihood.log_likelihood`, for any posterior mean and a grid of rising levels.
-
-    >>> def denoise(x, level):  # data from a standard normal distribution, D = ∞
-    ...     return x / (1 + level**2)
-    >>> def prior(latent):
-    ...     return centred_prior(latent, math.sqrt(1 + 80.0**2), D=math.inf)
-    >>> log_likelihood(denoise, torch.zeros(1, 1), [1e-3, 80.0], prior).nats  # log(1/√(2π))
-    tensor([-0.9189], dtype=torch.float64)
-    """
-    count, N = len(x), math.prod(x.shape[1:])
-    # Autograd works neither in inference mode nor on tensors made there.
-    with (
-        torch.inference_mode(False),
-        torch.set_grad_enabled(differentiable),
-        _progress_reported(grid, progress) as report,
-    ):
-        x = x.clone() if x.is_inference() else x
-        x = x if differentiable else x.detach()
-        wide = x.reshape(count, N).to(wide_dtype(x.device))
-        divergence = ESTIMATORS[estimator](x, generator)
-        evaluate = MeanAndDivergence(denoise, x, divergence, differentiable, report)
-        integral = wide.new_zeros(count)
-        if count > 0:
-            chosen = as_solver(solver)
-            carry = _APART.get(chosen.function) or _jointly(chosen)
-            wide, integral = carry(evaluate, wide, grid, rtol, atol)
-            _check_each("the latent or its density", wide.sum(1) + integral, torch.isfinite)
-        latent = wide.to(x.dtype).view(x.shape)
-        prior = _checked_prior(prior_log_prob(latent), count).to(wide.dtype)
-        nats = prior + N * math.log(grid[-1] / grid[0]) - integral
-        bits = -nats / (N * math.log(2)) + math.log2(grey_levels) - 1
-    return LogLikelihood(nats, bits, latent, evaluate.nfe)
 
 
 # ---- solvers -----------------------------------------------------------------------------------

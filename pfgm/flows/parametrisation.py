@@ -58,8 +58,10 @@ class Parametrisation(ABC):
     """The number of augmented dimensions; infinity for diffusion."""
     fitted_levels: dict[str, dict[int, list[float]]]
     """Levels by solver and number of steps, from ``fit_levels``. Not part of ``config``."""
+    _settings: tuple[str, ...]
+    """The names of the hyper-parameters beside the shape."""
     _warned_of_range: bool = False
-    """Whether ``from_data`` has warned that images are not in [-1, 1]. Not part of ``config``."""
+    """Whether ``from_data`` has warned that images are not in [-1, 1]."""
 
     def __init__(self, shape: Sequence[int]) -> None:
         if not isinstance(shape, Iterable):
@@ -84,11 +86,6 @@ class Parametrisation(ABC):
     def last_level(self) -> float:
         """The lowest level at which a network is evaluated: z_min or sigma_min."""
 
-    @property
-    @abstractmethod
-    def config(self) -> dict[str, Any]:
-        """Every hyper-parameter, JSON-able: ``type(flow)(**flow.config)`` is the same flow."""
-
     @abstractmethod
     def _predict(
         self, net: Network, x: Tensor, level: Level, condition: Condition
@@ -111,7 +108,12 @@ class Parametrisation(ABC):
         """The center of the prior: 0, or a tensor (*S) in the dtype and on the device of x."""
         return 0.0
 
-    # ---- what all flows share ----
+    @property
+    def config(self) -> dict[str, Any]:
+        """Every hyper-parameter, JSON-able: ``type(flow)(**flow.config)`` is the same flow."""
+        return {"shape": list(self.shape), **{name: getattr(self, name) for name in self._settings}}
+
+    # ---- what all flows have ----
 
     @property
     def defaults(self) -> Defaults:

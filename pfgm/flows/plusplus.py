@@ -6,7 +6,7 @@ import functools
 import math
 import warnings
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any, Literal, overload
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -30,14 +30,10 @@ from ..data.opening import Samples
 from ..functional import posterior_mean
 from ..functional.levels import Level
 from ..references import References, ReferenceSet
-from ..solvers import SAMPLERS, SCHEDULES, as_solver, rho_grid
+from ..solvers import SAMPLERS, SCHEDULES, SolverFunction, as_solver, rho_grid
 from .conditions import Condition, Network, as_condition, check_rows, with_inner_networks
 from .flow import Flow
-from .sampling import SampleOptions
 from .targets import ExactNetwork, targets_by_label
-
-if TYPE_CHECKING:
-    from typing_extensions import Unpack
 
 # Below this D, the noise σ g/√(χ²_D/D) is often many times larger than σ: above 3 σ in 2 % of draws
 # at D = 4 and in 26 % at D = 1.
@@ -119,14 +115,6 @@ class Preconditioned(nn.Module):
         return sigma.square() + self.sigma_data**2
 
 
-class ChurnOptions(SampleOptions, total=False):
-    """The types of the options of :meth:`PoissonFlowPP.sample`."""
-
-    churn: float
-    churn_range: tuple[float, float]
-    churn_noise: float
-
-
 class PoissonFlowPP(Flow):
     """PFGM++ (arXiv 2302.04265) with D augmented dimensions; D = ∞ is diffusion (EDM).
 
@@ -147,6 +135,14 @@ class PoissonFlowPP(Flow):
     Raises:
         ValueError: an argument is out of range.
 
+    :meth:`sample` has three options more, for the noise of EDM's algorithm 2:
+
+    - churn: S_churn. Before each step of euler or heun (the default then) the level is raised by
+      the factor 1 + min(churn/steps, √2 − 1) and noise is added, drawn from the perturbation
+      kernel. This is exact for D = ∞ only.
+    - churn_range: the lowest and the highest level that is raised.
+    - churn_noise: S_noise, which multiplies the standard deviation of the noise.
+
     >>> import torch
     >>> flow = PoissonFlowPP((2,), D=16)
     >>> circle = torch.tensor([[1.0, 0.0], [0.0, 1.0], [-1.0, 0.0], [0.0, -1.0]])
@@ -154,6 +150,8 @@ class PoissonFlowPP(Flow):
     >>> bool((samples.norm(dim=1) - 1).abs().max() < 0.01)
     True
     """
+
+    _settings = ("D", "sigma_min", "sigma_max", "sigma_data", "rho", "P_mean", "P_std")
 
     def __init__(
         self,
@@ -236,17 +234,8 @@ class PoissonFlowPP(Flow):
     @property
     def config(self) -> dict[str, Any]:
         """Every hyper-parameter, JSON-able: ``PoissonFlowPP(**flow.config)`` is the same flow."""
-        return {
-            "shape": list(self.shape),
-            # JSON has no infinity.
-            "D": "inf" if math.isinf(self.D) else self.D,
-            "sigma_min": self.sigma_min,
-            "sigma_max": self.sigma_max,
-            "sigma_data": self.sigma_data,
-            "rho": self.rho,
-            "P_mean": self.P_mean,
-            "P_std": self.P_std,
-        }
+        # JSON has no infinity.
+        return {**super().config, "D": "inf" if math.isinf(self.D) else self.D}
 
     @property
     def first_level(self) -> float:
@@ -272,15 +261,8 @@ class PoissonFlowPP(Flow):
     def perturb(self, x: Tensor, generator: torch.Generator | None = None) -> tuple[Tensor, Tensor]:
         """Perturbed data and their levels, ln σ ~ N(P_mean, P_std²) (EDM, table 1).
 
-        Args:
-            x: (B, *S) clean data; uint8 means u/127.5 − 1.
-            generator: on the device of x.
-
-        Returns:
-            x̃ (B, *S) and sigma (B,).
-
-        Raises:
-            ValueError: x has another sample shape.
+        Arguments and errors are those of :meth:`pfgm.PoissonFlow.perturb`. The result is x̃ (B, *S)
+        and sigma (B,).
 
         >>> import torch
         >>> x_perturbed, sigma = PoissonFlowPP((2,), D=16).perturb(torch.zeros(8, 2))
@@ -306,23 +288,12 @@ class PoissonFlowPP(Flow):
 
         The weight λ is (σ² + σ_d²)/(σ σ_d)².
 
+        Other arguments, the result and the errors are those of :meth:`pfgm.PoissonFlow.loss`.
+
         Args:
-            net: the network being trained.
-            x: (B, *S) clean data.
             references: None makes the clean x the target (PFGM++, equation 7). Data (M, *S), which
                 must contain the rows of x, make their posterior mean the target: the stable target
                 (arXiv 2302.00670), which varies less.
-            generator: of the perturbation, on the device of x.
-            condition: keyword arguments of the network. With "labels" (B,) in it and references,
-                the target of each point is the posterior mean of the references of its label. A
-                label below 0 means no label: the target is the posterior mean of all references.
-            reference_labels: (M,) labels of the references, needed with labels and references.
-
-        Returns:
-            A scalar of float32 or wider.
-
-        Raises:
-            ValueError: x is empty, shapes do not fit, or the network's result has a wrong shape.
 
         Warns:
             UserWarning: D is below 4 and the network has EDM's preconditioning.
@@ -382,80 +353,39 @@ class PoissonFlowPP(Flow):
         device = common_device(device, generator)
         return self.noise(torch.full((n,), self.sigma_max, device=device), generator)
 
-    @overload
-    def sample(
+    def _with_noise_of_steps(
         self,
-        net: Network,
-        n: int,
-        *,
-        return_nfe: Literal[False] = ...,
-        **options: Unpack[ChurnOptions],
-    ) -> Tensor: ...
-
-    @overload
-    def sample(
-        self, net: Network, n: int, *, return_nfe: Literal[True], **options: Unpack[ChurnOptions]
-    ) -> tuple[Tensor, int]: ...
-
-    @overload
-    def sample(
-        self, net: Network, n: int, *, return_nfe: bool, **options: Unpack[ChurnOptions]
-    ) -> Tensor | tuple[Tensor, int]: ...
-
-    def sample(
-        self,
-        net: Network,
-        n: int,
-        *,
-        return_nfe: bool = False,
-        churn: float = 0.0,
-        churn_range: tuple[float, float] = (0.0, math.inf),
-        churn_noise: float = 1.0,
-        **options: Unpack[SampleOptions],
-    ) -> Tensor | tuple[Tensor, int]:
-        """Samples (n, *S).
-
-        This is :meth:`pfgm.Flow.sample` with churn, which makes euler and heun stochastic
-        (EDM, algorithm 2): before each step the level is raised and noise is added. The noise is
-        drawn from the perturbation kernel, which is exact for D = ∞ only.
-
-        Args:
-            net: the network, a denoiser.
-            n: the number of samples.
-            return_nfe: whether to return the number of network evaluations too.
-            churn: S_churn, which raises the level by the factor 1 + min(churn/steps, √2 − 1). With
-                churn the solver is heun unless given.
-            churn_range: the lowest and the highest level that is raised.
-            churn_noise: S_noise, which multiplies the standard deviation of the noise.
-            **options: those of :meth:`pfgm.Flow.sample`.
-
-        Raises:
-            ValueError: as :meth:`pfgm.Flow.sample`, or churn with another solver.
-        """
-        scale = positive("churn_noise", churn_noise)
+        solver: str | SolverFunction | None,
+        steps: int | None,
+        schedule: str | Sequence[float] | None,
+        options: dict[str, Any],
+        generator: torch.Generator | None,
+    ) -> tuple[str | SolverFunction | None, str | Sequence[float] | None]:
+        churn_range = options.pop("churn_range", (0.0, math.inf))
+        scale = positive("churn_noise", options.pop("churn_noise", 1.0))
         pair = isinstance(churn_range, (list, tuple)) and len(churn_range) == 2
         if not pair or not as_number(churn_range[0]) <= as_number(churn_range[1]):
             raise ValueError(
                 f"churn_range must be two levels, the lower first, got {churn_range!r}."
             )
-        if non_negative("churn", churn) == 0:
-            return super().sample(net, n, return_nfe=return_nfe, **options)
-        solver = options["solver"] = options.get("solver") or "heun"
+        churn = non_negative("churn", options.pop("churn", 0.0))
+        if churn == 0:
+            return solver, schedule
+        solver = solver or "heun"
         if "churn" not in as_solver(solver).options:
             able = ", ".join(name for name, each in SAMPLERS.items() if "churn" in each.options)
             raise ValueError(f"solver must be one of {able} with churn, got {solver!r}.")
-        if options.get("schedule") is None:
-            options["schedule"] = self.defaults.schedule  # levels are fitted without churn
-        count = len(self.grid(options.get("steps"), options["schedule"], solver=solver)) - 1
-        raised = functools.partial(
+        if schedule is None:
+            schedule = self.defaults.schedule  # levels are fitted without churn
+        count = len(self.grid(steps, schedule, solver=solver)) - 1
+        options["churn"] = functools.partial(
             self._churn,
             growth=min(churn / count, _LARGEST_CHURN),
             between=churn_range,
             scale=scale,
-            generator=options.get("generator"),
+            generator=generator,
         )
-        given: Any = {"churn": raised}  # an option of the solver, which no caller gives
-        return super().sample(net, n, return_nfe=return_nfe, **options, **given)
+        return solver, schedule
 
     def _churn(
         self,

@@ -130,6 +130,10 @@ class PoissonFlow(Flow):
     """
 
     D = 1.0
+    _settings = (
+        *("M", "noise_std", "tau", "gamma", "z_max", "z_min", "upper_norm", "restrict_M"),
+        *("z_exp", "substitution"),
+    )
 
     @with_hints
     def __init__(
@@ -253,27 +257,9 @@ class PoissonFlow(Flow):
     @property
     def config(self) -> dict[str, Any]:
         """Every hyper-parameter, JSON-able: ``PoissonFlow(**flow.config)`` is the same flow."""
-        return {
-            "shape": list(self.shape),
-            "M": self.M,
-            "noise_std": self.noise_std,
-            "tau": self.tau,
-            "gamma": self.gamma,
-            "z_max": self.z_max,
-            "z_min": self.z_min,
-            "upper_norm": self.upper_norm,
-            "restrict_M": self.restrict_M,
-            "z_exp": self.z_exp,
-            "substitution": self.substitution,
-            **self._center_and_spread,
-        }
-
-    @property
-    def _center_and_spread(self) -> dict[str, Any]:
-        """Center and spread; empty with the published rules, which have neither."""
         if self.spread is None:
-            return {}
-        return {"center": self.center.tolist(), "spread": self.spread}
+            return super().config
+        return {**super().config, "center": self.center.tolist(), "spread": self.spread}
 
     @property
     def first_level(self) -> float:

@@ -42,7 +42,7 @@ from .conditions import (
     as_condition,
     check_condition,
     check_network,
-    move_condition,
+    map_tensors,
 )
 from .parametrisation import Parametrisation
 
@@ -58,7 +58,7 @@ Projection = Callable[[Tensor, float], Tensor]
 
 
 class SampleOptions(TypedDict, total=False):
-    """The types of the options of :meth:`pfgm.Flow.sample`."""
+    """The types of the options of :meth:`pfgm.Flow.sample`; churn is for PoissonFlowPP."""
 
     solver: str | SolverFunction | None
     steps: int | None
@@ -75,6 +75,9 @@ class SampleOptions(TypedDict, total=False):
     rtol: float
     atol: float
     project: Projection | None
+    churn: float
+    churn_range: tuple[float, float]
+    churn_noise: float
 
 
 class Sampling(Parametrisation):
@@ -108,11 +111,6 @@ class Sampling(Parametrisation):
     def sample(
         self, net: Network, n: int, *, return_nfe: Literal[True], **options: Unpack[SampleOptions]
     ) -> tuple[Tensor, int]: ...
-
-    @overload
-    def sample(
-        self, net: Network, n: int, *, return_nfe: bool, **options: Unpack[SampleOptions]
-    ) -> Tensor | tuple[Tensor, int]: ...
 
     def sample(
         self,
@@ -165,7 +163,8 @@ class Sampling(Parametrisation):
                 the run stops and returns that x.
             progress: whether to show a progress bar.
             return_nfe: whether to return the number of network evaluations too.
-            **options: of the solver, such as rtol and atol of rk45; and project of :meth:`solve`.
+            **options: of the solver, such as rtol and atol of rk45; project of :meth:`solve`; and
+                of a :class:`pfgm.PoissonFlowPP` churn.
 
         Raises:
             TypeError: an argument is of another type, or no option of the solver.
@@ -182,6 +181,7 @@ class Sampling(Parametrisation):
         >>> x.shape, nfe
         (torch.Size([3, 2]), 15)
         """
+        solver, schedule = self._with_noise_of_steps(solver, steps, schedule, options, generator)
         solver = self.defaults.solver if solver is None else solver
         grid = self.grid(steps, schedule, last, solver=solver)
         if x_init is None:
@@ -204,6 +204,20 @@ class Sampling(Parametrisation):
                 **options,
             )
         return (x, nfe) if return_nfe else x
+
+    def _with_noise_of_steps(
+        self,
+        solver: str | SolverFunction | None,
+        steps: int | None,
+        schedule: str | Sequence[float] | None,
+        options: dict[str, Any],
+        generator: torch.Generator | None,
+    ) -> tuple[str | SolverFunction | None, str | Sequence[float] | None]:
+        """The solver and the schedule of a run, which may depend on options of the flow's own.
+
+        A flow replaces these by options of the solver, such as a function that adds noise.
+        """
+        return solver, schedule
 
     @with_hints
     def grid(
@@ -343,8 +357,10 @@ class Sampling(Parametrisation):
     ) -> DenoiseFunction:
         """The network's prediction as a function of points and level, with guidance applied."""
         check_network(net)
-        conditional = move_condition(as_condition("condition", condition), x.device)
-        without = move_condition(as_condition("unconditional", unconditional), x.device)
+        conditional, without = (
+            map_tensors(as_condition(name, given), lambda value: value.to(x.device))
+            for name, given in (("condition", condition), ("unconditional", unconditional))
+        )
         for each in (conditional, without):
             check_condition(net, each, len(x))
         if guidance is None:

@@ -8,6 +8,10 @@ samples themselves. The function gets at most 64 samples at a time, without grad
 the module of a bound method, is in evaluation mode during the call. With features, samples may have
 any dtype that the function takes. Pixels say little about what an image shows: the features of a
 :class:`Classifier` say more.
+
+All metrics raise TypeError for samples that are not floating point, and ValueError if sample shapes
+or devices differ, there are too few samples, values are NaN or infinity or so large that a result
+overflows, features have another shape, or an argument is out of range.
 """
 
 from .classifier import (

@@ -1,4 +1,7 @@
-"""Distances between two sets of samples, or of their features, and nearest neighbours."""
+"""Distances between two sets of samples, or of their features, and nearest neighbours.
+
+:mod:`pfgm.metrics` describes the argument ``features`` and the errors.
+"""
 
 from __future__ import annotations
 
@@ -51,12 +54,6 @@ def frechet_distance(a: Tensor, b: Tensor, *, features: Features | None = None) 
     Args:
         a: (n, *S), floating, n ≥ 2; n may be less than the number of values in a sample.
         b: (m, *S), likewise.
-        features: maps (n, *S) to (n, F), which are compared in place of the samples.
-
-    Raises:
-        TypeError: a dtype is not floating.
-        ValueError: the sample shapes or devices differ; there are too few samples; values are NaN
-            or infinity, or so large that the distance overflows; features have another shape.
 
     >>> a = torch.tensor([[-1.0, 0.0], [1.0, 0.0]])
     >>> frechet_distance(a, a + torch.tensor([0.0, 3.0]))
@@ -98,7 +95,6 @@ def kernel_distance(
     Args:
         a: (n, *S), floating, n ≥ 2.
         b: (m, *S), likewise.
-        features: maps (n, *S) to (n, F), which are compared in place of the samples.
         degree: degree of the kernel, at least 1.
         subsets: the number of pairs of random subsets to compare, each drawn without replacement;
             None compares all of a with all of b.
@@ -109,12 +105,6 @@ def kernel_distance(
     Returns:
         Mean and standard deviation (with n − 1) over the subsets. The standard deviation of one
         estimate is NaN.
-
-    Raises:
-        TypeError: a dtype is not floating.
-        ValueError: the sample shapes or devices differ; there are too few samples; values are NaN
-            or infinity, or so large that the distance overflows; features have another shape;
-            degree or subsets is below 1; or subset_size is larger than a set.
 
     >>> a, b = torch.tensor([[0.0], [2.0]]), torch.tensor([[1.0], [3.0]])
     >>> kernel_distance(a, b, degree=1, subsets=None).mean  # (1 − 2)² − 2/2 − 2/2
@@ -170,14 +160,8 @@ def precision_recall(
         samples: (n, *S), floating, n > k.
         real: (m, *S), likewise.
         k: the neighbour that sets the radius, k ≥ 1.
-        features: maps (n, *S) to (n, F), which are compared in place of the samples.
         neighbours: (m, at least k), the :func:`neighbour_distances` of the real data or of their
             features, which save time if several sets are compared with the same data.
-
-    Raises:
-        TypeError: a dtype is not floating.
-        ValueError: the sample shapes or devices differ; k is below 1 or at least the number of
-            samples; values are NaN or infinity; features or neighbours have another shape.
 
     >>> real = torch.arange(5.0).view(5, 1)
     >>> precision_recall(torch.tensor([[0.1], [0.2], [0.3], [-9.0]]), real, k=1)
@@ -218,13 +202,7 @@ def density_coverage(
         samples: (n, *S), floating, n ≥ 1.
         real: (m, *S), likewise, m > k.
         k: the neighbour that sets the radius, k ≥ 1.
-        features: maps (n, *S) to (n, F), which are compared in place of the samples.
         neighbours: (m, at least k), as in :func:`precision_recall`.
-
-    Raises:
-        TypeError: a dtype is not floating.
-        ValueError: the sample shapes or devices differ; k is below 1 or at least the number of
-            real samples; values are NaN or infinity; features or neighbours have another shape.
 
     >>> real = torch.arange(5.0).view(5, 1)
     >>> density_coverage(torch.tensor([[0.1], [0.2], [0.3], [-9.0]]), real, k=1)
@@ -248,15 +226,9 @@ def neighbour_distances(x: Tensor, k: int = 5, *, features: Features | None = No
     Args:
         x: (n, *S), floating, n > k.
         k: the number of neighbours, k ≥ 1.
-        features: maps (n, *S) to (n, F), which are compared in place of the samples.
 
     Returns:
         (n, k), float64, ascending.
-
-    Raises:
-        TypeError: a dtype is not floating.
-        ValueError: k is below 1 or at least the number of samples; values are NaN or infinity;
-            features have another shape.
 
     >>> neighbour_distances(torch.tensor([[0.0], [1.0], [3.0]]), k=2)
     tensor([[1., 3.],
@@ -276,15 +248,9 @@ def nearest_distance(a: Tensor, b: Tensor, *, features: Features | None = None) 
     Args:
         a: (n, *S), floating.
         b: (m, *S), floating, m ≥ 1.
-        features: maps (n, *S) to (n, F), which are compared in place of the samples.
 
     Returns:
         (n,), float64, in units of the samples or features.
-
-    Raises:
-        TypeError: a dtype is not floating.
-        ValueError: the sample shapes or devices differ; there are no samples; values are NaN or
-            infinity; features have another shape.
 
     >>> nearest_distance(torch.tensor([[0.0, 0.0]]), torch.tensor([[3.0, 4.0], [9.0, 9.0]]))
     tensor([5.], dtype=torch.float64)

@@ -20,10 +20,7 @@ class EDMInterface:
 
     shape: tuple[int, ...]
     classes: int
-    sigma_min = 0.0
-    """The lowest level that a network takes: any level."""
-    sigma_max = math.inf
-    """The highest level that a network takes: any level."""
+    sigma_min, sigma_max = 0.0, math.inf  # any level
 
     @property
     def img_channels(self) -> int:

@@ -24,14 +24,8 @@ def field_from_mean(
 
     With E = (x − mean, z) the field is v = −√N E / (‖E‖ + γ), and 0 where E = 0.
 
-    Args:
-        x: points, (B, *S).
-        z: augmented coordinates, (B,).
-        mean: posterior mean, (B, *S).
-        gamma: γ ≥ 0.
-
-    Returns:
-        (field_x, field_z) of shapes (B, *S) and (B,).
+    x and mean are (B, *S), z is (B,), and γ ≥ 0. The results field_x and field_z are (B, *S) and
+    (B,).
 
     >>> x, z = torch.tensor([[3.0, 0.0]]), torch.tensor([4.0])
     >>> field_x, field_z = field_from_mean(x, z, torch.zeros(1, 2), gamma=0.0)
@@ -87,6 +81,14 @@ class FieldNetwork(nn.Module):
 
     Subclasses implement `backbone` and set `config`: keyword arguments that rebuild the network and
     that JSON can store.
+
+    Args:
+        shape: sample shape S.
+        data_std: root mean square of the data's values.
+        gamma: γ of the field.
+        center: average sample, (*S), or one number for all values.
+        scale: unit of length of x and z inside the network, about the spread of the data around
+            center. :meth:`pfgm.Flow.network` gives what fits a flow.
 
     >>> class Untrained(FieldNetwork):
     ...     def backbone(self, x, rms, z):

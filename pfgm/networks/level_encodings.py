@@ -7,6 +7,7 @@ from collections.abc import Callable
 
 from torch import Tensor
 
+from ..common.checks import check_choice
 from ..flows.flow import Flow
 
 LevelFunction = Callable[[Tensor], Tensor]
@@ -40,7 +41,6 @@ class LogEncoding:
         return level.log() / 4
 
     def decode(self, encoded: Tensor) -> Tensor:
-        """The level that has this c_noise."""
         return (4 * encoded).exp()
 
 
@@ -51,20 +51,12 @@ class IdentityEncoding:
         return level
 
     def decode(self, encoded: Tensor) -> Tensor:
-        """The level itself."""
         return encoded
 
 
 def level_encoding(name: str, flow: Flow) -> TimestepEncoding | LogEncoding | IdentityEncoding:
-    """The encoding called `name`: "timestep", "log" or "sigma".
-
-    Raises:
-        ValueError: there is no encoding of that name.
-    """
+    """The encoding of a name, "timestep", "log" or "sigma". Raises ValueError for another."""
+    check_choice("level", name, ("timestep", "log", "sigma"))
     if name == "timestep":
         return TimestepEncoding(flow)
-    if name == "log":
-        return LogEncoding()
-    if name == "sigma":
-        return IdentityEncoding()
-    raise ValueError(f"level must be one of timestep, log, sigma, got {name!r}.")
+    return LogEncoding() if name == "log" else IdentityEncoding()

@@ -44,11 +44,7 @@ class MLP(FieldNetwork):
         width: number of hidden features.
         depth: number of residual blocks.
         classes: number of labels, which forward takes as 0 to classes − 1; 0 for none.
-        data_std: root mean square of the data's values.
-        gamma: γ of the field.
-        center: average sample, (*S), or one number for all values.
-        scale: unit of length of x and z inside the network, about the spread of the data around
-            center. :meth:`pfgm.Flow.network` gives what fits a flow.
+        data_std, gamma, center, scale: as for :class:`FieldNetwork`.
 
     >>> import torch
     >>> net = MLP((2,), width=32, depth=2)

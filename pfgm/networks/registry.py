@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..common.checks import allocating, memory_bytes
+from ..common.checks import allocating, check_choice, memory_bytes
 from .denoiser import Denoiser
 from .embedding import NoiseEmbedding
 from .fields import FieldNetwork
@@ -41,8 +41,7 @@ def build(
     >>> build("mlp", net.config).config == net.config
     True
     """
-    if name not in NETWORKS:
-        raise ValueError(f"name must be one of {', '.join(sorted(NETWORKS))}, got {name!r}.")
+    check_choice("name", name, NETWORKS)
     kind = NETWORKS[name]
     settings = ", ".join(f"{key} {value}" for key, value in config.items())
     with allocating(f"the parameters of the network {name!r} with {settings}"):

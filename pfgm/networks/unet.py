@@ -163,11 +163,7 @@ class UNet(FieldNetwork):
         patch: length of a patch along each axis, a divisor of the axes that leaves at least 4.
         heads: attention heads at the coarsest resolution; 0 for none.
         classes: number of labels, which forward takes as 0 to classes − 1; 0 for none.
-        data_std: root mean square of the data's values.
-        gamma: γ of the field.
-        center: average sample, (*S), or one number for all values.
-        scale: unit of length of x and z inside the network, about the spread of the data around
-            center. :meth:`pfgm.Flow.network` gives what fits a flow.
+        data_std, gamma, center, scale: as for :class:`FieldNetwork`.
 
     >>> import torch
     >>> net = UNet((1, 8, 8), width=16)

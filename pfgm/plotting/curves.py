@@ -56,21 +56,9 @@ def quality_curve(
         curves: name to (evaluations, quality) or (evaluations, quality, spread), sequences of one
             length; at most 7 curves. spread is drawn as a band from quality − spread to quality +
             spread.
-        path: where to save the picture, a name ending in .png; None saves nothing.
         xlabel: label of the x axis.
         ylabel: label of the y axis, such as "distance (lower is better)".
-        title: a line above the curves.
         log_y: whether the y axis is logarithmic too.
-
-    Returns:
-        A matplotlib Figure of 100 dots per inch, which belongs to no pyplot window.
-
-    Raises:
-        ImportError: matplotlib is not installed.
-        ValueError: no curves or too many, empty curves, lengths that differ, NaN or infinity, a
-            negative spread, a number of evaluations not above 0, with log_y a quality not above 0,
-            another suffix.
-        OSError: the picture cannot be written.
 
     >>> figure = quality_curve({"euler": ([5, 10, 20], [3.0, 1.4, 1.0]), "heun": ([9, 19], [2, 1])})
     >>> [line.get_label() for line in figure.axes[0].lines]

@@ -53,22 +53,10 @@ def image_grid(
     Args:
         images: (n, C, H, W) with C = 1 (grey) or 3 (RGB), or (n, H, W) grey; floating values in
             [-1, 1], clipped for display, or uint8.
-        path: where to save the picture, a name ending in .png; None saves nothing.
         columns: images per row; by default the grid is about square.
         scale: picture pixels per image pixel; by default an image is about 72 pixels wide.
-        title: a line above the grid.
         header: texts above the columns, one for each.
         side: texts beside the rows, one for each.
-
-    Returns:
-        A matplotlib Figure of 100 dots per inch, which belongs to no pyplot window.
-
-    Raises:
-        ImportError: matplotlib is not installed.
-        TypeError: images are neither floating point nor uint8.
-        ValueError: another shape, NaN or infinity, columns or scale below 1, another suffix, or
-            another number of texts than columns or rows.
-        OSError: the picture cannot be written.
 
     >>> figure = image_grid(torch.rand(10, 1, 8, 8) * 2 - 1, columns=5, title="noise")
     >>> (figure.get_size_inches() * figure.dpi).round()
@@ -120,21 +108,9 @@ def trajectory_grid(
         images: (steps, n, C, H, W) with C = 1 (grey) or 3 (RGB), or (steps, n, H, W) grey; floating
             or uint8. About ten steps fit well.
         z: (steps,), written above the columns.
-        path: where to save the picture, a name ending in .png; None saves nothing.
         scale: picture pixels per image pixel; by default an image is about 72 pixels wide. The
             letters of the header shrink to fit narrow columns.
-        title: a line above the grid.
         symbol: the name of z, such as "σ".
-
-    Returns:
-        A matplotlib Figure of 100 dots per inch, which belongs to no pyplot window.
-
-    Raises:
-        ImportError: matplotlib is not installed.
-        TypeError: images are neither floating point nor uint8.
-        ValueError: another shape, NaN or infinity, z and images of different lengths, scale below
-            1, another suffix.
-        OSError: the picture cannot be written.
 
     >>> z = torch.tensor([40.0, 6.0, 1.0, 0.001])
     >>> steps = z.view(4, 1, 1, 1, 1) * torch.randn(4, 2, 1, 8, 8)
@@ -177,14 +153,6 @@ def animation(
         frames: the most images to show, at least 2; None shows all. They are chosen so that the
             pictures change evenly, because most steps of a solver change noise alone.
         seconds: how long a frame is shown; the last is shown ten times as long.
-
-    Raises:
-        ImportError: matplotlib is not installed.
-        TypeError: images are neither floating point nor uint8.
-        ValueError: another shape, NaN or infinity, another number of titles than frames or of texts
-            than columns, columns below 1, frames below 2, seconds that are not positive, another
-            suffix.
-        OSError: the animation cannot be written.
 
     >>> import tempfile
     >>> with tempfile.TemporaryDirectory() as folder:

@@ -56,20 +56,9 @@ def trajectory_plot(
         paths: (steps, n, 2), floating point: the points at each level, the samples last. steps is
             at least 2, n at least 1.
         levels: (steps,), above 0.
-        path: where to save the picture, a name ending in .png; None saves nothing.
         data: (m, 2), floating point, drawn behind the paths. The magnified part is the region of
             the data, or of the samples if data is None.
-        title: a line above the panels.
         symbol: the name of the level, such as "σ".
-
-    Returns:
-        A matplotlib Figure of 100 dots per inch, which belongs to no pyplot window.
-
-    Raises:
-        ImportError: matplotlib is not installed.
-        TypeError: a tensor is not floating point.
-        ValueError: another shape, NaN or infinity, a level not above 0, another suffix.
-        OSError: the picture cannot be written.
 
     >>> paths = torch.tensor([[[8.0, 6.0]], [[4.0, 3.0]], [[0.8, 0.6]]])
     >>> figure = trajectory_plot(paths, [10, 5, 1], data=torch.eye(2))
@@ -138,24 +127,12 @@ def flow_lines(
         flow: of shape (2,).
         net: its network, such as ``flow.empirical(data)``.
         n: number of lines, at least 1.
-        path: where to save the picture, a name ending in .png; None saves nothing.
         data: (m, 2), floating point, drawn as dots at z = 0.
         solver: as for :meth:`pfgm.PoissonFlow.sample`.
         steps: the number of solver steps, and of segments of each line.
         generator: of the prior.
         z_top: the height above which nothing is drawn, to show the end of the lines better; None
             draws all.
-        title: a line above the picture.
-
-    Returns:
-        A matplotlib Figure of 100 dots per inch, which belongs to no pyplot window.
-
-    Raises:
-        ImportError: matplotlib is not installed.
-        TypeError: data is not floating point.
-        ValueError: a flow of another shape, n below 1, data of another shape, NaN or infinity,
-            z_top not between z_min and z_max, another suffix.
-        OSError: the picture cannot be written.
 
     >>> from pfgm import PoissonFlow
     >>> flow = PoissonFlow((2,), data_norm=1.0)

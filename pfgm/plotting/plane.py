@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
 
@@ -10,6 +9,8 @@ import torch
 from torch import Tensor
 
 from ..common.files import StrPath
+from ..core.arithmetic import squared_distances
+from ..core.weights import law, unit_radius
 from ..functional import field_fn, log_density
 from .figures import INK, add_colour_bar, part_of_colormap, save, square_panels
 from .points import DATA_COLOUR, GRID, Window, check_levels, checked_points, mark_size
@@ -42,19 +43,8 @@ def field_lines(
 
     Args:
         data: (n, 2), floating, n ≥ 1.
-        path: where to save the picture, a name ending in .png; None saves nothing.
         z: heights above 0, one for each panel, in the units of the data. None takes 1/20, 1/4 and
             1 times the root mean square distance of the data from their mean.
-        title: a line above the panels.
-
-    Returns:
-        A matplotlib Figure of 100 dots per inch, which belongs to no pyplot window.
-
-    Raises:
-        ImportError: matplotlib is not installed.
-        TypeError: data is not floating point.
-        ValueError: another shape, NaN or infinity, no z or one not above 0, another suffix.
-        OSError: the picture cannot be written.
 
     >>> circle = torch.linspace(0, 6.28, 40)
     >>> figure = field_lines(torch.stack([circle.cos(), circle.sin()], 1), z=[0.1, 1.0])
@@ -109,24 +99,12 @@ def equipotentials(
 
     Args:
         data: (n, 2), floating, n ≥ 1.
-        path: where to save the picture, a name ending in .png; None saves nothing.
         sigma: noise levels above 0, one for each panel, in the units of the data (z at D = 1). None
             takes 0.05, 0.15, 0.4 and 1 times the root mean square distance of the data from their
             mean.
         D: number of augmented dimensions, any positive number or infinity.
-        title: a line above the panels.
 
-    Returns:
-        A matplotlib Figure of 100 dots per inch, which belongs to no pyplot window.
-
-    Raises:
-        ImportError: matplotlib is not installed.
-        TypeError: data is not floating point.
-        ValueError: another shape, NaN or infinity, no sigma or one not above 0, D ≤ 0, another
-            suffix.
-        OSError: the picture cannot be written.
-
-    >>> figure = equipotentials(torch.eye(2), sigma=[0.1, 1.0], D=math.inf)
+    >>> figure = equipotentials(torch.eye(2), sigma=[0.1, 1.0], D=float("inf"))
     >>> [axes.get_title() for axes in figure.axes[:2]]
     ['σ = 0.1', 'σ = 1']
     """
@@ -181,15 +159,11 @@ def _noise_levels(
 
 def _log_potential(x: Tensor, data: Tensor, sigma: float, D: float) -> Tensor:
     """log Φ (B,) in 2 + D dimensions at r = sigma √D, up to a constant."""
-
-    def logarithm(squared: Tensor) -> Tensor:
-        if math.isinf(D):
-            return (-squared / (2 * sigma**2)).logsumexp(1)
-        return (-D / 2 * (squared + D * sigma**2).log()).logsumexp(1)
-
+    # The score of a reference with no dimensions but the augmented ones.
+    weights, radius = law(D, 0), x.new_tensor(sigma * unit_radius(D))
     parts = x.split(max(1, _MAX_DISTANCES // len(data)))
-    exact = "donot_use_mm_for_euclid_dist"
-    return torch.cat([logarithm(torch.cdist(p, data, compute_mode=exact).square()) for p in parts])
+    scores = (weights.score(squared_distances(part, data), radius) for part in parts)
+    return torch.cat([each.logsumexp(1) for each in scores])
 
 
 def _contour_values(values: Tensor, count: int) -> list[float]:

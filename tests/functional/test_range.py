@@ -130,7 +130,8 @@ def test_points_on_tiny_references_at_r_0(backend, forms, B, M, N, D, scale):
     x = y[M - B :].clone().requires_grad_()
     for references in forms(y):
         options = {"D": D, "return_logsumexp": True, "backend": backend}
-        in_chunks = isinstance(references, pfgm.ReferenceSet) and references.part.as_tensor() is None
+        is_set = isinstance(references, pfgm.ReferenceSet)
+        in_chunks = is_set and references.part.as_tensor() is None
         if backend in ("torch", "reference") and scale < 1 and in_chunks:
             # Each chunk has a result of its own, also one without the reference at the point.
             with pytest.raises(ValueError, match=UNDERFLOW):

@@ -7,6 +7,7 @@ import math
 from torch import Tensor
 
 from ...common.tensors import wide_dtype
+from ...flows.likelihood import centred_prior
 
 _ODDS = 1e9
 
@@ -33,21 +34,8 @@ def looks_normal(
     """
     x = x.detach().to(wide_dtype(x.device))
     square = x.flatten(1).square().sum(1)
-    offset = (x - center).flatten(1).square().sum(1)
-    inside = offset.sqrt() < 0.999 * largest
-    N = x[:1].numel()
-    normal = -N / 2 * math.log(2 * math.pi) - square / 2
-    log_odds = normal - _log_student(offset, N, D, sigma)
+    offset = x - center
+    inside = offset.flatten(1).norm(dim=1) < 0.999 * largest
+    normal = -x[:1].numel() / 2 * math.log(2 * math.pi) - square / 2
+    log_odds = normal - centred_prior(offset, sigma, D)
     return bool(log_odds[inside].sum() > math.log(_ODDS))
-
-
-def _log_student(square: Tensor, N: int, D: float, sigma: float) -> Tensor:
-    """log density of noise of level sigma whose squared norm is ``square``."""
-    if math.isinf(D):
-        return -N / 2 * math.log(2 * math.pi * sigma**2) - square / (2 * sigma**2)
-    constant = math.lgamma((N + D) / 2) - math.lgamma(D / 2)
-    return (
-        constant
-        - N / 2 * math.log(math.pi * D * sigma**2)
-        - (N + D) / 2 * (square / (D * sigma**2)).log1p()
-    )

@@ -75,11 +75,9 @@ class PoissonFlowPipeline(DiffusionPipeline):  # type: ignore[misc]
 
     @classmethod
     def from_pipe(cls, pipeline: DiffusionPipeline, **options: Any) -> PoissonFlowPipeline:
-        """The pipeline with the parts of another one, but for those that are given.
+        """The pipeline with the unet of another one, such as ``DDPMPipeline``.
 
-        Args:
-            pipeline: a pipeline with a unet, such as ``DDPMPipeline``.
-            **options: parts, such as scheduler, and those of ``DiffusionPipeline.from_pipe``.
+        Options are parts, such as scheduler, and those of ``DiffusionPipeline.from_pipe``.
         """
         # diffusers takes a network over only if the annotation names its very class.
         parts = {"unet": pipeline.unet, **options}
@@ -114,11 +112,8 @@ class PoissonFlowPipeline(DiffusionPipeline):  # type: ignore[misc]
             num_inference_steps: steps of the scheduler's solver; None takes those of the flow.
             output_type: "pil" gives a list of images, "np" an array (B, H, W, C), "pt" a tensor
                 (B, C, H, W).
-            return_dict: whether to return an object; False returns a tuple.
+            return_dict: True returns an object with the images as ``images``, False a tuple.
             class_labels: labels (B,), or one for all images, for a network that takes them.
-
-        Returns:
-            An object whose ``images`` are the images, or a tuple that begins with them.
 
         Raises:
             ValueError: an argument is not allowed.

@@ -58,6 +58,20 @@ class FlowScheduler(SchedulerMixin, ConfigMixin):  # type: ignore[misc]
     A function must evaluate at levels that do not depend on the points. Unless a
     :class:`pfgm.solvers.Solver` states its evaluations in each step, its loop starts at the first
     timestep and passes each result on unchanged. The scheduler cannot be saved then.
+
+    Args:
+        flow: the ``config`` of a flow of the class; :meth:`from_flow` takes the flow itself.
+        solver: "euler", "heun", "multistep", or a function with the signature of
+            :mod:`pfgm.solvers`; None takes that of ``flow.sample``.
+        schedule: spacing of the levels, "log" or "rho"; None takes that of ``flow.sample``.
+        prediction_type: the meaning of the network's output, as the class says.
+        level: how the level is encoded, "timestep", "log" or "sigma"
+            (:func:`pfgm.networks.from_module`).
+        num_train_timesteps: the timestep of the first level, with level "timestep".
+        variance_preserving: for :class:`PoissonFlowPPScheduler`.
+
+    Raises:
+        TypeError, ValueError: an argument is not allowed.
     """
 
     _flow_type: ClassVar[type[PoissonFlow] | type[PoissonFlowPP]]
@@ -271,8 +285,7 @@ class FlowScheduler(SchedulerMixin, ConfigMixin):  # type: ignore[misc]
             timestep: the timestep of the call, one of ``timesteps``.
             sample: the points (B, *S) from the step before.
             generator: not used; the steps are deterministic.
-            return_dict: whether to return an object; False returns the tuple (prev_sample,
-                pred_original_sample).
+            return_dict: False returns the tuple (prev_sample, pred_original_sample).
 
         Raises:
             TypeError: model_output is no tensor, as the results of networks of diffusers.
@@ -431,22 +444,7 @@ class PoissonFlowScheduler(FlowScheduler):
 
     The network has one channel more than the samples. The first channels are field_x, and the mean
     of the last one over the pixels is field_z, as published. The network sees the points as they
-    are.
-
-    Args:
-        flow: the ``config`` of a :class:`pfgm.PoissonFlow`; :meth:`from_flow` takes the flow
-            itself.
-        solver: "euler", "heun", "multistep", or a function with the signature of
-            :mod:`pfgm.solvers`; None takes that of ``flow.sample``.
-        schedule: spacing of the levels, "log" or "rho"; None takes that of ``flow.sample``.
-        prediction_type: "field".
-        level: how the level is encoded, "timestep", "log" or "sigma"
-            (:func:`pfgm.networks.from_module`).
-        num_train_timesteps: the timestep of the first level, with level "timestep".
-        variance_preserving: not for this scheduler.
-
-    Raises:
-        ValueError: an argument is not allowed.
+    are. prediction_type is "field"; other arguments are those of :class:`FlowScheduler`.
 
     >>> import pfgm, torch
     >>> flow = pfgm.PoissonFlow((1, 4, 4), data_norm=1.0)
@@ -475,26 +473,17 @@ class PoissonFlowScheduler(FlowScheduler):
 class PoissonFlowPPScheduler(FlowScheduler):
     """PFGM++ (arXiv 2302.04265) and diffusion for networks of diffusers.
 
+    Other arguments are those of :class:`FlowScheduler`.
+
     Args:
-        flow: the ``config`` of a :class:`pfgm.PoissonFlowPP`; :meth:`from_flow` takes the flow
-            itself.
-        solver: "euler", "heun", "multistep", or a function with the signature of
-            :mod:`pfgm.solvers`; None takes that of ``flow.sample``.
-        schedule: spacing of the levels, "log" or "rho"; None takes that of ``flow.sample``.
         prediction_type: the meaning of the network's output: "residual", the F of EDM's
             preconditioning, "mean", "noise" or "score" (:func:`pfgm.networks.from_module`).
             "sample" and "epsilon" are the names of diffusers for "mean" and "noise".
-        level: how the level is encoded, "timestep", "log" or "sigma"
-            (:func:`pfgm.networks.from_module`).
-        num_train_timesteps: the timestep of the first level, with level "timestep".
         variance_preserving: at D = ∞, whether the samples of a loop are x/√(1 + σ²), which is
             nearly standard normal at the first level. Loops that were written for DDPM, such as
             diffusers' ``DDPMPipeline`` and its script ``train_unconditional.py``, then work without
             a change. prediction_type must then be "noise", which it is by default, or "mean".
             from_module has the same argument for such a network.
-
-    Raises:
-        ValueError: an argument is not allowed.
 
     >>> import pfgm
     >>> flow = pfgm.PoissonFlowPP((1, 4, 4), D=128)
