@@ -40,7 +40,7 @@ _RECORDS = ("versions", "teacher_checksum")  # entries of config.json that are n
 MIN_SAMPLES = 4  # and rows of data: precision and recall need 3 neighbours of each
 _MAX_SAMPLES = 10_000_000
 
-Method = Literal["pfgm", "pfgm++", "edm"]
+Method = Literal["auto", "pfgm", "pfgm++", "edm"]
 Network = Literal["auto", "unet", "mlp", "ddpmpp", "ncsnpp"]
 Place = Literal["source", "memory", "device"]
 Weighting = Literal["auto", "balanced", "published"]
@@ -69,8 +69,10 @@ class RunSettings:
     the one named labels, label or y. Without --labels all columns are learned."""
     drop_missing: bool = False
     """Leave out the rows of a table in which a value is missing."""
-    method: Method = "pfgm"
-    """The flow: with one augmented dimension, with D, or with infinitely many (diffusion)."""
+    method: Method = "auto"
+    """The flow: pfgm has one augmented dimension, pfgm++ has D, edm infinitely many (diffusion).
+    auto: pfgm for images and signals, pfgm++ for rows of numbers (tables and points). Settings of
+    one flow alone choose that flow: D takes pfgm++, flow and weighting take pfgm."""
     D: float = _DEFAULT_D
     """Augmented dimensions of pfgm++."""
     flow: dict[str, float] = dataclasses.field(default_factory=dict)
@@ -147,6 +149,11 @@ class RunSettings:
         for name in ("labels", "flips", "shared", "drop_missing"):
             check_bool(name, getattr(self, name))
         check_choice("method", self.method, get_args(Method))
+        if self.method == "auto" and self.teacher is None:
+            if as_number(self.D) != _DEFAULT_D:
+                object.__setattr__(self, "method", "pfgm++")
+            elif self.flow or self.weighting != "auto":
+                object.__setattr__(self, "method", "pfgm")
         if self.teacher is None:
             _check_hyper_parameters(self.flow, self.method)
         check_choice("network", self.network, get_args(Network))
@@ -155,7 +162,7 @@ class RunSettings:
             positive_int("resize", self.resize)
         check_choice("hold", self.hold, get_args(Place))
         check_choice("weighting", self.weighting, get_args(Weighting))
-        if self.weighting != "auto" and self.method != "pfgm":
+        if self.weighting != "auto" and self.method not in ("auto", "pfgm"):
             raise ValueError(
                 f"weighting must be auto with method {self.method!r}, whose loss has one weight, "
                 f"got {self.weighting!r}."
@@ -266,7 +273,9 @@ class RunConfig(RunSettings):
                 for record in _RECORDS:
                     content.pop(record, None)
             content = _arguments(content, cls)
-            if content.get("method", "pfgm") == "pfgm":
+            if is_run:
+                content.setdefault("method", "pfgm")  # the only one of the first runs
+            if content.get("method", "auto") in ("auto", "pfgm"):
                 if isinstance(content.get("flow"), dict):
                     content["flow"] = with_present_names("PoissonFlow", content["flow"])
                 if is_run:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from typing import Any
 
@@ -25,6 +26,23 @@ SIZE_NAMES: dict[str, dict[str, str]] = {
     "ncsnpp": _PUBLISHED_NAMES,
 }
 _IMAGE_NETWORKS = ("ddpmpp", "ncsnpp")
+
+
+def with_method(config: RunConfig, rows: ReferenceSet, earlier: Flow | None) -> RunConfig:
+    """The configuration with a flow in place of auto: that of the weights it starts from, if any.
+
+    Else PFGM++ for rows of numbers, whose far samples PFGM draws too often, and PFGM for images and
+    signals (docs/which-flow.md).
+    """
+    if config.method != "auto":
+        return config
+    if earlier is None:
+        return dataclasses.replace(config, method="pfgm++" if rows.ndim == 2 else "pfgm")
+    if not isinstance(earlier, PoissonFlowPP):
+        return dataclasses.replace(config, method="pfgm")
+    if math.isinf(earlier.D):
+        return dataclasses.replace(config, method="edm")
+    return dataclasses.replace(config, method="pfgm++", D=earlier.D)
 
 
 def build_flow(config: RunConfig, rows: ReferenceSet) -> Flow:

@@ -9,6 +9,8 @@ from torch import nn
 
 from ..backends import preferred, requested
 from ..datasets import Data
+from ..flows.flow import Flow
+from ..flows.plusplus import PoissonFlowPP
 from ..references import ReferenceSet
 from .checks import value_range
 from .run_config import RunConfig
@@ -19,12 +21,18 @@ __all__ = ["summary"]
 _SHOWN_NAMES = 5  # of labels
 
 
-def summary(config: RunConfig, data: Data, rows: ReferenceSet, trainer: Trainer) -> str:
-    """What a run trains, on what, how, and what it writes."""
+def summary(
+    config: RunConfig, data: Data, rows: ReferenceSet, trainer: Trainer, chosen: bool
+) -> str:
+    """What a run trains, on what, how, and what it writes.
+
+    ``chosen`` tells whether the flow has been chosen by the data.
+    """
     return "\n".join(
         f"{name:10} {text}"
         for name, text in (
             ("data", _data(config, data, rows)),
+            ("flow", _flow(trainer.flow, chosen)),
             ("network", _network(trainer.network)),
             ("training", _training(trainer)),
             ("backend", _backend(trainer)),
@@ -49,6 +57,12 @@ def _data(config: RunConfig, data: Data, rows: ReferenceSet) -> str:
         f"{config.data}: {len(rows)} rows of shape {tuple(rows.shape[1:])}{mirrored}, {stored}, "
         f"values {low:.4g} to {high:.4g}, {labels}"
     )
+
+
+def _flow(flow: Flow, chosen: bool) -> str:
+    name = f"PFGM++ with D = {flow.D:g}" if isinstance(flow, PoissonFlowPP) else "PFGM"
+    kind = "rows of numbers" if len(flow.shape) == 1 else "images and signals"
+    return f"{name}, the default for {kind} (--method)" if chosen else name
 
 
 def _network(network: nn.Module) -> str:

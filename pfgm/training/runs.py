@@ -28,7 +28,7 @@ from .pretrained_folder import is_pretrained
 from .processes import Processes, reports_process_lost
 from .run_config import CONFIG_FILE, RunConfig, RunSettings, teacher_checksum
 from .run_evaluation import Evaluation
-from .run_models import build_flow, build_network
+from .run_models import build_flow, build_network, with_method
 from .run_start import start_from
 from .run_summary import summary
 from .signals import Terminated
@@ -102,7 +102,7 @@ def start(
         )
     with reports_process_lost(processes), locked_for_all(folder, processes):
         if resume:
-            _check_settings(config, folder)
+            config = _check_settings(config, folder)
         elif (folder / "latest.json").exists():
             raise ValueError(
                 f"out is {folder}, which holds a run already; add --resume to continue it, or "
@@ -113,9 +113,15 @@ def start(
         return _run(config, folder, device, resume, resume_from, processes, progress, report)
 
 
-def _check_settings(config: RunConfig, folder: Path) -> None:
-    """Raises ValueError if a setting that changes the training differs from the run's."""
+def _check_settings(config: RunConfig, folder: Path) -> RunConfig:
+    """The configuration, with the run's flow in place of auto.
+
+    Raises:
+        ValueError: a setting that changes the training differs from the run's.
+    """
     saved = RunConfig.load(folder)
+    if config.method == "auto":
+        config = dataclasses.replace(config, method=saved.method)
     current_paths, saved_paths = config.absolute, saved.absolute
     changeable = {*_CHANGEABLE_SETTINGS}
     if is_missing(saved_paths.data):  # the data have moved
@@ -127,6 +133,7 @@ def _check_settings(config: RunConfig, folder: Path) -> None:
         if field.name not in changeable and not same:
             value, before = getattr(config, field.name), getattr(saved, field.name)
             raise ValueError(other_setting(field.name, value, before, folder))
+    return config
 
 
 def _run(
@@ -150,6 +157,9 @@ def _run(
     if config.labels and data.classes == 0:
         raise ValueError(f"labels is True, but {config.data} has no labels.")
     rows = _place_rows(data.train, config, device)
+    chosen = config.method == "auto" and source is None
+    if config.teacher is None:
+        config = with_method(config, rows, earlier.flow if earlier and config.init else None)
     flow, network, notes = _model(config, rows, data, earlier, resume)
     teacher_checksum = None if config.teacher is None else checksum_of_weights(network.state_dict())
     if resume and teacher_checksum is not None:
@@ -189,7 +199,7 @@ def _run(
         _tells_how_to_continue(trainer, folder, report),
     ):
         if trainer.step < trainer.config.steps:
-            notes.append(summary(config, data, rows, trainer))
+            notes.append(summary(config, data, rows, trainer, chosen))
         report("\n".join(notes))
         if processes.leads:
             # The schedule is written in full, so that more steps do not change it later.

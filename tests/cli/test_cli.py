@@ -165,7 +165,7 @@ def test_training_on_files(kind, tmp_path):
     flow, network = pfgm.load(tmp_path / "run")
     expected = {"vectors.npy": (3,), "grey.npz": (1, 5, 6), "colour.safetensors": (3, 6, 5)}[kind]
     assert flow.shape == expected
-    assert type(network).__name__ == ("MLP" if kind == "vectors.npy" else "UNet")
+    assert type(network).__name__ == ("Denoiser" if kind == "vectors.npy" else "UNet")
 
 
 def test_signals_from_a_file_to_samples(tmp_path):
@@ -819,7 +819,7 @@ def raised(monkeypatch):
     """raised(number): the signal comes in the third step of a training."""
 
     def come(number):
-        calls, loss = [], pfgm.PoissonFlow.loss
+        calls, loss = [], pfgm.PoissonFlowPP.loss
 
         def interrupted(*arguments, **options):
             calls.append(1)
@@ -827,7 +827,7 @@ def raised(monkeypatch):
                 signal.raise_signal(number)
             return loss(*arguments, **options)
 
-        monkeypatch.setattr(pfgm.PoissonFlow, "loss", interrupted)
+        monkeypatch.setattr(pfgm.PoissonFlowPP, "loss", interrupted)
 
     return come
 

@@ -76,7 +76,7 @@ def test_samples_of_a_table(tmp_path: Path, table: str) -> None:
     real = flats() if table == "flats" else wines()
     real.to_csv(tmp_path / "t.csv", index=False)
     run, out = str(tmp_path / "run"), str(tmp_path / "rows.csv")
-    train = ["train", "--data", str(tmp_path / "t.csv"), "--method", "pfgm++", "--steps", "1000"]
+    train = ["train", "--data", str(tmp_path / "t.csv"), "--steps", "1000"]
     assert cli.main([*train, "--out", run]) == 0
     assert cli.main(["sample", "--checkpoint", run, "--n", "10000", "--out", out]) == 0
     drawn = pandas.read_csv(out)

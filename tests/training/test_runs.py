@@ -53,7 +53,7 @@ def test_a_configuration_is_stored_in_its_file(tmp_path):
         ('{"flips": "false"}', r"flips must be True or False, got 'false'\."),
         ('{"training": {"compile": "no"}}', r"compile must be True or False, got 'no'\."),
         ('{"training": {"steps": 0}}', r"steps must be an integer of at least 1.*got 0\."),
-        ('{"method": "vae"}', r"method must be one of pfgm, pfgm\+\+, edm, got 'vae'\."),
+        ('{"method": "vae"}', r"method must be one of auto, pfgm, pfgm\+\+, edm, got 'vae'\."),
         ('{"data": 5}', r"data must be a text, a name or a path, got 5\."),
         ('{"data": []}', r"data must be a text, a name or a path, got \[\]\."),
         ('{"init": {}}', r"init must be a text, a name or a path, got \{\}\."),
@@ -199,6 +199,7 @@ def test_a_run_says_what_it_trains_on_what_and_what_it_writes(tmp_path):
     shown = " ".join(" ".join(lines).split())
     for part in (
         "digits: 1398 rows of shape (1, 8, 8), float32, values -1 to 1, labels 0 to 9, which",
+        "flow PFGM, the default for images and signals (--method)",
         "UNet with 105,826 parameters on cpu",
         "2 steps of 16 samples against 32 references, learning rate 0.002 (warm-up 0 steps",
         "decay cosine), weights averaged with decay 0 ",
@@ -259,6 +260,28 @@ def test_points_in_the_plane(tmp_path):
         run(tmp_path / "net", data=str(tmp_path / "points.npy"), network="ddpmpp")
     with pytest.raises(ValueError, match="blocks is 2, but the network is 'mlp'"):
         run(tmp_path / "blocks", data=str(tmp_path / "points.npy"), blocks=2)
+
+
+def test_data_settings_and_earlier_weights_choose_the_flow(tmp_path):
+    np.save(tmp_path / "points.npy", np.random.default_rng(0).normal(size=(60, 2)))
+    points, lines = {"data": str(tmp_path / "points.npy"), "samples": 20, "width": 16}, []
+    start(RunConfig(**points, training=SMALL), tmp_path / "auto", report=lines.append)
+    assert "PFGM++ with D = 128, the default for rows of numbers (--method)" in lines[0]
+    assert RunConfig.load(tmp_path / "auto").method == "pfgm++"
+    run(tmp_path / "auto", **points, resume=True, training=changed(steps=8))
+    for settings, expected in (
+        ({"method": "pfgm"}, pfgm.PoissonFlow),
+        ({"flow": {"M": 9}}, pfgm.PoissonFlow),
+        ({"weighting": "published"}, pfgm.PoissonFlow),
+        ({"D": 7}, 7),
+        ({"method": "edm"}, math.inf),
+    ):
+        run(tmp_path / "first", **points, **settings)
+        run(tmp_path / "second", **{**points, "init": str(tmp_path / "first"), "width": None})
+        for name in ("first", "second"):
+            flow = pfgm.load(tmp_path / name).flow
+            assert expected in (type(flow), getattr(flow, "D", None))
+            shutil.rmtree(tmp_path / name)
 
 
 def test_the_command_starts_from_a_recipe_and_resumes_from_the_folder(tmp_path, capsys):
