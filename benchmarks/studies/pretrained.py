@@ -34,6 +34,7 @@ RUNS: dict[str, dict[str, Any]] = {
     "labels, log to 0.1": {"schedule": "log", "last": 0.1},
     "labels, log to 0.3": {"schedule": "log", "last": 0.3},
     "labels, guidance 1.5": {"guidance": 1.5},
+    "labels, guidance 1.5, log to 0.3": {"guidance": 1.5, "schedule": "log", "last": 0.3},
 }
 """All with 10 steps, and the schedule rho unless another is named."""
 

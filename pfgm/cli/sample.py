@@ -6,6 +6,7 @@ It writes an array, a table, a picture or single images.
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -209,11 +210,12 @@ class Sample:
         image_grid(samples, self.out, **self._columns(labels, loaded))
 
     def _columns(self, labels: Sequence[int], loaded: Loaded) -> dict[str, Any]:
-        """The options of a picture with a column for each label."""
+        """The options of a picture with a column for each label, or several for few labels."""
         if not 1 < len(labels) <= min(self.n, _COLUMNS):
             return {}
         names = loaded.label_names or [str(label) for label in range(max(labels) + 1)]
-        return {"columns": len(labels), "header": [names[label] for label in labels]}
+        times = max(1, round(math.sqrt(self.n) / len(labels)))  # about square
+        return {"columns": times * len(labels), "header": times * [names[each] for each in labels]}
 
     def _animate(
         self, out: Path, path: list[tuple[float, Tensor]], labels: Sequence[int], loaded: Loaded

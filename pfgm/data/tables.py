@@ -406,7 +406,8 @@ def _check_names(cells: Cells, name: str) -> None:
     own = [key for key, column in cells.items() if column.dtype.kind == "O" and key in set(column)]
     if own or (unnamed and not index):
         raise ValueError(
-            f"{name} must begin with a line of names, got {_list([*cells])} in its first line."
+            f"{name} must begin with a line of names, such as x,y; got {_list([*cells])} in its "
+            "first line. Write the names above it."
         )
 
 

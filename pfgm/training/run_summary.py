@@ -53,9 +53,10 @@ def _data(config: RunConfig, data: Data, rows: ReferenceSet) -> str:
         if not config.labels:
             labels += ", which --labels would use"
     mirrored = ", half of them mirror images" if config.flips else ""
+    inside = "" if data.table is None or data.table.plain else " after standardising the columns"
     return (
         f"{config.data}: {len(rows)} rows of shape {tuple(rows.shape[1:])}{mirrored}, {stored}, "
-        f"values {low:.4g} to {high:.4g}, {labels}"
+        f"values {low:.4g} to {high:.4g}{inside}, {labels}"
     )
 
 

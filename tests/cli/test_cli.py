@@ -85,14 +85,15 @@ def test_the_labels_of_samples(tmp_path, name, option, labels):
     np.testing.assert_allclose(np.load(out), samples.numpy(), atol=1e-5)
 
 
-def test_a_picture_has_a_column_for_each_label(tmp_path, monkeypatch):
+def test_a_picture_has_columns_for_each_label(tmp_path, monkeypatch):
+    """Several for few labels, so that it is about square."""
     drawn = []
     monkeypatch.setattr(pfgm.plotting, "image_grid", lambda *_, **options: drawn.append(options))
     for options in ([], ["--label", "bag", "1"], ["--label", "7"], ["--label", "none"]):
         arguments = ["sample", "--pretrained", "fashion-mnist", "--n", "12", "--steps", "1"]
         assert cli.main([*arguments, *options, "--out", str(tmp_path / "x.png")]) == 0
     classes = list(pfgm.pretrained.PRETRAINED["fashion-mnist"].classes)
-    two = {"columns": 2, "header": ["bag", "trouser"]}
+    two = {"columns": 4, "header": ["bag", "trouser", "bag", "trouser"]}
     assert drawn == [{"columns": 10, "header": classes}, two, {}, {}]
 
 
@@ -185,7 +186,7 @@ def test_signals_from_a_file_to_samples(tmp_path):
     assert cli.main(evaluate) == 0
 
 
-def test_a_table_comes_back_with_its_columns(tmp_path, refusal):
+def test_a_table_comes_back_with_its_columns(tmp_path, refusal, capsys):
     """By one command each, with and without labels; resumed, evaluated and continued."""
     pandas = pytest.importorskip("pandas")
     generator = np.random.default_rng(0)
@@ -207,6 +208,7 @@ def test_a_table_comes_back_with_its_columns(tmp_path, refusal):
     ):
         run = str(tmp_path / name)
         assert cli.main([*train, *options, "--samples", "20", "--out", run]) == 0
+        assert " after standardising the columns, " in "".join(capsys.readouterr())
         assert cli.main([*sample, "--checkpoint", run, *label]) == 0
         drawn = pandas.read_csv(rows)
         assert list(drawn) == list(frame)
