@@ -60,7 +60,7 @@ FIELDS_OF_FLOWS = [
 
 
 def test_fields_of_flows_are_found():
-    assert len(FIELDS_OF_FLOWS) == 7  # drop-in twice, two other pages, three examples
+    assert len(FIELDS_OF_FLOWS) == 5  # drop-in twice, three examples
 
 
 @pytest.mark.parametrize("code", FIELDS_OF_FLOWS)
@@ -370,12 +370,11 @@ def test_the_rates_of_flows_have_the_stored_figures():
 
 def test_the_tables_of_samples_have_the_stored_figures():
     pages = {"digits": ("sampling.md", 3, 1), "fashion-mnist": ("training.md", 1, 2)}
-    names = {"labels": "labels (schedule `rho`, the default)"}
-    names |= {f"labels, log to {last}": f"labels, `log` to {last}" for last in (0.1, 0.3)}
-    names |= {"labels, guidance 1.5": "labels, guidance 1.5 (20 evaluations)"}
+    notes = {0: "", 10: "", 20: " (20 evaluations)"}
     for row in stored("pretrained"):
         name, *digits = pages[row["network"]]
-        cells = [names.get(row["run"], row["run"])]
+        run = row["run"].replace("log to", "`log` to") + notes[row["evaluations"]]
+        cells = ["labels (schedule `rho`, the default)" if run == "labels" else run]
         for space, places in zip(("pixels", "features"), digits, strict=True):
             cells.append(f"{row[f'frechet_distance_{space}']:.{places}f}")
             cells += [f"{row[f'{each}_{space}']:.2f}" for each in ("precision", "recall")]
