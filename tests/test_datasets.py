@@ -42,9 +42,17 @@ def test_other_names(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     assert repr(name) in str(caught.value)
 
 
-def test_digits_have_no_folder() -> None:
+def test_bytes_and_named_data_take_no_range_and_no_folder(tmp_path: Path) -> None:
+    np.save(tmp_path / "a.npy", ramp(4, 2, 2))
     with pytest.raises(ValueError, match=r"data must be digits,.*got digits:/tmp\."):
         open_data("digits:/tmp")
+    with pytest.raises(TypeError, match=r"range is 0\.0 255\.0, but the data are bytes"):
+        open_data(str(tmp_path / "a.npy"), value_range=(0.0, 255.0))
+    with pytest.raises(ValueError, match="range is 0 255, but data is digits, whose values"):
+        open_data("digits", value_range=(0.0, 255.0))
+    for source in ("digits", str(tmp_path / "a.npy")):
+        with pytest.raises(ValueError, match="resize is 8, but"):
+            open_data(source, resize=8)
 
 
 def idx(values: np.ndarray[Any, Any]) -> bytes:
@@ -415,6 +423,8 @@ def test_signals_keep_their_shape(tmp_path: Path) -> None:
     np.save(tmp_path / "a.npy", np.zeros((3, 2, 64), np.uint8))
     assert open_data(str(tmp_path / "a.npy")).train.shape == (3, 1, 2, 64)
     assert open_data(str(tmp_path / "a.npy"), layout="as-is").train.shape == (3, 2, 64)
+    np.save(tmp_path / "a.npy", np.zeros((3, 6, 5, 3), np.uint8))
+    assert open_data(str(tmp_path / "a.npy")).train.shape == (3, 3, 6, 5)
 
 
 @pytest.mark.parametrize(("shape", "images"), [((12, 9), (1, 12, 9)), ((12, 9, 3), (3, 12, 9))])
@@ -435,13 +445,6 @@ def test_floats_that_look_like_images_are_asked_about(
     assert moved.shape[1:] == images
     with pytest.raises(ValueError, match=r"layout must be one of auto,.*got 'hwc'\."):
         open_data(path, layout="hwc")  # type: ignore[arg-type]
-
-
-def test_resize_is_for_folders_of_images(tmp_path: Path) -> None:
-    np.save(tmp_path / "a.npy", ramp(3, 4, 4))
-    for source in ("digits", str(tmp_path / "a.npy")):
-        with pytest.raises(ValueError, match="resize is 8, but"):
-            open_data(source, resize=8)
 
 
 @pytest.mark.parametrize("dtype", [np.float16, np.float32, np.float64])
@@ -466,11 +469,3 @@ def test_ranges_that_are_none(tmp_path: Path, value_range: tuple[float, float]) 
     np.save(tmp_path / "a.npy", ramp(4, 2, 2, dtype=np.float32))
     with pytest.raises(ValueError, match="range must be two numbers, the lower first, got"):
         open_data(str(tmp_path / "a.npy"), value_range=value_range)
-
-
-def test_bytes_and_named_data_have_a_range_already(tmp_path: Path) -> None:
-    np.save(tmp_path / "a.npy", ramp(4, 2, 2))
-    with pytest.raises(TypeError, match=r"range is 0\.0 255\.0, but the data are bytes"):
-        open_data(str(tmp_path / "a.npy"), value_range=(0.0, 255.0))
-    with pytest.raises(ValueError, match="range is 0 255, but data is digits, whose values"):
-        open_data("digits", value_range=(0.0, 255.0))

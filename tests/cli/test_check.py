@@ -4,7 +4,7 @@ import json
 
 from pfgm import backends, cli
 
-TRAIN = ["--steps", "12", "--batch-size", "16", "--reference-batch", "32", "--warmup", "2"]
+TRAIN = ["--steps", "2", "--batch-size", "16", "--reference-batch", "32", "--warmup", "2"]
 
 
 def test_check_prints_a_table_and_fails_if_a_row_did(monkeypatch, capsys, tmp_path):
@@ -46,7 +46,7 @@ def test_quick_was_removed(capsys):
 
 
 def test_a_run_says_which_backend_computes(monkeypatch, tmp_path, capsys):
-    arguments = ["train", "--data", "digits", "--width", "16", *TRAIN]
+    arguments = ["train", "--data", "digits", "--network", "mlp", "--width", "16", *TRAIN]
     monkeypatch.delenv("PFGM_BACKEND", raising=False)
     assert cli.main([*arguments, "--out", str(tmp_path / "a")]) == 0
     assert "backend    native on cpu, the first that can run" in capsys.readouterr().out

@@ -16,7 +16,6 @@ import torch
 import pfgm
 from pfgm import cli
 from pfgm.common import tensor_files
-from pfgm.datasets import open_data
 from pfgm.training import TrainConfig
 from pfgm.training.runs import RunConfig
 
@@ -147,28 +146,6 @@ def test_the_batch_size_and_the_seed_of_sampling(run, tmp_path):
         assert np.isfinite(sample(f"{solver}.npy", "--solver", solver, "--schedule", "log")).all()
 
 
-@pytest.mark.parametrize("kind", ["vectors.npy", "grey.npz", "colour.safetensors"])
-def test_training_on_files(kind, tmp_path):
-    generator = torch.Generator().manual_seed(0)
-    shape = {"vectors.npy": (3,), "grey.npz": (5, 6), "colour.safetensors": (6, 5, 3)}[kind]
-    data = torch.randint(0, 256, (40, *shape), generator=generator, dtype=torch.uint8)
-    path = tmp_path / kind
-    if kind.endswith("npy"):
-        np.save(path, (data.float() / 127.5 - 1).numpy())
-    elif kind.endswith("npz"):
-        np.savez(path, data.numpy())
-    else:
-        from safetensors.torch import save_file
-
-        save_file({"images": data}, path)
-    arguments = ["train", "--data", str(path), "--out", str(tmp_path / "run"), "--width", "16"]
-    assert cli.main([*arguments, *TRAIN]) == 0
-    flow, network = pfgm.load(tmp_path / "run")
-    expected = {"vectors.npy": (3,), "grey.npz": (1, 5, 6), "colour.safetensors": (3, 6, 5)}[kind]
-    assert flow.shape == expected
-    assert type(network).__name__ == ("Denoiser" if kind == "vectors.npy" else "UNet")
-
-
 def test_signals_from_a_file_to_samples(tmp_path):
     signals = torch.randn(40, 2, 16, generator=torch.Generator().manual_seed(0))
     np.save(tmp_path / "signals.npy", signals.numpy())
@@ -269,27 +246,6 @@ def test_a_checkpoint_is_read_once(tmp_path, monkeypatch):
     assert (loaded.flow, loaded.network) == (flow, network) == loaded
 
 
-def test_a_checkpoint_of_plain_columns(tmp_path):
-    """Version 0.2 learned the numbers of a table as they are, and recorded the names."""
-    pandas = pytest.importorskip("pandas")
-    frame = pandas.DataFrame({"a": np.arange(40.0), "b": np.arange(40.0) % 3})
-    frame.to_csv(tmp_path / "t.csv", index=False)
-    flow = pfgm.PoissonFlow.from_data(frame)
-    net = flow.network("mlp", width=8)
-    pfgm.save_pretrained(tmp_path / "model", flow, net, table=pfgm.data.Table.read(frame))
-    assert not pfgm.load(tmp_path / "model").table.plain
-    facts = {"step": 0, "column_names": ["a", "b"]}
-    path = tmp_path / "old.safetensors"
-    pfgm.training.weights_file.write_weights(path, flow, net, facts, None)
-    table = pfgm.load(path).table
-    assert table.plain
-    rows = open_data(str(tmp_path / "t.csv"), table=table).train[:]
-    np.testing.assert_array_equal(rows, frame.to_numpy(np.float32))
-    out = tmp_path / "rows.csv"
-    assert cli.main(["sample", "--checkpoint", str(path), "--n", "5", "--out", str(out)]) == 0
-    assert list(pandas.read_csv(out)) == ["a", "b"]
-
-
 def test_photographs_of_many_sizes(tmp_path):
     Image = pytest.importorskip("PIL.Image")
     for number, size in enumerate([(9, 12), (20, 8), (16, 16)] * 4):
@@ -318,38 +274,52 @@ def test_info(capsys, monkeypatch, count, threads):
     assert cli.main(["--version"]) == 0
 
 
-def test_one_sentence_for_bad_input(run, tmp_path, refusal):
-    weights = run / "step-00000012.safetensors"
-    blocked = tmp_path / "file"
+def test_one_sentence_for_bad_input(run, tmp_path, refusal, monkeypatch):
+    weights, out = run / "step-00000012.safetensors", tmp_path / "x.npy"
+    blocked, folder, vectors = (tmp_path / name for name in ("file", "x.png", "net.safetensors"))
     blocked.write_text("a file, not a folder")
-    sample = ["sample", "--checkpoint", weights, "--out"]
-    assert "end in .csv, .npy or .png" in refusal(*sample, tmp_path / "x.jpg")
-    assert "output folder" in refusal(*sample, blocked / "x.npy")
-    assert "n and batch-size must be at least 1" in refusal(*sample, tmp_path / "x.npy", "--n", 0)
-    assert "steps must be an integer of at least 1" in refusal(
-        *sample, tmp_path / "x.npy", "--steps", 0
-    )
-    assert "label is 7, but the network was trained without labels" in refusal(
-        *sample, tmp_path / "x.npy", "--label", 7
-    )
-    assert "guidance is 2.0, but the network was trained without labels" in refusal(
-        *sample, tmp_path / "x.npy", "--guidance", 2
-    )
-    unlabelled = ["sample", "--pretrained", "digits", "--label", "none", "--guidance", 2, "--out"]
-    assert "guidance is 2.0, but label is none" in refusal(*unlabelled, tmp_path / "x.npy")
-    evaluate = ["evaluate", "--checkpoint", weights, "--out", tmp_path / "figures"]
-    assert "guidance is 2.0, but the network" in refusal(*evaluate, "--guidance", 2)
-    assert "got 'abacus'" in refusal(*sample, tmp_path / "x.npy", "--device", "abacus")
-    missing = ["sample", "--checkpoint", tmp_path / "no.safetensors", "--out", tmp_path / "x.npy"]
-    assert "no checkpoint at" in refusal(*missing)
-    foreign = ["sample", "--checkpoint", blocked, "--out", tmp_path / "x.npy"]
-    assert "not a complete safetensors file" in refusal(*foreign)
-    train = ["train", "--out", tmp_path / "run", "--data"]
-    assert "no.npy" in refusal(*train, tmp_path / "no.npy")
-    assert "steps must be an integer of at least 1" in refusal(*train, "digits", "--steps", 0)
-    assert "output folder" in refusal("train", "--data", "digits", "--out", blocked / "run", *TRAIN)
-    assert "output folder" in refusal("demo", "--out", blocked / "demo")
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["file"]
+    folder.mkdir()
+    pfgm.save(vectors, pfgm.PoissonFlow((3,), data_norm=2.0), pfgm.networks.MLP((3,), width=16))
+    sample, digits = ["sample", "--checkpoint", weights], ["sample", "--pretrained", "digits"]
+    train = ["train", "--data", "digits", *TRAIN]
+    monkeypatch.setenv("PFGM_BACKEND", "abacus")
+    backend = "PFGM_BACKEND must be one of native, reference, torch, triton, got 'abacus'"
+    assert backend in refusal(*train, "--out", tmp_path / "run")
+    monkeypatch.undo()
+    for arguments, message in (
+        ([*sample, "--out", tmp_path / "x.jpg"], "end in .csv, .npy or .png"),
+        ([*sample, "--out", blocked / "x.npy"], "output folder"),
+        ([*sample, "--out", folder], "x.png, a folder."),
+        ([*sample, "--out", out, "--n", 0], "n and batch-size must be at least 1"),
+        ([*sample, "--out", out, "--steps", 0], "steps must be an integer of at least 1"),
+        ([*sample, "--out", out, "--label", 7], "label is 7, but the network was trained without"),
+        ([*sample, "--out", out, "--guidance", 2], "guidance is 2.0, but the network was trained"),
+        ([*sample, "--out", out, "--checkpoint", ""], "checkpoint must not be empty"),
+        ([*digits, "--label", "none", "--guidance", 2, "--out", out], "2.0, but label is none"),
+        ([*digits, "--out", tmp_path / "x.csv"], "out must be a folder or end in .npy or .png for"),
+        (
+            ["sample", "--checkpoint", vectors, "--out", tmp_path / "y.png"],
+            "out must end in .csv or .npy, without --animate",
+        ),
+        (["evaluate", "--checkpoint", weights, "--guidance", 2, "--out", out], "guidance is 2.0"),
+        (["sample", "--checkpoint", blocked, "--out", out], "not a complete safetensors file"),
+        (["train", "--out", tmp_path / "run", "--data", tmp_path / "no.npy"], "no.npy"),
+        ([*train, "--out", blocked / "run"], "output folder"),
+        (["demo", "--out", blocked / "demo"], "output folder"),
+        *(([command, "--out="], "out must not be empty") for command in ("train", "demo")),
+        *(([command, "--out", ""], "out must not be empty") for command in ("evaluate", "sample")),
+        *(
+            (
+                ["train", "--out", "run", "--timeout", timeout],
+                f"timeout must be from 0.001 to 1e8 seconds, got {float(timeout)}.",
+            )
+            for timeout in ("nan", "0")
+        ),
+    ):
+        assert message in refusal(*arguments), arguments
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["file", "net.safetensors", "x.png"]
+    with pytest.raises(ValueError, match=r"the name of the folder must not be empty\."):
+        pfgm.cli.demo.run("", steps=1)
 
 
 def test_rejected_settings_leave_no_folder(run, tmp_path, refusal):
@@ -357,18 +327,12 @@ def test_rejected_settings_leave_no_folder(run, tmp_path, refusal):
     train = ["train", *out, *TRAIN]
     for arguments, message in (
         ([*train, "--network", "mlp", "--blocks", 2], "blocks is 2"),
-        (
-            [*train, "--batch-size", 5000, "--reference-batch", 5000],
-            "at least batch_size rows, 5000",
-        ),
+        ([*train, "--batch-size", 5000, "--reference-batch", 5000], "least batch_size rows, 5000"),
         ([*train, "--flow", "zmax", 3], "'zmax'"),
         ([*train, "--shared"], "shared is True"),
         ([*train, "--teacher", tmp_path / "no"], "no checkpoint"),
         (["demo", *out, "--steps", 0], "steps must be an integer of at least 1"),
-        (
-            ["evaluate", *out, "--checkpoint", run, "--steps", 0],
-            "steps must be an integer of at least 1",
-        ),
+        (["evaluate", *out, "--checkpoint", run, "--steps", 0], "steps must be an integer"),
         (["sample", "--out", tmp_path / "new" / "x.npy", "--checkpoint", run, "--steps", 0], "0"),
     ):
         assert message in refusal(*arguments)
@@ -390,20 +354,6 @@ def test_pictures_without_matplotlib_are_refused_before_the_work(
     ):
         assert "plotting needs matplotlib" in refusal(*arguments)
         assert not list(tmp_path.iterdir())
-
-
-def test_bad_option_values(tmp_path, refusal, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    for command in ("train", "demo", "evaluate", "sample"):
-        assert "out must not be empty" in refusal(command, "--out", "")
-    assert "out must not be empty" in refusal("train", "--out=")
-    assert "checkpoint must not be empty" in refusal("sample", "--out", "x.npy", "--checkpoint", "")
-    for timeout in ("nan", "-1", "0", "inf"):
-        message = refusal("train", "--out", "run", "--timeout", timeout)
-        assert f"timeout must be from 0.001 to 1e8 seconds, got {float(timeout)}." in message
-    assert not list(tmp_path.iterdir())
-    with pytest.raises(ValueError, match=r"the name of the folder must not be empty\."):
-        pfgm.cli.demo.run("", steps=1)
 
 
 def test_one_sentence_for_impossible_amounts(run, tmp_path, refusal):
@@ -439,13 +389,7 @@ def test_a_missing_gpu_is_one_calm_sentence(run, tmp_path, refusal):
 
 
 def test_the_help_names_values_as_a_user_types_them(capsys):
-    for arguments in (["train"], ["sample"], ["evaluate"]):
-        with pytest.raises(SystemExit):
-            cli.main([*arguments, "--help"])
-        assert "{None}" not in capsys.readouterr().out
-    with pytest.raises(SystemExit):
-        cli.main(["--help"])
-    assert "--version" in capsys.readouterr().out
+    assert "--version" in shown_help(capsys)
     start = cli._parse(["train", "--out", "x", "--multipliers", "1", "2", "--range", "0", "255"])
     assert (start.settings.multipliers, start.settings.range) == ((1, 2), (0.0, 255.0))
 
@@ -490,17 +434,11 @@ def test_the_help_shows_the_other_defaults(tmp_path, capsys):
     for part in ("Number of samples. (default: 64)", "(default: multistep)", "(default: auto)"):
         assert part in shown
     assert "By default all labels of the network. --guidance" in shown
-    assert "(required)" in shown
+    for part in ("(required)", "from a checkpoint, or from a network that comes", "pfgm convert"):
+        assert part in shown
     assert "(default: 0.9)" not in shown_help(capsys, "train")
     RunConfig(training=TrainConfig(ema=0.9)).save(tmp_path / "recipe.json")
     assert "(default: 0.9)" in shown_help(capsys, "train", "--config", tmp_path / "recipe.json")
-
-
-def test_the_help_of_sample_names_what_it_accepts(capsys):
-    shown = shown_help(capsys, "sample")
-    assert "from a checkpoint, or from a network that comes with the package" in shown
-    assert "pfgm convert" in shown
-    assert "the folder of a run" in shown
 
 
 @pytest.mark.parametrize("shell", ["bash", "zsh"])
@@ -517,26 +455,13 @@ def test_completion_of_the_shell(tmp_path, shell, capsys):
     ("options", "message"),
     [
         (["--flow", "M", "100000"], "M must keep .*, got 100000"),
-        (["--flow", "M", "1e308"], r"M must be .*, got 1e[+]308"),
-        (["--flow", "noise_std", "1e308"], r"noise_std must be .*, got 1e[+]308"),
-        (["--flow", "noise_std", "5e-324"], "noise_std must be .*, got 5e-324"),
-        (["--flow", "tau", "1e-308"], "tau must be .*, got 1e-308"),
         (["--flow", "data_norm", "1e308"], r"data_norm must be .*, got 1e[+]308"),
-        (
-            ["--method", "edm", "--flow", "sigma_data", "1e308"],
-            r"sigma_data must be .*, got 1e[+]308",
-        ),
         (["--method", "edm", "--flow", "rho", "1e-30"], "rho must be .*, got 1e-30"),
         (["--width", "100000000"], "width must be .*, got 100000000"),
-        (["--width", "1000000"], "width 1000000"),
         (["--network", "mlp", "--width", "1000000"], "width 1000000"),
         (["--method", "edm", "--width", "1000000"], "'width': 1000000"),
         (["--network", "ddpmpp", "--width", "1000000"], "nf 1000000"),
-        (
-            ["--network", "ncsnpp", "--blocks", "100000000"],
-            "num_res_blocks must be .*, got 100000000",
-        ),
-        (["--blocks", "100000000"], "blocks must be .*, got 100000000"),
+        (["--network", "ncsnpp", "--blocks", "100000000"], "num_res_blocks must be .*, got 1000"),
         (["--multipliers", "100000000"], r"multipliers\[0\] must be .*, got 100000000"),
         (["--seed", str(10**30)], "seed must be .*, got 1000"),
         (["--samples", str(10**12)], "samples must be .*, got 1000"),
@@ -660,12 +585,6 @@ def test_a_folder_of_images_appears_whole_or_not_at_all(run, tmp_path, refusal, 
     assert "/file, a file." in refusal(*arguments, "--out", tmp_path / "file")
 
 
-def test_samples_do_not_replace_a_folder(run, tmp_path, refusal):
-    (tmp_path / "x.npy").mkdir()
-    arguments = ["sample", "--checkpoint", run, "--out", tmp_path / "x.npy"]
-    assert "x.npy, a folder." in refusal(*arguments)
-
-
 def test_a_file_without_a_checksum_gives_a_one_line_warning(run, tmp_path, capsys):
     flow, network = pfgm.load(run)
     description = {"format": 1, "kind": "PoissonFlow", "flow": flow.config}
@@ -698,30 +617,12 @@ def test_an_interrupt_while_torch_is_imported_is_one_sentence():
     assert (shown.returncode, shown.stderr) == (130, "pfgm: interrupted\n")
 
 
-def test_a_picture_needs_images(tmp_path, refusal):
-    flow = pfgm.PoissonFlow((3,), data_norm=2.0)
-    weights, out = tmp_path / "net.safetensors", tmp_path / "x.png"
-    pfgm.save(weights, flow, pfgm.networks.MLP((3,), width=16))
-    message = "out must end in .csv or .npy, without --animate"
-    assert message in refusal("sample", "--checkpoint", weights, "--out", out)
-    message = "out must be a folder or end in .npy or .png for images"
-    assert message in refusal("sample", "--pretrained", "digits", "--out", tmp_path / "x.csv")
-
-
 def test_usage_errors_have_exit_code_2(capsys):
     for arguments in (["paint"], ["sample"], ["train", "--data", "digits", "--steps", "many"]):
         with pytest.raises(SystemExit) as caught:
             cli.main(arguments)
         assert caught.value.code == 2
     capsys.readouterr()
-
-
-def test_a_forced_backend_that_cannot_run_is_one_sentence(tmp_path, refusal, monkeypatch):
-    monkeypatch.setenv("PFGM_BACKEND", "abacus")
-    arguments = ["train", "--data", "digits", "--out", tmp_path / "run", *TRAIN]
-    assert "PFGM_BACKEND must be one of native, reference, torch, triton, got 'abacus'" in refusal(
-        *arguments
-    )
 
 
 def wait_for_checkpoint(process, folder):
@@ -818,10 +719,10 @@ def test_a_signal_leaves_a_loadable_checkpoint(tmp_path, refusal):
 
 @pytest.fixture
 def raised(monkeypatch):
-    """raised(number): the signal comes in the third step of a training."""
+    """raised(number, flow): the signal comes in the third step of a training."""
 
-    def come(number):
-        calls, loss = [], pfgm.PoissonFlowPP.loss
+    def come(number, flow):
+        calls, loss = [], flow.loss
 
         def interrupted(*arguments, **options):
             calls.append(1)
@@ -829,14 +730,14 @@ def raised(monkeypatch):
                 signal.raise_signal(number)
             return loss(*arguments, **options)
 
-        monkeypatch.setattr(pfgm.PoissonFlowPP, "loss", interrupted)
+        monkeypatch.setattr(flow, "loss", interrupted)
 
     return come
 
 
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGHUP, 129)])
 def test_the_exit_code_names_the_signal(tmp_path, number, code, raised, capsys):
-    raised(number)
+    raised(number, pfgm.PoissonFlowPP)
     arguments = ["train", "--data", points_in(tmp_path), "--out", str(tmp_path / "run"), *TRAIN]
     assert exit_code(arguments) == code
     assert "continues from the checkpoint of step 3\n" in capsys.readouterr().out
@@ -915,7 +816,7 @@ def test_the_demo_of_each_digit(tmp_path, capsys, terminal):
 
 
 def test_an_interrupted_demo_leaves_its_model(tmp_path, raised, capsys):
-    raised(signal.SIGTERM)
+    raised(signal.SIGTERM, pfgm.PoissonFlow)
     assert exit_code(["demo", "--out", str(tmp_path)]) == 143
     model = tmp_path / "model.safetensors"
     assert f"stopped at step 3; the weights are in {model}\n" in capsys.readouterr().out
@@ -938,19 +839,6 @@ def test_consistency_needs_a_few_step_model(run, tmp_path, capsys, refusal):
     pfgm.save(tmp_path / "old.safetensors", *pfgm.load(run))  # as files without the note
     assert cli.main([*sample, str(tmp_path / "old.safetensors")]) == 0
     assert "does not say whether its network is a few-step model" in capsys.readouterr().err
-
-
-def test_samples_of_few_values_use_the_default_steps_of_the_flow(tmp_path):
-    flow = pfgm.PoissonFlow((1,), spread=0.1, center=5.0)
-    torch.manual_seed(0)
-    net = flow.network("mlp", width=8, depth=1)
-    pfgm.save(tmp_path / "net.safetensors", flow, net)
-    arguments = ["sample", "--checkpoint", str(tmp_path / "net.safetensors"), "--n", "20"]
-    assert cli.main([*arguments, "--out", str(tmp_path / "x.npy")]) == 0
-    start = flow.prior(20, generator=torch.Generator().manual_seed(0))
-    for steps, same in ((None, True), (10, False)):
-        expected = flow.sample(net, 20, x_init=start, steps=steps).numpy()
-        assert np.array_equal(np.load(tmp_path / "x.npy"), expected) == same
 
 
 def test_samples_take_the_fitted_levels_of_the_checkpoint(tmp_path, refusal):

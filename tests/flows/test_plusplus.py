@@ -65,6 +65,7 @@ def test_levels_are_the_same_at_every_D():
         ({"D": None}, r"D must be a positive.*got None\. For a published file "),
         ({"D": 2, "sigma_min": 0.0}, r"sigma_min must be a number above 0 that.*got 0\.0\."),
         ({"D": 2, "sigma_min": 9.0, "sigma_max": 8.0}, r"sigma_min must be.*got 9\.0\."),
+        ({"D": 2, "sigma_data": 1e308}, r"sigma_data must be .*, got 1e[+]308"),
         ({"D": 2, "rho": -1.0}, r"rho must be a number above 0 that float32.*got -1\.0\."),
         ({"D": 2, "P_mean": math.inf}, r"P_mean must be a finite number, got inf\."),
         ({"D": 2, "P_mean": "0.5"}, r"P_mean must be a finite number, got '0\.5'\."),

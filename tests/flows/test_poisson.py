@@ -18,6 +18,11 @@ def seeded(seed=0):
     return torch.Generator().manual_seed(seed)
 
 
+DATA = torch.randn(20, 2, generator=seeded(0))
+FLOW, PLUS = PoissonFlow.from_data(DATA), pfgm.PoissonFlowPP((2,), D=16)
+NET = FLOW.empirical(DATA)
+
+
 @pytest.fixture
 def flow():
     return PoissonFlow((2,), data_norm=2.0)
@@ -55,6 +60,7 @@ def test_cifar10_values():
 
 def test_images_take_the_published_rules():
     digits = pfgm.data.digits().train
+    assert PoissonFlow.from_data(digits, spread=0.5).spread == 0.5
     norm = float(digits.double().flatten(1).norm(dim=1).mean())
     assert PoissonFlow.from_data(digits) == PoissonFlow((1, 8, 8), data_norm=norm)
     assert PoissonFlow.from_data(digits, M=200).M == 200
@@ -126,6 +132,11 @@ def test_config_is_the_whole_flow():
         ({"M": 200, "z_min": 1e6}, r"z_min must be below z_max,.*got 1000000\.0\."),
         ({"M": 200, "z_max": math.inf}, r"z_max must be a number above 0 that.*got inf\."),
         ({"M": 200, "upper_norm": 0.0}, r"upper_norm must be a number above 0.*got 0\.0\."),
+        ({"M": 100_000}, r"M must keep .*, got 100000"),
+        ({"M": 1e308}, r"M must be .*, got 1e[+]308"),
+        ({"M": 200, "noise_std": 1e308}, r"noise_std must be .*, got 1e[+]308"),
+        ({"M": 200, "noise_std": 5e-324}, "noise_std must be .*, got 5e-324"),
+        ({"M": 200, "tau": 1e-308}, "tau must be .*, got 1e-308"),
         ({"M": 200, "substitution": "none"}, r"substitution must be 'exact'.*got 'none'\."),
         ({"M": 200, "restrict_M": "False"}, r"restrict_M must be True,.*got 'False'\."),
     ],
@@ -139,22 +150,6 @@ def test_flows_of_a_file(tmp_path):
     data = torch.randn(20, 2, generator=seeded(0))
     np.save(tmp_path / "data.npy", data.numpy())
     assert PoissonFlow.from_data(tmp_path / "data.npy") == PoissonFlow.from_data(data)
-    with pytest.raises(TypeError, match=r"source must be a tensor, a NumPy.*got dict\."):
-        PoissonFlow.from_data({"x": data})
-
-
-def test_bad_shapes_and_data(flow):
-    for references in (torch.ones(3, 3), torch.ones(0, 2)):
-        with pytest.raises(ValueError, match=r"references must have shape \(M, \*S\).*got \("):
-            flow.empirical(references)
-    with pytest.raises(ValueError, match=r"shape must hold positive integers, got \(0, 2\)\."):
-        PoissonFlow((0, 2), M=200)
-    with pytest.raises(ValueError, match=r"data must have shape \(n, \*S\).*got \(0, 2\)\."):
-        PoissonFlow.from_data(torch.empty(0, 2))
-    with pytest.raises(ValueError, match="data must be finite"):
-        PoissonFlow.from_data(torch.tensor([[1.0, math.nan]]))
-    with pytest.raises(TypeError, match=r"data must be uint8 or.*got torch\.int64\."):
-        PoissonFlow.from_data(torch.ones(3, 2, dtype=torch.int64))
 
 
 def paper_perturbation(flow, n, generator):
@@ -196,10 +191,6 @@ def test_perturbation_is_reproducible_and_typed():
     pixels = torch.full((4, 2, 3), 255, dtype=torch.uint8)
     torch.testing.assert_close(flow.perturb(pixels, seeded(3))[0], a[0] + 1)
     assert [t.shape for t in flow.perturb(x[:0])] == [(0, 2, 3), (0,)]
-    with pytest.raises(ValueError, match=r"x must have shape \(B, \*S\).*got \(4, 3, 2\)\."):
-        flow.perturb(torch.zeros(4, 3, 2))
-    with pytest.raises(TypeError, match=r"x must be uint8 or floating.*got torch\.int64\."):
-        flow.perturb(x.long())
 
 
 def test_loss_is_half_the_squared_error_summed_over_the_field():
@@ -265,22 +256,12 @@ def test_networks_of_the_mean_take_the_balanced_loss_and_others_the_published_on
     assert loss(mean_network) == loss(torch.optim.swa_utils.AveragedModel(mean_network)) == balanced
     assert loss(field_network) == published
     assert loss(field_network, weighting="balanced") == balanced
-    with pytest.raises(ValueError, match=r"weighting must be one of.*got 'edm'\."):
-        loss(mean_network, weighting="edm")
 
 
 def test_loss_is_zero_for_the_exact_field_and_only_for_it(flow):
     data = torch.randn(50, 2, generator=seeded(0))
     assert float(flow.loss(flow.empirical(data), data[:8], data, seeded(1))) == 0
     assert float(flow.loss(flow.empirical(data), data[:8], None, seeded(1))) > 0
-
-
-@pytest.mark.parametrize("flow", [PoissonFlow((2,), data_norm=2.0), pfgm.PoissonFlowPP((2,), D=16)])
-def test_the_loss_of_no_samples_is_refused(flow):
-    data = torch.randn(50, 2, generator=seeded(0))
-    for references in (None, data):
-        with pytest.raises(ValueError, match=r"x must hold at least one sample, got none\."):
-            flow.loss(flow.empirical(data), data[:0], references)
 
 
 def test_loss_reaches_the_parameters_only(flow):
@@ -311,15 +292,6 @@ def test_prior_clips_the_norm_and_keeps_the_direction():
     assert norms.min() >= 1
     assert 0.3 < float((norms > 2999.9).float().mean()) < 0.7
     assert nn.functional.cosine_similarity(free, clipped).min() > 0.9999
-
-
-def test_prior_arguments():
-    flow = PoissonFlow((2,), M=300)
-    assert flow.prior(0).shape == (0, 2)
-    with pytest.raises(ValueError, match=r"n must be an integer of at least 0, got -1\."):
-        flow.prior(-1)
-    with pytest.raises(ValueError, match=r"device must be that of generator, cpu, got meta\."):
-        flow.prior(2, generator=seeded(), device="meta")
 
 
 # With a spread no setting has an absolute scale, and the prior is not cut off.
@@ -566,36 +538,6 @@ def test_empirical_sampling_gives_the_references(schedule):
     assert len(nearest.unique()) > 300  # not a few of them
 
 
-@pytest.mark.parametrize(
-    "flow",
-    [PoissonFlow((2,), spread=1.0), pfgm.PoissonFlowPP((2,), D=8.0)],
-    ids=["PFGM", "PFGM++"],
-)
-def test_levels_start_where_the_points_are(flow):
-    net = flow.empirical(torch.eye(2))
-    options = {"schedule": [1.0, 0.1, 0.01]}
-    with pytest.raises(
-        ValueError,
-        match=r"schedule must start at .*, the level of the prior, got 1; to start elsewhere",
-    ):
-        flow.sample(net, 3, **options)
-    with pytest.raises(
-        ValueError,
-        match=r"schedule must start at .*, the level of the prior, got 1; to start elsewhere",
-    ):
-        pfgm.evaluation.draw_samples(flow, net, 3, **options)
-    assert flow.sample(net, 3, x_init=torch.ones(3, 2), **options).shape == (3, 2)
-    rounded = torch.tensor([flow.first_level, 0.1, 0.01], dtype=torch.float16)
-    assert flow.sample(net, 3, schedule=rounded.tolist()).shape == (3, 2)
-
-
-def test_networks_that_return_something_else(flow):
-    with pytest.raises(ValueError, match=r"net must return the.*got \(4, 2\) and \(4, 1\)\."):
-        flow.loss(lambda x, z: (x, z[:, None]), torch.zeros(4, 2))
-    with pytest.raises(ValueError, match=r"net must return.*got Tensor; a denoiser i"):
-        flow.sample(lambda x, z: x, 2)
-
-
 def test_the_last_step_goes_to_the_end_at_once(flow):
     grid = flow.grid(5, "log", last=0.1)
     assert grid[:-1] == pytest.approx(pfgm.solvers.log_grid(flow.z_max, 0.1, 4))
@@ -605,11 +547,6 @@ def test_the_last_step_goes_to_the_end_at_once(flow):
     net = Recorder(flow, torch.randn(30, 2, generator=seeded(0)))
     flow.sample(net, 5, steps=5, schedule="log", last=0.1)
     assert net.levels == pytest.approx(grid[:-1])
-    for bad in (0.0, flow.z_max, "0.1"):
-        with pytest.raises(ValueError, match=r"last must be at least 0\.001 and below"):
-            flow.sample(net, 5, last=bad)
-    with pytest.raises(ValueError, match="schedule holds all levels"):
-        flow.sample(net, 5, schedule=[3.0, 1.0], last=0.1)
 
 
 @pytest.mark.parametrize("solver", SOLVERS)
@@ -695,20 +632,6 @@ def test_callback_stops_and_progress_shows(capsys, terminal, flow):
     assert "sampling" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
-        ({"n": -2}, r"n must be an integer of at least 0, got -2\."),
-        ({"x_init": torch.zeros(3, 2)}, "x_init must be floating point of shape"),
-        ({"x_init": torch.zeros(4, 2, dtype=torch.int32)}, r"x_init must be.*got torch\."),
-    ],
-)
-def test_bad_sampling_arguments(arguments, message, flow):
-    net = flow.empirical(torch.ones(1, 2))
-    with pytest.raises(ValueError, match=message):
-        flow.sample(net, **{"n": 4, **arguments})
-
-
 def test_rows_far_from_all_others_are_kept():
     """Some data lie beyond the largest norm that the spread alone would give."""
     data = torch.cat([0.01 * torch.randn(997, 1, generator=seeded(0)), torch.full((3, 1), 100.0)])
@@ -776,107 +699,64 @@ def test_samples_without_dimensions():
     assert flow.sample(flow.empirical(data), 7).shape == (7,)
 
 
-def test_a_spread_for_images_and_settings_that_are_refused():
-    digits = pfgm.data.digits().train
-    assert PoissonFlow.from_data(digits, spread=0.5).spread == 0.5
-    for spread in (1e-20, 1e20):
-        with pytest.raises(ValueError, match=r"spread must be from 1e-15 to.*got 1e"):
-            PoissonFlow((2,), spread=spread)
-    for center in ("x", 10**400):
-        with pytest.raises(TypeError, match="center must hold real numbers, got"):
-            PoissonFlow((2,), spread=1.0, center=center)
-    with torch.device("meta"):
-        assert PoissonFlow((2,), spread=1.0, center=3.0).center.device.type == "cpu"
-    assert len(repr(PoissonFlow((3, 32, 32), spread=1.0))) < 1000
-
-
 def test_a_flow_used_in_a_transform_can_be_stored():
-    data = torch.randn(20, 2, generator=seeded(0))
-    flow = PoissonFlow.from_data(data)
-
-    def total(x):
-        return flow.denoise(lambda x, z: flow.empirical(data)(x, z), x, 1.0).sum()
-
-    torch.func.grad(total)(data[:2])
+    flow = PoissonFlow.from_data(DATA)
+    torch.func.grad(lambda x: flow.denoise(lambda x, z: NET(x, z), x, 1.0).sum())(DATA[:2])
     assert pickle.loads(pickle.dumps(flow)) == flow
 
 
-def test_networks_levels_and_guidance_of_other_types_are_refused():
-    data = torch.randn(20, 2, generator=seeded(0))
-    flow = PoissonFlow.from_data(data)
-    net, x = flow.empirical(data), data[:3]
-    for wrong, message in ((pfgm.networks.MLP, "the class MLP"), (None, "a NoneType")):
-        with pytest.raises(TypeError, match=rf"net must be a.*got {message}\."):
-            flow.sample(wrong, 2)
-    with pytest.raises(ValueError, match=r"guidance must be a finite number, got 'a'\."):
-        flow.sample(net, 2, guidance="a")
-    with pytest.raises(ValueError, match=r"guidance is 3\.0, but neither condition nor uncond"):
-        flow.sample(net, 2, guidance=3.0)
-    assert torch.equal(flow.sample(net, 3, x_init=x, guidance=1.0), flow.sample(net, 3, x_init=x))
-    for level in ("a", 1e39):
-        with pytest.raises(ValueError, match="level must be a number of at least 0"):
-            flow.denoise(net, x, level)
-    for level in (math.nan, math.inf, -1.0, "1"):
-        with pytest.raises(ValueError, match=rf"grid must hold finite.*got {level!r}\."):
-            flow.solve(net, x, [1.0, level])
-    network = flow.network("mlp")
-    for level in (math.nan, -1.0):
-        with pytest.raises(ValueError, match=rf"z must be a number of at.*got {level}\."):
-            network(x, level)
-    with pytest.raises(TypeError, match=r"level must be real, got torch\.complex64\."):
-        flow.denoise(net, x, 1j * torch.ones(3))
-    with pytest.raises(TypeError, match=r"x must be a floating-point.*got torch\.int64\."):
-        flow.denoise(net, x.long(), 1.0)
-    with pytest.raises(TypeError, match=r"references must be uint8 or.*got torch\.int64\."):
-        flow.empirical(torch.ones(4, 2, dtype=torch.int64))
-    for dtype in (torch.int64, torch.uint8):
-        for arguments in (
-            (flow.solve, net, x.to(dtype), [1.0, 0.5]),
-            (flow.decode, net, x.to(dtype)),
-        ):
-            with pytest.raises(TypeError, match=rf"must be a floating-point.*got {dtype}\."):
-                arguments[0](*arguments[1:])
+def test_the_center_is_on_the_cpu_and_a_flow_prints_shortly():
+    with torch.device("meta"):
+        assert PoissonFlow((2,), spread=1.0, center=3.0).center.device.type == "cpu"
+    assert len(repr(PoissonFlow((3, 32, 32), spread=1.0))) < 1000
+    assert FLOW.prior(0).shape == (0, 2)
+
+
+@pytest.mark.parametrize("flow", [PoissonFlow((2,), spread=1.0), PLUS], ids=["PFGM", "PFGM++"])
+def test_levels_start_where_the_points_are(flow):
+    net, options = flow.empirical(torch.eye(2)), {"schedule": [1.0, 0.1, 0.01]}
+    message = r"schedule must start at .*, the level of the prior, got 1; to start elsewhere"
+    for draw in (flow.sample, partial(pfgm.evaluation.draw_samples, flow)):
+        with pytest.raises(ValueError, match=message):
+            draw(net, 3, **options)
+    assert flow.sample(net, 3, x_init=torch.ones(3, 2), **options).shape == (3, 2)
+    rounded = torch.tensor([flow.first_level, 0.1, 0.01], dtype=torch.float16)
+    assert flow.sample(net, 3, schedule=rounded.tolist()).shape == (3, 2)
 
 
 @pytest.mark.parametrize("device", ["foo", "", "cpu:-1", 1.5, "cuda:4096"])
 def test_a_device_that_is_not_there(device):
     """Each message is one sentence that names the argument and what is allowed."""
-    data = torch.randn(20, 2, generator=seeded(0))
-    flow, diffusion = PoissonFlow.from_data(data), pfgm.PoissonFlowPP((2,), D=16)
-    net, generator = flow.empirical(data), torch.Generator()
     for call in (
-        lambda: flow.prior(2, device=device),
-        lambda: flow.sample(net, 2, device=device),
-        lambda: flow.sample(net, 20, x_init=data, device=device),
-        lambda: diffusion.prior(2, device=device, generator=generator),
-        lambda: pfgm.evaluation.draw_samples(flow, net, 2, device=device),
-        lambda: pfgm.ReferenceSet(data).to(device),
-        lambda: pfgm.load("none", device=device),
+        FLOW.prior,
+        partial(FLOW.sample, NET),
+        lambda n, device: FLOW.sample(NET, 20, x_init=DATA, device=device),
+        partial(PLUS.prior, generator=seeded()),
+        partial(pfgm.evaluation.draw_samples, FLOW, NET),
+        lambda n, device: pfgm.ReferenceSet(DATA).to(device),
+        lambda n, device: pfgm.load("none", device=device),
     ):
         with pytest.raises(ValueError, match=r"^device must be .*, got .*: torch ") as e:
-            call()
+            call(2, device=device)
         assert repr(device).strip("'") in str(e.value)
         assert len(str(e.value)) < 150
 
 
 @pytest.mark.parametrize("solver", SOLVERS)
 def test_no_points_are_carried(solver):
-    data = torch.randn(20, 2, generator=seeded(0))
-    for flow in (PoissonFlow.from_data(data), pfgm.PoissonFlowPP((2,), D=16)):
-        net = flow.empirical(data)
-        assert flow.solve(net, data[:0], [3.0, 1.0, 0.5], solver=solver)[0].shape == (0, 2)
-        for call in (partial(flow.encode, net, data[:0]), partial(flow.sample, net, 0)):
+    for flow in (FLOW, PLUS):
+        net = flow.empirical(DATA)
+        assert flow.solve(net, DATA[:0], [3.0, 1.0, 0.5], solver=solver)[0].shape == (0, 2)
+        for call in (partial(flow.encode, net, DATA[:0]), partial(flow.sample, net, 0)):
             points, nfe = call(solver=solver, return_nfe=True)
             assert points.shape == (0, 2)
             assert nfe == 0
-        assert flow.decode(net, data[:0], solver=solver).shape == (0, 2)
+        assert flow.decode(net, DATA[:0], solver=solver).shape == (0, 2)
 
 
 @pytest.mark.parametrize("solver", SOLVERS)
 def test_levels_that_repeat_and_turn(solver):
-    data = torch.randn(20, 2, generator=seeded(0))
-    flow = PoissonFlow.from_data(data)
-    net, x = flow.empirical(data), data[:3]
+    flow, net, x = FLOW, NET, DATA[:3]
     torch.testing.assert_close(
         flow.solve(net, x, [3.0, 2.0, 2.0, 1.0], solver=solver)[0],
         flow.solve(net, x, [3.0, 2.0, 1.0], solver=solver)[0],
@@ -890,61 +770,139 @@ def test_levels_that_repeat_and_turn(solver):
         assert evaluations == 0
 
 
-@pytest.mark.parametrize(
-    "grid", [[], [1.0], [1.0, 1.0], [1.0, 2.0, 1.0], [1.0, 1.0, 0.0], [0.0, 1.0], [1.0, 0.0, 0.0]]
-)
-def test_levels_between_which_rk45_cannot_integrate(grid):
-    data = torch.randn(20, 2, generator=seeded(0))
-    flow = PoissonFlow.from_data(data)
-    with pytest.raises(ValueError, match=r"grid must have two different levels.*got \["):
-        flow.solve(flow.empirical(data), data[:3], grid)
-
-
 def test_tensors_and_arrays_of_one_value_are_numbers():
-    data = torch.randn(20, 2, generator=seeded(0))
-    flow = PoissonFlow.from_data(data)
-    net, options = flow.empirical(data), {"x_init": data[:3], "condition": {"far": True}}
-    either = lambda x, z, far=False: net(x + far, z)  # noqa: E731
-    expected = flow.sample(either, 3, guidance=2.0, **options)
+    options = {"x_init": DATA[:3], "condition": {"far": True}}
+    either = lambda x, z, far=False: NET(x + far, z)  # noqa: E731
+    expected = FLOW.sample(either, 3, guidance=2.0, **options)
     for weight in (torch.tensor(2.0), torch.tensor([2.0]), np.array(2.0), np.float32(2.0)):
-        assert torch.equal(flow.sample(either, 3, guidance=weight, **options), expected)
+        assert torch.equal(FLOW.sample(either, 3, guidance=weight, **options), expected)
         assert PoissonFlow((2,), M=weight) == PoissonFlow((2,), M=2.0)
-    for wrong in (torch.ones(2), torch.tensor(True), np.array("2"), np.array(math.nan)):
-        with pytest.raises(ValueError, match="guidance must be a finite number, got"):
-            flow.sample(either, 3, guidance=wrong, **options)
-        with pytest.raises(ValueError, match="M must be a number above 0"):
-            PoissonFlow((2,), M=wrong)
+    without = FLOW.sample(NET, 3, x_init=DATA[:3])
+    assert torch.equal(FLOW.sample(NET, 3, x_init=DATA[:3], guidance=1.0), without)
+
+
+@pytest.mark.parametrize("wrong", [torch.ones(2), torch.tensor(True), np.array("2"), np.nan, "a"])
+def test_other_tensors_and_arrays_are_no_numbers(wrong):
+    with pytest.raises(ValueError, match="guidance must be a finite number, got"):
+        FLOW.sample(NET, 3, guidance=wrong)
+    with pytest.raises(ValueError, match="M must be a number above 0"):
+        PoissonFlow((2,), M=wrong)
+
+
+PLAIN, LABELLED = PoissonFlow((2,), data_norm=1.0), pfgm.networks.MLP((2,), width=8, classes=2)
+WHOLE = torch.ones(3, 2, dtype=torch.int64)
+GRIDS = [], [1.0], [1.0] * 2, [1.0, 2.0, 1.0], [1.0, 1.0, 0.0], [0.0, 1.0], [1.0, 0.0, 0.0]
+FLOATING = r"must be a floating-point.*got torch\."
+LEVEL = "must be a number of at"
 
 
 @pytest.mark.parametrize(
-    ("options", "message"),
+    ("call", "error", "message"),
     [
-        ({"generator": 0}, r"generator must be a torch\.Generator, such as.*got int\."),
-        ({"condition": 3}, r"condition must be a dict of keyword arguments of.*got int\."),
-        ({"condition": torch.tensor([1, 1])}, "condition must be a dict of .*, got Tensor"),
-        ({"unconditional": [1]}, r"unconditional must be a dict of keyword.*got list\."),
-        ({"condition": {"labels": 1}}, r"labels must be a torch\.Tensor of.*got int\."),
-        ({"x_init": np.zeros((2, 2))}, r"x_init must be a torch\.Tensor, got ndarray\."),
-        ({"step": 5}, r"'multistep' takes no option 'step'; its options are: none\.$"),
-        ({"seed": 0}, r"no option 'seed'.* generator=torch\.Generator\(\)\.manual_seed\(seed\)"),
-        ({"labels": 1}, r"no option 'labels'.* condition=\{'labels': labels\}"),
-        ({"solver": "rk45", "tol": 1}, "'rk45' takes no option 'tol'; its options are: rtol, atol"),
-        ({"solver": "heun", "churn": 3}, "'heun' takes no option 'churn'; its options are: none"),
+        *(
+            (partial(FLOW.empirical, y), ValueError, r"references must have shape \(M, \*S\).*got")
+            for y in (torch.ones(3, 3), torch.ones(0, 2))
+        ),
+        (lambda: FLOW.empirical(WHOLE), TypeError, r"references must be uint8 or.*torch\.int64\."),
+        (lambda: PoissonFlow((0, 2), M=200), ValueError, r"shape must hold positive.*\(0, 2\)\."),
+        (lambda: PoissonFlow((2,), spread=1e-20), ValueError, "spread must be from 1e-15 .*1e-20"),
+        (lambda: PoissonFlow((2,), spread=1e20), ValueError, r"spread must be from 1e-15 .*1e\+20"),
+        *(
+            (partial(PoissonFlow, (2,), spread=1.0, center=wrong), TypeError, "center must hold re")
+            for wrong in ("x", 10**400)
+        ),
+        (lambda: PoissonFlow.from_data({"x": DATA}), TypeError, r"source must be a t.*got dict\."),
+        (lambda: PoissonFlow.from_data(DATA[:0]), ValueError, r"data must have sh.*got \(0, 2\)\."),
+        (lambda: PoissonFlow.from_data(DATA / 0), ValueError, "data must be finite"),
+        (lambda: PoissonFlow.from_data(WHOLE), TypeError, r"data must be uint8 or.*torch\.int64\."),
+        (lambda: FLOW.perturb(DATA[:, :1]), ValueError, r"x must have shape \(B, \*S\).*\(20, 1"),
+        (lambda: FLOW.perturb(WHOLE), TypeError, r"x must be uint8 or floating.*torch\.int64\."),
+        (lambda: FLOW.prior(-1), ValueError, r"n must be an integer of at least 0, got -1\."),
+        (
+            lambda: FLOW.prior(2, generator=seeded(), device="meta"),
+            ValueError,
+            r"device must be that of generator, cpu, got meta\.",
+        ),
+        *(
+            (partial(flow.loss, net, DATA[:0], y), ValueError, "x must hold at least one.*got none")
+            for flow, net in ((FLOW, NET), (PLUS, PLUS.empirical(DATA)))
+            for y in (None, DATA)
+        ),
+        (
+            lambda: FLOW.loss(FLOW.network("mlp"), DATA, weighting="edm"),
+            ValueError,
+            r"weighting must be one of.*got 'edm'\.",
+        ),
+        (
+            lambda: FLOW.loss(lambda x, z: (x, z[:, None]), DATA),
+            ValueError,
+            r"net must return the.*got \(20, 2\) and \(20, 1\)\.",
+        ),
+        (lambda: FLOW.sample(lambda x, z: x, 2), ValueError, "must return.*got Tensor; a denois"),
+        (lambda: FLOW.sample(pfgm.networks.MLP, 2), TypeError, "net must be a.*got the class MLP"),
+        (lambda: FLOW.sample(None, 2), TypeError, r"net must be a.*got a NoneType\."),
+        (lambda: FLOW.sample(NET, -2), ValueError, r"n must be an integer of at least 0, got -2\."),
+        (lambda: FLOW.sample(NET, 4, x_init=DATA), ValueError, "x_init must be floating .* shape"),
+        (lambda: FLOW.sample(NET, 3, x_init=WHOLE), ValueError, r"x_init must be.*got torch\.int"),
+        (lambda: FLOW.sample(NET, 2, guidance=3.0), ValueError, r"guidance is 3\.0, but neither"),
+        *(
+            (partial(PLAIN.sample, NET, 5, last=last), ValueError, r"last must be at least 0\.001 ")
+            for last in (0.0, PLAIN.z_max, "0.1")
+        ),
+        (
+            lambda: FLOW.sample(NET, 5, schedule=[3.0, 1.0], last=0.1),
+            ValueError,
+            "schedule holds all levels",
+        ),
+        *(
+            (partial(FLOW.denoise, NET, DATA, level), ValueError, f"level {LEVEL} least 0")
+            for level in ("a", 1e39)
+        ),
+        *(
+            (partial(FLOW.network("mlp"), DATA, z), ValueError, rf"z {LEVEL}.*got {z}\.")
+            for z in (math.nan, -1.0)
+        ),
+        (lambda: FLOW.denoise(NET, DATA, 1j * DATA[:, 0]), TypeError, r"level must be real, got"),
+        (lambda: FLOW.denoise(NET, WHOLE, 1.0), TypeError, f"x {FLOATING}int64"),
+        *(
+            (partial(FLOW.solve, NET, DATA, [1.0, z]), ValueError, f"grid must hold.*got {z!r}")
+            for z in (math.nan, math.inf, -1.0, "1")
+        ),
+        *(
+            (partial(FLOW.solve, NET, DATA, grid), ValueError, r"grid must have two diff.*got \[")
+            for grid in GRIDS
+        ),
+        (lambda: FLOW.solve(NET, WHOLE, [1.0, 0.5]), TypeError, f"{FLOATING}int64"),
+        (lambda: FLOW.decode(NET, WHOLE.byte()), TypeError, f"{FLOATING}uint8"),
+        (
+            lambda: PLAIN.loss(LABELLED, DATA, condition={"labels": 1}),
+            TypeError,
+            r"condition\['labels'\] must be a.*got int\.",
+        ),
+        *(
+            (partial(call, condition=DATA), TypeError, r"condition must be a dict of.*got Tensor\.")
+            for call in (
+                partial(PLAIN.loss, LABELLED, DATA),
+                partial(PLAIN.denoise, LABELLED, DATA, 1.0),
+            )
+        ),
+        *(
+            (partial(PLAIN.sample, LABELLED, 2, **options), TypeError, message)
+            for options, message in (
+                ({"generator": 0}, r"generator must be a torch\.Generator, such as.*got int\."),
+                ({"condition": 3}, r"condition must be a dict of keyword arguments.*got int\."),
+                ({"unconditional": [1]}, r"unconditional must be a dict of keyword.*got list\."),
+                ({"condition": {"labels": 1}}, r"labels must be a torch\.Tensor of.*got int\."),
+                ({"x_init": DATA.numpy()}, r"x_init must be a torch\.Tensor, got ndarray\."),
+                ({"step": 5}, r"'multistep' takes no option 'step'; its options are: none\.$"),
+                ({"seed": 0}, r"no option 'seed'.* generator=torch\.Generator\(\)\.manual_seed\(s"),
+                ({"labels": 1}, r"no option 'labels'.* condition=\{'labels': labels\}"),
+                ({"solver": "rk45", "tol": 1}, "no option 'tol'; its options are: rtol, atol"),
+                ({"solver": "heun", "churn": 3}, "'heun' takes no option 'churn'.* are: none"),
+            )
+        ),
     ],
 )
-def test_options_of_other_types_and_names_are_named(options, message):
-    flow = PoissonFlow((2,), data_norm=1.0)
-    net = pfgm.networks.MLP((2,), width=8, classes=2)
-    with pytest.raises(TypeError, match=message):
-        flow.sample(net, 2, **options)
-
-
-def test_conditions_of_other_types_are_refused_in_a_loss():
-    x = torch.randn(4, 2, generator=seeded(0))
-    flow = PoissonFlow((2,), data_norm=1.0)
-    net = pfgm.networks.MLP((2,), width=8, classes=2)
-    with pytest.raises(TypeError, match=r"condition\['labels'\] must be a.*got int\."):
-        flow.loss(net, x, condition={"labels": 1})
-    for call in (flow.loss, lambda net, x, condition: flow.denoise(net, x, 1.0, condition)):
-        with pytest.raises(TypeError, match=r"condition must be a dict of.*got Tensor\."):
-            call(net, x, condition=torch.ones(4))
+def test_refusals(call, error, message):
+    with pytest.raises(error, match=message):
+        call()

@@ -72,6 +72,9 @@ def test_an_old_run_resumes_and_the_command_line_samples_and_evaluates_it(name, 
     samples = tmp_path / ("samples.csv" if name == "table" else "samples.npy")
     assert cli.main(["sample", *source, "--out", str(samples)]) == 0
     assert samples.stat().st_size > 0
+    if name == "table":
+        assert pfgm.load(run).table.plain  # numbers as they are, under the names that it recorded
+        assert samples.read_text().splitlines()[0] == "length,width,weight"
     figures = tmp_path / "figures"
     assert cli.main(["evaluate", *source, "--against", "32", "--out", str(figures)]) == 0
     assert json.loads((figures / "metrics.json").read_text())["nfe"] >= 1
