@@ -38,79 +38,79 @@ void project_pairs(const T* const* g, const T* const* m, const T* const* y, Inde
 constexpr Index kGradientPanel = 1024;  // features in a task
 
 // Adds Σ_b [p_bj G_b − c_bj (x_b − y_j)] to grad_y[j, :] for the references of the chunk.
-template <class T, class R>
-void reference_gradients(const Problem& problem, const Backward& io,
-                         const Distances<T, R>& distances, Index first_query, Index queries,
-                         Index first_reference, const double* probabilities,
-                         const double* coefficients) {
+template <class T>
+void reference_gradients(const Problem& problem, const Backward& io, const Distances<T>& distances,
+                         Index first_query, Index queries, Index first_reference,
+                         const double* probabilities, const double* coefficients) {
   const Index features = problem.features;
   const Index panels = (features + kGradientPanel - 1) / kGradientPanel;
   parallel(distances.count() * panels, problem.threads, [&](Index task, int) {
     const Index j = task / panels, k0 = task % panels * kGradientPanel;
     const Index n = smaller(kGradientPanel, features - k0);
-    const R* y = distances.reference(j) + k0;
     double sum[kGradientPanel] = {};
-    for (Index b = 0; b < queries; ++b) {
-      const double p = probabilities[b * kStride + j], coefficient = coefficients[b * kStride + j];
-      if (p == 0) continue;
-      const T* grad = static_cast<const T*>(io.grad_mean) + (first_query + b) * features + k0;
-      const T* x = distances.query(b) + k0;
-      for (Index k = 0; k < n; ++k)
-        sum[k] += p * static_cast<double>(grad[k]) -
-                  coefficient * (static_cast<double>(x[k]) - load<double>(y[k]));
-    }
+    with_values(distances.reference(j) + k0, [&](const auto* y) {
+      for (Index b = 0; b < queries; ++b) {
+        const double p = probabilities[b * kStride + j], c = coefficients[b * kStride + j];
+        if (p == 0) continue;
+        const T* grad = static_cast<const T*>(io.grad_mean) + (first_query + b) * features + k0;
+        const T* x = distances.query(b) + k0;
+        for (Index k = 0; k < n; ++k)
+          sum[k] += p * static_cast<double>(grad[k]) -
+                    c * (static_cast<double>(x[k]) - load<double>(y[k]));
+      }
+    });
     T* out = static_cast<T*>(io.grad_y) + (first_reference + j) * features + k0;
     for (Index k = 0; k < n; ++k) out[k] += static_cast<T>(sum[k]);
   });
 }
 
 // The pulls of all ill-conditioned rows, over one part of the references.
-template <class T, class R>
+template <class T>
 Status all_pulls(const Problem& problem, const Backward& io) {
   const WeightLaw law = weight_law<T>(problem, kGradientCutoff);
   Buffer<Index> steep(problem.queries);
   if (!steep) return {Failure::memory, 0};
   Index count = 0;
   for (Index b = 0; b < problem.queries; ++b)
-    if (query_is_steep<T, R>(problem, io, law, b)) steep[count++] = b;
-  return count == 0 ? Status()
-                    : add_pulls<T, R>(problem, io, law, 0, steep.data(), count, io.pulls);
+    if (query_is_steep<T>(problem, io, law, b)) steep[count++] = b;
+  return count == 0 ? Status() : add_pulls<T>(problem, io, law, 0, steep.data(), count, io.pulls);
 }
 
-template <class T, class R>
-bool all_finite(const R* values, Index n) {
-  for (Index k = 0; k < n; ++k)
-    if (!std::isfinite(load<T>(values[k]))) return false;
-  return true;
+template <class T>
+bool all_finite(const Row& row, Index n) {
+  return with_values(row, [&](const auto* values) {
+    for (Index k = 0; k < n; ++k)
+      if (!std::isfinite(load<T>(values[k]))) return false;
+    return true;
+  });
 }
 
 // Whether a reference holds a value that T cannot hold.
-template <class T, class R>
+template <class T>
 bool exceeds(const Problem& problem) {
   for (Index j = 0; j < problem.references; ++j)
-    if (!all_finite<T>(static_cast<const R*>(problem.y) + j * problem.y_stride, problem.features))
-      return true;
+    if (!all_finite<T>(references_of(problem)(j), problem.features)) return true;
   return false;
 }
 
 // Fails with the first query for which a reference counts that T cannot hold: its moment is not
 // finite, though its upstream gradients are.
-template <class T, class R>
+template <class T>
 Status check_moments(const Problem& problem, const Backward& io, const double* moments, Index count,
                      Index first) {
-  if constexpr (kMayExceed<T, R>)
+  if (may_exceed<T>(problem))
     for (Index b = 0; b < count; ++b) {
       if (std::isfinite(moments[b])) continue;
       const T* grad = static_cast<const T*>(io.grad_mean) + (first + b) * problem.features;
       if (std::isfinite(io.grad_logsumexp[first + b]) && all_finite<T>(grad, problem.features) &&
-          exceeds<T, R>(problem))
+          exceeds<T>(problem))
         return {Failure::range, first + b};
     }
   return {};
 }
 
 // A pass over all blocks. In the names of steps, t, p and c are those of cpu/gradients.h.
-template <class T, class R>
+template <class T>
 class BackwardPass {
  public:
   BackwardPass(const Problem& problem, const Backward& io, const WeightLaw& law)
@@ -119,7 +119,7 @@ class BackwardPass {
         law_(law),
         features_(problem.features),
         block_(block_size<T>(problem)),
-        chunk_(chunk_size<R>(problem)),
+        chunk_(chunk_size(problem)),
         needs_sums_(io.grad_x || io.sums),
         one_chunk_(problem.references <= chunk_ && !io.pulls),
         kept_(problem, io.kept.at, io.kept.bytes, chunk_),
@@ -170,7 +170,7 @@ class BackwardPass {
       if (io_.grad_y)
         reference_gradients(problem_, io_, distances_, first_, count_, begin, p_.data(), c_.data());
     }
-    if (const Status status = check_moments<T, R>(problem_, io_, moments_.data(), count_, first_);
+    if (const Status status = check_moments<T>(problem_, io_, moments_.data(), count_, first_);
         status.failure != Failure::none)
       return status;
     finish();
@@ -199,12 +199,12 @@ class BackwardPass {
       moments_[b] = io_.moments ? io_.moments[first_ + b] : 0;
       own_pulls_[2 * b] = own_pulls_[2 * b + 1] = 0;
       states_[b] = state_of(io_, first_ + b);
-      is_steep_[b] = query_is_steep<T, R>(problem_, io_, law_, first_ + b);
+      is_steep_[b] = query_is_steep<T>(problem_, io_, law_, first_ + b);
       if (is_steep_[b]) steep_[steep_count++] = b;
     }
     if (steep_count > 0 && !one_chunk_ && !io_.pulls) {
-      const Status status = add_pulls<T, R>(problem_, io_, law_, first_, steep_.data(), steep_count,
-                                            own_pulls_.data());
+      const Status status =
+          add_pulls<T>(problem_, io_, law_, first_, steep_.data(), steep_count, own_pulls_.data());
       if (status.failure != Failure::none) return status;
     }
     const double* pulls = io_.pulls ? io_.pulls + 2 * first_ : own_pulls_.data();
@@ -244,7 +244,7 @@ class BackwardPass {
   // G·(y − mean) of all well-conditioned rows, in the memory of c.
   void project() {
     groups_.arrange(count_, distances_.count(), problem_.threads);
-    const auto y = [&](Index j) { return distances_.reference(j); };
+    const Rows y = distances_.references();
     if (distances_.takes_all_pairs()) {
       dense_.template sum<Projection>(
           count_, distances_.count(), features_, [&](Index b) { return mean_ + b * features_; },
@@ -310,12 +310,12 @@ class BackwardPass {
   const bool needs_sums_;
   const bool one_chunk_;  // and it gives the averages of ill-conditioned rows itself
   const KeptDistances kept_;
-  Distances<T, R> distances_;
-  typename Distances<T, R>::Lists lists_;
+  Distances<T> distances_;
+  typename Distances<T>::Lists lists_;
   Groups<T, kGradientRows> groups_;
   DenseTiles<T> dense_;
-  PairTiles<T, R, kGradientRows> projections_;
-  WeightedSums<T, R, kGradientRows, true> weighted_;
+  PairTiles<T, kGradientRows> projections_;
+  WeightedSums<T, kGradientRows, true> weighted_;
   Buffer<double> own_sums_, p_, c_, moments_, bounds_, averages_, own_pulls_;
   Buffer<QueryState> states_;
   Buffer<Index> steep_;
@@ -328,12 +328,12 @@ class BackwardPass {
   double* sums_ = nullptr;
 };
 
-template <class T, class R>
+template <class T>
 Status backward(const Problem& problem, const Backward& io) {
   const WeightLaw law = weight_law<T>(problem, kGradientCutoff);
   if (const Status status = check_singular(problem, law, io); status.failure != Failure::none)
     return status;
-  return BackwardPass<T, R>(problem, io, law).run();
+  return BackwardPass<T>(problem, io, law).run();
 }
 
 }  // namespace

@@ -64,7 +64,6 @@ inline Index byte_tile_bytes(Index features) {
   return words_of(features) * kByteTile * 4 + static_cast<Index>(sizeof(ByteTerms));
 }
 
-template <class R>
 class ByteScreen {
  public:
   // `sketch` is that of all references, or null.
@@ -82,12 +81,12 @@ class ByteScreen {
   explicit operator bool() const { return queries_ && query_terms_ && tiles_ && rows_; }
 
   // The tiles, and a cache line that holds the number of references.
-  static Index sketch_bytes(Index references, Index features) {
-    return divide_up(references, kByteTile) * byte_tile_bytes(features) + 64;
+  static Index sketch_bytes(const Problem& problem) {
+    return divide_up(problem.references, kByteTile) * byte_tile_bytes(problem.features) + 64;
   }
 
   static bool is_sketch_of(const Problem& problem) {
-    const Index bytes = sketch_bytes(problem.references, problem.features);
+    const Index bytes = sketch_bytes(problem);
     Index references;
     std::memcpy(&references, static_cast<const char*>(problem.sketch) + bytes - 64,
                 sizeof references);
@@ -102,8 +101,8 @@ class ByteScreen {
   }
 
   // out(b)[j] = |x̂_b − ŷ_j|² for the references first + j. `first` is a multiple of kByteTile.
-  template <class References, class Out>
-  void bound(Index first, Index count, const References& y, const Out& out) {
+  template <class Out>
+  void bound(Index first, Index count, const Rows& y, const Out& out) {
     current_ = tiles_.data();
     if (sketch_)
       current_ = sketch_ + first / kByteTile * tile_bytes_;
@@ -148,12 +147,11 @@ class ByteScreen {
   }
 
   // Writes the sketch of all references, y(0), …
-  template <class References>
-  void sketch(const References& y, void* out) const {
+  void sketch(const Rows& y, void* out) const {
     const Index references = problem_.references;
     char* tiles = static_cast<char*>(out);
     sketch(references, y, tiles);
-    char* end = tiles + sketch_bytes(references, problem_.features) - 64;
+    char* end = tiles + sketch_bytes(problem_) - 64;
     std::memset(end, 0, 64);
     std::memcpy(end, &references, sizeof references);
   }
@@ -318,25 +316,25 @@ class ByteScreen {
   }
 
   // Writes the tiles of the references y(0), …
-  template <class References>
-  void sketch(Index count, const References& y, char* out) const {
+  void sketch(Index count, const Rows& y, char* out) const {
     parallel(divide_up(count, kLanes), packing_, [&](Index task, int thread) {
       const Index j = task * kLanes;
-      sketch_references(
-          smaller(kLanes, count - j), [&](Index r) { return y(j + r); },
-          rows_.at(thread * kLanes * words_), j % kByteTile, out + j / kByteTile * tile_bytes_);
+      sketch_references(smaller(kLanes, count - j), y.from(j), rows_.at(thread * kLanes * words_),
+                        j % kByteTile, out + j / kByteTile * tile_bytes_);
       if (j + kLanes >= count) clear(count, out);
     });
   }
 
   // Writes the words of up to kLanes references, side by side from column `first` of a tile on, and
   // their terms. `rows` has room for their words, row by row.
-  template <class References>
-  void sketch_references(Index count, const References& y, std::int32_t* rows, Index first,
+  void sketch_references(Index count, const Rows& y, std::int32_t* rows, Index first,
                          char* out) const {
     ByteTerms& terms =
         *reinterpret_cast<ByteTerms*>(out + tile_bytes_ - static_cast<Index>(sizeof(ByteTerms)));
-    for (Index r = 0; r < count; ++r) sketch_reference(y(r), rows + r * words_, first + r, terms);
+    for (Index r = 0; r < count; ++r)
+      with_values(y(r), [&](const auto* values) {
+        sketch_reference(values, rows + r * words_, first + r, terms);
+      });
     std::memset(rows + count * words_, 0, (kLanes - count) * words_ * sizeof(*rows));
     auto* packed = reinterpret_cast<std::int32_t*>(out) + first;
     for (Index word = 0; word < words_; word += kLanes) {
@@ -349,6 +347,7 @@ class ByteScreen {
     }
   }
 
+  template <class R>
   void sketch_reference(const R* y, std::int32_t* words, Index r, ByteTerms& terms) const {
     float low = 0, step = 1;
     double a = -1, h = 1 / 127.5, rounded = 0;
@@ -454,37 +453,37 @@ class ByteScreen {
   Index queries_count_ = 0;
 };
 
-// References of bytes with points in float32. Their sketch in bytes would double their memory, so
-// it holds lines, which are a quarter to a third. Bytes rule out more references, but for a block
-// of queries that gains less than packing the bytes takes. So they serve where there is no sketch.
-class ScreenOfBytes {
-  using R = std::uint8_t;
-
+// The screen for points in float32. It is of bytes, except with a sketch of references of bytes:
+// their sketch in bytes would double their memory, so it holds lines, which are a quarter to a
+// third. Bytes rule out more references, but for a block of queries that gains less than packing
+// the bytes takes. So they serve where there is no sketch.
+class FloatScreen {
  public:
-  ScreenOfBytes(const Problem& problem, Index max_queries, Index max_references)
-      : by_lines_(problem.sketch),
+  FloatScreen(const Problem& problem, Index max_queries, Index max_references)
+      : by_lines_(problem.sketch && has_lines(problem)),
         lines_(problem, by_lines_ ? max_queries : 0, by_lines_ ? max_references : 0),
-        bytes_(problem, nullptr, by_lines_ ? 0 : max_queries, by_lines_ ? 0 : max_references) {}
+        bytes_(problem, by_lines_ ? nullptr : problem.sketch, by_lines_ ? 0 : max_queries,
+               by_lines_ ? 0 : max_references) {}
 
   explicit operator bool() const { return lines_ && bytes_; }
 
-  static Index sketch_bytes(Index references, Index features) {
-    return LineScreen<float, R>::sketch_bytes(references, features);
+  static Index sketch_bytes(const Problem& problem) {
+    return has_lines(problem) ? LineScreen<float>::sketch_bytes(problem)
+                              : ByteScreen::sketch_bytes(problem);
   }
   static bool is_sketch_of(const Problem& problem) {
-    return LineScreen<float, R>::is_sketch_of(problem);
+    return has_lines(problem) || ByteScreen::is_sketch_of(problem);
   }
-  template <class References>
-  void sketch(const References& y, void* out) const {
-    lines_.sketch(y, out);
+  void sketch(const Rows& y, void* out) const {
+    y.type == Type::uint8 ? lines_.sketch(y, out) : bytes_.sketch(y, out);
   }
 
   template <class Queries>
   void set_queries(Index count, const Queries& x) {
     by_lines_ ? lines_.set_queries(count, x) : bytes_.set_queries(count, x);
   }
-  template <class References, class Out>
-  void bound(Index first, Index count, const References& y, const Out& out) {
+  template <class Out>
+  void bound(Index first, Index count, const Rows& y, const Out& out) {
     by_lines_ ? lines_.bound(first, count, y, out) : bytes_.bound(first, count, y, out);
   }
   Index choose(Index b, double far, double skip, double* bounds, Index count) const {
@@ -493,24 +492,18 @@ class ScreenOfBytes {
   }
 
  private:
+  // Whether the sketch is one of lines.
+  static bool has_lines(const Problem& problem) { return problem.reference_type == Type::uint8; }
+
   const bool by_lines_;
-  LineScreen<float, R> lines_;
-  ByteScreen<R> bytes_;
+  LineScreen<float> lines_;
+  ByteScreen bytes_;
 };
 
-// References of other types with points in float32.
-template <class R>
-class ScreenOfFloats : public ByteScreen<R> {
- public:
-  ScreenOfFloats(const Problem& problem, Index max_queries, Index max_references)
-      : ByteScreen<R>(problem, problem.sketch, max_queries, max_references) {}
-};
-
-// The screen for points in T and references in R.
-template <class T, class R>
-using Screen = std::conditional_t<
-    !kByteScreens || !std::is_same_v<T, float>, LineScreen<T, R>,
-    std::conditional_t<std::is_same_v<R, std::uint8_t>, ScreenOfBytes, ScreenOfFloats<R>>>;
+// The screen for points in T.
+template <class T>
+using Screen =
+    std::conditional_t<kByteScreens && std::is_same_v<T, float>, FloatScreen, LineScreen<T>>;
 
 }  // namespace
 }  // namespace PFGM_ISA

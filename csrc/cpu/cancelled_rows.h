@@ -15,11 +15,11 @@ namespace {
 constexpr double kCancelledShare = 0.2;
 constexpr Index kCancelledBlock = 64;  // rows computed again at a time
 
-template <class T, class R>
+template <class T>
 Status forward_pass(const Problem& problem, const Forward& out) {
-  if (is_dense<T>(problem)) return dense_forward<R>(problem, out);
+  if (is_dense(problem)) return dense_forward(problem, out);
   return by_blocks(problem, true, [&](const Problem& block, Index first) {
-    return forward<T, R>(block, outputs_from(first, problem, out));
+    return forward<T>(block, outputs_from(first, problem, out));
   });
 }
 
@@ -33,8 +33,8 @@ inline bool is_cancelled(const float* difference, Index features, double radius,
 }
 
 // Computes x − mean and the log-sum-exp of some rows again.
-template <class R>
-Status compute_again(const Problem& problem, const Forward& out, const Index* rows, Index count) {
+inline Status compute_again(const Problem& problem, const Forward& out, const Index* rows,
+                            Index count) {
   const Index features = problem.features;
   Buffer<double> x(count * features), difference(count * features), radius(count),
       logsumexps(count);
@@ -52,7 +52,7 @@ Status compute_again(const Problem& problem, const Forward& out, const Index* ro
   wide.radius = radius.data();
   wide.sketch = nullptr;  // it is in the type of x
   const Status status =
-      forward_pass<double, R>(wide, {difference.data(), logsumexps.data(), nullptr, nullptr});
+      forward_pass<double>(wide, {difference.data(), logsumexps.data(), nullptr, nullptr});
   if (status.failure != Failure::none) return {status.failure, rows[status.row]};
   for (Index i = 0; i < count; ++i) {
     float* to = static_cast<float*>(out.mean) + rows[i] * features;
@@ -63,12 +63,11 @@ Status compute_again(const Problem& problem, const Forward& out, const Index* ro
 }
 
 // The forward pass of x − mean, in one call.
-template <class R>
-Status difference_pass(const Problem& problem, Forward out) {
+inline Status difference_pass(const Problem& problem, Forward out) {
   Buffer<double> nearest(out.nearest ? 0 : problem.queries);
   if (!nearest) return {Failure::memory, 0};
   if (!out.nearest) out.nearest = nearest.data();
-  const Status status = forward_pass<float, R>(problem, out);
+  const Status status = forward_pass<float>(problem, out);
   if (status.failure != Failure::none) return status;
   Index rows[kCancelledBlock], count = 0;
   for (Index b = 0; b < problem.queries; ++b) {
@@ -76,7 +75,7 @@ Status difference_pass(const Problem& problem, Forward out) {
     if (is_cancelled(difference, problem.features, problem.radius[b], out.nearest[b]))
       rows[count++] = b;
     if (count == 0 || (count < kCancelledBlock && b + 1 < problem.queries)) continue;
-    const Status again = compute_again<R>(problem, out, rows, count);
+    const Status again = compute_again(problem, out, rows, count);
     if (again.failure != Failure::none) return again;
     count = 0;
   }

@@ -16,10 +16,9 @@ inline bool fits_float(double g) {
 }
 
 // Computes the listed p_j and G·(y_j − mean). Adds Σ p_j and Σ p_j G·(y_j − mean) to sums.
-template <class R>
-void list_probabilities(const DenseRows<R>& rows, const WeightLaw& law, QueryState& state,
-                        double radius, const float* grad, const float* mean, Index features,
-                        List& list, double* sums) {
+inline void list_probabilities(const DenseRows& rows, const WeightLaw& law, QueryState& state,
+                               double radius, const float* grad, const float* mean, Index features,
+                               List& list, double* sums) {
   weigh(law, state.nearest, radius, visible_fall(law, state), list.squared, list.weight,
         list.length);
   const double inverse = 1 / state.total;
@@ -36,10 +35,9 @@ void list_probabilities(const DenseRows<R>& rows, const WeightLaw& law, QuerySta
 
 // Replaces the listed weights by p_j and the terms by c_j. Returns the list's part of the moment.
 // In an ill-conditioned row whose references are all listed, t_j becomes relative to its average.
-template <class R>
-double list_coefficients(const DenseRows<R>& rows, const WeightLaw& law, QueryState& state,
-                         double radius, double g, const float* grad, const float* mean,
-                         Index features, bool subtract_average, List& list) {
+inline double list_coefficients(const DenseRows& rows, const WeightLaw& law, QueryState& state,
+                                double radius, double g, const float* grad, const float* mean,
+                                Index features, bool subtract_average, List& list) {
   double sums[2] = {}, bound;
   list_probabilities(rows, law, state, radius, grad, mean, features, list, sums);
   if (subtract_average) g -= average(sums);
@@ -75,8 +73,8 @@ inline double row_coefficients(const FloatWeights& law, double total, double g, 
 }
 
 // Computes terms[i][j] = G·(y_j − mean) for up to kTileQueries rows of a chunk.
-template <class R, class GradOf, class MeanOf>
-void project_rows(const DenseRows<R>& rows, const Index* row, Index number, Index features,
+template <class GradOf, class MeanOf>
+void project_rows(const DenseRows& rows, const Index* row, Index number, Index features,
                   const GradOf& grad_of, const MeanOf& mean_of, float* terms) {
   constexpr Index tile = Simd<float>::tile;
   const Index panel = dense_panel(features);
@@ -100,10 +98,9 @@ void project_rows(const DenseRows<R>& rows, const Index* row, Index number, Inde
 
 // Adds Σ_j p_bj and Σ_j p_bj G·(y_j − mean) to pulls[2b] and pulls[2b + 1], for the steep rows b of
 // a block. `first` is the first query of the block.
-template <class R>
-Status add_pulls_of_rows(const Problem& problem, const WeightLaw& law, const Backward& io,
-                         Index first, const Index* steep, Index count, float* workspace, List& list,
-                         double* pulls) {
+inline Status add_pulls_of_rows(const Problem& problem, const WeightLaw& law, const Backward& io,
+                                Index first, const Index* steep, Index count, float* workspace,
+                                List& list, double* pulls) {
   const Index features = problem.features;
   Buffer<float> x(count * features);
   Buffer<double> radius(count);
@@ -119,7 +116,7 @@ Status add_pulls_of_rows(const Problem& problem, const WeightLaw& law, const Bac
   some.x = x.data();
   some.x_stride = features;
   some.radius = radius.data();
-  DenseRows<R> rows(some, law, 0, count, workspace);
+  DenseRows rows(some, law, 0, count, workspace);
   by_chunks(some, [&](Index begin, Index references) {
     rows.set_chunk(begin, references);
     for (Index i = 0; i < count; ++i) {
@@ -138,11 +135,10 @@ Status add_pulls_of_rows(const Problem& problem, const WeightLaw& law, const Bac
 }
 
 // The gradients of a block of queries. Fails with the first query that has no nearest distance.
-template <class R>
-Status gradients_of_block(const Problem& problem, const WeightLaw& law, const Backward& io,
-                          Index first, Index count, DenseWork<R>& work, int thread) {
+inline Status gradients_of_block(const Problem& problem, const WeightLaw& law, const Backward& io,
+                                 Index first, Index count, DenseWork& work, int thread) {
   const Index features = problem.features;
-  DenseRows<R> rows(problem, law, first, count, work.rows.at(thread * work.space));
+  DenseRows rows(problem, law, first, count, work.rows.at(thread * work.space));
   List& list = work.lists[thread];
   float* terms = work.terms.at(thread * kTileQueries * kFloatStride);
   double* sums = io.sums ? io.sums + first * features : work.sums.at(thread * kMaxRows * features);
@@ -163,14 +159,14 @@ Status gradients_of_block(const Problem& problem, const WeightLaw& law, const Ba
     states[b] = state_of(io, first + b);
     moments[b] = io.moments ? io.moments[first + b] : 0;
     row_is_flat[b] = is_flat(law, states[b].nearest, rows.radius(b));
-    row_is_steep[b] = query_is_steep<float, R>(problem, io, law, first + b);
+    row_is_steep[b] = query_is_steep<float>(problem, io, law, first + b);
     if (row_is_steep[b]) steep[steep_count++] = b;
   }
   // Whether the one chunk gives the averages of ill-conditioned rows itself.
   const bool one_chunk = problem.references <= dense_chunk(problem) && !io.pulls;
   if (steep_count > 0 && !one_chunk && !io.pulls) {
-    const Status status = add_pulls_of_rows<R>(problem, law, io, first, steep, steep_count,
-                                               work.rows.at(thread * work.space), list, own_pulls);
+    const Status status = add_pulls_of_rows(problem, law, io, first, steep, steep_count,
+                                            work.rows.at(thread * work.space), list, own_pulls);
     if (status.failure != Failure::none) return status;
   }
   const double* pulls = io.pulls ? io.pulls + 2 * first : own_pulls;
@@ -227,28 +223,26 @@ Status gradients_of_block(const Problem& problem, const WeightLaw& law, const Ba
   return failed;
 }
 
-template <class R>
-Status dense_backward(const Problem& problem, const Backward& io) {
+inline Status dense_backward(const Problem& problem, const Backward& io) {
   const WeightLaw law = weight_law<float>(problem, kGradientCutoff);
   if (const Status status = check_singular(problem, law, io); status.failure != Failure::none)
     return status;
-  return by_rows<R>(problem, [&](Index first, Index count, DenseWork<R>& work, int thread) {
-    return gradients_of_block<R>(problem, law, io, first, count, work, thread);
+  return by_rows(problem, [&](Index first, Index count, DenseWork& work, int thread) {
+    return gradients_of_block(problem, law, io, first, count, work, thread);
   });
 }
 
 // The pulls of all ill-conditioned rows, over one part of the references.
-template <class R>
-Status dense_pulls(const Problem& problem, const Backward& io) {
+inline Status dense_pulls(const Problem& problem, const Backward& io) {
   const WeightLaw law = weight_law<float>(problem, kGradientCutoff);
-  return by_rows<R>(problem, [&](Index first, Index count, DenseWork<R>& work, int thread) {
+  return by_rows(problem, [&](Index first, Index count, DenseWork& work, int thread) {
     Index steep[kMaxRows], steep_count = 0;
     for (Index b = 0; b < count; ++b)
-      if (query_is_steep<float, R>(problem, io, law, first + b)) steep[steep_count++] = b;
+      if (query_is_steep<float>(problem, io, law, first + b)) steep[steep_count++] = b;
     if (steep_count == 0) return Status();
-    return add_pulls_of_rows<R>(problem, law, io, first, steep, steep_count,
-                                work.rows.at(thread * work.space), work.lists[thread],
-                                io.pulls + 2 * first);
+    return add_pulls_of_rows(problem, law, io, first, steep, steep_count,
+                             work.rows.at(thread * work.space), work.lists[thread],
+                             io.pulls + 2 * first);
   });
 }
 

@@ -40,8 +40,8 @@ void sum_rows(const float* const* weights, const float* const* origin, const flo
 }
 
 // Adds scale_of(row) Σ_j weights of the row (y_j − origin of the row) to the sums of the rows.
-template <int kRows, bool kOrigin, class R, class Origin, class ScaleOf>
-void add_rows(const DenseRows<R>& rows, const Index* row, Index number, Index features,
+template <int kRows, bool kOrigin, class Origin, class ScaleOf>
+void add_rows(const DenseRows& rows, const Index* row, Index number, Index features,
               const Origin& origin_of, const ScaleOf& scale_of, double* sums) {
   const Index parts = divide_up(rows.padded(), kSumSegment);
   const Index part = round_up(divide_up(rows.padded(), parts), Simd<float>::tile);
@@ -84,25 +84,24 @@ inline double weigh_row(const FloatWeights& law, float* row, const float* low, I
 }
 
 // Adds Σ_j weights (y_j − origin) over a list to sum, in float64.
-template <class R>
-void add_list(const DenseRows<R>& rows, const List& list, const double* weight, const float* origin,
-              Index features, double* sum) {
+inline void add_list(const DenseRows& rows, const List& list, const double* weight,
+                     const float* origin, Index features, double* sum) {
   for (Index i = 0; i < list.length; ++i) {
-    const R* y = rows.reference(list.index[i]);
     const double w = weight[i];
     if (w == 0) continue;
-    for (Index k = 0; k < features; ++k) {
-      const double from = origin ? static_cast<double>(origin[k]) : 0;
-      sum[k] += w * (load<double>(y[k]) - from);
-    }
+    with_values(rows.reference(list.index[i]), [&](const auto* y) {
+      for (Index k = 0; k < features; ++k) {
+        const double from = origin ? static_cast<double>(origin[k]) : 0;
+        sum[k] += w * (load<double>(y[k]) - from);
+      }
+    });
   }
 }
 
 // What threads work in.
-template <class R>
 struct DenseWork {
   DenseWork(const Problem& problem, Index threads)
-      : space(DenseRows<R>::space(problem)),
+      : space(DenseRows::space(problem)),
         rows(threads * space),
         terms(threads * kTileQueries * kFloatStride),
         lists(threads),
@@ -127,12 +126,12 @@ inline Status first_of(const Status& a, const Status& b) {
 
 // Calls run(first, count, work, thread) for blocks of queries. No result depends on how they are
 // cut.
-template <class R, class Run>
+template <class Run>
 Status by_rows(const Problem& problem, const Run& run) {
   const Index threads = smaller(problem.threads, kMaxDenseThreads);
   const Index each = round_up(divide_up(problem.queries, threads), kTileQueries);
   const Index block = smaller(each, kMaxRows), blocks = divide_up(problem.queries, block);
-  DenseWork<R> work(problem, threads);
+  DenseWork work(problem, threads);
   if (!work) return {Failure::memory, 0};
   std::vector<Status> statuses(blocks);
   parallel(blocks, static_cast<int>(threads), [&](Index task, int thread) {
@@ -156,12 +155,11 @@ void by_chunks(const Problem& problem, const Run& run) {
 
 // The mean of a block of queries. Fails with the first query that has no nearest distance or no
 // result.
-template <class R>
-Status mean_of_block(const Problem& problem, const WeightLaw& law, const Forward& out, Index first,
-                     Index count, DenseWork<R>& work, int thread) {
+inline Status mean_of_block(const Problem& problem, const WeightLaw& law, const Forward& out,
+                            Index first, Index count, DenseWork& work, int thread) {
   const Index features = problem.features;
   const bool difference = problem.difference;
-  DenseRows<R> rows(problem, law, first, count, work.rows.at(thread * work.space));
+  DenseRows rows(problem, law, first, count, work.rows.at(thread * work.space));
   List& list = work.lists[thread];
   double* sums =
       out.sums ? out.sums + first * features : work.sums.at(thread * kMaxRows * features);
@@ -223,19 +221,18 @@ Status mean_of_block(const Problem& problem, const WeightLaw& law, const Forward
     if (out.total) out.total[first + b] = state.total;
     if (!out.mean && !out.logsumexp) continue;
     const float* mean = static_cast<const float*>(out.mean);
-    const Status status = check_result<float, R>(
+    const Status status = check_result<float>(
         problem, state, rows.radius(b), mean ? mean + (first + b) * features : nullptr, first + b);
     failed = first_of(failed, status);
   }
   return failed;
 }
 
-template <class R>
-Status dense_forward(const Problem& problem, const Forward& out) {
+inline Status dense_forward(const Problem& problem, const Forward& out) {
   if (const Status status = check_radius(problem); status.failure != Failure::none) return status;
   const WeightLaw law = weight_law<float>(problem);
-  return by_rows<R>(problem, [&](Index first, Index count, DenseWork<R>& work, int thread) {
-    return mean_of_block<R>(problem, law, out, first, count, work, thread);
+  return by_rows(problem, [&](Index first, Index count, DenseWork& work, int thread) {
+    return mean_of_block(problem, law, out, first, count, work, thread);
   });
 }
 

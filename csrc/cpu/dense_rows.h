@@ -25,9 +25,8 @@ constexpr Index kSumSegment = 1024;            // references summed in float32 b
 
 // Whether the kernels for few features take the problem. Few queries leave too few blocks
 // for the threads, which share the references instead (cpu/blocks.h).
-template <class T>
-bool is_dense(const Problem& problem) {
-  return std::is_same_v<T, float> && problem.features < kListedFeatures &&
+inline bool is_dense(const Problem& problem) {
+  return problem.type == Type::float32 && problem.features < kListedFeatures &&
          problem.queries >= kFewestRows;
 }
 
@@ -104,7 +103,6 @@ struct List {
   std::int32_t index[kChunk];
 };
 
-template <class R>
 class DenseRows {
  public:
   // Values of float32 for `workspace`.
@@ -158,7 +156,7 @@ class DenseRows {
     const bool nearer = smallest.value < known.nearest;
     const double base = nearer ? smallest.value : known.nearest, r = radius(b);
     const double fall = nearer ? law_.cutoff : visible_fall(law_, known);
-    const NeededDigits<float, R> needed(law_, query(b), problem_.features, base, r);
+    const NeededDigits<float> needed(problem_, law_, query(b), base, r);
     const double near = needed.farthest(kNear);
     const double far = needed.farthest(fall > kNear ? fall : kNear);
     if (smallest.value > far) return false;
@@ -187,9 +185,7 @@ class DenseRows {
   const float* query(Index b) const {
     return static_cast<const float*>(problem_.x) + (first_query_ + b) * problem_.x_stride;
   }
-  const R* reference(Index j) const {
-    return static_cast<const R*>(problem_.y) + (first_reference_ + j) * problem_.y_stride;
-  }
+  Row reference(Index j) const { return references_of(problem_)(first_reference_ + j); }
 
  private:
   struct Least {
@@ -240,8 +236,8 @@ class DenseRows {
   // of its own.
   void pack(Index j, Index filled, float* packed) const {
     constexpr Index tile = Simd<float>::tile;
-    const auto y = [&](Index i) { return reference(i); };
-    DenseTiles<float>::pack(y, j, filled, 0, problem_.features, packed);
+    DenseTiles<float>::pack(references_of(problem_), first_reference_ + j, filled, 0,
+                            problem_.features, packed);
     if (filled == tile) return;
     for (Index k = 0; k < problem_.features; ++k)
       for (Index i = filled; i < tile; ++i) packed[k * tile + i] = packed[k * tile + filled - 1];
@@ -324,7 +320,7 @@ class DenseRows {
       }
       if (list.squared[i] < list.nearest) list.nearest = list.squared[i];
     }
-    if constexpr (kMayUnderflow<float, R>) {
+    if (may_underflow<float>(problem_)) {
       const double least = least_square(problem_.features), r = radius(b);
       if (list.nearest < least && r * r < least)
         list.nearest = separate(

@@ -38,16 +38,11 @@ constexpr double kNear = 20.0;  // a weight below e^-20 of the largest needs no 
 // of real images would be computed again.
 constexpr double kScoreError = 1e-5, kHalvesScoreError = 7e-7, kAverageScoreError = 1.2e-6;
 
-// Whether T represents every R exactly. If not, distances have an error relative to |y| too.
-template <class T, class R>
-constexpr bool kHoldsExactly = sizeof(R) <= sizeof(T) && !std::is_same_v<R, std::uint8_t>;
-
 constexpr Index kChunkUnit = kBatch / 8;  // whole words of Groups, and tiles of the screen
 static_assert(kChunkUnit % kByteTile == 0, "a chunk begins with a tile of the screen");
 
-template <class R>
-Index chunk_size(const Problem& problem) {
-  const Index fitting = kMaxChunkBytes / (problem.features * static_cast<Index>(sizeof(R)));
+inline Index chunk_size(const Problem& problem) {
+  const Index fitting = kMaxChunkBytes / (problem.features * bytes_of(problem.reference_type));
   return smaller(kChunk, larger(kChunkUnit, round_up(fitting, kChunkUnit)));
 }
 
@@ -62,27 +57,6 @@ double squared_norm(const T* x, Index features) {
 template <class T>
 bool is_close(const T* x, Index features, double nearest) {
   return nearest < kCloseSquare * squared_norm(x, features);
-}
-
-template <class T, class R>
-double exact_distance(const T* x, const R* y, Index features) {
-  constexpr Index lanes = 4 * kDoubles;
-  double total = 0;
-  Index k = 0;
-  if (features >= lanes) {
-    double sum[lanes] = {};
-    for (; k + lanes <= features; k += lanes)
-      for (Index lane = 0; lane < lanes; ++lane) {
-        const double difference = static_cast<double>(x[k + lane]) - load<double>(y[k + lane]);
-        sum[lane] += difference * difference;
-      }
-    for (Index lane = 0; lane < lanes; ++lane) total += sum[lane];
-  }
-  for (; k < features; ++k) {
-    const double difference = static_cast<double>(x[k]) - load<double>(y[k]);
-    total += difference * difference;
-  }
-  return total;
 }
 
 // The positions of `count` of the values up to `most`, evenly spaced among them. Their `number` is
@@ -101,17 +75,17 @@ void sample(const V* values, V most, Index number, Index count, Index* sampled) 
 }
 
 // How exact the distances of one query must be. `base` is the smallest of them.
-template <class T, class R>
+template <class T>
 class NeededDigits {
  public:
-  NeededDigits(const WeightLaw& law, const T* x, Index features, double base, double radius)
+  NeededDigits(const Problem& problem, const WeightLaw& law, const T* x, double base, double radius)
       : law_(law),
         x_(x),
-        features_(features),
-        norm_(kHoldsExactly<T, R> ? 0 : std::sqrt(squared_norm(x, features))),
+        features_(problem.features),
+        norm_(holds_exactly<T>(problem) ? 0 : std::sqrt(squared_norm(x, features_))),
         base_(base),
         radius_(radius),
-        tolerated_(larger(features * 3 / 4, 256)) {}
+        tolerated_(larger(features_ * 3 / 4, 256)) {}
 
   // The largest squared distance at which a score may be within `fall` of the best.
   double farthest(double fall) const {
@@ -161,7 +135,7 @@ class NeededDigits {
  private:
   // The squared distance plus the largest error from the rounding of y.
   double widened(double squared) const {
-    if (kHoldsExactly<T, R>) return squared;
+    if (norm_ == 0) return squared;
     const double distance = std::sqrt(squared) + 2 * std::numeric_limits<T>::epsilon() * norm_;
     return distance * distance;
   }
@@ -173,7 +147,7 @@ class NeededDigits {
 };
 
 // Squared distances of one query are a row; rows are kStride apart.
-template <class T, class R>
+template <class T>
 class Distances {
  public:
   // The pairs to compute.
@@ -192,7 +166,7 @@ class Distances {
         needed_(max_queries),
         dense_(problem.threads),
         pairs_(problem.threads),
-        screen_(problem, screened_ ? max_queries : 0, screened_ ? chunk_size<R>(problem) : 0) {}
+        screen_(problem, screened_ ? max_queries : 0, screened_ ? chunk_size(problem) : 0) {}
 
   explicit operator bool() const {
     return queries_ && squared_ && needed_ && dense_ && pairs_ && screen_;
@@ -215,7 +189,7 @@ class Distances {
   void set_chunk(Index first, Index count, const QueryState* known, Lists& lists) {
     first_reference_ = first;
     count_ = count;
-    const auto y = [&](Index j) { return reference(j); };
+    const Rows y = references();
     const auto out = [&](Index b) { return row(b); };
     if (!listed_) {
       const auto x = [&](Index b) { return queries_.at(b * padded_); };
@@ -263,7 +237,7 @@ class Distances {
     double limit = kInfinity;
     if (smallest.finite) {
       const double base = smallest.value < known.nearest ? smallest.value : known.nearest;
-      const NeededDigits<T, R> needed(law_, query(b), problem_.features, base, radius(b));
+      const NeededDigits<T> needed(problem_, law_, query(b), base, radius(b));
       const double near = needed.farthest(kNear);
       if (smallest.value > near) return smallest.value;
       Index candidates = 0;
@@ -291,9 +265,8 @@ class Distances {
   }
 
   double* row(Index b) const { return squared_.at(b * kStride); }
-  const R* reference(Index j) const {
-    return static_cast<const R*>(problem_.y) + (first_reference_ + j) * problem_.y_stride;
-  }
+  Row reference(Index j) const { return references_of(problem_)(first_reference_ + j); }
+  Rows references() const { return references_of(problem_).from(first_reference_); }
   const T* query(Index b) const {
     return static_cast<const T*>(problem_.x) + (first_query_ + b) * problem_.x_stride;
   }
@@ -307,7 +280,7 @@ class Distances {
 
   // The smallest distance of a row, after separate() where it is needed.
   double told_apart(Index b, double nearest) {
-    if constexpr (kMayUnderflow<T, R>) {
+    if (may_underflow<T>(problem_)) {
       const double least = least_square(problem_.features), r = radius(b);
       if (nearest < least && r * r < least)
         return separate(
@@ -361,7 +334,7 @@ class Distances {
     *likeliest = candidate;
     double upper = exact_distance(query(b), reference(candidate), problem_.features);
     // The candidate itself and what separate() must see stay within the bound.
-    if (kMayUnderflow<T, R> && upper < least_square(problem_.features))
+    if (may_underflow<T>(problem_) && upper < least_square(problem_.features))
       upper = least_square(problem_.features);
     const double other = upper + law_.excess_at(law_.cutoff, upper, radius(b));
     return other > far ? far : other;
@@ -403,8 +376,8 @@ class Distances {
   Buffer<double> squared_;
   Buffer<Index> needed_;
   DenseTiles<T> dense_;
-  PairTiles<T, R, kTileQueries> pairs_;
-  Screen<T, R> screen_;
+  PairTiles<T, kTileQueries> pairs_;
+  Screen<T> screen_;
   Index first_query_ = 0, queries_count_ = 0, first_reference_ = 0, count_ = 0;
 };
 

@@ -26,13 +26,13 @@ double visible_distance(const WeightLaw& law, QueryState state, double radius,
 }
 
 // Fails with the first query whose result is not allowed (check_result).
-template <class T, class R>
+template <class T>
 Status check_results(const Problem& problem, const Forward& out, const QueryState* states,
                      Index count, Index first) {
   const T* mean = static_cast<const T*>(out.mean);
   for (Index b = first; b < first + count && (mean || out.logsumexp); ++b) {
-    const Status status = check_result<T, R>(problem, states[b - first], problem.radius[b],
-                                             mean ? mean + b * problem.features : nullptr, b);
+    const Status status = check_result<T>(problem, states[b - first], problem.radius[b],
+                                          mean ? mean + b * problem.features : nullptr, b);
     if (status.failure != Failure::none) return status;
   }
   return {};
@@ -50,18 +50,18 @@ bool sums_differences(const T* x, Index features, const QueryState& state) {
          (state.live <= kFewSummed || is_close(x, features, state.nearest));
 }
 
-template <class T, class R>
+template <class T>
 Status forward(const Problem& problem, const Forward& out) {
   if (const Status status = check_radius(problem); status.failure != Failure::none) return status;
   const Index features = problem.features, block = block_size<T>(problem);
-  const Index chunk = chunk_size<R>(problem);
+  const Index chunk = chunk_size(problem);
   const WeightLaw law = weight_law<T>(problem);
   KeptDistances kept(problem, out.kept.at, out.kept.bytes, chunk);
   const WeightLaw kept_law = weight_law<T>(problem, kept ? kGradientCutoff : 0);
-  Distances<T, R> distances(problem, kept_law, block);
-  typename Distances<T, R>::Lists lists(block);
+  Distances<T> distances(problem, kept_law, block);
+  typename Distances<T>::Lists lists(block);
   Groups<T, kSumRows> groups(block);
-  WeightedSums<T, R, kSumRows, false> weighted(problem);
+  WeightedSums<T, kSumRows, false> weighted(problem);
   Buffer<double> own_sums(out.sums ? 0 : block * features);
   Buffer<QueryState> states(block);
   if (!distances || !lists || !groups || !weighted || !own_sums || !states)
@@ -121,7 +121,7 @@ Status forward(const Problem& problem, const Forward& out) {
       if (out.nearest) out.nearest[first + b] = states[b].nearest;
       if (out.total) out.total[first + b] = states[b].total;
     });
-    if (const Status status = check_results<T, R>(problem, out, states.data(), count, first);
+    if (const Status status = check_results<T>(problem, out, states.data(), count, first);
         status.failure != Failure::none)
       return status;
   }

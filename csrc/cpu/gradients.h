@@ -111,17 +111,17 @@ Status check_singular(const Problem& problem, const WeightLaw& law, const Backwa
 // e^-kGradientCutoff of the smallest weight that counts for a mean.
 constexpr double kGradientCutoff = 8;
 
-template <class T, class R>
+template <class T>
 bool query_is_steep(const Problem& problem, const Backward& io, const WeightLaw& law, Index query) {
   const double radius = problem.radius[query], nearest = io.nearest[query];
   const T* mean = static_cast<const T*>(io.mean) + query * problem.features;
   return !is_flat(law, nearest, radius) &&
-         is_steep<T, R>(law, nearest, io.total[query], radius, mean, problem.features);
+         is_steep<T>(problem, law, nearest, io.total[query], radius, mean);
 }
 
 // Adds Σ_j p_bj and Σ_j p_bj G·(y_j − mean) to pulls[2b] and pulls[2b + 1], for the steep rows b of
 // a block. `first` is the first query of the block.
-template <class T, class R>
+template <class T>
 Status add_pulls(const Problem& problem, const Backward& io, const WeightLaw& law, Index first,
                  const Index* steep, Index count, double* pulls) {
   const Index features = problem.features, block = smaller(count, kSteepBlock);
@@ -133,10 +133,10 @@ Status add_pulls(const Problem& problem, const Backward& io, const WeightLaw& la
   some.x = x.data();
   some.x_stride = features;
   some.radius = radius.data();
-  Distances<T, R> distances(some, law, block);
-  typename Distances<T, R>::Lists lists(block);
+  Distances<T> distances(some, law, block);
+  typename Distances<T>::Lists lists(block);
   if (!x || !radius || !p || !states || !distances || !lists) return {Failure::memory, 0};
-  const Index chunk = chunk_size<R>(problem);
+  const Index chunk = chunk_size(problem);
 
   for (Index at = 0; at < count; at += block, steep += block) {
     const Index n = smaller(block, count - at);

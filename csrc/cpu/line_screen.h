@@ -39,14 +39,14 @@ template <class T> constexpr double kLostDeviation =
 // values, kPairPanel<float> over four lanes.
 template <class T> constexpr double kSumError = sizeof(T) == sizeof(float) ? 2e-5 : 1e-13;
 
-template <class T, class R>
+template <class T>
 class LineScreen {
  public:
   LineScreen(const Problem& problem, Index max_queries, Index max_references)
       : problem_(problem),
         lines_(sketch_lines(problem.features)),
         stride_(sketch_stride(problem.features)),
-        tiles_(problem.threads),
+        tiles_(max_queries > 0 ? problem.threads : 0),
         queries_(max_queries * stride_),
         query_lengths_(max_queries),
         references_(problem.sketch ? 0 : max_references * stride_),
@@ -64,8 +64,8 @@ class LineScreen {
   }
 
   // out(b)[j] = the lower bound for reference first + j, without the allowance for rounding.
-  template <class References, class Out>
-  void bound(Index first, Index count, const References& y, const Out& out) {
+  template <class Out>
+  void bound(Index first, Index count, const Rows& y, const Out& out) {
     const T *rows = references_.data(), *lengths = reference_lengths_.data();
     if (problem_.sketch) {
       const T* kept = static_cast<const T*>(problem_.sketch);
@@ -80,26 +80,25 @@ class LineScreen {
       if (lengths[j] > longest_) longest_ = static_cast<double>(lengths[j]);
     if (queries_count_ < kDenseQueries) return bound_few(count, rows, out);
     const auto x = [&](Index b) { return queries_.at(b * stride_); };
-    tiles_.template sum<Distance>(
-        queries_count_, count, 2 * lines_, x, x, [&](Index j) { return rows + j * stride_; }, out);
+    tiles_.template sum<Distance>(queries_count_, count, 2 * lines_, x, x,
+                                  Rows{rows, stride_, problem_.type}, out);
   }
 
-  static Index sketch_bytes(Index references, Index features) {
-    return references * (sketch_stride(features) + 1) * static_cast<Index>(sizeof(T));
+  static Index sketch_bytes(const Problem& problem) {
+    return problem.references * (sketch_stride(problem.features) + 1) *
+           static_cast<Index>(sizeof(T));
   }
 
   static bool is_sketch_of(const Problem&) { return true; }  // its size says so
 
   // Writes the sketch of all references, y(0), …
-  template <class References>
-  void sketch(const References& y, void* out) const {
+  void sketch(const Rows& y, void* out) const {
     T* rows = static_cast<T*>(out);
     sketch(problem_.references, y, rows, rows + problem_.references * stride_);
   }
 
   // Writes rows and lengths of the sketch of the vectors y(0), …
-  template <class Vectors>
-  void sketch(Index count, const Vectors& y, T* rows, T* lengths) const {
+  void sketch(Index count, const Rows& y, T* rows, T* lengths) const {
     parallel(divide_up(count, kTaskReferences), problem_.threads, [&](Index task, int) {
       for (Index j = task * kTaskReferences; j < smaller((task + 1) * kTaskReferences, count); ++j)
         lengths[j] = sketch(y(j), rows + j * stride_);
@@ -148,8 +147,11 @@ class LineScreen {
   }
 
   // Writes one row, padded with zeros. Returns |v|, which is not finite if v or its square is not.
+  T sketch(const Row& vector, T* out) const {
+    return with_values(vector, [&](const auto* v) { return sketch_values(v, out); });
+  }
   template <class V>
-  T sketch(const V* v, T* out) const {
+  T sketch_values(const V* v, T* out) const {
     constexpr Index lanes = Simd<T>::lanes;
     const Index whole = problem_.features / kLine / lanes * lanes;
     typename Simd<T>::Vector sums = {};

@@ -312,7 +312,7 @@ class Buffer {
   T* data_;
 };
 
-// Prefetches `count` elements. The hardware prefetcher does not follow jumps from row to row.
+// Prefetches `count` values. The hardware prefetcher does not follow jumps from row to row.
 template <class T>
 void prefetch(const T* p, Index count) {
   const char* bytes = reinterpret_cast<const char*>(p);

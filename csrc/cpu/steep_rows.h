@@ -34,11 +34,12 @@ T largest_of(const T* values, Index n) {
   return most[0];
 }
 
-template <class T, class R>
-bool is_steep(const WeightLaw& law, double nearest, double total, double radius, const T* mean,
-              Index features) {
+template <class T>
+bool is_steep(const Problem& problem, const WeightLaw& law, double nearest, double total,
+              double radius, const T* mean) {
   // The mean is the nearest reference itself and has no error.
-  if (total == 1 && kHoldsExactly<T, R>) return false;
+  const bool exact = holds_exactly<T>(problem);
+  if (total == 1 && exact) return false;
   const double sigma =
       law.gaussian ? radius : std::sqrt((nearest + radius * radius) / law.exponent / 2);
   const double distance = std::sqrt(nearest + sigma * sigma);
@@ -46,36 +47,18 @@ bool is_steep(const WeightLaw& law, double nearest, double total, double radius,
   // Where total − 1 is below the rounding, the mean is rounded to the nearest reference: it is off
   // by at most the weight of the others times their spread.
   double error = (total - 1) * kMaxSpread * distance;
-  if (total - 1 > rounding / 2 || !kHoldsExactly<T, R>) {
+  if (total - 1 > rounding / 2 || !exact) {
     // A feature of y_j − mean is about 1/√N of the distance. Over many features rounding averages
     // out.
-    const double root = std::sqrt(static_cast<double>(features));
-    error = rounding * (largest_of(mean, features) * (1 + 3 / root) + distance / root);
+    const double root = std::sqrt(static_cast<double>(problem.features));
+    error = rounding * (largest_of(mean, problem.features) * (1 + 3 / root) + distance / root);
   }
   return error * slope > kToleratedError<T>;
 }
 
-// g · (y − mean) in float64.
-template <class T, class R>
-double project(const T* g, const T* mean, const R* y, Index n) {
-  double total = 0;
-  Index k = 0;
-  if (n >= kWideLanes) {
-    double sum[kWideLanes] = {};
-    for (; k + kWideLanes <= n; k += kWideLanes)
-      for (Index lane = 0; lane < kWideLanes; ++lane)
-        sum[lane] += static_cast<double>(g[k + lane]) *
-                     (load<double>(y[k + lane]) - static_cast<double>(mean[k + lane]));
-    for (Index lane = 0; lane < kWideLanes; ++lane) total += sum[lane];
-  }
-  for (; k < n; ++k)
-    total += static_cast<double>(g[k]) * (load<double>(y[k]) - static_cast<double>(mean[k]));
-  return total;
-}
-
 // One row of a chunk: t[j] = G·(y_j − mean) where p[j] is not zero. Adds Σ p and Σ p t to sums.
-template <class T, class R>
-void project_row(const Distances<T, R>& distances, const T* g, const T* mean, Index features,
+template <class T>
+void project_row(const Distances<T>& distances, const T* g, const T* mean, Index features,
                  const double* p, double* t, double* sums) {
   for (Index j = 0; j < distances.count(); ++j) {
     if (p[j] == 0) continue;
@@ -90,14 +73,15 @@ void project_row(const Distances<T, R>& distances, const T* g, const T* mean, In
 inline double average(const double* sums) { return sums[0] > 0 ? sums[1] / sums[0] : 0; }
 
 // One row of a chunk: adds Σ_j c_j (y_j − mean) to sum, in float64.
-template <class T, class R>
-void add_row(const Distances<T, R>& distances, const T* mean, Index features, const double* p,
+template <class T>
+void add_row(const Distances<T>& distances, const T* mean, Index features, const double* p,
              const double* c, double* sum) {
   for (Index j = 0; j < distances.count(); ++j) {
     if (p[j] == 0) continue;
-    const R* y = distances.reference(j);
-    for (Index k = 0; k < features; ++k)
-      sum[k] += c[j] * (load<double>(y[k]) - static_cast<double>(mean[k]));
+    with_values(distances.reference(j), [&](const auto* y) {
+      for (Index k = 0; k < features; ++k)
+        sum[k] += c[j] * (load<double>(y[k]) - static_cast<double>(mean[k]));
+    });
   }
 }
 

@@ -82,9 +82,9 @@ class DenseTiles {
 
   // out(b)[j] = Σ Term over the features. Values up to the end of the last tile are undefined. Only
   // Projection uses g(b).
-  template <class Term, class Queries, class Factors, class References, class Out>
+  template <class Term, class Queries, class Factors, class Out>
   void sum(Index queries, Index references, Index features, const Queries& x, const Factors& g,
-           const References& y, const Out& out) {
+           const Rows& y, const Out& out) {
     const Index tiles = divide_up(references, Simd<T>::tile);
     const Index parts = parts_of(tiles, threads_, divide_up(queries, kTileQueries));
     const Index part = round_up(divide_up(queries, parts), kTileQueries);
@@ -104,26 +104,27 @@ class DenseTiles {
   }
 
   // packed[feature][reference], zero where there is no reference.
-  template <class References>
-  static void pack(const References& y, Index j, Index filled, Index k, Index n, T* packed) {
+  static void pack(const Rows& y, Index j, Index filled, Index k, Index n, T* packed) {
     constexpr Index tile = Simd<T>::tile, lanes = Simd<T>::lanes;
     if (filled < tile) std::memset(packed, 0, n * tile * sizeof(T));
     const Index whole = filled / lanes * lanes, n_whole = n / lanes * lanes;
-    for (Index r = 0; r < whole; r += lanes)
-      for (Index i = 0; i < n_whole; i += lanes) {
-        typename Simd<T>::Vector square[lanes];
-        for (Index lane = 0; lane < lanes; ++lane) {
-          const auto* from = y(j + r + lane) + k + i;
-          if (i + kPrefetchFeatures < n) prefetch(from + kPrefetchFeatures, lanes);
-          square[lane] = load_vector<T>(from);
+    with_values(y(j) + k, [&](const auto* values) {
+      for (Index r = 0; r < whole; r += lanes)
+        for (Index i = 0; i < n_whole; i += lanes) {
+          typename Simd<T>::Vector square[lanes];
+          for (Index lane = 0; lane < lanes; ++lane) {
+            const auto* from = values + (r + lane) * y.stride + i;
+            if (i + kPrefetchFeatures < n) prefetch(from + kPrefetchFeatures, lanes);
+            square[lane] = load_vector<T>(from);
+          }
+          transpose<T>(square);
+          for (Index lane = 0; lane < lanes; ++lane)
+            vector_at(packed + (i + lane) * tile + r) = square[lane];
         }
-        transpose<T>(square);
-        for (Index lane = 0; lane < lanes; ++lane)
-          vector_at(packed + (i + lane) * tile + r) = square[lane];
-      }
-    for (Index r = 0; r < filled; ++r)
-      for (Index i = r < whole ? n_whole : 0; i < n; ++i)
-        packed[i * tile + r] = load<T>(y(j + r)[k + i]);
+      for (Index r = 0; r < filled; ++r)
+        for (Index i = r < whole ? n_whole : 0; i < n; ++i)
+          packed[i * tile + r] = load<T>(values[r * y.stride + i]);
+    });
   }
 
  private:
@@ -202,7 +203,7 @@ void distance_pairs(const T* const* x, const T* const* y, Index half, Index n,
   sum_all_lanes<T, kTileQueries * kPairColumns>(sum[0], out[0]);
 }
 
-template <class T, class R, int kRows>
+template <class T, int kRows>
 class PairTiles {
  public:
   explicit PairTiles(int threads)
@@ -213,8 +214,8 @@ class PairTiles {
   // Adds the sum over features to out(b)[j] for the pairs of each group. kernel(rows, k, n, y,
   // sums) computes sums[kRows][kPairColumns] over features k … k + n − 1, for references y padded
   // with zeros to whole vectors.
-  template <class References, class Kernel, class Out>
-  void add(const Groups<T, kRows>& groups, Index references, Index features, const References& y,
+  template <class Kernel, class Out>
+  void add(const Groups<T, kRows>& groups, Index references, Index features, const Rows& y,
            const Kernel& kernel, const Out& out) {
     const Index tiles = divide_up(references, kPairReferences);
     const Index parts = parts_of(tiles, threads_, groups.count());
@@ -237,15 +238,18 @@ class PairTiles {
 
  private:
   // The n elements as whole aligned vectors: in place if they already are, else copied to `out`.
-  static const T* aligned(const R* y, Index n, T* out) {
-    if constexpr (std::is_same_v<T, R>)
-      if (n % Simd<T>::lanes == 0 && reinterpret_cast<std::uintptr_t>(y) % kVectorBytes == 0)
-        return y;
+  static const T* aligned(const Row& y, Index n, T* out) {
     const Index whole = n / Simd<T>::lanes * Simd<T>::lanes;
-    for (Index i = 0; i < whole; i += Simd<T>::lanes) vector_at(out + i) = load_vector<T>(y + i);
-    for (Index i = whole; i < n; ++i) out[i] = load<T>(y[i]);
-    for (Index i = n; i < round_up(n, Simd<T>::lanes); ++i) out[i] = 0;
-    return out;
+    return with_values(y, [&](const auto* values) -> const T* {
+      if constexpr (std::is_same_v<decltype(values), const T*>)
+        if (n == whole && reinterpret_cast<std::uintptr_t>(values) % kVectorBytes == 0)
+          return values;
+      for (Index i = 0; i < whole; i += Simd<T>::lanes)
+        vector_at(out + i) = load_vector<T>(values + i);
+      for (Index i = whole; i < n; ++i) out[i] = load<T>(values[i]);
+      for (Index i = n; i < round_up(n, Simd<T>::lanes); ++i) out[i] = 0;
+      return out;
+    });
   }
 
   template <class Kernel, class Out>

@@ -44,7 +44,7 @@ void sum_tile(const Group<T, kRows>& group, Index begin, Index end, const T* pac
 
 // Adds Σ_j weights[b, j] (y_j − origin[b, :]) over the chunk to sums[b, :]. Without kOrigin,
 // origin is 0.
-template <class T, class R, int kRows, bool kOrigin>
+template <class T, int kRows, bool kOrigin>
 class WeightedSums {
  public:
   WeightedSums(const Problem& problem)
@@ -52,7 +52,7 @@ class WeightedSums {
 
   explicit operator bool() const { return static_cast<bool>(packed_); }
 
-  void add(const Distances<T, R>& distances, const Groups<T, kRows>& groups, const T* origin,
+  void add(const Distances<T>& distances, const Groups<T, kRows>& groups, const T* origin,
            double* sums) {
     const Index panels = divide_up(problem_.features, kSumPanel<T>);
     const Index parts = parts_of(panels, problem_.threads, groups.count());
@@ -69,21 +69,22 @@ class WeightedSums {
   }
 
  private:
-  void pack(const Distances<T, R>& distances, const Groups<T, kRows>& groups, Index batch, Index k,
+  void pack(const Distances<T>& distances, const Groups<T, kRows>& groups, Index batch, Index k,
             Index n, T* packed) const {
     const Index end = smaller(batch + kBatch, distances.count());
     for (Index j = batch; j < end; ++j) {
       if (const Index next = j + kPrefetchReferences; next < end && groups.live(next))
         prefetch(distances.reference(next) + k, n);
       if (!groups.live(j)) continue;
-      const R* y = distances.reference(j) + k;
       T* out = packed + (j - batch) * kSumPanel<T>;
-      if (n == kSumPanel<T>) {
-        for (Index i = 0; i < kSumPanel<T>; ++i) out[i] = load<T>(y[i]);
-        continue;
-      }
-      for (Index i = 0; i < n; ++i) out[i] = load<T>(y[i]);
-      for (Index i = n; i < kSumPanel<T>; ++i) out[i] = 0;
+      with_values(distances.reference(j) + k, [&](const auto* y) {
+        if (n == kSumPanel<T>) {
+          for (Index i = 0; i < kSumPanel<T>; ++i) out[i] = load<T>(y[i]);
+          return;
+        }
+        for (Index i = 0; i < n; ++i) out[i] = load<T>(y[i]);
+        for (Index i = n; i < kSumPanel<T>; ++i) out[i] = 0;
+      });
     }
   }
 

@@ -1,6 +1,6 @@
 // From squared distances to weights.
 #pragma once
-#include "cpu/simd.h"
+#include "cpu/rows.h"
 
 namespace pfgm {
 namespace PFGM_ISA {
@@ -81,13 +81,6 @@ inline Status check_radius(const Problem& problem) {
   return {};
 }
 
-// Whether squares of differences may underflow float64. Those of values of at most 32 bits cannot.
-template <class T, class R>
-constexpr bool kMayUnderflow = sizeof(T) == sizeof(double) || sizeof(R) == sizeof(double);
-
-// Whether R holds values that T cannot hold.
-template <class T, class R> constexpr bool kMayExceed = sizeof(R) > sizeof(T);
-
 // Where d² + r² is at least this, what underflow takes from the squares of the features is below
 // the rounding of their sum.
 inline double least_square(Index features) {
@@ -102,14 +95,6 @@ inline bool is_distance(double nearest) { return nearest >= 0; }
 // What a row has failed with; `nearest` is no distance.
 inline Failure failure_of(double nearest) {
   return nearest == kUnderflowed ? Failure::underflow : Failure::value;
-}
-
-// Whether a query and a reference are equal.
-template <class T, class R>
-bool coincide(const T* x, const R* y, Index features) {
-  for (Index k = 0; k < features; ++k)
-    if (static_cast<double>(x[k]) != load<double>(y[k])) return false;
-  return true;
 }
 
 // Tells references at a query from others whose squared distance underflows. At r = 0 the others
@@ -295,17 +280,17 @@ double merge(const WeightLaw& law, QueryState& state, double radius, double chun
 }
 
 // Fails if the whole result of a query depends on squared distances that underflow, or if its mean,
-// which may be null, has a value that T cannot hold. R is the type of the references, which the
-// last of several calls does not know.
-template <class T, class R>
+// which may be null, has a value that T cannot hold. The last of several calls, without references,
+// does not know their type.
+template <class T>
 Status check_result(const Problem& problem, const QueryState& state, double radius, const T* mean,
                     Index query) {
   const Index features = problem.features;
   const bool last = problem.references == 0;
-  if (kMayUnderflow<T, R> || last)
+  if (may_underflow<T>(problem) || last)
     if (state.nearest > 0 && state.nearest + radius * radius < least_square(features))
       return {Failure::underflow, query};
-  if (mean && (kMayExceed<T, R> || last || problem.difference))
+  if (mean && (may_exceed<T>(problem) || last || problem.difference))
     for (Index k = 0; k < features; ++k)
       if (!std::isfinite(mean[k])) return {Failure::range, query};
   return {};

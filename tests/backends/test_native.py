@@ -1222,3 +1222,11 @@ def test_squares_out_of_the_range_of_float64():
     x = torch.full((1, 2), 1e200, dtype=torch.float64)
     with pytest.raises(ValueError, match=r"so far apart .* overflows torch\.float64"):
         forward(x, -x, torch.ones(1, dtype=torch.float64), 1.0)
+
+
+def test_size_of_the_extension() -> None:
+    # Kernels are compiled once for the type of points, not for each type of references too.
+    extension = native.extension()
+    if extension.build_info()["cuda_architectures"]:
+        pytest.skip("holds CUDA kernels")
+    assert Path(extension.__file__).stat().st_size < 4 << 20
