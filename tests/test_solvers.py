@@ -62,7 +62,8 @@ def test_order_of_convergence(solver):
         result, _ = solver(gaussian_denoiser(1.0), x, log_grid(20.0, 0.05, steps))
         errors.append(float((result - exact).abs().max()))
     for coarse, fine in pairwise(errors):
-        assert solver.order - 0.25 < math.log2(coarse / fine) < solver.order + 0.75
+        # The leading error of some, such as midpoint's, vanishes on this linear equation.
+        assert solver.order - 0.25 < math.log2(coarse / fine) < solver.order + 1.25
 
 
 def test_rk45_meets_its_tolerance():

@@ -14,6 +14,7 @@ import safetensors.torch
 import torch
 
 import pfgm
+import pfgm_command
 from pfgm import cli
 from pfgm.common import tensor_files
 from pfgm.training import TrainConfig
@@ -411,9 +412,7 @@ def shown_help(capsys, *arguments):
     return " ".join(capsys.readouterr().out.replace("│", " ").split())
 
 
-@pytest.mark.parametrize(
-    "command", ["demo", "train", "sample", "evaluate", "features", "convert", "check", "info"]
-)
+@pytest.mark.parametrize("command", pfgm_command.COMMANDS)
 def test_the_help_shows_no_default_where_there_is_none(command, capsys):
     shown = shown_help(capsys, command)
     assert "None" not in shown
