@@ -99,8 +99,7 @@ def _parse(arguments: list[str]) -> Any:
     for kind in _COMMANDS:
         name, default = _name(kind), tyro.MISSING_NONPROP
         if kind is Train and arguments[:1] == [name]:
-            start = starting_config(arguments[1:])
-            default = Train(out=tyro.MISSING, settings=start.settings, training=start.training)
+            default = Train(out=tyro.MISSING, settings=starting_config(arguments[1:]))
         # With constructor=, errors of the class reach _run() and are not reworded by tyro.
         subcommand = tyro.conf.subcommand(name, default=default, constructor=kind)
         commands.append(Annotated[Any, subcommand])

@@ -10,9 +10,9 @@ from typing import Annotated
 import tyro
 
 from ..common.checks import usable_device
-from ..training import TrainConfig, runs
+from ..training import runs
 from ..training.processes import joined
-from ..training.runs import RunConfig, RunSettings
+from ..training.runs import RunConfig
 from .options import Output, Progress
 
 
@@ -34,17 +34,14 @@ class Train:
     timeout: float = 600.0
     """Seconds after which a process that does not answer counts as lost. An evaluation must take
     less."""
-    settings: Annotated[RunSettings, tyro.conf.arg(name="")] = field(default_factory=RunSettings)
-    """What to train, and on which data."""
-    training: Annotated[TrainConfig, tyro.conf.arg(name="")] = field(default_factory=TrainConfig)
-    """How to train."""
+    settings: Annotated[RunConfig, tyro.conf.OmitArgPrefixes] = field(default_factory=RunConfig)
+    """What to train, on which data, and how."""
     progress: Progress = True
 
     def run(self) -> None:
-        config = RunConfig.of(self.settings, self.training)
         with joined(usable_device(self.device), self.timeout) as device:
             runs.start(
-                config,
+                self.settings,
                 self.out,
                 device=device,
                 resume=self.resume,

@@ -107,10 +107,7 @@ def save(
         ValueError: the step is no integer of at least 0, a tensor is on the device "meta", or a
             weight is not finite.
     """
-    facts: dict[str, Any] = {"step": natural("step", step)}
-    if table is not None:
-        facts["table"] = table.to_dict()
-    write_weights(path, flow, network, facts, distilled)
+    write_weights(path, flow, network, {"step": natural("step", step)}, distilled, table)
 
 
 def load(
@@ -209,15 +206,12 @@ def save_run(
 
     Args:
         folder: of the run.
-        flow: the flow of the run.
         averaged: the network with averaged weights.
         state: the training state.
-        step: of the checkpoint.
-        distilled: as for :func:`save`.
         label_names: the names of the labels 0, 1, …; empty if they have none.
-        table: the columns of a table that was learnt.
         after: step of the checkpoint that the run wrote last or was resumed from. Other checkpoints
             above it belong to an abandoned continuation and are removed. None is `step`.
+        flow, step, distilled, table: as for :func:`save`.
     """
     folder.mkdir(parents=True, exist_ok=True)
     names = _names_at(step)
@@ -229,9 +223,7 @@ def save_run(
     facts: dict[str, Any] = {"step": step, "state_checksum": checksum}
     if label_names:
         facts["label_names"] = [*label_names]
-    if table is not None:
-        facts["table"] = table.to_dict()
-    write_weights(folder / names["weights"], flow, averaged, facts, distilled)
+    write_weights(folder / names["weights"], flow, averaged, facts, distilled, table)
     latest = json.dumps({"step": step, **names})
     write_atomic(folder / "latest.json", lambda file: file.write(latest.encode()))
     _remove_old(folder, step, step if after is None else after)
@@ -255,15 +247,7 @@ def _by_step(folder: Path, pattern: re.Pattern[str]) -> dict[int, Path]:
 
 
 def load_run(folder: Path, step: int | None = None) -> RunCheckpoint:
-    """A checkpoint of a run.
-
-    Args:
-        folder: of the run.
-        step: of the checkpoint; None takes the newest one.
-
-    Raises:
-        FileNotFoundError, ValueError: as :func:`load`.
-    """
+    """The checkpoint of a step of a run, for None the newest. Raises errors as :func:`load`."""
     with _suggest_older(folder, _check_checkpoint):
         names = _newest_names(folder) if step is None else _names_at(step)
     with _suggest_older(folder / names["weights"], _check_checkpoint):

@@ -31,7 +31,7 @@ from ..flows.poisson import PoissonFlow
 from ..flows.sampling import check_steps
 from .config import TrainConfig
 
-__all__ = ["RunConfig", "RunSettings"]
+__all__ = ["RunConfig"]
 
 CONFIG_FILE = "config.json"
 _DEFAULT_D = 128.0
@@ -47,8 +47,8 @@ Weighting = Literal["auto", "balanced", "published"]
 
 
 @dataclasses.dataclass(frozen=True)
-class RunSettings:
-    """What to train, and on which data."""
+class RunConfig:
+    """What to train, on which data, and how. A recipe is a RunConfig as a JSON file."""
 
     data: str = "digits"
     """digits, fashion-mnist, cifar10, folder:PATH of images, the path of a .zip archive of images,
@@ -116,18 +116,16 @@ class RunSettings:
     training steps suffice; each takes about four times as long."""
     student_levels: int = 10
     """Noise levels at which the few-step model is made consistent."""
+    training: TrainConfig = dataclasses.field(default_factory=TrainConfig)
+    """How to train."""
 
     def __post_init__(self) -> None:
         if self.range is not None:
             _check_range(self.range)
             object.__setattr__(self, "range", tuple(self.range))  # JSON has lists
-        for name, checked in (
-            ("width", positive_int),
-            ("multipliers", int_tuple),
-            ("blocks", positive_int),
-            ("patch", positive_int),
-        ):
+        for name in ("width", "multipliers", "blocks", "patch", "resize"):
             if (value := getattr(self, name)) is not None:
+                checked = int_tuple if name == "multipliers" else positive_int
                 object.__setattr__(self, name, checked(name, value))
         if not isinstance(self.fit_levels, (list, tuple)):
             raise ValueError(
@@ -148,7 +146,9 @@ class RunSettings:
             object.__setattr__(self, "labels", True)
         for name in ("labels", "flips", "shared", "drop_missing"):
             check_bool(name, getattr(self, name))
-        check_choice("method", self.method, get_args(Method))
+        choices = {"method": Method, "network": Network, "layout": Layout, "hold": Place}
+        for name, allowed in {**choices, "weighting": Weighting}.items():
+            check_choice(name, getattr(self, name), get_args(allowed))
         if self.method == "auto" and self.teacher is None:
             if as_number(self.D) != _DEFAULT_D:
                 object.__setattr__(self, "method", "pfgm++")
@@ -156,12 +156,6 @@ class RunSettings:
                 object.__setattr__(self, "method", "pfgm")
         if self.teacher is None:
             _check_hyper_parameters(self.flow, self.method)
-        check_choice("network", self.network, get_args(Network))
-        check_choice("layout", self.layout, get_args(Layout))
-        if self.resize is not None:
-            positive_int("resize", self.resize)
-        check_choice("hold", self.hold, get_args(Place))
-        check_choice("weighting", self.weighting, get_args(Weighting))
         if self.weighting != "auto" and self.method not in ("auto", "pfgm"):
             raise ValueError(
                 f"weighting must be auto with method {self.method!r}, whose loss has one weight, "
@@ -183,6 +177,8 @@ class RunSettings:
                 "augmented dimension and edm infinitely many."
             )
         check_steps("student_levels", self.student_levels)
+        if self.student_levels < 2:
+            raise ValueError(f"student_levels must be at least 2, got {self.student_levels}.")
         for steps in self.fit_levels:
             check_fitted_steps("fit_levels", steps)
         if self.fit_levels and self.teacher is not None:
@@ -190,22 +186,6 @@ class RunSettings:
                 "only one of fit_levels and teacher may be given, got both: the solver of few-step "
                 "models, consistency, takes no fitted levels."
             )
-        if self.student_levels < 2:
-            raise ValueError(f"student_levels must be at least 2, got {self.student_levels}.")
-
-
-@dataclasses.dataclass(frozen=True)
-class RunConfig(RunSettings):
-    """What to train, on which data, and how. A recipe is a RunConfig as a JSON file."""
-
-    training: TrainConfig = dataclasses.field(default_factory=TrainConfig)
-    """How to train."""
-
-    @classmethod
-    def of(cls, settings: RunSettings, training: TrainConfig) -> RunConfig:
-        """The configuration of these settings."""
-        named = {f.name: getattr(settings, f.name) for f in dataclasses.fields(RunSettings)}
-        return cls(**named, training=training)
 
     @property
     def reading(self) -> dict[str, Any]:
@@ -217,13 +197,6 @@ class RunConfig(RunSettings):
             "label_column": self.label_column if self.labels else "",
             "drop_missing": self.drop_missing,
         }
-
-    @property
-    def settings(self) -> RunSettings:
-        """The settings without the training."""
-        return RunSettings(
-            **{f.name: getattr(self, f.name) for f in dataclasses.fields(RunSettings)}
-        )
 
     @property
     def absolute(self) -> RunConfig:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -30,9 +29,7 @@ class Evaluation:
         self._flow, self._folder, self._device = flow, folder, device
         self._count, self._seed = config.samples, config.training.seed
         self._classes = data.classes if config.labels else 0
-        self._solver_options: dict[str, Any] = {}
-        if config.teacher is not None:
-            self._solver_options = {"solver": "consistency"}
+        self._few_step = config.teacher is not None
         against = data.held_out or data.train
         rows = torch.arange(len(against), device="cpu")
         if len(rows) < MIN_SAMPLES:
@@ -70,13 +67,12 @@ class Evaluation:
 
     def _samples(self, network: nn.Module) -> Tensor:
         numbers = torch.arange(self._count, device="cpu")
-        samples, _ = sample_in_batches(
+        return sample_in_batches(
             self._flow,
             network,
             draw_prior(self._flow, self._count, self._seed),
             batch_size=_SAMPLE_BATCH,
             device=self._device,
             labels=numbers // _PICTURE_ROW % self._classes if self._classes else None,
-            **self._solver_options,
-        )
-        return samples
+            solver="consistency" if self._few_step else None,
+        )[0]

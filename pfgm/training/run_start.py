@@ -31,9 +31,7 @@ def start_from(
     The network keeps its size and its scaling, and the flow keeps the hyper-parameters that belong
     to the network.
 
-    Returns:
-        The flow, the network, and lines of text that tell how the flow differs from the earlier
-        one.
+    The third result are lines of text that tell how the flow differs from the earlier one.
 
     Raises:
         ValueError: the checkpoint has another kind of flow, other samples, other labels or another

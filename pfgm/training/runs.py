@@ -26,7 +26,7 @@ from .checks import other_setting
 from .locks import locked_for_all
 from .pretrained_folder import is_pretrained
 from .processes import Processes, reports_process_lost
-from .run_config import CONFIG_FILE, RunConfig, RunSettings, teacher_checksum
+from .run_config import CONFIG_FILE, RunConfig, teacher_checksum
 from .run_evaluation import Evaluation
 from .run_models import build_flow, build_network, with_method
 from .run_start import start_from
@@ -35,21 +35,14 @@ from .signals import Terminated
 from .threads import training_threads
 from .trainer import Trainer
 
-__all__ = ["RunConfig", "RunSettings", "start"]
+__all__ = ["RunConfig", "start"]
 
 _TEACHER_SETTINGS = (
-    "method",
-    "D",
-    "flow",
-    "weighting",
-    "network",
-    "width",
-    "multipliers",
-    "blocks",
-    "patch",
-    "fit_levels",
+    *("method", "D", "flow", "weighting", "network"),
+    *("width", "multipliers", "blocks", "patch", "fit_levels"),
 )
-_CHANGEABLE_SETTINGS = ("hold", "samples", "shared")  # of a run that is resumed
+# Of a run that is resumed; the trainer checks those of the training.
+_CHANGEABLE_SETTINGS = ("hold", "samples", "shared", "training")
 
 
 def start(
@@ -128,7 +121,7 @@ def _check_settings(config: RunConfig, folder: Path) -> RunConfig:
         changeable.add("data")
     if config.teacher is not None and teacher_checksum(folder) is not None:
         changeable.add("teacher")  # its weights tell whether it is the same
-    for field in dataclasses.fields(RunSettings):
+    for field in dataclasses.fields(RunConfig):
         same = getattr(current_paths, field.name) == getattr(saved_paths, field.name)
         if field.name not in changeable and not same:
             value, before = getattr(config, field.name), getattr(saved, field.name)
@@ -146,9 +139,11 @@ def _run(
     progress: bool,
     report: Callable[[str], None],
 ) -> nn.Module:
-    report = report if processes.leads else _report_nothing
+    report = report if processes.leads else lambda line: None
     shown = progress and processes.leads
-    source = _checkpoint_at(folder, resume_from) if resume else config.init or config.teacher
+    source: StrPath | None = config.init or config.teacher
+    if resume:  # the folder stands for its newest checkpoint
+        source = folder if resume_from is None else folder / f"step-{resume_from:08d}.safetensors"
     earlier, is_table = None, Path(config.data).suffix == ".csv"
     if source is not None and (is_table or config.init or (config.teacher and not resume)):
         earlier = load(source)
@@ -186,7 +181,6 @@ def _run(
         label_names=data.names if config.labels else (),
         table=data.table,
         evaluate=Evaluation(config, flow, data, folder, device) if processes.leads else None,
-        report=report,
         loss=loss,
         distilled=config.teacher is not None,
     )
@@ -253,10 +247,9 @@ def _model(
     """
     if config.teacher is not None:
         ignored = [
-            field.name
-            for field in dataclasses.fields(RunSettings)
-            if field.name in _TEACHER_SETTINGS
-            and getattr(config, field.name) != getattr(RunSettings(), field.name)
+            name
+            for name in _TEACHER_SETTINGS
+            if getattr(config, name) != getattr(RunConfig(), name)
         ]
         notes = [f"ignored, since the teacher decides: {', '.join(ignored)}"] if ignored else []
         teacher = load(config.teacher) if resume or earlier is None else earlier
@@ -267,11 +260,6 @@ def _model(
         return (*earlier, []) if resume else start_from(earlier, config, rows, data.classes)
     flow = build_flow(config, rows)
     return flow, build_network(config, flow, rows, data.classes), []
-
-
-def _checkpoint_at(folder: Path, step: int | None) -> Path:
-    """The weights file of a step of a run, or the folder for its newest one."""
-    return folder if step is None else folder / f"step-{step:08d}.safetensors"
 
 
 def _check_teacher(config: RunConfig, checksum: str, folder: Path) -> None:
@@ -296,10 +284,6 @@ def _resume(trainer: Trainer, resume_from: int | None) -> str:
     if step == steps:
         return f"resuming at step {step}: nothing is left of {steps} steps; give more with --steps"
     return f"resuming at step {step}"
-
-
-def _report_nothing(line: str) -> None:
-    """The report of a process that does not lead."""
 
 
 def _place_rows(rows: ReferenceSet, config: RunConfig, device: torch.device) -> ReferenceSet:

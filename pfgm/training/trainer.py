@@ -43,7 +43,6 @@ from .locks import locked, locked_for_all
 from .logs import Log, check_log
 from .processes import Processes, reports_process_lost
 from .signals import Terminated, record_signals
-from .time_left import TimeLeft
 from .weights_file import check_savable, flow_in
 
 
@@ -84,8 +83,6 @@ class Trainer:
             the data, if they have some and the network takes labels.
         label_names: the names of the labels 0, 1, …, which checkpoints record.
         table: the table whose rows the data are; checkpoints record its columns.
-        report: called once by the first process with a line of text: the time left, estimated from
-            the first steps.
         loss: replaces the loss of the flow and takes the same arguments, such as
             :meth:`pfgm.distillation.Consistency.loss`.
         distilled: whether this loss makes a few-step model; checkpoints record it.
@@ -125,7 +122,6 @@ class Trainer:
         label_names: Sequence[str] = (),
         table: Table | None = None,
         evaluate: Callable[[int, nn.Module], Mapping[str, float]] | None = None,
-        report: Callable[[str], None] | None = None,
         loss: Callable[..., Tensor] | None = None,
         distilled: bool | None = None,
     ) -> None:
@@ -138,7 +134,6 @@ class Trainer:
         self.progress = progress
         self.label_names, self.table = tuple(label_names), table
         self.evaluate = evaluate
-        self.report = report
         self.loss, self.distilled = loss, distilled
         self.step = 0
         self._saved_step: int | None = None  # of the last checkpoint, written or resumed from
@@ -182,10 +177,7 @@ class Trainer:
             betas=(0.9, config.schedule.beta2),
             # One pass over the weights. The default makes dozens of calls for each, on the CPU a
             # seventh of a small network's step.
-            fused=all(
-                p.device.type == "cpu" and p.is_floating_point() for p in network.parameters()
-            )
-            or None,
+            fused=all(p.is_cpu and p.is_floating_point() for p in network.parameters()) or None,
         )
         self._averaged = copy.deepcopy(network).eval()  # it is never trained itself
         # The first step with a loss that is not finite; 0 means none.
@@ -260,17 +252,21 @@ class Trainer:
         with (
             record_signals() as received,
             Log(folder, self.step, config.log, dataclasses.asdict(config)) as log,
-            self._progress_bar() as bar,
+            progress_bar(
+                total=config.steps,
+                initial=self.step,
+                desc="training",
+                unit="step",
+                disable=not (self.progress and processes.leads),
+            ) as bar,
         ):
             total, since = torch.zeros((), device=self._device), self.step
             started = time.perf_counter() - log.seconds
-            time_left = TimeLeft(config.steps, self.report if processes.leads else None)
             stopped, last = False, self.step >= config.steps
             while not last:
                 total += self._train_step()
                 self.step += 1
                 bar.update()
-                time_left.after(self.step)
                 due = self.step % checkpoint_every == 0
                 # Read once a step. A signal after this line ends the run after the next step.
                 stopped = processes.any(bool(received))
@@ -284,7 +280,10 @@ class Trainer:
                     total, since = torch.zeros_like(total), self.step
                 if due or last:
                     self.save()
-                if self._evaluation_due(last and not stopped) and self.evaluate is not None:
+                every = config.evaluate_every
+                ends = last and not stopped
+                evaluates = every > 0 and (ends or self.step % every == 0) and processes.leads
+                if evaluates and self.evaluate is not None:
                     bar.set_description("evaluation")  # which may take a minute
                     with self._save_on_error():
                         log.write(self.step, self.evaluate(self.step, self.averaged), "evaluations")
@@ -303,10 +302,6 @@ class Trainer:
         except Exception:
             self.save()
             raise
-
-    def _evaluation_due(self, last: bool) -> bool:
-        every = self.config.evaluate_every
-        return self._processes.leads and every > 0 and (last or self.step % every == 0)
 
     def save(self) -> None:
         """Writes a checkpoint of the current step, if there is a folder.
@@ -506,15 +501,6 @@ class Trainer:
                 f"the weight {name} is not finite after step {self.step}: lower the learning rate, "
                 "or look for a gradient that is not finite; the last checkpoint is unharmed."
             )
-
-    def _progress_bar(self) -> Any:
-        return progress_bar(
-            total=self.config.steps,
-            initial=self.step,
-            desc="training",
-            unit="step",
-            disable=not (self.progress and self._processes.leads),
-        )
 
 
 def _read_latest(folder: Path) -> bytes | None:

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from ..common.files import StrPath
 from ..common.old_names import with_present_names
 from ..common.tensor_files import read_tensors, write_tensors
+from ..data.tables import Table
 from ..flows.flow import Flow
 from ..flows.plusplus import PoissonFlowPP
 from ..flows.poisson import PoissonFlow
@@ -37,6 +38,7 @@ def write_weights(
     network: nn.Module,
     facts: Mapping[str, Any],
     distilled: bool | None,
+    table: Table | None,
 ) -> None:
     """Writes a weights file; `facts` are added to its description, such as the step.
 
@@ -56,6 +58,8 @@ def write_weights(
         description["fitted_levels"] = flow._describe_fitted()
     if distilled is not None:
         description["distilled"] = distilled
+    if table is not None:
+        description["table"] = table.to_dict()
     write_tensors(path, plain_state(network), description)
 
 

@@ -38,7 +38,6 @@ def test_a_configuration_is_stored_in_its_file(tmp_path):
     )
     config.save(tmp_path / "config.json")
     assert RunConfig.load(tmp_path / "config.json") == RunConfig.load(tmp_path) == config
-    assert RunConfig.of(config.settings, config.training) == config
     (tmp_path / "part.json").write_text('{"method": "edm", "training": {"steps": 5}}')
     assert RunConfig.load(tmp_path / "part.json") == RunConfig(
         method="edm", training=TrainConfig(steps=5)

@@ -4,7 +4,6 @@ import dataclasses
 import importlib.util
 import math
 import os
-import re
 import shutil
 import signal
 import sys
@@ -18,7 +17,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 import pfgm
 from pfgm import training
-from pfgm.training import Diverged, FolderInUse, Terminated, TrainConfig, Trainer, time_left
+from pfgm.training import Diverged, FolderInUse, Terminated, TrainConfig, Trainer
 from pfgm.training.checkpoint import load_run
 
 SMALL = TrainConfig(
@@ -635,21 +634,6 @@ def test_logs_are_written_on_request_alone(tmp_path, data, flow, monkeypatch, lo
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: name)
     with pytest.raises(ValueError, match="folder must be given"):
         Trainer(flow, new_network(), data, config(log=log))
-
-
-def test_the_time_left_is_reported_once(data, flow, monkeypatch):
-    clock = iter(range(10**6))  # a second between two readings
-    monkeypatch.setattr(time_left.time, "perf_counter", lambda: float(next(clock)))
-    lines = []
-    left = time_left.TimeLeft(500, lines.append)
-    for step in range(100, 200):
-        left.after(step + 1)
-    (line,) = lines
-    # Steps 105 to 115 are measured; 385 are left, of a second or so each.
-    assert re.fullmatch(r"385 steps to go: [67](\.\d)? minutes at the pace so far, .*", line)
-    monkeypatch.undo()
-    Trainer(flow, new_network(), data, SMALL, progress=False, report=lines.append).train()
-    assert len(lines) == 1  # too short a run to estimate
 
 
 def test_the_log_has_a_row_a_report_and_survives_resuming(tmp_path, data, flow):
