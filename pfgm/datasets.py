@@ -52,7 +52,7 @@ _PERMUTE_ROWS = 1024  # rows whose channels are moved to the front at a time
 _MAX_DEFLATE_RATIO = 1032  # deflate compresses at most by this factor
 _TRAIN_BATCHES = tuple(f"data_batch_{number}.bin" for number in range(1, 6))
 _TEST_BATCHES = ("test_batch.bin",)
-_PICKLED_BATCH = "data_batch_1"  # a file of CIFAR-10's Python version
+_PICKLED = ("cifar-10-batches-py", "data_batch_1")  # of CIFAR-10's Python version
 _RECORD_BYTES = 1 + 3 * 32 * 32  # a label, then red, green and blue
 
 
@@ -152,9 +152,11 @@ def open_data(
             f"label_column and drop_missing are for .csv files, got one for {source}; leave it out."
         )
     path = Path(place).expanduser()
-    if name in _NAMED and resize is not None:
-        raise ValueError(f"resize is {resize}, but data is {source}, of one size; leave it out.")
     if name in _NAMED:
+        if resize is not None:
+            raise ValueError(
+                f"resize is {resize}, but data is {source}, of one size; leave it out."
+            )
         if value_range is not None:
             raise ValueError(
                 f"range is {value_range[0]:g} {value_range[1]:g}, but data is {source}, whose "
@@ -281,7 +283,7 @@ def _from_path(
     label_names = [name for name in LABEL_NAMES if name in names]
     train = _rows(source, path, label_names, value_range, layout)
     held_out = None
-    for name in [name for name in _HELD_OUT_NAMES if name in names][:1]:
+    if name := next((name for name in _HELD_OUT_NAMES if name in names), None):
         labels = [label for label in (f"{name}_labels",) if label in names]
         held_out = _rows(open_array(path, name), path, labels, value_range, layout)
         if (held_out.shape[1:], held_out.dtype) != (train.shape[1:], train.dtype):
@@ -290,13 +292,8 @@ def _from_path(
                 f"{train.dtype} and {tuple(train.shape[1:])}, got {held_out.dtype} and shape "
                 f"{tuple(held_out.shape)}."
             )
-    return Data(
-        train,
-        held_out,
-        _classes(train, held_out),
-        _levels(train),
-        names=source.label_names,
-    )
+    grey_levels = 256 if train.dtype == torch.uint8 else 0
+    return Data(train, held_out, _classes(train, held_out), grey_levels, source.label_names)
 
 
 def _from_table(
@@ -348,10 +345,6 @@ def _classes(train: ReferenceSet, held_out: ReferenceSet | None) -> int:
         return 0
     known = [rows.labels for rows in (train, held_out) if rows is not None]
     return max(int(labels.max()) for labels in known if labels is not None) + 1
-
-
-def _levels(train: ReferenceSet) -> int:
-    return 256 if train.dtype == torch.uint8 else 0
 
 
 def _channels_first(source: Source, layout: Layout) -> Source:
@@ -480,20 +473,14 @@ def _cifar10(folder: Path | None) -> Data:
     batches = inner if inner.is_dir() else folder
     for name in (*_TRAIN_BATCHES, *_TEST_BATCHES):
         if not (batches / name).is_file():
-            pickled = (folder / "cifar-10-batches-py").exists() or (
-                folder / _PICKLED_BATCH
-            ).exists()
+            pickled = any((folder / each).exists() for each in _PICKLED)
             raise FileNotFoundError(
                 f"{batches} has no {name}, a part of CIFAR-10's binary version"
                 f"{' (the Python version there is pickled, and not read)' if pickled else ''}; "
                 f"download {CIFAR10_URL} and unpack it in {folder}."
             )
-    return Data(
-        _records(batches, _TRAIN_BATCHES),
-        _records(batches, _TEST_BATCHES),
-        classes=10,
-        grey_levels=256,
-    )
+    train, held_out = _records(batches, _TRAIN_BATCHES), _records(batches, _TEST_BATCHES)
+    return Data(train, held_out, classes=10, grey_levels=256)
 
 
 def _records(folder: Path, names: tuple[str, ...]) -> ReferenceSet:

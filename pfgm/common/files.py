@@ -51,14 +51,6 @@ def write_atomic(path: StrPath, write: Callable[[BinaryIO], object]) -> None:
     Raises:
         OSError: the folder is missing or not writable, the disk is full, or ``path`` exists and is
             not a regular file.
-
-    >>> import tempfile
-    >>> folder = tempfile.TemporaryDirectory()
-    >>> path = Path(folder.name) / "greeting.txt"
-    >>> write_atomic(path, lambda file: file.write(b"hello"))
-    >>> path.read_text()
-    'hello'
-    >>> folder.cleanup()
     """
     if not os.fspath(path):
         raise OSError("the path must not be empty.")
@@ -83,10 +75,10 @@ def write_json(path: StrPath, content: object, *, allow_nan: bool = True) -> Non
     write_atomic(path, lambda file: file.write(text.encode()))
 
 
-def csv_text(rows: Iterable[Iterable[object]]) -> str:
+def csv_text(rows: Iterable[Iterable[object]], separator: str = ",") -> str:
     """Rows as the text of a CSV file; the first has the names of the columns."""
     text = io.StringIO()
-    csv.writer(text, lineterminator="\n").writerows(rows)
+    csv.writer(text, delimiter=separator, lineterminator="\n").writerows(rows)
     return text.getvalue()
 
 
@@ -97,25 +89,14 @@ def write_csv(path: StrPath, rows: Iterable[Iterable[object]]) -> None:
 
 
 def check_folder(path: StrPath) -> Path:
-    """Creates an output folder and checks that files can be created in it.
+    """Creates an output folder and its parents, and checks that files can be created in it.
 
     The check creates a file and removes it. Permission bits are not enough: they do not apply to
     root, nor to read-only and network file systems.
 
-    Args:
-        path: the folder; it and its parents are created if they are missing.
-
-    Returns:
-        The folder as a Path.
-
     Raises:
         ValueError: the name is empty.
         OSError: the folder cannot be created, or no file can be created in it.
-
-    >>> import tempfile
-    >>> with tempfile.TemporaryDirectory() as parent:
-    ...     check_folder(Path(parent) / "runs" / "first").is_dir()
-    True
     """
     folder = folder_path(path)
     with folder_errors(folder):
@@ -126,11 +107,7 @@ def check_folder(path: StrPath) -> Path:
 
 
 def folder_path(path: StrPath) -> Path:
-    """The folder as a Path.
-
-    Raises:
-        ValueError: the name is empty. ``Path("")`` would be the current folder.
-    """
+    """The folder as a Path. Raises ValueError for an empty name, which would be the current one."""
     if not os.fspath(path):
         raise ValueError("the name of the folder must not be empty.")
     return Path(path)
@@ -171,18 +148,7 @@ def folder_errors(folder: Path) -> Iterator[None]:
 
 @contextmanager
 def output_folder(path: StrPath) -> Iterator[Path]:
-    """Runs :func:`check_folder` before a block. If the block fails, empty new folders are removed.
-
-    >>> import tempfile
-    >>> with tempfile.TemporaryDirectory() as parent:
-    ...     folder = Path(parent) / "runs" / "first"
-    ...     try:
-    ...         with output_folder(folder):
-    ...             raise ValueError("steps is 0")
-    ...     except ValueError:
-    ...         folder.parent.exists()
-    False
-    """
+    """Runs :func:`check_folder` before a block. If this fails, empty new folders are removed."""
     with remove_new_folders_on_failure(folder_path(path)):
         yield check_folder(path)
 
@@ -199,13 +165,6 @@ def new_folder(path: StrPath) -> Iterator[Path]:
         ValueError: ``path`` exists and is not an empty folder.
         OSError: the folder cannot be created; its parent must exist. Or a file cannot be written,
             for example because the disk is full; the message names ``path``.
-
-    >>> import tempfile
-    >>> with tempfile.TemporaryDirectory() as parent:
-    ...     with new_folder(Path(parent) / "images") as folder:
-    ...         _ = (folder / "0.txt").write_text("done")
-    ...     (Path(parent) / "images" / "0.txt").read_text()
-    'done'
     """
     check_new_folder(path)
     target = Path(os.path.realpath(path))

@@ -88,10 +88,7 @@ def save_array(path: StrPath, samples: Tensor) -> None:
 
 
 def to_unit(images: Tensor) -> Tensor:
-    """Images as float32. A byte u becomes u/127.5 - 1, in [-1, 1]; floating numbers are kept.
-
-    Args:
-        images: any shape, uint8 or floating.
+    """Images of any shape as float32. A byte u becomes u/127.5 - 1; floating numbers are kept.
 
     Raises:
         TypeError: the dtype is neither floating nor uint8.
@@ -123,11 +120,8 @@ def open_array(path: Path, name: str | None = None, *, in_place: bool = True) ->
         not one of references.
 
     Raises:
-        FileNotFoundError: there is no such file.
-        TypeError: the numbers are neither floating nor uint8.
-        ValueError: the suffix is not allowed; the file is empty, truncated, damaged or pickled;
-            none of several arrays has a known name; there are fewer than two dimensions or no
-            numbers.
+        FileNotFoundError, TypeError, ValueError: as for :func:`load_array`, but values are not
+            checked.
     """
     if not path.exists():
         raise FileNotFoundError(f"{path} does not exist.")
@@ -245,14 +239,9 @@ def _member_start(member: ZipInfo, path: Path) -> int | None:
 def _open_stream(
     stream: IO[bytes], start: int | None, size: int, path: Path, in_place: bool
 ) -> Source:
-    """Opens the array of a stream in the .npy format.
+    """Opens the array of a stream of this size in bytes, which begins in the .npy format.
 
-    Args:
-        stream: the stream, at its beginning.
-        start: the position of the stream in the file; None if it is compressed.
-        size: the length of the stream in bytes.
-        path: the file.
-        in_place: read the rows from the file if possible.
+    It begins at the position ``start`` of the file; None if it is compressed.
     """
     with _parsing(path):
         shape, fortran, dtype = _read_npy_header(stream)
@@ -369,14 +358,8 @@ def open_mapped(array: np.memmap[Any, Any]) -> Source:
 def from_numpy(array: np.ndarray[Any, Any], name: str) -> Tensor:
     """The array as a contiguous tensor of the same dtype; numbers over 64 bits become float32.
 
-    Memory is shared if the array is C-contiguous and of native byte order.
-
-    Args:
-        array: any shape, uint8 or floating.
-        name: the name of the array in errors.
-
-    Raises:
-        TypeError: the numbers are neither floating nor uint8.
+    Memory is shared if the array is C-contiguous and of native byte order. The numbers must be
+    floating or uint8, or there is a TypeError that calls the array ``name``.
     """
     if not _is_allowed(array.dtype):
         raise _dtype_error(array.dtype, name)

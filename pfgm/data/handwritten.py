@@ -7,6 +7,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from ..common.optional import optional
+
 __all__ = ["Digits", "digits"]
 
 
@@ -35,13 +37,8 @@ def digits() -> Digits:
     >>> digits().train.shape, digits().held_out.shape
     (torch.Size([1398, 1, 8, 8]), torch.Size([399, 1, 8, 8]))
     """
-    try:
-        from sklearn.datasets import load_digits
-    except ModuleNotFoundError as error:
-        raise ImportError(
-            "digits() needs scikit-learn; in a checkout: pip install '.[demo]'"
-        ) from error
-    levels, classes = load_digits(return_X_y=True)
+    datasets = optional("sklearn.datasets", "digits() needs scikit-learn", "demo")
+    levels, classes = datasets.load_digits(return_X_y=True)
     images = torch.from_numpy(levels).float().view(-1, 1, 8, 8) / 8 - 1
     labels = torch.from_numpy(classes).long()
     remainder = torch.arange(len(images), device="cpu") % 9

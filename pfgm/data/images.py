@@ -15,6 +15,7 @@ from torch import Tensor
 
 from ..common.checks import allocating, memory_bytes, positive_int
 from ..common.messages import progress_bar
+from ..common.optional import optional
 from .image_files import ImageFiles, image_files
 
 if TYPE_CHECKING:
@@ -41,11 +42,6 @@ def load_images(
     files are left out. Transparent images are composed on white. A rotation in the EXIF data is not
     applied. Of an animated image the first frame is taken.
 
-    Labels are those in the file ``dataset.json``, as in the data sets of EDM and StyleGAN:
-    ``{"labels": [[name, label], …]}``. Without the file, images that all lie in class folders, as
-    in ``cat/1.png``, have the number of their class folder as label, in alphabetical order. Folders
-    that all images have in common do not count.
-
     Args:
         path: the folder or the archive.
         resize: height and width to which the largest central square of each image is scaled. None
@@ -53,8 +49,8 @@ def load_images(
         progress: show a progress bar.
 
     Returns:
-        The images, uint8 (n, C, H, W), where C = 1 if all images are grey, else 3; their labels
-        (n,), int64, or None; and the names of the classes, if they have names.
+        The images, uint8 (n, C, H, W), where C = 1 if all images are grey, else 3, and
+        :meth:`ImageFiles.labels`.
 
     Raises:
         ImportError: Pillow is not installed.
@@ -81,11 +77,9 @@ def load_images(
 
 
 def save_image(path: Path, image: Tensor) -> None:
-    """Writes an image (C, H, W) as PNG: grey for C = 1, RGB for C = 3.
+    """Writes an image (C, H, W), uint8 or floating in [-1, 1], as PNG: grey for C = 1, else RGB.
 
-    Args:
-        path: the file.
-        image: uint8, or floating values in [-1, 1]; values outside are clamped.
+    Values outside [-1, 1] are clamped.
 
     Raises:
         ImportError: Pillow is not installed.
@@ -140,18 +134,20 @@ def _on_white(image: Image) -> Image:
     return composed
 
 
-def channel_count(mode: str, name: str) -> int:
-    """The number of channels, 1 or 3, to which images of a Pillow mode are converted.
+def channel_count(image: Image, name: str) -> int:
+    """The number of channels, 1 or 3, to which a Pillow image is converted.
 
     Raises:
-        ValueError: the mode has more than 8 bits a channel. The message calls the image ``name``.
+        ValueError: it has more than 8 bits a channel. The message calls the image ``name``.
     """
-    if mode not in _CHANNELS:
-        raise ValueError(f"{name} must have 8 bits a channel, got pixels of the mode {mode}.")
-    return _CHANNELS[mode]
+    if image.mode not in _CHANNELS:
+        raise ValueError(f"{name} must have 8 bits a channel, got pixels of the mode {image.mode}.")
+    if _has_16_bits(image):
+        raise ValueError(f"{name} must have 8 bits a channel, got 16.")
+    return _CHANNELS[image.mode]
 
 
-def has_16_bits(image: Image) -> bool:
+def _has_16_bits(image: Image) -> bool:
     """Whether an image has 16 bits a channel, which Pillow would cut to 8.
 
     A decoded image no longer shows its file format, so the answer for it is always False.
@@ -168,18 +164,8 @@ def has_16_bits(image: Image) -> bool:
     return False
 
 
-def check_depth(is_16_bit: bool, name: str) -> None:
-    """Raises ValueError for an image of 16 bits a channel. The message calls it ``name``."""
-    if is_16_bit:
-        raise ValueError(f"{name} must have 8 bits a channel, got 16.")
-
-
 def _import_pillow() -> Any:
-    try:
-        import PIL.Image
-    except ModuleNotFoundError as error:
-        raise ImportError("Images need Pillow; in a checkout: pip install '.[demo]'") from error
-    return PIL.Image
+    return optional("PIL.Image", "Images need Pillow", "demo")
 
 
 @contextmanager
@@ -210,10 +196,8 @@ def _common_shape(
     channels, expected = 1, resized
     for name in files.names:
         with _opened(files, name) as image:
-            mode, size, is_16_bit = image.mode, image.size, has_16_bits(image)
-        place = files.place(name)
-        channels = max(channels, channel_count(mode, place))
-        check_depth(is_16_bit, place)
+            size, place = image.size, files.place(name)
+        channels = max(channels, channel_count(image, place))
         expected = expected or size
         if resized is None and size != expected:
             raise ValueError(

@@ -22,35 +22,13 @@ Samples = Tensor | np.ndarray[Any, Any] | StrPath | Dataset[Any] | DataLoader[An
 """What :func:`open_source` opens, beside DataFrames of pandas."""
 
 
-def open_source(
-    source: Samples,
-    *,
-    progress: bool = False,
-) -> Source:
-    """Opens anything that holds samples. Nothing is unpickled, and values are not checked.
+def open_source(source: Samples, *, progress: bool = False) -> Source:
+    """Opens all that :class:`pfgm.ReferenceSet` takes.
 
-    Args:
-        source: one of
-
-            - a tensor (n, *S) or a NumPy array, whose memory is shared where torch can share it;
-            - a ``numpy.memmap``, whose rows are read from its file. A map that is not C-contiguous
-              is copied into memory, and a map of mode "c" counts as an array, because it may
-              differ from its file;
-            - the path of a ``.npy``, ``.npz`` or ``.safetensors`` file, whose rows are read in
-              place. An array is loaded if it is compressed, in Fortran order, in another byte order
-              or of a width that references cannot have. Of several arrays in a file,
-              :func:`pfgm.data.load_array` tells which one is read;
-            - a DataFrame of pandas, or the path of a ``.csv`` file, of numbers, which stay as they
-              are: see :func:`pfgm.data.tables.load_table`. :class:`pfgm.data.Table` encodes texts;
-            - the path of a folder or a ``.zip`` archive, whose PNG, JPEG, BMP and WebP images are
-              decoded: see :func:`pfgm.data.images.load_images`;
-            - a dataset with ``__len__`` and ``__getitem__``, or a DataLoader of one, which is
-              loaded: see :func:`pfgm.data.torch_datasets.load_dataset`;
-            - a source, which is returned as it is.
-        progress: show a progress bar while images or a dataset are loaded.
-
-    Returns:
-        The rows. float64 becomes float32 if a file or a dataset is loaded.
+    Nothing is unpickled, and values are not checked. The memory of tensors and arrays is shared
+    where torch can share it. Files and memory maps are read in place where possible
+    (:func:`open_array`, :func:`open_mapped`). Images, tables and datasets are loaded. A source is
+    returned as it is.
 
     Raises:
         FileNotFoundError: there is no such file.

@@ -72,11 +72,10 @@ class Source(ABC):
 
     @abstractmethod
     def take(self, rows: Tensor) -> Tensor:
-        """The rows with these numbers, in this order, as a new tensor (k, *S).
+        """The rows with these numbers (k,), int64, in this order, as a new tensor (k, *S).
 
-        Args:
-            rows: (k,) int64, each 0 to n - 1; duplicates are allowed. The numbers are checked on
-                the CPU, and on other devices under ``debug_checks()``.
+        Duplicates are allowed. The numbers are checked on the CPU, and on other devices under
+        ``debug_checks()``.
 
         Raises:
             IndexError: a number is out of range.

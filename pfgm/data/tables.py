@@ -15,7 +15,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..common.files import StrPath, write_atomic
+from ..common.files import StrPath, csv_text, write_atomic
+from ..common.optional import optional
 from .columns import Column, Numbers, Texts, column_from, learn_column
 from .rows import check_samples
 
@@ -153,7 +154,7 @@ class Table:
         if missing := [key for key in wanted if key not in cells]:
             raise ValueError(f"{name} must have a column {missing[0]!r}, got {_list([*cells])}.")
         cells = _complete({key: cells[key] for key in wanted}, name, drop_missing)
-        rows = [column.encode(cells[column.name], name) for column in self.columns]
+        rows = self._encoded(cells, name)
         labels = None
         if self.label is not None and labelled:
             places = {value: place for place, value in enumerate(self.label.values)}
@@ -164,7 +165,11 @@ class Table:
                     f"{self.label.name!r}, got {unknown[0]!r}."
                 )
             labels = torch.tensor([places[value] for value in values], device="cpu")
-        return EncodedRows(torch.from_numpy(np.concatenate(rows, 1).astype(np.float32)), labels)
+        return EncodedRows(rows, labels)
+
+    def _encoded(self, cells: Cells, name: str) -> Tensor:
+        rows = [column.encode(cells[column.name], name) for column in self.columns]
+        return torch.from_numpy(np.concatenate(rows, 1).astype(np.float32))
 
     def decode(self, rows: Tensor, labels: Tensor | None = None) -> dict[str, list[Any]]:
         """The columns of rows, with the values that a file holds.
@@ -197,11 +202,8 @@ class Table:
     def nearest(self, rows: Tensor) -> Tensor:
         """The nearest rows that a file can hold, (n, features) float32."""
         decoded = self.decode(rows)
-        parts = [
-            column.encode(np.array(decoded[column.name], dtype=object), "rows")
-            for column in self.columns
-        ]
-        return torch.from_numpy(np.concatenate(parts, 1).astype(np.float32))
+        cells = {key: np.array(column, dtype=object) for key, column in decoded.items()}
+        return self._encoded(cells, "rows")
 
     def write(self, path: StrPath, rows: Tensor, labels: Tensor | None = None) -> None:
         """Writes rows as a ``.csv`` file, as :meth:`decode` returns them.
@@ -211,12 +213,9 @@ class Table:
             ValueError: as for :meth:`decode`.
         """
         decoded = self.decode(rows, labels)
-        text = io.StringIO()
-        lines = csv.writer(text, delimiter=self.separator, lineterminator="\n")
-        lines.writerow(decoded)
         texts = ([self._text(value) for value in column] for column in decoded.values())
-        lines.writerows(zip(*texts, strict=True))
-        write_atomic(path, lambda file: file.write(text.getvalue().encode()))
+        text = csv_text([decoded, *zip(*texts, strict=True)], self.separator)
+        write_atomic(path, lambda file: file.write(text.encode()))
 
     def _text(self, value: object) -> str:
         text = str(value)
@@ -256,10 +255,7 @@ def is_series(value: object) -> bool:
 
 
 def load_table(source: Any) -> tuple[Tensor, Tensor | None, tuple[str, ...]]:
-    """The numbers of a DataFrame or of a ``.csv`` file, as they are.
-
-    Returns:
-        The rows (n, columns), float32; the labels (n,), int64, or None; and their names.
+    """The numbers of a DataFrame or of a ``.csv`` file, as they are, labels and their names.
 
     Raises:
         ImportError, ValueError: as for :meth:`Table.read`; or a column holds texts, which
@@ -281,11 +277,7 @@ def load_table(source: Any) -> tuple[Tensor, Tensor | None, tuple[str, ...]]:
 
 
 def _pandas() -> Any:
-    try:
-        import pandas
-    except ModuleNotFoundError as error:
-        raise ImportError("Tables need pandas; in a checkout: pip install '.[tables]'") from error
-    return pandas
+    return optional("pandas", "Tables need pandas", "tables")
 
 
 def _cells(source: Any) -> tuple[str, dict[str, Any], str, str]:
@@ -304,9 +296,10 @@ def _cells(source: Any) -> tuple[str, dict[str, Any], str, str]:
         raise ValueError(f"{name} must have rows and columns, got {len(frame)} × {len(names)}.")
     if alike := [key for key in names if names.count(key) > 1]:
         raise ValueError(f"{name} must have different names of columns, got {alike[0]!r} twice.")
+    cells = dict(zip(names, columns, strict=True))
     if not is_frame(source):
-        _check_names(dict(zip(names, columns, strict=True)), name)
-    return name, dict(zip(names, columns, strict=True)), separator, decimal
+        _check_names(cells, name)
+    return name, cells, separator, decimal
 
 
 def _read(path: Path) -> tuple[Any, str]:

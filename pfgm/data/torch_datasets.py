@@ -23,7 +23,7 @@ from torch.utils.data import (
 from ..common.dtypes import REFERENCES
 from ..common.messages import progress_bar
 from .arrays import from_numpy
-from .images import channel_count, check_depth, has_16_bits, pixels
+from .images import channel_count, pixels
 
 _SAMPLE_KEYS = ("image", "images", "x", "data")
 _LABEL_KEYS = ("label", "labels")
@@ -47,15 +47,14 @@ def load_dataset(dataset: Any, *, progress: bool = False) -> tuple[Tensor, Tenso
     Raises:
         TypeError: a sample is of another type or dtype.
         ValueError: a DataLoader selects or repeats items, or collates them by a function of its
-            own.
-        ValueError: there are no items; samples differ in shape or dtype; only some items have
-            labels; or an image that Pillow has not decoded yet has more than 8 bits a channel.
+            own; there are no items; samples differ in shape or dtype; only some items have labels;
+            or an image that Pillow has not decoded yet has more than 8 bits a channel.
     """
     if isinstance(dataset, DataLoader):
         dataset = _loaded_by(dataset)
     count = _length(dataset)
     first, label = _split(dataset[0])
-    channels = _image_channels(first, 0)
+    channels = channel_count(first, _name(0)) if _is_image(first) else 0
     row = _row(first, 0, channels)
     rows = torch.empty(count, *row.shape, dtype=row.dtype, device="cpu")
     labels = None if label is None else torch.empty(count, dtype=torch.int64, device="cpu")
@@ -149,18 +148,12 @@ def _is_image(value: Any) -> bool:
     return module is not None and isinstance(value, module.Image)
 
 
-def _image_channels(value: Any, index: int) -> int:
-    """The channels of an image; 0 for other samples."""
-    return channel_count(value.mode, _name(index)) if _is_image(value) else 0
-
-
 def _row(value: Any, index: int, channels: int) -> Tensor:
     """The sample as a tensor; an image has at least ``channels`` channels."""
     name = _name(index)
     if _is_image(value):
-        check_depth(has_16_bits(value), name)
         # A grey image gets the channels of coloured ones. Colours are never dropped.
-        return pixels(value, max(channels, channel_count(value.mode, name)))
+        return pixels(value, max(channels, channel_count(value, name)))
     if isinstance(value, np.ndarray):
         value = from_numpy(value, name)
     if not isinstance(value, Tensor):

@@ -76,7 +76,7 @@ def _as_tensor(references: Any) -> tuple[Any, Callable[..., Tensor | None] | Non
     return references.part.as_tensor(), references.part.sketch
 
 
-def _check_dimensions(D: float, with_r: bool) -> float:
+def checked_dimensions(D: float, with_r: bool = False) -> float:
     if not is_number(D):
         raise TypeError(f"D must be a number, got {type(D).__name__}.")
     if not D > 0:
@@ -100,11 +100,6 @@ def _radius(x: Tensor, r: Tensor | float | None, sigma: Tensor | float | None, D
     return per_query("sigma", sigma, x) * unit_radius(D)
 
 
-def _flatten(samples: Tensor) -> Tensor:
-    """Samples (B, *S) as (B, N)."""
-    return samples.reshape(samples.shape[0], math.prod(samples.shape[1:]))
-
-
 def _flat_mean(
     x: Tensor,
     references: References,
@@ -119,11 +114,11 @@ def _flat_mean(
     (:class:`~pfgm.core.problems.State`).
     """
     points = x.float() if x.dtype in HALF else x
-    flat = _flatten(points)
+    flat = flat_rows(points)
     if isinstance(references, ReferenceSet):
         part = references.part
         return flat, *over_set.compute(flat, radius, part, D, backend, difference)
-    problem = PosteriorMean(flat, _flatten(references), radius, D, difference=difference)
+    problem = PosteriorMean(flat, flat_rows(references), radius, D, difference=difference)
     if (results := eager.differentiated(problem, backend)) is None:
         if torch.compiler.is_compiling() and not in_torch_func():
             # as they are: see pfgm.ops.posterior_mean
@@ -236,7 +231,7 @@ def posterior_mean(
             mean, logsumexp = results
             return mean if logsumexp is None else (mean, logsumexp)
     _check_tensors(x, references)
-    D = _check_dimensions(D, r is not None)
+    D = checked_dimensions(D, r is not None)
     radius = _radius(x, r, sigma, D)
     _, mean, logsumexp, _, _ = _flat_mean(x, references, radius, D, backend)
     mean = mean.reshape(x.shape)
@@ -373,7 +368,7 @@ def log_density(
     if removed:
         _refuse("log_density", removed)
     _check_tensors(x, references)
-    D = _check_dimensions(D, r is not None)
+    D = checked_dimensions(D, r is not None)
     radius = _radius(x, r, sigma, D)
     flat, _, logsumexp, nearest, total = _flat_mean(x, references, radius, D, backend)
     N, M = flat.shape[1], references.shape[0]

@@ -30,6 +30,7 @@ from torch import Tensor
 
 from ..common.checks import check_at_least_0, check_dense
 from ..common.dtypes import HALF, POINTS
+from ..common.tensors import flat_rows
 from ..ops import OdeStep, eager, ode_step
 from ..ops.eager import EULER, HEUN, MULTISTEP
 from .levels import Level, per_query, step_levels
@@ -377,10 +378,10 @@ def _flat_step(
     dtype = torch.float32 if x.dtype in HALF else x.dtype
     gamma, z_exp, substitution = law
     return OdeStep(
-        x=_flat(x, dtype),
-        slope=_flat(slope, dtype),
+        x=flat_rows(x).to(dtype),
+        slope=flat_rows(slope).to(dtype),
         field_z=None if field_z is None else field_z.to(dtype),
-        history=None if history is None else _flat(history, dtype),
+        history=None if history is None else flat_rows(history).to(dtype),
         **_by_row(x, coefficients),
         gamma=float(gamma),
         z_exp=float(z_exp),
@@ -421,12 +422,6 @@ def _by_row(x: Tensor, levels: tuple[Any, Any, Any]) -> dict[str, Any]:
         rows = torch.stack([per_query("level", level, x) for level in levels])
         levels = (0.0, 0.0, 0.0)
     return dict(zip(("z", "toward", "blend", "row_levels"), (*levels, rows), strict=True))
-
-
-def _flat(values: Tensor, dtype: torch.dtype) -> Tensor:
-    if values.ndim != 2:
-        values = values[:, None] if values.ndim == 1 else values.flatten(1)
-    return values.to(dtype)
 
 
 def _is_flat(out: Tensor, dtype: torch.dtype) -> bool:

@@ -22,11 +22,11 @@ import torch
 from torch import Tensor, nn
 
 from ..common import draws
-from ..common.checks import check_dtype, checks_values, is_number, shape_or_type, untouched
+from ..common.checks import check_dtype, checks_values, shape_or_type, untouched
 from ..common.tensors import common_device, dequantise, over_samples
 from ..flows.plusplus import PoissonFlowPP
 from ..flows.targets import targets_by_label
-from ..functional.field import mean_from
+from ..functional.field import checked_dimensions, mean_from
 from ..functional.levels import per_query
 from ..references import References
 
@@ -75,11 +75,7 @@ class PoissonFlowMatcher:
         *,
         reference_labels: Tensor | None = None,
     ) -> None:
-        if not is_number(D):
-            raise TypeError(f"D must be a number, got {type(D).__name__}.")
-        if not D > 0:
-            raise ValueError(f"D must be a positive number or infinity, got {D}.")
-        self.D = float(D)
+        self.D = checked_dimensions(D)
         self.references = references
         self.reference_labels = reference_labels
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import importlib
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -13,6 +12,7 @@ from torch.utils.data import Dataset
 
 from ..common.checks import check_dtype, check_finite, positive_int
 from ..common.files import StrPath
+from ..common.optional import optional
 
 _CHECKSUM = "6726825d"
 _WEIGHTS = f"weights-inception-2015-12-05-{_CHECKSUM}.pth"
@@ -128,8 +128,8 @@ def find_inception_weights(path: StrPath | None = None) -> Path:
             f"FID needs the weights of Inception v3 (91 MB), and there is no file {place}; copy "
             f"{_WEIGHTS} from {_RELEASES} there."
         )
-    digest = hashlib.sha256()
     with place.open("rb") as file:
+        digest = hashlib.sha256()
         while part := file.read(1 << 20):
             digest.update(part)
     checksum = digest.hexdigest()
@@ -142,12 +142,7 @@ def find_inception_weights(path: StrPath | None = None) -> Path:
 
 
 def _import_fidelity() -> Any:
-    try:
-        return importlib.import_module("torch_fidelity")
-    except ModuleNotFoundError as error:
-        raise ImportError(
-            "FID and Inception score need torch-fidelity; in a checkout: pip install '.[fid]'"
-        ) from error
+    return optional("torch_fidelity", "FID and Inception score need torch-fidelity", "fid")
 
 
 class _Bytes(Dataset[Tensor]):

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from ..common.files import StrPath, write_atomic
+from ..common.optional import optional
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -28,20 +29,18 @@ _BAR_ROOM = 64  # width of a colour bar with its numbers
 
 def require_matplotlib() -> None:
     """Raises ImportError if matplotlib is missing. Long work that ends in a picture asks first."""
-    try:
-        from .shown_figure import ShownFigure  # noqa: F401
-    except ModuleNotFoundError as error:
-        raise ImportError(
-            "plotting needs matplotlib; in a checkout: pip install '.[demo]'"
-        ) from error
+    _shown_figure()
+
+
+def _shown_figure() -> Any:
+    return optional(f"{__package__}.shown_figure", "plotting needs matplotlib", "demo").ShownFigure
 
 
 def new_figure(width: int, height: int) -> Figure:
     """An empty white figure of this size in pixels."""
-    require_matplotlib()
-    from .shown_figure import ShownFigure
-
-    return ShownFigure(figsize=(width / DPI, height / DPI), dpi=DPI, facecolor="white")
+    size = (width / DPI, height / DPI)
+    figure: Figure = _shown_figure()(figsize=size, dpi=DPI, facecolor="white")
+    return figure
 
 
 def add_axes(

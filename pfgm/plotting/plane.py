@@ -12,6 +12,7 @@ from ..common.files import StrPath
 from ..core.arithmetic import squared_distances
 from ..core.weights import law, unit_radius
 from ..functional import field_fn, log_density
+from ..functional.field import checked_dimensions
 from .figures import INK, add_colour_bar, part_of_colormap, save, square_panels
 from .points import DATA_COLOUR, GRID, Window, check_levels, checked_points, mark_size
 
@@ -110,8 +111,7 @@ def equipotentials(
     """
     data = checked_points(data)
     noise = _noise_levels("sigma", sigma, data, (0.05, 0.15, 0.4, 1.0))
-    if not D > 0:
-        raise ValueError(f"D must be a positive number or infinity, got {D}.")
+    D = checked_dimensions(D)
     window = Window.around(data)
     symbol = "z" if D == 1 else "σ"
     figure, panels = square_panels([f"{symbol} = {v:.3g}" for v in noise], title, _PANEL, bar=True)

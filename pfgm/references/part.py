@@ -54,6 +54,10 @@ class Part:
     )
 
     def __post_init__(self) -> None:
+        if self.flips and not self.shape:
+            raise ValueError(
+                "flips must be False for rows of shape (), which have no mirror images."
+            )
         if self.end < 0:
             self.end = len(self.source)
         N, dtype = math.prod(self.shape), self.source.dtype

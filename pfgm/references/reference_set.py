@@ -93,8 +93,6 @@ class ReferenceSet:
         progress: bool = False,
     ) -> None:
         opened = open_source(source, progress=progress)
-        if flips:
-            _check_mirrors(opened.shape)
         self._rows = len(opened)
         self._offset = 0  # number of the first row in part
         self.part = Part(opened, flips=bool(flips))
@@ -162,17 +160,21 @@ class ReferenceSet:
             IndexError: a number is out of range, or another process holds that row.
             TypeError: rows is none of these.
         """
-        numbers = self._numbers(rows)
-        mirrored = (numbers >= self._rows) & self.part.flips
-        local = torch.where(mirrored, numbers - self._rows, numbers) - self._offset
-        self._check_held("rows", numbers, local)
+        local, mirrored = self._local("rows", self._numbers(rows))
         taken = self.part.source.take(local + self.part.begin)
         if bool(mirrored.any()):
             mirrored = mirrored.to(taken.device)
             taken[mirrored] = taken[mirrored].flip(-1)
         return taken
 
-    def _check_held(self, name: str, numbers: Tensor, local: Tensor) -> None:
+    def _local(self, name: str, numbers: Tensor) -> tuple[Tensor, Tensor]:
+        """The places of rows in the part of this process, and which of them are mirror images.
+
+        Raises:
+            IndexError: another process holds a row, or there is none.
+        """
+        mirrored = (numbers >= self._rows) & self.part.flips
+        local = torch.where(mirrored, numbers - self._rows, numbers) - self._offset
         outside = (local < 0) | (local >= len(self.part))
         if bool(outside.any()):
             first, last = self._offset, self._offset + len(self.part) - 1
@@ -182,6 +184,7 @@ class ReferenceSet:
                 + (", the rows that this process holds" if self.sharded else "")
                 + f", got {int(numbers[outside][0])}."
             )
+        return local, mirrored
 
     def _numbers(self, rows: Tensor | slice) -> Tensor:
         if isinstance(rows, slice):
@@ -232,9 +235,7 @@ class ReferenceSet:
             raise ValueError(
                 f"containing must hold each row once, got {int(numbers[times > 1][0])} twice."
             )
-        mirrored = (chosen >= self._rows) & self.part.flips
-        local = torch.where(mirrored, chosen - self._rows, chosen) - self._offset
-        self._check_held("containing", chosen, local)
+        local, mirrored = self._local("containing", chosen)
         local = torch.where(mirrored, local + held, local)
         drawn = draw_numbers(local, count, held * self._sides, generator)
         return torch.where(drawn >= held, drawn - held + self._rows, drawn) + self._offset
@@ -284,7 +285,6 @@ class ReferenceSet:
 
     def flipped(self) -> ReferenceSet:
         """The set with the mirror image (last axis reversed) of each row added."""
-        _check_mirrors(self.part.shape)
         both = copy.copy(self)
         both.part = replace(self.part, flips=True)
         return both
@@ -378,10 +378,6 @@ class ReferenceSet:
         """Yields the rows of this process and their mirror images in chunks (m, *S) on a device.
 
         A chunk is valid until the next one is asked for. From a file, the next chunk is read ahead.
-
-        Raises:
-            OSError: a file can no longer be read.
-            ValueError: values that are not finite.
         """
         return self.part.chunks(device)
 
@@ -429,12 +425,6 @@ def _converted(rows: Tensor, dtype: torch.dtype) -> Tensor:
             f"{float(rows.abs().max()):.4g}."
         )
     return ((rows.float() + 1) * 127.5).round().to(torch.uint8)
-
-
-def _check_mirrors(shape: tuple[int, ...]) -> None:
-    """Raises ValueError if rows of this shape have no mirror images."""
-    if not shape:
-        raise ValueError("flips must be False for rows of shape (), which have no mirror images.")
 
 
 def _row_numbers(name: str, rows: object, others: str = "") -> Tensor:

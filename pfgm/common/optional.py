@@ -1,0 +1,19 @@
+"""Packages that only some functions need."""
+
+from __future__ import annotations
+
+import importlib
+from typing import Any
+
+
+def optional(module: str, user: str, extra: str) -> Any:
+    """The module of an optional package.
+
+    Raises:
+        ImportError: it is missing. The message begins with ``user``, such as "Images need Pillow",
+            and names the extra that installs it.
+    """
+    try:
+        return importlib.import_module(module)
+    except ModuleNotFoundError as error:
+        raise ImportError(f"{user}; in a checkout: pip install '.[{extra}]'") from error
