@@ -7,10 +7,9 @@ import sys
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Annotated, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
-import tyro
 from torch import Tensor
 
 from .. import evaluation
@@ -124,9 +123,7 @@ class Evaluate:
     features, or none. The default is the classifier of the data, if one comes with the package."""
     n: Count = 1000
     """Number of samples to draw, or the most to take from a file or folder."""
-    sampling: Annotated[SamplingOptions, tyro.conf.arg(name="")] = field(
-        default_factory=SamplingOptions
-    )
+    sampling: SamplingOptions = field(default_factory=SamplingOptions)
     """How and where samples are drawn."""
     guidance: float | None = None
     """Weight of classifier-free guidance, for a network that was trained with labels."""

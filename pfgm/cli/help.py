@@ -27,6 +27,8 @@ def readable_help() -> ConstructorRegistry:
     - The help shows no default that is None or empty. The text of such an option says what happens
       without it.
     - Lines of a text are joined. tyro keeps the line breaks of the source where lines are indented.
+    - The options of a group, a field that is a dataclass, have no prefix. So errors of its class
+      are not reworded by tyro.
     """
     registry = ConstructorRegistry()
     asking = False  # whether the rule below asks tyro for its own answer
@@ -66,6 +68,8 @@ def _readable(field: StructFieldSpec) -> StructFieldSpec:
     kind: Any = field.type
     if field.default is None or field.default in ((), {}):
         kind = Annotated[kind, tyro.conf.arg(help_behavior_hint="")]
+    if dataclasses.is_dataclass(field.type):
+        kind = Annotated[kind, tyro.conf.arg(name="")]
     return dataclasses.replace(field, type=kind, helptext=_paragraph(field.helptext))
 
 

@@ -10,10 +10,9 @@ import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Any
 
 import torch
-import tyro
 from torch import Tensor, nn
 
 from .. import data
@@ -62,9 +61,7 @@ class Sample:
     """A network that comes with the package, in place of a checkpoint."""
     n: Count = 64
     """Number of samples."""
-    sampling: Annotated[SamplingOptions, tyro.conf.arg(name="")] = field(
-        default_factory=SamplingOptions
-    )
+    sampling: SamplingOptions = field(default_factory=SamplingOptions)
     """How and where samples are drawn."""
     label: tuple[str, ...] = ()
     """Labels of the samples, numbers or names, in turn, so that a picture has one in each column;

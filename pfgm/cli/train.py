@@ -5,9 +5,6 @@ from __future__ import annotations
 import argparse
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated
-
-import tyro
 
 from ..common.checks import usable_device
 from ..training import runs
@@ -34,7 +31,7 @@ class Train:
     timeout: float = 600.0
     """Seconds after which a process that does not answer counts as lost. An evaluation must take
     less."""
-    settings: Annotated[RunConfig, tyro.conf.OmitArgPrefixes] = field(default_factory=RunConfig)
+    settings: RunConfig = field(default_factory=RunConfig)
     """What to train, on which data, and how."""
     progress: Progress = True
 
