@@ -1,6 +1,7 @@
 import csv
 import json
 import re
+import shlex
 from pathlib import Path
 
 import numpy as np
@@ -156,6 +157,23 @@ def test_first_commands_run_in_the_environment_that_they_make(page):
     for command in commands:
         assert command.startswith((".venv/bin/", "python3 -m venv .venv")), command
     assert not re.findall(r"(?<![/\w])(?:pip install|mkdocs serve)[^`]*`", text)
+
+
+COMMANDS = [
+    (name(page), command)
+    for page in PAGES
+    for line in re.findall(r"^ {4,}(\S.*)$", page.read_text().replace("\\\n", ""), flags=re.M)
+    for command in re.findall(r"(?:^|[ /])pfgm ((?:train|sample|evaluate) .*?)(?: &&| +#|$)", line)
+]
+
+
+def test_commands_of_pages_have_what_they_require():
+    """A recipe or a run that `--config` names is not there to be read."""
+    assert len(COMMANDS) > 30
+    for page, command in COMMANDS:
+        if "--config" not in command:
+            parsed = cli._parse(shlex.split(command))
+            assert type(parsed).__name__.lower() == command.split()[0], page
 
 
 def text_without_code(page):
