@@ -61,7 +61,9 @@ class Convert:
             )
 
     def _flow_of(self, network: Published | EDMDenoiser) -> Flow:
-        """The flow of a published network. Files of PFGM hold none of it, others D and sigma_data.
+        """The flow of a published network, from its file and the options.
+
+        A file of PFGM holds nothing of its flow, the others hold D and sigma_data.
 
         Raises:
             ValueError: an option is missing, is for the other kind, or contradicts the file.

@@ -77,24 +77,12 @@ def run(
     report: Callable[[str], None] = print_notice,
     progress: bool = True,
 ) -> dict[str, Any]:
-    """Trains on scikit-learn's digits, draws samples, and writes the results into a folder.
+    """As :class:`Demo`, with ``report`` called for each line of text.
 
-    The files are samples.npy, (1000, 8, 8) float32 in [-1, 1], samples.png, trajectory.png,
-    metrics.json and model.safetensors. The same seed gives the same results on the same number of
-    threads, except for times. If training is interrupted, model.safetensors holds the weights at
-    that step.
-
-    Args:
-        out: the folder, which is created if it is missing.
-        steps: training steps.
-        seed: seed of the network, training and sampling.
-        conditional: train with labels. Each row of samples.png is then one digit, and metrics.json
-            also says how often a classifier trained on the real digits agrees with the label.
-        report: called with each line of text about the progress.
-        progress: show progress bars.
-
-    Returns:
-        The content of metrics.json.
+    It returns the content of metrics.json. samples.npy is (1000, 8, 8), float32 in [-1, 1]. The
+    same seed gives the same results on the same number of threads, except for times. If training is
+    interrupted, model.safetensors holds the weights at that step. With ``conditional`` metrics.json
+    also says how often a classifier trained on the real digits agrees with the label.
 
     Raises:
         FolderInUse: another run uses the folder.

@@ -182,6 +182,7 @@ class Sample:
     def _labels(self, loaded: Loaded) -> list[int]:
         """The numbers of the labels; empty for samples without labels."""
         classes, names = label_count(loaded.network), loaded.label_names
+        # "none" means no label, unless a label has this name.
         if [*map(str.casefold, self.label)] == [_NO_LABEL] and self.label[0] not in names:
             return []
         if self.label and not classes:

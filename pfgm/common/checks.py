@@ -78,21 +78,11 @@ def is_symbolic(*values: float) -> bool:
 def untouched(
     function: Callable[..., R], who: str, names: Sequence[str], /, *values: Any, **named: Any
 ) -> R:
-    """Calls ``function(*values, **named)`` and raises an error if it changed a tensor in place.
+    """Calls ``function(*values, **named)`` and raises ValueError if it changed a tensor in place.
 
-    The version counter of a tensor shows a change without reading the values. A tensor of inference
-    mode has no version counter, so the function gets a copy of it.
-
-    Args:
-        function: a network, or a function that evaluates one.
-        who: the name of the function in the error.
-        names: the names of the values in the error.
-
-    Returns:
-        The result of the function.
-
-    Raises:
-        ValueError: the function changed a tensor. The message names the tensor.
+    The error calls the function ``who`` and the values by their names. The version counter of a
+    tensor shows a change without reading the values. A tensor of inference mode has no version
+    counter, so the function gets a copy of it.
 
     >>> untouched(torch.relu_, "net", ["x"], torch.ones(2))
     Traceback (most recent call last):
@@ -161,12 +151,6 @@ def out_of_memory(error: BaseException) -> bool:
 def allocating(what: str) -> Iterator[None]:
     """Turns an allocation error in the block into a MemoryError that says what did not fit.
 
-    Args:
-        what: the beginning of the message, such as "n is 5, and so many samples".
-
-    Raises:
-        MemoryError: memory could not be allocated.
-
     >>> with allocating("n is 10**15, and so many numbers"):
     ...     torch.empty(10**15)
     Traceback (most recent call last):
@@ -191,11 +175,7 @@ def memory_bytes() -> float:
 def usable_device(name: str) -> torch.device:
     """The device of this name; "auto" is cuda if there is a GPU, else cpu.
 
-    Raises:
-        ValueError: there is no such device, or it cannot be used.
-
-    >>> usable_device("cpu")
-    device(type='cpu')
+    Raises ValueError if there is no such device, or it cannot be used.
     """
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
@@ -211,17 +191,9 @@ def usable_device(name: str) -> torch.device:
 
 
 def known_device(device: object, *others: str) -> torch.device:
-    """The device, if torch knows it and this machine has it.
+    """The device, of itself or its name, if torch knows it and this machine has it.
 
-    Args:
-        device: a device or its name.
-        others: names beside those of devices that the error lists.
-
-    Raises:
-        ValueError: there is no such device.
-
-    >>> known_device("cpu")
-    device(type='cpu')
+    Raises ValueError if there is no such device. The error lists ``others`` beside the devices.
     """
     try:
         result: torch.device = torch.device(device)  # type: ignore[call-overload]
@@ -413,15 +385,8 @@ def are_float_images(shape: Sequence[int], dtype: torch.dtype) -> bool:
 def warn_image_range(low: float, high: float, *, stacklevel: int = 3) -> bool:
     """Warns of images whose values, low to high, do not look like [−1, 1].
 
-    Flows train on any values. But pictures and figures take images to lie in [−1, 1].
-
-    Args:
-        low: the least value.
-        high: the largest value.
-        stacklevel: whom to warn; 3 is the caller of the caller.
-
-    Returns:
-        Whether it warned.
+    Flows train on any values. But pictures and figures take images to lie in [−1, 1]. By default
+    the caller of the caller is warned. Returns whether there was a warning.
     """
     if not math.isfinite(low + high):  # an error elsewhere
         return False

@@ -57,7 +57,7 @@ class Rowwise(torch.autograd.Function):
     """A function that treats the rows of its tensors separately, with a batching rule."""
 
     shared: Sequence[int] = ()
-    """Positions of the arguments that all rows share, such as references."""
+    """Positions of the arguments that all rows have in common, such as references."""
 
     @classmethod
     def vmap(cls, info: Any, in_dims: tuple[Any, ...], *arguments: Any) -> Any:
@@ -81,14 +81,9 @@ def map_rows(
     Args:
         function: takes the arguments, the first of shape (B, ...), and returns tensors (B, ...).
             Results that are not needed are empty, of shape (0,).
-        samples: number of samples of the vmap.
-        in_dims: for each argument the dimension of the samples; None if it has none.
-        arguments: the arguments of the function. Tensors are (B, ...), except shared ones.
-        shared: positions of the arguments that all rows share, such as references.
+        samples, in_dims, arguments: as a ``vmap`` method gets them, as are the results.
+        shared: positions of the arguments that all rows have in common, such as references.
         by_rows: whether every result is (B, ...); False means one call for each sample.
-
-    Returns:
-        The results, and the dimension of the samples in each, as a ``vmap`` method returns them.
     """
     dims = [
         dim if isinstance(argument, Tensor) else None

@@ -66,11 +66,12 @@ def posterior_mean_tangent(
 
 
 def normalised_field(difference: Tensor, z: Tensor, gamma: float) -> tuple[Tensor, Tensor]:
-    """v_x (B, N) and v_z (B,) from x − mean (B, N) and z (B,), differentiable."""
+    """v = −√N E/(‖E‖ + γ), E = (x − mean, z): v_x (B, N) and v_z (B,), differentiable."""
     dtype = wide_dtype(difference.device)
     wide, z_wide = difference.to(dtype), z.to(dtype)
     squared = wide.square().sum(1)
-    # ‖E‖ has no gradient at E = 0. There v is −√N E/gamma, or 0 if gamma is 0 too.
+    # A root has no gradient at 0, so roots are taken of 1 there, and the results replaced. At E = 0
+    # v is −√N E/γ, or 0 if γ is 0 too.
     at_mean = squared == 0
     at_zero = at_mean & (z_wide == 0)
     distance = squared.masked_fill(at_mean, 1.0).sqrt().masked_fill(at_mean, 0.0)

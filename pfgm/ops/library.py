@@ -42,6 +42,7 @@ class Operator:
         self.name = name
         self._takes = takes
         arguments = [each for group in takes for each in _arguments(group, types)]
+        # An argument is its type, its name and perhaps "=" with a default.
         self._names = [each.split("=")[0].split()[-1] for each in arguments]
         assert len(set(self._names)) == len(self._names), f"{name} has two arguments of one name"
         library.define(f"{name}({', '.join(arguments)}) -> ({returns})")

@@ -105,7 +105,8 @@ def _card(name: str, flow: Flow, network: nn.Module, table: Table | None) -> str
 def _check_place(folder: Path) -> None:
     """Raises ValueError if writing would replace files that are not of :func:`save_pretrained`."""
     for name in ("latest.json", _CONFIG, PRETRAINED_WEIGHTS, _PIPELINE):
-        if (folder / name).exists() and (name == "latest.json" or not is_pretrained(folder)):
+        of_a_run = name == "latest.json"
+        if (folder / name).exists() and (of_a_run or not is_pretrained(folder)):
             raise ValueError(
                 f"folder must be new, or hold neither a run nor another model, got {folder} with "
                 f"{name}."

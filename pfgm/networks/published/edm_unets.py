@@ -170,8 +170,7 @@ class SongUNet(nn.Module):
     """F(x, c_noise, labels) of EDM: DDPM++ for CIFAR-10 with the defaults, or NCSN++.
 
     Args:
-        channels: channels of the images.
-        resolution: height and width of the images.
+        channels, resolution: channels of the images, and their height and width.
         classes: number of labels; 0 for none.
         augment_dim: how many numbers describe the augmentation of an image; 0 for none.
         model_channels: channels of the first convolution.
@@ -384,8 +383,7 @@ class EDMDenoiser(EDMInterface, nn.Module):
     (:class:`pfgm.networks.edm_interface.EDMInterface`).
 
     Args:
-        channels: channels of the images.
-        resolution: height and width of the images.
+        channels, resolution: channels of the images, and their height and width.
         sigma_data: standard deviation of the data's values, as in the flow.
         **settings: of :class:`pfgm.networks.SongUNet`; the defaults are DDPM++ for CIFAR-10.
 

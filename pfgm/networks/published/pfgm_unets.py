@@ -184,8 +184,7 @@ class Published(nn.Module):
     """Base of DDPM++ and NCSN++, which differ in their settings.
 
     Args:
-        channels: channels of the images.
-        resolution: height and width of the images.
+        channels, resolution: channels of the images, and their height and width.
         nf: channels of the finest level.
         ch_mult: channels of each level, finest first, in units of nf.
         num_res_blocks: residual blocks of each level of the encoder; the decoder has one more.
