@@ -1,5 +1,6 @@
 """Refuses to test a build of other sources. Holds the oracle of the operations."""
 
+import contextlib
 import hashlib
 import importlib.util
 import math
@@ -24,6 +25,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import pfgm
+from pfgm.backends import native
 from pfgm.common import messages
 from pfgm.ops import eager, normalised_field, ode_step, posterior_mean
 
@@ -96,6 +98,44 @@ def pytest_xdist_make_scheduler(config, log):
 @pytest.fixture(params=["native", "torch", "reference"] if NATIVE else ["torch", "reference"])
 def backend(request):
     return request.param
+
+
+def instruction_sets():
+    """Those that run here. Where bytes are multiplied fast, the older set with otherwise the same
+    code is left to the slow tests."""
+    usable = []
+    for isa in ("avx512vnni", "avx512", "avxvnni", "avx2", "portable"):
+        with pytest.MonkeyPatch.context() as patch, contextlib.suppress(ValueError):
+            patch.setenv("PFGM_CPU_ISA", isa)
+            usable.append(native.extension().cpu_isa())
+    same = {"avx512": "avx512vnni", "avx2": "avxvnni"}
+    for isa in usable:
+        yield pytest.param(isa, marks=[pytest.mark.slow] if same.get(isa) in usable else [])
+
+
+ISAS = list(instruction_sets()) if NATIVE else []
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    """Instruction sets vary fastest, so that what they share is kept for a few tests only."""
+    if "isa" in metafunc.fixturenames:
+        others = ["reference"] if "every_backend" in metafunc.fixturenames else []
+        metafunc.parametrize("isa", [*others, *ISAS], indirect=True)
+
+
+@pytest.fixture
+def isa(request, monkeypatch):
+    """The instruction set of the native kernels, one after the other."""
+    if request.param != "reference":
+        monkeypatch.setenv("PFGM_CPU_ISA", request.param)
+    return request.param
+
+
+@pytest.fixture
+def every_backend(isa):
+    """The name of a backend, the native one once for each instruction set."""
+    return "reference" if isa == "reference" else "native"
 
 
 @pytest.fixture

@@ -12,6 +12,7 @@ import time
 
 import torch
 
+from benchmarks.common.problems import problem
 from pfgm.backends import native
 from pfgm.core.problems import PosteriorMean, State, Upstream
 
@@ -19,19 +20,13 @@ COMPUTING = 4
 PATIENCE = 60  # seconds for a child, which needs a few milliseconds
 
 
-def problem(B, M, N):
-    generator = torch.Generator().manual_seed(B)
-    references = torch.rand(M, N, generator=generator)
-    return torch.rand(B, N, generator=generator), references, torch.ones(B, dtype=torch.float64)
-
-
 def results(x, references, radius):
     """Results of native calls alone, on existing tensors: torch itself is not tested."""
-    problem = PosteriorMean(x, references, radius, 4.0)
-    forward = native.posterior_mean(problem)
+    arguments = PosteriorMean(x, references, radius, 4.0)
+    forward = native.posterior_mean(arguments)
     mean, lse, nearest, total = forward
     saved = State(mean, nearest, total), Upstream(mean, lse), (True, True, True)
-    return *forward, *native.posterior_mean_backward(problem, *saved)
+    return *forward, *native.posterior_mean_backward(arguments, *saved)
 
 
 def equal(actual, expected):

@@ -93,7 +93,7 @@ def test_sizes_at_edges(oracle, form, sizes, dtype):
         assert_accurate(result, oracle(x, references, radius, D), references, tolerance_of(form))
 
 
-@pytest.mark.parametrize("copies", [1, 16, 17, 700])
+@pytest.mark.parametrize("copies", [1, 16, 17, 200])
 @pytest.mark.parametrize("offset", [0.0, 100.0])
 def test_limits(form, copies, offset):
     """On references, and between two of them, at r = 0 and σ = 0, with more copies than get exact
@@ -244,7 +244,7 @@ def test_the_difference_keeps_its_digits(oracle, form, sigma):
 @pytest.mark.parametrize("D", [1.0, 128.0, math.inf])
 def test_gradients(oracle_gradients, form, D):
     generator = torch.Generator().manual_seed(2)
-    for sizes in ((6, 40, 30), (5, 400, 700), (4, 3000, 1100)):
+    for sizes in ((6, 40, 30), (5, 400, 700), (4, 2100, 1030)):
         x, references, sigma = problem(*sizes)
         radius = radius_of(sigma.clamp(min=0.05), D)
         G = torch.randn(x.shape, generator=generator)
@@ -287,7 +287,7 @@ def test_memory_is_bounded_and_nothing_waits_for_a_device(monkeypatch, name):
     take_form(name, monkeypatch)
     for bounds in ("most", "most_on_device"):
         monkeypatch.setattr(products._Products, bounds, (1 << 12, 1 << 14))
-    for M in (1000, 4000):
+    for M in (500, 2000):
         x, references, sigma = problem(30, M, 50)
         wide = torch.float32 if name == "no float64" else torch.float64
         arguments = PosteriorMean(x, references, sigma.to(wide), 1.0)

@@ -30,19 +30,26 @@ def noise_level(radius, D):
     return {"sigma": radius} if math.isinf(D) else {"r": radius}
 
 
+def opcheck_both(x, references, radius, *rest, op=OP, backward=BACKWARD, **options):
+    """The operator and its backward pass, which is asked for the gradients that are wanted."""
+    inputs = x, references, radius
+    needs = [tensor.requires_grad for tensor in inputs]
+    torch.library.opcheck(op, (*inputs, *rest), options)
+    inputs = [tensor.detach() for tensor in inputs]
+    mean, lse, nearest, total = op(*inputs, *rest, **options)
+    saved = mean, nearest, total, needs, *inputs, *rest[:2]
+    torch.library.opcheck(backward, (torch.ones_like(mean), torch.ones_like(lse), *saved), options)
+
+
 @pytest.mark.parametrize(
     ("wanted", "D", "difference", "dtype", "count", "backend"),
     [
         ((), 1.0, False, torch.float32, 3, BEST),
         ((0,), math.inf, True, torch.float32, 3, "torch"),
         ((1,), 1.0, False, torch.float32, 3, "reference"),
-        ((2,), math.inf, False, torch.float32, 3, BEST),
-        ((0, 1, 2), math.inf, False, torch.float32, 3, "reference"),
-        ((0, 1, 2), 1.0, True, torch.float32, 3, BEST),
+        ((0, 1, 2), math.inf, True, torch.float32, 3, BEST),
         ((0,), 4.5, False, torch.bfloat16, 3, BEST),
-        ((0,), 4.5, False, torch.float16, 3, "torch"),
-        ((0,), 4.5, False, torch.uint8, 3, BEST),
-        ((0,), 4.5, False, torch.uint8, 3, "reference"),
+        ((0, 2), 4.5, False, torch.uint8, 3, "torch"),
         ((0,), 1.0, False, torch.float32, 0, BEST),
         ((0,), 1.0, False, torch.float32, 0, "torch"),
     ],
@@ -51,41 +58,25 @@ def test_opcheck(wanted, D, difference, dtype, count, backend):
     x, references, radius = problem(dtype=torch.float32)
     if dtype != torch.float32:
         references = (references * 9).abs().to(dtype)
-    arguments = x[:count], references, radius[:count]
+    inputs = x[:count], references, radius[:count]
     for index in wanted:
-        arguments[index].requires_grad_()
-    torch.library.opcheck(OP, (*arguments, D, None, difference, backend))
+        inputs[index].requires_grad_()
+    opcheck_both(*inputs, D, None, difference, backend=backend)
 
 
 @native_only
 def test_opcheck_with_a_sketch():
     x, references, radius = problem(shape=(513,), dtype=torch.float32)
     sketch = pfgm.ops.posterior_mean.sketch(references, x, "native")
-    torch.library.opcheck(
-        OP, (x.requires_grad_(), references, radius, 1.0, sketch), {"backend": "native"}
-    )
-    mean, lse, nearest, total = OP(x.detach(), references, radius, 1.0, sketch, backend="native")
-    x = x.detach()
-    saved = (mean, nearest, total, [True] * 3, x, references, radius, 1.0, sketch)
-    arguments = (torch.ones_like(mean), torch.ones_like(lse), *saved)
-    torch.library.opcheck(BACKWARD, arguments, {"backend": "native"})
+    opcheck_both(x.requires_grad_(), references, radius, 1.0, sketch, backend="native")
 
 
-@pytest.mark.parametrize(
-    ("backend", "needs"),
-    [
-        (BEST, [True] * 3),
-        (BEST, [False, True, False]),
-        ("torch", [True, False, True]),
-        ("reference", [True] * 3),
-    ],
-)
-def test_opcheck_of_the_backward_pass(backend, needs):
-    x, references, radius = problem(dtype=torch.float32)
-    mean, lse, nearest, total = OP(x, references, radius, 1.0, backend=backend)
-    saved = (mean, nearest, total, needs, x, references, radius, 1.0)
-    arguments = (torch.ones_like(mean), torch.ones_like(lse), *saved)
-    torch.library.opcheck(BACKWARD, arguments, {"backend": backend})
+def test_opcheck_with_a_D_that_varies():
+    x, references, radius = problem()
+    of = torch.ops.pfgm
+    varying = {"op": of.posterior_mean_varying, "backward": of.posterior_mean_varying_backward}
+    D = torch.tensor(4.5, dtype=torch.float64)
+    opcheck_both(x.requires_grad_(), references, radius, D, **varying)
 
 
 @pytest.mark.parametrize("shape", [(), (3,), (3, 0), (3, 4, 5)])
@@ -212,7 +203,17 @@ def test_the_op_checks_its_own_arguments(error, message, change):
         OP(**arguments | change)
 
 
+def steps(x, z, gamma=5.0, in_place=False):
+    field = pfgm.Field(x.sin(), -1 - x.flatten(1).square().sum(1), gamma=gamma, z_exp=2 * gamma)
+    outputs = {"out": torch.empty_like(x), "mean_out": torch.empty_like(x)} if in_place else {}
+    first, mean = pfgm.euler_step(x, field, z, z / 2, return_mean=True, **outputs)
+    second = pfgm.heun_step(first, 2 * x, 3 * x, z, z / 2)
+    return pfgm.multistep_step(second, x.sin(), z, z / 2, mean, 2 * z)[0]
+
+
 def results(x, references, radius, D, backend, function):
+    if function == "steps":
+        return steps(x, radius) + references.sum()
     if function == "field_fn":
         return field_fn(x, radius, references, backend=backend)
     weigh = noise_level(radius, D)
@@ -317,7 +318,12 @@ def with_gradients(function, *arguments):
 
 @pytest.mark.parametrize(
     ("function", "D", "backend"),
-    [("field_fn", 1.0, BEST), ("posterior_mean", math.inf, "torch"), ("log_density", 4.5, BEST)],
+    [
+        ("field_fn", 1.0, BEST),
+        ("posterior_mean", math.inf, "torch"),
+        ("log_density", 4.5, BEST),
+        ("steps", 1.0, BEST),
+    ],
 )
 def test_compiled_is_the_same(compiled, function, D, backend):
     def call(x, references, radius):
@@ -390,17 +396,10 @@ def test_compiled_code_follows_use_backend(compiled, monkeypatch):
     assert used == ["reference"]
 
 
-def steps(x, y, z, gamma, D):
-    field = pfgm.Field(x.sin(), -1 - x.square().sum(1), gamma=gamma, z_exp=2 * gamma)
-    first = pfgm.euler_step(x, field, z, z / 2, out=torch.empty_like(x))
-    second = pfgm.heun_step(first, 2 * x, 3 * x, z, z / 2)
-    return pfgm.multistep_step(second, x.sin(), z, z / 2, x.cos(), 2 * z)[0]
-
-
 VARYING = {
     "field_fn": lambda x, y, z, gamma, D: field_fn(x, z, y, gamma=gamma),
     "log_density": lambda x, y, r, _, D: log_density(x, y, sigma=r, D=D),
-    "steps": steps,
+    "steps": lambda x, y, z, gamma, D: steps(x, z, gamma, in_place=True),
 }
 
 
@@ -446,18 +445,6 @@ def test_gradients_with_a_D_that_varies():
         result = with_gradients(partial(fast, D=D), *problem())
         torch.testing.assert_close(result, with_gradients(partial(call, D=D), *problem()))
     torch._dynamo.reset()
-
-
-def test_opcheck_with_a_D_that_varies():
-    x, references, radius = problem()
-    D = torch.tensor(4.5, dtype=torch.float64)
-    op = torch.ops.pfgm.posterior_mean_varying
-    torch.library.opcheck(op, (x.clone().requires_grad_(), references, radius, D))
-    mean, lse, nearest, total = op(x, references, radius, D)
-    saved = (mean, nearest, total, [True] * 3, x, references, radius, D)
-    backward = torch.ops.pfgm.posterior_mean_varying_backward
-    arguments = (torch.ones_like(mean), torch.ones_like(lse), *saved)
-    torch.library.opcheck(backward, arguments)
 
 
 @pytest.mark.slow

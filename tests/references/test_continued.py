@@ -215,17 +215,6 @@ def test_no_points(chunks_of):
         assert [len(each) for each in empty] == [0, 0, 0, 0]
 
 
-def test_bad_arguments_of_a_chunk(chunks_of, tmp_path):
-    rows = rows_of(torch.float32, 50, 6)
-    chunks_of(rows, 7)
-    x = points_near(rows, 3, 0.2)
-    for references in (ReferenceSet(rows), in_file(rows, tmp_path)):
-        with pytest.raises(ValueError, match="NaN or infinity"):
-            pfgm.posterior_mean(x / 0, references, r=1.0)
-        with pytest.raises(ValueError, match="r"):
-            pfgm.posterior_mean(x, references, r=torch.tensor([1.0, -1.0, 1.0]))
-
-
 @pytest.mark.parametrize("N", [6, 600])
 def test_the_field_midway_between_opposite_references(chunks_of, tmp_path, N):
     """The two halves of each pair are in different chunks."""
