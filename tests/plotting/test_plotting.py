@@ -218,25 +218,6 @@ def test_frames_are_spaced_by_what_changes(tmp_path: Path) -> None:
     assert shown == pytest.approx([127.5 * (1 + k / 5) for k in range(6)], abs=3)
 
 
-@pytest.mark.parametrize(
-    ("options", "message"),
-    [
-        ({"frames": 1}, "frames must be an integer of at least 2"),
-        ({"path": "x.png"}, r"path must end in \.gif, got x\.png\."),
-        ({"titles": ["a"]}, r"titles must have 2 texts, one for each frame, got 1\."),
-        ({"seconds": 0.0}, r"seconds must be a number above 0 that float32 can.*got 0\.0\."),
-        (
-            {"images": torch.zeros(2, 8, 8)},
-            r"images must have shape \(frames, n, C, H, W\).*got \(2, 8, 8\)\.",
-        ),
-    ],
-)
-def test_an_animation_refuses_what_does_not_fit(options: dict[str, Any], message: str) -> None:
-    fitting = {"images": torch.zeros(2, 3, 8, 8), "titles": ["a", "b"], "path": "x.gif"}
-    with pytest.raises(ValueError, match=message):
-        plotting.animation(**{**fitting, **options})
-
-
 def test_arguments_are_unchanged_and_may_need_a_gradient() -> None:
     images = (uniform(2, 2, 1, 8, 8) * 100).requires_grad_()
     before = images.detach().clone()
@@ -662,31 +643,6 @@ def test_a_logarithmic_quality_axis_shows_a_band_that_reaches_below_zero() -> No
     assert (axes.collections[0].get_paths()[0].vertices[:, 1] > 0).all()
 
 
-@pytest.mark.parametrize(
-    ("curves", "options", "message"),
-    [
-        ({}, {}, r"curves must have 1 to 7 curves, got 0\."),
-        ({str(i): ([1], [1]) for i in range(8)}, {}, r"curves must have 1 to 7 curves, got 8\."),
-        ({"a": ([], [])}, {}, r"the curve 'a' must be 2 or 3.*got 2 of lengths \[0, 0\]\."),
-        ({"a": ([1, 2], [1])}, {}, r"lengths \[2, 1\]"),
-        ({"a": ([1, 2],)}, {}, r"the curve 'a' must be 2 or 3.*got 1 of lengths \[2\]\."),
-        (
-            {"a": ([1, 2], [1, math.nan])},
-            {},
-            r"the curve 'a' must be finite, got NaN or infinity\.",
-        ),
-        ({"a": ([0, 2], [1, 1])}, {}, "'a' has values of at most 0 on a logarithmic axis"),
-        ({"a": ([1, 2], [1, 0])}, {"log_y": True}, "'a' has values of at most 0"),
-        ({"a": ([1, 2], [1, 1], [0, -1])}, {}, r"the spread of the curve 'a' must be at least 0\."),
-    ],
-)
-def test_quality_curve_checks_its_arguments(
-    curves: Any, options: dict[str, bool], message: str
-) -> None:
-    with pytest.raises(ValueError, match=message):
-        plotting.quality_curve(curves, **options)
-
-
 @pytest.mark.slow
 def test_the_gallery_draws_all_its_pictures(tmp_path: Path) -> None:
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
@@ -724,6 +680,8 @@ PATHS, LEVELS = straight_paths()
 FLOW = PoissonFlow((2,), data_norm=1.0)
 NET = FLOW.empirical(RING)
 LEVEL = "must be finite and above 0, got"
+FRAMES: dict[str, Any] = {"images": IMAGES.expand(2, 5, 1, 8, 8), "titles": "ab", "path": "x.gif"}
+CURVES = "curves must have 1 to 7 curves, got"
 
 
 @pytest.mark.parametrize(
@@ -816,6 +774,34 @@ LEVEL = "must be finite and above 0, got"
                 f"z_top must be from {FLOW.z_min} to {FLOW.z_max}, got {top}.",
             )
             for top in (0.0, FLOW.z_min, FLOW.z_max * 1.01, math.nan)
+        ),
+        *(
+            (lambda given=given: plotting.animation(**FRAMES | given), ValueError, sentence)
+            for given, sentence in (
+                ({"frames": 1}, "frames must be an integer of at least 2"),
+                ({"path": "x.png"}, "path must end in .gif, got x.png."),
+                ({"titles": "a"}, "titles must have 2 texts, one for each frame, got 1."),
+                ({"seconds": 0.0}, "seconds must be a number above 0 that float32 can"),
+                ({"images": IMAGES[:2, 0]}, "images must have shape (frames, n, C, H, W)"),
+            )
+        ),
+        *(
+            (lambda curves=curves: plotting.quality_curve(curves), ValueError, sentence)
+            for curves, sentence in (
+                ({}, f"{CURVES} 0."),
+                ({str(i): ([1], [1]) for i in range(8)}, f"{CURVES} 8."),
+                ({"a": ([], [])}, "got 2 of lengths [0, 0]."),
+                ({"a": ([1, 2], [1])}, "lengths [2, 1]"),
+                ({"a": ([1, 2],)}, "the curve 'a' must be 2 or 3"),
+                ({"a": ([1], [math.nan])}, "the curve 'a' must be finite, got NaN or infinity."),
+                ({"a": ([0, 2], [1, 1])}, "'a' has values of at most 0 on a logarithmic axis"),
+                ({"a": ([1], [1], [-1])}, "the spread of the curve 'a' must be at least 0."),
+            )
+        ),
+        (
+            lambda: plotting.quality_curve({"a": ([1, 2], [1, 0])}, log_y=True),
+            ValueError,
+            "'a' has values of at most 0",
         ),
     ],
 )
