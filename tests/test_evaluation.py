@@ -436,15 +436,6 @@ def test_figures_of_each_label(
     )
 
 
-def test_a_network_that_comes_with_the_package(tmp_path: Path) -> None:
-    options = ["--n", 8, "--steps", 2]
-    figures = evaluate(tmp_path / "a", "--pretrained", "digits", *options)
-    assert (figures["source"], figures["data"]) == ("digits", "digits")
-    path = pfgm.pretrained.pretrained_path("digits")
-    again = evaluate(tmp_path / "b", "--checkpoint", path, *options)
-    assert again == figures | {"source": str(path)}
-
-
 def test_fid(
     model: Path, tmp_path: Path, fails: Callable[..., str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

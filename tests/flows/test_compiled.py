@@ -39,8 +39,15 @@ CALLS = {
 }
 
 
-@pytest.mark.parametrize("dynamic", [None, True])
-@pytest.mark.parametrize("name", CALLS)
+# Sizes that are symbols from the first call on, for one of each kind of call.
+@pytest.mark.parametrize(
+    ("name", "dynamic"),
+    [
+        *((name, None) for name in CALLS),
+        *((f"{call}-PoissonFlow-spread", True) for call in ("perturb", "prior", "loss")),
+        ("matcher-16", True),
+    ],
+)
 def test_compiled_calls_take_other_batches(name, dynamic):
     """With the results of plain calls: the backend draws the same numbers."""
     torch._dynamo.reset()

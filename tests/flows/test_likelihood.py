@@ -160,7 +160,7 @@ def test_each_row_keeps_its_accuracy_in_a_large_batch():
     root mean square over the batch, torchdiffeq's own norm, leaves 4e-2."""
     references = torch.tensor([[0.0, 0.0, 0.0], [1.0, 0.0, 0.0]], dtype=torch.float64)
     flow = small(D=INFINITY)
-    x = torch.zeros(1000, 3, dtype=torch.float64)
+    x = torch.zeros(200, 3, dtype=torch.float64)
     x[0] = torch.tensor([0.45, 0.1, 0.0])
     result = flow.log_likelihood(
         flow.empirical(references),
@@ -346,12 +346,6 @@ def test_exact_networks_have_no_second_derivative():
     result = flow.log_likelihood(net, x, solver="euler", steps=2, differentiable=True)
     with pytest.raises(RuntimeError, match="can be differentiated once"):
         result.nats.sum().backward()
-
-
-def test_progress_shows(capsys, terminal):
-    flow = small()
-    flow.log_likelihood(Denoiser(3, torch.float32), torch.zeros(2, 3), progress=True)
-    assert "likelihood" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
