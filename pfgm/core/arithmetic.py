@@ -130,17 +130,17 @@ class Arithmetic:
         return squared_distances(self.x, chunk.placed)
 
     def near(self, squared: Tensor, known: Tensor) -> Near:
-        """The pairs whose squared distances (B, m) may not be rounded as these are."""
+        """The pairs whose squared distances must be exact, from rounded ones (B, m)."""
         if not self.waits:
             return self.nearest_of_all(squared)
         least = squared.amin(1, keepdim=True).minimum(known)
-        b, j = (squared <= least + self._most_off(least)).nonzero().unbind(1)
+        b, j = (squared <= least + self._margin(least)).nonzero().unbind(1)
         return Near(b[:, None], j[:, None])
 
-    def _most_off(self, least: Tensor) -> Tensor:
-        """By how much squared distances that may not be rounded exceed the least (B, 1) at most.
+    def _margin(self, least: Tensor) -> Tensor:
+        """Squared distances up to this much above the least (B, 1) must be exact.
 
-        These are the distances of all that may be nearest, and those in which rounding would change
+        They are those of all references that may be nearest, and those whose rounding would change
         a weight that counts.
         """
         # A distance is off by its rounding × (‖x‖² + ‖y‖²), and ‖y‖² ≤ 2 ‖x‖² + 2 d².
@@ -156,7 +156,10 @@ class Arithmetic:
         return Near(near.b[close, None], near.j[close, None])
 
     def nearest_of_all(self, squared: Tensor) -> Near:
-        """A fixed number of the nearest, by squared distances (B, m) less any number of a row."""
+        """A fixed number of the nearest of each point, by rounded squared distances (B, m).
+
+        A constant of each row may have been subtracted from them.
+        """
         j = squared.topk(min(_AGAIN, squared.shape[1]), largest=False).indices
         return Near(torch.arange(len(j), device=j.device)[:, None].expand_as(j), j)
 

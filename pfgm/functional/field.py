@@ -9,7 +9,6 @@ from typing import Any, Literal, NoReturn, overload
 import torch
 from torch import Tensor
 
-from .. import ops
 from ..common.checks import (
     LARGEST,
     as_float,
@@ -23,8 +22,10 @@ from ..common.checks import (
 from ..common.dtypes import HALF, POINTS
 from ..common.tensors import flat_rows, over_samples
 from ..common.transforms import in_torch_func
+from ..core.problems import PosteriorMean
 from ..core.weights import unit_radius
-from ..ops import PosteriorMean, eager
+from ..ops import eager, normalised_field
+from ..ops import posterior_mean as mean_operator
 from ..references import References, ReferenceSet
 from ..references import posterior_mean as over_set
 from .levels import per_query
@@ -123,7 +124,7 @@ def _flat_mean(
         if torch.compiler.is_compiling() and not in_torch_func():
             # as they are: see pfgm.ops.posterior_mean
             problem = PosteriorMean(points, references, radius, D, difference=difference)
-        results = ops.posterior_mean.compute(problem, backend)
+        results = mean_operator.compute(problem, backend)
     return flat, *results
 
 
@@ -293,7 +294,7 @@ def field_fn(
     check_at_least_0("gamma", gamma)
     radius = per_query("z", z, x)
     _, difference, *_ = _flat_mean(x, references, radius, 1.0, backend, True)
-    field_x, field_z = ops.normalised_field.compute(difference, radius, gamma, backend)
+    field_x, field_z = normalised_field.compute(difference, radius, gamma, backend)
     return field_x.reshape(x.shape), field_z
 
 

@@ -31,7 +31,8 @@ from torch import Tensor
 from ..common.checks import check_at_least_0, check_dense
 from ..common.dtypes import HALF, POINTS
 from ..common.tensors import flat_rows
-from ..ops import OdeStep, eager, ode_step
+from ..core.problems import OdeStep
+from ..ops import eager, ode_step
 from ..ops.eager import EULER, HEUN, MULTISTEP
 from .levels import Level, per_query, step_levels
 

@@ -3,22 +3,3 @@
 Samples are rows (B, N), and levels are float64. :mod:`pfgm.functional` brings arguments into this
 form. It calls :mod:`pfgm.ops.eager`, which leaves the operators out where nothing needs them.
 """
-
-from ..core.problems import OdeStep, PosteriorMean
-from . import (
-    eager,
-    normalised_field,
-    ode_step,
-    posterior_mean,
-    posterior_mean_parts,
-)
-
-__all__ = [
-    "OdeStep",
-    "PosteriorMean",
-    "eager",
-    "normalised_field",
-    "ode_step",
-    "posterior_mean",
-    "posterior_mean_parts",
-]

@@ -59,11 +59,11 @@ _wants_gradients = torch.is_grad_enabled
 
 
 def passes(gpu: torch.device | None, *values: Any, gradients: bool = False) -> bool:
-    """True if the dispatcher can be skipped: only numbers, None and plain tensors, whose values lie
-    in the memory of the CPU or of the given GPU as they are, and nothing but autograd is active: no
-    mode, transform, trace, autocast, profiler or forward-mode differentiation.
+    """Whether torch's dispatcher can be skipped.
 
-    Unless ``gradients`` is set, none may be wanted.
+    The values must be numbers, None or plain tensors in the memory of the CPU, or of the given GPU.
+    Nothing but autograd may be active: no mode, transform, trace, autocast, profiler or
+    forward-mode differentiation. Unless ``gradients`` is set, no gradient may be wanted.
     """
     if (
         _compiling()

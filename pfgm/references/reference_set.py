@@ -19,7 +19,6 @@ from ..common.files import StrPath, write_atomic
 from ..common.tensors import as_int64, dequantise
 from ..data.opening import Samples, open_source
 from ..data.rows import InMemory
-from .drawing import draw_numbers
 from .measures import Measures, RowSums
 from .part import Part, check_finite
 
@@ -43,14 +42,13 @@ class ReferenceSet:
     A gradient needs the rows of the forward pass. ``backward`` raises RuntimeError if a tensor was
     changed in place or a file was written to after the forward pass.
 
-    torch counts the changes of a tensor. It does not count those through its ``data``, its storage,
-    NumPy or DLPack, by ``torch.distributed.broadcast``, of a tensor made under
-    ``torch.inference_mode``, and by other code that writes to its memory. Such changes show in a
-    sample of contiguous rows in CPU memory: all bytes of up to 1 KiB, else 16 to 64 windows of 64
-    bytes. A change of all values is noticed; so is one of a tenth of the rows of a large set,
-    but not one of a few values. ``torch.autograd.graph.increment_version(tensor)`` tells the set;
-    after such a change of an array make a new set.
-    These changes are not noticed at all:
+    torch counts the changes of a tensor, but not those through its ``data``, its storage, NumPy,
+    DLPack, ``torch.distributed.broadcast`` or other code that writes to its memory, nor any of a
+    tensor made under ``torch.inference_mode``. Such changes show in a sample of contiguous rows in
+    CPU memory: all bytes of up to 1 KiB, else 16 to 64 windows of 64 bytes. A change of all values
+    is noticed; so is one of a tenth of the rows of a large set, but not one of a few values.
+    ``torch.autograd.graph.increment_version(tensor)`` tells the set; after such a change of an
+    array make a new set. These changes are not noticed at all:
 
     - those that torch does not count, of rows on a GPU or that are not contiguous, or in an
       installation without the extension;
@@ -237,7 +235,7 @@ class ReferenceSet:
             )
         local, mirrored = self._local("containing", chosen)
         local = torch.where(mirrored, local + held, local)
-        drawn = draw_numbers(local, count, held * self._sides, generator)
+        drawn = _draw_numbers(local, count, held * self._sides, generator)
         return torch.where(drawn >= held, drawn - held + self._rows, drawn) + self._offset
 
     # ---- storage ----
@@ -445,3 +443,27 @@ def _row_numbers(name: str, rows: object, others: str = "") -> Tensor:
             + (" torch takes uint8 for a mask." if uint8 else "")
         )
     return rows.cpu().long()
+
+
+def _draw_numbers(
+    chosen: Tensor, count: int, rows: int, generator: torch.Generator | None
+) -> Tensor:
+    """Draws numbers (count,) from 0 to rows - 1 without repetition. The chosen ones come first."""
+    device = "cpu" if generator is None else generator.device
+    if 2 * count > rows:
+        order = torch.randperm(rows, generator=generator, device=device).cpu()
+        return torch.cat([chosen, order[~torch.isin(order, chosen)]])[:count]
+    drawn = chosen
+    while len(drawn) < count:
+        more = torch.randint(rows, (2 * count,), generator=generator, device=device).cpu()
+        drawn = _first_of_each(torch.cat([drawn, more]))
+    return drawn[:count]
+
+
+def _first_of_each(values: Tensor) -> Tensor:
+    """Values without repetition, in the order of their first occurrence."""
+    order = values.argsort(stable=True)
+    ordered = values[order]
+    first = torch.ones_like(ordered, dtype=torch.bool)
+    first[1:] = ordered[1:] != ordered[:-1]
+    return values[order[first].sort().values]
