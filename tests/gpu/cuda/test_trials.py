@@ -8,6 +8,8 @@ FAST = [
     "5 × 70 × 37, float32",
     "5 × 70 × 37, uint8",
     "ties and limits",
+    "shells of float32, 520, D = inf",
+    "shells of float32, 40, D = 1",
     "field",
     "steps, 37",
     "normalised field, 37",
