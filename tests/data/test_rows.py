@@ -119,58 +119,6 @@ def test_out_is_filled_as_far_as_asked(tmp_path: Path) -> None:
     assert out[3:].isnan().all()
 
 
-@pytest.mark.parametrize(
-    ("out", "error"),
-    [
-        (torch.empty(2, 2, 3), ValueError),
-        (torch.empty(3, 6), ValueError),
-        (torch.empty(3, 3, 2).transpose(1, 2), ValueError),
-        (torch.empty(3, 2, 3, device="meta"), ValueError),
-        (torch.empty(3, 2, 3, dtype=torch.float64), TypeError),
-    ],
-)
-def test_another_out_is_refused(tmp_path: Path, out: Tensor, error: type[Exception]) -> None:
-    with pytest.raises(error, match=r"^out must be .*, got"):
-        on_disk(tmp_path, numbers(*SHAPE)).read(0, 3, out)
-
-
-@pytest.mark.parametrize(("start", "stop"), [(-1, 2), (3, 2), (0, 12), (12, 12), (-2, -1)])
-def test_ranges_outside_are_refused(source: Source, start: int, stop: int) -> None:
-    message = f"start and stop must satisfy 0 <= start <= stop <= 11, got {start} and {stop}."
-    with pytest.raises(IndexError, match=f"^{re.escape(message)}$"):
-        source.read(start, stop)
-
-
-@pytest.mark.parametrize("value", [1.0, "1", None, True])
-def test_bounds_that_are_no_whole_numbers_are_refused(source: Source, value: Any) -> None:
-    with pytest.raises(TypeError, match=rf"start must be an integer, got {value!r}\."):
-        source.read(value, 3)
-    with pytest.raises(TypeError, match=rf"stop must be an integer, got {value!r}\."):
-        source.read(0, value)
-
-
-OTHER_TYPES = [torch.tensor([1.0]), torch.tensor([1], dtype=torch.int32), [0, 1], None]
-
-
-@pytest.mark.parametrize(
-    ("rows", "error", "message"),
-    [
-        *(
-            (torch.tensor([0, row, 5]), IndexError, f"must be from 0 to 10, got {row}")
-            for row in (-1, 11, 2**62)
-        ),
-        *((rows, TypeError, r"must be a tensor of torch\.int64, got") for rows in OTHER_TYPES),
-        (torch.tensor(0), ValueError, r"must have shape \(k,\).*got \(\)"),
-        (torch.zeros(2, 2).long(), ValueError, r"must have shape \(k,\).*got \(2, 2\)"),
-    ],
-)
-def test_row_numbers_that_are_refused(
-    source: Source, rows: Any, error: type[Exception], message: str
-) -> None:
-    with pytest.raises(error, match=f"^rows {message}"):
-        source.take(rows)
-
-
 @pytest.mark.parametrize("dtype", [torch.int64, torch.bool, torch.complex64])
 def test_other_dtypes_are_refused(tmp_path: Path, dtype: torch.dtype) -> None:
     with pytest.raises(TypeError, match=rf"source must be one of torch\.float32,.*got {dtype}\."):
@@ -400,14 +348,3 @@ def test_a_large_file_takes_no_memory_in_another_process(
     in_chunks, loaded = map(float, shown.stdout.split())
     assert in_chunks < 40
     assert loaded > 150
-
-
-def test_row_numbers_on_other_devices_are_checked_on_request(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    """They are not checked by default, because a check would make the host wait."""
-    rows = torch.tensor([0, 99], device="meta")
-    sources._check_rows(rows, 11)
-    monkeypatch.setattr(sources, "checks_values", lambda device: True)
-    with pytest.raises(NotImplementedError):  # meta tensors have no values to check
-        sources._check_rows(rows, 11)
