@@ -265,8 +265,8 @@ def _number(label: str, names: Sequence[str], classes: int) -> int:
         return alike[0]
     known = ", ".join(names[:_SHOWN_NAMES]) + (", …" if len(names) > _SHOWN_NAMES else "")
     raise ValueError(
-        f"label must be one of the network's labels, 0 to {classes - 1}, got {label}"
-        + (f" or names: {known}." if names else ".")
+        f"label must be one of the network's labels, 0 to {classes - 1}"
+        + (f" or {known}, got {label}." if names else f", got {label}.")
     )
 
 

@@ -150,7 +150,10 @@ def _run(
     table = earlier.table if is_table and earlier is not None else None
     data = open_data(config.data, **config.reading, table=table, progress=shown)
     if config.labels and data.classes == 0:
-        raise ValueError(f"labels is True, but {config.data} has no labels.")
+        raise ValueError(
+            f"labels must be False for {config.data}, which has none. Images take theirs from two "
+            "or more subfolders."
+        )
     rows = _place_rows(data.train, config, device)
     chosen = config.method == "auto" and source is None
     if config.teacher is None:

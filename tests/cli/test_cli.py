@@ -207,7 +207,7 @@ def test_a_table_comes_back_with_its_columns(tmp_path, refusal, capsys):
     assert tables[0] == tables[1]
     for label in ("older", "2", "-1", "1.5"):
         message = refusal(*sample, "--checkpoint", tmp_path / "labels", f"--label={label}")
-        assert "labels holds 2" in message or "or names: new, old." in message
+        assert "labels holds 2" in message or " or new, old, got " in message
     assert "out must end in .csv" in refusal(*sample[:3], "--checkpoint", out, "--out", "x.npy")
     np.save(tmp_path / "x.npy", np.zeros((40, 3), np.float32))
     samples = ["--samples", tmp_path / "x.npy", "--data", table]

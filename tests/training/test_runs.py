@@ -585,7 +585,7 @@ def test_settings_that_the_data_or_the_network_do_not_have(tmp_path):
             ({"data": path, "flips": True}, r"flips is for images \(C, H, W\), got rows of shape")
             for path in data.values()
         ),
-        ({"data": data["points"], "labels": True}, "has no labels"),
+        ({"data": data["points"], "labels": True}, "labels must be False for .*, which has none"),
         ({"data": data["points"], "network": "ddpmpp"}, r"takes square images .* shape \(2,\)"),
         ({"data": data["points"], "blocks": 2}, "blocks is 2, but the network is 'mlp'"),
         ({"network": "ddpmpp", "patch": 2}, "patch is 2, but the network is 'ddpmpp', which has n"),
