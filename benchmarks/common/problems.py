@@ -2,12 +2,27 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
+from typing import TypeVar
 
 import torch
 from torch import Tensor
 
 from pfgm.common.tensors import dequantise
+from pfgm.core.weights import unit_radius
+
+Level = TypeVar("Level", float, Tensor)
+
+
+def radius_of(sigma: Level, D: float) -> Level:
+    """r at a noise level; sigma itself at D = ∞."""
+    return sigma * unit_radius(D)
+
+
+def level(radius: Level, D: float) -> dict[str, Level]:
+    """The keyword argument for a radius: sigma at D = ∞, r otherwise."""
+    return {"sigma" if math.isinf(D) else "r": radius}
 
 
 def problem(

@@ -16,6 +16,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 import pfgm
+from benchmarks.common.problems import radius_of
 from pfgm import backends, posterior_mean
 from pfgm.backends import (
     Availability,
@@ -452,10 +453,6 @@ def names(x, references):
     return [name for name in usable if not (name == "triton" and subnormal)]
 
 
-def radius_of(problem):
-    return problem.sigma * (1 if math.isinf(problem.D) else math.sqrt(problem.D))
-
-
 def result_of(problem, name):
     """Mean and log-sum-exp, or the text of the ValueError."""
     x, references, sigma, D, _ = problem
@@ -478,7 +475,10 @@ def expectation(problem, oracle):
     """Mean and log-sum-exp, with the limits where the formula has none."""
     x, references, _, D, _ = problem
     # Contiguous, or torch may sum equal rows in another order.
-    radius, y = radius_of(problem), dequantise(references, torch.float64).contiguous()
+    radius, y = (
+        radius_of(problem.sigma, problem.D),
+        dequantise(references, torch.float64).contiguous(),
+    )
     mean, lse = torch.empty(x.shape, dtype=torch.float64), torch.empty(len(x), dtype=torch.float64)
     for b, point in enumerate(x.double()):
         on = bool((point == y).all(1).any())
@@ -519,8 +519,10 @@ def test_gradients_of_backends_agree_with_the_oracle(oracle_gradients, problem):
     G = torch.randn(x.shape, generator=generator, dtype=torch.float64).to(x.dtype)
     # With sigma² the score weighs as much as the gradient of the mean.
     g = sigma.square().clamp(max=1) * torch.randn(len(x), generator=generator, dtype=torch.float64)
-    grad_x, grad_y, grad_radius = oracle_gradients(x, references, radius_of(problem), D, G, g)
-    wanted = [grad_x, grad_radius * radius_of(problem) / sigma]
+    grad_x, grad_y, grad_radius = oracle_gradients(
+        x, references, radius_of(problem.sigma, problem.D), D, G, g
+    )
+    wanted = [grad_x, grad_radius * radius_of(problem.sigma, problem.D) / sigma]
     inputs = [x.detach().requires_grad_(), sigma.detach().requires_grad_()]
     if references.is_floating_point():
         references = references.detach().requires_grad_()

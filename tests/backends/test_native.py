@@ -14,6 +14,7 @@ import torch
 
 from benchmarks.common import problems
 from benchmarks.common.folders import ROOT
+from benchmarks.common.problems import radius_of
 from benchmarks.cpu.bench_memory import extra_megabytes
 from pfgm import field_fn, posterior_mean
 from pfgm.backends import native, reference
@@ -39,10 +40,6 @@ EDGES = [
 
 
 problem = functools.partial(problems.problem, between=0.5, spread=0.2)
-
-
-def radius_of(sigma, D):
-    return sigma if math.isinf(D) else sigma * math.sqrt(D)
 
 
 def forward(x, references, radius, D, module=native):

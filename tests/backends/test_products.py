@@ -8,6 +8,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from benchmarks.common import problems
+from benchmarks.common.problems import radius_of
 from pfgm.backends import chunked, products, reference
 from pfgm.common.tensors import dequantise
 from pfgm.core import arithmetic, formulas, weights
@@ -42,10 +43,6 @@ def form(request, monkeypatch):
 def problem(B, M, N, dtype=torch.float32):
     levels = torch.logspace(-2, 1, B, dtype=torch.float64)
     return problems.problem(B, M, N, sigma=levels, between=0.5, spread=0.2, reference_dtype=dtype)
-
-
-def radius_of(sigma, D):
-    return sigma if math.isinf(D) else sigma * math.sqrt(D)
 
 
 def solve(x, references, radius, D, form, difference=False):

@@ -7,7 +7,6 @@ import itertools
 import json
 import math
 import os
-import runpy
 import shutil
 import signal
 import subprocess
@@ -322,12 +321,8 @@ def test_bits_of_a_gaussian_are_its_entropy_on_its_own_data(folder):
 
 
 def test_means_and_ratios(tmp_path):
-    rows = [
-        {"D": 1, "seed": 0, "f": 2.0},
-        {"D": 1, "seed": 1, "f": 4.0},
-        {"D": 2, "seed": 0, "f": 1.0},
-        {"D": 2, "seed": 1, "f": 1.0},
-    ]
+    figures = {(1, 0): 2.0, (1, 1): 4.0, (2, 0): 1.0, (2, 1): 1.0}
+    rows = [{"D": D, "seed": seed, "f": f} for (D, seed), f in figures.items()]
     ratios = row_tools.relative(rows, ["f"], ["seed"], lambda row: row["D"] == 2)
     assert [row["f"] for row in ratios] == [2, 4, 1, 1]
     means = row_tools.over_seeds(ratios, ["D"], ["f"])
@@ -342,37 +337,26 @@ def test_needed_evaluations():
 
     def rows(factor):
         """The rows of one seed; ``factor`` makes PFGM worse."""
-        values = {
+        for series, known in {
             sde: {100: 2.0, 200: 1.05, 400: 1.0},
             other: {1000: 3.0},
             "PFGM": {5: 1.2 * factor, 10: 1.09 * factor, 20: 0.9 * factor},
             "poor": {10: 1.5},
             "lost": {10: math.nan},
-        }
-        return [
-            {
-                "series": series,
-                "sampler": series,
-                "evaluations": evaluations,
-                "frechet_pixels": value,
-                "frechet_features": value,
-            }
-            for series, known in values.items()
-            for evaluations, value in known.items()
-        ]
+        }.items():
+            for evaluations, value in known.items():
+                row = {"series": series, "sampler": series, "evaluations": evaluations}
+                yield row | {"frechet_pixels": value, "frechet_features": value}
 
     both = [{**row, "seed": seed} for seed, k in enumerate((1, 1.2)) for row in rows(k)]
-    needed = {r["series"]: r for r in quality.needed(both, rows(1)) if r["space"] == "pixels"}
-    assert needed["PFGM"]["best_sde"] == sde
-    assert needed["PFGM"]["evaluations_of_best_sde"] == 200
-    assert needed["PFGM"]["evaluations_to_best_sde"] == 10
-    assert needed["PFGM"]["evaluations_to_own_best"] == 20
-    assert needed["PFGM"]["fewest_measured"] == 5
-    assert needed["PFGM"]["times_fewer"] == 20
-    assert (needed["PFGM"]["least_times_fewer"], needed["PFGM"]["most_times_fewer"]) == (10, 20)
+    needed = {r["series"]: r for r in quality.needed(both, list(rows(1))) if r["space"] == "pixels"}
+    expected = {"best_sde": sde, "evaluations_of_best_sde": 200, "evaluations_to_best_sde": 10}
+    expected |= {"evaluations_to_own_best": 20, "fewest_measured": 5, "times_fewer": 20}
+    expected |= {"least_times_fewer": 10, "most_times_fewer": 20}
+    assert expected.items() <= needed["PFGM"].items()
     for series in ("poor", "lost"):
-        assert needed[series]["evaluations_to_best_sde"] is None
-        assert needed[series]["least_times_fewer"] is None
+        never = {"evaluations_to_best_sde": None, "least_times_fewer": None}
+        assert never.items() <= needed[series].items()
 
 
 def test_pictures_are_saved_with_their_data(tmp_path):
@@ -438,9 +422,13 @@ def test_figures_tell_good_samples_from_bad(folder):
         assert good[f"precision_{space}"] > bad[f"precision_{space}"]
 
 
-def test_the_classifier_learns(tmp_path):
+def test_the_classifier_learns_once(tmp_path):
     preset = dataclasses.replace(MINIATURE, classifier_epochs=4)
-    measures.train_classifier(preset, tmp_path)
+    written = set()
+    for _ in range(2):
+        examine.prepare(preset, tmp_path, 1)
+        written.add(measures.classifier_path(tmp_path).stat().st_mtime_ns)
+    assert len(written) == 1
     assert measures.accuracy(preset, tmp_path) > 0.85
 
 
@@ -502,6 +490,7 @@ def test_a_run_that_is_stopped_leaves_checkpoints_and_no_processes(tmp_path):
 @pytest.mark.parametrize(
     ("arguments", "status", "said"),
     [
+        (["--help"], 0, "usage: python -m benchmarks.claims"),
         (["--only", "fid"], 2, "invalid choice: 'fid'"),
         (["--workers", "0"], 2, "--workers must be at least 1, got 0."),
         (["--data", "no-such.npz"], 2, "error: no-such.npz does not exist."),
@@ -515,17 +504,6 @@ def test_the_command_says_what_it_allows(tmp_path, capsys, arguments, status, sa
     assert code == status
     shown = capsys.readouterr()
     assert said in shown.out + shown.err
-
-
-def test_the_module_is_the_command(monkeypatch, capsys):
-    monkeypatch.setattr(sys, "argv", ["python", "--help"])
-    monkeypatch.delitem(sys.modules, command_line.__name__)
-    with pytest.raises(SystemExit) as ended:
-        runpy.run_module("benchmarks.claims", run_name="__main__")
-    assert ended.value.code == 0
-    shown = capsys.readouterr().out
-    assert "usage: python -m benchmarks.claims" in shown
-    assert "--only NAME" in shown
 
 
 def test_missing_packages_are_reported_before_training(tmp_path, monkeypatch, capsys):
@@ -560,14 +538,6 @@ def test_results_are_copied_without_networks(folder, tmp_path):
     assert suffixes == {".json", ".csv", ".png"}
 
 
-def test_a_classifier_is_trained_once(tmp_path):
-    for _ in range(2):
-        examine.prepare(MINIATURE, tmp_path, 1)
-        written = measures.classifier_path(tmp_path).stat().st_mtime_ns
-    examine.prepare(MINIATURE, tmp_path, 1)
-    assert measures.classifier_path(tmp_path).stat().st_mtime_ns == written
-
-
 def test_bytes_are_data_too(tmp_path):
     generator = torch.Generator().manual_seed(0)
 
@@ -590,11 +560,6 @@ def test_samples_that_are_not_finite_have_no_figures(folder):
     samples = measures.data_of(MINIATURE).train[:32].clone()
     samples[3, 0, 0, 0] = math.inf
     assert all(math.isnan(v) for v in measures.figures_of(samples, MINIATURE, folder).values())
-
-
-def test_settings_are_json():
-    for preset in claim_presets.PRESETS.values():
-        assert json.loads(json.dumps(preset.described(), allow_nan=False))["width"] > 0
 
 
 @pytest.mark.parametrize(

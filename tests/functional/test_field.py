@@ -30,11 +30,6 @@ def problem(dtype=torch.float64, **sizes):
     return problems.problem(spread=0.3, dtype=dtype, **sizes)[:2]
 
 
-def noise_level(radius, D):
-    """The keyword argument for the radius: sigma at D = ∞, r otherwise."""
-    return {"sigma": radius} if math.isinf(D) else {"r": radius}
-
-
 @pytest.mark.parametrize("D", DIMENSIONS)
 @pytest.mark.parametrize("shape", [(), (7,), (2, 3, 4)])
 def test_mean_and_logsumexp_are_those_of_the_formula(backend, oracle, shape, D):
@@ -43,7 +38,7 @@ def test_mean_and_logsumexp_are_those_of_the_formula(backend, oracle, shape, D):
     radius = sigma if math.isinf(D) else sigma * math.sqrt(D)
     expected_mean, expected_lse = oracle(x, references, radius, D)
     mean, lse = posterior_mean(
-        x, references, D=D, return_logsumexp=True, backend=backend, **noise_level(radius, D)
+        x, references, D=D, return_logsumexp=True, backend=backend, **problems.level(radius, D)
     )
     assert mean.shape == x.shape
     assert lse.dtype == torch.float64
@@ -152,14 +147,14 @@ def test_no_points(backend, D):
     x = x[:0].requires_grad_()
     references.requires_grad_()
     mean, lse = posterior_mean(
-        x, references, D=D, return_logsumexp=True, backend=backend, **noise_level(0.5, D)
+        x, references, D=D, return_logsumexp=True, backend=backend, **problems.level(0.5, D)
     )
     assert mean.shape == (0, 5)
     assert lse.shape == (0,)
     (mean.sum() + lse.sum()).backward()
     assert x.grad.shape == (0, 5)
     assert torch.equal(references.grad, torch.zeros_like(references))
-    assert log_density(x, references, D=D, backend=backend, **noise_level(0.5, D)).shape == (0,)
+    assert log_density(x, references, D=D, backend=backend, **problems.level(0.5, D)).shape == (0,)
     field_x, field_z = field_fn(x, torch.empty(0), references, backend=backend)
     assert (field_x.shape, field_z.shape) == ((0, 5), (0,))
 
@@ -170,7 +165,7 @@ def test_one_reference_is_the_mean_whatever_the_distance(backend, D, distance):
     reference = torch.tensor([[0.25, -0.5, 1.0]])
     x = reference + distance
     for radius in (1e-6, 1.0, 1e6):
-        mean = posterior_mean(x, reference, D=D, backend=backend, **noise_level(radius, D))
+        mean = posterior_mean(x, reference, D=D, backend=backend, **problems.level(radius, D))
         assert torch.equal(mean, reference)
 
 
@@ -206,7 +201,7 @@ def test_tiny_r_away_from_references(backend, oracle, D):
     x, references = problem(dtype=torch.float32)
     expected_mean, expected_lse = oracle(x, references, 1e-20, D)
     mean, lse = posterior_mean(
-        x, references, D=D, return_logsumexp=True, backend=backend, **noise_level(1e-20, D)
+        x, references, D=D, return_logsumexp=True, backend=backend, **problems.level(1e-20, D)
     )
     close(mean, expected_mean, 1e-6)
     close(lse / expected_lse, torch.ones(4), 1e-12 if backend == "reference" else 1e-6)
@@ -219,7 +214,7 @@ def test_far_field_is_the_average(backend, D, radius, dtype):
     x, references = problem(dtype=dtype)
     x.requires_grad_()
     mean, lse = posterior_mean(
-        x, references, D=D, return_logsumexp=True, backend=backend, **noise_level(radius, D)
+        x, references, D=D, return_logsumexp=True, backend=backend, **problems.level(radius, D)
     )
     close(mean, references.mean(0).expand(4, 5), 1e-7 if dtype == torch.float32 else 1e-11)
     assert lse.isfinite().all()
@@ -279,7 +274,7 @@ def test_density_at_a_very_large_D_is_that_of_diffusion(backend, D):
 def test_density_at_r_0(backend, D):
     _, references = problem()
     x = torch.stack([references[0], references[0] + 0.1])
-    density = log_density(x, references, D=D, backend=backend, **noise_level(0.0, D))
+    density = log_density(x, references, D=D, backend=backend, **problems.level(0.0, D))
     assert density.tolist() == [math.inf, -math.inf]
 
 
@@ -410,7 +405,7 @@ def test_values_that_are_not_finite_raise(backend, name, D, bad):
     tensors[name][3, 4] = bad
     message = rf"{name} must be finite, got NaN or infinity \(first in row 3\)\."
     with pytest.raises(ValueError, match=message):
-        posterior_mean(**tensors, D=D, backend=backend, **noise_level(0.5, D))
+        posterior_mean(**tensors, D=D, backend=backend, **problems.level(0.5, D))
     with pytest.raises(ValueError, match=message):
         field_fn(tensors["x"], 0.5, tensors["references"], backend=backend)
 

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 import pfgm
+from benchmarks.common.problems import level
 from pfgm import field_fn, log_density, posterior_mean
 from pfgm.references import part
 
@@ -18,10 +19,6 @@ SIZES = [(1, 50, 2), (9, 50, 2), (3, 50, 600), (50, 70, 520)]
 def rows(count, N, seed=0):
     generator = torch.Generator().manual_seed(seed)
     return torch.randn(count, N, generator=generator, dtype=torch.float64)
-
-
-def level(radius, D):
-    return {"sigma": radius} if math.isinf(D) else {"r": radius}
 
 
 @pytest.fixture
