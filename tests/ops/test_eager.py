@@ -50,29 +50,6 @@ def test_both_ways_give_the_same_bits(call, by_operators, one_calls, name, shape
     assert_same(results, expected)
 
 
-@pytest.mark.parametrize("kind", [torch.float32, torch.float64, "scalar", "strided", "int"])
-@pytest.mark.parametrize("name", FUNCTIONS)
-def test_levels_of_every_form(call, by_operators, one_calls, name, kind):
-    values = inputs()
-
-    def level(value):
-        if kind == "int":
-            return int(value)
-        if kind == "scalar":
-            return torch.tensor(float(value))
-        if kind == "strided":
-            return torch.linspace(value, 1.1 * value, 10)[::2]
-        return torch.linspace(value, 1.1 * value, 5, dtype=kind)
-
-    levels = {"z": level(3), "z_next": level(2), "z_previous": level(4)}
-    results = call(name, values, **levels)
-    assert one_calls == [True]
-    expected = by_operators(lambda: call(name, values, **levels))
-    for value, wanted in zip(results, expected, strict=True):
-        # The logarithm of a tensor may differ from that of a number in the last bit.
-        torch.testing.assert_close(value, wanted, rtol=3e-7, atol=1e-7)
-
-
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16, torch.float16, torch.uint8])
 def test_references_of_every_dtype(call, by_operators, one_calls, dtype):
     values = list(inputs())
@@ -181,23 +158,38 @@ CONVERTED = {
 }
 
 
-@pytest.mark.parametrize("level", [2.0, torch.tensor([2.5, 2, 1, 3, 2], dtype=torch.bfloat16)])
-@pytest.mark.parametrize("kind", CONVERTED)
+LEVELS = {
+    "integer": 2,
+    "number in a tensor": torch.tensor(2.0),
+    "strided": torch.linspace(2, 2.2, 10)[::2],
+    **{
+        str(dtype): torch.linspace(2, 2.25, 5).to(dtype)
+        for dtype in (torch.float32, torch.float64, torch.bfloat16)
+    },
+}
+
+
+@pytest.mark.parametrize(
+    ("kind", "level"),
+    [*((kind, 2.0) for kind in CONVERTED), *(("as they are", level) for level in LEVELS)],
+)
 @pytest.mark.parametrize("name", FUNCTIONS)
 def test_what_is_converted_has_the_bits_of_the_operators(
     call, by_operators, one_calls, name, kind, level
 ):
-    values = CONVERTED[kind](inputs(shape=(2, 3)))
-    if name == "multistep_step":  # whose logarithm of a tensor may differ in the last bit
-        level = 2.0
+    values = CONVERTED.get(kind, tuple)(inputs(shape=(2, 3)))
+    level = LEVELS.get(level, level)
 
     def both():
-        return call(name, values, z=level, z_next=0.5)
+        return call(name, values, z=level, z_next=level / 2, z_previous=2 * level)
 
-    results = both()
-    assert one_calls == [True]
-    assert_same(results, by_operators(both))
-    assert all(value.is_contiguous() for value in results)
+    results, expected = both(), by_operators(both)
+    assert one_calls == [True, False]
+    for value, wanted in zip(results, expected, strict=True):
+        # The logarithm of a tensor may differ from that of a number in the last bit.
+        close = 3e-7 if name == "multistep_step" and kind == "as they are" else 0
+        torch.testing.assert_close(value, wanted, rtol=close, atol=close)
+        assert value.is_contiguous()
 
 
 @pytest.mark.parametrize("name", FUNCTIONS)

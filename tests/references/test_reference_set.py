@@ -110,10 +110,7 @@ def test_sketches_are_made_once_and_change_no_bit(wide_chunks, monkeypatch):
     rows = wide_images()
     counted = Counted(monkeypatch)
     held = ReferenceSet(rows, flips=True)
-    x = pfgm.data.to_unit(rows[:6]) + 0.1 * torch.randn(
-        6, 1, 24, 24, generator=torch.Generator().manual_seed(1)
-    )
-    x.requires_grad_()
+    x = (pfgm.data.to_unit(rows[:6]) + 0.1).requires_grad_()
     results = []
     part = held.part
     for sketch in (part.sketch, lambda *_: None, part.sketch):
@@ -266,9 +263,7 @@ def test_rows_changed_before_the_gradient_are_refused(small_chunks, where):
     torch.autograd.grad(means[0].sum(), x)  # nothing has changed
     (rows[4] if where == "row" else rows.view(-1) if where == "view" else rows).mul_(2)
     for mean in means[1:]:
-        with pytest.raises(
-            RuntimeError, match="references is a ReferenceSet whose rows were chang"
-        ):
+        with pytest.raises(RuntimeError, match="a ReferenceSet whose rows were changed in place"):
             torch.autograd.grad(mean.sum(), x)
     torch.autograd.grad(pfgm.posterior_mean(x, references, r=1.0).sum(), x)
 
@@ -434,10 +429,8 @@ def test_mirror_images_count_as_references(small_chunks, tmp_path):
             lambda y: pfgm.log_density(points(), y, sigma=0.5, D=64),
         ):
             torch.testing.assert_close(call(references), call(both), rtol=1e-6, atol=1e-6)
-    assert ReferenceSet(rows, flips=True, labels=torch.arange(20)).labels.tolist() == [
-        *range(20),
-        *range(20),
-    ]
+    labels = ReferenceSet(rows, flips=True, labels=torch.arange(20)).labels
+    assert labels.tolist() == [*range(20)] * 2
 
 
 def test_half_precision_is_computed_in_float32(small_chunks):
@@ -509,23 +502,16 @@ def test_rows_by_number_slice_and_mask(tmp_path):
     [
         (torch.tensor([0.0, 1.0]), r"a tensor of torch.float32 of shape \(2,\)"),
         (torch.tensor([1j]), "a tensor of torch.complex64"),
-        (
-            torch.tensor([1, 0], dtype=torch.uint8),
-            "a tensor of torch.uint8 .* takes uint8 for a mask",
-        ),
+        (torch.zeros(2, dtype=torch.uint8), "a tensor of torch.uint8 .* takes uint8 for a mask"),
         (torch.tensor(3), r"a tensor of torch.int64 of shape \(\)"),
         ([0, 1], "list"),
     ],
 )
 def test_other_indices_are_refused(rows, message):
     references = ReferenceSet(torch.rand(5, 2))
-    with pytest.raises(
-        TypeError, match=rf"rows must be a slice such as \[2:3\], a mask .*, got {message}"
-    ):
+    with pytest.raises(TypeError, match=rf"rows must be a slice such as .*, got {message}"):
         references[rows]
-    with pytest.raises(
-        TypeError, match=rf"containing must be a tensor \(k,\) of row .*, got {message}"
-    ):
+    with pytest.raises(TypeError, match=rf"containing must be a tensor \(k,\) .*, got {message}"):
         references.draw(3, containing=rows)
 
 
