@@ -125,8 +125,6 @@ class Evaluate:
     """Number of samples to draw, or the most to take from a file or folder."""
     sampling: SamplingOptions = field(default_factory=SamplingOptions)
     """How and where samples are drawn."""
-    guidance: float | None = None
-    """Weight of classifier-free guidance, for a network that was trained with labels."""
     against: int = 10_000
     """Maximum number of rows of held-out data, and of training data, to compare with."""
     per_label: bool = False
@@ -266,11 +264,9 @@ class Evaluate:
         """Raises ValueError for an option that has a meaning only with a checkpoint."""
         if self.likelihood or self.curve:
             raise ValueError("samples alone have no likelihood and no curve; give a checkpoint.")
-        options = {**asdict(self.sampling), "guidance": self.guidance}
         unused = SamplingOptions(device=self.sampling.device)  # metrics use the device too
-        defaults = {**asdict(unused), "guidance": None}
-        for name, value in options.items():
-            if value != defaults[name]:
+        for name, value in asdict(self.sampling).items():
+            if value != getattr(unused, name):
                 raise ValueError(
                     f"{name.replace('_', '-')} is {value}, but {self.samples} holds samples that "
                     "have been drawn; leave it out, or give a checkpoint."
@@ -305,7 +301,7 @@ class Evaluate:
 
     def _check_data(self, name: str, data: Data, source: Loaded | ReferenceSet) -> None:
         if isinstance(source, Loaded):
-            check_guidance(self.guidance, source.network)
+            check_guidance(self.sampling.guidance, source.network)
         shape = source.flow.shape if isinstance(source, Loaded) else tuple(source.shape[1:])
         expected = tuple(data.train.shape[1:])
         if shape != expected:
@@ -352,7 +348,7 @@ class Evaluate:
     # ---- figures ----
 
     def _draw(self, model: Loaded, device: torch.device) -> tuple[Tensor, dict[str, Any]]:
-        solving = {**self.sampling.solver_arguments(model.flow), "guidance": self.guidance}
+        solving = self.sampling.solver_arguments(model.flow)
         samples, nfe = evaluation.draw_samples(
             *model,
             self.n,
@@ -424,7 +420,7 @@ class Evaluate:
             batch_size=self.sampling.batch_size,
             device=device,
             last=self.sampling.last,
-            guidance=self.guidance,
+            guidance=self.sampling.guidance,
             progress=self.progress,
         )
 

@@ -43,19 +43,23 @@ class SamplingOptions:
     number of steps and no last is given, else rho."""
     last: float | None = None
     """Noise level at which the last step begins. That step goes to the end of the flow at once."""
+    guidance: float | None = None
+    """Weight of classifier-free guidance, which exaggerates the label, so it needs a network with
+    labels. 1 is none; any other value takes twice as long."""
     batch_size: int = 1000
     """Samples at a time."""
     device: str = "auto"
     """auto: cuda if there is a GPU, else cpu."""
 
     def solver_arguments(self, flow: Flow) -> dict[str, Any]:
-        """The keyword arguments of :meth:`pfgm.Flow.sample` that choose the solver."""
+        """The keyword arguments of :meth:`pfgm.Flow.sample` that these options are."""
         steps = flow.default_steps(self.solver) if self.steps is None else self.steps
         return {
             "solver": self.solver,
             "steps": steps,
             "schedule": self.schedule or flow._schedule_for(self.solver, steps, self.last),
             "last": self.last,
+            "guidance": self.guidance,
         }
 
 

@@ -66,9 +66,6 @@ class Sample:
     label: tuple[str, ...] = ()
     """Labels of the samples, numbers or names, in turn, so that a picture has one in each column;
     none draws without labels. By default all labels of the network."""
-    guidance: float | None = None
-    """Weight of classifier-free guidance, which exaggerates the label, so it needs labels. 1 is
-    none; any other value takes twice as long."""
     animate: Path | None = None
     """A .gif file of the samples on their field lines from the prior to data, with at most 24 of
     the steps, between which pictures change evenly (images only, at most --batch-size)."""
@@ -152,10 +149,11 @@ class Sample:
 
         The levels and points of each step, and of the end, are appended to the path.
         """
-        check_guidance(self.guidance, network)
-        if self.guidance not in (None, 1.0) and not labels:
+        guidance = self.sampling.guidance
+        check_guidance(guidance, network)
+        if guidance not in (None, 1.0) and not labels:
             raise ValueError(
-                f"guidance is {self.guidance}, but label is none, which it would exaggerate; give "
+                f"guidance is {guidance}, but label is none, which it would exaggerate; give "
                 "labels, or leave --label out for all."
             )
         each = torch.tensor(labels, device="cpu")
@@ -166,7 +164,6 @@ class Sample:
             batch_size=self.sampling.batch_size,
             device=device,
             labels=each[torch.arange(self.n, device="cpu") % len(each)] if labels else None,
-            guidance=self.guidance,
             generator=noise_generator(self.seed, device),
             # For a folder, a bar counts the images instead.
             progress=self.progress

@@ -14,7 +14,7 @@ from ..flows.plusplus import PoissonFlowPP
 from ..flows.poisson import PoissonFlow
 from ..networks.unet import takes_shape
 from ..references import ReferenceSet
-from .run_config import RunConfig
+from .run_config import Method, RunConfig
 
 SIZES = ("width", "multipliers", "blocks", "patch")
 # The names of these settings among the arguments of each network.
@@ -38,11 +38,16 @@ def with_method(config: RunConfig, rows: ReferenceSet, earlier: Flow | None) -> 
         return config
     if earlier is None:
         return dataclasses.replace(config, method="pfgm++" if rows.ndim == 2 else "pfgm")
-    if not isinstance(earlier, PoissonFlowPP):
-        return dataclasses.replace(config, method="pfgm")
-    if math.isinf(earlier.D):
-        return dataclasses.replace(config, method="edm")
-    return dataclasses.replace(config, method="pfgm++", D=earlier.D)
+    method = method_of(earlier)
+    D = earlier.D if method == "pfgm++" else config.D
+    return dataclasses.replace(config, method=method, D=D)
+
+
+def method_of(flow: Flow) -> Method:
+    """The method that makes a flow of its kind."""
+    if not isinstance(flow, PoissonFlowPP):
+        return "pfgm"
+    return "edm" if math.isinf(flow.D) else "pfgm++"
 
 
 def build_flow(config: RunConfig, rows: ReferenceSet) -> Flow:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import math
 from typing import Any
 
 from torch import nn
@@ -15,7 +14,7 @@ from ..networks.registry import NETWORKS, label_count
 from ..references import ReferenceSet
 from .checkpoint import Loaded
 from .run_config import RunConfig
-from .run_models import SIZE_NAMES, SIZES, build_flow
+from .run_models import SIZE_NAMES, SIZES, build_flow, method_of
 
 __all__ = ["start_from"]
 
@@ -40,32 +39,26 @@ def start_from(
     earlier, network = checkpoint
     kept = _NETWORK_SETTINGS[type(earlier)]
     hyper_parameters = {kept: earlier.config[kept], **config.flow}
-    if _kind(earlier) == _asked(config):
+    asked, present = _kind(config.method, config.D), _kind(method_of(earlier), earlier.D)
+    if asked == present:
         config = dataclasses.replace(config, flow=hyper_parameters)
     flow = build_flow(config, rows)
-    for name, asked, present in (
-        ("the flow", _asked(config), _kind(earlier)),
+    for name, wanted, has in (
+        ("the flow", asked, present),
         ("samples of shape", flow.shape, earlier.shape),
         (kept, flow.config.get(kept), earlier.config[kept]),
         *_sizes(config, network, classes),
     ):
-        if asked != present:
+        if wanted != has:
             raise ValueError(
-                f"init is {config.init}, which has {name} {present}; the settings and the data ask "
-                f"for {asked}."
+                f"init is {config.init}, which has {name} {has}; the settings and the data ask for "
+                f"{wanted}."
             )
     return flow, network, [f"starting from the weights in {config.init}", *_changes(flow, earlier)]
 
 
-def _asked(config: RunConfig) -> str:
-    return f"pfgm++ with D = {config.D:g}" if config.method == "pfgm++" else config.method
-
-
-def _kind(flow: Flow) -> str:
-    """The flow as its method, as in :func:`_asked`."""
-    if isinstance(flow, PoissonFlow):
-        return "pfgm"
-    return "edm" if math.isinf(flow.D) else f"pfgm++ with D = {flow.D:g}"
+def _kind(method: str, D: float) -> str:
+    return f"pfgm++ with D = {D:g}" if method == "pfgm++" else method
 
 
 def _sizes(config: RunConfig, network: nn.Module, classes: int) -> list[tuple[str, Any, Any]]:

@@ -435,7 +435,7 @@ def test_the_help_shows_the_other_defaults(tmp_path, capsys):
     shown = shown_help(capsys, "sample")
     for part in ("Number of samples. (default: 64)", "(default: multistep)", "(default: auto)"):
         assert part in shown
-    assert "By default all labels of the network. --guidance" in shown
+    assert "By default all labels of the network. --animate" in shown
     for part in ("(required)", "from a checkpoint, or from a network that comes", "pfgm convert"):
         assert part in shown
     assert "(default: 0.9)" not in shown_help(capsys, "train")
