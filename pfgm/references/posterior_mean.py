@@ -166,7 +166,10 @@ class _Gradient(OnceDifferentiable):
 
 
 def _check_singular(saved: Saved, settings: Settings) -> None:
-    # Each process checks the points of all. If one raised alone, the others would wait for it.
+    """Raises ValueError if the log-sum-exp has a gradient where the mean is constant.
+
+    Each process checks the points of all: if one raised alone, the others would wait for it.
+    """
     try:
         constant = law(settings.D, saved.x.shape[1]).is_constant(saved.nearest, saved.radius)
         check_singular(constant, saved.grad_logsumexp)

@@ -338,6 +338,7 @@ class FlowScheduler(SchedulerMixin, ConfigMixin):  # type: ignore[misc]
 
         if not isinstance(self._flow, PoissonFlow):
             return self._flow.denoise(network, sample, level)
+        # flow.denoise would move points beyond upper_norm, but the network has seen them unmoved.
         field = self._flow.field(network, sample, per_row(level, sample))
         return implied_mean(sample, field, level)
 
