@@ -285,8 +285,8 @@ class BackwardPass {
     parallel(count_, problem_.threads, [&](Index b, int) {
       const Index query = first_ + b;
       if (io_.moments) io_.moments[query] = moments_[b];
-      const Totals total =
-          totals(law_, states_[b], moments_[b], io_.grad_logsumexp[query], distances_.radius(b));
+      const Totals total = law_.totals(states_[b].nearest, distances_.radius(b),
+                                       io_.grad_logsumexp[query], moments_[b]);
       if (io_.grad_radius) io_.grad_radius[query] = total.grad_radius;
       if (!io_.grad_x) return;
       const T* x = distances_.query(b);

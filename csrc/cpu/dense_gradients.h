@@ -47,17 +47,18 @@ inline double list_coefficients(const DenseRows& rows, const WeightLaw& law, Que
 
 // Replaces the distances of a row by c_j / scale, and terms are G·(y_j − mean). Returns the row's
 // part of the moment. The scale keeps sums over large references from overflowing.
-inline double row_coefficients(const FloatWeights& law, double total, double g, const float* terms,
-                               float* row, const float* low, Index padded, double* scale) {
+inline double row_coefficients(const FloatWeights& weights, double total, double g,
+                               const float* terms, float* row, const float* low, Index padded,
+                               double* scale) {
   const float inverse = static_cast<float>(1 / total), upstream = static_cast<float>(g);
   Doubles moment = {};
   Floats size = Floats{} + std::numeric_limits<float>::min();
-  law.weigh(
+  weights.weigh(
       row, low, padded,
       [&](Index j, const Floats& u, const Floats& w) {
         const Floats weighted =
             w == 0.0f ? Floats{} : w * inverse * (vector_at(terms + j) + upstream);
-        const Floats c = law.gaussian() ? weighted : weighted / (1.0f + u);
+        const Floats c = weights.law().times_slope(weighted, u);
         add_lanes(c * u, moment);
         const Floats magnitude = c > 0.0f ? c : -c;
         size = magnitude > size ? magnitude : size;
@@ -68,8 +69,8 @@ inline double row_coefficients(const FloatWeights& law, double total, double g, 
   for (Index lane = 1; lane < kFloats; ++lane)
     largest = size[lane] > largest ? size[lane] : largest;
   for (Index j = 0; j < padded; j += kFloats) vector_at(row + j) *= 1 / largest;
-  *scale = -2 * law.slope() * static_cast<double>(largest);
-  return (law.gaussian() ? 2 : 1) * sum_of(moment);
+  *scale = -2 * weights.slope() * static_cast<double>(largest);
+  return sum_of(moment);
 }
 
 // Computes terms[i][j] = G·(y_j − mean) for up to kTileQueries rows of a chunk.
@@ -151,14 +152,14 @@ inline Status gradients_of_block(const Problem& problem, const WeightLaw& law, c
   };
   QueryState states[kMaxRows];
   double moments[kMaxRows], averages[kMaxRows], scales[kMaxRows], own_pulls[2 * kMaxRows] = {};
-  bool row_is_flat[kMaxRows], row_is_steep[kMaxRows];
+  bool row_is_constant[kMaxRows], row_is_steep[kMaxRows];
   Index steep[kMaxRows], steep_count = 0;
   Status failed;
   if (!io.sums) std::memset(sums, 0, count * features * sizeof(double));
   for (Index b = 0; b < count; ++b) {
     states[b] = state_of(io, first + b);
     moments[b] = io.moments ? io.moments[first + b] : 0;
-    row_is_flat[b] = is_flat(law, states[b].nearest, rows.radius(b));
+    row_is_constant[b] = law.is_constant(states[b].nearest, rows.radius(b));
     row_is_steep[b] = query_is_steep<float>(problem, io, law, first + b);
     if (row_is_steep[b]) steep[steep_count++] = b;
   }
@@ -180,7 +181,7 @@ inline Status gradients_of_block(const Problem& problem, const WeightLaw& law, c
       const bool rest = rows.split(b, states[b], !row_is_steep[b] && fits_float(g), list);
       if (!is_distance(list.nearest))
         failed = first_of(failed, {failure_of(list.nearest), first + b});
-      if (row_is_flat[b] || !is_distance(list.nearest)) continue;
+      if (row_is_constant[b] || !is_distance(list.nearest)) continue;
       if (list.length > 0) {
         moments[b] +=
             list_coefficients(rows, law, states[b], rows.radius(b), g - averages[b], grad(b),
@@ -211,7 +212,7 @@ inline Status gradients_of_block(const Problem& problem, const WeightLaw& law, c
   for (Index b = 0; b < count; ++b) {
     if (io.moments) io.moments[first + b] = moments[b];
     const Totals total =
-        totals(law, states[b], moments[b], io.grad_logsumexp[first + b], rows.radius(b));
+        law.totals(states[b].nearest, rows.radius(b), io.grad_logsumexp[first + b], moments[b]);
     if (io.grad_radius) io.grad_radius[first + b] = total.grad_radius;
     if (!io.grad_x) continue;
     float* out = static_cast<float*>(io.grad_x) + (first + b) * features;

@@ -20,27 +20,21 @@ inline void add_lanes(const Floats& values, Doubles& total) {
   total += wide[0] + wide[1];
 }
 
-// The weight law of one row in float32, relative to its nearest reference at squared distance d².
-// With excess e_j = d_j² − d², the ratio is u_j = e_j/(d² + r²), or e_j/(2 σ²) if D = ∞. The weight
-// is (1 + u_j)^−(N + D)/2, or e^−u_j. d² is held as the sum of two float32, so the small difference
-// e_j is rounded only to its own 6e-8. u_j has no larger error, and log(1 + u_j) one of 3e-7
-// (log2_one_plus). At a score of −f the weight e^−f has an error of about 4e-7 f relative to
-// itself, so at most 2e-7 relative to the largest weight.
+// The law of one row in float32, relative to its nearest reference at squared distance d². That is
+// held as the sum of two float32, so the small difference e_j = d_j² − d² is rounded only to its
+// own 6e-8. The ratio u_j = e_j/s has no larger error.
 class FloatWeights {
  public:
-  FloatWeights(const WeightLaw& law, double nearest, double radius, double fall)
-      : gaussian_(law.gaussian) {
+  FloatWeights(const WeightLaw& law, double nearest, double radius, double fall) : law_(law) {
     const double visible = law.excess_at(fall, nearest, radius);
-    const double inverse = gaussian_ ? 1 / radius / radius / 2 : 1 / (nearest + radius * radius);
-    const double exponent = gaussian_ ? 1 : law.exponent;
+    const double inverse = law.per_scale(1.0, nearest, radius);
     // Ratios that make a difference to a weight do not underflow, visible ones do not overflow.
-    slope_ = inverse * exponent;
-    fits_ = inverse > 1e-37 && slope_ < 1e30 && exponent < 1e30 && visible * inverse < 1e30;
+    slope_ = inverse * law.exponent;
+    fits_ = inverse > 1e-37 && slope_ < 1e30 && law.exponent < 1e30 && visible * inverse < 1e30;
     high_ = static_cast<float>(nearest);
     low_ = static_cast<float>(nearest - static_cast<double>(high_));
     inverse_ = static_cast<float>(inverse);
     visible_ = float_limit(visible);
-    exponent_ = static_cast<float>(exponent);
   }
 
   // Whether float32 holds the ratios.
@@ -52,41 +46,33 @@ class FloatWeights {
   template <class Use, class Skip>
   void weigh(const float* squared, const float* low, Index padded, const Use& use,
              const Skip& skip) const {
-    if (gaussian_)
-      return each(squared, low, padded, use, skip,
-                  [](const Floats& u) { return exponential2(u * -kLog2e); });
-    const float exponent = exponent_;
-    each(squared, low, padded, use, skip,
-         [exponent](const Floats& u) { return exponential2(-exponent * log2_one_plus(u)); });
+    law_.with_weight([&](const auto& weight) {
+      for (Index j = 0; j < padded; j += kFloats) {
+        // Rounding may make the nearest a little nearer than in the forward pass.
+        Floats difference = vector_at(squared + j) - high_ - low_;
+        if (low) difference += vector_at(low + j);
+        const Floats excess = difference > 0.0f ? difference : Floats{};
+        const Ints seen = excess <= visible_;
+        if (!any(seen)) {
+          skip(j);
+          continue;
+        }
+        const Floats u = seen ? excess * inverse_ : Floats{};
+        use(j, u, seen ? weight(u) : Floats{});
+      }
+    });
   }
 
-  bool gaussian() const { return gaussian_; }
+  const WeightLaw& law() const { return law_; }
 
   // By how much the score falls with the excess, at the nearest reference.
   double slope() const { return slope_; }
 
  private:
-  template <class Use, class Skip, class Weight>
-  void each(const float* squared, const float* low, Index padded, const Use& use, const Skip& skip,
-            const Weight& weight) const {
-    for (Index j = 0; j < padded; j += kFloats) {
-      // Rounding may make the nearest a little nearer than in the forward pass.
-      Floats difference = vector_at(squared + j) - high_ - low_;
-      if (low) difference += vector_at(low + j);
-      const Floats excess = difference > 0.0f ? difference : Floats{};
-      const Ints seen = excess <= visible_;
-      if (!any(seen)) {
-        skip(j);
-        continue;
-      }
-      const Floats u = seen ? excess * inverse_ : Floats{};
-      use(j, u, seen ? weight(u) : Floats{});
-    }
-  }
-
-  bool gaussian_, fits_;
+  const WeightLaw law_;
+  bool fits_;
   double slope_;
-  float high_, low_, inverse_, visible_, exponent_;
+  float high_, low_, inverse_, visible_;
 };
 
 }  // namespace

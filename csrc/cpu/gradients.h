@@ -20,28 +20,13 @@ namespace pfgm {
 namespace PFGM_ISA {
 namespace {
 
-// Whether the row is at a limit, where the mean is locally constant: r = 0 on a reference, or σ so
-// small that scores overflow.
-bool at_limit(const WeightLaw& law, double nearest, double radius) {
-  if (law.gaussian) return radius == 0 || std::isinf(nearest / radius / radius);
-  return nearest + radius * radius == 0;
-}
-
-// Whether the result does not change with x and r, as far as float64 tells: at a limit, or on a
-// reference with an r so small that (N + D)/r² overflows. The gradient of logsumexp would be 0 · ∞.
-bool is_flat(const WeightLaw& law, double nearest, double radius) {
-  if (at_limit(law, nearest, radius)) return true;
-  constexpr double most = std::numeric_limits<double>::max() / 1e4;
-  return nearest == 0 && radius * radius * most < (law.gaussian ? 1 : 2 * law.exponent);
-}
-
 // Computes p_j from squared distances and counts those that are not zero. T is the type whose
 // digits they need.
 template <class T>
 void probabilities(const WeightLaw& law, QueryState& state, double radius, const double* squared,
                    double* p, Index count) {
   state.live = 0;
-  if (at_limit(law, state.nearest, radius)) {
+  if (law.at_limit(state.nearest, radius)) {
     std::memset(p, 0, padded_count(count) * sizeof(double));
     return;
   }
@@ -60,7 +45,7 @@ double coefficients(const WeightLaw& law, const QueryState& state, double radius
                     const double* squared, const double* p, double* t, Index count, double* bound) {
   *bound = 1e-300;
   if (state.live == 0) return 0;
-  if (is_flat(law, state.nearest, radius)) {
+  if (law.is_constant(state.nearest, radius)) {
     std::memset(t, 0, padded_count(count) * sizeof(double));
     return 0;
   }
@@ -70,15 +55,9 @@ double coefficients(const WeightLaw& law, const QueryState& state, double radius
     // t is undefined where p = 0.
     const Doubles weighted = probability == 0.0 ? Doubles{} : probability * (vector_at(t + j) + g);
     const Doubles excess = s - state.nearest;
-    Doubles c;
-    if (law.gaussian) {
-      c = -weighted / radius / radius;
-      moment -= c * excess;
-    } else {
-      const Doubles share = weighted / (s + radius * radius);
-      c = -2.0 * law.exponent * share;
-      moment += share * excess;
-    }
+    const Doubles scaled = law.per_scale(weighted, s, radius);
+    const Doubles c = -2.0 * law.exponent * scaled;
+    moment += scaled * excess;
     vector_at(t + j) = c;
     size += c > 0.0 ? c : -c;
   }
@@ -86,23 +65,9 @@ double coefficients(const WeightLaw& law, const QueryState& state, double radius
   return sum_of(moment);
 }
 
-// What the gradients of a query need besides the sums over references: C and ∂L/∂radius.
-struct Totals {
-  double c, grad_radius;
-};
-
-Totals totals(const WeightLaw& law, const QueryState& state, double moment, double g,
-              double radius) {
-  if (is_flat(law, state.nearest, radius)) return {0, 0};
-  if (law.gaussian)
-    return {-g / radius / radius, (g * (state.nearest / radius / radius) + moment) / radius};
-  const double c = -2 * law.exponent * (g - moment) / (state.nearest + radius * radius);
-  return {c, radius * c};
-}
-
 Status check_singular(const Problem& problem, const WeightLaw& law, const Backward& io) {
   for (Index b = 0; b < problem.queries; ++b)
-    if (io.grad_logsumexp[b] != 0 && is_flat(law, io.nearest[b], problem.radius[b]))
+    if (io.grad_logsumexp[b] != 0 && law.is_constant(io.nearest[b], problem.radius[b]))
       return {Failure::singular, b};
   return {};
 }
@@ -115,7 +80,7 @@ template <class T>
 bool query_is_steep(const Problem& problem, const Backward& io, const WeightLaw& law, Index query) {
   const double radius = problem.radius[query], nearest = io.nearest[query];
   const T* mean = static_cast<const T*>(io.mean) + query * problem.features;
-  return !is_flat(law, nearest, radius) &&
+  return !law.is_constant(nearest, radius) &&
          is_steep<T>(problem, law, nearest, io.total[query], radius, mean);
 }
 

@@ -40,8 +40,7 @@ bool is_steep(const Problem& problem, const WeightLaw& law, double nearest, doub
   // The mean is the nearest reference itself and has no error.
   const bool exact = holds_exactly<T>(problem);
   if (total == 1 && exact) return false;
-  const double sigma =
-      law.gaussian ? radius : std::sqrt((nearest + radius * radius) / law.exponent / 2);
+  const double sigma = law.sigma(nearest, radius);
   const double distance = std::sqrt(nearest + sigma * sigma);
   const double slope = distance / sigma / sigma, rounding = std::numeric_limits<T>::epsilon() / 2;
   // Where total − 1 is below the rounding, the mean is rounded to the nearest reference: it is off

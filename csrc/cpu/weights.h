@@ -1,6 +1,6 @@
 // From squared distances to weights.
 #pragma once
-#include "cpu/rows.h"
+#include "cpu/weight_law.h"
 
 namespace pfgm {
 namespace PFGM_ISA {
@@ -11,59 +11,6 @@ constexpr Index kChunk = 2048;  // most references in a chunk; a multiple of eve
 // few cache sets.
 constexpr Index kStride = kChunk + 64;
 static_assert(kChunk % Simd<float>::tile == 0, "a chunk is whole tiles");
-
-// A weight below e^-kWeightCutoff / M of the sum of weights becomes zero. M such weights together
-// are smaller than the rounding of the result (epsilon is e^-15.9 and e^-36).
-template <class T> constexpr double kWeightCutoff = sizeof(T) == sizeof(float) ? 16 : 36.1;
-
-// How a squared distance becomes a score, the log of a weight.
-struct WeightLaw {
-  bool gaussian;    // D = ∞
-  double exponent;  // (N + D)/2, D finite
-  double cutoff;    // −log of the smallest fraction of the sum of weights that counts
-
-  // Score at the squared distance nearest + excess, minus the score at nearest.
-  double relative_score(double excess, double nearest, double radius) const {
-    if (excess == 0) return 0;
-    if (gaussian) return -excess / radius / radius / 2;
-    return -exponent * std::log1p(excess / (nearest + radius * radius));
-  }
-
-  Doubles relative_score(Doubles excess, double nearest, double radius) const {
-    const Doubles fall = gaussian ? excess / radius / radius / 2.0
-                                  : exponent * log_one_plus(excess / (nearest + radius * radius));
-    return excess == 0.0 ? Doubles{} : -fall;
-  }
-
-  double score(double squared, double radius) const {
-    if (gaussian) return squared == 0 ? 0 : -squared / radius / radius / 2;
-    if (squared == 0) return -exponent * 2 * std::log(radius);  // r² may underflow
-    return -exponent * std::log(squared + radius * radius);
-  }
-
-  // The excess over the nearest squared distance at which the score is `fall` lower. It grows with
-  // nearest.
-  double excess_at(double fall, double nearest, double radius) const {
-    if (gaussian) return 2 * fall * radius * radius;
-    return std::expm1(fall / exponent) * (nearest + radius * radius);
-  }
-
-  // By how much the score multiplies a relative error of the nearest squared distance.
-  double sensitivity(double nearest, double radius) const {
-    if (gaussian) return nearest / radius / radius / 2;
-    return exponent * nearest / (nearest + radius * radius);
-  }
-};
-
-template <class T>
-WeightLaw weight_law(const Problem& problem, double extra_cutoff = 0) {
-  const Index all = larger(problem.references, problem.all_references);
-  const double power = problem.features + problem.dimensions;
-  double cutoff = kWeightCutoff<T> + std::log(static_cast<double>(all)) + extra_cutoff;
-  // In Σ w (y − x) a weight s^−power/2 counts times √s, relative to the nearest.
-  if (problem.difference && !std::isinf(power)) cutoff *= power / (power > 2 ? power - 1 : 1);
-  return {std::isinf(problem.dimensions), power / 2, cutoff};
-}
 
 constexpr double kSmallestDouble = std::numeric_limits<double>::min();
 
@@ -182,41 +129,39 @@ inline void widen(const Floats& narrow, Doubles (&wide)[2]) {
 }
 
 // As weigh(), in float32: sums in T = float need no more digits. The excess is formed in float64,
-// because it is a small difference. Its ratio u to d² + r² is rounded to 6e-8, and log(1 + u) has
-// an error of 3e-7 (log2_one_plus). At a score of −f the weight e^−f has an error of about 4e-7 f
-// relative to itself, so at most 2e-7 relative to the largest weight.
+// because it is a small difference. Its ratio u to the scale s is rounded to 6e-8.
 inline double weigh_in_float(const WeightLaw& law, double nearest, double radius, double fall,
                              const double* squared, double* weights, Index count) {
   const double visible = law.excess_at(fall, nearest, radius);
-  const double inverse = law.gaussian ? 1 / radius / radius / 2 : 1 / (nearest + radius * radius);
+  const double inverse = law.per_scale(1.0, nearest, radius);
   // If the ratios do not fit float32, all is computed in float64.
   if (!(inverse > 1e-300 && inverse < 1e300 && visible * inverse < 1e30 && law.exponent < 1e30))
     return weigh(law, nearest, radius, fall, squared, weights, count);
-  const float exponent = static_cast<float>(law.exponent);
   Doubles total[2] = {};
-  for (Index j = 0; j < padded_count(count); j += 2 * kDoubles) {
-    Doubles share[2];
-    Longs seen[2];
-    for (int half = 0; half < 2; ++half) {
-      const Doubles difference = vector_at(squared + j + half * kDoubles) - nearest;
-      const Doubles excess = difference > 0.0 ? difference : Doubles{};
-      seen[half] = excess <= visible;
-      share[half] = seen[half] ? excess * inverse : Doubles{};
+  law.with_weight([&](const auto& weight_of) {
+    for (Index j = 0; j < padded_count(count); j += 2 * kDoubles) {
+      Doubles ratio[2];
+      Longs seen[2];
+      for (int half = 0; half < 2; ++half) {
+        const Doubles difference = vector_at(squared + j + half * kDoubles) - nearest;
+        const Doubles excess = difference > 0.0 ? difference : Doubles{};
+        seen[half] = excess <= visible;
+        ratio[half] = seen[half] ? excess * inverse : Doubles{};
+      }
+      const Longs either = seen[0] | seen[1];
+      std::int64_t any = 0;
+      for (Index lane = 0; lane < kDoubles; ++lane) any |= either[lane];
+      Doubles weight[2] = {};
+      if (any) {
+        widen(weight_of(narrowed(ratio)), weight);
+        for (int half = 0; half < 2; ++half) weight[half] = seen[half] ? weight[half] : Doubles{};
+      }
+      for (int half = 0; half < 2; ++half) {
+        vector_at(weights + j + half * kDoubles) = weight[half];
+        total[half] += weight[half];
+      }
     }
-    const Longs either = seen[0] | seen[1];
-    std::int64_t any = 0;
-    for (Index lane = 0; lane < kDoubles; ++lane) any |= either[lane];
-    Doubles weight[2] = {};
-    if (any) {
-      const Floats u = narrowed(share);
-      widen(exponential2(law.gaussian ? u * -kLog2e : -exponent * log2_one_plus(u)), weight);
-      for (int half = 0; half < 2; ++half) weight[half] = seen[half] ? weight[half] : Doubles{};
-    }
-    for (int half = 0; half < 2; ++half) {
-      vector_at(weights + j + half * kDoubles) = weight[half];
-      total[half] += weight[half];
-    }
-  }
+  });
   return sum_of(total[0] + total[1]);
 }
 

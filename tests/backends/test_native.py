@@ -1131,3 +1131,9 @@ def test_size_of_the_extension() -> None:
     if extension.build_info()["cuda_architectures"]:
         pytest.skip("holds CUDA kernels")
     assert Path(extension.__file__).stat().st_size < 4 << 20
+
+
+def test_the_law_of_weights_stands_in_one_file() -> None:
+    cpu = Path(__file__).parents[2] / "csrc" / "cpu"
+    asking = {path.name for path in cpu.iterdir() if "gaussian" in path.read_text()}
+    assert asking == {"weight_law.h"}
