@@ -93,12 +93,11 @@ def test_convert_needs_the_flow_of_other_data(tmp_path, refusal):
 
 def test_the_full_architecture_is_inferred():
     with torch.device("meta"):
-        for name, kind in NETWORKS.items():
-            for blocks in (4, 8):
-                weights = kind(3, 32, num_res_blocks=blocks).state_dict()
-                loaded, config = infer_architecture(weights, None)
-                assert loaded is kind, name
-                assert loaded(**config).config == kind(3, 32, num_res_blocks=blocks).config
+        for kind, blocks in ((DDPMpp, 8), (NCSNpp, 4)):
+            net = kind(3, 32, num_res_blocks=blocks)
+            loaded, config = infer_architecture(net.state_dict(), None)
+            assert loaded is kind
+            assert loaded(**config).config == net.config
 
 
 class Evil:
