@@ -108,7 +108,13 @@ def normalised_field_backward(
 def ode_step(step: OdeStep, with_mean: bool) -> tuple[Tensor, Tensor | None]:
     """The step in differentiable operations, with factors in float64 and points in their dtype."""
     x, slope, history = step.x, step.slope, step.history
-    z, toward, blend = step.levels
+    z: Tensor | float
+    toward: Tensor | float
+    blend: Tensor | float
+    if step.row_levels is None:
+        z, toward, blend = step.z, step.toward, step.blend
+    else:
+        z, toward, blend = step.row_levels.unbind(0)
     mean: Tensor | None = None
     if step.field_z is None:
         result = _scale(1 - toward - blend, x) + _scale(toward, slope)

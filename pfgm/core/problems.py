@@ -120,10 +120,3 @@ class OdeStep(NamedTuple):
     """Below this z, v_z is replaced by the value that v_x implies."""
     exact: bool
     """Whether the replacement inverts the normalisation exactly; False means as published."""
-
-    @property
-    def levels(self) -> tuple[float | Tensor, ...]:
-        """z, toward and blend: numbers for all rows, or (B,) each."""
-        if self.row_levels is None:
-            return self.z, self.toward, self.blend
-        return self.row_levels.unbind(0)
