@@ -62,6 +62,30 @@ def test_a_pass_is_that_of_a_kind_of_gpu(gpus):
     assert chosen(SECOND) is native
 
 
+@pytest.mark.parametrize("passed", [False, True])
+@pytest.mark.filterwarnings("ignore:the backend torch computes")
+def test_ranks_agree_and_each_asks_for_its_own_gpu(gpus, monkeypatch, passed):
+    """Processes of torchrun, whose current device is their own. None makes a context on another."""
+    gpus.kinds[1] = gpus.kinds[0]
+    if passed:
+        passes.store(gpus.kinds[0], "native")
+    asked = []
+    problem, name = native._native.cuda_problem, torch.cuda.get_device_name
+
+    def watched(function):
+        return lambda device: asked.append(getattr(device, "index", device)) or function(device)
+
+    monkeypatch.setattr(native._native, "cuda_problem", watched(problem))
+    monkeypatch.setattr(torch.cuda, "get_device_name", watched(name))
+    for rank, device in enumerate((FIRST, SECOND)):
+        gpus.current = rank
+        native._able.clear()
+        passes._known.clear()
+        asked.clear()
+        assert chosen(device) is (native if passed else products)
+        assert set(asked) == {rank}
+
+
 @pytest.mark.parametrize("change", ["torch", "driver", "build", "backend"])
 def test_a_pass_holds_for_one_driver_torch_build_and_backend(gpus, monkeypatch, change):
     passes.store("H100", "triton" if change == "backend" else "native")
