@@ -9,6 +9,7 @@ import pytest
 import torch
 
 import pfgm
+from pfgm.backends import triton
 from pfgm.core.problems import PosteriorMean, State, Upstream
 
 # Slow in the interpreter.
@@ -35,6 +36,7 @@ def test_the_nearest_may_come_first_or_last(op):
         op.check(x, order, radius, 1.0)
 
 
+@pytest.mark.skipif(triton.interpreted(), reason="NumPy computes in one order")
 def test_twice_the_same_bits(op):
     problem = op.problem(17, 40, 33)
     first, second = (op.everything(*problem, 1.0) for _ in range(2))

@@ -90,9 +90,9 @@ def test_pieces_and_stretches(op, device, monkeypatch, N):
     """Rows of weights that several programs share, sums in stretches, segments of several tiles."""
     monkeypatch.setattr(posterior_mean, "BLOCK", 16)
     monkeypatch.setattr(distances, "PIECES", 2)
-    x, references, sigma = problem(5, 290, N, device=device)
-    references[[3, 140, 141, 277]] = references[0].clone()
-    assert len(posterior_mean.sum_of_references(references, x.new_zeros(5, 304))) > 1
+    x, references, sigma = problem(5, 150, N, device=device)
+    references[[3, 129, 130, 148]] = references[0].clone()
+    assert len(posterior_mean.sum_of_references(references, x.new_zeros(5, 160))) > 1
     for D in (1.0, math.inf):
         op.check(x, references, op.radius_of(sigma, D), D)
         op.check_gradients(x, references, op.radius_of(sigma, D), D)
@@ -285,10 +285,10 @@ def test_gradients(op, device, sizes, D):
     op.check_gradients(x, references, radius, D, 2e-5)
 
 
-@pytest.mark.parametrize("D", [1.0, math.inf])
+@pytest.mark.parametrize(("N", "D"), [(5, 1.0), (33, math.inf), slow(33, 1.0)])
 @pytest.mark.usefixtures("poisoned", "small")
-def test_gradients_of_chunks_and_blocks(op, device, D):
-    x, references, sigma = problem(18, 130, 33, device=device)
+def test_gradients_of_chunks_and_blocks(op, device, N, D):
+    x, references, sigma = problem(18, 130, N, device=device)
     radius = op.radius_of(sigma, D)
     op.check_gradients(x, references, radius, D, 2e-5)
 

@@ -1,6 +1,7 @@
 """Trials of pfgm check by Triton's kernels."""
 
 import pytest
+from pfgm.kernels import distances, posterior_mean
 
 from pfgm.backends.trials import TRIALS, allowed
 
@@ -12,3 +13,18 @@ def test_a_trial_passes(device, name, trial_errors):
     assert TRIALS[name].applies("triton", device)
     errors = trial_errors(name, "triton")
     assert {each: error for each, error in errors.items() if not error <= allowed(each)} == {}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("module", "limit", "nats", "trial"),
+    [
+        (distances, "NEAR", 4.0, "shells of float32, 40, D = 1"),
+        (distances, "OTHERS", -4.0, "shells of float32, 40, D = 1"),
+        (posterior_mean, "WEIGHT_CUTOFF", 8.0, "shells of float32, 2, D = 0.5"),
+    ],
+)
+def test_a_wrong_limit_is_noticed(monkeypatch, trial_errors, module, limit, nats, trial):
+    monkeypatch.setattr(module, limit, nats)
+    errors = trial_errors(trial, "triton")
+    assert any(error > allowed(each) for each, error in errors.items())
