@@ -64,9 +64,9 @@ struct Forward {
 // A null gradient is neither read nor written. On the CPU, gradients of x and radius may take
 // several calls in the same way. They add to `sums` (null if x needs no gradient) and `moments`,
 // which begin as 0. The last call, which has the gradients, may be without references. `pulls` must
-// be complete before: it begins as 0, and if any_steep(), posterior_mean_pulls() adds each part of
-// the references to it. cpu/gradients.h defines c_j and the moment, cpu/steep_rows.h
-// ill-conditioned rows.
+// be complete before: it begins as 0, and if any_ill_conditioned(), posterior_mean_pulls() adds
+// each part of the references to it. cpu/gradients.h defines c_j and the moment,
+// cpu/ill_conditioned_rows.h ill-conditioned rows.
 struct Backward {
   const void* grad_mean;         // (queries, features)
   const double* grad_logsumexp;  // (queries)
@@ -111,7 +111,7 @@ struct Kernels {
   Status (*posterior_mean)(const Problem&, const Forward&);
   Status (*posterior_mean_backward)(const Problem&, const Backward&);
   Status (*posterior_mean_pulls)(const Problem&, const Backward&);
-  bool (*any_steep)(const Problem&, const Backward&);
+  bool (*any_ill_conditioned)(const Problem&, const Backward&);
   std::int64_t (*chunk_rows)(std::int64_t features, Type reference_type);
   std::int64_t (*sketch_bytes)(const Problem&);
   Status (*sketch)(const Problem&, void* out);

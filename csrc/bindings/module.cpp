@@ -142,8 +142,8 @@ PYBIND11_MODULE(_native, module) {
   module.def("posterior_mean", &run_pass<&Kernels::posterior_mean, Forward>);
   module.def("posterior_mean_backward", &run_pass<&Kernels::posterior_mean_backward, Backward>);
   module.def("posterior_mean_pulls", &run_pass<&Kernels::posterior_mean_pulls, Backward>);
-  module.def("any_steep", [](const Problem& problem, const Backward& io) {
-    return cpu_kernels().any_steep(problem, io);
+  module.def("any_ill_conditioned", [](const Problem& problem, const Backward& io) {
+    return cpu_kernels().any_ill_conditioned(problem, io);
   });
   module.def("chunk_rows", [](std::int64_t features, int reference_type) {
     return cpu_kernels().chunk_rows(features, static_cast<Type>(reference_type));

@@ -68,12 +68,13 @@ void reference_gradients(const Problem& problem, const Backward& io, const Dista
 template <class T>
 Status all_pulls(const Problem& problem, const Backward& io) {
   const WeightLaw law = weight_law<T>(problem, kGradientCutoff);
-  Buffer<Index> steep(problem.queries);
-  if (!steep) return {Failure::memory, 0};
+  Buffer<Index> ill_conditioned(problem.queries);
+  if (!ill_conditioned) return {Failure::memory, 0};
   Index count = 0;
   for (Index b = 0; b < problem.queries; ++b)
-    if (query_is_steep<T>(problem, io, law, b)) steep[count++] = b;
-  return count == 0 ? Status() : add_pulls<T>(problem, io, law, 0, steep.data(), count, io.pulls);
+    if (query_is_ill_conditioned<T>(problem, io, law, b)) ill_conditioned[count++] = b;
+  return count == 0 ? Status()
+                    : add_pulls<T>(problem, io, law, 0, ill_conditioned.data(), count, io.pulls);
 }
 
 template <class T>
@@ -137,14 +138,14 @@ class BackwardPass {
         averages_(block_),
         own_pulls_(2 * block_),
         states_(block_),
-        steep_(block_),
-        is_steep_(block_) {}
+        ill_conditioned_(block_),
+        is_ill_conditioned_(block_) {}
 
   Status run() {
     if (kept_ && !kept_.is_of(problem_)) return {Failure::kept, 0};
     if (!distances_ || !lists_ || !groups_ || !dense_ || !projections_ || !weighted_ ||
         !own_sums_ || !p_ || !c_ || !moments_ || !bounds_ || !averages_ || !own_pulls_ ||
-        !states_ || !steep_ || !is_steep_)
+        !states_ || !ill_conditioned_ || !is_ill_conditioned_)
       return {Failure::memory, 0};
     if (io_.grad_y) clear_reference_gradients();
     for (first_ = 0; first_ < problem_.queries; first_ += block_) {
@@ -194,21 +195,22 @@ class BackwardPass {
     distances_.set_queries(first_, count_);
     sums_ = io_.sums ? io_.sums + first_ * features_ : own_sums_.data();
     if (needs_sums_ && !io_.sums) std::memset(sums_, 0, count_ * features_ * sizeof(double));
-    Index steep_count = 0;
+    Index ill_conditioned_count = 0;
     for (Index b = 0; b < count_; ++b) {
       moments_[b] = io_.moments ? io_.moments[first_ + b] : 0;
       own_pulls_[2 * b] = own_pulls_[2 * b + 1] = 0;
       states_[b] = state_of(io_, first_ + b);
-      is_steep_[b] = query_is_steep<T>(problem_, io_, law_, first_ + b);
-      if (is_steep_[b]) steep_[steep_count++] = b;
+      is_ill_conditioned_[b] = query_is_ill_conditioned<T>(problem_, io_, law_, first_ + b);
+      if (is_ill_conditioned_[b]) ill_conditioned_[ill_conditioned_count++] = b;
     }
-    if (steep_count > 0 && !one_chunk_ && !io_.pulls) {
-      const Status status =
-          add_pulls<T>(problem_, io_, law_, first_, steep_.data(), steep_count, own_pulls_.data());
+    if (ill_conditioned_count > 0 && !one_chunk_ && !io_.pulls) {
+      const Status status = add_pulls<T>(problem_, io_, law_, first_, ill_conditioned_.data(),
+                                         ill_conditioned_count, own_pulls_.data());
       if (status.failure != Failure::none) return status;
     }
     const double* pulls = io_.pulls ? io_.pulls + 2 * first_ : own_pulls_.data();
-    for (Index b = 0; b < count_; ++b) averages_[b] = is_steep_[b] ? average(pulls + 2 * b) : 0;
+    for (Index b = 0; b < count_; ++b)
+      averages_[b] = is_ill_conditioned_[b] ? average(pulls + 2 * b) : 0;
     return {};
   }
 
@@ -227,13 +229,13 @@ class BackwardPass {
           return;
         }
       }
-      if (is_steep_[b])
+      if (is_ill_conditioned_[b])
         probabilities<double>(law_, states_[b], distances_.radius(b), distances_.row(b),
                               p_.at(b * kStride), distances_.count());
       else
         probabilities<T>(law_, states_[b], distances_.radius(b), distances_.row(b),
                          p_.at(b * kStride), distances_.count());
-      const bool is_listed = !is_steep_[b] && states_[b].live > 0;
+      const bool is_listed = !is_ill_conditioned_[b] && states_[b].live > 0;
       groups_.note(b, p_.at(b * kStride), distances_.count(),
                    [is_listed](double p) { return is_listed && p != 0; });
       if (!distances_.takes_all_pairs())  // where all pairs are computed, they are assigned
@@ -263,12 +265,12 @@ class BackwardPass {
     projections_.add(groups_, distances_.count(), features_, y, project_rows, each(c_));
   }
 
-  // c, and the moments. Steep rows are finished here, in float64.
+  // c, and the moments. Ill-conditioned rows are finished here, in float64.
   void find_coefficients() {
     parallel(count_, problem_.threads, [&](Index b, int) {
       double *p = p_.at(b * kStride), *c = c_.at(b * kStride);
       const T* mean = mean_ + b * features_;
-      if (is_steep_[b]) {
+      if (is_ill_conditioned_[b]) {
         double pulls[2] = {};
         project_row(distances_, grad_ + b * features_, mean, features_, p, c, pulls);
         if (one_chunk_) averages_[b] = average(pulls);
@@ -276,7 +278,7 @@ class BackwardPass {
       moments_[b] += coefficients(law_, states_[b], distances_.radius(b),
                                   io_.grad_logsumexp[first_ + b] - averages_[b], distances_.row(b),
                                   p, c, distances_.count(), bounds_.at(b));
-      if (is_steep_[b] && needs_sums_)
+      if (is_ill_conditioned_[b] && needs_sums_)
         add_row(distances_, mean, features_, p, c, sums_ + b * features_);
     });
   }
@@ -318,8 +320,8 @@ class BackwardPass {
   WeightedSums<T, kGradientRows, true> weighted_;
   Buffer<double> own_sums_, p_, c_, moments_, bounds_, averages_, own_pulls_;
   Buffer<QueryState> states_;
-  Buffer<Index> steep_;
-  Buffer<bool> is_steep_;
+  Buffer<Index> ill_conditioned_;
+  Buffer<bool> is_ill_conditioned_;
 
   // The block at hand.
   Index first_ = 0, count_ = 0;

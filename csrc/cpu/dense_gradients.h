@@ -97,17 +97,17 @@ void project_rows(const DenseRows& rows, const Index* row, Index number, Index f
     }
 }
 
-// Adds Σ_j p_bj and Σ_j p_bj G·(y_j − mean) to pulls[2b] and pulls[2b + 1], for the steep rows b of
-// a block. `first` is the first query of the block.
+// Adds Σ_j p_bj and Σ_j p_bj G·(y_j − mean) to pulls[2b] and pulls[2b + 1], for the ill-conditioned
+// rows b of a block. `first` is the first query of the block.
 inline Status add_pulls_of_rows(const Problem& problem, const WeightLaw& law, const Backward& io,
-                                Index first, const Index* steep, Index count, float* workspace,
-                                List& list, double* pulls) {
+                                Index first, const Index* ill_conditioned, Index count,
+                                float* workspace, List& list, double* pulls) {
   const Index features = problem.features;
   Buffer<float> x(count * features);
   Buffer<double> radius(count);
   if (!x || !radius) return {Failure::memory, 0};
   for (Index i = 0; i < count; ++i) {
-    const Index query = first + steep[i];
+    const Index query = first + ill_conditioned[i];
     std::memcpy(x.at(i * features), static_cast<const float*>(problem.x) + query * problem.x_stride,
                 features * sizeof(float));
     radius[i] = problem.radius[query];
@@ -121,7 +121,7 @@ inline Status add_pulls_of_rows(const Problem& problem, const WeightLaw& law, co
   by_chunks(some, [&](Index begin, Index references) {
     rows.set_chunk(begin, references);
     for (Index i = 0; i < count; ++i) {
-      const Index query = first + steep[i];
+      const Index query = first + ill_conditioned[i];
       QueryState state = state_of(io, query);
       rows.split(i, state, false, list);
       // The main pass reports a row that is not finite.
@@ -129,7 +129,7 @@ inline Status add_pulls_of_rows(const Problem& problem, const WeightLaw& law, co
       list_probabilities(rows, law, state, radius[i],
                          static_cast<const float*>(io.grad_mean) + query * features,
                          static_cast<const float*>(io.mean) + query * features, features, list,
-                         pulls + 2 * steep[i]);
+                         pulls + 2 * ill_conditioned[i]);
     }
   });
   return {};
@@ -152,40 +152,42 @@ inline Status gradients_of_block(const Problem& problem, const WeightLaw& law, c
   };
   QueryState states[kMaxRows];
   double moments[kMaxRows], averages[kMaxRows], scales[kMaxRows], own_pulls[2 * kMaxRows] = {};
-  bool row_is_constant[kMaxRows], row_is_steep[kMaxRows];
-  Index steep[kMaxRows], steep_count = 0;
+  bool row_is_constant[kMaxRows], row_is_ill_conditioned[kMaxRows];
+  Index ill_conditioned[kMaxRows], ill_conditioned_count = 0;
   Status failed;
   if (!io.sums) std::memset(sums, 0, count * features * sizeof(double));
   for (Index b = 0; b < count; ++b) {
     states[b] = state_of(io, first + b);
     moments[b] = io.moments ? io.moments[first + b] : 0;
     row_is_constant[b] = law.is_constant(states[b].nearest, rows.radius(b));
-    row_is_steep[b] = query_is_steep<float>(problem, io, law, first + b);
-    if (row_is_steep[b]) steep[steep_count++] = b;
+    row_is_ill_conditioned[b] = query_is_ill_conditioned<float>(problem, io, law, first + b);
+    if (row_is_ill_conditioned[b]) ill_conditioned[ill_conditioned_count++] = b;
   }
   // Whether the one chunk gives the averages of ill-conditioned rows itself.
   const bool one_chunk = problem.references <= dense_chunk(problem) && !io.pulls;
-  if (steep_count > 0 && !one_chunk && !io.pulls) {
-    const Status status = add_pulls_of_rows(problem, law, io, first, steep, steep_count,
-                                            work.rows.at(thread * work.space), list, own_pulls);
+  if (ill_conditioned_count > 0 && !one_chunk && !io.pulls) {
+    const Status status =
+        add_pulls_of_rows(problem, law, io, first, ill_conditioned, ill_conditioned_count,
+                          work.rows.at(thread * work.space), list, own_pulls);
     if (status.failure != Failure::none) return status;
   }
   const double* pulls = io.pulls ? io.pulls + 2 * first : own_pulls;
-  for (Index b = 0; b < count; ++b) averages[b] = row_is_steep[b] ? average(pulls + 2 * b) : 0;
+  for (Index b = 0; b < count; ++b)
+    averages[b] = row_is_ill_conditioned[b] ? average(pulls + 2 * b) : 0;
 
   by_chunks(problem, [&](Index begin, Index references) {
     rows.set_chunk(begin, references);
     Index whole[kMaxRows], number = 0;
     for (Index b = 0; b < count; ++b) {
       const double g = io.grad_logsumexp[first + b];
-      const bool rest = rows.split(b, states[b], !row_is_steep[b] && fits_float(g), list);
+      const bool rest = rows.split(b, states[b], !row_is_ill_conditioned[b] && fits_float(g), list);
       if (!is_distance(list.nearest))
         failed = first_of(failed, {failure_of(list.nearest), first + b});
       if (row_is_constant[b] || !is_distance(list.nearest)) continue;
       if (list.length > 0) {
         moments[b] +=
             list_coefficients(rows, law, states[b], rows.radius(b), g - averages[b], grad(b),
-                              mean(b), features, row_is_steep[b] && one_chunk, list);
+                              mean(b), features, row_is_ill_conditioned[b] && one_chunk, list);
         // Where no weight counts, terms are those of another row.
         if (needs_x && states[b].live > 0)
           add_list(rows, list, list.term, mean(b), features, sums + b * features);
@@ -237,11 +239,12 @@ inline Status dense_backward(const Problem& problem, const Backward& io) {
 inline Status dense_pulls(const Problem& problem, const Backward& io) {
   const WeightLaw law = weight_law<float>(problem, kGradientCutoff);
   return by_rows(problem, [&](Index first, Index count, DenseWork& work, int thread) {
-    Index steep[kMaxRows], steep_count = 0;
+    Index ill_conditioned[kMaxRows], ill_conditioned_count = 0;
     for (Index b = 0; b < count; ++b)
-      if (query_is_steep<float>(problem, io, law, first + b)) steep[steep_count++] = b;
-    if (steep_count == 0) return Status();
-    return add_pulls_of_rows(problem, law, io, first, steep, steep_count,
+      if (query_is_ill_conditioned<float>(problem, io, law, first + b))
+        ill_conditioned[ill_conditioned_count++] = b;
+    if (ill_conditioned_count == 0) return Status();
+    return add_pulls_of_rows(problem, law, io, first, ill_conditioned, ill_conditioned_count,
                              work.rows.at(thread * work.space), work.lists[thread],
                              io.pulls + 2 * first);
   });

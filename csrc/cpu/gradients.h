@@ -12,9 +12,9 @@
 //     ∂L/∂r = r C                                                (D = ∞: (g d²/σ² + moment)/σ)
 // p_j is computed relative to the nearest reference of the forward pass. From logsumexp it would be
 // too inexact: for small σ, logsumexp is as large as d²/σ². In rows where the rounding of the mean
-// would be visible, t_j does not use the rounded mean (cpu/steep_rows.h).
+// would be visible, t_j does not use the rounded mean (cpu/ill_conditioned_rows.h).
 #pragma once
-#include "cpu/steep_rows.h"
+#include "cpu/ill_conditioned_rows.h"
 
 namespace pfgm {
 namespace PFGM_ISA {
@@ -77,19 +77,20 @@ Status check_singular(const Problem& problem, const WeightLaw& law, const Backwa
 constexpr double kGradientCutoff = 8;
 
 template <class T>
-bool query_is_steep(const Problem& problem, const Backward& io, const WeightLaw& law, Index query) {
+bool query_is_ill_conditioned(const Problem& problem, const Backward& io, const WeightLaw& law,
+                              Index query) {
   const double radius = problem.radius[query], nearest = io.nearest[query];
   const T* mean = static_cast<const T*>(io.mean) + query * problem.features;
   return !law.is_constant(nearest, radius) &&
-         is_steep<T>(problem, law, nearest, io.total[query], radius, mean);
+         is_ill_conditioned<T>(problem, law, nearest, io.total[query], radius, mean);
 }
 
-// Adds Σ_j p_bj and Σ_j p_bj G·(y_j − mean) to pulls[2b] and pulls[2b + 1], for the steep rows b of
-// a block. `first` is the first query of the block.
+// Adds Σ_j p_bj and Σ_j p_bj G·(y_j − mean) to pulls[2b] and pulls[2b + 1], for the ill-conditioned
+// rows b of a block. `first` is the first query of the block.
 template <class T>
 Status add_pulls(const Problem& problem, const Backward& io, const WeightLaw& law, Index first,
-                 const Index* steep, Index count, double* pulls) {
-  const Index features = problem.features, block = smaller(count, kSteepBlock);
+                 const Index* ill_conditioned, Index count, double* pulls) {
+  const Index features = problem.features, block = smaller(count, kIllConditionedBlock);
   Buffer<T> x(block * features);
   Buffer<double> radius(block), p(block * kStride);
   Buffer<QueryState> states(block);
@@ -103,10 +104,10 @@ Status add_pulls(const Problem& problem, const Backward& io, const WeightLaw& la
   if (!x || !radius || !p || !states || !distances || !lists) return {Failure::memory, 0};
   const Index chunk = chunk_size(problem);
 
-  for (Index at = 0; at < count; at += block, steep += block) {
+  for (Index at = 0; at < count; at += block, ill_conditioned += block) {
     const Index n = smaller(block, count - at);
     for (Index i = 0; i < n; ++i) {
-      const Index query = first + steep[i];
+      const Index query = first + ill_conditioned[i];
       std::memcpy(x.at(i * features), static_cast<const T*>(problem.x) + query * problem.x_stride,
                   features * sizeof(T));
       radius[i] = problem.radius[query];
@@ -118,12 +119,12 @@ Status add_pulls(const Problem& problem, const Backward& io, const WeightLaw& la
       parallel(n, problem.threads, [&](Index i, int) {
         // The main pass reports a row that is not finite.
         if (!is_distance(distances.refine(i, states[i]))) return;
-        const Index from = (first + steep[i]) * features;
+        const Index from = (first + ill_conditioned[i]) * features;
         probabilities<double>(law, states[i], radius[i], distances.row(i), p.at(i * kStride),
                               distances.count());
         project_row(distances, static_cast<const T*>(io.grad_mean) + from,
                     static_cast<const T*>(io.mean) + from, features, p.at(i * kStride),
-                    static_cast<double*>(nullptr), pulls + 2 * steep[i]);
+                    static_cast<double*>(nullptr), pulls + 2 * ill_conditioned[i]);
       });
     }
   }

@@ -60,12 +60,12 @@ Status run_pulls(const Problem& call, const Backward& io) {
   });
 }
 
-bool any_steep(const Problem& problem, const Backward& io) {
+bool any_ill_conditioned(const Problem& problem, const Backward& io) {
   return with_type(problem, [&](auto t) {
     using T = decltype(t);
     const WeightLaw law = weight_law<T>(problem);
     for (Index b = 0; b < problem.queries; ++b)
-      if (query_is_steep<T>(problem, io, law, b)) return true;
+      if (query_is_ill_conditioned<T>(problem, io, law, b)) return true;
     return false;
   });
 }
@@ -105,8 +105,9 @@ std::int64_t kept_bytes(const Problem& problem) {
 #define PFGM_TEXT_(name) #name
 #define PFGM_TEXT(name) PFGM_TEXT_(name)
 extern const Kernels kernels;
-const Kernels kernels = {PFGM_TEXT(PFGM_ISA), run_forward,  run_backward, run_pulls, any_steep,
-                         chunk_rows,          sketch_bytes, run_sketch,   kept_bytes};
+const Kernels kernels = {PFGM_TEXT(PFGM_ISA), run_forward,         run_backward,
+                         run_pulls,           any_ill_conditioned, chunk_rows,
+                         sketch_bytes,        run_sketch,          kept_bytes};
 
 }  // namespace PFGM_ISA
 }  // namespace pfgm

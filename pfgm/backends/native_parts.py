@@ -91,11 +91,13 @@ def begin_gradients(x: Tensor, references: int, needs_x: bool) -> RunningGradien
     return RunningGradient(_zeros(x) if needs_x else None, moments, pulls, references)
 
 
-def any_steep(problem: PosteriorMean, state: State, upstream: Upstream) -> bool:
+def any_ill_conditioned(problem: PosteriorMean, state: State, upstream: Upstream) -> bool:
     """Whether :func:`add_pulls` must take all parts before the first :func:`add_gradients`."""
     none = _without_references(problem)
-    steep: bool = _backward(native.extension().any_steep, none, state, upstream, None)
-    return steep
+    ill_conditioned: bool = _backward(
+        native.extension().any_ill_conditioned, none, state, upstream, None
+    )
+    return ill_conditioned
 
 
 def add_pulls(

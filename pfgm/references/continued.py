@@ -151,7 +151,7 @@ def gradients(saved: Saved, settings: Settings, needs: tuple[bool, bool]) -> tup
     none = saved.x.new_empty(0, *saved.x.shape[1:], dtype=settings.part.source.dtype)
     problem = settings.problem(saved.x, none, saved.radius)
     running = native_parts.begin_gradients(saved.x, _count(settings), needs[0])
-    if native_parts.any_steep(problem, saved.state, saved.upstream):
+    if native_parts.any_ill_conditioned(problem, saved.state, saved.upstream):
         for _, part, points in _problems(saved, settings):
             native_parts.add_pulls(part, points.state, points.upstream, running)
         if settings.ranks is not None:

@@ -200,7 +200,7 @@ def _sum_of_gradients(
 def _ill_conditioned(saved: Saved, settings: Settings) -> Tensor | None:
     """Mask (B,) of ill-conditioned points, whose gradients would show the rounding of the means.
 
-    None if there is none. As csrc/cpu/steep_rows.h, with a third of its limit.
+    None if there is none. As csrc/cpu/ill_conditioned_rows.h, with a third of its limit.
     """
     N, wide = saved.x.shape[1], saved.radius.dtype
     # On a GPU the kernels compute in float32 only.

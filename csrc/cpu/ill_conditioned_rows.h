@@ -1,10 +1,10 @@
-// Steep rows: their gradients magnify the rounding of the mean until it is visible.
+// Ill-conditioned rows: their gradients magnify the rounding of the mean until it is visible.
 //
 // The gradients are sums of t_j = G·(y_j − mean) + g times p_j (N + D)/s_j |x − y_j|. The mean from
 // the forward pass and the sums over features are rounded to about ε of their values. A small σ
 // multiplies that error by d/σ². If several references are equally near, no other term hides it.
-// Steep rows are computed in float64, and t_j is taken relative to the average of G·(y_j − mean)
-// over the same weights. Then Σ p_j t_j = g however the mean was rounded.
+// Ill-conditioned rows are computed in float64, and t_j is taken relative to the average of G·(y_j
+// − mean) over the same weights. Then Σ p_j t_j = g however the mean was rounded.
 #pragma once
 #include "cpu/distances.h"
 
@@ -15,7 +15,7 @@ namespace {
 // Tolerated error of t_j, relative to |G|, times (N + D) d/s.
 template <class T> constexpr double kToleratedError = sizeof(T) == sizeof(float) ? 3e-5 : 1e-10;
 constexpr double kMaxSpread = 16;  // references that count are at most this many (d² + σ²)^½ apart
-constexpr Index kSteepBlock = 64;  // rows that add_pulls takes at a time
+constexpr Index kIllConditionedBlock = 64;  // rows that add_pulls takes at a time
 
 constexpr Index kWideLanes = 4 * kDoubles;
 
@@ -35,8 +35,8 @@ T largest_of(const T* values, Index n) {
 }
 
 template <class T>
-bool is_steep(const Problem& problem, const WeightLaw& law, double nearest, double total,
-              double radius, const T* mean) {
+bool is_ill_conditioned(const Problem& problem, const WeightLaw& law, double nearest, double total,
+                        double radius, const T* mean) {
   // The mean is the nearest reference itself and has no error.
   const bool exact = holds_exactly<T>(problem);
   if (total == 1 && exact) return false;
