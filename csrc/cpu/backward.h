@@ -235,7 +235,7 @@ class BackwardPass {
       else
         probabilities<T>(law_, states_[b], distances_.radius(b), distances_.row(b),
                          p_.at(b * kStride), distances_.count());
-      const bool is_listed = !is_ill_conditioned_[b] && states_[b].live > 0;
+      const bool is_listed = !is_ill_conditioned_[b] && states_[b].nonzero > 0;
       groups_.note(b, p_.at(b * kStride), distances_.count(),
                    [is_listed](double p) { return is_listed && p != 0; });
       if (!distances_.takes_all_pairs())  // where all pairs are computed, they are assigned

@@ -22,14 +22,14 @@ inline void list_probabilities(const DenseRows& rows, const WeightLaw& law, Quer
   weigh(law, state.nearest, radius, visible_fall(law, state), list.squared, list.weight,
         list.length);
   const double inverse = 1 / state.total;
-  state.live = 0;
+  state.nonzero = 0;
   for (Index i = 0; i < list.length; ++i) {
     if (list.weight[i] == 0) continue;
     list.weight[i] *= inverse;
     list.term[i] = project(grad, mean, rows.reference(list.index[i]), features);
     sums[0] += list.weight[i];
     sums[1] += list.weight[i] * list.term[i];
-    ++state.live;
+    ++state.nonzero;
   }
 }
 
@@ -189,7 +189,7 @@ inline Status gradients_of_block(const Problem& problem, const WeightLaw& law, c
             list_coefficients(rows, law, states[b], rows.radius(b), g - averages[b], grad(b),
                               mean(b), features, row_is_ill_conditioned[b] && one_chunk, list);
         // Where no weight counts, terms are those of another row.
-        if (needs_x && states[b].live > 0)
+        if (needs_x && states[b].nonzero > 0)
           add_list(rows, list, list.term, mean(b), features, sums + b * features);
       }
       if (rest) whole[number++] = b;

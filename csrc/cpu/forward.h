@@ -47,7 +47,7 @@ constexpr Index kFewSummed = 2;
 template <class T>
 bool sums_differences(const T* x, Index features, const QueryState& state) {
   return sizeof(T) == sizeof(float) &&
-         (state.live <= kFewSummed || is_close(x, features, state.nearest));
+         (state.nonzero <= kFewSummed || is_close(x, features, state.nearest));
 }
 
 template <class T>
@@ -95,10 +95,10 @@ Status forward(const Problem& problem, const Forward& out) {
           for (Index k = 0; k < features; ++k) sum[k] *= states[b].scale;
         const T* x = distances.query(b);
         const bool is_summed = problem.difference && sums_differences(x, features, states[b]);
-        const bool is_listed = !is_summed && states[b].live > 0;
+        const bool is_listed = !is_summed && states[b].nonzero > 0;
         groups.note(b, distances.row(b), distances.count(),
                     [is_listed](double weight) { return is_listed && weight != 0; });
-        if (!problem.difference || states[b].live == 0) return;
+        if (!problem.difference || states[b].nonzero == 0) return;
         if (is_summed)
           add_row(distances, x, features, distances.row(b), distances.row(b), sum);
         else

@@ -25,7 +25,7 @@ namespace {
 template <class T>
 void probabilities(const WeightLaw& law, QueryState& state, double radius, const double* squared,
                    double* p, Index count) {
-  state.live = 0;
+  state.nonzero = 0;
   if (law.at_limit(state.nearest, radius)) {
     std::memset(p, 0, padded_count(count) * sizeof(double));
     return;
@@ -34,17 +34,17 @@ void probabilities(const WeightLaw& law, QueryState& state, double radius, const
   weigh_for<T>(law, state.nearest, radius, fall, squared, p, count);
   for (Index j = 0; j < count; ++j) {
     p[j] *= inverse;
-    state.live += p[j] != 0;
+    state.nonzero += p[j] != 0;
   }
 }
 
 // Replaces t_j by c_j, after adding g to t_j. Returns the chunk's part of the moment. `bound`
-// becomes a bound of Σ |c_j| whose inverse is finite. All arrays are padded. If `live` is 0, t
+// becomes a bound of Σ |c_j| whose inverse is finite. All arrays are padded. If `nonzero` is 0, t
 // stays.
 double coefficients(const WeightLaw& law, const QueryState& state, double radius, double g,
                     const double* squared, const double* p, double* t, Index count, double* bound) {
   *bound = 1e-300;
-  if (state.live == 0) return 0;
+  if (state.nonzero == 0) return 0;
   if (law.is_constant(state.nearest, radius)) {
     std::memset(t, 0, padded_count(count) * sizeof(double));
     return 0;

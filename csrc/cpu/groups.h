@@ -72,11 +72,11 @@ class Groups {
   // Makes groups of the rows that need any reference, from what was noted of each.
   void arrange(Index rows, Index references, int threads) {
     words_ = divide_up(references, 64);
-    const Index alive = sort(rows, references);
-    count_ = divide_up(alive, kRows);
-    std::memset(live_, 0, words_ * sizeof *live_);
-    parallel(divide_up(alive, kBucket), threads, [&](Index bucket, int) {
-      const Index first = bucket * kBucket, last = smaller(first + kBucket, alive);
+    const Index needing = sort(rows, references);
+    count_ = divide_up(needing, kRows);
+    std::memset(needed_, 0, words_ * sizeof *needed_);
+    parallel(divide_up(needing, kBucket), threads, [&](Index bucket, int) {
+      const Index first = bucket * kBucket, last = smaller(first + kBucket, needing);
       for (Index i = first; i < last; i += kRows) {
         choose_group(i, last);
         list(groups_[i / kRows], i, last);
@@ -93,7 +93,8 @@ class Groups {
 
   Index count() const { return count_; }
   const Group<T, kRows>& operator[](Index g) const { return groups_[g]; }
-  bool live(Index j) const { return live_[j / 64] >> (j % 64) & 1; }
+  // Whether any row needs the reference.
+  bool needed(Index j) const { return needed_[j / 64] >> (j % 64) & 1; }
 
  private:
   // Sorts the rows that need any reference; the rows that need most come first. Returns their
@@ -108,9 +109,9 @@ class Groups {
       starts[i] = at;
       at += number;
     }
-    const Index alive = starts[references];
+    const Index needing = starts[references];
     for (Index b = 0; b < rows; ++b) order_[starts[references - lengths_[b]]++] = b;
-    return alive;
+    return needing;
   }
 
   std::uint64_t* needs_of(Index b) const { return needs_.at(b * kWords); }
@@ -148,8 +149,8 @@ class Groups {
         std::uint64_t any = 0;
         for (Index q = 0; q < group.rows; ++q) any |= needs_of(group.row[q])[word];
         // Write only once: threads that write to the same cache line slow each other down.
-        if (any & ~__atomic_load_n(&live_[word], __ATOMIC_RELAXED))
-          __atomic_fetch_or(&live_[word], any, __ATOMIC_RELAXED);
+        if (any & ~__atomic_load_n(&needed_[word], __ATOMIC_RELAXED))
+          __atomic_fetch_or(&needed_[word], any, __ATOMIC_RELAXED);
         for (; any != 0; any &= any - 1)
           group.index[group.length++] = static_cast<std::int32_t>(word * 64 + __builtin_ctzll(any));
       }
@@ -180,7 +181,7 @@ class Groups {
   Buffer<Group<T, kRows>> groups_;
   Buffer<Index> order_, lengths_;  // lengths_: how many references each row needs
   Buffer<std::uint64_t> needs_;    // of each row
-  std::uint64_t live_[kWords];     // of all rows
+  std::uint64_t needed_[kWords];   // of all rows
   Index count_ = 0, words_ = 0;    // of groups; of references of the chunk, 64 each
 };
 

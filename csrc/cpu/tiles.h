@@ -228,7 +228,7 @@ class PairTiles {
         const Index n = smaller(width, features - k);
         const T* from[kPairReferences];
         for (Index j = begin; j < end; ++j)
-          if (groups.live(j))
+          if (groups.needed(j))
             from[j - begin] = aligned(y(j) + k, n, packed + (j - begin) * kPairPanel<T>);
         for (Index g = task % parts; g < groups.count(); g += parts)
           add_group(groups[g], task / parts, k, n, from, kernel, out);

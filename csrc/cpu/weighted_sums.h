@@ -73,9 +73,9 @@ class WeightedSums {
             Index n, T* packed) const {
     const Index end = smaller(batch + kBatch, distances.count());
     for (Index j = batch; j < end; ++j) {
-      if (const Index next = j + kPrefetchReferences; next < end && groups.live(next))
+      if (const Index next = j + kPrefetchReferences; next < end && groups.needed(next))
         prefetch(distances.reference(next) + k, n);
-      if (!groups.live(j)) continue;
+      if (!groups.needed(j)) continue;
       T* out = packed + (j - batch) * kSumPanel<T>;
       with_values(distances.reference(j) + k, [&](const auto* y) {
         if (n == kSumPanel<T>) {

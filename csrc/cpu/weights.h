@@ -66,8 +66,8 @@ double separate(const T* x, const Reference& reference, Index features, double r
 // The merge state of one query. Everything is relative to the nearest reference so far.
 struct QueryState {
   double nearest = kInfinity, total = 0;
-  double scale = 1;  // factor for the sums over earlier chunks
-  Index live = 0;    // references of this chunk that count
+  double scale = 1;   // factor for the sums over earlier chunks
+  Index nonzero = 0;  // weights of this chunk that count
 };
 
 // The state that earlier calls or the forward pass ended with.
@@ -175,8 +175,8 @@ double weigh_for(const WeightLaw& law, double nearest, double radius, double fal
     return weigh(law, nearest, radius, fall, squared, weights, count);
 }
 
-// Sets weights below `least` to zero. Counts the others in `live` and returns their sum.
-inline double keep_visible(double* weights, Index count, double least, Index* live) {
+// Sets weights below `least` to zero. Counts the others in `nonzero` and returns their sum.
+inline double keep_visible(double* weights, Index count, double least, Index* nonzero) {
   Doubles total = {};
   Longs number = {};
   for (Index j = 0; j < padded_count(count); j += kDoubles) {
@@ -187,15 +187,15 @@ inline double keep_visible(double* weights, Index count, double least, Index* li
     total += kept;
     number -= seen;
   }
-  *live = 0;
-  for (Index lane = 0; lane < kDoubles; ++lane) *live += number[lane];
+  *nonzero = 0;
+  for (Index lane = 0; lane < kDoubles; ++lane) *nonzero += number[lane];
   return sum_of(total);
 }
 
 // Makes the state relative to the nearest reference of a chunk, if that one is nearer.
 inline void rebase(const WeightLaw& law, QueryState& state, double radius, double chunk_nearest) {
   state.scale = 1;
-  state.live = 0;
+  state.nonzero = 0;
   if (!(chunk_nearest < state.nearest)) return;
   const double excess = state.nearest - chunk_nearest;
   state.scale = state.total == 0 ? 0 : std::exp(law.relative_score(excess, chunk_nearest, radius));
@@ -209,7 +209,7 @@ inline double visible_fall(const WeightLaw& law, const QueryState& state) {
 }
 
 // Merges a chunk into the state. Its squared distances become weights. Returns their sum. If none
-// counts, `live` is 0 and the row is left as it is.
+// counts, `nonzero` is 0 and the row is left as it is.
 template <class T>
 double merge(const WeightLaw& law, QueryState& state, double radius, double chunk_nearest,
              double* squared, Index count) {
@@ -218,8 +218,8 @@ double merge(const WeightLaw& law, QueryState& state, double radius, double chun
   if (chunk_nearest - state.nearest > law.excess_at(fall, state.nearest, radius)) return 0;
   const double sum = weigh_for<T>(law, state.nearest, radius, fall, squared, squared, count);
   const double least = std::exp(-law.cutoff) * (state.total + sum);
-  const double kept =
-      keep_visible(squared, count, least > kSmallestDouble ? least : kSmallestDouble, &state.live);
+  const double kept = keep_visible(
+      squared, count, least > kSmallestDouble ? least : kSmallestDouble, &state.nonzero);
   state.total += kept;
   return kept;
 }

@@ -49,7 +49,7 @@ void check_groups(Index rows, Index references, double share) {
     if (number[b] != (is_empty ? 0 : 1)) fail("a row is not in one group");
   }
   for (Index j = 0; j < references; ++j)
-    if (groups.live(j) != (any[j] != 0)) fail("a reference is wrongly live");
+    if (groups.needed(j) != (any[j] != 0)) fail("a reference is wrongly needed");
 }
 
 // Rows of two kinds in turn, with equally many references each: a group has one kind.
