@@ -36,7 +36,8 @@ bool all_finite_of(int type, Address values, Index count) {
 // spread over the memory, or of all bytes if they are few. Where a window lies in its share of the
 // memory looks random, so that windows do not follow the rows.
 std::uint64_t sample(Address values, Index bytes) {
-  constexpr Index kWindow = 64, kFew = 1024, kShare = 8192, kFewest = kFew / kWindow, kMost = 64;
+  constexpr Index kWindow = 64, kFew = 1024, kBytesPerWindow = 8192, kFewest = kFew / kWindow,
+                  kMost = 64;
   constexpr std::uint64_t kMixing = 0x9e3779b97f4a7c15u;
   const auto* memory = pointer<const unsigned char>(values);
   if (memory == nullptr) return 0;
@@ -53,7 +54,7 @@ std::uint64_t sample(Address values, Index bytes) {
     take(0, bytes);
     return sum;
   }
-  const Index windows = std::clamp(bytes / kShare, kFewest, kMost);
+  const Index windows = std::clamp(bytes / kBytesPerWindow, kFewest, kMost);
   for (Index w = 0; w < windows; ++w) {
     const Index begin = bytes * w / windows, end = bytes * (w + 1) / windows;
     const Index places = end - begin - kWindow + 1;

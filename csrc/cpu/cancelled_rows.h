@@ -12,7 +12,7 @@ namespace {
 
 // A row is computed again if the length of (x − mean, r) is below this fraction of the distance of
 // the nearest reference. Errors of 2e-7 of that distance stay below 1e-6 of the field.
-constexpr double kCancelledShare = 0.2;
+constexpr double kCancelledFraction = 0.2;
 constexpr Index kCancelledBlock = 64;  // rows computed again at a time
 
 template <class T>
@@ -23,9 +23,9 @@ Status forward_pass(const Problem& problem, const Forward& out) {
   });
 }
 
-// Whether |difference|² + r² is below kCancelledShare² times the squared distance.
+// Whether |difference|² + r² is below kCancelledFraction² times the squared distance.
 inline bool is_cancelled(const float* difference, Index features, double radius, double nearest) {
-  const double limit = kCancelledShare * kCancelledShare * nearest;
+  const double limit = kCancelledFraction * kCancelledFraction * nearest;
   double sum = radius * radius;
   for (Index k = 0; k < features && sum < limit; ++k)
     sum += static_cast<double>(difference[k]) * difference[k];

@@ -68,7 +68,7 @@ void add_rows(const DenseRows& rows, const Index* row, Index number, Index featu
 }
 
 // Weights in a row are multiplied by this, so that sums over large references do not overflow.
-constexpr float kShare = 1.0f / kChunk;
+constexpr float kWeightScale = 1.0f / kChunk;
 
 // Replaces the distances of a row by weights. Returns their sum.
 inline double weigh_row(const FloatWeights& law, float* row, const float* low, Index padded) {
@@ -77,7 +77,7 @@ inline double weigh_row(const FloatWeights& law, float* row, const float* low, I
       row, low, padded,
       [&](Index j, const Floats&, const Floats& w) {
         add_lanes(w, total);
-        vector_at(row + j) = w * kShare;
+        vector_at(row + j) = w * kWeightScale;
       },
       [&](Index j) { vector_at(row + j) = Floats{}; });
   return sum_of(total);

@@ -28,7 +28,7 @@ constexpr double kSkipped = std::numeric_limits<double>::max();
 // When float32 distances do not suffice (Distances::refine):
 constexpr double kFloatUnderflow = 1e-30;  // squared distances below this lose digits to underflow
 // Distances below this fraction of |x| suffer from the rounding of y.
-constexpr double kCloseShare = 0.1;
+constexpr double kCloseFraction = 0.1;
 // A query is close if its squared distance from the nearest reference is below this fraction of
 // |x|².
 constexpr double kCloseSquare = 0.25;
@@ -98,7 +98,7 @@ class NeededDigits {
   // always 256.
   bool insufficient() const {
     return law_.sensitivity(base_, radius_) > tolerated_ ||
-           base_ < kCloseShare * norm_ * kCloseShare * norm_;
+           base_ < kCloseFraction * norm_ * kCloseFraction * norm_;
   }
 
   // Whether the errors of `candidates` distances, those up to `near`, average out. Where the terms
