@@ -94,7 +94,7 @@ struct WeightLaw {
     const int k_shifted = (static_cast<int>(bits_of(1 + u)) - 0x3f400000) & -0x800000;  // 2^23 k
     const float scale = float_of(0x3f800000u - static_cast<std::uint32_t>(k_shifted));
     const float m = u * scale + (scale - 1);
-    // log1p(m)/m = 1 − m/2 + m² q(m), to 5e-9.
+    // log1p(m)/m = 1 − m/2 + m² q(m), to 9e-9.
     float q = -0.0450747833f * m + 0.104630210f;
     q = q * m - 0.131611943f;
     q = q * m + 0.144783959f;

@@ -6,11 +6,13 @@ import functools
 import json
 import os
 import platform
+import re
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 from benchmarks.common import executor
 from pfgm.backends import native
@@ -79,3 +81,15 @@ def test_one_ptx_is_the_proof_for_all_gpus():
     sources = [*CSRC.glob("*.h"), *CSRC.glob("*.cu")]
     assert len(sources) > 20
     assert [path.name for path in sources if "__CUDA_ARCH" in path.read_text()] == []
+
+
+def test_the_polynomial_of_log1p():
+    """Its coefficients in the source have the error that the comment beside them says."""
+    source = (CSRC / "weight_law.h").read_text().replace(" ", "")
+    first = re.search(r"floatq=(-?[\d.]+)f\*m([+-][\d.]+)f;", source)
+    assert first is not None
+    numbers = [*first.groups(), *re.findall(r"q=q\*m([+-][\d.]+)f;", source)]
+    m = torch.linspace(-0.25, 0.5, 1000, dtype=torch.float64)
+    m = m[m.abs() > 1e-3]
+    q = functools.reduce(lambda sum, number: sum * m + float(number), numbers, 0.0)
+    assert (1 - m / 2 + m**2 * q - torch.log1p(m) / m).abs().max() <= 9e-9
