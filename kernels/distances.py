@@ -181,6 +181,7 @@ def subtract(
             a = tl.load(x_rows + k, mask=row < B, other=0.0).to(tl.float64) * unit_of(y)
             b = load_references(y_rows + k, column < M).to(tl.float64)
             apart = a[:, None] - b[None, :]
+            # A difference that float32 cannot hold makes the distance NaN (check_distances).
             apart = tl.where(tl.abs(apart) <= LARGEST * unit_of(y), apart, float("nan"))
             total += apart * apart
             if PROJECT:
@@ -195,6 +196,7 @@ def subtract(
         tl.store(squared + place, total, mask=known)
         if PROJECT:
             tl.store(projected + place, product.to(tl.float32), mask=known)
+        # Once NaN, least stays NaN: no comparison with it is true.
         least = tl.where(tl.sum((total != total).to(tl.int32), 1) > 0, float("nan"), least)
         smaller = tl.min(total, 1) < least
         least = tl.where(smaller, tl.min(total, 1), least)

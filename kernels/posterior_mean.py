@@ -221,11 +221,12 @@ def merge(
 def sum_of_references(
     y: Tensor, weights: Tensor, order: Tensor | None = None, divisor: float = 1.0
 ) -> Tensor:
-    """(stretches, B, N): Σ_j weights_j y_j over stretches of the references, times their unit, over
-    the divisor. Queries are taken in this order, if one is given."""
+    """Return Σ_j weights_j y_j ``unit_of(y)`` / divisor over each stretch of the references,
+    (stretches, B, N). Queries are taken in this order, if one is given."""
     B, (M, N) = len(weights), y.shape
     rows = 16 if B <= 16 else 32
     tiles = cdiv(N, 64), cdiv(B, rows)
+    # As many as give PROGRAMS, if memory allows and each has at least 128 references.
     stretches = max(
         1, min(cdiv(PROGRAMS, tiles[0] * tiles[1]), MAX_VALUES // (B * N), cdiv(M, 128))
     )

@@ -299,7 +299,10 @@ class Gradients:
         )  # fmt: skip
 
     def _coefficients(self, y: Tensor, first: bool) -> Tensor:
-        """How many coefficients of each BLOCK are not zero."""
+        """Find the coefficients c_j of the chunk y, its p_j, and the sums so far.
+
+        Return how many c_j of each BLOCK are nonzero, (B, pieces).
+        """
         pairs, (_, nearest, total) = self.pairs, self.state
         pieces = cdiv(padded(len(y)), BLOCK)
         live = torch.empty(pairs.B, pieces, dtype=torch.int32, device=y.device)

@@ -46,9 +46,11 @@ Problem with_threads(Problem problem, Index queries, Index references) {
   return problem;
 }
 
-// With few features most steps are too short to share between threads. Instead each thread takes
-// whole blocks of queries through all steps. The blocks are the same either way, so the results are
-// the same to the bit.
+// Calls run(problem, first) for all queries, once or in blocks; `first` is the place of the first
+// query of that problem. With few features most steps are too short to share between threads.
+// Instead each thread takes whole blocks of queries through all steps. This needs blocks that are
+// `independent`: no two write to the same result, as they do to the gradient of the references. The
+// blocks are the same either way, so the results are the same to the bit.
 template <class F>
 Status by_blocks(const Problem& problem, bool independent, const F& run) {
   const Index blocks = divide_up(problem.queries, kSmallBlock);

@@ -30,6 +30,7 @@ __global__ void __launch_bounds__(kLevelThreads)
   if (row < rows) out[row] = level_of(level, row) * factor;
 }
 
+// out (3, rows): z, toward and blend of StepLevels.
 __global__ void __launch_bounds__(kLevelThreads)
     find_step_levels(Method method, const Level z, const Level z_next, const Level z_previous,
                      Index rows, double* out) {

@@ -338,9 +338,11 @@ class WarpProducts : public WarpShape<R, QUERIES, REFERENCES> {
     stage_references(p + kReferenceStages - 1);
   }
 
+  // Panel `half` of trip p, of the two rows of this lane, converted to high and low parts.
   __device__ ReferencePanel convert_panel(int p, int half) {
     auto& stage = stages_.references[p % kReferenceStages];
     const int first = half * kPanel, known = features_ - p * kFeatures - first;
+    // In rows of short types the panels may trade places, and starts differ by kSpread (WarpShape).
     const int panel = sizeof(R) < 4 && Shape::trades(lane_.g) ? half ^ 1 : half;
     const int start = lane_.g % Shape::kSpread * kFeatures + panel * kPanel;
     const R* const rows[2] = {&stage.y[converted_ + lane_.g][start],

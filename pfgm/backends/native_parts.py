@@ -103,7 +103,7 @@ def any_ill_conditioned(problem: PosteriorMean, state: State, upstream: Upstream
 def add_pulls(
     problem: PosteriorMean, state: State, upstream: Upstream, running: RunningGradient
 ) -> None:
-    """Adds the references of a problem to the pulls. The state is that over all references."""
+    """Adds a part, the references of a problem, to the pulls. The state is that over all parts."""
     pulls = native.extension().posterior_mean_pulls
     native.check_status(_backward(pulls, problem, state, upstream, running), *problem[:3])
 
@@ -116,7 +116,10 @@ def add_gradients(
     grad_x: Tensor | None = None,
     grad_radius: Tensor | None = None,
 ) -> None:
-    """Adds the references of a problem. The state is that over all references."""
+    """Adds a part, the references of a problem, to the sums. The state is that over all parts.
+
+    A call with ``grad_x`` or ``grad_radius`` must be the last: it writes the gradients there.
+    """
     gradients = native.extension().posterior_mean_backward
     status = _backward(gradients, problem, state, upstream, running, grad_x, grad_radius)
     native.check_status(status, *problem[:3])

@@ -98,7 +98,8 @@ def posterior_mean(problem: PosteriorMean) -> tuple[Tensor, Tensor, Tensor, Tens
         results = _kernels("posterior_mean").posterior_mean(
             x, references, radius, D, problem.difference
         )
-    check_distances(results[2], x, references)
+    _, _, nearest, _ = results
+    check_distances(nearest, x, references)
     return results
 
 

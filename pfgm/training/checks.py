@@ -122,11 +122,15 @@ def warn_of_range(data: References) -> None:
 
 
 def checked_labels(labels: Tensor | None, data: References, classes: int) -> Tensor | None:
-    """The labels as int64.
+    """The labels as int64, or None if there are none.
 
-    Raises an error unless they are None or fit the data, and the classes of the network.
+    Args:
+        classes: number of classes of the network, 0 if it is not known.
 
-    0 classes means that their number is not known.
+    Raises:
+        TypeError: the labels are not a tensor.
+        ValueError: they are not one integer from 0 on for each row of the data, one of them is not
+            a class of the network, or the rows are divided among processes.
     """
     if labels is None:
         return None
@@ -137,8 +141,8 @@ def checked_labels(labels: Tensor | None, data: References, classes: int) -> Ten
             f"data must be whole in each process when labels are given, got {data!r}, whose rows "
             "are divided among processes."
         )
-    fit = labels.shape == data.shape[:1] and not labels.is_floating_point()
-    if not fit or int((labels := as_int64("labels", labels)).min()) < 0:
+    one_a_row = labels.shape == data.shape[:1] and not labels.is_floating_point()
+    if not one_a_row or int((labels := as_int64("labels", labels)).min()) < 0:
         raise ValueError(
             f"labels must be integers of at least 0, of shape ({len(data)},), got {labels.dtype} "
             f"of shape {tuple(labels.shape)}."

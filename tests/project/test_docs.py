@@ -403,8 +403,8 @@ def test_the_tables_of_samples_have_the_stored_figures():
         for sampler, setting in (("heun", "10"), ("heun", "20"), ("multistep", "10"))
     )
     text = " ".join(page.split())
-    assert f"has a distance of {few[0]:.1f} on digits, with 19 it has {more[0]:.2f}" in text
-    assert f"`multistep` has {multistep[0]:.2f} with 10" in text
+    assert f"`heun` is {few[0]:.1f} at 9 evaluations and {more[0]:.2f} at 19" in text
+    assert f"with `multistep` it is {multistep[0]:.2f} at 10" in text
 
 
 def test_the_page_of_editing_has_the_stored_figures():

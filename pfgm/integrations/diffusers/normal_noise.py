@@ -18,9 +18,10 @@ def looks_normal(
     """Whether x (B, *S) is far more likely as standard normal noise than as noise of a flow.
 
     The likelihoods are those of N(0, I) and of the perturbation kernel at level sigma (PFGM++,
-    arXiv 2302.04265, equation 3), which is a Student distribution with D degrees of freedom. The
-    mean of their ratio over noise of the flow is 1. So by Markov's inequality a batch of such noise
-    exceeds the odds of 1e9, which are needed here, with a chance of at most 1e-9.
+    arXiv 2302.04265, equation 3), which is a Student distribution with D degrees of freedom. x
+    counts as normal if the ratio of its likelihoods is above 1e9. Over noise of the flow the mean
+    of this ratio is 1, so by Markov's inequality such noise is above 1e9 with a chance of at most
+    1e-9.
 
     Args:
         center: center of the flow's noise.
@@ -33,9 +34,9 @@ def looks_normal(
     False
     """
     x = x.detach().to(wide_dtype(x.device))
-    square = x.flatten(1).square().sum(1)
+    squared_norm = x.flatten(1).square().sum(1)
     offset = x - center
     inside = offset.flatten(1).norm(dim=1) < 0.999 * largest
-    normal = -x[:1].numel() / 2 * math.log(2 * math.pi) - square / 2
-    log_odds = normal - centred_prior(offset, sigma, D)
+    log_normal = -x[:1].numel() / 2 * math.log(2 * math.pi) - squared_norm / 2
+    log_odds = log_normal - centred_prior(offset, sigma, D)
     return bool(log_odds[inside].sum() > math.log(_ODDS))
