@@ -186,7 +186,10 @@ def test_the_device_is_the_current_one_in_all_trials(gpus, monkeypatch, number):
     assert gpus.current == 0
 
 
-@pytest.mark.parametrize("name", SMALL)
+# The sizes of another type have the same references, rounded.
+@pytest.mark.parametrize(
+    "name", [name for name in SMALL if "×" not in name or name.endswith("float32")]
+)
 def test_the_truth_of_a_trial_does_not_depend_on_the_backend(name):
     """Matrix products in float64 agree with differences to its rounding."""
     place = EXACT._replace(backend=backends.backend.BACKENDS["torch"])

@@ -93,7 +93,14 @@ def rows_of(path):
         return list(csv.DictReader(file))
 
 
-@pytest.mark.parametrize("name", CLAIMS)
+# The others take 4 to 9 seconds each.
+@pytest.mark.parametrize(
+    "name",
+    [
+        pytest.param(name, marks=[] if name in ("step-size", "dimensions") else pytest.mark.slow)
+        for name in CLAIMS
+    ],
+)
 def test_a_claim_in_miniature(name, folder):
     tables = examine.examine(
         name, CLAIMS[name], MINIATURE, folder, command="the command", workers=1

@@ -4,6 +4,7 @@ import importlib
 import json
 import os
 import pkgutil
+import signal
 import sys
 
 import pytest
@@ -116,9 +117,16 @@ def test_a_flow_that_was_stopped_continues(small, tmp_path):
     arguments = ("digits", "PFGM", 2, 1.0, 0)
     _, whole = flows.trained(*arguments, tmp_path / "whole")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(flows.Trainer, "_evaluation_due", lambda *_: sys.exit())
-        with pytest.raises(SystemExit):
+        step = flows.Trainer._train_step
+        patch.setattr(
+            flows.Trainer,
+            "_train_step",
+            lambda trainer: (step(trainer), signal.raise_signal(signal.SIGINT))[0],
+        )
+        with pytest.raises(KeyboardInterrupt):
             flows.trained(*arguments, tmp_path / "parts")
+    (latest,) = (tmp_path / "parts").glob("*/latest.json")
+    assert '"step": 1' in latest.read_text()
     _, parts = flows.trained(*arguments, tmp_path / "parts")
     pairs = zip(whole.parameters(), parts.parameters(), strict=True)
     assert all(torch.equal(a, b) for a, b in pairs)
