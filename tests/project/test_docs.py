@@ -373,17 +373,18 @@ def test_the_commands_of_readme_draw_its_pictures(tmp_path, monkeypatch, command
 
 def test_the_rates_of_flows_have_the_stored_figures():
     page = " ".join((DOCS / "howto" / "training.md").read_text().split())
-    cells = {}
+    tables = {}
     for row in stored("flows"):
         at = row["10"]
         cell = f"{at['features']:.1f}, {at['agreement']:.0%}".replace("%", " %")
         if row["steps"] == 1000 and row["seed"] == 0:
-            cells.setdefault(row["flow"], {})[row["rate"]] = cell
-        elif row["steps"] == 250:
+            tables.setdefault((row["data"], row["flow"]), {})[row["rate"]] = cell
+        elif row["steps"]:
             assert f"{row['flow']} {cell} ({row['rate']:g} times the default)" in page
-    assert len(cells) == 4
-    for flow, by_rate in cells.items():
-        assert f"| {' | '.join([flow, *(by_rate[rate] for rate in sorted(by_rate))])} |" in page
+    assert len(tables) == 8
+    for (_, flow), by_rate in tables.items():
+        cells = [by_rate.get(rate, "–") for rate in (0.5, 1, 3, 6)]
+        assert f"| {' | '.join([flow, *cells])} |" in page
 
 
 def test_the_tables_of_samples_have_the_stored_figures():
