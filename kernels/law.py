@@ -75,10 +75,10 @@ def score_at(nearest, r, exponent, GAUSSIAN: tl.constexpr):
 
 
 @triton.jit
-def is_flat(nearest, r, GAUSSIAN: tl.constexpr):
+def is_constant(nearest, r, GAUSSIAN: tl.constexpr):
     """Where the mean is locally constant: r = 0 on a reference, or scores that overflow."""
     if GAUSSIAN:
-        flat = (r == 0.0) | (nearest / r / r == float("inf"))
+        constant = (r == 0.0) | (nearest / r / r == float("inf"))
     else:
-        flat = nearest + r * r == 0.0
-    return flat
+        constant = nearest + r * r == 0.0
+    return constant

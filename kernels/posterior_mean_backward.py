@@ -41,7 +41,7 @@ from .arithmetic import (
     with_registers,
 )
 from .distances import Pairs, padded, parts_of, sizes_of
-from .law import is_flat, rate_of, relative_weight
+from .law import is_constant, rate_of, relative_weight
 from .posterior_mean import (
     BLOCK,
     ENOUGH,
@@ -62,7 +62,7 @@ def probability(squared, nearest, total, r, exponent, floor, GAUSSIAN: tl.conste
     rate = rate_of(nearest, r, exponent, GAUSSIAN)
     p = relative_weight(squared - nearest, rate, exponent, GAUSSIAN).to(tl.float64) / total
     p = tl.where(p < floor, 0.0, p)
-    return tl.where(is_flat(nearest, r, GAUSSIAN), 0.0, p)
+    return tl.where(is_constant(nearest, r, GAUSSIAN), 0.0, p)
 
 
 @triton.jit(do_not_specialize=["first"])
@@ -145,13 +145,13 @@ def find_coefficients(
         C = moment - g
         F = 2.0 * exponent / (least + r * r)
         radius_gradient = r * F * C
-    flat = is_flat(least, r, GAUSSIAN)
+    constant = is_constant(least, r, GAUSSIAN)
     own = scalars + 4 * row
-    tl.store(own, tl.where(flat, 0.0, F))
+    tl.store(own, tl.where(constant, 0.0, F))
     tl.store(own + 1, C - c_sum)
     tl.store(own + 2, chunk_sum)
     tl.store(own + 3, tl.sqrt(chunk_sum * chunk_sum + tl.sum(c_squares, 0)))
-    tl.store(grad_radius + row, tl.where(flat, 0.0, radius_gradient))
+    tl.store(grad_radius + row, tl.where(constant, 0.0, radius_gradient))
 
 
 @triton.jit(do_not_specialize=["B", "M", "stretches", "pieces", "first", "last"])

@@ -91,49 +91,41 @@ bool coincide(const T* x, const Row& y, Index features) {
   });
 }
 
+// Σ term(k) in float64, in lanes that fill vectors.
+template <class F>
+double sum_over(Index features, const F& term) {
+  constexpr Index lanes = 4 * kDoubles;
+  double total = 0;
+  Index k = 0;
+  if (features >= lanes) {
+    double sum[lanes] = {};
+    for (; k + lanes <= features; k += lanes)
+      for (Index lane = 0; lane < lanes; ++lane) sum[lane] += term(k + lane);
+    for (Index lane = 0; lane < lanes; ++lane) total += sum[lane];
+  }
+  for (; k < features; ++k) total += term(k);
+  return total;
+}
+
 // |x − y|² in float64.
 template <class T>
 double exact_distance(const T* x, const Row& y, Index features) {
-  constexpr Index lanes = 4 * kDoubles;
   return with_values(y, [&](const auto* values) {
-    double total = 0;
-    Index k = 0;
-    if (features >= lanes) {
-      double sum[lanes] = {};
-      for (; k + lanes <= features; k += lanes)
-        for (Index lane = 0; lane < lanes; ++lane) {
-          const double difference =
-              static_cast<double>(x[k + lane]) - load<double>(values[k + lane]);
-          sum[lane] += difference * difference;
-        }
-      for (Index lane = 0; lane < lanes; ++lane) total += sum[lane];
-    }
-    for (; k < features; ++k) {
+    return sum_over(features, [&](Index k) {
       const double difference = static_cast<double>(x[k]) - load<double>(values[k]);
-      total += difference * difference;
-    }
-    return total;
+      return difference * difference;
+    });
   });
 }
 
 // g · (y − mean) in float64.
 template <class T>
-double project(const T* g, const T* mean, const Row& y, Index n) {
-  constexpr Index lanes = 4 * kDoubles;
+double project(const T* g, const T* mean, const Row& y, Index features) {
   return with_values(y, [&](const auto* values) {
-    double total = 0;
-    Index k = 0;
-    if (n >= lanes) {
-      double sum[lanes] = {};
-      for (; k + lanes <= n; k += lanes)
-        for (Index lane = 0; lane < lanes; ++lane)
-          sum[lane] += static_cast<double>(g[k + lane]) *
-                       (load<double>(values[k + lane]) - static_cast<double>(mean[k + lane]));
-      for (Index lane = 0; lane < lanes; ++lane) total += sum[lane];
-    }
-    for (; k < n; ++k)
-      total += static_cast<double>(g[k]) * (load<double>(values[k]) - static_cast<double>(mean[k]));
-    return total;
+    return sum_over(features, [&](Index k) {
+      const double difference = load<double>(values[k]) - static_cast<double>(mean[k]);
+      return static_cast<double>(g[k]) * difference;
+    });
   });
 }
 

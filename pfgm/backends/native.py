@@ -403,8 +403,8 @@ def posterior_mean_backward(
     io = backward_io(state, upstream, gradients, kept=_memory(kept))
     native_form = native_problem(problem)
     if _on_cuda(x.device):
-        flat = law(problem.D, x.shape[1]).is_constant(state.nearest, radius)
-        check_singular(flat, upstream.grad_logsumexp)
+        constant = law(problem.D, x.shape[1]).is_constant(state.nearest, radius)
+        check_singular(constant, upstream.grad_logsumexp)
         _run_on_cuda(x, native_form, io, True, kept)
     else:
         status = extension().posterior_mean_backward(native_form, io)

@@ -43,7 +43,7 @@ SHAPES = (
 _WIDTHS = (36, 37, 1041, 6150, 8200)  # for part of a warp, a block, and longer; odd, by values
 _GAMMA = 5.0
 _NATS = (*range(1, 25), *(10.0**k for k in (-1.6, -1.2, -0.8, -0.4, 1.5, 2, 3, 4)))
-_LARGE, _COMPARED = 1 << 20, 8  # from so many values of references on, so many points are compared
+_LARGE, _COMPARED = 1 << 20, 8  # from 2^20 reference values on, 8 points are compared
 _TIMING = 2.0  # seconds
 
 Results = dict[str, Tensor]
@@ -111,9 +111,9 @@ def data_of(
 
 
 def _shells(N: int, D: float, dtype: torch.dtype, near: int, step: int) -> Data:
-    """A point at one distance from 3 references and a little farther from 45, whose weight is _NATS
-    below theirs, by the level: each limit of a weight, and of what is computed exactly, lies
-    between two levels. 48 references are on the other side of the origin."""
+    """A point at one distance from 3 references and a little farther from 45. The levels give these
+    45 log-weights that are _NATS lower, so each limit, of weights and of what is computed exactly,
+    lies between two levels. The other 48 references are on the far side of the origin."""
     data, unit = data_of(len(_NATS), 96, N, D, dtype), max(255, step)
     x, y = 127 * data.G[0].sign(), near * dequantise(data.references, torch.float32).sign()
     x[-1], y[:, -1], y[3:, -1] = 1, 0, step
@@ -295,8 +295,8 @@ def _trials() -> Iterator[tuple[str, Trial]]:
             name = " × ".join(map(str, sizes))
             yield f"{name}, {named[dtype]}", Trial(data, compute, dtype, large=large)
     shells = [(520, math.inf, 64, 8, 3), (520, 1.0, 4, 32, 4), (40, 1.0, 1, 32, 1)]
-    for N, D, near, step, types in (*shells, (2, 0.5, 1, 6000, 1)):
-        for dtype in every[:types]:
+    for N, D, near, step, dtypes in (*shells, (2, 0.5, 1, 6000, 1)):
+        for dtype in every[:dtypes]:
             data = part(_shells, N, D, dtype, near, step)
             yield f"shells of {named[dtype]}, {N}, D = {D:g}", Trial(data, _both, dtype)
     for dtype, D in ((torch.float32, 1e6), (torch.float32, math.inf), (torch.uint8, 1.0)):

@@ -118,6 +118,14 @@ class Editing(Sampling):
         many points to one and cannot be inverted.
 
         Latents are (B, *S), floating point. Other arguments and errors are those of :meth:`encode`.
+
+        >>> import pfgm, torch
+        >>> flow = pfgm.PoissonFlowPP((2,), D=16)
+        >>> net = flow.empirical(torch.ones(1, 2))
+        >>> flow.decode(net, flow.prior(3)).round(decimals=1)
+        tensor([[1., 1.],
+                [1., 1.],
+                [1., 1.]])
         """
         self._check_x(latent, "latent")
         grid = self._grid_above_zero(steps, schedule)

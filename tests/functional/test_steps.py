@@ -425,23 +425,23 @@ LEVEL = "must be a number or a tensor of shape (B,), got"
     ("changed", "error", "message"),
     [
         ({"x": [1.0]}, TypeError, "x must be a torch.Tensor, got list."),
-        ({"x": torch.zeros(())}, ValueError, r"x must have shape (B, *S) with"),
-        ({"x": X[:, :0], "field_x": X[:, :0]}, ValueError, "got (3, 0)."),
-        ({"x": X.int()}, TypeError, "x must be one of torch.float32,"),
-        ({"x": X.to_sparse()}, TypeError, "x must be a dense"),
+        ({"x": torch.zeros(())}, ValueError, "x must have shape (B, *S) with…got ()."),
+        ({"x": X[:, :0], "field_x": X[:, :0]}, ValueError, "x must have shape…got (3, 0)."),
+        ({"x": X.int()}, TypeError, "x must be one of torch.float32,…got torch.int32."),
+        ({"x": X.to_sparse()}, TypeError, "x must be a dense…got layout torch.sparse"),
         ({"field_x": V[:2]}, ValueError, "field_x must have shape (3, 4), got (2, 4)."),
-        ({"field_x": V.int()}, TypeError, "field_x must be floating"),
-        ({"field_x": V.to("meta")}, ValueError, "got meta and cpu."),
+        ({"field_x": V.int()}, TypeError, "field_x must be floating…got torch.int32."),
+        ({"field_x": V.to("meta")}, ValueError, "field_x and x must…got meta and cpu."),
         ({"field_x": None}, TypeError, "field_x must be a torch.Tensor, got NoneType."),
         ({"field_z": VZ[:, None]}, ValueError, "field_z must have shape (3,), got (3, 1)."),
-        ({"prediction": (V, VZ)}, TypeError, "prediction must be a"),
-        ({"prediction": V[:2]}, ValueError, "prediction must have shape"),
+        ({"prediction": (V, VZ)}, TypeError, "prediction must be a…got tuple."),
+        ({"prediction": V[:2]}, ValueError, "prediction must have shape…got (2, 4)."),
         ({"z": 0.0}, ValueError, f"z {ABOVE_0} 0.0."),
         ({"z": math.nan}, ValueError, f"z {ABOVE_0} nan."),
         ({"z": torch.tensor([1.0, -1.0, 2.0])}, ValueError, f"z {ABOVE_0} -1.0."),
         ({"z": True}, TypeError, f"z {LEVEL} bool."),
         ({"z": "1"}, TypeError, f"z {LEVEL} str."),
-        ({"z": torch.ones(2)}, ValueError, "got shape (2,)."),
+        ({"z": torch.ones(2)}, ValueError, "z must be a number or a…got shape (2,)."),
         ({"z_next": -0.1}, ValueError, f"z_next {AT_LEAST_0} -0.1."),
         ({"z_next": math.inf}, ValueError, f"z_next {AT_LEAST_0} inf."),
         ({"z_next": torch.tensor([1.0, math.nan, 2.0])}, ValueError, f"z_next {AT_LEAST_0} nan."),
@@ -451,17 +451,33 @@ LEVEL = "must be a number or a tensor of shape (B,), got"
             for name in ("gamma", "z_exp")
             for bad in (-1.0, math.nan, math.inf, True, False)
         ),
-        ({"gamma": torch.tensor(5.0, requires_grad=True)}, TypeError, "got a tensor th"),
-        ({"substitution": "none"}, ValueError, "got 'none'."),
-        ({"out": torch.zeros(4, 3)}, ValueError, "out must have the shape and dtype"),
-        ({"out": X.double()}, ValueError, "out must have the shape and dtype"),
+        (
+            {"gamma": torch.tensor(5.0, requires_grad=True)},
+            TypeError,
+            "gamma must be a…got a tensor th",
+        ),
+        ({"substitution": "none"}, ValueError, "substitution must be…got 'none'."),
+        (
+            {"out": torch.zeros(4, 3)},
+            ValueError,
+            "out must have the shape and dtype…got (4, 3) and torch",
+        ),
+        (
+            {"out": X.double()},
+            ValueError,
+            "out must have the shape and dtype…got (3, 4) and torch.fl",
+        ),
         ({"out": X.half()}, ValueError, "out must have the shape and dtype"),
         ({"x": X.half(), "out": X}, ValueError, "out must have the shape and dtype"),
         ({"out": X.to("meta")}, ValueError, "out and x must be on one device, got meta and cpu."),
         ({"out": 3}, TypeError, "out must be a torch.Tensor, got int."),
         ({"mean_out": X.clone()}, ValueError, "mean_out needs return_mean=True."),
         *(
-            ({"x": x, "mean_out": out, "return_mean": True}, ValueError, "mean_out must have the")
+            (
+                {"x": x, "mean_out": out, "return_mean": True},
+                ValueError,
+                f"mean_out must have the shape and dtype…got {tuple(out.shape)} and ",
+            )
             for x, out in ((X, X[:2]), (X.half(), X))
         ),
         (
@@ -474,13 +490,13 @@ LEVEL = "must be a number or a tensor of shape (B,), got"
             ValueError,
             "mean_out and out must not overlap in memory.",
         ),
-        ({"backend": "cuda"}, ValueError, "backend must be one of native,"),
+        ({"backend": "cuda"}, ValueError, "backend must be one of native,…got 'cuda'."),
     ],
 )
 def test_refusals(changed, error, message):
     law = {name: changed.pop(name) for name in LAW & {*changed}}
     arguments = {"x": X, "prediction": F._replace(**law), "z": 2.0, "z_next": 1.0} | changed
-    with pytest.raises(error, match=re.escape(message)):
+    with pytest.raises(error, match=re.escape(message).replace("…", ".*")):
         pfgm.euler_step(**arguments)
 
 
@@ -521,7 +537,7 @@ def test_refusals(changed, error, message):
     ],
 )
 def test_refusals_of_steps_with_another_point(call, error, message):
-    with pytest.raises(error, match=re.escape(message)):
+    with pytest.raises(error, match=re.escape(message).replace("…", ".*")):
         call()
 
 

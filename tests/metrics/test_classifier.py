@@ -107,7 +107,10 @@ def test_one_sentence_for_bad_input(tmp_path, refusal):
     train = ["features", "--out", out, "--data"]
     for arguments, sentence in (
         ([*evaluate, out], "there is no classifier at"),
-        ([*evaluate, "fashion-mnist"], "must be a classifier for the shape of the data digits"),
+        (
+            [*evaluate, "fashion-mnist"],
+            "features must be a classifier for the shape of the data digits",
+        ),
         ([*evaluate, pfgm.pretrained.pretrained_path("digits")], "must be a classifier"),
         ([*evaluate, pickled], "not a complete safetensors file"),
         (["features", "--data", "digits", "--out", "x.pt"], "out must end in .safetensors"),
@@ -152,21 +155,29 @@ ZEROS = torch.zeros(2).long()
         *(
             (lambda data=data: train_classifier(*data), error, sentence)
             for data, error, sentence in (
-                ((TWO[0], ZEROS), ValueError, "images must have shape (n, C, H, W), got (1, 8, 8)"),
+                (
+                    (TWO[0], ZEROS),
+                    ValueError,
+                    "images must have shape (n, C, H, W), got (1, 8, 8).",
+                ),
                 (
                     (TWO.byte(), ZEROS),
                     TypeError,
-                    "images must be a floating-point tensor, got torc",
+                    "images must be a floating-point tensor, got torch.uint8.",
                 ),
                 ((TWO, torch.zeros(2)), TypeError, "labels must be integers, got torch.float32."),
-                ((TWO, torch.zeros(3).long()), ValueError, "got shape (3,) and values from "),
+                (
+                    (TWO, torch.zeros(3).long()),
+                    ValueError,
+                    "labels must be 2 integers…got shape (3,) and values from ",
+                ),
                 ((TWO, torch.tensor([0, -1])), ValueError, "values from -1"),
             )
         ),
         (
             lambda: load_classifier("digits").features(torch.zeros(2, 1, 28, 28)),
             ValueError,
-            "got (2, 1, 28, 28).",
+            "x must have shape (B, 1, 8, 8), that…got (2, 1, 28, 28).",
         ),
         (
             lambda: load_classifier("digits").rows(TWO.byte()),
@@ -176,7 +187,7 @@ ZEROS = torch.zeros(2).long()
     ],
 )
 def test_refusals(call, error, sentence):
-    with pytest.raises(error, match=re.escape(sentence)):
+    with pytest.raises(error, match=re.escape(sentence).replace("…", ".*")):
         call()
 
 

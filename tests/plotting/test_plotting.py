@@ -781,8 +781,8 @@ CURVES = "curves must have 1 to 7 curves, got"
                 ({"frames": 1}, "frames must be an integer of at least 2"),
                 ({"path": "x.png"}, "path must end in .gif, got x.png."),
                 ({"titles": "a"}, "titles must have 2 texts, one for each frame, got 1."),
-                ({"seconds": 0.0}, "seconds must be a number above 0 that float32 can"),
-                ({"images": IMAGES[:2, 0]}, "images must have shape (frames, n, C, H, W)"),
+                ({"seconds": 0.0}, "seconds must be a number above 0 that float32 can…got 0.0."),
+                ({"images": IMAGES[:2, 0]}, "images must have shape (frames, n, C, H, W)…got"),
             )
         ),
         *(
@@ -790,9 +790,9 @@ CURVES = "curves must have 1 to 7 curves, got"
             for curves, sentence in (
                 ({}, f"{CURVES} 0."),
                 ({str(i): ([1], [1]) for i in range(8)}, f"{CURVES} 8."),
-                ({"a": ([], [])}, "got 2 of lengths [0, 0]."),
+                ({"a": ([], [])}, "the curve 'a' must be 2 or 3…got 2 of lengths [0, 0]."),
                 ({"a": ([1, 2], [1])}, "lengths [2, 1]"),
-                ({"a": ([1, 2],)}, "the curve 'a' must be 2 or 3"),
+                ({"a": ([1, 2],)}, "the curve 'a' must be 2 or 3…got 1 of lengths [2]."),
                 ({"a": ([1], [math.nan])}, "the curve 'a' must be finite, got NaN or infinity."),
                 ({"a": ([0, 2], [1, 1])}, "'a' has values of at most 0 on a logarithmic axis"),
                 ({"a": ([1], [1], [-1])}, "the spread of the curve 'a' must be at least 0."),
@@ -806,5 +806,5 @@ CURVES = "curves must have 1 to 7 curves, got"
     ],
 )
 def test_refusals(call: Callable[[], object], error: type[Exception], sentence: str) -> None:
-    with pytest.raises(error, match=re.escape(sentence)):
+    with pytest.raises(error, match=re.escape(sentence).replace("…", ".*")):
         call()
