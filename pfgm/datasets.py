@@ -255,9 +255,6 @@ def open_samples(
     return ReferenceSet(_channels_first(_opened(Path(path), resize, progress), layout))
 
 
-# ---- files and folders ------------------------------------------------------------------------
-
-
 def _holds_images(path: Path) -> bool:
     return path.is_dir() or (path.suffix == ".zip" and path.is_file())
 
@@ -379,9 +376,6 @@ def _looks_like_images(shape: tuple[int, ...]) -> bool:
     return channels_last(shape)
 
 
-# ---- digits -----------------------------------------------------------------------------------
-
-
 def _digits(folder: Path | None) -> Data:
     if folder is not None:
         raise ValueError(f"data must be digits, without a folder, got digits:{folder}.")
@@ -389,9 +383,6 @@ def _digits(folder: Path | None) -> Data:
     train = ReferenceSet(data.train, labels=data.train_labels)
     held_out = ReferenceSet(data.held_out, labels=data.held_out_labels)
     return Data(train, held_out, classes=10, grey_levels=17)
-
-
-# ---- Fashion-MNIST ----------------------------------------------------------------------------
 
 
 def _fashion_mnist(folder: Path | None) -> Data:
@@ -459,9 +450,6 @@ def _read_idx(path: Path, dimensions: int) -> Tensor:
     return from_numpy(np.frombuffer(values, np.uint8).reshape(sizes), str(path))
 
 
-# ---- CIFAR-10 ---------------------------------------------------------------------------------
-
-
 def _cifar10(folder: Path | None) -> Data:
     folder = folder or _in_data_folder("cifar10")
     if folder is None:
@@ -496,9 +484,6 @@ def _records(folder: Path, names: tuple[str, ...]) -> ReferenceSet:
         _check_labels(batches[-1][:, 0], path)
     images = torch.cat([batch[:, 1:] for batch in batches]).view(-1, 3, 32, 32)
     return ReferenceSet(images, labels=torch.cat([batch[:, 0] for batch in batches]))
-
-
-# ---- helpers for data by name -----------------------------------------------------------------
 
 
 def _in_data_folder(name: str) -> Path | None:

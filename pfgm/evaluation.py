@@ -84,9 +84,6 @@ class Point(NamedTuple):
     """Fréchet distance to the held-out data; lower is better."""
 
 
-# ---- samples ----------------------------------------------------------------------------------
-
-
 def draw_samples(
     flow: Flow,
     network: Network,
@@ -325,9 +322,6 @@ def evenly_spaced(rows: Tensor, count: int) -> Tensor:
     return rows[torch.arange(count, device=rows.device) * len(rows) // count]
 
 
-# ---- likelihood -------------------------------------------------------------------------------
-
-
 def bits_per_dim(
     flow: Flow,
     network: Network,
@@ -425,9 +419,6 @@ def dequantised(x: Tensor, grey_levels: int, generator: torch.Generator) -> Tens
         )
     noise = torch.rand(x.shape, generator=generator, device=generator.device)
     return 2 * (level + noise.to(x.device)) / grey_levels - 1
-
-
-# ---- quality against cost ---------------------------------------------------------------------
 
 
 def curve(

@@ -27,7 +27,7 @@ from ..plotting.figures import require_matplotlib
 from ..references import References, ReferenceSet
 from ..training.checkpoint import Loaded
 from ..training.checks import warn_of_range
-from ..training.runs import RunConfig
+from ..training.run_config import RunConfig
 from .options import (
     Count,
     Output,
@@ -230,8 +230,6 @@ class Evaluate:
             write_csv(self.out / "curve.csv", [Point._fields, *points])
         _draw_pictures(self.out, samples, points, figures["frechet_distance"]["train"])
 
-    # ---- checks and inputs ----
-
     def _check(self) -> None:
         sources = (self.checkpoint, self.pretrained, self.samples)
         if (number := sum(source is not None for source in sources)) != 1:
@@ -345,8 +343,6 @@ class Evaluate:
             )
         return classifier
 
-    # ---- figures ----
-
     def _draw(self, model: Loaded, device: torch.device) -> tuple[Tensor, dict[str, Any]]:
         solving = self.sampling.solver_arguments(model.flow)
         samples, nfe = evaluation.draw_samples(
@@ -428,9 +424,6 @@ class Evaluate:
 def _part(data: Data) -> str:
     """The name of the part of the data that samples are compared with."""
     return "train" if data.held_out is None else "held_out"
-
-
-# ---- files and text ---------------------------------------------------------------------------
 
 
 def _are_images(samples: References) -> bool:

@@ -37,8 +37,6 @@ from .options import (
     load_network,
 )
 
-__all__ = ["Sample"]
-
 _SHOWN_NAMES = 20  # the most labels that an error names
 _NO_LABEL = "none"
 _FRAMES = 24  # the most frames of an animation

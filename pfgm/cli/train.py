@@ -9,7 +9,7 @@ from pathlib import Path
 from ..common.checks import usable_device
 from ..training import runs
 from ..training.processes import joined
-from ..training.runs import RunConfig
+from ..training.run_config import RunConfig
 from .options import Output, Progress
 
 

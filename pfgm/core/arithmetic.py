@@ -107,8 +107,6 @@ class Arithmetic:
     def chunk(self, references: Tensor) -> Chunk:
         return Chunk(references, dequantise(references, self.x.dtype))
 
-    # ---- distances ---------------------------------------------------------------------------
-
     def distances(self, chunk: Chunk, known: Tensor) -> tuple[Tensor, Tensor, Near]:
         """The squared distance (B, 1) of the nearest, by how much others (B, m) exceed it, and the
         pairs that are near.
@@ -173,8 +171,6 @@ class Arithmetic:
         rows = max(values // max(near.j.shape[1] * self.x.shape[1], 1), 1)
         for b, j in zip(near.b.split(rows), near.j.split(rows), strict=True):
             yield b, j, dequantise(chunk.references[j], self.x.dtype).sub_(points[b])
-
-    # ---- products ----------------------------------------------------------------------------
 
     def product(self, a: Tensor, b: Tensor) -> Tensor:
         return a @ b

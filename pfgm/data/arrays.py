@@ -23,8 +23,6 @@ from ..common.files import StrPath, write_atomic
 from ..common.tensors import as_int64
 from .rows import InMemory, OnDisk, Source, check_samples
 
-__all__ = ["load_array", "save_array", "to_unit"]
-
 _PREFERRED_NAMES = ("images", "data", "x")
 _NUMPY_DTYPES = {np.dtype(of.numpy): dtype for dtype, of in REFERENCES.items() if of.numpy}
 _SAFETENSORS_DTYPES = {of.safetensors: dtype for dtype, of in REFERENCES.items()}
@@ -101,9 +99,6 @@ def to_unit(images: Tensor) -> Tensor:
     if images.is_floating_point():
         return images.float()
     raise TypeError(f"images must be torch.uint8 or floating point, got {images.dtype}.")
-
-
-# ---- array files ------------------------------------------------------------------------------
 
 
 def open_array(path: Path, name: str | None = None, *, in_place: bool = True) -> Source:
@@ -322,9 +317,6 @@ _OPENERS: dict[str, Callable[[Path, str | None, bool], Source]] = {
     ".npz": _open_npz,
     ".safetensors": _open_safetensors,
 }
-
-
-# ---- NumPy arrays -----------------------------------------------------------------------------
 
 
 def open_mapped(array: np.memmap[Any, Any]) -> Source:

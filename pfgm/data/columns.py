@@ -8,8 +8,6 @@ from typing import Any
 
 import numpy as np
 
-__all__ = ["Column", "Numbers", "Texts", "column_from", "learn_column"]
-
 _FEW = 20  # different numbers, up to which a column takes no others
 _MOST_TEXTS = 100
 _MOST_DECIMALS = 8

@@ -9,8 +9,6 @@ from torch import Tensor
 
 from ..common.optional import optional
 
-__all__ = ["Digits", "digits"]
-
 
 class Digits(NamedTuple):
     """8 × 8 grey images of handwritten digits in [-1, 1] with their labels, in two parts.

@@ -20,8 +20,6 @@ from ..common.optional import optional
 from .columns import Column, Numbers, Texts, column_from, learn_column
 from .rows import check_samples
 
-__all__ = ["LABEL_NAMES", "EncodedRows", "Label", "Table", "is_frame", "is_series", "load_table"]
-
 LABEL_NAMES = ("labels", "label", "y")
 """Names of the arrays and columns that hold labels."""
 
@@ -273,9 +271,6 @@ def load_table(source: Any) -> tuple[Tensor, Tensor | None, tuple[str, ...]]:
     return rows, labels, table.label_names
 
 
-# ---- reading ----------------------------------------------------------------------------------
-
-
 def _pandas() -> Any:
     return optional("pandas", "Tables need pandas", "tables")
 
@@ -458,9 +453,6 @@ def _list(values: Iterable[object]) -> str:
     values = [*values]
     shown = ", ".join(map(str, values[:_SHOWN]))
     return shown + (", …" if len(values) > _SHOWN else "")
-
-
-# ---- labels -----------------------------------------------------------------------------------
 
 
 def _learn_label(cells: Cells, wanted: str | None, name: str) -> Label | None:

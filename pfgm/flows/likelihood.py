@@ -281,9 +281,6 @@ def _jointly(solver: Solver) -> Carry:
 _APART: dict[SolverFunction, Carry] = {euler: _euler, heun: _heun, rk45: _rk45}
 
 
-# ---- checks and progress -----------------------------------------------------------------------
-
-
 def _checked_prior(log_prob: Tensor, count: int) -> Tensor:
     if not isinstance(log_prob, Tensor) or log_prob.shape != (count,):
         got = tuple(log_prob.shape) if isinstance(log_prob, Tensor) else type(log_prob).__name__

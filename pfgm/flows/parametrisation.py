@@ -74,8 +74,6 @@ class Parametrisation(ABC):
         self.N = math.prod(self.shape)
         self.fitted_levels = {}
 
-    # ---- what each flow defines ----
-
     @property
     @abstractmethod
     def first_level(self) -> float:
@@ -91,8 +89,6 @@ class Parametrisation(ABC):
         self, net: Network, x: Tensor, level: Level, condition: Condition
     ) -> Field | Tensor:
         """What the network predicts at points x of a level: the field or the posterior mean."""
-
-    # ---- what a flow may override ----
 
     @property
     def _largest_norm(self) -> float:
@@ -112,8 +108,6 @@ class Parametrisation(ABC):
     def config(self) -> dict[str, Any]:
         """Every hyper-parameter, JSON-able: ``type(flow)(**flow.config)`` is the same flow."""
         return {"shape": list(self.shape), **{name: getattr(self, name) for name in self._settings}}
-
-    # ---- what all flows have ----
 
     @property
     def defaults(self) -> Defaults:

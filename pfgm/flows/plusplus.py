@@ -256,8 +256,6 @@ class PoissonFlowPP(Flow):
         """
         return PoissonFlowPP(**{**self.config, "D": D})
 
-    # ---- training ----
-
     def perturb(self, x: Tensor, generator: torch.Generator | None = None) -> tuple[Tensor, Tensor]:
         """Perturbed data and their levels, ln σ ~ N(P_mean, P_std²) (EDM, table 1).
 
@@ -333,8 +331,6 @@ class PoissonFlowPP(Flow):
 
     def _target(self, x: Tensor, sigma: Tensor, references: References) -> tuple[Tensor]:
         return (posterior_mean(x, references, sigma=sigma, D=self.D),)
-
-    # ---- sampling ----
 
     def prior(
         self,

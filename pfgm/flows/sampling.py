@@ -407,9 +407,6 @@ class Sampling(Parametrisation):
         return x + self.noise(x.new_full((len(x),), level), generator)
 
 
-# ---- predictions and callbacks at other points -------------------------------------------------
-
-
 def _projected(predict: DenoiseFunction, project: Projection) -> DenoiseFunction:
     """The posterior mean at projected points.
 
@@ -469,9 +466,6 @@ def _progress_shown(
             return None if callback is None else callback(info)
 
         yield show
-
-
-# ---- checks ------------------------------------------------------------------------------------
 
 
 def check_steps(name: str, steps: object) -> None:

@@ -59,9 +59,6 @@ class Field(NamedTuple):
     """Formula of the replacement, "exact" or "published"."""
 
 
-# ---- the steps -------------------------------------------------------------------------------
-
-
 @overload
 def euler_step(
     x: Tensor,
@@ -317,8 +314,6 @@ def _log(value: Any) -> Any:
     return value.log() if isinstance(value, Tensor) else math.log(value)
 
 
-# ---- checks ----------------------------------------------------------------------------------
-
 _HISTORY = {HEUN: "x", MULTISTEP: "previous_mean"}
 
 
@@ -362,9 +357,6 @@ def _check_tensor(name: str, value: object, x: Tensor, shape: torch.Size) -> Non
         raise TypeError(f"{name} must be floating point, got {value.dtype}.")
     if value.device != x.device:
         raise ValueError(f"{name} and x must be on one device, got {value.device} and {x.device}.")
-
-
-# ---- steps on flat rows ----------------------------------------------------------------------
 
 
 def _flat_step(

@@ -27,9 +27,6 @@ _PREDICTIONS: dict[type[Flow], tuple[str, ...]] = {
 _VARIADIC = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
 
 
-# ---- the call of the network ----------------------------------------------------------------
-
-
 class WrappedModule(nn.Module):
     """Calls the wrapped network with its own names of the conditions; returns one tensor."""
 
@@ -100,9 +97,6 @@ def _coefficients(predicts: str, sigma: Tensor) -> tuple[float, float, Tensor | 
     if predicts == "mean":
         return 0.0, 1.0, 1.0
     return 1.0, 0.0, -sigma if predicts == "noise" else sigma.square()
-
-
-# ---- networks of the flows --------------------------------------------------------------------
 
 
 class WrappedDenoiser(Preconditioned):

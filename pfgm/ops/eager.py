@@ -41,8 +41,6 @@ _MAX_CHECKED = 1 << 16  # values that one thread checks sooner than torch's oper
 _NUMBERS = (float, int)
 
 
-# ---- who may pass ----------------------------------------------------------------------------
-
 # Names that are looked up once: a call of the CPU kernels on small tensors takes microseconds.
 _strided = torch.strided
 # Other tracers than Dynamo have a mode, or tensors of their own.
@@ -96,9 +94,6 @@ def passes(gpu: torch.device | None, *values: Any, gradients: bool = False) -> b
 def _gpu_of(value: Any) -> torch.device | None:
     """The GPU of a tensor; None for one in CPU memory, and for anything else."""
     return value.device if type(value) is Tensor and native.on_gpu(value) else None
-
-
-# ---- gradients from kept distances ------------------------------------------------------------
 
 
 def differentiated(
@@ -169,9 +164,6 @@ class _Kept(NamedTuple):
 
     def tangents(self, *_: object) -> NoReturn:
         raise AssertionError("forward-mode differentiation takes the operators")
-
-
-# ---- a public function in one call -----------------------------------------------------------
 
 
 def one_call(

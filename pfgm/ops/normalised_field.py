@@ -47,9 +47,6 @@ def compute(
     return field_x, field_z
 
 
-# ---- forward ---------------------------------------------------------------------------------
-
-
 def _check(difference: Tensor, z: Tensor) -> None:
     if difference.ndim != 2 or difference.shape[1] == 0:
         raise ValueError(
@@ -72,9 +69,6 @@ def forward(
 def _fake(difference: Tensor, z: Tensor, *_: object) -> tuple[Tensor, Tensor]:
     _check(difference, z)
     return difference.new_empty(difference.shape), difference.new_empty(difference.shape[:1])
-
-
-# ---- backward --------------------------------------------------------------------------------
 
 
 def _backward(

@@ -80,9 +80,6 @@ def _wants_gradient(step: OdeStep) -> bool:
     )
 
 
-# ---- ode_step --------------------------------------------------------------------------------
-
-
 def forward(step: OdeStep, with_mean: bool, backend: str | None) -> tuple[Tensor, Tensor]:
     """The implementation of ode_step."""
     _check(step, with_mean)
@@ -114,9 +111,6 @@ def _transformed(step: OdeStep, with_mean: bool, backend: str | None) -> tuple[T
     _check(step, with_mean)
     result, mean = formulas.ode_step(step, with_mean)
     return _contiguous(result, step.x.new_empty(0) if mean is None else mean)
-
-
-# ---- ode_step_out ----------------------------------------------------------------------------
 
 
 def forward_into(step: OdeStep, backend: str | None, out: Tensor, mean_out: Tensor | None) -> None:

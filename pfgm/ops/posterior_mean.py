@@ -101,9 +101,6 @@ def sketch(references: Tensor, x: Tensor, backend: str | None) -> Tensor | None:
     return choose_for(backend, x, references).sketch(references, x.dtype)
 
 
-# ---- samples of any shape, and D as a tensor -------------------------------------------------
-
-
 def _rows(problem: PosteriorMean) -> PosteriorMean:
     """The problem on rows (B, N) and (M, N), with D as a number.
 
@@ -128,9 +125,6 @@ def _shaped(
     """Gradients of rows in the shapes of the samples. Those not needed stay empty."""
     pairs = zip(gradients, problem[:3], needs, strict=True)
     return tuple(g.view(like.shape) if needed else g for g, like, needed in pairs)
-
-
-# ---- forward and backward --------------------------------------------------------------------
 
 
 def check(problem: PosteriorMean) -> None:
@@ -276,9 +270,6 @@ class OnceDifferentiable(transforms.Rowwise):
     setup_context = staticmethod(save_nothing)
     backward = staticmethod(_no_second_derivative)
     jvp = staticmethod(_no_second_derivative)
-
-
-# ---- transforms of torch.func, and forward mode ----------------------------------------------
 
 
 class _PosteriorMean(transforms.Rowwise):

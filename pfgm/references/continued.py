@@ -61,9 +61,6 @@ def _problem_of_all(rows: Tensor, x: Tensor, radius: Tensor, settings: Settings)
     return settings.problem(x, rows, radius, sketch)
 
 
-# ---- forward ---------------------------------------------------------------------------------
-
-
 def results(x: Tensor, radius: Tensor, settings: Settings) -> tuple[Tensor, ...]:
     """Mean or difference, log-sum-exp, nearest and total, and the last two as those of a chunk."""
     rows = settings.part.as_tensor()
@@ -132,9 +129,6 @@ def _mirror_sums(running: R, mirrored: bool, settings: Settings) -> R:
     if not mirrored or running.sums is None:
         return running
     return running._replace(sums=_mirror(running.sums, settings))
-
-
-# ---- gradients -------------------------------------------------------------------------------
 
 
 def gradients(saved: Saved, settings: Settings, needs: tuple[bool, bool]) -> tuple[Tensor, Tensor]:

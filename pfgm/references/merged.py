@@ -62,9 +62,6 @@ def _state(problem: PosteriorMean, settings: Settings) -> State:
     return State(mean, nearest, total)
 
 
-# ---- chunks that have weight -----------------------------------------------------------------
-
-
 class _WeightedChunk(NamedTuple):
     """A chunk, and its fraction of the total weight, for points where it is not negligible.
 
@@ -113,9 +110,6 @@ def _weighted_chunks(
             yield _WeightedChunk(chunk, rows, fraction[rows])
 
 
-# ---- tangents --------------------------------------------------------------------------------
-
-
 def tangents(
     x: Tensor,
     radius: Tensor,
@@ -146,9 +140,6 @@ def tangents(
         weighted.add(tangent[1], lse_tangent)
     constant = weights.is_constant(over_all.nearest, radius)
     return mean_tangent, torch.where(constant, math.nan, lse_tangent)
-
-
-# ---- gradients -------------------------------------------------------------------------------
 
 
 def gradients(

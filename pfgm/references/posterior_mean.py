@@ -128,9 +128,6 @@ class _OverSet(NamedTuple):
         return mean_tangent, lse_tangent
 
 
-# ---- derivatives -----------------------------------------------------------------------------
-
-
 class _Gradient(OnceDifferentiable):
     """The gradients in x and radius."""
 

@@ -143,8 +143,6 @@ class ReferenceSet:
         """Whether other processes hold some of the rows."""
         return self.part.processes > 1
 
-    # ---- rows ----
-
     @property
     def rows(self) -> Tensor:
         """Numbers of the rows that this process holds."""
@@ -237,8 +235,6 @@ class ReferenceSet:
         local = torch.where(mirrored, local + held, local)
         drawn = _draw_numbers(local, count, held * self._sides, generator)
         return torch.where(drawn >= held, drawn - held + self._rows, drawn) + self._offset
-
-    # ---- storage ----
 
     def to(
         self,
@@ -345,8 +341,6 @@ class ReferenceSet:
         shard._offset = begin
         shard.part = replace(self.part, begin=begin, end=end, group=group, processes=size)
         return shard
-
-    # ---- statistics and chunks of all rows ----
 
     @property
     def norm(self) -> float:

@@ -75,9 +75,6 @@ class RunCheckpoint(NamedTuple):
     """The training state."""
 
 
-# ---- weights files ----------------------------------------------------------------------------
-
-
 def save(
     path: StrPath,
     flow: Flow,
@@ -185,9 +182,6 @@ def _read_newest(path: StrPath) -> tuple[Path, dict[str, Tensor], dict[str, Any]
     with _suggest_older(path, _check_weights):
         tensors, description = read_weights(path)
     return path, tensors, description
-
-
-# ---- checkpoints of a run ---------------------------------------------------------------------
 
 
 def save_run(
@@ -308,9 +302,6 @@ def _newest_names(folder: Path) -> dict[str, str]:
     except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise ValueError(f"{path} does not name a checkpoint ({_reason(error)}).") from error
     return names
-
-
-# ---- damaged checkpoints ----------------------------------------------------------------------
 
 
 @contextmanager

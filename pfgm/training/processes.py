@@ -13,8 +13,6 @@ import torch.distributed as dist
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
-__all__ = ["ProcessLost", "Processes", "joined", "reports_process_lost"]
-
 _LEAVING_SECONDS = 0.2  # pause after the process group is destroyed
 
 

@@ -31,8 +31,6 @@ from ..flows.poisson import PoissonFlow
 from ..flows.sampling import check_steps
 from .config import TrainConfig
 
-__all__ = ["RunConfig"]
-
 CONFIG_FILE = "config.json"
 _DEFAULT_D = 128.0
 _DIMENSIONS = {"pfgm": 1.0, "edm": math.inf}  # D of each method that has only one

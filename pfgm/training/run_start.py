@@ -16,8 +16,6 @@ from .checkpoint import Loaded
 from .run_config import RunConfig
 from .run_models import SIZE_NAMES, SIZES, build_flow, method_of
 
-__all__ = ["start_from"]
-
 # Hyper-parameters of a flow that its network has been built for.
 _NETWORK_SETTINGS: dict[type[Flow], str] = {PoissonFlow: "gamma", PoissonFlowPP: "sigma_data"}
 

@@ -16,8 +16,6 @@ from .checks import value_range
 from .run_config import RunConfig
 from .trainer import Trainer
 
-__all__ = ["summary"]
-
 _SHOWN_NAMES = 5  # of labels
 
 

@@ -12,8 +12,6 @@ import torch
 
 from .trainer import Trainer
 
-__all__ = ["fastest_count", "training_threads"]
-
 _LARGE = 0.5  # seconds of a step on one thread; a network that takes longer gets all threads
 _TURNS = 5
 _AS_FAST = 1.05  # the smallest count within this factor of the fastest is taken

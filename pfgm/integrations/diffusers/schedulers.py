@@ -222,8 +222,6 @@ class FlowScheduler(SchedulerMixin, ConfigMixin):  # type: ignore[misc]
         """Sets the index of the first call; by default it follows from the first timestep."""
         self._begin_index = begin_index
 
-    # ---- sampling ----
-
     def set_timesteps(
         self,
         num_inference_steps: int | None = None,
@@ -352,8 +350,6 @@ class FlowScheduler(SchedulerMixin, ConfigMixin):  # type: ignore[misc]
         if not places:
             raise ValueError(f"timestep must be one of timesteps, got {float(timestep)}.")
         return int(places[min(len(places), self.order) - 1])
-
-    # ---- training ----
 
     def perturb(
         self, original_samples: Tensor, generator: torch.Generator | None = None

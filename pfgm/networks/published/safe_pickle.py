@@ -247,8 +247,6 @@ class _Interpreter:
     def get(self, index: int) -> None:
         self._stack.append(self._memo[index])
 
-    # ---- containers ----
-
     def tuple_of(self, count: int) -> None:
         values = [self._stack.pop() for _ in range(count)]
         self._stack.append(tuple(reversed(values)))
@@ -280,8 +278,6 @@ class _Interpreter:
     def add_items(self, _: None) -> None:
         values = self.pop_to_mark()
         _expect(set, self._stack[-1]).update(_check_keys(values))
-
-    # ---- names and calls ----
 
     def name(self, shown: str) -> None:
         name = shown.replace(" ", ".")
@@ -336,9 +332,6 @@ def _check_keys(values: Sequence[Any]) -> Sequence[Any]:
         if not isinstance(_expect((str, int), value), str) and not abs(value) < 2**60:
             raise ValueError("a key is a number beyond 2^60")
     return values
-
-
-# ---- the functions that stand for the allowed calls ----
 
 
 def _set(values: Any = ()) -> set[Any]:
