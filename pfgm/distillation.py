@@ -18,10 +18,9 @@ import torch
 from torch import Tensor, nn
 
 from .common import draws
-from .common.checks import check_not_empty
 from .common.tensors import flat_rows
 from .flows import Condition, Flow, Network
-from .flows.conditions import as_condition, map_tensors
+from .flows.conditions import map_tensors
 from .functional import euler_step, multistep_step
 from .references import References
 
@@ -113,8 +112,7 @@ class Consistency:
             ValueError: x is empty, shapes do not fit, or a network's results have wrong shapes.
         """
         flow = self.flow
-        x = flow._to_floating(x)
-        check_not_empty(x)
+        x, condition = flow._checked_batch(x, condition)
         levels = torch.tensor(self.levels, dtype=torch.float64, device=x.device)
         starts = draws.integers(len(levels) - 1, x.shape[:1], generator, device=x.device)
         starts = starts.sort().values
@@ -123,8 +121,7 @@ class Consistency:
         first = int((starts == 0).sum())
         noisy[:first] = flow.prior(first, generator=generator, device=x.device).to(x.dtype)
         with torch.no_grad():
-            keywords = as_condition("condition", condition)
-            target = self._target(net, noisy.clone(), starts, levels, keywords)
+            target = self._target(net, noisy.clone(), starts, levels, condition)
         mean = flow.denoise(net, noisy, sigma, condition)
         wide = torch.promote_types(mean.dtype, torch.float32)
         squared = flat_rows(mean.to(wide) - target.to(wide)).square().sum(1)

@@ -440,12 +440,6 @@ def check_at_least_0(name: str, value: float | Tensor) -> None:
         raise ValueError(f"{name} must be a finite number of at least 0, got {value}.")
 
 
-def check_not_empty(x: Tensor) -> None:
-    """Raises ValueError if there is no sample, of which there would be no average."""
-    if len(x) == 0:
-        raise ValueError("x must hold at least one sample, got none.")
-
-
 def positive(name: str, value: Any) -> float:
     """The value as a number of Python. Raises ValueError unless float32 holds it and it is > 0."""
     number = as_number(value)

@@ -155,8 +155,8 @@ class Likelihood(Sampling):
             integral = wide.new_zeros(count)
             if count > 0:
                 chosen = as_solver(solver)
-                carry = _APART.get(chosen.function) or _jointly(chosen)
-                wide, integral = carry(evaluate, wide, grid, rtol, atol)
+                integrate = _INTEGRATORS.get(chosen.function) or _jointly(chosen)
+                wide, integral = integrate(evaluate, wide, grid, rtol, atol)
                 _check_each("the latent or its density", wide.sum(1) + integral, torch.isfinite)
             latent = wide.to(x.dtype).view(x.shape)
             prior = _checked_prior((prior_log_prob or self._prior_log_prob)(latent), count)
@@ -186,12 +186,10 @@ def centred_prior(latent: Tensor, level: float, D: float) -> Tensor:
     return log_density(wide, wide.new_zeros(1, *wide.shape[1:]), sigma=level, D=D)
 
 
-# ---- solvers -----------------------------------------------------------------------------------
-#
-# Each carries points x (B, N), in wide_dtype, up the levels. It returns the points at the last one
-# and ∫ div mean dt (B,).
-
-Carry = Callable[[MeanAndDivergence, Tensor, Sequence[float], float, float], tuple[Tensor, Tensor]]
+Integrator = Callable[
+    [MeanAndDivergence, Tensor, Sequence[float], float, float], tuple[Tensor, Tensor]
+]
+"""From points x (B, N), in wide_dtype, to those at the last level and ∫ div mean dt (B,)."""
 
 
 @torch.no_grad()
@@ -258,13 +256,13 @@ def _heun(
     return x, integral
 
 
-def _jointly(solver: Solver) -> Carry:
-    """A solver of :mod:`pfgm.solvers`, which carries the points and the integral I as one.
+def _jointly(solver: Solver) -> Integrator:
+    """The integral I as one more coordinate of the points, for any solver of the ODE.
 
     It solves ds/dt = s − mean(s) for s = (x, I). So the mean of I is I − div mean.
     """
 
-    def carry(
+    def integrate(
         evaluate: MeanAndDivergence, x: Tensor, levels: Sequence[float], rtol: float, atol: float
     ) -> tuple[Tensor, Tensor]:
         def joint_mean(state: Tensor, level: float) -> Tensor:
@@ -274,11 +272,11 @@ def _jointly(solver: Solver) -> Carry:
         state, _ = solver(joint_mean, torch.cat([x, x.new_zeros(len(x), 1)], 1), levels)
         return state[:, :-1].contiguous(), state[:, -1]
 
-    return carry
+    return integrate
 
 
-# Solvers that integrate the density more accurately than as one more coordinate.
-_APART: dict[SolverFunction, Carry] = {euler: _euler, heun: _heun, rk45: _rk45}
+# More accurate than _jointly, for these solvers.
+_INTEGRATORS: dict[SolverFunction, Integrator] = {euler: _euler, heun: _heun, rk45: _rk45}
 
 
 def _checked_prior(log_prob: Tensor, count: int) -> Tensor:

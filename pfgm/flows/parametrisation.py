@@ -1,14 +1,7 @@
 """The base of flows: levels, noise, and the posterior mean that a network implies.
 
-A flow carries points of a prior at its first level to data at its last level along the ODE
-
-    dx/dσ = (x − mean(x, σ))/σ
-
-The equation is the same for every number D of augmented dimensions. Its σ is r/√D, where r is the
-length of the augmented vector (PFGM++, arXiv 2302.04265, section 3.3). At D = 1, σ is PFGM's z.
-
-Flows differ in their parametrisation. A network of :class:`pfgm.PoissonFlow` predicts the field, a
-network of :class:`pfgm.PoissonFlowPP` predicts the posterior mean.
+With levels σ = r/√D, where r is the length of the augmented vector, the ODE of :class:`pfgm.Flow`
+is the same for every D (PFGM++, arXiv 2302.04265, section 3.3). At D = 1, σ is PFGM's z.
 """
 
 from __future__ import annotations
@@ -113,8 +106,8 @@ class Parametrisation(ABC):
     def defaults(self) -> Defaults:
         """Solver, steps and schedule of sampling: multistep on rho.
 
-        There are 10 steps, 20 below 64 values in a sample, and 40 for up to 16 values. With fewer
-        steps the spread of samples of few values would be off by more than 2 %.
+        With fewer than 10 steps, 20 below 64 values in a sample and 40 for up to 16 values, the
+        spread of samples would be off by more than 2 %.
         """
         return Defaults(solver="multistep", steps=self.default_steps("multistep"), schedule="rho")
 

@@ -16,7 +16,6 @@ from ..common.checks import (
     LARGEST,
     are_float_images,
     as_number,
-    check_not_empty,
     natural,
     non_negative,
     positive,
@@ -31,7 +30,7 @@ from ..functional import posterior_mean
 from ..functional.levels import Level
 from ..references import References, ReferenceSet
 from ..solvers import SAMPLERS, SCHEDULES, SolverFunction, as_solver, rho_grid
-from .conditions import Condition, Network, as_condition, check_rows, with_inner_networks
+from .conditions import Condition, Network, with_inner_networks
 from .flow import Flow
 from .targets import ExactNetwork, targets_by_label
 
@@ -39,8 +38,6 @@ from .targets import ExactNetwork, targets_by_label
 # at D = 4 and in 26 % at D = 1.
 _SMALL_D = 4
 _LARGEST_CHURN = math.sqrt(2) - 1  # relative rise of the level in one step (EDM, algorithm 2)
-
-
 _INSTEAD = (
     " Networks of the field, such as pfgm.networks.UNet, are for PoissonFlow; flow.network makes a "
     "denoiser of their kind."
@@ -310,10 +307,7 @@ class PoissonFlowPP(Flow):
                 "worse. At D = 1 PoissonFlow has the same process and a network that suits it.",
                 stacklevel=2,
             )
-        x = self._to_floating(x)
-        check_not_empty(x)
-        condition = as_condition("condition", condition)
-        check_rows(condition, x.shape[0])
+        x, condition = self._checked_batch(x, condition)
         x_perturbed, sigma = self.perturb(x, generator)
         target = x
         if references is not None:
@@ -398,7 +392,7 @@ class PoissonFlowPP(Flow):
             return x, level
         raised = level * (1 + growth)
         added = scale * math.sqrt(raised**2 - level**2)
-        return x + self.noise(x.new_full((len(x),), added), generator), raised
+        return self._add_noise(x, added, generator), raised
 
     def empirical(self, references: References) -> EmpiricalDenoiser:
         """The exact posterior mean of references (M, *S) as a network.

@@ -15,7 +15,6 @@ from ..common.checks import (
     are_float_images,
     check_choice,
     check_dtype,
-    check_not_empty,
     natural,
     non_negative,
     positive,
@@ -31,7 +30,7 @@ from ..functional.levels import Level
 from ..functional.steps import Field
 from ..references import References, ReferenceSet, as_references, measure
 from ..solvers import SCHEDULES
-from .conditions import Condition, Network, as_condition, check_rows, with_inner_networks
+from .conditions import Condition, Network, as_condition, with_inner_networks
 from .flow import Flow
 from .poisson_rules import (
     MEAN_NORMAL,
@@ -368,10 +367,7 @@ class PoissonFlow(Flow):
         if weighting is None:
             weighting = "published" if _mean_network(net) is None else "balanced"
         check_choice("weighting", weighting, get_args(Weighting))
-        x = self._to_floating(x)
-        check_not_empty(x)
-        condition = as_condition("condition", condition)
-        check_rows(condition, x.shape[0])
+        x, condition = self._checked_batch(x, condition)
         labels = condition.get("labels")
         if references is None:
             references, reference_labels = x, labels

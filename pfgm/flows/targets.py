@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from ..common.checks import check_dtype, layout_hint
 from ..references import References, ReferenceSet
-from .conditions import Condition, Network
+from .conditions import Condition, Network, as_condition, check_rows
 from .parametrisation import Parametrisation
 
 
@@ -37,6 +37,15 @@ class Targets(Parametrisation):
     @abstractmethod
     def empirical(self, references: References) -> nn.Module:
         """The exact network of references (M, *S)."""
+
+    def _checked_batch(self, x: Tensor, condition: Condition | None) -> tuple[Tensor, Condition]:
+        """The clean data of a loss as floating point, one row or more, and their condition."""
+        x = self._to_floating(x)
+        if len(x) == 0:
+            raise ValueError("x must hold at least one sample, got none.")
+        condition = as_condition("condition", condition)
+        check_rows(condition, x.shape[0])
+        return x, condition
 
     def _check_references(self, references: References) -> None:
         """Raises an error unless references are samples of the flow."""
