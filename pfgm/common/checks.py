@@ -404,6 +404,13 @@ def warn_image_range(low: float, high: float, *, stacklevel: int = 3) -> bool:
     return True
 
 
+def check_tensor(name: str, value: object) -> None:
+    """Raises TypeError unless value is a tensor."""
+    if not isinstance(value, Tensor):
+        remedy = f"; use torch.as_tensor({name})" if isinstance(value, (np.ndarray, list)) else ""
+        raise TypeError(f"{name} must be a torch.Tensor, got {type(value).__name__}{remedy}.")
+
+
 def check_dense(name: str, values: Tensor) -> None:
     """Raises TypeError for a sparse tensor."""
     if values.layout != torch.strided:
@@ -414,7 +421,9 @@ def check_dense(name: str, values: Tensor) -> None:
 
 def check_dtype(name: str, values: Tensor) -> None:
     if values.dtype != torch.uint8 and not values.is_floating_point():
-        raise TypeError(f"{name} must be uint8 or floating point, got {values.dtype}.")
+        raise TypeError(
+            f"{name} must be uint8 or floating point, got {values.dtype}; use {name}.float()."
+        )
 
 
 def check_floating(name: str, values: object, hint: str = "") -> None:
@@ -528,17 +537,13 @@ def positive_int(name: str, value: Any, most: int = _MAX_INT) -> int:
     return whole(name, value, 1, most)
 
 
-def natural(name: str, value: Any) -> int:
-    """The value as an int. Raises ValueError unless it is an integer from 0 to 2^63 − 1."""
-    return whole(name, value, 0)
-
-
 def whole(name: str, value: Any, least: int, most: int = _MAX_INT) -> int:
     """The value as an int. Raises ValueError unless it is an integer from least to most."""
     if not is_whole(value) or not least <= value <= most:
         too_large = is_whole(value) and value > most
         limit = f" and at most {most}" if most != _MAX_INT or too_large else ""
-        raise ValueError(f"{name} must be an integer of at least {least}{limit}, got {value!r}.")
+        got = type(value).__name__ if isinstance(value, torch.nn.Module) else repr(value)
+        raise ValueError(f"{name} must be an integer of at least {least}{limit}, got {got}.")
     return int(value)
 
 

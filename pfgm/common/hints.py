@@ -13,11 +13,14 @@ T = TypeVar("T")
 _INSTEAD: dict[str, tuple[str, ...]] = {
     **dict.fromkeys(
         ("num_steps", "n_steps", "max_steps", "num_inference_steps", "T", "iterations", "epochs"),
-        ("steps",),
+        ("steps", "config=TrainConfig(steps=…)"),
     ),
     **dict.fromkeys(("batch", "bs", "minibatch"), ("batch_size",)),
-    **dict.fromkeys(("num_samples", "n_samples", "batch_size"), ("n",)),
-    "lr": ("learning_rate",),
+    **dict.fromkeys(("num_samples", "n_samples"), ("n",)),
+    "batch_size": ("n", "config=TrainConfig(batch_size=…)"),
+    "lr": ("learning_rate", "config=TrainConfig(learning_rate=…)"),
+    "steps": ("config=TrainConfig(steps=…)",),
+    "learning_rate": ("config=TrainConfig(learning_rate=…)",),
     **dict.fromkeys(("ema_decay", "ema_rate"), ("ema",)),
     "warmup_steps": ("warmup",),
     **dict.fromkeys(("grad_clip", "max_grad_norm"), ("clip",)),

@@ -334,8 +334,8 @@ def open_mapped(array: np.memmap[Any, Any]) -> Source:
     """
     mapping, filename = getattr(array, "_mmap", None), array.filename
     if mapping is None or filename is None or array.mode == "c" or array.ndim < 2:
-        return InMemory(from_numpy(np.asarray(array), "source"))
-    check_samples(array.shape, "source")  # the array may be a part of what the file holds
+        return InMemory(from_numpy(np.asarray(array), "data"))
+    check_samples(array.shape, "data")  # the array may be a part of what the file holds
     dtype = _NUMPY_DTYPES.get(array.dtype)
     if dtype is None or not array.flags.c_contiguous:
         return _loaded(np.array(array), str(filename))
@@ -375,4 +375,7 @@ def _is_allowed(dtype: np.dtype[Any]) -> bool:
 
 
 def _dtype_error(dtype: object, name: str) -> TypeError:
-    return TypeError(f"{name} must hold uint8 or floating-point numbers, got {dtype}.")
+    return TypeError(
+        f"{name} must hold uint8 or floating-point numbers, got {dtype}; convert them, as by "
+        "astype('float32')."
+    )

@@ -53,12 +53,12 @@ def open_source(source: Samples, *, progress: bool = False) -> Source:
     if isinstance(source, np.memmap):
         return open_mapped(source)
     if isinstance(source, np.ndarray):
-        return InMemory(from_numpy(source, "source"))
+        return InMemory(from_numpy(source, "data"))
     if is_frame(source):
         return InMemory(*load_table(source))
     if is_series(source):
         raise TypeError(
-            "source must be an array or a DataFrame, got a Series of pandas; use series.to_numpy()."
+            "data must be an array or a DataFrame, got a Series of pandas; use series.to_numpy()."
         )
     if isinstance(source, (str, os.PathLike)):
         path = Path(source)
@@ -70,10 +70,10 @@ def open_source(source: Samples, *, progress: bool = False) -> Source:
     numbered = hasattr(source, "__getitem__") and not isinstance(source, Mapping)
     if numbered or isinstance(source, DataLoader):
         rows, labels = load_dataset(source, progress=progress)
-        check_samples(rows.shape, "source")
+        check_samples(rows.shape, "data")
         return InMemory(rows, labels)
     raise TypeError(
-        "source must be a tensor, a NumPy array, a DataFrame, the path of a file or a folder of "
+        "data must be a tensor, a NumPy array, a DataFrame, the path of a file or a folder of "
         "images, or a dataset with __len__ and __getitem__ or its DataLoader, got "
         f"{type(source).__name__}."
     )

@@ -89,9 +89,9 @@ class InMemory(Source):
         labels: Tensor | None = None,
         label_names: tuple[str, ...] = (),
     ) -> None:
-        check_dense("source", tensor)
-        _check_dtype(tensor.dtype, "source")
-        check_samples(tensor.shape, "source", in_file=False)
+        check_dense("data", tensor)
+        _check_dtype(tensor.dtype, "data")
+        check_samples(tensor.shape, "data", in_file=False)
         self._tensor = tensor
         self.shape = tuple(tensor.shape[1:])
         self.dtype = tensor.dtype
@@ -273,4 +273,7 @@ def check_samples(shape: tuple[int, ...], name: str, *, in_file: bool = True) ->
 
 def _check_dtype(dtype: torch.dtype, name: str) -> None:
     if dtype not in REFERENCES:
-        raise TypeError(f"{name} must be one of {', '.join(map(str, REFERENCES))}, got {dtype}.")
+        raise TypeError(
+            f"{name} must be one of {', '.join(map(str, REFERENCES))}, got {dtype}; convert it, as "
+            "by .float()."
+        )

@@ -96,7 +96,7 @@ def _loaded_by(loader: DataLoader[Any]) -> Any:
         custom = "collate_fn"
     if custom is not None:
         raise ValueError(
-            f"source must be a DataLoader of all items as they are, got one with its own {custom}; "
+            f"data must be a DataLoader of all items as they are, got one with its own {custom}; "
             "give a dataset of the samples, such as its own (loader.dataset) or a Subset of it."
         )
     return loader.dataset
@@ -111,12 +111,12 @@ def _visits_all(sampler: Any, dataset: Any) -> bool:
 def _length(dataset: Any) -> int:
     if not hasattr(dataset, "__len__") or isinstance(dataset, IterableDataset):
         raise TypeError(
-            f"source must have __len__ and __getitem__, got {type(dataset).__name__}, a dataset "
+            f"data must have __len__ and __getitem__, got {type(dataset).__name__}, a dataset "
             "without a length or without numbered items."
         )
     count = len(dataset)
     if count == 0:
-        raise ValueError("source must have at least one item, got a dataset of 0 items.")
+        raise ValueError("data must have at least one item, got a dataset of 0 items.")
     return count
 
 
@@ -159,7 +159,7 @@ def _row(value: Any, index: int, channels: int) -> Tensor:
     if not isinstance(value, Tensor):
         raise TypeError(
             f"{name} must be a tensor, a NumPy array, a Pillow image, or a sequence or mapping "
-            f"that holds one, got {type(value).__name__}."
+            f"that holds one, got {type(value).__name__}; torch.tensor takes lists of numbers."
         )
     row = value.detach().float() if value.dtype == torch.float64 else value.detach()
     if row.dtype not in _KEPT_DTYPES:

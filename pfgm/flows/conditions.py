@@ -28,13 +28,25 @@ def with_inner_networks(net: Network) -> Iterator[nn.Module]:
         inner = getattr(inner, "module", getattr(inner, "_orig_mod", None))
 
 
-def check_network(net: object) -> None:
+def check_network(net: object, name: str = "net") -> None:
     """Raises TypeError unless net can be called as a network."""
     if isinstance(net, type) or not callable(net):
         kind = f"the class {net.__name__}" if isinstance(net, type) else f"a {type(net).__name__}"
         raise TypeError(
-            f"net must be a torch.nn.Module, or a function of x and the level, got {kind}."
+            f"{name} must be a torch.nn.Module, or a function of x and the level, got {kind}."
         )
+    signature = _signature(net)
+    try:
+        signature.bind_partial(None, None)
+    except TypeError as error:
+        raise TypeError(
+            f"{name} must take x and the level, net(x, level), got one that takes "
+            f"({', '.join(signature.parameters)})."
+        ) from error
+
+
+def _signature(net: Network) -> inspect.Signature:
+    return inspect.signature(net.forward if isinstance(net, nn.Module) else net)
 
 
 def as_condition(name: str, condition: Condition | None) -> Condition:
@@ -59,7 +71,7 @@ def as_condition(name: str, condition: Condition | None) -> Condition:
 
 def check_condition(net: Network, condition: Condition, count: int) -> None:
     """Raises ValueError unless the network takes these names and each tensor has count rows."""
-    taken = inspect.signature(net.forward if isinstance(net, nn.Module) else net).parameters
+    taken = _signature(net).parameters
     kinds = {parameter.kind for parameter in taken.values()}
     for name in condition:
         if name not in taken and inspect.Parameter.VAR_KEYWORD not in kinds:

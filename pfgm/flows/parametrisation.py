@@ -21,6 +21,7 @@ from ..common.checks import (
     check_dimensions,
     check_dtype,
     check_floating,
+    check_tensor,
     is_whole,
     layout_hint,
     non_negative,
@@ -205,8 +206,7 @@ class Parametrisation(ABC):
         check_floating(name, x, hint)
 
     def _check_shape(self, x: Tensor, name: str) -> None:
-        if not isinstance(x, Tensor):
-            raise TypeError(f"{name} must be a torch.Tensor, got {type(x).__name__}.")
+        check_tensor(name, x)
         if x.ndim == 0 or x.shape[1:] != self.shape:
             raise ValueError(
                 f"{name} must have shape (B, *S) with S = {self.shape}, got {tuple(x.shape)}."

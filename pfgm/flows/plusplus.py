@@ -16,13 +16,13 @@ from ..common.checks import (
     LARGEST,
     are_float_images,
     as_number,
-    natural,
     non_negative,
     positive,
     shape_or_type,
     untouched,
     warn_channels_last,
     warn_image_range,
+    whole,
 )
 from ..common.tensors import common_device, flat_rows, over_samples, per_row
 from ..data.opening import Samples
@@ -339,7 +339,7 @@ class PoissonFlowPP(Flow):
         >>> PoissonFlowPP((3, 8, 8), D=2048).prior(4).shape
         torch.Size([4, 3, 8, 8])
         """
-        natural("n", n)
+        whole("n", n, 0)
         device = common_device(device, generator)
         return self.noise(torch.full((n,), self.sigma_max, device=device), generator)
 

@@ -14,13 +14,13 @@ from ..common import draws, transforms
 from ..common.checks import (
     are_float_images,
     check_choice,
-    check_dtype,
-    natural,
     non_negative,
     positive,
+    shape_or_type,
     untouched,
     warn_channels_last,
     warn_image_range,
+    whole,
 )
 from ..common.hints import with_hints
 from ..common.tensors import common_device, flat_rows, over_samples, per_row, wide_dtype
@@ -28,7 +28,7 @@ from ..data.opening import Samples
 from ..functional import euler_step, field_fn, posterior_mean
 from ..functional.levels import Level
 from ..functional.steps import Field
-from ..references import References, ReferenceSet, as_references, measure
+from ..references import References, ReferenceSet
 from ..solvers import SCHEDULES
 from .conditions import Condition, Network, as_condition, with_inner_networks
 from .flow import Flow
@@ -200,8 +200,7 @@ class PoissonFlow(Flow):
         and the steps of sampling are chosen for it or the columns are standardised first.
 
         Raises:
-            TypeError: data are neither uint8 nor floating point.
-            ValueError: data have no rows, or hold NaN or infinity.
+            TypeError, ValueError: as for :class:`pfgm.ReferenceSet`, or squares of data overflow.
 
         Warns:
             UserWarning: data look like images with channels last, or like images that are not in
@@ -215,20 +214,11 @@ class PoissonFlow(Flow):
         >>> round(larger.z_max / flow.z_max, 3)
         10.0
         """
-        if isinstance(data, np.ndarray):
-            data = torch.as_tensor(data, device="cpu")
-        data = as_references(data)
-        if data.ndim < 1 or len(data) == 0:
-            raise ValueError(f"data must have shape (n, *S) with n ≥ 1, got {tuple(data.shape)}.")
-        if isinstance(data, Tensor):
-            check_dtype("data", data)
+        data = data if isinstance(data, ReferenceSet) else ReferenceSet(data)
         warn_channels_last(data.shape[1:])
-        measured = measure(data)
+        measured = data.measures
         if not math.isfinite(measured.rms):
-            raise ValueError(
-                "data must be finite, as must its squares, got NaN, infinity or values with "
-                "infinite squares."
-            )
+            raise ValueError("data must have finite squares, got values too large for that.")
         defaults: dict[str, Any] = {"data_norm": measured.norm}
         are_images = measured.fills_unit and math.prod(data.shape[1:]) >= _FEWEST_IMAGE_VALUES
         if "data_norm" not in overrides and ("spread" in overrides or not are_images):
@@ -427,7 +417,7 @@ class PoissonFlow(Flow):
         >>> bool(flow.prior(4).flatten(1).norm(dim=1).max() <= 3000.1)
         True
         """
-        natural("n", n)
+        whole("n", n, 0)
         device = common_device(device, generator)
         direction = draws.normal((n, self.N), generator, device=device)
         scale = draws.normal((n, 1), generator, device=device).abs()
@@ -538,9 +528,9 @@ def _evaluate(
             f"{type(prediction).__name__}; a denoiser is a network of PoissonFlowPP."
         )
     field_x, field_z = prediction
-    if field_x.shape != x.shape or field_z.shape != z.shape:
+    if [getattr(each, "shape", None) for each in prediction] != [x.shape, z.shape]:
         raise ValueError(
-            f"net must return the shapes of x and z, {tuple(x.shape)} and {tuple(z.shape)}, got "
-            f"{tuple(field_x.shape)} and {tuple(field_z.shape)}."
+            f"net must return tensors of the shapes of x and z, {tuple(x.shape)} and "
+            f"{tuple(z.shape)}, got {' and '.join(map(shape_or_type, prediction))}."
         )
     return field_x, field_z

@@ -20,6 +20,7 @@ from ..common.checks import (
     allocating,
     as_number,
     check_choice,
+    check_tensor,
     is_number,
     known_device,
     whole,
@@ -394,8 +395,7 @@ class Sampling(Parametrisation):
                 device = network_device(net)
             with allocating(f"n is {n}, and {n} samples of shape {self.shape}"):
                 return self.prior(n, generator=generator, device=device)
-        if not isinstance(x_init, Tensor):
-            raise TypeError(f"x_init must be a torch.Tensor, got {type(x_init).__name__}.")
+        check_tensor("x_init", x_init)
         if x_init.shape != (n, *self.shape) or not x_init.is_floating_point():
             raise ValueError(
                 f"x_init must be floating point of shape {(n, *self.shape)}, got {x_init.dtype} of "

@@ -14,6 +14,7 @@ from ..common.checks import (
     as_float,
     check_at_least_0,
     check_dense,
+    check_tensor,
     checks_values,
     is_number,
     is_symbolic,
@@ -43,8 +44,7 @@ def _refuse(function: str, arguments: Iterable[str]) -> NoReturn:
 
 
 def _check_tensors(x: Tensor, references: References) -> None:
-    if not isinstance(x, Tensor):
-        raise TypeError(f"x must be a torch.Tensor, got {type(x).__name__}.")
+    check_tensor("x", x)
     if not isinstance(references, (Tensor, ReferenceSet)):
         raise TypeError(
             "references must be a torch.Tensor or a pfgm.ReferenceSet, got "

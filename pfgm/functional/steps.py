@@ -28,7 +28,7 @@ from typing import Any, Literal, NamedTuple, overload
 import torch
 from torch import Tensor
 
-from ..common.checks import check_at_least_0, check_dense
+from ..common.checks import check_at_least_0, check_dense, check_tensor
 from ..common.dtypes import HALF, POINTS
 from ..common.tensors import flat_rows
 from ..core.problems import OdeStep
@@ -248,7 +248,7 @@ def implied_mean(x: Tensor, prediction: Field | Tensor, z: Level) -> Tensor:
     """
     if isinstance(prediction, Field):
         return euler_step(x, prediction, z, 0.0)
-    _check_tensor("prediction", prediction, x, x.shape)
+    _check_like("prediction", prediction, x, x.shape)
     return prediction.clone()
 
 
@@ -319,8 +319,7 @@ _HISTORY = {HEUN: "x", MULTISTEP: "previous_mean"}
 
 def _check(method: int, x: Tensor, prediction: Field | Tensor, history: Tensor | None) -> None:
     name = "x_next" if method == HEUN else "x"
-    if not isinstance(x, Tensor):
-        raise TypeError(f"{name} must be a torch.Tensor, got {type(x).__name__}.")
+    check_tensor(name, x)
     check_dense(name, x)
     if x.ndim == 0 or math.prod(x.shape[1:]) == 0:
         raise ValueError(
@@ -329,17 +328,17 @@ def _check(method: int, x: Tensor, prediction: Field | Tensor, history: Tensor |
     if x.dtype not in POINTS:
         raise TypeError(f"{name} must be one of {', '.join(map(str, POINTS))}, got {x.dtype}.")
     if method in _HISTORY:
-        _check_tensor(_HISTORY[method], history, x, x.shape)
+        _check_like(_HISTORY[method], history, x, x.shape)
     if not isinstance(prediction, Field):
         if not isinstance(prediction, Tensor):
             raise TypeError(
                 "prediction must be a pfgm.Field, or a torch.Tensor that holds the mean, got "
                 f"{type(prediction).__name__}."
             )
-        _check_tensor("prediction", prediction, x, x.shape)
+        _check_like("prediction", prediction, x, x.shape)
         return
-    _check_tensor("field_x", prediction.field_x, x, x.shape)
-    _check_tensor("field_z", prediction.field_z, x, x.shape[:1])
+    _check_like("field_x", prediction.field_x, x, x.shape)
+    _check_like("field_z", prediction.field_z, x, x.shape[:1])
     for name, value in (("gamma", prediction.gamma), ("z_exp", prediction.z_exp)):
         check_at_least_0(name, value)
     if prediction.substitution not in _SUBSTITUTIONS:
@@ -348,9 +347,8 @@ def _check(method: int, x: Tensor, prediction: Field | Tensor, history: Tensor |
         )
 
 
-def _check_tensor(name: str, value: object, x: Tensor, shape: torch.Size) -> None:
-    if not isinstance(value, Tensor):
-        raise TypeError(f"{name} must be a torch.Tensor, got {type(value).__name__}.")
+def _check_like(name: str, value: Any, x: Tensor, shape: torch.Size) -> None:
+    check_tensor(name, value)
     if value.shape != shape:
         raise ValueError(f"{name} must have shape {tuple(shape)}, got {tuple(value.shape)}.")
     if not value.is_floating_point():
@@ -424,8 +422,7 @@ def _is_flat(out: Tensor, dtype: torch.dtype) -> bool:
 
 def _flat_output(name: str, out: Tensor, x: Tensor, dtype: torch.dtype) -> Tensor:
     """A view (B, N) of out, or new memory to be copied to out."""
-    if not isinstance(out, Tensor):
-        raise TypeError(f"{name} must be a torch.Tensor, got {type(out).__name__}.")
+    check_tensor(name, out)
     if out.shape != x.shape or out.dtype != x.dtype:
         raise ValueError(
             f"{name} must have the shape and dtype of x, {tuple(x.shape)} and {x.dtype}, got "

@@ -12,7 +12,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ..common.checks import check_finite, is_whole, positive_int
+from ..common.checks import check_finite, check_tensor, is_whole, positive_int
 from ..common.tensors import evaluating
 
 Features = Callable[[Tensor], Tensor]
@@ -306,9 +306,8 @@ def _features(name: str, x: Tensor, features: Features) -> Tensor:
     return joined
 
 
-def _check_floating(name: str, x: object) -> None:
-    if not isinstance(x, Tensor):
-        raise TypeError(f"{name} must be a torch.Tensor, got {type(x).__name__}.")
+def _check_floating(name: str, x: Tensor) -> None:
+    check_tensor(name, x)
     if not x.is_floating_point():
         raise TypeError(
             f"{name} must be floating point, got {x.dtype}; pfgm.data.to_unit converts bytes."

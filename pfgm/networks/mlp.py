@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ..common.checks import natural, positive_int
+from ..common.checks import positive_int, whole
 from .config import MAX_DEPTH, MAX_WIDTH, as_json
 from .embedding import NoiseEmbedding
 from .fields import Center, FieldNetwork
@@ -74,7 +74,7 @@ class MLP(FieldNetwork):
                 "shape": self.shape,
                 "width": width,
                 "depth": depth,
-                "classes": natural("classes", classes),
+                "classes": whole("classes", classes, 0),
                 "data_std": self.data_std,
                 "gamma": self.gamma,
                 **self._scaling_config,

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ..common.checks import int_tuple, natural, positive_int
+from ..common.checks import int_tuple, positive_int, whole
 from .config import MAX_DEPTH, MAX_WIDTH, as_json
 from .embedding import NoiseEmbedding
 from .fields import Center, FieldNetwork
@@ -202,7 +202,7 @@ class UNet(FieldNetwork):
                 "blocks": blocks,
                 "patch": self.patch,
                 "heads": heads,
-                "classes": natural("classes", classes),
+                "classes": whole("classes", classes, 0),
                 "data_std": self.data_std,
                 "gamma": self.gamma,
                 **self._scaling_config,

@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..common.checks import check_finite, positive, positive_int, whole
+from ..common.checks import check_finite, check_tensor, positive, positive_int, whole
 from ..common.files import StrPath, write_atomic
 from ..data import to_unit
 from .figures import (
@@ -198,8 +198,7 @@ def _shrunk(images: Tensor) -> Tensor:
 
 def _checked(images: Tensor, form: str, ndims: tuple[int, int]) -> Tensor:
     """The images as float32 on the CPU, with a dimension for the channels."""
-    if not isinstance(images, Tensor):
-        raise TypeError(f"images must be a torch.Tensor, got {type(images).__name__}.")
+    check_tensor("images", images)
     shape = tuple(images.shape)
     images = to_unit(images.detach()).cpu()
     if images.ndim == ndims[0]:

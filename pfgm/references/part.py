@@ -211,6 +211,4 @@ class Part:
 def check_finite(rows: Tensor, start: int) -> None:
     """Raises ValueError if a row is not finite. start is the number of the first row."""
     if (bad := first_bad_row(rows)) is not None:
-        raise ValueError(
-            f"references must be finite, got NaN or infinity (first in row {start + bad})."
-        )
+        raise ValueError(f"data must be finite, got NaN or infinity (first in row {start + bad}).")

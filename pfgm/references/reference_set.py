@@ -13,7 +13,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from ..common.checks import is_whole, known_device
+from ..common.checks import check_tensor, is_whole, known_device
 from ..common.dtypes import REFERENCES
 from ..common.files import StrPath, write_atomic
 from ..common.tensors import as_int64, dequantise
@@ -56,7 +56,7 @@ class ReferenceSet:
       has not written to the disk yet.
 
     Args:
-        source: a tensor or array (M, *S); a memory map; a ``.npy``, ``.npz`` or ``.safetensors``
+        data: a tensor or array (M, *S); a memory map; a ``.npy``, ``.npz`` or ``.safetensors``
             file, which is not loaded unless it is compressed; a folder of images of one size; a
             :class:`torch.utils.data.Dataset` of samples or of (sample, label) pairs; or its
             DataLoader. uint8 means u/127.5 − 1. Rows keep their shape. For a file of images
@@ -64,7 +64,7 @@ class ReferenceSet:
             (n, C, H, W), which the command line uses too.
         flips: add the mirror image of each row (last axis reversed), as rows M to 2M − 1. It is
             for images (M, C, H, W) or (M, H, W); the columns of a table would change their order.
-        labels: (M,) integers, for a source without labels.
+        labels: (M,) integers, for data without labels.
         progress: show a progress bar while images or a dataset are read.
 
     Raises:
@@ -84,13 +84,13 @@ class ReferenceSet:
 
     def __init__(
         self,
-        source: Samples,
+        data: Samples,
         *,
         flips: bool = False,
         labels: Tensor | None = None,
         progress: bool = False,
     ) -> None:
-        opened = open_source(source, progress=progress)
+        opened = open_source(data, progress=progress)
         self._rows = len(opened)
         self._offset = 0  # number of the first row in part
         self.part = Part(opened, flips=bool(flips))
@@ -376,6 +376,7 @@ class ReferenceSet:
     def _checked_labels(self, labels: Tensor | None) -> Tensor | None:
         if labels is None:
             return None
+        check_tensor("labels", labels)
         if labels.shape != (self._rows,) or labels.is_floating_point():
             raise ValueError(
                 f"labels must be integers of shape ({self._rows},), got {labels.dtype} of shape "
@@ -393,15 +394,6 @@ def as_references(data: Samples | ReferenceSet, *, progress: bool = False) -> Re
     if isinstance(data, (Tensor, ReferenceSet)):
         return data
     return ReferenceSet(data, progress=progress)
-
-
-def measure(data: References) -> Measures:
-    """Measures the rows of data (M, *S), a tensor on any device or a set."""
-    if isinstance(data, ReferenceSet):
-        return data.measures
-    sums = RowSums(math.prod(data.shape[1:]))
-    sums.add(data)
-    return sums.measures(tuple(data.shape[1:]))
 
 
 def _converted(rows: Tensor, dtype: torch.dtype) -> Tensor:

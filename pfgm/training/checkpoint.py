@@ -23,7 +23,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from ..common.checks import natural, usable_device
+from ..common.checks import usable_device, whole
 from ..common.checksums import checksum_of
 from ..common.files import MALFORMED, StrPath, write_atomic
 from ..data.tables import Table
@@ -104,7 +104,7 @@ def save(
         ValueError: the step is no integer of at least 0, a tensor is on the device "meta", or a
             weight is not finite.
     """
-    write_weights(path, flow, network, {"step": natural("step", step)}, distilled, table)
+    write_weights(path, flow, network, {"step": whole("step", step, 0)}, distilled, table)
 
 
 def load(
@@ -147,6 +147,7 @@ def load(
             "network must be a torch.nn.Module, which takes the weights, got "
             f"{type(network).__name__}."
         )
+    into = "" if network is None else f" into network, a {type(network).__name__}"
     path, tensors, description = _read_newest(path)
     warn_without_checksum(path, description)
     try:
@@ -159,7 +160,7 @@ def load(
         loaded.table = _table_in(description)
         loaded.distilled = description.get("distilled")
     except MALFORMED as error:
-        raise ValueError(f"{path} cannot be loaded: {_reason(error)}") from error
+        raise ValueError(f"{path} cannot be loaded{into}: {_reason(error)}") from error
     return loaded
 
 

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..common.checks import are_float_images, warn_image_range
+from ..common.checks import are_float_images, check_dtype, check_tensor, warn_image_range
 from ..common.tensors import as_int64
 from ..data import to_unit
 from ..flows.flow import Flow
@@ -49,6 +49,8 @@ def check_data(flow: Flow, data: References, config: TrainConfig, *, other_loss:
         raise ValueError(
             f"data must have shape (n, *S) with S = {flow.shape}, got {tuple(data.shape)}."
         )
+    if isinstance(data, Tensor):
+        check_dtype("data", data)
     if len(data) < config.batch_size:
         hint = f" Give a batch_size of 1 to {len(data)} (--batch-size on the command line)."
         raise ValueError(
@@ -134,8 +136,7 @@ def checked_labels(labels: Tensor | None, data: References, classes: int) -> Ten
     """
     if labels is None:
         return None
-    if not isinstance(labels, Tensor):
-        raise TypeError(f"labels must be a torch.Tensor, got {type(labels).__name__}.")
+    check_tensor("labels", labels)
     if isinstance(data, ReferenceSet) and data.sharded:
         raise ValueError(
             f"data must be whole in each process when labels are given, got {data!r}, whose rows "

@@ -18,10 +18,12 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from ..common.files import MALFORMED, folder_path, remove_leftovers
+from ..common.hints import with_hints
 from ..common.messages import progress_bar
 from ..common.old_names import with_present_names
 from ..data.opening import Samples
 from ..data.tables import Table
+from ..flows import conditions
 from ..flows.flow import Flow
 from ..networks.registry import label_count
 from ..references import ReferenceSet, as_references
@@ -109,6 +111,7 @@ class Trainer:
     torch.Size([4, 2])
     """
 
+    @with_hints
     def __init__(
         self,
         flow: Flow,
@@ -141,6 +144,8 @@ class Trainer:
         self._known_latest: bytes | None = None  # latest.json as this run last read or wrote it
         check_log(config.log, self.folder)
         check_network(network)
+        if loss is None:
+            conditions.check_network(network, "network")
         if self.folder is not None:
             check_savable(flow, network)
         check_data(flow, data, config, other_loss=loss is not None)

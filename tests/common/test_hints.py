@@ -8,7 +8,7 @@ import torch
 import pfgm
 from pfgm import cli
 from pfgm.flows.sampling import SampleOptions
-from pfgm.training import TrainConfig
+from pfgm.training import TrainConfig, Trainer
 from pfgm.training.runs import RunConfig
 
 FLOW, PLUS = pfgm.PoissonFlow((2,), data_norm=1.0), pfgm.PoissonFlowPP((2,), D=64)
@@ -23,6 +23,18 @@ DATA = torch.ones(4, 2)
         (lambda: TrainConfig(batch=3), "'batch'; use batch_size"),
         (lambda: TrainConfig(references=64), "'references'; use reference_batch"),
         (lambda: TrainConfig(colour=3), "'colour'$"),
+        *(
+            (
+                lambda given=given: Trainer(FLOW, None, DATA, **given),
+                f"use config=TrainConfig.{name}",
+            )
+            for given, name in (
+                ({"steps": 3}, "steps"),
+                ({"lr": 3}, "learning_rate"),
+                ({"epochs": 3}, "steps"),
+                ({"batch_size": 3}, "batch_size"),
+            )
+        ),
         (lambda: pfgm.PoissonFlow((2,), M=9, sigma=0.1), "'sigma'; use noise_std"),
         (lambda: FLOW.grid(n_steps=3), "'n_steps'; use steps"),
         (lambda: FLOW.fit_levels(DATA, T=3), "'T'; use steps"),

@@ -309,7 +309,9 @@ def test_object_arrays_are_refused_unread(tmp_path: Path, suffix: str) -> None:
     path = save(tmp_path / f"a{suffix}", array)
     with pytest.raises(ValueError, match="pickled"):
         data.load_array(path)
-    with pytest.raises(TypeError, match=r"must hold uint8 or floating-point numbers, got object\."):
+    with pytest.raises(
+        TypeError, match=r"must hold uint8 or floating-point numbers, got object; conv"
+    ):
         open_source(path)
 
 
@@ -346,7 +348,7 @@ def test_damaged_numbers_in_an_archive_are_noticed_when_loaded(tmp_path: Path) -
 @pytest.mark.parametrize("dtype", [np.int64, np.int8, np.bool_])
 def test_other_dtypes_are_refused(tmp_path: Path, read: Read, suffix: str, dtype: type) -> None:
     path = save(tmp_path / f"a{suffix}", np.ones((2, 2), dtype=dtype))
-    message = rf"^{re.escape(str(path))} must hold uint8 or .*, got (torch\.)?{np.dtype(dtype)}\.$"
+    message = rf"^{re.escape(str(path))} must hold uint8 or .*, got (torch\.)?{np.dtype(dtype)}; co"
     with pytest.raises(TypeError, match=message):
         read(path)
 
@@ -539,7 +541,7 @@ def test_maps_that_are_no_samples_are_refused(tmp_path: Path, shape: tuple[int, 
     mapped = np.load(save(tmp_path / "a.npy", ramp(8)), mmap_mode="r")
     part = mapped[: math.prod(shape)].reshape(shape)
     with pytest.raises(
-        ValueError, match=rf"source must have shape \(n, .*got {re.escape(str(shape))}"
+        ValueError, match=rf"data must have shape \(n, .*got {re.escape(str(shape))}"
     ):
         open_source(part)
 
@@ -557,7 +559,9 @@ def test_maps_of_numbers_and_columns_of_maps(tmp_path: Path) -> None:
 
 def test_maps_of_other_dtypes_are_refused(tmp_path: Path) -> None:
     mapped = np.load(save(tmp_path / "a.npy", ramp(8, 2, dtype=np.int32)), mmap_mode="r")
-    with pytest.raises(TypeError, match=r"must hold uint8 or floating-point numbers, got int32\."):
+    with pytest.raises(
+        TypeError, match=r"must hold uint8 or floating-point numbers, got int32; conv"
+    ):
         open_source(mapped)
 
 

@@ -522,9 +522,9 @@ INTEGERS = [torch.zeros(2, dtype=torch.int64), np.zeros(2, dtype=np.int16)]
         (
             [torch.tensor(1.0)] * 2,
             ValueError,
-            r"source must have shape \(n,.*got \(2,\) \(n numbers in a file o",
+            r"data must have shape \(n,.*got \(2,\) \(n numbers in a file o",
         ),
-        ([], ValueError, r"source must have at least one item, got a dataset of 0 items\."),
+        ([], ValueError, r"data must have at least one item, got a dataset of 0 items\."),
     ],
 )
 def test_items_that_are_refused(items: list[Any], error: type[Exception], message: str) -> None:
@@ -595,7 +595,7 @@ FIVE = TensorDataset(torch.zeros(5, 2))
     ],
 )
 def test_loaders_that_are_refused(loader: Any, error: type[Exception], message: str) -> None:
-    with pytest.raises(error, match=rf"^source .*{message}"):
+    with pytest.raises(error, match=rf"^data .*{message}"):
         open_source(loader)
 
 

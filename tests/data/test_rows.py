@@ -121,17 +121,17 @@ def test_out_is_filled_as_far_as_asked(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("dtype", [torch.int64, torch.bool, torch.complex64])
 def test_other_dtypes_are_refused(tmp_path: Path, dtype: torch.dtype) -> None:
-    with pytest.raises(TypeError, match=rf"source must be one of torch\.float32,.*got {dtype}\."):
+    with pytest.raises(TypeError, match=rf"data must be one of torch\.float32,.*got {dtype}; conv"):
         open_source(torch.zeros(2, 2, dtype=dtype))
     with pytest.raises(
-        TypeError, match=rf" must be one of torch\.float32, torch\.float64,.*got {dtype}\."
+        TypeError, match=rf" must be one of torch\.float32, torch\.float64,.*got {dtype}; conv"
     ):
         OnDisk(tmp_path / "x", 0, dtype, (2,), 2)
 
 
 @pytest.mark.parametrize("shape", [(), (0,), (0, 3), (3, 0)])
 def test_shapes_that_are_no_samples_are_refused(shape: tuple[int, ...]) -> None:
-    message = re.escape("source must have shape (n, *S), n samples of shape S with")
+    message = re.escape("data must have shape (n, *S), n samples of shape S with")
     for source in (torch.zeros(shape), np.zeros(shape)):
         # NumPy's conversion to contiguous memory makes (1,) of ()
         with pytest.raises(ValueError, match=message.replace(r"\(\)", r"\((1,)?\)")):
@@ -141,7 +141,7 @@ def test_shapes_that_are_no_samples_are_refused(shape: tuple[int, ...]) -> None:
 @pytest.mark.parametrize("source", [None, 3, {"x": torch.zeros(2, 2)}, iter([torch.zeros(2)])])
 def test_other_sources_are_refused(source: Any) -> None:
     with pytest.raises(
-        TypeError, match=rf"source must be a tensor, a.*got {type(source).__name__}\."
+        TypeError, match=rf"data must be a tensor, a.*got {type(source).__name__}\."
     ):
         open_source(source)
 
@@ -174,7 +174,7 @@ def test_arrays_in_any_order(change: Any) -> None:
 
 @pytest.mark.parametrize("dtype", ["i8", "i1", "?", "U3", "f4,f4", complex, object])
 def test_arrays_of_other_dtypes_are_refused(dtype: Any) -> None:
-    with pytest.raises(TypeError, match="source must hold uint8 or floating-point numbers, got"):
+    with pytest.raises(TypeError, match="data must hold uint8 or floating-point numbers, got"):
         open_source(np.zeros((2, 2), dtype))
 
 

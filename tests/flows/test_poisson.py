@@ -795,7 +795,11 @@ LEVEL = "must be a number of at"
             (partial(FLOW.empirical, y), ValueError, r"references must have shape \(M, \*S\).*got")
             for y in (torch.ones(3, 3), torch.ones(0, 2))
         ),
-        (lambda: FLOW.empirical(WHOLE), TypeError, r"references must be uint8 or.*torch\.int64\."),
+        (
+            lambda: FLOW.empirical(WHOLE),
+            TypeError,
+            r"references must be uint8 or.*torch\.int64; use",
+        ),
         (lambda: PoissonFlow((0, 2), M=200), ValueError, r"shape must hold positive.*\(0, 2\)\."),
         (lambda: PoissonFlow((2,), spread=1e-20), ValueError, "spread must be from 1e-15 .*1e-20"),
         (lambda: PoissonFlow((2,), spread=1e20), ValueError, r"spread must be from 1e-15 .*1e\+20"),
@@ -803,12 +807,18 @@ LEVEL = "must be a number of at"
             (partial(PoissonFlow, (2,), spread=1.0, center=wrong), TypeError, "center must hold re")
             for wrong in ("x", 10**400)
         ),
-        (lambda: PoissonFlow.from_data({"x": DATA}), TypeError, r"source must be a t.*got dict\."),
+        (lambda: PoissonFlow.from_data({"x": DATA}), TypeError, r"data must be a t.*got dict\."),
         (lambda: PoissonFlow.from_data(DATA[:0]), ValueError, r"data must have sh.*got \(0, 2\)\."),
         (lambda: PoissonFlow.from_data(DATA / 0), ValueError, "data must be finite"),
-        (lambda: PoissonFlow.from_data(WHOLE), TypeError, r"data must be uint8 or.*torch\.int64\."),
+        (lambda: PoissonFlow.from_data(WHOLE), TypeError, r"data must be one of .*int64; convert"),
+        (lambda: PoissonFlow.from_data(DATA.tolist()), TypeError, "got float; torch.tensor takes"),
+        (lambda: PoissonFlow.from_data(1e200 * DATA.double()), ValueError, "data must have finite"),
         (lambda: FLOW.perturb(DATA[:, :1]), ValueError, r"x must have shape \(B, \*S\).*\(20, 1"),
-        (lambda: FLOW.perturb(WHOLE), TypeError, r"x must be uint8 or floating.*torch\.int64\."),
+        (
+            lambda: FLOW.perturb(WHOLE),
+            TypeError,
+            r"x must be uint8 or floating.*int64; use x\.float",
+        ),
         (lambda: FLOW.prior(-1), ValueError, r"n must be an integer of at least 0, got -1\."),
         (
             lambda: FLOW.prior(2, generator=seeded(), device="meta"),
@@ -828,8 +838,11 @@ LEVEL = "must be a number of at"
         (
             lambda: FLOW.loss(lambda x, z: (x, z[:, None]), DATA),
             ValueError,
-            r"net must return the.*got \(20, 2\) and \(20, 1\)\.",
+            r"net must return tensors.*got shape \(20, 2\) and shape \(20, 1\)\.",
         ),
+        (lambda: FLOW.sample(lambda x, z: (x, None), 2), ValueError, r"got shape .* and NoneType"),
+        (lambda: FLOW.sample(lambda x: x, 2), TypeError, r"net must take x and.*takes \(x\)\."),
+        (lambda: FLOW.prior(NET), ValueError, r"n must be an integer of .*, got [A-Za-z]+\."),
         (lambda: FLOW.sample(lambda x, z: x, 2), ValueError, "must return.*got Tensor; a denois"),
         (lambda: FLOW.sample(pfgm.networks.MLP, 2), TypeError, "net must be a.*got the class MLP"),
         (lambda: FLOW.sample(None, 2), TypeError, r"net must be a.*got a NoneType\."),
@@ -885,7 +898,7 @@ LEVEL = "must be a number of at"
                 ({"condition": 3}, r"condition must be a dict of keyword arguments.*got int\."),
                 ({"unconditional": [1]}, r"unconditional must be a dict of keyword.*got list\."),
                 ({"condition": {"labels": 1}}, r"labels must be a torch\.Tensor of.*got int\."),
-                ({"x_init": DATA.numpy()}, r"x_init must be a torch\.Tensor, got ndarray\."),
+                ({"x_init": DATA.numpy()}, r"x_init must be a torch\.Tensor, got ndarray; use"),
                 ({"step": 5}, r"'multistep' takes no option 'step'; its options are: none\.$"),
                 ({"seed": 0}, r"no option 'seed'.* generator=torch\.Generator\(\)\.manual_seed\(s"),
                 ({"labels": 1}, r"no option 'labels'.* condition=\{'labels': labels\}"),

@@ -302,7 +302,7 @@ VALUE_ERRORS = [
     ("r, sigma or z must be finite and at least 0, got inf in row 0.", {"r": math.inf}),
 ]
 TYPE_ERRORS = [
-    ("x must be a torch.Tensor, got list.", {"x": [[1.0] * 5]}),
+    ("x must be a torch.Tensor, got list; use torch.as_tensor(x).", {"x": [[1.0] * 5]}),
     ("references must be a torch.Tensor or a", {"references": None}),
     ("got torch.int64", {"x": torch.ones(4, 5, dtype=torch.int64)}),
     ("got torch.complex64", {"x": torch.ones(4, 5, dtype=torch.complex64)}),

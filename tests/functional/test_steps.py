@@ -424,7 +424,7 @@ LEVEL = "must be a number or a tensor of shape (B,), got"
 @pytest.mark.parametrize(
     ("changed", "error", "message"),
     [
-        ({"x": [1.0]}, TypeError, "x must be a torch.Tensor, got list."),
+        ({"x": [1.0]}, TypeError, "x must be a torch.Tensor, got list; use torch.as_tensor(x)."),
         ({"x": torch.zeros(())}, ValueError, "x must have shape (B, *S) with…got ()."),
         ({"x": X[:, :0], "field_x": X[:, :0]}, ValueError, "x must have shape…got (3, 0)."),
         ({"x": X.int()}, TypeError, "x must be one of torch.float32,…got torch.int32."),

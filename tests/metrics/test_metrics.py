@@ -494,7 +494,7 @@ IMAGES = "samples must have shape (n, C, H, W) or (n, H, W)"
             GREY.long(),
             {},
             TypeError,
-            "real must be uint8 or floating point, got torch.int64.",
+            "real must be uint8 or floating point, got torch.int64; use real.float().",
         ),
         (
             GREY[:9],
@@ -592,8 +592,8 @@ COUNT = "must be an integer of at least 1, got"
                 f"b must be a torch.Tensor, got {got}.",
             )
             for b, got in (
-                (B.numpy(), "ndarray"),
-                (B.tolist(), "list"),
+                (B.numpy(), "ndarray; use torch.as_tensor(b)"),
+                (B.tolist(), "list; use torch.as_tensor(b)"),
                 (ReferenceSet(B), "ReferenceSet"),
             )
         ),

@@ -645,7 +645,7 @@ def test_labels():
 def test_values_that_are_not_finite(small_chunks, tmp_path):
     rows = pfgm.data.to_unit(images(40))
     rows[31, 0, 1, 2] = math.nan
-    message = r"references must be finite, got NaN or infinity \(first in row 31\)"
+    message = r"data must be finite, got NaN or infinity \(first in row 31\)"
     with pytest.raises(ValueError, match=message):
         ReferenceSet(rows)
     with pytest.raises(ValueError, match=message):

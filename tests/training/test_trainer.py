@@ -507,7 +507,7 @@ def test_more_steps_than_before_are_allowed_other_changes_are_not(tmp_path, data
     for changes, message in (
         ({"config": config(learning_rate=0.5)}, r"learning_rate is 0\.5; the run in .* has 0\.001"),
         ({"data": data[:49]}, "data has 49 rows"),
-        ({"network": nn.Linear(2, 2)}, "another network"),
+        ({"network": MLP()}, "another network"),
         ({"flow": pfgm.PoissonFlow((2,), M=200)}, "flow has M = 200; .* another flow, with M = "),
         ({"flow": pfgm.PoissonFlowPP((2,), D=2)}, r"flow must be a.*got PoissonFlowPP\."),
         ({"folder": None}, "folder is None"),
@@ -755,10 +755,16 @@ MLP = partial(pfgm.networks.MLP, (2,), width=16, depth=1)
             r"data must have at least batch_size.*got 5\. Give a batch_size of 1 to 5 \(--batch-",
         ),
         ({"data": torch.zeros(0, 2)}, ValueError, r"data must have at least batch.*got 0\."),
-        ({"data": {"x": 1}}, TypeError, "source must be a tensor, .* or a dataset .*, got dict"),
+        ({"data": {"x": 1}}, TypeError, "data must be a tensor, .* or a dataset .*, got dict"),
+        ({"data": torch.ones(50, 2).long()}, TypeError, r"data must be .*int64; use data\.float"),
+        (
+            {"network": nn.Linear(2, 2)},
+            TypeError,
+            r"network must take x and the level.*\(input\)\.",
+        ),
         ({"config": 100}, TypeError, r"config must be a TrainConfig,.*got int\."),
         ({"config": {}}, TypeError, r"config must be a TrainConfig,.*got dict\."),
-        ({"labels": np.zeros(50, int)}, TypeError, r"labels must be a torch\.Tensor, got ndar"),
+        ({"labels": np.zeros(50, int)}, TypeError, r"got ndarray; use torch\.as_tensor\(lab"),
         *(
             ({"labels": labels}, ValueError, r"integers of at least 0, of shape \(50,\)")
             for labels in (torch.zeros(3).long(), torch.zeros(50), torch.full((50,), -1))

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ...common.checks import check_choice, int_tuple, layout_hint, natural, positive_int
+from ...common.checks import check_choice, int_tuple, layout_hint, positive_int, whole
 from ...common.tensors import per_row
 from ...flows.plusplus import Preconditioned
 from ..config import MAX_DEPTH, MAX_WIDTH, as_json
@@ -228,8 +228,8 @@ class SongUNet(nn.Module):
             {
                 "channels": positive_int("channels", channels),
                 "resolution": resolution,
-                "classes": natural("classes", classes),
-                "augment_dim": natural("augment_dim", augment_dim),
+                "classes": whole("classes", classes, 0),
+                "augment_dim": whole("augment_dim", augment_dim, 0),
                 "model_channels": positive_int("model_channels", model_channels, MAX_WIDTH),
                 "channel_mult": levels,
                 "channel_mult_emb": positive_int("channel_mult_emb", channel_mult_emb, MAX_WIDTH),
