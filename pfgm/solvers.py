@@ -145,11 +145,7 @@ class Solver:
         callback: Callback | None = None,
         **options: Any,
     ) -> tuple[Tensor, int]:
-        """The points at the end of a run from x (B, *S), and the number of evaluations.
-
-        Raises:
-            ValueError: the function returns something else, or points that are not finite.
-        """
+        """The points at the end of a run from x (B, *S), and the number of evaluations."""
         result = self.function(denoise, x.clone(), grid, callback, **options)
         _check_result(result, x)
         return result

@@ -64,9 +64,6 @@ class Convert:
         """The flow of a published network, from its file and the options.
 
         A file of PFGM holds nothing of its flow, the others hold D and sigma_data.
-
-        Raises:
-            ValueError: an option is missing, is for the other kind, or contradicts the file.
         """
         if isinstance(network, EDMDenoiser):
             self._refuse("PFGM++ or EDM", M=self.M, z_max=self.z_max, upper_norm=self.upper_norm)

@@ -69,12 +69,7 @@ def load_network(
     solver: SolverName,
     device: torch.device,
 ) -> Loaded:
-    """The network of a checkpoint, or one that comes with the package, to sample with a solver.
-
-    Raises:
-        FileNotFoundError, ValueError: as :func:`pfgm.load`, or the solver is consistency and the
-            network is not a few-step model.
-    """
+    """The network of a checkpoint, or one that comes with the package, to sample with a solver."""
     if checkpoint is None:
         assert pretrained is not None
         loaded = load_pretrained(pretrained, device=device)

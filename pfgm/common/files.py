@@ -65,12 +65,7 @@ def write_atomic(path: StrPath, write: Callable[[BinaryIO], object]) -> None:
 
 
 def write_json(path: StrPath, content: object, *, allow_nan: bool = True) -> None:
-    """Writes content as JSON in lines, with :func:`write_atomic`.
-
-    Raises:
-        OSError: as for :func:`write_atomic`.
-        ValueError: content holds NaN or infinity and ``allow_nan`` is False.
-    """
+    """Writes content as JSON in lines, with :func:`write_atomic`."""
     text = json.dumps(content, indent=2, allow_nan=allow_nan) + "\n"
     write_atomic(path, lambda file: file.write(text.encode()))
 

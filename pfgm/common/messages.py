@@ -101,11 +101,7 @@ def print_notice(text: str) -> None:
 
 
 def print_result(text: str) -> None:
-    """Prints the result of a command. A reader that stops reading early is not an error.
-
-    Raises:
-        OSError: stdout is closed or cannot be written.
-    """
+    """Prints the result of a command. A reader that stops reading early is not an error."""
     stream = Unfailing(sys.stdout).stream
     if stream is None:
         raise OSError("stdout must be an open file, pipe or terminal, but it is closed.")

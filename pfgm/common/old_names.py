@@ -16,10 +16,6 @@ OLD_NAMES: dict[str, dict[str, str]] = {
 def with_present_names(kind: str, arguments: Mapping[str, Any]) -> dict[str, Any]:
     """Keyword arguments of a class, as read from a file, under their present names.
 
-    Raises:
-        TypeError, ValueError: arguments are no mapping.
-        ValueError: an argument is there under both its names.
-
     >>> with_present_names("PoissonFlow", {"sigma": 0.01, "tau": 0.03})
     {'noise_std': 0.01, 'tau': 0.03}
     """

@@ -18,11 +18,7 @@ from .files import StrPath, write_atomic
 def write_tensors(
     path: StrPath, tensors: Mapping[str, Tensor], description: Mapping[str, Any]
 ) -> None:
-    """Writes tensors and a description that JSON can hold.
-
-    Raises:
-        OSError: the file cannot be written.
-    """
+    """Writes tensors and a description that JSON can hold."""
     # The entry distinguishes a file that has lost its checksum from an older one that had none.
     described = {**description, "checksum": "crc32"}
     kept = {

@@ -36,11 +36,7 @@ def dequantise(references: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def as_int64(name: str, integers: Tensor) -> Tensor:
-    """The integers as int64, the only wide dtype with which torch compares and orders.
-
-    Raises:
-        ValueError: they are uint64 and one is 2^63 or more, which int64 would make negative.
-    """
+    """The integers as int64, the only wide dtype with which torch compares and orders."""
     values = integers.long()
     if integers.dtype == torch.uint64 and bool((values < 0).any()):
         raise ValueError(f"{name} must be below 2^63, got {int(values.min()) + 2**64}.")
@@ -122,12 +118,7 @@ def per_row(level: Tensor | float, x: Tensor, name: str = "level") -> Tensor:
 def common_device(
     device: torch.device | str | None, generator: torch.Generator | None
 ) -> torch.device:
-    """The device if given, else that of the generator, else the CPU.
-
-    Raises:
-        TypeError: the generator is something else.
-        ValueError: device and generator are given and differ in type, or there is no such device.
-    """
+    """The device if given, else that of the generator, else the CPU."""
     if generator is None:
         return torch.device("cpu") if device is None else known_device(device)
     if not isinstance(generator, torch.Generator):

@@ -217,11 +217,7 @@ def _without(near: Near, factors: Tensor) -> Tensor:
 
 
 def _told_apart(squared: Tensor, x: Tensor, references: Tensor, radius: Tensor) -> Tensor:
-    """Squared distances (B, m), which at r = 0 are 0 between equal points only.
-
-    Raises:
-        ValueError: one underflows at an r > 0 whose square underflows too.
-    """
+    """Squared distances (B, m), which at r = 0 are 0 between equal points only."""
     least = least_square(x.shape[1], x.dtype)
     near = radius.square() < least
     if not bool(near.any()):

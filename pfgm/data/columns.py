@@ -156,11 +156,7 @@ def _learn_texts(name: str, values: Array, table: str) -> Texts:
 
 
 def column_from(content: Any) -> Column:
-    """The column of a dictionary, as JSON holds it.
-
-    Raises:
-        KeyError, TypeError, ValueError: it is none.
-    """
+    """The column of a dictionary, as JSON holds it."""
     arguments = {**content}
     for key in ("values", "center"):
         if isinstance(arguments.get(key), list):

@@ -53,11 +53,7 @@ class ImageFiles(ABC):
         """Closes the archive."""
 
     def labels(self) -> tuple[Tensor | None, tuple[str, ...]]:
-        """The labels (n,) of the images, or None; and the names of the classes if they have names.
-
-        Raises:
-            ValueError: dataset.json is damaged, or does not give each image an integer label.
-        """
+        """The labels (n,) of the images, or None; the names of the classes, if they have names."""
         if self.has(_DESCRIPTION):
             return self._described_labels(), ()
         folders = [PurePosixPath(name).parent.parts for name in self.names]
@@ -168,11 +164,7 @@ class ZipFiles(ImageFiles):
 
 @contextmanager
 def image_files(path: Path) -> Iterator[ImageFiles]:
-    """The images in a folder or in a zip archive, which is open in the block.
-
-    Raises:
-        ValueError: the archive is damaged, or there is no image.
-    """
+    """The images in a folder or in a zip archive, which is open in the block."""
     files = FolderFiles(path) if path.is_dir() else ZipFiles(path)
     try:
         if not files.names:

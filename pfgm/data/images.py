@@ -135,11 +135,7 @@ def _on_white(image: Image) -> Image:
 
 
 def channel_count(image: Image, name: str) -> int:
-    """The number of channels, 1 or 3, to which a Pillow image is converted.
-
-    Raises:
-        ValueError: it has more than 8 bits a channel. The message calls the image ``name``.
-    """
+    """The number of channels, 1 or 3, to which a Pillow image is converted."""
     if image.mode not in _CHANNELS:
         raise ValueError(f"{name} must have 8 bits a channel, got pixels of the mode {image.mode}.")
     if _has_16_bits(image):

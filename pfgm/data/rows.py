@@ -76,12 +76,7 @@ class Source(ABC):
 
 
 class InMemory(Source):
-    """The rows of a tensor on any device. The tensor is neither copied nor changed.
-
-    Raises:
-        TypeError: the dtype is not one of references, or the tensor is sparse.
-        ValueError: there is no dimension, or there are no numbers.
-    """
+    """The rows of a tensor on any device. The tensor is neither copied nor changed."""
 
     def __init__(
         self,
@@ -127,11 +122,6 @@ class OnDisk(Source):
         dtype: one of :data:`pfgm.common.dtypes.REFERENCES`, in the byte order of the machine.
         shape: S.
         count: n.
-
-    Raises:
-        OSError: the file cannot be opened.
-        TypeError: the dtype is not one of references.
-        ValueError: the file is too short for the rows, or the rows hold no numbers.
     """
 
     def __init__(
@@ -202,12 +192,7 @@ class OnDisk(Source):
 
 
 class Scaled(Source):
-    """The rows of another source as float32, with the values low to high mapped to −1 to 1.
-
-    Raises:
-        TypeError: the source holds bytes, which stand for −1 to 1 already.
-        ValueError: low and high are not finite, or low is not below high.
-    """
+    """The rows of another source as float32, with the values low to high mapped to −1 to 1."""
 
     def __init__(self, source: Source, low: float, high: float) -> None:
         if not (math.isfinite(low) and math.isfinite(high) and low < high):

@@ -14,11 +14,7 @@ from .flow import Flow
 
 
 def draw_prior(flow: Flow, n: int, seed: int) -> Tensor:
-    """Points (n, *S) of the prior. They are drawn on the CPU, so every device gets the same.
-
-    Raises:
-        MemoryError: n points do not fit into the memory.
-    """
+    """Points (n, *S) of the prior. They are drawn on the CPU, so every device gets the same."""
     with allocating(f"n is {n}, and {n} samples of shape {flow.shape}"):
         return flow.prior(n, generator=torch.Generator().manual_seed(seed))
 

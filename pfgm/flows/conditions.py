@@ -50,12 +50,7 @@ def _signature(net: Network) -> inspect.Signature:
 
 
 def as_condition(name: str, condition: Condition | None) -> Condition:
-    """The condition, empty for None, with labels that are a tensor of integers as int64.
-
-    Raises:
-        TypeError: it does not hold keyword arguments.
-        ValueError: a label does not fit in int64.
-    """
+    """The condition, empty for None, with labels that are a tensor of integers as int64."""
     if condition is None:
         return {}
     if not isinstance(condition, Mapping):

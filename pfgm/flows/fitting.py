@@ -143,11 +143,7 @@ class Fitting(Sampling, Targets):
         ]
 
     def _restore_fitted(self, described: Any) -> None:
-        """Takes over levels as :meth:`_describe_fitted` gives them.
-
-        Raises:
-            ValueError, TypeError: they are not levels of this flow.
-        """
+        """Takes over levels as :meth:`_describe_fitted` gives them."""
         for solver, by_steps in _checked_mapping(described).items():
             check_choice("the solver of fitted levels", solver, GRID_SOLVERS)
             for steps, levels in _checked_mapping(by_steps).items():

@@ -164,11 +164,7 @@ class ReferenceSet:
         return taken
 
     def _local(self, name: str, numbers: Tensor) -> tuple[Tensor, Tensor]:
-        """The places of rows in the part of this process, and which of them are mirror images.
-
-        Raises:
-            IndexError: another process holds a row, or there is none.
-        """
+        """The places of rows in the part of this process, and which of them are mirror images."""
         mirrored = (numbers >= self._rows) & self.part.flips
         local = torch.where(mirrored, numbers - self._rows, numbers) - self._offset
         outside = (local < 0) | (local >= len(self.part))

@@ -178,11 +178,7 @@ def check_same_flow(flow: Flow, saved: Flow, folder: Path) -> None:
 def with_settings_of_run(
     config: TrainConfig, saved: Mapping[str, Any], folder: Path
 ) -> TrainConfig:
-    """The configuration, with the settings that it leaves open taken from a run.
-
-    Raises:
-        ValueError: it has other settings than the run in the folder, except _MAY_DIFFER.
-    """
+    """The configuration, with the settings that it leaves open taken from a run."""
     settled: dict[str, Any] = {
         name: saved.get(name) for name in Schedule._fields if getattr(config, name) is None
     }

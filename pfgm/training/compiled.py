@@ -37,11 +37,7 @@ def plain_names(state: Mapping[str, T]) -> Mapping[str, T]:
 
 
 def load_plain_state(network: nn.Module, state: Mapping[str, Tensor]) -> None:
-    """Loads a state, with names of a plain or of a compiled network, into either.
-
-    Raises:
-        RuntimeError: the state does not fit the network.
-    """
+    """Loads a state, with names of a plain or of a compiled network, into either."""
     own_names = plain_names({name: name for name in network.state_dict()})
     state_names = plain_names(state)
     if own_names.keys() == state_names.keys():

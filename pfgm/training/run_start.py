@@ -29,10 +29,6 @@ def start_from(
     to the network.
 
     The third result are lines of text that tell how the flow differs from the earlier one.
-
-    Raises:
-        ValueError: the checkpoint has another kind of flow, other samples, other labels or another
-            network than the configuration asks for.
     """
     earlier, network = checkpoint
     kept = _NETWORK_SETTINGS[type(earlier)]

@@ -107,11 +107,7 @@ def start(
 
 
 def _check_settings(config: RunConfig, folder: Path) -> RunConfig:
-    """The configuration, with the run's flow in place of auto.
-
-    Raises:
-        ValueError: a setting that changes the training differs from the run's.
-    """
+    """The configuration, with the run's flow in place of auto."""
     saved = RunConfig.load(folder)
     if config.method == "auto":
         config = dataclasses.replace(config, method=saved.method)

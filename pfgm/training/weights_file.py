@@ -40,11 +40,7 @@ def write_weights(
     distilled: bool | None,
     table: Table | None,
 ) -> None:
-    """Writes a weights file; `facts` are added to its description, such as the step.
-
-    Raises:
-        OSError, TypeError, ValueError: as :func:`pfgm.save`.
-    """
+    """Writes a weights file; `facts` are added to its description, such as the step."""
     check_savable(flow, network)
     _check_finite(network)
     description = {
@@ -106,12 +102,7 @@ def _check_finite(network: nn.Module) -> None:
 
 
 def read_weights(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """The tensors and the description of a weights file, verified if it has a checksum.
-
-    Raises:
-        FileNotFoundError: there is no such file.
-        ValueError: the file is truncated, damaged, or not from this library.
-    """
+    """The tensors and the description of a weights file, verified if it has a checksum."""
     try:
         return read_tensors(path, _FORMAT)
     except ValueError as error:
@@ -142,11 +133,7 @@ def warn_without_checksum(path: Path, description: Mapping[str, Any]) -> None:
 
 
 def flow_in(description: Mapping[str, Any]) -> Flow:
-    """The flow of a description. Older files, from before PoissonFlowPP, name no kind.
-
-    Raises:
-        ValueError, TypeError: there is no such flow.
-    """
+    """The flow of a description. Older files, from before PoissonFlowPP, name no kind."""
     kind = description.get("kind", "PoissonFlow")
     if kind not in _FLOWS:
         raise ValueError(f"it holds a flow {kind!r}; known are {', '.join(_FLOWS)}.")
@@ -156,11 +143,7 @@ def flow_in(description: Mapping[str, Any]) -> Flow:
 
 
 def network_in(description: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> nn.Module:
-    """The network of a description, without the weights, which it can hold in full precision.
-
-    Raises:
-        ValueError, TypeError: there is no such network, or it has other tensors.
-    """
+    """The network of a description, without the weights, which it can hold in full precision."""
     described = description["network"]
     if described is None:
         raise ValueError(

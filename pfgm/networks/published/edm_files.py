@@ -27,11 +27,7 @@ def holds_modules(content: Any) -> bool:
 
 
 def module_in(content: Mapping[str, Any], *, ema: bool) -> StandIn:
-    """The averaged network (ema), which is the one to sample with, or the trained one.
-
-    Raises:
-        ValueError: it is missing, or of another class.
-    """
+    """The averaged network (ema), which is the one to sample with, or the trained one."""
     name, other = ("ema", False) if ema else ("net", True)
     module = content.get(name)
     if not isinstance(module, StandIn):
@@ -47,11 +43,7 @@ def module_in(content: Mapping[str, Any], *, ema: bool) -> StandIn:
 
 
 def weights_of(module: StandIn) -> dict[str, Tensor]:
-    """The parameters and buffers of a module and of its submodules, by name.
-
-    Raises:
-        ValueError: a submodule is not a module, or the file is truncated.
-    """
+    """The parameters and buffers of a module and of its submodules, by name."""
     weights: dict[str, Tensor] = {}
     seen, pending = set(), [("", module)]
     while pending:
@@ -87,11 +79,7 @@ def dimensions_of(module: StandIn) -> float | None:
 def infer_config(
     module: StandIn, weights: Mapping[str, Tensor], resolution: int | None
 ) -> dict[str, Any]:
-    """The config of the :class:`pfgm.networks.EDMDenoiser` that has these weights.
-
-    Raises:
-        ValueError: there is no such network, or it has another resolution.
-    """
+    """The config of the :class:`pfgm.networks.EDMDenoiser` that has these weights."""
     first = next(filter(None, map(_FIRST_CONV.fullmatch, weights)), None)
     if first is None:
         raise ValueError("it has no model.enc.…_conv.weight, the first convolution.")

@@ -16,11 +16,7 @@ _ATTENTION_WIDTH = 16  # width of the feature maps with attention in all publish
 
 
 def weights_in(content: Any) -> dict[str, Tensor]:
-    """The trained weights in the content of a checkpoint, by name.
-
-    Raises:
-        ValueError: there are none.
-    """
+    """The trained weights in the content of a checkpoint, by name."""
     model = content.get("model") if isinstance(content, dict) else None
     if not isinstance(model, dict) or not all(isinstance(t, StoredTensor) for t in model.values()):
         raise ValueError(
@@ -31,11 +27,7 @@ def weights_in(content: Any) -> dict[str, Tensor]:
 
 
 def load_averages(network: Published, ema: Any) -> None:
-    """Replaces the weights of a network by the averaged ones in the "ema" of its checkpoint.
-
-    Raises:
-        ValueError: there are none, or they belong to another network.
-    """
+    """Replaces the weights of a network by the averaged ones in the "ema" of its checkpoint."""
     averages = ema.get("shadow_params") if isinstance(ema, dict) else None
     trained = [(n, p) for n, p in network.named_parameters() if p.requires_grad]
     if not isinstance(averages, list) or len(averages) != len(trained):
@@ -66,11 +58,7 @@ class _Module(NamedTuple):
 def infer_architecture(
     weights: Mapping[str, Tensor], resolution: int | None
 ) -> tuple[type[Published], dict[str, Any]]:
-    """The class and the config of the network that has these weights.
-
-    Raises:
-        ValueError: there is no such network.
-    """
+    """The class and the config of the network that has these weights."""
     fourier = "all_modules.0.W" in weights
     first = f"all_modules.{3 if fourier else 2}.weight"
     if first not in weights or weights[first].ndim != 4:

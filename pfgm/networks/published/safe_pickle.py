@@ -111,11 +111,7 @@ class StoredTensor(NamedTuple):
     strides: tuple[int, ...]
 
     def tensor(self) -> Tensor:
-        """Reads the values, to the CPU.
-
-        Raises:
-            ValueError: the file does not contain them.
-        """
+        """Reads the values, to the CPU."""
         key, dtype, elements, read = self.storage
         try:
             values = read(key).view(dtype)
