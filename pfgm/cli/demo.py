@@ -59,13 +59,7 @@ class Demo:
     progress: Progress = True
 
     def run(self) -> None:
-        run(
-            self.out,
-            steps=self.steps,
-            seed=self.seed,
-            conditional=self.conditional,
-            progress=self.progress,
-        )
+        run(**vars(self))
 
 
 def run(

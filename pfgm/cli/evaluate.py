@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from .. import evaluation
-from ..common.checks import check_seed, usable_device
+from ..common.checks import check_seed, usable_device, whole
 from ..common.files import output_folder, write_csv, write_json
 from ..common.versions import versions
 from ..data import Table, to_unit
@@ -248,10 +248,8 @@ class Evaluate:
             ("batch-size", self.sampling.batch_size, 1),
             ("against", self.against, 1),
             ("likelihood", self.likelihood, 0),
-            ("curve-steps", min(self.curve_steps, default=0), 1),
         ):
-            if not least <= value < 2**63:
-                raise ValueError(f"{name} must be at least {least} and below 2^63, got {value}.")
+            whole(name, value, least)
         check_seed(self.seed)
         steps = () if self.sampling.steps is None else (self.sampling.steps,)
         for name, counts in (("steps", steps), ("curve-steps", self.curve_steps)):

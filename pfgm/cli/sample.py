@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from .. import data
-from ..common.checks import check_seed, usable_device
+from ..common.checks import check_seed, positive_int, usable_device
 from ..common.files import check_new_folder, new_folder, output_folder
 from ..common.messages import progress_bar
 from ..data.images import save_image
@@ -128,11 +128,8 @@ class Sample:
                 f"animate must end in .gif, with at most {batch_size} samples, the batch size, got "
                 f"{self.animate} with {self.n} samples."
             )
-        if not (1 <= self.n < 2**63 and 1 <= batch_size < 2**63):
-            raise ValueError(
-                f"n and batch-size must be at least 1 and below 2^63, got {self.n} and "
-                f"{batch_size}."
-            )
+        positive_int("n", self.n)
+        positive_int("batch-size", batch_size)
         check_seed(self.seed)
 
     def _draw(

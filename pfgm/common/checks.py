@@ -362,6 +362,14 @@ def layout_hint(shape: Sequence[int], needed: Sequence[int]) -> str:
     return " Channels come first: use x.movedim(-1, 1)."
 
 
+def check_sample_shape(x: Tensor, shape: tuple[int, ...]) -> None:
+    """Raises ValueError unless x has the shape (B, *shape)."""
+    if x.ndim == 0 or x.shape[1:] != shape:
+        needed = ", ".join(["B", *map(str, shape)])
+        hint = layout_hint(x.shape[1:], shape)
+        raise ValueError(f"x must have shape ({needed}), got {tuple(x.shape)}.{hint}")
+
+
 def channels_last(shape: Sequence[int]) -> bool:
     """Whether samples of this shape look like images with channels last."""
     return len(shape) == 3 and shape[2] in (1, 3) and shape[0] not in (1, 3)

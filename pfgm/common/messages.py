@@ -25,20 +25,15 @@ class Unfailing:
     """
 
     def __init__(self, stream: Any) -> None:
-        self._stream = stream.stream if isinstance(stream, Unfailing) else stream
+        self.stream: Any = stream.stream if isinstance(stream, Unfailing) else stream
         self.failed: BaseException | None = None
 
-    @property
-    def stream(self) -> Any:
-        """The other stream."""
-        return self._stream
-
     def __getattr__(self, name: str) -> Any:
-        return getattr(_EMPTY_STREAM if self._stream is None else self._stream, name)
+        return getattr(_EMPTY_STREAM if self.stream is None else self.stream, name)
 
     def write(self, text: str) -> int:
         """Writes the text if possible."""
-        if self._stream is not None:
+        if self.stream is not None:
             try:
                 self._write(text)
             except (OSError, ValueError) as error:  # ValueError: the stream is closed
@@ -48,36 +43,36 @@ class Unfailing:
     def isatty(self) -> bool:
         """Whether the stream is an open terminal."""
         try:
-            return self._stream is not None and bool(self._stream.isatty())
+            return self.stream is not None and bool(self.stream.isatty())
         except ValueError:
             return False
 
     def _write(self, text: str) -> None:
         try:
-            self._stream.write(text)
+            self.stream.write(text)
         except UnicodeEncodeError as error:
-            self._stream.write(
+            self.stream.write(
                 text.encode(error.encoding, "backslashreplace").decode(error.encoding)
             )
 
     def flush(self) -> None:
         """Flushes the stream if possible."""
-        if self._stream is not None:
+        if self.stream is not None:
             try:
-                self._stream.flush()
+                self.stream.flush()
             except (OSError, ValueError) as error:
                 self.failed = error
 
     def prepare_exit(self) -> None:
         """Flushes the stream now, so that the interpreter's flush at exit cannot fail."""
-        if self._stream is None or self._stream.closed:
+        if self.stream is None or self.stream.closed:
             return
         try:
-            self._stream.flush()
+            self.stream.flush()
         except OSError:
-            if self._stream in (sys.__stdout__, sys.__stderr__):
+            if self.stream in (sys.__stdout__, sys.__stderr__):
                 with open(os.devnull, "w") as nowhere:
-                    os.dup2(nowhere.fileno(), self._stream.fileno())
+                    os.dup2(nowhere.fileno(), self.stream.fileno())
 
 
 _EMPTY_STREAM = io.TextIOBase()
@@ -117,17 +112,17 @@ class _LineAMinute:
     """The stream of a progress bar where there is no terminal: of its states, one a minute."""
 
     def __init__(self, stream: Unfailing) -> None:
-        self._stream, self._due = stream, time.monotonic() + _MINUTE
+        self.stream, self._due = stream, time.monotonic() + _MINUTE
 
     def write(self, text: str) -> int:
         state = text.strip()
         if text.startswith("\r") and state and time.monotonic() >= self._due:
             self._due = time.monotonic() + _MINUTE
-            self._stream.write(f"{state}\n")
+            self.stream.write(f"{state}\n")
         return len(text)
 
     def flush(self) -> None:
-        self._stream.flush()
+        self.stream.flush()
 
 
 def progress_bar(*arguments: Any, **options: Any) -> Any:

@@ -18,9 +18,10 @@ from numpy.lib import format as npy
 from safetensors import safe_open
 from torch import Tensor
 
+from ..common.checks import check_dtype
 from ..common.dtypes import REFERENCES
 from ..common.files import StrPath, write_atomic
-from ..common.tensors import as_int64
+from ..common.tensors import as_int64, dequantise
 from .rows import InMemory, OnDisk, Source, check_samples
 
 _PREFERRED_NAMES = ("images", "data", "x")
@@ -94,11 +95,8 @@ def to_unit(images: Tensor) -> Tensor:
     >>> to_unit(torch.tensor([0, 255], dtype=torch.uint8))
     tensor([-1.,  1.])
     """
-    if images.dtype == torch.uint8:
-        return images.float().div_(127.5).sub_(1)
-    if images.is_floating_point():
-        return images.float()
-    raise TypeError(f"images must be torch.uint8 or floating point, got {images.dtype}.")
+    check_dtype("images", images)
+    return dequantise(images, torch.float32)
 
 
 def open_array(path: Path, name: str | None = None, *, in_place: bool = True) -> Source:

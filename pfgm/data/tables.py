@@ -17,7 +17,7 @@ from torch import Tensor
 
 from ..common.files import StrPath, csv_text, write_atomic
 from ..common.optional import optional
-from .columns import Column, Numbers, Texts, column_from, learn_column
+from .columns import Array, Column, Numbers, Texts, column_from, learn_column
 from .rows import check_samples
 
 LABEL_NAMES = ("labels", "label", "y")
@@ -28,7 +28,6 @@ _INDEX_NAMES = ("", "Unnamed: 0")  # of the index of a DataFrame, as pandas writ
 _MOST_LABELS = 1000
 _SHOWN = 5  # rows, columns or texts in a message
 
-Array = np.ndarray[Any, Any]
 Cells = dict[str, Array]
 """The values of columns by name: float64, or texts and truth values with None for a missing one."""
 
@@ -426,7 +425,9 @@ def _index_in(cells: Cells, name: str) -> str | None:
 def _complete(cells: Cells, name: str, drop_missing: bool) -> Cells:
     """The columns without the rows in which a value is missing, or an error that names these."""
     missing = {
-        key: np.isnan(column) if column.dtype.kind == "f" else _are_none(column)
+        key: np.isnan(column)
+        if column.dtype.kind == "f"
+        else np.array([each is None for each in column])
         for key, column in cells.items()
     }
     if not any(column.any() for column in missing.values()):
@@ -443,10 +444,6 @@ def _complete(cells: Cells, name: str, drop_missing: bool) -> Cells:
     if bad.all():
         raise ValueError(f"{name} must have rows without missing values, got none.")
     return {key: column[~bad] for key, column in cells.items()}
-
-
-def _are_none(column: Array) -> Array:
-    return np.array([value is None for value in column], dtype=bool)
 
 
 def _list(values: Iterable[object]) -> str:

@@ -9,13 +9,14 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any, Literal, overload
 
+import torch
 from torch import Tensor
 
-from ..common.checks import LARGEST, is_number
+from ..common.checks import LARGEST, is_number, whole
 from ..common.tensors import over_samples
 from ..solvers import SolverFunction, as_solver
 from .conditions import Condition, Network, as_condition, map_tensors
-from .interpolation import check_pair, even_weights, interpolate
+from .interpolation import check_pair, interpolate
 from .sampling import Sampling
 
 
@@ -169,7 +170,9 @@ class Editing(Sampling):
         >>> way.shape, way[-1].abs().round(decimals=3)
         (torch.Size([5, 1, 2]), tensor([[0., 1.]]))
         """
-        weights = even_weights(count) if weights is None else weights
+        if weights is None:
+            whole("count", count, 2)
+            weights = torch.linspace(0, 1, count, dtype=torch.float64, device="cpu")
         a, b = self._to_floating(x_a, "x_a"), self._to_floating(x_b, "x_b")
         check_pair(a, b, "x_a", "x_b")
         own: dict[str, Any] = {"condition": condition, "unconditional": unconditional}

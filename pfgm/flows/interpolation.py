@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from ..common.checks import check_floating, finite_values, whole
+from ..common.checks import check_floating, finite_values
 from ..common.tensors import wide_dtype
 
 
@@ -67,11 +67,6 @@ def interpolate(a: Tensor, b: Tensor, weights: Sequence[float] | Tensor) -> Tens
     straight = (start_norm == 0) | (end_norm == 0)
     points = torch.where(straight, start + w * (end - start), points)
     return points.to(a.dtype).view(len(w), *a.shape)
-
-
-def even_weights(count: int) -> Tensor:
-    """count weights, evenly spaced from 0 to 1."""
-    return torch.linspace(0, 1, whole("count", count, 2), dtype=torch.float64, device="cpu")
 
 
 def check_pair(a: Tensor, b: Tensor, name_a: str = "a", name_b: str = "b") -> None:

@@ -15,6 +15,7 @@ MEAN_NORMAL = math.sqrt(2 / math.pi)  # the average of |g|, g ~ N(0, 1)
 _SPREAD_RANGE = 1e-15, 1e12
 
 Center = float | Sequence[Any] | Tensor
+"""The average sample, (*S), or one number for all values."""
 
 
 class Rules(NamedTuple):

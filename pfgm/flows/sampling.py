@@ -52,7 +52,7 @@ if TYPE_CHECKING:
 
 _GIVEN = ("churn", "noise", "earlier")  # options that a flow sets itself
 _SAME_LEVEL = 1e-3  # relative difference of levels, as of rounding to half precision
-_MOST_STEPS = 1_000_000  # all levels are in memory at once; published samplers take up to 1000
+MOST_STEPS = 1_000_000  # all levels are in memory at once; published samplers take up to 1000
 
 Projection = Callable[[Tensor, float], Tensor]
 """From points (B, *S) and their level to new points, at which the network is evaluated."""
@@ -470,7 +470,7 @@ def _progress_shown(
 
 def check_steps(name: str, steps: object) -> None:
     """Raises ValueError unless steps is a number of steps that a solver can take."""
-    whole(name, steps, 1, _MOST_STEPS)
+    whole(name, steps, 1, MOST_STEPS)
 
 
 def _check_options(solver: str | SolverFunction, options: Mapping[str, object]) -> None:

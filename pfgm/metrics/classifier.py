@@ -12,6 +12,7 @@ from torch.nn import functional as F
 
 from ..common.checks import (
     check_floating,
+    check_sample_shape,
     check_seed,
     int_tuple,
     known_device,
@@ -77,11 +78,7 @@ class Classifier(nn.Module):
             ValueError: x has another shape.
         """
         check_floating("x", x)
-        if x.shape[1:] != self.shape:
-            raise ValueError(
-                f"x must have shape (B, {', '.join(map(str, self.shape))}), that of the "
-                f"classifier's images, got {tuple(x.shape)}."
-            )
+        check_sample_shape(x, self.shape)
         return F.relu(self.hidden(self.convolutions(x.to(self.hidden.weight.dtype))))
 
     def forward(self, x: Tensor) -> Tensor:

@@ -9,12 +9,11 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from ..common.checks import finite_values, int_tuple, layout_hint, positive
+from ..common.checks import check_sample_shape, finite_values, int_tuple, positive
 from ..common.tensors import is_wider, over_samples, per_row
+from ..flows.poisson_rules import Center
 
 _TAIL = 10.0  # at D = 1 the noise is z/|g|, g ~ N(0, 1): above 10 z in 8 % of all draws
-Center = float | Sequence[Any] | Tensor
-"""The average sample, (*S), or one number for all values."""
 
 
 def field_from_mean(
@@ -202,8 +201,5 @@ class FieldNetwork(nn.Module):
 
     def _checked_level(self, x: Tensor, z: Tensor) -> Tensor:
         """z as (B,). Raises ValueError if x or z has a wrong shape."""
-        if tuple(x.shape[1:]) != self.shape or x.ndim == 0:
-            needed = ", ".join(["B", *map(str, self.shape)])
-            hint = layout_hint(x.shape[1:], self.shape)
-            raise ValueError(f"x must have shape ({needed}), got {tuple(x.shape)}.{hint}")
+        check_sample_shape(x, self.shape)
         return per_row(z, x, "z")

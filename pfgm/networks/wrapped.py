@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..common.checks import positive
+from ..common.checks import check_choice, positive
 from ..common.tensors import over_samples, per_row
 from ..flows.flow import Flow
 from ..flows.plusplus import PoissonFlowPP, Preconditioned
@@ -318,12 +318,7 @@ def from_module(
             f"net must be a denoiser for PoissonFlowPP, got {type(net).__name__}, a network of "
             "PoissonFlow; flow.network makes a denoiser of its kind."
         )
-    allowed = _PREDICTIONS[type(flow)]
-    if predicts not in allowed:
-        raise ValueError(
-            f"predicts must be one of {', '.join(allowed)} with {type(flow).__name__}, got "
-            f"{predicts!r}."
-        )
+    check_choice("predicts", predicts, _PREDICTIONS[type(flow)])
     allowed_scaled = isinstance(flow, PoissonFlowPP) and predicts in ("mean", "noise")
     if variance_preserving and not allowed_scaled:
         raise ValueError(

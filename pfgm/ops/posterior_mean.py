@@ -170,10 +170,6 @@ def forward(problem: PosteriorMean, backend: str | None) -> tuple[Tensor, Tensor
     return chosen.posterior_mean(problem)
 
 
-def _forward_of_samples(problem: PosteriorMean, backend: str | None) -> tuple[Tensor, ...]:
-    return forward(_rows(problem), backend)
-
-
 def _fake(problem: PosteriorMean, backend: str | None) -> tuple[Tensor, ...]:
     rows = _rows(problem)
     check(rows)
@@ -453,7 +449,7 @@ for _forward_op, _backward_op, _transforms in (
     (_FORWARD_VARYING, _BACKWARD_VARYING, (None, None)),
 ):
     _forward_op.register(
-        _forward_of_samples,
+        lambda problem, backend: forward(_rows(problem), backend),
         fake=_fake,
         transformed=_transforms[0],
         gradient=_PosteriorMean.backward,

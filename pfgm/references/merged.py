@@ -22,6 +22,7 @@ from torch import Tensor
 
 from ..common.tensors import wide_dtype
 from ..core import formulas
+from ..core.arithmetic import may_wait
 from ..core.merging import merge, relative_weight
 from ..core.problems import PosteriorMean, State, Tangents, Upstream
 from ..core.weights import Law, law
@@ -89,11 +90,6 @@ class _WeightedChunk(NamedTuple):
             to.index_add_(0, self.rows, values.to(to.dtype))
 
 
-def _can_select(device: torch.device) -> bool:
-    """Whether the host knows values on the device without waiting for it."""
-    return device.type == "cpu"
-
-
 def _weighted_chunks(
     x: Tensor, radius: Tensor, state: State, chunk_totals: ChunkTotals, settings: Settings
 ) -> Iterator[_WeightedChunk]:
@@ -104,7 +100,7 @@ def _weighted_chunks(
         weight = relative_weight(nearest, state.nearest, radius, settings.D, x.shape[1])
         fraction = weight * total / state.total
         counts = regular & (fraction > _MIN_FRACTION)
-        if not _can_select(x.device):
+        if not may_wait(x.device):
             yield _WeightedChunk(chunk, slice(None), torch.where(counts, fraction, 0.0))
         elif len(rows := counts.nonzero().squeeze(1)) > 0:
             yield _WeightedChunk(chunk, rows, fraction[rows])
@@ -195,7 +191,7 @@ def _ill_conditioned(saved: Saved, settings: Settings) -> Tensor | None:
     """
     N, wide = saved.x.shape[1], saved.radius.dtype
     # On a GPU the kernels compute in float32 only.
-    if not _can_select(saved.x.device) or saved.x.dtype == wide:
+    if not may_wait(saved.x.device) or saved.x.dtype == wide:
         return None
     variance = law(settings.D, N).variance(saved.nearest, saved.radius)
     distance = (saved.nearest + variance).sqrt()

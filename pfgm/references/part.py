@@ -88,11 +88,6 @@ class Part:
         held = self.source.tensor
         return _CPU if held is None else held.device
 
-    @property
-    def _is_all(self) -> bool:
-        """Whether the rows are all rows of the source, and all references."""
-        return len(self) == len(self.source) and not self.flips and self.processes == 1
-
     def ranks(self, x: Tensor) -> Ranks | None:
         """The communication between processes for points x (B, N); None if there is one process."""
         return Ranks(self.group, x) if self.processes > 1 else None
@@ -110,7 +105,8 @@ class Part:
 
     def as_tensor(self) -> Tensor | None:
         """All references (M, *S) as one tensor for the CPU kernels; None if they need chunks."""
-        return self.source.tensor if self._one_chunk and self._is_all else None
+        all_references = len(self) == len(self.source) and not self.flips and self.processes == 1
+        return self.source.tensor if self._one_chunk and all_references else None
 
     def large_chunks(self) -> Iterator[tuple[int, Tensor]]:
         """As :meth:`stored_chunks`, but rows in memory in one chunk if results keep their bits."""

@@ -33,27 +33,18 @@ class ReferenceSet:
     operation, so it cannot have ``fullgraph=True``; with rows in memory and no gradient, or with a
     tensor as references, it can.
 
-    For a tensor on the CPU or an array with 512 or more values in a row, a summary of each row (a
-    sketch) is kept from the second call on. It speeds up calls with points in float32. Sketches
-    take a third of the memory of uint8 rows. Of float32 rows they take a twelfth, or a quarter on
-    processors with VNNI, and of 16-bit rows twice these fractions. They are computed again when the
-    rows have changed.
+    Of rows with 512 or more values in CPU memory a summary (a sketch) is kept from the second call
+    on, which speeds up calls with points in float32. It takes a third of the memory of uint8 rows,
+    up to a quarter of that of float32 rows, and up to half of that of 16-bit rows.
 
-    A gradient needs the rows of the forward pass. ``backward`` raises RuntimeError if a tensor was
-    changed in place or a file was written to after the forward pass.
-
-    torch counts the changes of a tensor, but not those through its ``data``, its storage, NumPy,
-    DLPack, ``torch.distributed.broadcast`` or other code that writes to its memory, nor any of a
-    tensor made under ``torch.inference_mode``. Such changes show in a sample of contiguous rows in
-    CPU memory: all bytes of up to 1 KiB, else 16 to 64 windows of 64 bytes. A change of all values
-    is noticed; so is one of a tenth of the rows of a large set, but not one of a few values.
-    ``torch.autograd.graph.increment_version(tensor)`` tells the set; after such a change of an
-    array make a new set. These changes are not noticed at all:
-
-    - those that torch does not count, of rows on a GPU or that are not contiguous, or in an
-      installation without the extension;
-    - of a file within the resolution of its time stamp, or through a memory map that the system
-      has not written to the disk yet.
+    Rows that have changed get new sketches, and ``backward`` raises RuntimeError if they changed
+    after the forward pass. torch does not count changes through a tensor's ``data``, its storage,
+    NumPy, DLPack or ``torch.distributed.broadcast``, nor any of a tensor made under
+    ``torch.inference_mode``. They are noticed in contiguous rows in CPU memory, by the extension,
+    where they concern a tenth of the rows or more; a change of a few values is not. Nor is one of a
+    file within the resolution of its time stamp, or through a memory map that is not written to the
+    disk yet. After such a change call ``torch.autograd.graph.increment_version(tensor)``; for an
+    array make a new set.
 
     Args:
         data: a tensor or array (M, *S); a memory map; a ``.npy``, ``.npz`` or ``.safetensors``

@@ -282,11 +282,6 @@ def _names_at(step: int) -> dict[str, str]:
     return {"weights": f"step-{step:08d}.safetensors", "state": f"step-{step:08d}.state.pt"}
 
 
-def _step_of(path: Path) -> int:
-    digits = path.name.removeprefix("step-").partition(".")[0]
-    return int(digits) if digits.isdigit() else 0
-
-
 def _newest_names(folder: Path) -> dict[str, str]:
     """The names of the files of the newest checkpoint, from latest.json."""
     path = folder / "latest.json"
@@ -345,7 +340,7 @@ def _check_weights(path: Path) -> str:
 
 
 def _check_checkpoint(path: Path) -> str:
-    step = _step_of(path)
+    step = int(_WEIGHTS_NAME.fullmatch(path.name)[1])  # type: ignore[index]
     _read_checkpoint(path.parent, _names_at(step))
     return (
         f"The checkpoint of step {step} is intact: continue from it with --resume-from "

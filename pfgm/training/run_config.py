@@ -17,8 +17,8 @@ from ..common.checks import (
     check_choice,
     int_tuple,
     is_number,
-    is_whole,
     positive_int,
+    whole,
 )
 from ..common.files import StrPath, absolute_path, write_json
 from ..common.hints import hint
@@ -28,7 +28,7 @@ from ..datasets import Layout, Range, absolute_source, takes_layout
 from ..flows.fitting import check_fitted_steps
 from ..flows.plusplus import PoissonFlowPP
 from ..flows.poisson import PoissonFlow
-from ..flows.sampling import check_steps
+from ..flows.sampling import MOST_STEPS
 from .config import TrainConfig
 
 CONFIG_FILE = "config.json"
@@ -159,10 +159,7 @@ class RunConfig:
                 f"weighting must be auto with method {self.method!r}, whose loss has one weight, "
                 f"got {self.weighting!r}."
             )
-        if not is_whole(self.samples) or not MIN_SAMPLES <= self.samples <= _MAX_SAMPLES:
-            raise ValueError(
-                f"samples must be from {MIN_SAMPLES} to {_MAX_SAMPLES}, got {self.samples!r}."
-            )
+        whole("samples", self.samples, MIN_SAMPLES, _MAX_SAMPLES)
         if self.init is not None and self.teacher is not None:
             raise ValueError("only one of init and teacher may be given, got both.")
         if not as_number(self.D) > 0:
@@ -174,9 +171,7 @@ class RunConfig:
                 f"method must be pfgm++ with D = {self.D:g}, got {self.method!r}; pfgm has one "
                 "augmented dimension and edm infinitely many."
             )
-        check_steps("student_levels", self.student_levels)
-        if self.student_levels < 2:
-            raise ValueError(f"student_levels must be at least 2, got {self.student_levels}.")
+        whole("student_levels", self.student_levels, 2, MOST_STEPS)
         for steps in self.fit_levels:
             check_fitted_steps("fit_levels", steps)
         if self.fit_levels and self.teacher is not None:

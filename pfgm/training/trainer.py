@@ -139,7 +139,8 @@ class Trainer:
         self.evaluate = evaluate
         self.loss, self.distilled = loss, distilled
         self.step = 0
-        self._saved_step: int | None = None  # of the last checkpoint, written or resumed from
+        self.saved_step: int | None = None
+        """The step of the last checkpoint, written or resumed from; None if there is none."""
         self._saved_threads: int | None = None  # of the run that was resumed
         self._known_latest: bytes | None = None  # latest.json as this run last read or wrote it
         check_log(config.log, self.folder)
@@ -184,22 +185,11 @@ class Trainer:
             # seventh of a small network's step.
             fused=all(p.is_cpu and p.is_floating_point() for p in network.parameters()) or None,
         )
-        self._averaged = copy.deepcopy(network).eval()  # it is never trained itself
+        self.averaged = copy.deepcopy(network).eval()
+        """The network with the moving average of its weights, in evaluation mode: the one to sample
+        with."""
         # The first step with a loss that is not finite; 0 means none.
         self._diverged_step = torch.zeros((), dtype=torch.long, device=self._device)
-
-    @property
-    def averaged(self) -> nn.Module:
-        """The network with the moving average of its weights: the one to sample with.
-
-        It is in evaluation mode, as from :func:`pfgm.load`.
-        """
-        return self._averaged
-
-    @property
-    def saved_step(self) -> int | None:
-        """The step of the last checkpoint, written or resumed from; None if there is none."""
-        return self._saved_step
 
     @property
     def _computes_alone_on_cpu(self) -> bool:
@@ -339,9 +329,9 @@ class Trainer:
                     self.distilled,
                     label_names=self.label_names,
                     table=self.table,
-                    after=self._saved_step or self.step,
+                    after=self.saved_step or self.step,
                 )
-                self._saved_step = self.step
+                self.saved_step = self.step
             finally:
                 self._known_latest = _read_latest(self.folder)
 
@@ -388,7 +378,7 @@ class Trainer:
             reason = " ".join(str(error).split())
             raise ValueError(f"{self.folder} holds a run of another network: {reason}") from error
         self.config = config
-        self.step = self._saved_step = state["step"]
+        self.step = self.saved_step = state["step"]
         self._saved_threads = state.get("threads")
         self._known_latest = latest
         return self.step
@@ -412,8 +402,10 @@ class Trainer:
         step, rank = self.step, self._processes.rank
         batch = self._batches.at(step)
         generator = torch.Generator(self._device).manual_seed(self._noise_seed(step))
-        devices = [] if self._device.type == "cpu" else [self._device]
-        with torch.random.fork_rng(devices, device_type=_rng_type(self._device)):
+        # The generator of the CPU is forked too.
+        kind = self._device.type
+        devices, kind = ([], "cuda") if kind == "cpu" else ([self._device], kind)
+        with torch.random.fork_rng(devices, device_type=kind):
             # Dropout takes no generator, so it uses the global one.
             torch.manual_seed(seed_of(self.config.seed, step, 1, *([rank] if rank else [])))
             return self._backward(network, batch, generator)
@@ -429,8 +421,8 @@ class Trainer:
         weight = 1 - min(self.config.schedule.ema, (1 + t) / (10 + t))
         # By name, as the network may have made buffers for itself since.
         current = {**dict(self.network.named_parameters()), **dict(self.network.named_buffers())}
-        averaged = self._averaged
-        for name, mean in chain(averaged.named_parameters(), averaged.named_buffers()):
+        of_average = self.averaged.named_parameters(), self.averaged.named_buffers()
+        for name, mean in chain(*of_average):
             value = current[name]
             if t == 0 or not (mean.is_floating_point() or mean.is_complex()):
                 mean.copy_(value)
@@ -454,7 +446,9 @@ class Trainer:
             rows = slice(k * size, (k + 1) * size)
             # The processes average their gradients once, after the last part.
             sync = nullcontext() if k + 1 == parts else self._no_sync()
-            with sync, self._autocast():
+            bfloat16 = self.config.precision == "bfloat16"
+            autocast = torch.autocast(self._device.type, dtype=torch.bfloat16, enabled=bfloat16)
+            with sync, autocast:
                 labels = None if batch.labels is None else batch.labels[rows]
                 loss = (self.loss or self.flow.loss)(
                     network,
@@ -477,10 +471,6 @@ class Trainer:
     def _no_sync(self) -> AbstractContextManager[None]:
         network = self._parallel
         return network.no_sync() if isinstance(network, DistributedDataParallel) else nullcontext()
-
-    def _autocast(self) -> torch.autocast:
-        enabled = self.config.precision == "bfloat16"
-        return torch.autocast(self._device.type, dtype=torch.bfloat16, enabled=enabled)
 
     def _check_loss(self, loss: float) -> float:
         if math.isfinite(loss):
@@ -512,8 +502,3 @@ def _read_latest(folder: Path) -> bytes | None:
     """The content of latest.json, which names the newest checkpoint."""
     path = folder / "latest.json"
     return path.read_bytes() if path.exists() else None
-
-
-def _rng_type(device: torch.device) -> str:
-    """The device type for fork_rng, which always forks the generator of the CPU too."""
-    return "cuda" if device.type == "cpu" else device.type

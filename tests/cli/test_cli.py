@@ -294,7 +294,7 @@ def test_one_sentence_for_bad_input(run, tmp_path, refusal, monkeypatch):
         ([*sample, "--out", tmp_path / "x.jpg"], "end in .csv, .npy or .png"),
         ([*sample, "--out", blocked / "x.npy"], "output folder"),
         ([*sample, "--out", folder], "x.png, a folder."),
-        ([*sample, "--out", out, "--n", 0], "n and batch-size must be at least 1"),
+        ([*sample, "--out", out, "--n", 0], "n must be an integer of at least 1, got 0."),
         ([*sample, "--out", out, "--steps", 0], "steps must be an integer of at least 1"),
         ([*sample, "--out", out, "--label", 7], "label is 7, but the network was trained without"),
         ([*sample, "--out", out, "--guidance", 2], "guidance is 2.0, but the network was trained"),

@@ -595,6 +595,6 @@ def test_to_unit_leaves_floats(dtype: torch.dtype) -> None:
 @pytest.mark.parametrize("dtype", [torch.int64, torch.bool, torch.complex64])
 def test_to_unit_refuses_other_dtypes(dtype: torch.dtype) -> None:
     with pytest.raises(
-        TypeError, match=rf"images must be torch\.uint8 or floating point, got {dtype}\."
+        TypeError, match=rf"images must be uint8 or floating point, got {dtype}; use"
     ):
         data.to_unit(torch.zeros(2, dtype=dtype))

@@ -177,7 +177,7 @@ ZEROS = torch.zeros(2).long()
         (
             lambda: load_classifier("digits").features(torch.zeros(2, 1, 28, 28)),
             ValueError,
-            "x must have shape (B, 1, 8, 8), that…got (2, 1, 28, 28).",
+            "x must have shape (B, 1, 8, 8), got (2, 1, 28, 28).",
         ),
         (
             lambda: load_classifier("digits").rows(TWO.byte()),

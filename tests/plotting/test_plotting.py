@@ -692,7 +692,7 @@ CURVES = "curves must have 1 to 7 curves, got"
             for draw in (plotting.image_grid, lambda x: plotting.trajectory_grid(x[None], [1.0]))
             for images, error, what in (
                 (IMAGES.numpy(), TypeError, "a torch.Tensor, got ndarray"),
-                (IMAGES.long(), TypeError, "torch.uint8 or floating point, got torch.int64"),
+                (IMAGES.long(), TypeError, "uint8 or floating point, got torch.int64"),
                 (IMAGES / 0, ValueError, "finite, got NaN or infinity"),
                 (IMAGES + math.inf, ValueError, "finite, got NaN or infinity"),
             )

@@ -347,7 +347,7 @@ class NoWaiting(torch.utils._python_dispatch.TorchDispatchMode):
 @pytest.fixture
 def as_on_a_gpu(monkeypatch):
     """Tensors on the CPU are treated like those on a GPU."""
-    monkeypatch.setattr(pfgm.references.merged, "_can_select", lambda device: False)
+    monkeypatch.setattr(pfgm.references.merged, "may_wait", lambda device: False)
     monkeypatch.setattr(pfgm.common.checks, "_on_cpu", lambda device: False)
 
 

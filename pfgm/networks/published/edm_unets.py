@@ -15,13 +15,13 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ...common.checks import check_choice, int_tuple, layout_hint, positive_int, whole
+from ...common.checks import check_choice, check_sample_shape, int_tuple, positive_int, whole
 from ...common.tensors import per_row
 from ...flows.plusplus import Preconditioned
 from ..config import MAX_DEPTH, MAX_WIDTH, as_json
 from ..edm_interface import EDMInterface, label_numbers
 from ..embedding import checked_labels
-from .layers import FOURIER_STD, HALF_SUM, add_attention, positional_features
+from .layers import FOURIER_STD, HALF_SUM, add_attention, check_resolution, positional_features
 
 _ZERO_GAIN = 1e-5  # initial gain of layers whose output starts at almost zero
 _ATTENTION_GAIN = math.sqrt(0.2)  # initial gain of the layer of queries, keys and values
@@ -218,12 +218,7 @@ class SongUNet(nn.Module):
         taps = int_tuple("resample_filter", resample_filter)
         if len(taps) % 2:
             raise ValueError(f"resample_filter must have an even number of values, got {taps}.")
-        coarsest = 2 ** (len(levels) - 1)
-        if positive_int("resolution", resolution) % coarsest:
-            raise ValueError(
-                f"resolution must be a multiple of {coarsest}, as {len(levels)} levels halve it, "
-                f"got {resolution}."
-            )
+        check_resolution(resolution, len(levels))
         self.config = as_json(
             {
                 "channels": positive_int("channels", channels),
@@ -438,11 +433,7 @@ class EDMDenoiser(EDMInterface, nn.Module):
         x may have another dtype than the network; the mean has that of x. augment (B, augment_dim)
         describes the augmentation of training images.
         """
-        if x.shape[1:] != self.shape:
-            raise ValueError(
-                f"x must have shape (B, {', '.join(map(str, self.shape))}), got {tuple(x.shape)}."
-                + layout_hint(x.shape[1:], self.shape)
-            )
+        check_sample_shape(x, self.shape)
         sigma, labels = per_row(sigma, x, "sigma"), label_numbers(labels, self.classes)
         dtype = self.model.map_layer0.weight.dtype  # samplers of EDM have x in float64
         scaled, noise = self.preconditioning.scaled(x, sigma), sigma.log() / 4

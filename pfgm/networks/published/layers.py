@@ -8,11 +8,23 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from ...common.checks import positive_int
+
 HALF_SUM = math.sqrt(0.5)
 """Factor of a sum of two branches, which keeps their variance."""
 FOURIER_STD = 16.0
 """Standard deviation of the random frequencies, in cycles per unit of the feature's input."""
 _LONGEST_PERIOD = 10_000.0  # of the positional sines, in units of 2π
+
+
+def check_resolution(resolution: int, levels: int) -> None:
+    """Raises ValueError unless a U-Net of these levels, each half of the one above, takes it."""
+    coarsest = 2 ** (levels - 1)
+    if positive_int("resolution", resolution) % coarsest:
+        raise ValueError(
+            f"resolution must be a multiple of {coarsest}, as {levels} levels halve it, got "
+            f"{resolution}."
+        )
 
 
 def positional_features(z: Tensor, count: int) -> Tensor:

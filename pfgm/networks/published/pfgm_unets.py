@@ -15,10 +15,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ...common.checks import check_choice, int_tuple, layout_hint, positive_int
+from ...common.checks import check_choice, check_sample_shape, int_tuple, positive_int
 from ...common.tensors import is_wider, per_row
 from ..config import MAX_DEPTH, MAX_WIDTH, as_json
-from .layers import FOURIER_STD, HALF_SUM, add_attention, positional_features
+from .layers import FOURIER_STD, HALF_SUM, add_attention, check_resolution, positional_features
 
 _ZERO_SCALE = 1e-10  # initial scale of layers whose output starts at almost zero
 
@@ -215,18 +215,13 @@ class Published(nn.Module):
     ) -> None:
         super().__init__()
         channels = positive_int("channels", channels)
-        resolution = positive_int("resolution", resolution)
         levels = int_tuple("ch_mult", ch_mult, MAX_WIDTH)
         attention = tuple(positive_int("attn_resolutions", width) for width in attn_resolutions)
         check_choice("embedding", embedding, ("positional", "fourier"))
         check_choice("progressive_input", progressive_input, ("none", "residual"))
         if positive_int("nf", nf, MAX_WIDTH) % 4:
             raise ValueError(f"nf must be a multiple of 4, got {nf}.")
-        if resolution % 2 ** (len(levels) - 1):
-            raise ValueError(
-                f"resolution must be a multiple of {2 ** (len(levels) - 1)}, as {len(levels)} "
-                f"levels halve it, got {resolution}."
-            )
+        check_resolution(resolution, len(levels))
         self.shape = (channels, resolution, resolution)
         self.config = as_json(
             {
@@ -293,11 +288,7 @@ class Published(nn.Module):
 
         A network in float64 takes narrower x too; the field has the dtype of x.
         """
-        if x.shape[1:] != self.shape:
-            raise ValueError(
-                f"x must have shape (B, {', '.join(map(str, self.shape))}), got {tuple(x.shape)}."
-                + layout_hint(x.shape[1:], self.shape)
-            )
+        check_sample_shape(x, self.shape)
         z = per_row(z, x, "z")
         if is_wider(self, x):
             field_x, field_z = self(x.double(), z.double())
