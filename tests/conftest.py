@@ -1,10 +1,12 @@
 """Refuses to test a build of other sources. Holds the oracle of the operations."""
 
+import builtins
 import contextlib
 import hashlib
 import importlib.util
 import math
 import os
+import re
 import runpy
 import subprocess
 import sys
@@ -179,6 +181,23 @@ def run_kernel_tests(tmp_path_factory):
         process.wait()
 
 
+@pytest.fixture(scope="session")
+def refused():
+    """refused(call, sentence): checks that a call raises an error with this sentence.
+
+    The error is a ValueError, or one whose name comes first, as in "TypeError: x must be …". In the
+    middle of a long sentence "…" stands for what is left out.
+    """
+
+    def check(call, sentence):
+        kind, text = re.fullmatch(r"(?:(\w+Error): )?(.*)", sentence).groups()
+        error = getattr(builtins, kind or "ValueError")
+        with pytest.raises(error, match=f"^{re.escape(text).replace('…', '.*')}$"):
+            call()
+
+    return check
+
+
 @pytest.fixture
 def refusal(capsys):
     """refusal(*arguments) → the sentence with which the command ends, with exit code 2.
@@ -248,8 +267,7 @@ def only_outputs_are_written(x, field_x, field_z, form, backend):
 def step_checks():
     """What holds for the steps of the ODE on every backend and device."""
     return SimpleNamespace(
-        nan_stays_in_its_row=nan_stays_in_its_row,
-        only_outputs_are_written=only_outputs_are_written,
+        nan_stays_in_its_row=nan_stays_in_its_row, only_outputs_are_written=only_outputs_are_written
     )
 
 

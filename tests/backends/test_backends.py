@@ -335,10 +335,7 @@ def test_use_backend_ends_with_its_context():
 
 @pytest.mark.parametrize("name", [3, True, [], 1.5])
 def test_names_that_are_no_text_are_refused(name):
-    x, message = (
-        torch.zeros(2, 2),
-        "backend must be None or one of native, reference, torch,",
-    )
+    x, message = (torch.zeros(2, 2), "backend must be None or one of native, reference, torch,")
     for call in (
         lambda: posterior_mean(x, x, r=1.0, backend=name),
         lambda: posterior_mean(x, pfgm.ReferenceSet(x), r=1.0, backend=name),

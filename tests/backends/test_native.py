@@ -1059,10 +1059,7 @@ def test_a_long_call_is_interrupted():
     calls = [("forward", 2, 400), ("forward", 1, 600), ("backward", 2, 600), ("op", 2, 600)]
     arguments = [f"{call} {threads} 3000000 {features}" for call, threads, features in calls]
     done = subprocess.run(
-        [sys.executable, "-c", INTERRUPTED, *arguments],
-        capture_output=True,
-        text=True,
-        timeout=180,
+        [sys.executable, "-c", INTERRUPTED, *arguments], capture_output=True, text=True, timeout=180
     )
     assert done.returncode == 0, done.stderr
     lines = done.stdout.splitlines()

@@ -79,20 +79,6 @@ def test_a_writer_that_raises_leaves_all_as_it_was(
     assert not existing or path.read_bytes() == b"old"
 
 
-def test_while_writing_the_old_content_is_in_place(tmp_path: Path) -> None:
-    path = tmp_path / "out.bin"
-    path.write_bytes(b"old")
-
-    def write(file: BinaryIO) -> None:
-        file.write(b"new")
-        file.flush()
-        assert path.read_bytes() == b"old"
-        assert len(names(tmp_path)) == 2
-
-    files.write_atomic(path, write)
-    assert path.read_bytes() == b"new"
-
-
 @pytest.mark.usefixtures("umask")
 def test_a_new_file_has_the_mode_of_a_plainly_opened_one(tmp_path: Path) -> None:
     (tmp_path / "plain").open("wb").close()
@@ -196,8 +182,7 @@ def test_check_folder_creates_it_and_leaves_what_it_holds(tmp_path: Path) -> Non
 
 
 @pytest.mark.parametrize(
-    "below",
-    ["file", "file/runs", "file/runs/first", pytest.param("/proc/self", marks=linux_only)],
+    "below", ["file", "file/runs", "file/runs/first", pytest.param("/proc/self", marks=linux_only)]
 )
 def test_check_folder_refuses_what_takes_no_files(tmp_path: Path, below: str) -> None:
     (tmp_path / "file").write_bytes(b"")

@@ -58,10 +58,7 @@ def naive_field(x, references, z):
 
 def ours(x, references, sigma, D, backend=None):
     weigh = {"sigma": sigma, "D": D, "backend": backend}
-    return (
-        pfgm.posterior_mean(x, references, **weigh),
-        pfgm.log_density(x, references, **weigh),
-    )
+    return (pfgm.posterior_mean(x, references, **weigh), pfgm.log_density(x, references, **weigh))
 
 
 def close(actual, expected, rtol=1e-9, atol=1e-10):

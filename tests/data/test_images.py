@@ -21,7 +21,6 @@ from torch.utils.data import (
     Dataset,
     IterableDataset,
     RandomSampler,
-    Subset,
     SubsetRandomSampler,
     TensorDataset,
 )
@@ -558,13 +557,6 @@ def test_items_are_copied() -> None:
     source = open_source(TensorDataset(rows))
     rows += 1
     assert (source.tensor == 0).all()
-
-
-def test_parts_of_datasets() -> None:
-    dataset = TensorDataset(torch.arange(10.0).view(5, 2), torch.arange(5))
-    source = open_source(Subset(dataset, [4, 1]))
-    assert source.tensor.tolist() == [[8, 9], [2, 3]]
-    assert source.labels.tolist() == [4, 1]
 
 
 def test_loaders_stand_for_their_datasets() -> None:

@@ -81,15 +81,6 @@ def test_every_dtype_off_alignment(tmp_path: Path, dtype: torch.dtype) -> None:
             assert torch.equal(part, rows[2:7])
 
 
-def test_random_rows_against_indexing(tmp_path: Path) -> None:
-    rows = numbers(5000, 1)
-    source = on_disk(tmp_path, rows)
-    generator = torch.Generator().manual_seed(0)
-    for count in (1, 37, 5000, 20_000):
-        chosen = torch.randint(5000, (count,), generator=generator)
-        assert torch.equal(source.take(chosen), rows[chosen])
-
-
 def test_rows_in_memory_are_views_and_out_is_untouched() -> None:
     rows = numbers(*SHAPE)
     source, out = InMemory(rows), torch.full(SHAPE, torch.nan)
@@ -101,13 +92,6 @@ def test_rows_in_memory_are_views_and_out_is_untouched() -> None:
 def test_labels_are_kept() -> None:
     labels = torch.arange(11)
     assert InMemory(numbers(*SHAPE), labels).labels is labels
-
-
-def test_strided_rows_in_memory() -> None:
-    rows = numbers(3, 4).T
-    source = InMemory(rows)
-    assert torch.equal(source.read(1, 3), rows[1:3])
-    assert torch.equal(source.take(torch.tensor([3, 0])), rows[[3, 0]])
 
 
 def test_out_is_filled_as_far_as_asked(tmp_path: Path) -> None:

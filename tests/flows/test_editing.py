@@ -65,8 +65,7 @@ def test_gaussian_data_reach_their_known_latents_and_return(
 
 
 @pytest.mark.parametrize(
-    ("flow", "dtype"),
-    zip(flows((1, 8, 8), data_norm=6.0), [*DTYPES, torch.float32], strict=True),
+    ("flow", "dtype"), zip(flows((1, 8, 8), data_norm=6.0), [*DTYPES, torch.float32], strict=True)
 )
 def test_digits_return_within_a_thousandth(flow, dtype):
     """The documented error of rk45, with the exact network, for data and for points typical of

@@ -166,47 +166,31 @@ def test_bad_projections():
 
 
 @pytest.mark.parametrize(
-    ("arguments", "error", "message"),
+    ("arguments", "sentence"),
     [
-        ({"known": torch.zeros(3, 5)}, ValueError, r"known must have shape.*got \(3, 5\)\."),
+        ({"known": torch.zeros(3, 5)}, "known must have shape (B, *S) with S = (4,), got (3, 5)."),
         (
             {"known": torch.zeros(3, 4).long()},
-            TypeError,
-            r"known must be uint8.*got torch\.int64\.",
+            "TypeError: known must be uint8 or floating point, got torch.int64; use known.float().",
         ),
-        ({"mask": torch.ones(4)}, TypeError, r"mask must be bool,.*got torch\.float32\."),
-        ({"mask": [True] * 4}, TypeError, r"mask must be bool, True where known, got list\."),
-        (
-            {"mask": torch.ones(3, dtype=torch.bool)},
-            ValueError,
-            "mask must broadcast to the shape of known",
-        ),
-        (
-            {"mask": torch.ones(2, 3, 4, dtype=torch.bool)},
-            ValueError,
-            r"mask must broadcast.*got \(",
-        ),
+        ({"mask": torch.ones(4)}, "TypeError: mask must be bool, True…known, got torch.float32."),
+        ({"mask": [True] * 4}, "TypeError: mask must be bool, True where known, got list."),
+        ({"mask": torch.ones(3, dtype=torch.bool)}, "mask must broadcast to…(3, 4), got (3,)."),
+        ({"mask": torch.ones(2, 3, 4, dtype=torch.bool)}, "mask must broadcast…got (2, 3, 4)."),
         (
             {"mask": torch.ones(4, dtype=torch.bool, device="meta")},
-            ValueError,
-            "mask and known must.*got meta and cp",
+            "mask and known must be on one device, got meta and cpu.",
         ),
-        ({"resample": -1}, ValueError, r"resample must be an integer of at.*got -1\."),
-        ({"resample": True}, ValueError, r"resample must be an integer of at.*got True\."),
-        ({"resample": 10**9}, ValueError, r"resample must be an integer.*got 1000000000\."),
-        (
-            {"resample": 1, "resample_from": 1e9},
-            ValueError,
-            r"resample_from must.*got 1000000000\.",
-        ),
-        ({"resample": 1, "resample_from": 0}, ValueError, r"resample_from must.*got 0\."),
-        ({"solver": "rk4"}, ValueError, r"solver must be one of euler, heun,.*got 'rk4'\."),
-        ({"schedule": "cosine"}, ValueError, r"schedule must be one of.*got 'cosine'\."),
+        ({"resample": -1}, "resample must be an integer of at least…at most 1000000, got -1."),
+        ({"resample": True}, "resample must be an integer of at…and at most 1000000, got True."),
+        ({"resample": 10**9}, "resample must be an integer of at…most 1000000, got 1000000000."),
+        ({"resample": 1, "resample_from": 1e9}, "resample_from must be a…got 1000000000.0."),
+        ({"resample": 1, "resample_from": 0}, "resample_from must be a…5.322669453647371, got 0."),
+        ({"solver": "rk4"}, "solver must be one of euler, heun,…rk45, consistency, got 'rk4'."),
+        ({"schedule": "cosine"}, "schedule must be one of log, rho, fitted, got 'cosine'."),
     ],
 )
-def test_bad_inpainting(arguments, error, message):
+def test_bad_inpainting(refused, arguments, sentence):
     flow = PoissonFlow((4,), data_norm=1.5)
-    with pytest.raises(error, match=message):
-        flow.inpaint(
-            flow.empirical(REFERENCES), **{"known": REFERENCES[:3], "mask": MASK, **arguments}
-        )
+    arguments = {"known": REFERENCES[:3], "mask": MASK, **arguments}
+    refused(lambda: flow.inpaint(flow.empirical(REFERENCES), **arguments), sentence)

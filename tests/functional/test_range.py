@@ -117,8 +117,7 @@ def test_the_smallest_scale_is_right(backend, B, M, N, D):
 
 
 @pytest.mark.parametrize(
-    ("D", "scale"),
-    [(1.0, 1.0), (1.0, 1e-170), (math.inf, 1e-150), (math.inf, 1e-310)],
+    ("D", "scale"), [(1.0, 1.0), (1.0, 1e-170), (math.inf, 1e-150), (math.inf, 1e-310)]
 )
 @pytest.mark.parametrize(("B", "M", "N"), SIZES)
 def test_points_on_tiny_references_at_r_0(backend, forms, B, M, N, D, scale):

@@ -2,7 +2,6 @@
 
 import itertools
 import math
-import re
 
 import numpy as np
 import pytest
@@ -332,8 +331,7 @@ def test_an_out_in_the_memory_of_the_levels_is_right():
 
 
 @pytest.mark.parametrize(
-    ("name", "rows", "mean_form"),
-    [(BEST, False, False), ("reference", True, True)],
+    ("name", "rows", "mean_form"), [(BEST, False, False), ("reference", True, True)]
 )
 def test_opcheck(name, rows, mean_form):
     arguments = unpacked(rows=rows, mean_form=mean_form)
@@ -418,127 +416,88 @@ ABOVE_0, AT_LEAST_0 = (
     "must be a finite number above 0, got",
     "must be a finite number of at least 0, got",
 )
-LEVEL = "must be a number or a tensor of shape (B,), got"
 
 
 @pytest.mark.parametrize(
-    ("changed", "error", "message"),
+    ("changed", "sentence"),
     [
-        ({"x": [1.0]}, TypeError, "x must be a torch.Tensor, got list; use torch.as_tensor(x)."),
-        ({"x": torch.zeros(())}, ValueError, "x must have shape (B, *S) with…got ()."),
-        ({"x": X[:, :0], "field_x": X[:, :0]}, ValueError, "x must have shape…got (3, 0)."),
-        ({"x": X.int()}, TypeError, "x must be one of torch.float32,…got torch.int32."),
-        ({"x": X.to_sparse()}, TypeError, "x must be a dense…got layout torch.sparse"),
-        ({"field_x": V[:2]}, ValueError, "field_x must have shape (3, 4), got (2, 4)."),
-        ({"field_x": V.int()}, TypeError, "field_x must be floating…got torch.int32."),
-        ({"field_x": V.to("meta")}, ValueError, "field_x and x must…got meta and cpu."),
-        ({"field_x": None}, TypeError, "field_x must be a torch.Tensor, got NoneType."),
-        ({"field_z": VZ[:, None]}, ValueError, "field_z must have shape (3,), got (3, 1)."),
-        ({"prediction": (V, VZ)}, TypeError, "prediction must be a…got tuple."),
-        ({"prediction": V[:2]}, ValueError, "prediction must have shape…got (2, 4)."),
-        ({"z": 0.0}, ValueError, f"z {ABOVE_0} 0.0."),
-        ({"z": math.nan}, ValueError, f"z {ABOVE_0} nan."),
-        ({"z": torch.tensor([1.0, -1.0, 2.0])}, ValueError, f"z {ABOVE_0} -1.0."),
-        ({"z": True}, TypeError, f"z {LEVEL} bool."),
-        ({"z": "1"}, TypeError, f"z {LEVEL} str."),
-        ({"z": torch.ones(2)}, ValueError, "z must be a number or a…got shape (2,)."),
-        ({"z_next": -0.1}, ValueError, f"z_next {AT_LEAST_0} -0.1."),
-        ({"z_next": math.inf}, ValueError, f"z_next {AT_LEAST_0} inf."),
-        ({"z_next": torch.tensor([1.0, math.nan, 2.0])}, ValueError, f"z_next {AT_LEAST_0} nan."),
-        ({"prediction": V, "z_next": -1.0}, ValueError, f"z_next {AT_LEAST_0} -1.0."),
+        ({"x": [1.0]}, "TypeError: x must be a torch.Tensor, got list; use torch.as_tensor(x)."),
+        ({"x": torch.zeros(())}, "x must have shape (B, *S) with at least one value in S, got ()."),
+        ({"x": X[:, :0], "field_x": X[:, :0]}, "x must have shape (B, *S)…in S, got (3, 0)."),
+        ({"x": X.int()}, "TypeError: x must be one of…torch.float16, got torch.int32."),
+        ({"x": X.to_sparse()}, "TypeError: x must be a dense tensor,…use x.to_dense()."),
+        ({"field_x": V[:2]}, "field_x must have shape (3, 4), got (2, 4)."),
+        ({"field_x": V.int()}, "TypeError: field_x must be floating point, got torch.int32."),
+        ({"field_x": V.to("meta")}, "field_x and x must be on one device, got meta and cpu."),
+        ({"field_x": None}, "TypeError: field_x must be a torch.Tensor, got NoneType."),
+        ({"field_z": VZ[:, None]}, "field_z must have shape (3,), got (3, 1)."),
+        ({"prediction": (V, VZ)}, "TypeError: prediction must be a…holds the mean, got tuple."),
+        ({"prediction": V[:2]}, "prediction must have shape (3, 4), got (2, 4)."),
+        ({"z": 0.0}, f"z {ABOVE_0} 0.0."),
+        ({"z": math.nan}, f"z {ABOVE_0} nan."),
+        ({"z": torch.tensor([1.0, -1.0, 2.0])}, f"z {ABOVE_0} -1.0."),
+        ({"z": True}, "TypeError: z must be a number or a tensor of shape (B,), got bool."),
+        ({"z": "1"}, "TypeError: z must be a number or a tensor of shape (B,), got str."),
+        ({"z": torch.ones(2)}, "z must be a number or a tensor of…of a sample, got shape (2,)."),
+        ({"z_next": -0.1}, f"z_next {AT_LEAST_0} -0.1."),
+        ({"z_next": math.inf}, f"z_next {AT_LEAST_0} inf."),
+        ({"z_next": torch.tensor([1.0, math.nan, 2.0])}, f"z_next {AT_LEAST_0} nan."),
+        ({"prediction": V, "z_next": -1.0}, f"z_next {AT_LEAST_0} -1.0."),
         *(
-            ({name: bad}, ValueError, f"{name} {AT_LEAST_0} {bad}.")
+            ({name: bad}, f"{name} {AT_LEAST_0} {bad}.")
             for name in ("gamma", "z_exp")
             for bad in (-1.0, math.nan, math.inf, True, False)
         ),
-        (
-            {"gamma": torch.tensor(5.0, requires_grad=True)},
-            TypeError,
-            "gamma must be a…got a tensor th",
-        ),
-        ({"substitution": "none"}, ValueError, "substitution must be…got 'none'."),
-        (
-            {"out": torch.zeros(4, 3)},
-            ValueError,
-            "out must have the shape and dtype…got (4, 3) and torch",
-        ),
-        (
-            {"out": X.double()},
-            ValueError,
-            "out must have the shape and dtype…got (3, 4) and torch.fl",
-        ),
-        ({"out": X.half()}, ValueError, "out must have the shape and dtype"),
-        ({"x": X.half(), "out": X}, ValueError, "out must have the shape and dtype"),
-        ({"out": X.to("meta")}, ValueError, "out and x must be on one device, got meta and cpu."),
-        ({"out": 3}, TypeError, "out must be a torch.Tensor, got int."),
-        ({"mean_out": X.clone()}, ValueError, "mean_out needs return_mean=True."),
-        *(
-            (
-                {"x": x, "mean_out": out, "return_mean": True},
-                ValueError,
-                f"mean_out must have the shape and dtype…got {tuple(out.shape)} and ",
-            )
-            for x, out in ((X, X[:2]), (X.half(), X))
-        ),
-        (
-            {"prediction": V, "mean_out": X, "return_mean": True},
-            ValueError,
-            "mean_out must not be given to a step that takes the mean",
-        ),
+        ({"gamma": torch.tensor(5.0, requires_grad=True)}, "TypeError: gamma…requires grad."),
+        ({"substitution": "none"}, "substitution must be 'exact' or 'published', got 'none'."),
+        ({"out": torch.zeros(4, 3)}, "out must have the shape and dtype…3) and torch.float32."),
+        ({"out": X.double()}, "out must have the shape and dtype of…(3, 4) and torch.float64."),
+        ({"out": X.half()}, "out must have the shape and dtype of x,…(3, 4) and torch.float16."),
+        ({"x": X.half(), "out": X}, "out must have the shape and dtype…4) and torch.float32."),
+        ({"out": X.to("meta")}, "out and x must be on one device, got meta and cpu."),
+        ({"out": 3}, "TypeError: out must be a torch.Tensor, got int."),
+        ({"mean_out": X.clone()}, "mean_out needs return_mean=True."),
+        ({"mean_out": X[:2], "return_mean": True}, "mean_out must have the…and torch.float32."),
+        ({"x": X.half(), "mean_out": X, "return_mean": True}, "mean_out must have…torch.float32."),
+        ({"prediction": V, "mean_out": X, "return_mean": True}, "mean_out must not…as an input."),
         (
             {"out": OUT, "mean_out": OUT, "return_mean": True},
-            ValueError,
             "mean_out and out must not overlap in memory.",
         ),
-        ({"backend": "cuda"}, ValueError, "backend must be one of native,…got 'cuda'."),
+        ({"backend": "cuda"}, "backend must be one of native,…torch, triton, got 'cuda'."),
     ],
 )
-def test_refusals(changed, error, message):
+def test_refusals(refused, changed, sentence):
     law = {name: changed.pop(name) for name in LAW & {*changed}}
     arguments = {"x": X, "prediction": F._replace(**law), "z": 2.0, "z_next": 1.0} | changed
-    with pytest.raises(error, match=re.escape(message).replace("…", ".*")):
-        pfgm.euler_step(**arguments)
+    refused(lambda: pfgm.euler_step(**arguments), sentence)
 
 
 @pytest.mark.parametrize(
-    ("call", "error", "message"),
+    ("call", "sentence"),
     [
-        *(
-            (step, ValueError, f"z_next {ABOVE_0} 0.0.")
-            for z in (0.0, torch.zeros(3))
-            for step in (
-                lambda z=z: pfgm.heun_step(X, X, F, 2.0, z),
-                lambda z=z: pfgm.multistep_step(X, F, 2.0, z, X, 3.0),
-            )
-        ),
-        *(
-            (
-                lambda z=z: pfgm.multistep_step(X, F, 2.0, 1.0, X, z),
-                ValueError,
-                "z_previous must differ from z.",
-            )
-            for z in (2.0, torch.tensor([3.0, 2.0, 4.0]))
+        (lambda: pfgm.heun_step(X, X, F, 2.0, 0.0), f"z_next {ABOVE_0} 0.0."),
+        (lambda: pfgm.heun_step(X, X, F, 2.0, torch.zeros(3)), f"z_next {ABOVE_0} 0.0."),
+        (lambda: pfgm.multistep_step(X, F, 2.0, 0.0, X, 3.0), f"z_next {ABOVE_0} 0.0."),
+        (lambda: pfgm.multistep_step(X, F, 2.0, torch.zeros(3), X, 3.0), f"z_next {ABOVE_0} 0.0."),
+        (lambda: pfgm.multistep_step(X, F, 2.0, 1.0, X, 2.0), "z_previous must differ from z."),
+        (
+            lambda: pfgm.multistep_step(X, F, 2.0, 1.0, X, torch.tensor([3.0, 2.0, 4.0])),
+            "z_previous must differ from z.",
         ),
         (
             lambda: pfgm.multistep_step(X, F, 2.0, 1.0, X[:2], 3.0),
-            ValueError,
             "previous_mean must have shape (3, 4), got (2, 4).",
         ),
-        (
-            lambda: pfgm.heun_step(X[:2], X, F, 2.0, 1.0),
-            ValueError,
-            "x must have shape (3, 4), got (2, 4).",
-        ),
+        (lambda: pfgm.heun_step(X[:2], X, F, 2.0, 1.0), "x must have shape (3, 4), got (2, 4)."),
         (
             lambda: pfgm.multistep_step(X, V, 2.0, 1.0, None, 3.0),
-            TypeError,
-            "previous_mean must be a torch.Tensor, got NoneType.",
+            "TypeError: previous_mean must be a torch.Tensor, got NoneType.",
         ),
     ],
 )
-def test_refusals_of_steps_with_another_point(call, error, message):
-    with pytest.raises(error, match=re.escape(message).replace("…", ".*")):
-        call()
+def test_refusals_of_steps_with_another_point(refused, call, sentence):
+    refused(call, sentence)
 
 
 def test_levels_on_a_device_are_not_read():

@@ -318,12 +318,6 @@ def test_timesteps(schedulers):
     std = DENOISERS[128.0].sigma_data
     for value, sigma in zip(told, [8, 2, 2, 0.5, 0.5], strict=True):
         assert float(value.mean()) == pytest.approx(1 / math.hypot(sigma, std), rel=1e-5)
-    with pytest.raises(ValueError, match="num_inference_steps and sigmas must not"):
-        scheduler.set_timesteps(3, sigmas=[8.0, 0.0])
-    with pytest.raises(ValueError, match="schedule is not decreasing"):
-        scheduler.set_timesteps(sigmas=[8.0, 9.0])
-    with pytest.raises(ValueError, match=r"steps must be an integer of at least.*got 0\."):
-        scheduler.set_timesteps(0)
 
 
 @pytest.mark.parametrize("solver", [*STEPS, MIDPOINT])
@@ -350,28 +344,54 @@ def test_a_run_may_start_at_a_later_timestep(schedulers, unets, solver, same):
         assert scheduler.begin_index == index
 
 
-def test_wrong_calls(schedulers):
-    with pytest.raises(TypeError, match=r"flow must be a PoissonFlow.*got PoissonFlowPP\."):
-        schedulers.field.from_flow(DENOISERS[1.0])
-    with pytest.raises(TypeError, match=r"flow must be a.*got PoissonFlow; from_fl"):
-        schedulers.field(FIELD)
-    with pytest.raises(ValueError, match=r"solver must be one of euler,.*got 'rk45'\."):
-        schedulers.field.from_flow(FIELD, solver="rk45")
-    with pytest.raises(ValueError, match=r"prediction_type must be one of.*got 'mean'\."):
-        schedulers.field.from_flow(FIELD, prediction_type="mean")
-    with pytest.raises(ValueError, match=r"level must be one of timestep,.*got 'karras'\."):
-        schedulers.field.from_flow(FIELD, level="karras")
+def test_wrong_calls(schedulers, refused):
     scheduler = schedulers.plus.from_flow(DENOISERS[128.0], solver="euler")
     scheduler.set_timesteps(2)
-    x = scheduler.prior(2)
-    with pytest.raises(ValueError, match=r"timestep must be one of timesteps, got 7\.0\."):
-        scheduler.step(x, 7, x)
-    with pytest.raises(ValueError, match=r"net must return the shape.*got \(2, 3, 8, 8\)\."):
-        scheduler.step(x.expand(2, 3, 8, 8), scheduler.timesteps[0], x)
-    for t in scheduler.timesteps:
-        scheduler.step(x, t, x)
-    with pytest.raises(ValueError, match="step is called after the last of 2 timesteps"):
-        scheduler.step(x, t, x)
+    x, first = scheduler.prior(2), scheduler.timesteps[0]
+    for call, sentence in (
+        (
+            lambda: schedulers.field.from_flow(DENOISERS[1.0]),
+            "TypeError: flow must be a PoissonFlow for a PoissonFlowScheduler, got PoissonFlowPP.",
+        ),
+        (
+            lambda: schedulers.field(FIELD),
+            "TypeError: flow must be a flow's config, flow.config, got PoissonFlow;…flow itself.",
+        ),
+        (
+            lambda: schedulers.field.from_flow(FIELD, solver="rk45"),
+            "solver must be one of euler, heun, multistep, got 'rk45'.",
+        ),
+        (
+            lambda: schedulers.field.from_flow(FIELD, prediction_type="mean"),
+            "prediction_type must be one of field, got 'mean'.",
+        ),
+        (
+            lambda: schedulers.field.from_flow(FIELD, level="karras"),
+            "level must be one of timestep, log, sigma, got 'karras'.",
+        ),
+        (lambda: scheduler.step(x, 7, x), "timestep must be one of timesteps, got 7.0."),
+        (
+            lambda: scheduler.step(x.expand(2, 3, 8, 8), first, x),
+            "net must return the shape of x, (2, 1, 8, 8), or twice its…got (2, 3, 8, 8).",
+        ),
+        (
+            lambda: [scheduler.step(x, t, x) for t in (*scheduler.timesteps, first)],
+            "step is called after the last of 2 timesteps; set_timesteps starts a new run.",
+        ),
+        (
+            lambda: scheduler.set_timesteps(3, sigmas=[8.0, 0.0]),
+            "num_inference_steps and sigmas must not both be given.",
+        ),
+        (
+            lambda: scheduler.set_timesteps(sigmas=[8.0, 9.0]),
+            "schedule is not decreasing: 9.0 at index 1 follows 8.0.",
+        ),
+        (
+            lambda: scheduler.set_timesteps(0),
+            "steps must be an integer of at least 1 and at most 1000000, got 0.",
+        ),
+    ):
+        refused(call, sentence)
 
 
 @pytest.mark.parametrize("references", [None, DATA], ids=["clean", "references"])
@@ -704,37 +724,66 @@ def test_a_pipeline_from_another_one(diffusers, schedulers, unets):
     assert again(num_inference_steps=2, output_type="np").images.shape == (1, 8, 8, 1)
 
 
-def test_wrong_calls_of_the_pipeline(diffusers, schedulers, unets):
-    with pytest.raises(TypeError, match=r"scheduler must be a.*got DDPMScheduler\."):
-        schedulers.pipeline(unets(1), diffusers.DDPMScheduler())
+def test_wrong_calls_of_the_pipeline(diffusers, schedulers, unets, refused):
     vectors = schedulers.plus.from_flow(pfgm.PoissonFlowPP((2,), D=1))
-    with pytest.raises(ValueError, match=r"the scheduler's.*got samples of shape \(2,"):
-        schedulers.pipeline(unets(1), vectors)
     pipeline = schedulers.pipeline(unets(1), schedulers.plus.from_flow(DENOISERS[128.0]))
-    with pytest.raises(ValueError, match=r"output_type must be one of pil,.*got 'jpg'\."):
-        pipeline(output_type="jpg")
-    with pytest.raises(ValueError, match=r"batch_size must be an integer of at.*got 0\."):
-        pipeline(batch_size=0)
-    with pytest.raises(ValueError, match=r"generator must be one for.*got a list of 1\."):
-        pipeline(batch_size=2, generator=[seeded()])
+    for call, sentence in (
+        (
+            lambda: schedulers.pipeline(unets(1), diffusers.DDPMScheduler()),
+            "TypeError: scheduler must be a PoissonFlowScheduler or a…got DDPMScheduler.",
+        ),
+        (
+            lambda: schedulers.pipeline(unets(1), vectors),
+            "the scheduler's flow must have images (C, H, W) with C = 1…got samples of shape (2,).",
+        ),
+        (lambda: pipeline(output_type="jpg"), "output_type must be one of pil, np, pt, got 'jpg'."),
+        (lambda: pipeline(batch_size=0), "batch_size must be an integer of at least 1, got 0."),
+        (
+            lambda: pipeline(batch_size=2, generator=[seeded()]),
+            "generator must be one for each of the 2 images, got a list of 1.",
+        ),
+    ):
+        refused(call, sentence)
 
 
-def test_wrong_options_of_a_scheduler(schedulers):
+def test_wrong_options_of_a_scheduler(schedulers, refused):
     infinite = DENOISERS[math.inf]
-    for flow, predicts in ((FIELD, "field"), (DENOISERS[128.0], "noise"), (infinite, "residual")):
-        with pytest.raises(ValueError, match=r"variance_preserving must be.*got D ="):
-            scheduler_of(schedulers, flow, prediction_type=predicts, variance_preserving=True)
-    with pytest.raises(ValueError, match=r"num_train_timesteps must be an.*got 0\."):
-        schedulers.plus.from_flow(DENOISERS[128.0], num_train_timesteps=0)
-    scheduler = schedulers.plus.from_flow(DENOISERS[math.inf], level="log")
-    with pytest.raises(ValueError, match=r"timesteps must be floating.*got torch\.int64\."):
-        scheduler.add_noise(DATA[:2], DATA[:2], torch.tensor([3, 500]))
-    with pytest.raises(AttributeError, match="alphas_cumprod exists with level 'timestep' only"):
-        _ = scheduler.alphas_cumprod
-    with pytest.raises(AttributeError, match="no attribute 'gamma'"):
-        _ = scheduler.gamma
-    with pytest.raises(ValueError, match=r"variance_preserving.*got PoissonFlow and 'res"):
-        from_module(torch.nn.Identity(), FIELD, variance_preserving=True)
+    scheduler = schedulers.plus.from_flow(infinite, level="log")
+    preserving = {"variance_preserving": True}
+    for flow, predicts, got in (
+        (FIELD, "field", "D = 1 and prediction_type 'field'"),
+        (DENOISERS[128.0], "noise", "D = 128 and prediction_type 'noise'"),
+        (infinite, "residual", "D = inf and prediction_type 'residual'"),
+    ):
+        refused(
+            lambda flow=flow, predicts=predicts: scheduler_of(
+                schedulers, flow, prediction_type=predicts, **preserving
+            ),
+            f"variance_preserving must be False unless D is infinite and…got {got}.",
+        )
+    for call, sentence in (
+        (
+            lambda: schedulers.plus.from_flow(infinite, num_train_timesteps=0),
+            "num_train_timesteps must be an integer of at least 1, got 0.",
+        ),
+        (
+            lambda: scheduler.add_noise(DATA[:2], DATA[:2], torch.tensor([3, 500])),
+            "timesteps must be floating point with level 'log',…got torch.int64.",
+        ),
+        (
+            lambda: scheduler.alphas_cumprod,
+            "AttributeError: alphas_cumprod exists with level 'timestep' only",
+        ),
+        (
+            lambda: scheduler.gamma,
+            "AttributeError: 'PoissonFlowPPScheduler' object has no attribute 'gamma'",
+        ),
+        (
+            lambda: from_module(torch.nn.Identity(), FIELD, **preserving),
+            "variance_preserving must be False unless flow is a…got PoissonFlow and 'residual'.",
+        ),
+    ):
+        refused(call, sentence)
 
 
 def test_a_missing_package_is_named(monkeypatch):

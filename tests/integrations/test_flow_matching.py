@@ -253,59 +253,43 @@ def test_the_exact_velocity_as_a_denoiser_is_the_exact_denoiser(D):
     torch.testing.assert_close(net(x, sigma), exact(x, sigma), rtol=0, atol=1e-9)
 
 
-@pytest.mark.parametrize(
-    ("D", "error", "message"),
-    [
-        (0, ValueError, r"D must be a positive number or infinity, got 0\."),
-        (math.nan, ValueError, r"D must be a positive number or infinity, got nan\."),
-        ("inf", TypeError, r"D must be a number, got str\."),
-    ],
-)
-def test_bad_dimensions(D, error, message):
-    with pytest.raises(error, match=message):
-        PoissonFlowMatcher(D)
-
-
-@pytest.mark.parametrize(
-    ("arguments", "error", "message"),
-    [
-        ((torch.zeros(3, 2), torch.zeros(4, 2)), ValueError, r"x0 must have the.*got \(3, 2\)\."),
+def test_wrong_calls(refused):
+    matcher, alone = PoissonFlowMatcher(16, POINTS), PoissonFlowMatcher(16)
+    sample, x1 = matcher.sample_location_and_conditional_flow, POINTS
+    for call, sentence in (
+        (lambda: PoissonFlowMatcher(0), "D must be a positive number or infinity, got 0."),
+        (lambda: PoissonFlowMatcher(math.nan), "D must be a positive number or infinity, got nan."),
+        (lambda: PoissonFlowMatcher("inf"), "TypeError: D must be a number, got str."),
+        (lambda: sample(x1[:3], x1), "x0 must have the shape of x1, (4, 2), got (3, 2)."),
         (
-            (None, torch.zeros(4, 2, dtype=torch.int64)),
-            TypeError,
-            r"x1 must be uint8 or.*got torch\.int64",
+            lambda: sample(None, x1.long()),
+            "TypeError: x1 must be uint8 or…torch.int64; use x1.float().",
         ),
-        ((None, torch.zeros(4, 3)), ValueError, r"x and references.*got \(4, 3\) and \(4, 2"),
+        (lambda: sample(None, torch.zeros(4, 3)), "x and references must have…3) and (4, 2)."),
+        (lambda: sample(None, x1, torch.zeros(3)), "t must be a number or a…got shape (3,)."),
+        (lambda: sample(None, x1, 1.5), "t must be from 0 (noise) to 1 (data), got 1.5."),
+        (lambda: sample(None, x1, math.nan), "t must be from 0 (noise) to 1 (data), got nan."),
+        (lambda: alone.velocity(0.5, POINTS), "references is None; the velocity needs references."),
         (
-            (None, torch.zeros(4, 2), torch.zeros(3)),
-            ValueError,
-            r"t must be a number.*got shape \(3,\)\.",
+            lambda: matcher.velocity(0.5, POINTS.long()),
+            "TypeError: x must be floating point, got torch.int64.",
         ),
-        ((None, torch.zeros(4, 2), 1.5), ValueError, r"t must be from 0.*got 1\.5\."),
-        ((None, torch.zeros(4, 2), math.nan), ValueError, r"t must be from 0.*got nan\."),
-    ],
-)
-def test_bad_batches(arguments, error, message):
-    with pytest.raises(error, match=message):
-        PoissonFlowMatcher(16, POINTS.float()).sample_location_and_conditional_flow(*arguments)
-
-
-def test_bad_calls():
-    matcher = PoissonFlowMatcher(16, POINTS)
-    with pytest.raises(ValueError, match="references is None; the velocity needs"):
-        PoissonFlowMatcher(16).velocity(0.5, POINTS)
-    with pytest.raises(TypeError, match=r"x must be floating point, got torch\.int64\."):
-        matcher.velocity(0.5, POINTS.long())
-    with pytest.raises(ValueError, match=r"t must be a number or a.*got shape \(3,\)\."):
-        matcher.velocity(torch.zeros(3), POINTS)
-    with pytest.raises(ValueError, match=r"r, sigma or z must be.*got nan in row 0\."):
-        matcher.velocity(math.nan, POINTS)
-    with pytest.raises(ValueError, match=r"labels must have shape \(4,\), got \(3,\)\."):
-        matcher.velocity(0.5, POINTS, labels=torch.zeros(3))
-    with pytest.raises(ValueError, match=r"reference_labels must have shape.*got None\."):
-        matcher.velocity(0.5, POINTS, labels=torch.zeros(4))
-    for shape in ((), (-1, 2), (2.0, 2)):
-        with pytest.raises(ValueError, match=r"shape must be \(n, \*S\) with n of at.*got \("):
-            matcher.noise(shape)
-    with pytest.raises(ValueError, match=r"velocity_net must return a.*got shape \(3, 1\)\."):
-        as_denoiser(lambda t, x: x[:, :1])(torch.zeros(3, 2), torch.ones(3))
+        (lambda: matcher.velocity(torch.zeros(3), POINTS), "t must be a number…got shape (3,)."),
+        (lambda: matcher.velocity(math.nan, POINTS), "r, sigma or z must be…got nan in row 0."),
+        (
+            lambda: matcher.velocity(0.5, POINTS, labels=torch.zeros(3)),
+            "labels must have shape (4,), got (3,).",
+        ),
+        (
+            lambda: matcher.velocity(0.5, POINTS, labels=torch.zeros(4)),
+            "reference_labels must have shape (4,) with labels in the condition,…got None.",
+        ),
+        (lambda: matcher.noise(()), "shape must be (n, *S) with n of at least 0, got ()."),
+        (lambda: matcher.noise((-1, 2)), "shape must be (n, *S) with n of…least 0, got (-1, 2)."),
+        (lambda: matcher.noise((2.0, 2)), "shape must be (n, *S) with n…least 0, got (2.0, 2)."),
+        (
+            lambda: as_denoiser(lambda t, x: x[:, :1])(torch.zeros(3, 2), torch.ones(3)),
+            "velocity_net must return a tensor of the shape of x, (3, 2), got shape (3, 1).",
+        ),
+    ):
+        refused(call, sentence)

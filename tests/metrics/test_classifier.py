@@ -1,7 +1,6 @@
 """The classifiers in whose features samples are judged, and their files."""
 
 import json
-import re
 
 import pytest
 import safetensors
@@ -150,45 +149,34 @@ ZEROS = torch.zeros(2).long()
 
 
 @pytest.mark.parametrize(
-    ("call", "error", "sentence"),
+    ("call", "sentence"),
     [
-        *(
-            (lambda data=data: train_classifier(*data), error, sentence)
-            for data, error, sentence in (
-                (
-                    (TWO[0], ZEROS),
-                    ValueError,
-                    "images must have shape (n, C, H, W), got (1, 8, 8).",
-                ),
-                (
-                    (TWO.byte(), ZEROS),
-                    TypeError,
-                    "images must be a floating-point tensor, got torch.uint8.",
-                ),
-                ((TWO, torch.zeros(2)), TypeError, "labels must be integers, got torch.float32."),
-                (
-                    (TWO, torch.zeros(3).long()),
-                    ValueError,
-                    "labels must be 2 integers…got shape (3,) and values from ",
-                ),
-                ((TWO, torch.tensor([0, -1])), ValueError, "values from -1"),
-            )
+        (
+            lambda: train_classifier(TWO[0], ZEROS),
+            "images must have shape (n, C, H, W), got (1, 8, 8).",
         ),
         (
+            lambda: train_classifier(TWO.byte(), ZEROS),
+            "TypeError: images must be a floating-point tensor, got torch.uint8.",
+        ),
+        (
+            lambda: train_classifier(TWO, torch.zeros(2)),
+            "TypeError: labels must be integers, got torch.float32.",
+        ),
+        (lambda: train_classifier(TWO, torch.zeros(3).long()), "labels must be 2…values from 0."),
+        (lambda: train_classifier(TWO, torch.tensor([0, -1])), "labels must be 2…from -1."),
+        (
             lambda: load_classifier("digits").features(torch.zeros(2, 1, 28, 28)),
-            ValueError,
             "x must have shape (B, 1, 8, 8), got (2, 1, 28, 28).",
         ),
         (
             lambda: load_classifier("digits").rows(TWO.byte()),
-            TypeError,
-            "x must be a floating-point tensor, got torch.uint8.",
+            "TypeError: x must be a floating-point tensor, got torch.uint8.",
         ),
     ],
 )
-def test_refusals(call, error, sentence):
-    with pytest.raises(error, match=re.escape(sentence).replace("…", ".*")):
-        call()
+def test_refusals(refused, call, sentence):
+    refused(call, sentence)
 
 
 def test_they_come_with_the_package():

@@ -20,6 +20,7 @@ from pfgm import ReferenceSet, data, metrics
 from pfgm.metrics import distances
 
 Array = np.ndarray[Any, np.dtype[np.float64]]
+Refused = Callable[[Callable[[], object], str], None]
 METRICS: list[Callable[..., object]] = [
     metrics.frechet_distance,
     metrics.precision_recall,
@@ -142,23 +143,12 @@ def test_chunking_changes_nothing(monkeypatch: pytest.MonkeyPatch, chunk: int) -
     assert metrics.kernel_distance(a, b, subsets=None).mean == pytest.approx(kernel, rel=1e-12)
 
 
-def test_a_dropped_mode_costs_recall_and_an_invented_one_precision() -> None:
-    left, right = normal(40, 2), normal(40, 2, seed=1) + 1000
-    both = torch.cat([left, right])
-    assert metrics.precision_recall(left, both) == (1, 0.5)
-    assert metrics.precision_recall(both, left) == (0.5, 1)
-
-
 def test_small_distances_far_from_the_origin_are_exact() -> None:
     real = torch.tensor([[0.0], [1.0], [2.0]], dtype=torch.float64) * 1e-6 + 1e6
     samples = real[:2] + 0.25e-6
     assert metrics.precision_recall(samples, real, k=1) == (1, 1)
     expected = (samples - real[:2]).abs().flatten()
     assert torch.equal(metrics.nearest_distance(samples, real), expected)
-
-
-def test_more_than_k_samples_are_needed() -> None:
-    assert metrics.precision_recall(normal(4, 2), normal(4, 2), k=3) == (1, 1)
 
 
 def test_nearest_distance_agrees_with_numpy() -> None:
@@ -220,16 +210,6 @@ class TestArguments:
         with pytest.raises(ValueError, match=message):
             metric(normal(9, 3), normal(9, 3), features=lambda x: x.sum(1))
 
-    def test_features_that_are_not_floating(self, metric: Callable[..., object]) -> None:
-        with pytest.raises(
-            TypeError, match=r"must be floating point,.*got torch\.int64; pfgm\.data\.to_u"
-        ):
-            metric(normal(9, 3), normal(9, 3), features=lambda x: x.long())
-
-    def test_features_that_are_not_finite(self, metric: Callable[..., object]) -> None:
-        with pytest.raises(ValueError, match=r"must be finite, got NaN or infinity\."):
-            metric(normal(9, 3), normal(9, 3), features=lambda x: x / 0)
-
     def test_different_devices(self, metric: Callable[..., object]) -> None:
         with pytest.raises(ValueError, match=r"must be on one device, got cpu and meta\."):
             metric(torch.zeros(9, 3), torch.zeros(9, 3, device="meta"))
@@ -260,20 +240,6 @@ def test_kernel_distance_agrees_with_loops(
     distance = metrics.kernel_distance(a, b, degree=degree, subsets=None)
     assert distance.mean == pytest.approx(expected, rel=1e-10, abs=1e-10)
     assert math.isnan(distance.deviation)
-
-
-def test_kernel_distance_of_shifted_gaussians() -> None:
-    """Of N(0, I) and N(μ, I), F = q = ‖μ‖² = 6: moments of x·y give k_aa, k_bb and k_ab exactly."""
-    within_a = 1 + 3 / 6
-    within_b = 1 + 3 * 6 / 6 + 3 * (6 + 12 + 36) / 36 + (6**3 + 6 * 6**2 + 3 * 6 * 6 + 6 * 6) / 6**3
-    across = 1 + 3 * (6 + 6) / 36
-    expected = within_a + within_b - 2 * across
-    a, b = normal(4000, 6), normal(4000, 6, seed=1) + 1
-    distance = metrics.kernel_distance(a, b, subsets=None).mean
-    assert distance == pytest.approx(expected, rel=0.03)
-    draw = torch.Generator().manual_seed(0)
-    by_subsets = metrics.kernel_distance(a, b, subset_size=100, generator=draw)
-    assert by_subsets.mean == pytest.approx(expected, abs=by_subsets.deviation / 3)
 
 
 def test_kernel_distance_is_a_function_of_the_generator() -> None:
@@ -332,13 +298,6 @@ def test_density_coverage_agrees_with_loops(sets: tuple[Tensor, Tensor], k: int)
     assert metrics.density_coverage(*sets, k) == pytest.approx(expected)
 
 
-def test_density_and_coverage_of_one_distribution() -> None:
-    """Their expectations (Naeem et al.): 1, and about 1 − 2^−k for equal sizes."""
-    figures = metrics.density_coverage(normal(4000, 2), normal(4000, 2, seed=1), k=3)
-    assert figures.density == pytest.approx(1, abs=0.03)
-    assert figures.coverage == pytest.approx(1 - 2**-3, abs=0.02)
-
-
 def test_distances_to_the_nearest_others() -> None:
     rows = normal(30, 2, 3)
     distances = torch.cdist(rows.flatten(1), rows.flatten(1)).sort(1).values
@@ -360,10 +319,6 @@ def test_known_neighbours_change_nothing() -> None:
                 ValueError, match=rf"neighbours must have shape \(30, {k} or more\), the.*got \("
             ):
                 metric(samples, real, k, neighbours=wrong)
-
-
-def test_density_coverage_needs_more_than_k_real_samples_and_one_other() -> None:
-    assert metrics.density_coverage(normal(6, 2)[:1], normal(6, 2), k=5).coverage > 0
 
 
 @pytest.mark.parametrize("metric", METRICS)
@@ -472,54 +427,42 @@ def test_inception_metrics_without_the_package(monkeypatch: pytest.MonkeyPatch) 
 
 
 GREY = torch.zeros(10, 8, 8)
-IMAGES = "samples must have shape (n, C, H, W) or (n, H, W)"
 
 
 @pytest.mark.parametrize(
-    ("samples", "real", "options", "error", "sentence"),
+    ("samples", "real", "options", "sentence"),
     [
-        (torch.zeros(10, 2, 8, 8), GREY, {}, ValueError, f"{IMAGES}…got (10, 2, 8, 8)."),
-        (torch.zeros(10, 64), GREY, {}, ValueError, f"{IMAGES}…got (10, 64)."),
-        (torch.zeros(1, 8, 8), GREY, {}, ValueError, f"{IMAGES}…got (1, 8, 8)."),
-        (GREY / 0, GREY, {}, ValueError, "samples must be finite, got NaN or infinity."),
+        (torch.zeros(10, 2, 8, 8), GREY, {}, "samples must have shape (n,…2, got (10, 2, 8, 8)."),
+        (torch.zeros(10, 64), GREY, {}, "samples must have shape (n, C,…least 2, got (10, 64)."),
+        (torch.zeros(1, 8, 8), GREY, {}, "samples must have shape (n, C,…2, got (1, 8, 8)."),
+        (GREY / 0, GREY, {}, "samples must be finite, got NaN or infinity."),
         (
             GREY.to("meta").byte(),
             GREY,
             {},
-            ValueError,
             "samples and real must be on one device, got meta and cpu.",
         ),
         (
             GREY,
             GREY.long(),
             {},
-            TypeError,
-            "real must be uint8 or floating point, got torch.int64; use real.float().",
+            "TypeError: real must be uint8 or floating point, got torch.int64; use real.float().",
         ),
-        (
-            GREY[:9],
-            GREY,
-            {},
-            ValueError,
-            "splits must be at most 9, the number of samples, got 10.",
-        ),
-        *(
-            (GREY, GREY, {name: 0}, ValueError, f"{name} must be an integer of at least 1, got 0.")
-            for name in ("splits", "batch_size")
-        ),
+        (GREY[:9], GREY, {}, "splits must be at most 9, the number of samples, got 10."),
+        (GREY, GREY, {"splits": 0}, "splits must be an integer of at least 1, got 0."),
+        (GREY, GREY, {"batch_size": 0}, "batch_size must be an integer of at least 1, got 0."),
     ],
 )
 def test_inception_metrics_refuses(
     monkeypatch: pytest.MonkeyPatch,
+    refused: Refused,
     samples: Tensor,
     real: Tensor,
     options: dict[str, int],
-    error: type[Exception],
     sentence: str,
 ) -> None:
     fake_fidelity(monkeypatch, lambda **_: {})
-    with pytest.raises(error, match=re.escape(sentence).replace("…", ".*")):
-        metrics.inception_metrics(samples, real, **options)
+    refused(lambda: metrics.inception_metrics(samples, real, **options), sentence)
 
 
 def test_torch_fidelity_itself_agrees_with_our_distance(
@@ -573,59 +516,51 @@ def test_distances_over_many_features_are_found_in_short_calls(
 
 
 A, B = normal(8, 2), normal(10, 2)
-FAR = torch.tensor([[1.5e308], [-1.5e308]], dtype=torch.float64)
 SHAPE = "must have shape (n, *S), n samples of shape S with n at least"
-COUNT = "must be an integer of at least 1, got"
+FAR = torch.tensor([[1.5e308], [-1.5e308]], dtype=torch.float64)
 
 
 @pytest.mark.parametrize(
-    ("call", "error", "sentence"),
+    ("call", "sentence"),
     [
-        (lambda: metrics.frechet_distance(A, B[:1]), ValueError, f"b {SHAPE} 2, got (1, 2)."),
-        (lambda: metrics.precision_recall(A, B[:3], 3), ValueError, f"real {SHAPE} 4, got (3, 2)."),
-        (lambda: metrics.density_coverage(A, B[:5], 5), ValueError, f"real {SHAPE} 6, got (5, 2)."),
-        (lambda: metrics.neighbour_distances(A[:4], 4), ValueError, f"x {SHAPE} 5, got (4, 2)."),
+        (lambda: metrics.frechet_distance(A, B[:1]), f"b {SHAPE} 2, got (1, 2)."),
+        (lambda: metrics.precision_recall(A, B[:3], 3), f"real {SHAPE} 4, got (3, 2)."),
+        (lambda: metrics.density_coverage(A, B[:5], 5), f"real {SHAPE} 6, got (5, 2)."),
+        (lambda: metrics.neighbour_distances(A[:4], 4), f"x {SHAPE} 5, got (4, 2)."),
         *(
-            (
-                lambda b=b: metrics.frechet_distance(A, b),
-                TypeError,
-                f"b must be a torch.Tensor, got {got}.",
-            )
+            (lambda b=b: metrics.frechet_distance(A, b), f"TypeError: b must be {got}.")
             for b, got in (
-                (B.numpy(), "ndarray; use torch.as_tensor(b)"),
-                (B.tolist(), "list; use torch.as_tensor(b)"),
-                (ReferenceSet(B), "ReferenceSet"),
+                (B.numpy(), "a torch.Tensor, got ndarray; use torch.as_tensor(b)"),
+                (B.tolist(), "a torch.Tensor, got list; use torch.as_tensor(b)"),
+                (ReferenceSet(B), "a torch.Tensor, got ReferenceSet"),
             )
         ),
         *(
-            (lambda call=call, k=k: call(A, B, k), ValueError, f"k {COUNT} {k}.")
+            (lambda call=call, k=k: call(A, B, k), f"k must be an integer of at least 1, got {k}.")
             for call in (metrics.precision_recall, metrics.density_coverage)
             for k in (0, -1, 1.5)
         ),
         *(
             (
-                lambda name=name, n=n: metrics.kernel_distance(A, B, **{name: n}),
-                ValueError,
-                f"{name} {COUNT} {n}.",
+                lambda given={name: n}: metrics.kernel_distance(A, B, **given),
+                f"{name} must be an integer {allowed}, got {n}.",
             )
-            for name in ("degree", "subsets")
-            for n in (0, 2.5)
-        ),
-        *(
-            (
-                lambda n=n: metrics.kernel_distance(A, B, subset_size=n),
-                ValueError,
-                f"an integer from 2 to 8, the size of the smaller set, got {n}.",
+            for name, allowed, wrong in (
+                ("degree", "of at least 1", (0, 2.5)),
+                ("subsets", "of at least 1", (0, 2.5)),
+                ("subset_size", "from 2 to 8, the size of the smaller set", (1, 0, 9, 2.5)),
             )
-            for n in (1, 0, 9, 2.5)
+            for n in wrong
         ),
-        (lambda: metrics.frechet_distance(A * 1e155, B), ValueError, "overflows"),
-        (lambda: metrics.frechet_distance(A * 1e200, B), ValueError, "overflows"),
-        (lambda: metrics.neighbour_distances(FAR, 1), ValueError, "distances overflow float64"),
-        (lambda: metrics.kernel_distance(A * 1e100, B), ValueError, "kernel distance overflows"),
-        (lambda: metrics.kernel_distance(A * 1e30, A), ValueError, "the deviation overflows"),
+        (
+            lambda: metrics.frechet_distance(A * 1e155, B),
+            "a and b hold values so large that their Fréchet distance overflows.",
+        ),
+        (lambda: metrics.frechet_distance(A * 1e200, B), "a and b hold values…overflows."),
+        (lambda: metrics.neighbour_distances(FAR, 1), "samples lie so far…overflow float64."),
+        (lambda: metrics.kernel_distance(A * 1e100, B), "a and b hold values so…overflows."),
+        (lambda: metrics.kernel_distance(A * 1e30, A), "a and b hold values so…overflows."),
     ],
 )
-def test_refusals(call: Callable[[], object], error: type[Exception], sentence: str) -> None:
-    with pytest.raises(error, match=re.escape(sentence)):
-        call()
+def test_refusals(refused: Refused, call: Callable[[], object], sentence: str) -> None:
+    refused(call, sentence)

@@ -9,6 +9,7 @@ import pfgm
 from pfgm.networks import MLP, DDPMpp, Denoiser, EDMDenoiser, FieldNetwork, UNet
 
 IMAGES = torch.randn(40, 1, 8, 8, generator=torch.Generator().manual_seed(0)).clamp(-1, 1)
+SIGNALS = torch.randn(40, 2, 16, generator=torch.Generator().manual_seed(0))
 TABLE = 5 + 3 * torch.randn(40, 3, generator=torch.Generator().manual_seed(1))
 SMALL = {"width": 8, "classes": 3}
 PUBLISHED = {"nf": 8, "ch_mult": (1,), "num_res_blocks": 1, "attn_resolutions": ()}
@@ -24,6 +25,7 @@ class Own(MLP):
     [
         (IMAGES, "auto", SMALL, UNet, "unet"),
         (IMAGES, "mlp", SMALL, MLP, "mlp"),
+        (SIGNALS, "auto", SMALL, UNet, "unet"),
         (IMAGES, "ddpmpp", PUBLISHED, DDPMpp, "ddpmpp"),
         (IMAGES, "edm", EDM, None, EDMDenoiser),
         (TABLE, "auto", SMALL, MLP, "mlp"),

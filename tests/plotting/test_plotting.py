@@ -26,6 +26,7 @@ RendererAgg = pytest.importorskip("matplotlib.backends.backend_agg").RendererAgg
 
 MARGIN, GAP = 10, 4
 Pixels = np.ndarray[Any, np.dtype[np.uint8]]
+Refused = Callable[[Callable[[], object], str], None]
 
 
 def uniform(*shape: int) -> Tensor:
@@ -53,13 +54,13 @@ def shown(image: Tensor, scale: int) -> Pixels:
     return np.kron(rgb, np.ones((scale, scale, 1), dtype=np.uint8))
 
 
-@pytest.mark.parametrize("channels", [1, 3])
-def test_every_panel_shows_its_image_exactly(tmp_path: Path, channels: int) -> None:
-    images = uniform(6, channels, 4, 5) * 1.5
+@pytest.mark.parametrize("channels", [(), (1,), (3,)])
+def test_every_panel_shows_its_image_exactly(tmp_path: Path, channels: tuple[int, ...]) -> None:
+    images = uniform(6, *channels, 4, 5) * 1.5
     plotting.image_grid(images, tmp_path / "a.png", columns=3, scale=7)
     pixels = read(tmp_path / "a.png")
     assert pixels.shape == (2 * 28 + GAP + 2 * MARGIN, 3 * 35 + 2 * GAP + 2 * MARGIN, 3)
-    for i, image in enumerate(images):
+    for i, image in enumerate(images.view(6, -1, 4, 5)):
         drawn = panel(pixels, 1 - i // 3, i % 3, (28, 35))
         np.testing.assert_array_equal(drawn, shown(image, 7))
 
@@ -70,13 +71,6 @@ def test_all_around_the_panels_is_white(tmp_path: Path) -> None:
     assert set(np.unique(pixels)) == {0, 255}
     assert int((pixels == 0).all(2).sum()) == 5 * 20 * 20
     assert (panel(pixels, 0, 2, (20, 20)) == 255).all(), "the sixth place is vacant"
-
-
-def test_grey_images_need_no_channel_dimension(tmp_path: Path) -> None:
-    images = uniform(4, 5, 6)
-    plotting.image_grid(images, tmp_path / "a.png")
-    plotting.image_grid(images.unsqueeze(1), tmp_path / "b.png")
-    np.testing.assert_array_equal(read(tmp_path / "a.png"), read(tmp_path / "b.png"))
 
 
 def test_bytes_are_shown_as_they_are(tmp_path: Path) -> None:
@@ -102,17 +96,6 @@ def test_rows_and_columns(n: int, columns: int | None, expected: tuple[int, int]
 def test_the_default_scale_never_shrinks_an_image(size: int) -> None:
     width, _ = plotting.image_grid(torch.zeros(1, 1, size, size)).get_size_inches() * 100
     assert round(width) - 2 * MARGIN >= max(size, 60)
-
-
-def test_a_title_stands_above_and_fits(tmp_path: Path) -> None:
-    title = "A title much wider than the only picture"
-    plotting.image_grid(torch.ones(1, 1, 8, 8), tmp_path / "a.png", title=title)
-    dark = np.any(read(tmp_path / "a.png") < 128, axis=2)
-    rows, columns = np.nonzero(dark)
-    assert rows.size > 0
-    assert rows.max() < dark.shape[0] - MARGIN - 72, "the title does not touch the picture"
-    assert columns.min() > 0
-    assert columns.max() < dark.shape[1] - 1
 
 
 def test_saving_twice_gives_the_same_bytes(tmp_path: Path) -> None:
@@ -364,22 +347,21 @@ class TestFigures:
 
 @pytest.mark.parametrize("draw", OF_DATA)
 class TestData:
-    @pytest.mark.parametrize("shape", [(0, 2), (4, 3), (2,), (4, 1, 2)])
-    def test_of_another_shape(self, draw: Callable[..., Any], shape: tuple[int, ...]) -> None:
-        with pytest.raises(
-            ValueError, match=re.escape(f"data must have shape (n, 2) with n ≥ 1, got {shape}.")
-        ):
-            draw(torch.zeros(shape))
-
-    def test_not_floating(self, draw: Callable[..., Any]) -> None:
-        with pytest.raises(
-            TypeError, match=r"data must be a floating-point tensor, got torch\.uint8\."
-        ):
-            draw(torch.zeros(4, 2, dtype=torch.uint8))
-
-    def test_not_finite(self, draw: Callable[..., Any]) -> None:
-        with pytest.raises(ValueError, match=r"data must be finite, got NaN or infinity\."):
-            draw(torch.full((4, 2), math.nan))
+    @pytest.mark.parametrize(
+        ("data", "sentence"),
+        [
+            *(
+                (torch.zeros(shape), f"data must have shape (n, 2) with n ≥ 1, got {shape}.")
+                for shape in ((0, 2), (4, 3), (2,), (4, 1, 2))
+            ),
+            (torch.zeros(4, 2).byte(), "TypeError: data must be a…tensor, got torch.uint8."),
+            (torch.full((4, 2), math.nan), "data must be finite, got NaN or infinity."),
+        ],
+    )
+    def test_that_are_refused(
+        self, draw: Callable[..., Any], refused: Refused, data: Tensor, sentence: str
+    ) -> None:
+        refused(lambda: draw(data), sentence)
 
     def test_unchanged_and_with_a_gradient(self, draw: Callable[..., Any]) -> None:
         data = ring(3).requires_grad_()
@@ -679,28 +661,35 @@ IMAGES, RING = torch.zeros(5, 1, 8, 8), ring()
 PATHS, LEVELS = straight_paths()
 FLOW = PoissonFlow((2,), data_norm=1.0)
 NET = FLOW.empirical(RING)
-LEVEL = "must be finite and above 0, got"
 FRAMES: dict[str, Any] = {"images": IMAGES.expand(2, 5, 1, 8, 8), "titles": "ab", "path": "x.gif"}
-CURVES = "curves must have 1 to 7 curves, got"
+
+
+def trajectory(images: Any) -> None:
+    plotting.trajectory_grid(images[None], [1.0])
 
 
 @pytest.mark.parametrize(
-    ("call", "error", "sentence"),
+    ("call", "sentence"),
     [
         *(
-            (lambda images=images, draw=draw: draw(images), error, f"images must be {what}.")
-            for draw in (plotting.image_grid, lambda x: plotting.trajectory_grid(x[None], [1.0]))
-            for images, error, what in (
-                (IMAGES.numpy(), TypeError, "a torch.Tensor, got ndarray"),
-                (IMAGES.long(), TypeError, "uint8 or floating point, got torch.int64"),
-                (IMAGES / 0, ValueError, "finite, got NaN or infinity"),
-                (IMAGES + math.inf, ValueError, "finite, got NaN or infinity"),
+            (lambda images=images, draw=draw: draw(images), sentence)
+            for draw in (plotting.image_grid, trajectory)
+            for images, sentence in (
+                (
+                    IMAGES.numpy(),
+                    "TypeError: images must be a torch.Tensor, got ndarray; use…(images).",
+                ),
+                (
+                    IMAGES.long(),
+                    "TypeError: images must be uint8 or floating point, got torch.int64; use…().",
+                ),
+                (IMAGES / 0, "images must be finite, got NaN or infinity."),
+                (IMAGES + math.inf, "images must be finite, got NaN or infinity."),
             )
         ),
         *(
             (
                 lambda name=name, n=n: plotting.image_grid(IMAGES, **{name: n}),
-                ValueError,
                 f"{name} must be an integer of at least 1, got {n}.",
             )
             for name in ("columns", "scale")
@@ -708,103 +697,97 @@ CURVES = "curves must have 1 to 7 curves, got"
         ),
         (
             lambda: plotting.image_grid(IMAGES, columns=3, header=["a", "b"]),
-            ValueError,
             "header must have 3 texts, one for each column, got 2.",
         ),
         (
             lambda: plotting.image_grid(IMAGES, columns=2, side=["a", "b"]),
-            ValueError,
             "side must have 3 texts, one for each row, got 2.",
         ),
         *(
             (
                 lambda z=z: plotting.trajectory_grid(torch.zeros(2, 1, 8, 8), z),
-                ValueError,
                 f"z must have 2 values, one for each step, got {len(z)}.",
             )
             for z in ([1.0], [3.0, 2.0, 1.0], torch.ones(3))
         ),
         *(
-            (lambda draw=draw, levels=levels: draw(levels), ValueError, f"{name} {what}")
-            for name, draw in (
-                ("z", lambda levels: plotting.field_lines(RING, z=levels)),
-                ("sigma", lambda levels: plotting.equipotentials(RING, sigma=levels)),
-            )
+            (lambda draw=draw, given={name: levels}: draw(RING, **given), f"{name} must {what}.")
+            for name, draw in (("z", plotting.field_lines), ("sigma", plotting.equipotentials))
             for levels, what in (
-                ([], "must hold at least one value, got none."),
-                ([0.0], f"{LEVEL} 0.0."),
-                ([0.1, -1.0], f"{LEVEL} -1.0."),
-                ([math.inf], f"{LEVEL} inf."),
-                ([math.nan], f"{LEVEL} nan."),
+                ([], "hold at least one value, got none"),
+                ([0.0], "be finite and above 0, got 0.0"),
+                ([0.1, -1.0], "be finite and above 0, got -1.0"),
+                ([math.inf], "be finite and above 0, got inf"),
+                ([math.nan], "be finite and above 0, got nan"),
             )
         ),
         *(
             (
                 lambda D=D: plotting.equipotentials(RING, D=D),
-                ValueError,
                 f"D must be a positive number or infinity, got {D}.",
             )
             for D in (0.0, -1.0, math.nan)
         ),
         (
             lambda: plotting.trajectory_plot(PATHS, LEVELS[1:]),
-            ValueError,
             "levels must have 4 values, one for each step, got 3.",
         ),
         (
             lambda: plotting.trajectory_plot(PATHS, [*LEVELS[:3], 0.0]),
-            ValueError,
-            f"levels {LEVEL} 0.0.",
+            "levels must be finite and above 0, got 0.0.",
         ),
-        (lambda: plotting.trajectory_plot(PATHS / 0, LEVELS), ValueError, "paths must be finite"),
+        (lambda: plotting.trajectory_plot(PATHS / 0, LEVELS), "paths must be…NaN or infinity."),
         (
             lambda: plotting.flow_lines(PoissonFlow((3,), data_norm=1.0), NET, 5),
-            ValueError,
             "flow must have sample shape (2,), got (3,).",
         ),
-        (
-            lambda: plotting.flow_lines(FLOW, NET, 0),
-            ValueError,
-            "n must be an integer of at least 1",
-        ),
+        (lambda: plotting.flow_lines(FLOW, NET, 0), "n must be an integer of at least 1, got 0."),
         *(
             (
                 lambda top=top: plotting.flow_lines(FLOW, NET, 5, z_top=top),
-                ValueError,
                 f"z_top must be from {FLOW.z_min} to {FLOW.z_max}, got {top}.",
             )
             for top in (0.0, FLOW.z_min, FLOW.z_max * 1.01, math.nan)
         ),
-        *(
-            (lambda given=given: plotting.animation(**FRAMES | given), ValueError, sentence)
-            for given, sentence in (
-                ({"frames": 1}, "frames must be an integer of at least 2"),
-                ({"path": "x.png"}, "path must end in .gif, got x.png."),
-                ({"titles": "a"}, "titles must have 2 texts, one for each frame, got 1."),
-                ({"seconds": 0.0}, "seconds must be a number above 0 that float32 can…got 0.0."),
-                ({"images": IMAGES[:2, 0]}, "images must have shape (frames, n, C, H, W)…got"),
-            )
+        (lambda: plotting.animation(**FRAMES | {"frames": 1}), "frames must be an…10000, got 1."),
+        (
+            lambda: plotting.animation(**FRAMES | {"path": "x.png"}),
+            "path must end in .gif, got x.png.",
         ),
-        *(
-            (lambda curves=curves: plotting.quality_curve(curves), ValueError, sentence)
-            for curves, sentence in (
-                ({}, f"{CURVES} 0."),
-                ({str(i): ([1], [1]) for i in range(8)}, f"{CURVES} 8."),
-                ({"a": ([], [])}, "the curve 'a' must be 2 or 3…got 2 of lengths [0, 0]."),
-                ({"a": ([1, 2], [1])}, "lengths [2, 1]"),
-                ({"a": ([1, 2],)}, "the curve 'a' must be 2 or 3…got 1 of lengths [2]."),
-                ({"a": ([1], [math.nan])}, "the curve 'a' must be finite, got NaN or infinity."),
-                ({"a": ([0, 2], [1, 1])}, "'a' has values of at most 0 on a logarithmic axis"),
-                ({"a": ([1], [1], [-1])}, "the spread of the curve 'a' must be at least 0."),
-            )
+        (
+            lambda: plotting.animation(**FRAMES | {"titles": "a"}),
+            "titles must have 2 texts, one for each frame, got 1.",
+        ),
+        (lambda: plotting.animation(**FRAMES | {"seconds": 0.0}), "seconds must be…got 0.0."),
+        (
+            lambda: plotting.animation(**FRAMES | {"images": IMAGES[:2, 0]}),
+            "images must have shape (frames, n, C, H, W) or…got (2, 8, 8).",
+        ),
+        (lambda: plotting.quality_curve({}), "curves must have 1 to 7 curves, got 0."),
+        (
+            lambda: plotting.quality_curve({str(i): ([1], [1]) for i in range(8)}),
+            "curves must have 1 to 7 curves, got 8.",
+        ),
+        (lambda: plotting.quality_curve({"a": ([], [])}), "the curve 'a' must be…lengths [0, 0]."),
+        (lambda: plotting.quality_curve({"a": ([1, 2], [1])}), "the curve 'a' must…ngths [2, 1]."),
+        (lambda: plotting.quality_curve({"a": ([1, 2],)}), "the curve 'a' must…of lengths [2]."),
+        (
+            lambda: plotting.quality_curve({"a": ([1], [math.nan])}),
+            "the curve 'a' must be finite, got NaN or infinity.",
+        ),
+        (
+            lambda: plotting.quality_curve({"a": ([0, 2], [1, 1])}),
+            "the curve 'a' has values of at most 0 on a logarithmic axis.",
+        ),
+        (
+            lambda: plotting.quality_curve({"a": ([1], [1], [-1])}),
+            "the spread of the curve 'a' must be at least 0.",
         ),
         (
             lambda: plotting.quality_curve({"a": ([1, 2], [1, 0])}, log_y=True),
-            ValueError,
-            "'a' has values of at most 0",
+            "the curve 'a' has values of at most 0 on a logarithmic axis.",
         ),
     ],
 )
-def test_refusals(call: Callable[[], object], error: type[Exception], sentence: str) -> None:
-    with pytest.raises(error, match=re.escape(sentence).replace("…", ".*")):
-        call()
+def test_refusals(refused: Refused, call: Callable[[], object], sentence: str) -> None:
+    refused(call, sentence)

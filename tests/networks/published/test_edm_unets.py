@@ -119,20 +119,19 @@ def test_bad_settings(options, message):
         EDMDenoiser(**{"channels": 3, "resolution": 32, **options})
 
 
-def test_bad_arguments():
+def test_bad_arguments(refused):
     net, x, sigma = EDMDenoiser(1, 8, classes=3, **TINY), torch.randn(2, 1, 8, 8), torch.ones(2)
-    for arguments, message in (
-        ((x[..., :4, :4], sigma), r"x must have shape \(B, 1, 8, 8\), got \(2, 1, 4, 4\)\."),
-        ((x, torch.ones(3)), r"sigma must be a number or have shape.*got shape \(3,\)\."),
-        ((x, sigma, torch.tensor([0, 3])), r"labels must be below 3, or negative.*got 3\."),
-        (
-            (x, sigma, torch.tensor([0.0, 1.0])),
-            r"labels must be integers of shape \(2,\), got torch\.",
-        ),
-        ((x, sigma, torch.tensor([0])), r"labels must be integers of shape \(2,\), got torch\."),
-        ((x, sigma, None, torch.ones(2, 1)), r"augment must have shape \(2,.*got \(2, 1\)\."),
+    for arguments, sentence in (
+        ((x[..., :4, :4], sigma), "x must have shape (B, 1, 8, 8), got (2, 1, 4, 4)."),
+        ((x, torch.ones(3)), "sigma must be a number or have shape…of a sample, got shape (3,)."),
+        ((x, sigma, torch.tensor([0, 3])), "labels must be below 3, or…for no label, got 3."),
+        ((x, sigma, torch.tensor([0.0, 1.0])), "labels must be integers of…of shape (2,)."),
+        ((x, sigma, torch.tensor([0])), "labels must be integers of shape…of shape (1,)."),
+        ((x, sigma, None, torch.ones(2, 1)), "augment must have shape (2,…is 0, got (2, 1)."),
     ):
-        with pytest.raises(ValueError, match=message):
-            net(*arguments)
-    with pytest.raises(ValueError, match="labels given to a network without classes"):
-        EDMDenoiser(1, 8, **TINY)(x, sigma, torch.tensor([0, 1]))
+        refused(lambda arguments=arguments: net(*arguments), sentence)
+    unlabelled = EDMDenoiser(1, 8, **TINY)
+    refused(
+        lambda: unlabelled(x, sigma, torch.tensor([0, 1])),
+        "labels given to a network without classes; build it with classes=….",
+    )

@@ -109,40 +109,42 @@ def test_bad_checkpoints(tmp_path, capsys):
     path = tmp_path / "checkpoint.pth"
     net = DDPMpp(1, 32, nf=8, ch_mult=(1, 2), num_res_blocks=1)
 
-    def refused(message, **changes):
+    model = "module.all_modules."
+    for message, key, change in (
+        (
+            r"has no all_modules\.3\.Dense_0\.bias",
+            "model",
+            lambda m: m.pop(f"{model}3.Dense_0.bias"),
+        ),
+        (
+            r"has all_modules\.99\.bias, which such",
+            "model",
+            lambda m: m.update({f"{model}99.bias": torch.ones(1)}),
+        ),
+        (
+            r" is not a published network: its.*got \(3,\)\.",
+            "model",
+            lambda m: m.update({f"{model}3.Dense_0.weight": torch.ones(3)}),
+        ),
+        ("no all_modules.2.weight, the first", "model", lambda m: m.pop(f"{model}2.weight")),
+        ("residual blocks do not fit", "model", lambda m: m.pop(f"{model}5.Conv_0.weight")),
+        (
+            r" is not a published.*got 3\. ema=False",
+            "ema",
+            lambda e: e.update(shadow_params=[torch.ones(1)] * 3),
+        ),
+        (
+            r" is not a published network: its.*got another shape\.",
+            "ema",
+            lambda e: e["shadow_params"].__setitem__(0, torch.ones(1)),
+        ),
+        ("reading it could execute code", "model", lambda m: m.update(evil=Evil())),
+    ):
         content = published_file(path, net)
-        for key, change in changes.items():
-            change(content[key])
+        change(content[key])
         torch.save(content, path)
         with pytest.raises(ValueError, match=message):
             load_published(path)
-
-    weight = "module.all_modules.5.Conv_0.weight"
-    refused(
-        r"has no all_modules\.3\.Dense_0\.bias",
-        model=lambda m: m.pop("module.all_modules.3.Dense_0.bias"),
-    )
-    refused(
-        r"has all_modules\.99\.bias, which such",
-        model=lambda m: m.update({"module.all_modules.99.bias": torch.ones(1)}),
-    )
-    refused(
-        r" is not a published network: its.*got \(3,\)\.",
-        model=lambda m: m.update({"module.all_modules.3.Dense_0.weight": torch.ones(3)}),
-    )
-    refused(
-        "no all_modules.2.weight, the first", model=lambda m: m.pop("module.all_modules.2.weight")
-    )
-    refused("residual blocks do not fit", model=lambda m: m.pop(weight))
-    refused(
-        r" is not a published.*got 3\. ema=Fals",
-        ema=lambda e: e.update(shadow_params=[torch.ones(1)] * 3),
-    )
-    refused(
-        r" is not a published network: its.*got another shape\.",
-        ema=lambda e: e["shadow_params"].__setitem__(0, torch.ones(1)),
-    )
-    refused("reading it could execute code", model=lambda m: m.update(evil=Evil()))
     torch.save([1], path)
     with pytest.raises(ValueError, match="has no 'model'"):
         load_published(path)
