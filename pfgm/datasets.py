@@ -26,16 +26,7 @@ from .data.rows import InMemory, OnDisk, Scaled, Source
 from .data.tables import LABEL_NAMES, Table
 from .references import ReferenceSet
 
-__all__ = [
-    "Data",
-    "Layout",
-    "Range",
-    "absolute_source",
-    "is_missing",
-    "open_data",
-    "open_samples",
-    "takes_layout",
-]
+__all__ = ["Data", "Layout", "Range", "open_data", "open_samples"]
 
 CIFAR10_URL = "https://www.cs.toronto.edu/~kriz/cifar-10-binary.tar.gz"
 _DEBIAN_FOLDER = Path("/usr/share/datasets/fashion-mnist")  # of the package dataset-fashion-mnist
@@ -181,9 +172,6 @@ def absolute_source(source: str) -> str:
     """A name or path of data as :func:`open_data` takes it, which is right in any folder.
 
     A relative path becomes absolute; it starts in the current folder.
-
-    >>> absolute_source("digits"), absolute_source("folder:/data/cats")
-    ('digits', 'folder:/data/cats')
     """
     name, place = _name_and_path(source)
     if name and place and not Path(place).expanduser().is_absolute():
@@ -192,21 +180,13 @@ def absolute_source(source: str) -> str:
 
 
 def is_missing(source: str) -> bool:
-    """Whether the path in a source does not exist; False for a name.
-
-    >>> is_missing("digits"), is_missing("folder:/data/that/have/moved")
-    (False, True)
-    """
+    """Whether the path in a source does not exist; False for a name."""
     _, place = _name_and_path(source)
     return bool(place) and not Path(place).expanduser().exists()
 
 
 def takes_layout(source: StrPath) -> bool:
-    """Whether a name or path is that of an array file, whose layout can be chosen.
-
-    >>> takes_layout("digits"), takes_layout("signals.npy")
-    (False, True)
-    """
+    """Whether a name or path is that of an array file, whose layout can be chosen."""
     name, place = _name_and_path(os.fspath(source))
     path = Path(place or source)
     return name not in _NAMED and path.suffix in _ARRAY_SUFFIXES and not path.is_dir()

@@ -77,11 +77,6 @@ def run(
     same seed gives the same results on the same number of threads, except for times. If training is
     interrupted, model.safetensors holds the weights at that step. With ``conditional`` metrics.json
     also says how often a classifier trained on the real digits agrees with the label.
-
-    Raises:
-        FolderInUse: another run uses the folder.
-        OSError: the folder cannot be written.
-        ImportError: scikit-learn or matplotlib is missing.
     """
     check_seed(seed)
     warmup = min(TRAINING.schedule.warmup, steps // 10)

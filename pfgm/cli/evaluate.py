@@ -173,8 +173,9 @@ class Evaluate:
         table = None if loaded is None else loaded.table
         data = open_data(name, **reading, table=table, progress=self.progress)
         source = loaded or self._open_samples(data.table)
-        for rows in (data.train, *([source] if isinstance(source, ReferenceSet) else [])):
-            warn_of_range(rows)
+        warn_of_range(data.train)
+        if isinstance(source, ReferenceSet):
+            warn_of_range(source)
         self._check_data(name, data, source)
         classifier = self._classifier(name, data, device)
         if _are_images(data.train) or self.curve:

@@ -88,10 +88,6 @@ def check_folder(path: StrPath) -> Path:
 
     The check creates a file and removes it. Permission bits are not enough: they do not apply to
     root, nor to read-only and network file systems.
-
-    Raises:
-        ValueError: the name is empty.
-        OSError: the folder cannot be created, or no file can be created in it.
     """
     folder = folder_path(path)
     with folder_errors(folder):

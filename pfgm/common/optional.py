@@ -7,12 +7,7 @@ from typing import Any
 
 
 def optional(module: str, user: str, extra: str) -> Any:
-    """The module of an optional package.
-
-    Raises:
-        ImportError: it is missing. The message begins with ``user``, such as "Images need Pillow",
-            and names the extra that installs it.
-    """
+    """The module of an optional package; ``user`` begins the error, as in "Images need Pillow"."""
     try:
         return importlib.import_module(module)
     except ModuleNotFoundError as error:

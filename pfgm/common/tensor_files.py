@@ -34,15 +34,8 @@ def read_tensors(
 ) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """The tensors and the description of a file, verified if it has a checksum.
 
-    Args:
-        path: the file.
-        version: the "format" that the description must have.
-        kind: what the file is, for errors.
-        of: what it describes, for errors.
-
-    Raises:
-        FileNotFoundError: there is no such file.
-        ValueError: the file is truncated, damaged, or not from this library.
+    The description must have the format ``version``. Errors say that the file is a ``kind`` and
+    describes a flow or whatever ``of`` is.
     """
     if not path.is_file():
         raise FileNotFoundError(f"there is no {kind} at {path}.")

@@ -8,9 +8,5 @@ import torch
 
 
 def versions() -> dict[str, str]:
-    """The versions of pfgm and torch.
-
-    >>> sorted(versions())
-    ['pfgm', 'torch']
-    """
+    """The versions by the names of the packages."""
     return {"pfgm": importlib.metadata.version("pfgm"), "torch": torch.__version__}

@@ -115,11 +115,11 @@ class Arithmetic:
         """
         squared = self.squared(chunk)
         near = self.near(squared, known)
-        for b, j, apart in self.differences(chunk, near, self.x):
-            squared[b, j] = apart.square_().sum(2)
+        for b, j, difference in self.differences(chunk, near, self.x):
+            squared[b, j] = difference.square_().sum(2)
         near = self._close(near, squared)
         if checks_values(self.x.device):
-            squared = _told_apart(squared, self.x, chunk.references, self.radius)
+            squared = _zero_if_equal(squared, self.x, chunk.references, self.radius)
         nearest = squared.amin(1, keepdim=True)
         return nearest, squared - nearest, near
 
@@ -178,15 +178,15 @@ class Arithmetic:
     def inner(self, G: Tensor, chunk: Chunk, near: Near) -> Tensor:
         """Inner products (B, m) of G (B, N) and the references from the centers."""
         result = self.product(G, chunk.placed.T).sub_((G * self.shift).sum(1, keepdim=True))
-        for b, j, apart in self.differences(chunk, near, self.centers):
-            result[b, j] = (G[b] * apart).sum(2)
+        for b, j, difference in self.differences(chunk, near, self.centers):
+            result[b, j] = (G[b] * difference).sum(2)
         return result
 
     def inner_with(self, rows: Tensor, chunk: Chunk, near: Near) -> Tensor:
         """Inner products (B, m) of rows (m, N), one for a reference, and y_j − x_b."""
         result = (rows * chunk.placed).sum(1) - self.product(self.placed, rows.T)
-        for b, j, apart in self.differences(chunk, near, self.x):
-            result[b, j] = (rows[j] * apart).sum(2)
+        for b, j, difference in self.differences(chunk, near, self.x):
+            result[b, j] = (rows[j] * difference).sum(2)
         return result
 
     def average(self, weights: Tensor, chunk: Chunk) -> Tensor:
@@ -198,16 +198,16 @@ class Arithmetic:
         far = _without(near, factors)
         result = self.product(far, chunk.placed)
         result.addcmul_(far.sum(1, keepdim=True), self.shift, value=-1)
-        for b, j, apart in self.differences(chunk, near, self.centers):
-            result.index_add_(0, b[:, 0], (factors[b, j, None] * apart).sum(1))
+        for b, j, difference in self.differences(chunk, near, self.centers):
+            result.index_add_(0, b[:, 0], (factors[b, j, None] * difference).sum(1))
         return result
 
     def sums_of_points(self, factors: Tensor, chunk: Chunk, near: Near) -> Tensor:
         """Sums of y_j − x_b over the points (m, N), with factors (B, m) of any size."""
         far = _without(near, factors).T
         result = (far @ self.placed).neg_().addcmul_(far.sum(1, keepdim=True), chunk.placed)
-        for b, j, apart in self.differences(chunk, near, self.x):
-            result.index_add_(0, j.flatten(), (factors[b, j, None] * apart).flatten(0, 1))
+        for b, j, difference in self.differences(chunk, near, self.x):
+            result.index_add_(0, j.flatten(), (factors[b, j, None] * difference).flatten(0, 1))
         return result
 
 
@@ -216,7 +216,7 @@ def _without(near: Near, factors: Tensor) -> Tensor:
     return factors if len(near.b) == 0 else factors.index_put(near, factors.new_zeros(()))
 
 
-def _told_apart(squared: Tensor, x: Tensor, references: Tensor, radius: Tensor) -> Tensor:
+def _zero_if_equal(squared: Tensor, x: Tensor, references: Tensor, radius: Tensor) -> Tensor:
     """Squared distances (B, m), which at r = 0 are 0 between equal points only."""
     least = least_square(x.shape[1], x.dtype)
     near = radius.square() < least
@@ -225,9 +225,9 @@ def _told_apart(squared: Tensor, x: Tensor, references: Tensor, radius: Tensor) 
     near &= squared.amin(1, keepdim=True) < least
     for row in map(int, near.flatten().nonzero()):
         different = dequantise(references, x.dtype) != x[row]
-        apart = (squared[row] < least) & different.any(1)
-        if radius[row] > 0 and bool(apart.any()):
+        underflows = (squared[row] < least) & different.any(1)
+        if radius[row] > 0 and bool(underflows.any()):
             raise ValueError(underflow_message(x, row))
         smallest = torch.finfo(x.dtype).tiny
-        squared[row] = torch.where(apart, squared[row].clamp(min=smallest), squared[row])
+        squared[row] = torch.where(underflows, squared[row].clamp(min=smallest), squared[row])
     return squared

@@ -111,10 +111,6 @@ def open_array(path: Path, name: str | None = None, *, in_place: bool = True) ->
         The rows. An array that cannot be read in place is loaded now, and float64 becomes float32:
         an array that is compressed, in Fortran order, in another byte order or of a width that is
         not one of references.
-
-    Raises:
-        FileNotFoundError, TypeError, ValueError: as for :func:`load_array`, but values are not
-            checked.
     """
     if not path.exists():
         raise FileNotFoundError(f"{path} does not exist.")
@@ -132,11 +128,7 @@ def open_array(path: Path, name: str | None = None, *, in_place: bool = True) ->
 
 
 def array_names(path: Path) -> list[str]:
-    """The names of the arrays in a .npz or .safetensors file; an empty list for a .npy file.
-
-    Raises:
-        ValueError: the file is damaged.
-    """
+    """The names of the arrays in a .npz or .safetensors file; an empty list for a .npy file."""
     if path.suffix == ".npz":
         with _parsing(path), ZipFile(path) as archive:
             return [info.filename.removesuffix(".npy") for info in archive.infolist()]
@@ -147,12 +139,7 @@ def array_names(path: Path) -> list[str]:
 
 
 def read_integers(path: Path, name: str) -> Tensor:
-    """An array of integers in a .npz or .safetensors file, as int64.
-
-    Raises:
-        TypeError: the numbers are not integers.
-        ValueError: the file is damaged or pickled.
-    """
+    """An array of integers in a .npz or .safetensors file, as int64."""
     with _parsing(path):
         if path.suffix == ".npz":
             with np.load(path, allow_pickle=False) as archive:
@@ -325,10 +312,6 @@ def open_mapped(array: np.memmap[Any, Any]) -> Source:
         those of shape (n,), those that no longer have a map, those with a map of mode "c", which
         may differ from the file, and copies of those that are not contiguous or not of native byte
         order.
-
-    Raises:
-        TypeError: the numbers are neither floating nor uint8.
-        ValueError: there is no dimension, or there are no numbers.
     """
     mapping, filename = getattr(array, "_mmap", None), array.filename
     if mapping is None or filename is None or array.mode == "c" or array.ndim < 2:

@@ -51,13 +51,6 @@ def load_images(
     Returns:
         The images, uint8 (n, C, H, W), where C = 1 if all images are grey, else 3, and
         :meth:`ImageFiles.labels`.
-
-    Raises:
-        ImportError: Pillow is not installed.
-        MemoryError: the images do not fit into the memory.
-        OSError: a folder or an image cannot be opened, such as the target of a link.
-        ValueError: there is no image; an image cannot be read or has more than 8 bits a channel;
-            images differ in size without resize; or the archive or dataset.json is damaged.
     """
     _import_pillow()
     size = None if resize is None else (positive_int("resize", resize, _MAX_SIDE),) * 2
@@ -80,10 +73,6 @@ def save_image(path: Path, image: Tensor) -> None:
     """Writes an image (C, H, W), uint8 or floating in [-1, 1], as PNG: grey for C = 1, else RGB.
 
     Values outside [-1, 1] are clamped.
-
-    Raises:
-        ImportError: Pillow is not installed.
-        ValueError: the image has another shape, or holds NaN or infinity.
 
     >>> import tempfile
     >>> with tempfile.TemporaryDirectory() as folder:

@@ -30,14 +30,6 @@ def open_source(source: Samples, *, progress: bool = False) -> Source:
     (:func:`open_array`, :func:`open_mapped`). Images, tables and datasets are loaded. A source is
     returned as it is.
 
-    Raises:
-        FileNotFoundError: there is no such file.
-        ImportError: images need Pillow or tables pandas, and it is not installed.
-        TypeError: the numbers are neither floating nor uint8, or source has another type.
-        ValueError: the suffix is not allowed; the file is empty, truncated or damaged; there are
-            no numbers, or only (n,) in a file or a dataset; images or items differ in shape or
-            dtype.
-
     >>> import tempfile, torch
     >>> with tempfile.TemporaryDirectory() as folder:
     ...     np.save(f"{folder}/images.npy", np.arange(12, dtype=np.float32).reshape(6, 2))

@@ -252,12 +252,7 @@ def is_series(value: object) -> bool:
 
 
 def load_table(source: Any) -> tuple[Tensor, Tensor | None, tuple[str, ...]]:
-    """The numbers of a DataFrame or of a ``.csv`` file, as they are, labels and their names.
-
-    Raises:
-        ImportError, ValueError: as for :meth:`Table.read`; or a column holds texts, which
-            :class:`Table` encodes.
-    """
+    """The numbers of a DataFrame or of a ``.csv`` file, as they are, labels and their names."""
     table = Table.read(source)
     for column in table.columns:
         if isinstance(column, Texts):

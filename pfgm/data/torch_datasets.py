@@ -43,12 +43,6 @@ def load_dataset(dataset: Any, *, progress: bool = False) -> tuple[Tensor, Tenso
 
     Returns:
         The samples (n, *S), where float64 becomes float32; and the labels (n,) int64, or None.
-
-    Raises:
-        TypeError: a sample is of another type or dtype.
-        ValueError: a DataLoader selects or repeats items, or collates them by a function of its
-            own; there are no items; samples differ in shape or dtype; only some items have labels;
-            or an image that Pillow has not decoded yet has more than 8 bits a channel.
     """
     if isinstance(dataset, DataLoader):
         dataset = _loaded_by(dataset)

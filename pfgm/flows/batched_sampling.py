@@ -25,10 +25,7 @@ def sample_in_batches(
     prior: Tensor,
     **options: Any,
 ) -> tuple[Tensor, int]:
-    """Samples (n, *S) from points of the prior, on its device, and the most evaluations of a batch.
-
-    The arguments are those of :func:`sample_batches`.
-    """
+    """As :func:`sample_batches`, in one tensor, with the most evaluations of a batch."""
     batches = sample_batches(flow, network, prior, **options)
     parts, evaluations = zip(*batches, strict=True)
     return torch.cat(parts), max(evaluations)
@@ -47,8 +44,7 @@ def sample_batches(
     """The batches of samples one after another, each with the evaluations of the network.
 
     Args:
-        flow: the flow of the network.
-        network: as for :meth:`pfgm.Flow.sample`.
+        flow, network: as for :meth:`pfgm.Flow.sample`.
         prior: (n, *S), such as :func:`draw_prior` gives.
         batch_size: samples at a time.
         device: where each batch is computed; None is the device of prior.

@@ -53,9 +53,6 @@ def step_levels(x: Tensor, *values: Level, next_may_be_zero: bool = False) -> Se
         x: (B, *S), the points.
         values: levels of x, of the next points and, for a multistep step, of the previous points.
         next_may_be_zero: whether the level of the next points may be 0.
-
-    Raises:
-        ValueError: a level is not allowed, or the level of the previous points equals that of x.
     """
     # Points that are no tensor are refused later.
     wide = isinstance(x, Tensor) and x.dtype == torch.float64

@@ -115,11 +115,6 @@ def find_inception_weights(path: StrPath | None = None) -> Path:
 
     Args:
         path: the file; None looks in torch's cache, where a download would put it.
-
-    Raises:
-        ImportError: torch-fidelity is not installed.
-        FileNotFoundError: there is no such file.
-        ValueError: it is not the file that torch-fidelity provides.
     """
     _import_fidelity()
     place = Path(path or Path(torch.hub.get_dir()) / "checkpoints" / _WEIGHTS)

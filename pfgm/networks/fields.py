@@ -149,6 +149,7 @@ class FieldNetwork(nn.Module):
         return self._from_unit(parts.mean()).to(x.dtype)
 
     def _parts(self, x: Tensor, z: Tensor, labels: Tensor | None) -> MeanParts:
+        """mean = skip (1 − c gate) x + σ_d c output, where c falls to 0 as z does."""
         if is_wider(self, x):
             x, z = x.double(), z.double()
         x, z = self._to_unit(x, z)

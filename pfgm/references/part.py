@@ -152,10 +152,6 @@ class Part:
         """Yields the rows and their mirror images in chunks (m, *S) on a device.
 
         A chunk is valid until the next one is asked for. From a file, the next chunk is read ahead.
-
-        Raises:
-            OSError: a file can no longer be read.
-            ValueError: values that are not finite.
         """
         for _, chunk in self.stored_chunks():
             # Pinned rows are copied without waiting, as in torch: they must stay until a GPU has

@@ -84,16 +84,9 @@ class Ranks:
 
 
 def merge_over_ranks(state: State, x: Tensor, radius: Tensor, D: float, ranks: Ranks) -> State:
-    """Merges the states of all processes into the state over all references.
+    """The state over the references of all processes, for the points of this one.
 
-    Args:
-        state: over the references of this process, for the points of all processes.
-        x, radius: points and radii of all processes.
-        D: number of augmented dimensions.
-        ranks: the communication between the processes.
-
-    Returns:
-        The state over all references, for the points of this process.
+    The state that each process gives is over its own references, and x and radius are those of all.
     """
     least = ranks.least(state.nearest)
     weight = relative_weight(state.nearest, least, radius, D, x.shape[1]) * state.total

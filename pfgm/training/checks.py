@@ -60,13 +60,7 @@ def check_data(flow: Flow, data: References, config: TrainConfig, *, other_loss:
 
 
 def check_network(network: object) -> None:
-    """Raises an error unless the network can be trained.
-
-    Raises:
-        TypeError: it is not a module, or a trainable parameter is narrower than float32, which
-            would round small updates and the moving average away.
-        ValueError: it has no trainable parameters.
-    """
+    """Raises an error unless the network can be trained."""
     if not isinstance(network, nn.Module):
         raise TypeError(
             f"network must be a torch.nn.Module with parameters, got {type(network).__name__}."
@@ -124,16 +118,7 @@ def warn_of_range(data: References) -> None:
 
 
 def checked_labels(labels: Tensor | None, data: References, classes: int) -> Tensor | None:
-    """The labels as int64, or None if there are none.
-
-    Args:
-        classes: number of classes of the network, 0 if it is not known.
-
-    Raises:
-        TypeError: the labels are not a tensor.
-        ValueError: they are not one integer from 0 on for each row of the data, one of them is not
-            a class of the network, or the rows are divided among processes.
-    """
+    """The labels as int64, or None if there are none; classes is 0 if it is not known."""
     if labels is None:
         return None
     check_tensor("labels", labels)

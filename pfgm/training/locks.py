@@ -41,12 +41,7 @@ class FolderInUse(OSError):
 
 @contextmanager
 def locked_for_all(folder: StrPath | None, processes: Processes) -> Iterator[None]:
-    """Locks the folder of a run, by its first process for all processes. None locks nothing.
-
-    Raises:
-        FolderInUse, OSError, ValueError: in the first process, as :func:`locked`.
-        ProcessLost: in the other processes, where the first one does not get the lock.
-    """
+    """Locks the folder of a run, by its first process for all processes. None locks nothing."""
     with ExitStack() as stack:
         problem: Exception | None = None
         if folder is not None and processes.leads:
@@ -73,11 +68,6 @@ def locked(folder: StrPath) -> Iterator[Path]:
 
     Yields:
         The folder. A new folder is removed if the work fails and the folder is empty.
-
-    Raises:
-        FolderInUse: another process or thread holds the lock; the message names it.
-        ValueError: the name of the folder is empty.
-        OSError: as :func:`pfgm.common.files.check_folder`.
     """
     path = folder_path(folder)
     key = os.path.realpath(path)

@@ -16,12 +16,7 @@ LogTo = Literal["csv", "tensorboard", "wandb"]
 
 
 def check_log(to: LogTo, folder: Path | None) -> None:
-    """Raises an error if a run in the folder cannot write this log.
-
-    Raises:
-        ImportError: the package that it needs is missing.
-        ValueError: it needs a folder.
-    """
+    """Raises an error if a run in the folder cannot write this log."""
     if to == "csv":
         return
     if importlib.util.find_spec(to) is None:
@@ -40,9 +35,6 @@ class Log:
         step: step of the checkpoint that the run continues.
         to: where values go besides the CSV files, which "csv" names alone.
         settings: of the run, for Weights & Biases.
-
-    Raises:
-        OSError: a file cannot be written.
     """
 
     def __init__(

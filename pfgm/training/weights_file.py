@@ -60,13 +60,7 @@ def write_weights(
 
 
 def check_savable(flow: Flow, network: nn.Module) -> None:
-    """Raises an error unless a weights file can hold the flow and the network.
-
-    Raises:
-        TypeError: the flow is of another class, the network is not a module, or its state holds
-            something other than tensors.
-        ValueError: a tensor is on the device "meta", where it has no values.
-    """
+    """Raises an error unless a weights file can hold the flow and the network."""
     if _FLOWS.get(type(flow).__name__) is not type(flow):
         raise TypeError(
             f"flow must be {' or '.join(_FLOWS)} itself, got {type(flow).__qualname__}, whose "

@@ -229,7 +229,7 @@ def test_a_frame_is_taken_where_arrays_are() -> None:
     assert flow.shape == (3,)
     assert flow.spread == pfgm.PoissonFlow.from_data(expected).spread
     with pytest.raises(
-        TypeError, match=r"data must be an array or.*got a Series of pandas; use ser"
+        TypeError, match=r"data must be an array or.*got a Series of pandas; use series"
     ):
         pfgm.ReferenceSet(frame["a"])
     with pytest.raises(ValueError, match=r"got texts such as 'x'; pfgm\.data\.Table encodes"):

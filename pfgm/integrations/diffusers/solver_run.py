@@ -31,10 +31,6 @@ class SolverRun:
     Args:
         solver: the solver.
         grid: its levels.
-
-    Raises:
-        ValueError: the levels of its evaluations depend on the points, one of them is 0, or they
-            are not those of the steps that it states.
     """
 
     levels: list[float]
@@ -74,12 +70,7 @@ class SolverRun:
         return levels
 
     def step(self, x: Tensor, mean: Tensor, call: int) -> Tensor:
-        """The points of the next evaluation, or the last ones, from those of this call.
-
-        Raises:
-            ValueError: the points are not those of the step before, or the run began at a call
-                that begins no step, or the solver evaluates at other levels than announced.
-        """
+        """The points of the next evaluation, or the last ones, from those of this call."""
         number, place = divmod(call, self._together)
         if place == 0:
             if self._solver.needs_last_mean and self._means:
