@@ -41,10 +41,9 @@ class Consistency:
     f is the posterior mean that the student implies, and x itself at the last level. It has no
     gradient at x_{i+k}.
 
-    By default the teacher goes to the last level. This takes n/2 evaluations on average, which is
-    cheap for the few levels that a multistep solver needs. k = 1 is consistency distillation as
-    published. It takes one evaluation of the teacher per training step, but the student learns from
-    its own results, level by level up to the prior. This takes long and may drift.
+    By default the teacher goes to the last level, with n/2 evaluations on average. k = 1 is
+    consistency distillation as published: one evaluation of the teacher per training step, but the
+    student learns from its own results, level by level, which takes long and may drift.
 
     Teacher and student are networks of the flow, fields or denoisers. A student that starts as a
     copy of the teacher learns fastest.

@@ -21,12 +21,10 @@ class Check:
     """File for the report, as JSON."""
 
     def run(self) -> int:
-        report = backends.check(self.device, report=_print)
+        report = backends.check(
+            self.device, report=lambda line: print(f"pfgm check: {line}", file=sys.stderr)
+        )
         if self.json is not None:
             write_json(self.json, report.as_dict(), allow_nan=False)
         print_result(str(report))
         return int(bool(report.failures))
-
-
-def _print(line: str) -> None:
-    print(f"pfgm check: {line}", file=sys.stderr)

@@ -76,9 +76,3 @@ def with_hints(function: Callable[P, T]) -> Callable[P, T]:
         return function(*arguments, **named)
 
     return checked
-
-
-def with_hints_of_init(kind: type[T]) -> type[T]:
-    """The class, a dataclass, with the hints of :func:`with_hints` for its fields."""
-    kind.__init__ = with_hints(kind.__init__)  # type: ignore[method-assign]
-    return kind

@@ -81,14 +81,7 @@ def over_samples(values: Tensor, x: Tensor) -> Tensor:
 def per_row(level: Tensor | float, x: Tensor, name: str = "level") -> Tensor:
     """The level of each of the points x (B, *S), as (B,) in the dtype of x.
 
-    Args:
-        level: a number or a tensor (B,). Code in the style of EDM has levels (B, 1, …, 1).
-        name: the name of the level in the error.
-
-    Raises:
-        TypeError: x is not floating point, or the level is complex.
-        ValueError: the level has another shape, or is no number of at least 0 that the dtype of x
-            can hold.
+    It is a number or a tensor (B,), or (B, 1, …, 1) as in code for EDM.
 
     >>> per_row(torch.ones(2, 1, 1, 1), torch.zeros(2, 3, 8, 8)).shape
     torch.Size([2])

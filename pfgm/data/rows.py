@@ -114,14 +114,8 @@ class InMemory(Source):
 class OnDisk(Source):
     """Rows that are stored one after the other in a file and are read when they are needed.
 
-    Several threads may read at once. A pickle holds the path, and unpickling opens the file again.
-
-    Args:
-        path: the file, which stays open as long as this object lives.
-        offset: the position of the first row in the file, in bytes.
-        dtype: one of :data:`pfgm.common.dtypes.REFERENCES`, in the byte order of the machine.
-        shape: S.
-        count: n.
+    The first of ``count`` rows begins at the byte ``offset``. Several threads may read at once. A
+    pickle holds the path, and unpickling opens the file again.
     """
 
     def __init__(

@@ -49,11 +49,9 @@ class Editing(Sampling):
         """The latents (B, *S) of data: the data carried up to the first level.
 
         :meth:`decode` carries latents back. With the default solver and tolerances the round trip
-        has a relative error below 1e-3 where the network is smooth along the path. Far from all
-        data that the network knows, the ODE is stiff and the error is larger. For the exact network
-        that is all data except its references. The guide "Invert and edit" gives measured errors.
-        Smaller rtol and atol help. The norms of latents are not clipped. They may be larger than
-        those of :meth:`prior` of a :class:`PoissonFlow`, which are clipped.
+        has a relative error below 1e-3 where the network is smooth along the path, and a larger one
+        far from all data that it knows (the guide "Invert and edit"). The norms of latents are not
+        clipped, as those of a prior may be.
 
         Args:
             net: the network, as in :meth:`sample`.

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -144,9 +144,9 @@ class Fitting(Sampling, Targets):
 
     def _restore_fitted(self, described: Any) -> None:
         """Takes over levels as :meth:`_describe_fitted` gives them."""
-        for solver, by_steps in _checked_mapping(described).items():
+        for solver, by_steps in described.items():
             check_choice("the solver of fitted levels", solver, GRID_SOLVERS)
-            for steps, levels in _checked_mapping(by_steps).items():
+            for steps, levels in by_steps.items():
                 self._restore(solver, int(steps), checked_grid(levels))
 
     def _restore(self, solver: str, steps: int, levels: list[float]) -> None:
@@ -167,12 +167,6 @@ class Fitting(Sampling, Targets):
             solver: {str(steps): levels for steps, levels in by_steps.items()}
             for solver, by_steps in self.fitted_levels.items()
         }
-
-
-def _checked_mapping(described: Any) -> Mapping[Any, Any]:
-    if not isinstance(described, Mapping):
-        raise TypeError(f"fitted levels are a {type(described).__name__}, not a mapping.")
-    return described
 
 
 def check_fitted_steps(name: str, steps: int) -> None:

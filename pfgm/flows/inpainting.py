@@ -62,11 +62,9 @@ class Inpainting(Sampling):
         finite D (:meth:`noise`).
 
         Where the data differ only in the unknown part, this samples exactly from the distribution
-        of that part given the other, at every D. In the weights 1/(‖x̃ − x‖² + Dσ²)^((N + D)/2) the
-        known part then adds σ²‖n_known‖². These are the weights of a flow with D + N_known
-        dimensions, whose kernel is the distribution of n_unknown given n_known. In general it is an
-        approximation, as replacement is in diffusion (arXiv 2011.13456, appendix I.2): at high
-        levels the noisy known part says less than the clean one.
+        of that part given the other, at every D: the known part adds σ²‖n_known‖² to all squared
+        distances, as in a flow with D + N_known dimensions. In general it is an approximation, as
+        replacement is in diffusion (arXiv 2011.13456, appendix I.2).
 
         Each round of ``resample`` adds new noise of the level resample_from to the completed data
         and carries them down again. So the unknown part is drawn again, given the known part.

@@ -49,8 +49,10 @@ def interpolate(a: Tensor, b: Tensor, weights: Sequence[float] | Tensor) -> Tens
             [1.]])
     """
     check_pair(a, b)
-    wide = wide_dtype(a.device)
-    w = _checked_weights(weights).to(a.device, wide)[:, None, None]
+    wide, w = wide_dtype(a.device), finite_values("weights", weights)
+    if w.ndim != 1 or len(w) == 0:
+        raise ValueError(f"weights must be one or more finite numbers, (W,), got {weights}.")
+    w = w.to(a.device, wide)[:, None, None]
     start, end = (v.reshape(len(a), math.prod(a.shape[1:])).to(wide) for v in (a, b))
     start_norm, end_norm = (v.norm(dim=1, keepdim=True) for v in (start, end))
     tiny = torch.finfo(wide).tiny
@@ -90,10 +92,3 @@ def _perpendicular(direction: Tensor) -> Tensor:
     if direction.shape[1] > 0:
         axis.scatter_(1, direction.abs().argmin(1, keepdim=True), 1.0)
     return axis - (axis * direction).sum(1, keepdim=True) * direction
-
-
-def _checked_weights(weights: Sequence[float] | Tensor) -> Tensor:
-    values = finite_values("weights", weights)
-    if values.ndim != 1 or len(values) == 0:
-        raise ValueError(f"weights must be one or more finite numbers, (W,), got {weights}.")
-    return values

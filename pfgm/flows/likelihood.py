@@ -79,11 +79,10 @@ class Likelihood(Sampling):
         along dx/dt = x − mean. This is the density at the flow's last level, z_min or sigma_min:
         that of data with noise of this level.
 
-        The prior is the perturbation kernel at the first level around one point: around the center
-        of a PoissonFlow with a spread, else around 0. Real data are not all at that point, so the
-        result has an error that neither the network nor the tolerances reduce (the guide
-        "Likelihood" gives measured values). If the density at the first level is known, pass it as
-        prior_log_prob, for example
+        The prior is the perturbation kernel at the first level around one point: the center of a
+        PoissonFlow with a spread, else 0. Data are not all there, an error that neither the network
+        nor the tolerances reduce (the guide "Likelihood"). If the density at the first level is
+        known, pass it as prior_log_prob, for example
         ``lambda latent: pfgm.log_density(latent, data, sigma=flow.first_level, D=flow.D)``. With
         ``flow.empirical(data)`` the result is then the exact mixture at the last level.
 
@@ -95,10 +94,8 @@ class Likelihood(Sampling):
                 probe v for each sample and the whole run, unbiased in nats (Skilling 1989,
                 Hutchinson 1990). "exact" takes N products with the Jacobian in each evaluation.
             solver: "rk45"; another solver of the ODE, or a function with the signature of
-                :mod:`pfgm.solvers`, on the flow's grid. "euler" and "heun" integrate the divergence
-                by the trapezoidal rule. If x is many σ_last away from all data that the network
-                knows, the ODE is stiff. rk45 then takes thousands of steps and stays inaccurate,
-                and a fixed grid is worse. A higher last level helps.
+                :mod:`pfgm.solvers`, on the flow's grid. Where x is many σ_last away from all data
+                that the network knows, the ODE is stiff; a higher last level helps.
             rtol, atol: tolerances of rk45 for the density and for (x_t − x)/σ_t, which is in units
                 of the noise. The sample with the largest error counts, so the steps and the last
                 digits of the results depend on the batch.
@@ -108,9 +105,8 @@ class Likelihood(Sampling):
             condition: keyword arguments of the network, such as {"labels": labels}, labels (B,).
             generator: of the probes, on the device of x.
             differentiable: whether to keep the graph for gradients in x and in the network's
-                parameters. Memory then grows with the number of evaluations. A backward pass
-                through an exact network (``flow.empirical``) raises, because such a network can be
-                differentiated only once and the divergence already does so.
+                parameters, which takes memory for each evaluation. Exact networks
+                (``flow.empirical``) can be differentiated only once, which the divergence does.
             progress: whether to show a progress bar.
 
         Raises:

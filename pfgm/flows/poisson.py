@@ -182,8 +182,7 @@ class PoissonFlow(Flow):
         self.restrict_M = rules.restrict_M if restrict_M is None else bool(restrict_M)
         default = self.gamma if rules.z_exp is None else rules.z_exp
         self.z_exp = non_negative("z_exp", default if z_exp is None else z_exp)
-        if substitution not in ("exact", "published"):
-            raise ValueError(f"substitution must be 'exact' or 'published', got {substitution!r}.")
+        check_choice("substitution", substitution, ("exact", "published"))
         self.substitution = substitution
 
     @classmethod
@@ -317,11 +316,10 @@ class PoissonFlow(Flow):
     ) -> Tensor:
         """The training loss: the batch mean of ½ ω ‖net(x̃, z) − v‖² (Algorithm 1).
 
-        The square is summed over the N + 1 components of the field, as published. An error δ of the
-        posterior mean is an error of √N δ/(R + γ) in the field, where R = √(‖x̃ − x‖² + z²). So the
-        published loss, ω = 1, weighs the mean by N/(R + γ)², which is 1/s² for noise of level
-        s = R/√N. EDM's weight is 1/s² + 1/σ_d² (arXiv 2206.00364, table 1). Its second term is the
-        one that teaches coarse structure and labels. The balanced loss adds it:
+        The square is summed over the N + 1 components of the field, as published. With
+        R = √(‖x̃ − x‖² + z²) the published loss, ω = 1, weighs the posterior mean by N/(R + γ)²,
+        about 1/s² at noise of level s = R/√N. The balanced loss adds the second term of EDM's
+        1/s² + 1/σ_d² (arXiv 2206.00364, table 1), which teaches coarse structure and labels:
 
             ω = 1 + ((R + γ)/(√N σ_d))²
 
@@ -408,9 +406,7 @@ class PoissonFlow(Flow):
                 because training does not cover larger norms. With thousands of values in a sample
                 this changes half of the draws and does no harm. With one value it cuts off half of
                 the distribution. With a spread the norm is ‖x − center‖ and has no lower bound.
-                None clips with the published rules alone. A flow with a spread needs no clipping:
-                beyond upper_norm it evaluates the network at upper_norm, on the same field line,
-                and a mean beyond upper_norm is moved back to it. The exact field holds anywhere.
+                None clips with the published rules alone.
 
         >>> import torch
         >>> flow = PoissonFlow.cifar10()

@@ -175,11 +175,10 @@ def posterior_mean(
 
     (PFGM++, arXiv 2302.04265, section 3; Stable Target Field, arXiv 2302.00670, equation 7).
 
-    Memory is bounded: no (B, M, N) tensor is built. On the CPU the workspace is kept for the next
-    call. It is at most 64 MiB, or a few rows of x if N is in the millions. On a GPU it is at most
-    270 MiB, in the backward pass 480 MiB, or a few rows of x from about 100000 features on. The CPU
-    kernels leave out references whose total weight is below the rounding of the result. Where a
-    gradient is wanted, up to 40 MiB on the CPU and 32 MiB on a GPU are kept for the backward pass.
+    No (B, M, N) tensor is built. The workspace, which is kept for the next call on the CPU, is at
+    most 64 MiB there and 270 MiB on a GPU, 480 MiB in the backward pass, or a few rows of x with
+    very many features. Up to 40 MiB are kept for a backward pass. The CPU kernels leave out
+    references whose total weight is below the rounding of the result.
 
     The function is differentiable once in x, r or sigma, and references, in backward and forward
     mode and under the transforms of torch.func. On a reference at r = 0, and at sigma = 0 with

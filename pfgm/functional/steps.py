@@ -28,15 +28,13 @@ from typing import Any, Literal, NamedTuple, overload
 import torch
 from torch import Tensor
 
-from ..common.checks import check_at_least_0, check_dense, check_tensor
+from ..common.checks import check_at_least_0, check_choice, check_dense, check_tensor
 from ..common.dtypes import HALF, POINTS
 from ..common.tensors import flat_rows
 from ..core.problems import OdeStep
 from ..ops import eager, ode_step
 from ..ops.eager import EULER, HEUN, MULTISTEP
 from .levels import Level, per_query, step_levels
-
-_SUBSTITUTIONS = ("exact", "published")
 
 
 class Field(NamedTuple):
@@ -341,10 +339,7 @@ def _check(method: int, x: Tensor, prediction: Field | Tensor, history: Tensor |
     _check_like("field_z", prediction.field_z, x, x.shape[:1])
     for name, value in (("gamma", prediction.gamma), ("z_exp", prediction.z_exp)):
         check_at_least_0(name, value)
-    if prediction.substitution not in _SUBSTITUTIONS:
-        raise ValueError(
-            f"substitution must be 'exact' or 'published', got {prediction.substitution!r}."
-        )
+    check_choice("substitution", prediction.substitution, ("exact", "published"))
 
 
 def _check_like(name: str, value: Any, x: Tensor, shape: torch.Size) -> None:

@@ -26,10 +26,7 @@ __all__ = ["KDiffusionModel", "as_k_diffusion"]
 
 
 class KDiffusionModel(nn.Module):
-    """The posterior mean that a network of a flow implies; :func:`as_k_diffusion` returns it.
-
-    ``sigma_min`` and ``sigma_max`` are the flow's last and first level.
-    """
+    """What :func:`as_k_diffusion` returns; ``sigma_min`` and ``sigma_max`` are levels of the flow."""
 
     def __init__(self, net: Network, flow: Flow) -> None:
         super().__init__()
@@ -65,10 +62,6 @@ def as_k_diffusion(net: Network, flow: Flow) -> KDiffusionModel:
 
     Start from ``flow.prior(n)``: normal noise times sigma_max is the prior only at D = ∞. Call
     ``net.eval()`` first if the network has dropout, because the samplers do not.
-
-    Args:
-        net: a network of the flow; a module becomes a submodule of the model.
-        flow: :class:`pfgm.PoissonFlow` or :class:`pfgm.PoissonFlowPP`.
 
     Returns:
         A module ``model(x, sigma, **extra_args) -> mean`` with x and mean (B, *S) and sigma (B,);

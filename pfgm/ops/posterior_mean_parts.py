@@ -69,13 +69,9 @@ def _check_running(running: RunningMean, x: Tensor) -> None:
         raise ValueError(f"x must be on the CPU, got {x.device}.")
 
 
-def _fake_add(running: RunningMean, problem: PosteriorMean) -> None:
-    """Nothing: there are no results."""
-
-
 def _fake_end(x: Tensor, radius: Tensor, *_: object) -> tuple[Tensor, Tensor]:
     return torch.empty_like(x, memory_format=torch.contiguous_format), torch.empty_like(radius)
 
 
-_ADD.register(_add, fake=_fake_add)
+_ADD.register(_add, fake=lambda *_: None)  # there are no results
 _END.register(_end, fake=_fake_end)

@@ -84,7 +84,9 @@ def quality_curve(
             high = [q + s for q, s in zip(y, spread, strict=True)]
             axes.fill_between(x, low, high, color=colour, alpha=0.18, linewidth=0)
     if log_y:
-        axes.set_ylim(_log_limits([q for _, y, _ in checked.values() for q in y]))
+        values = [q for _, y, _ in checked.values() for q in y]
+        room = max(1.3, (max(values) / min(values)) ** 0.06)
+        axes.set_ylim(min(values) / room, max(values) * room)
     _label_axes(axes, xlabel, ylabel, sorted({n for x, _, _ in checked.values() for n in x}))
     _make_room(figure, axes, list(curves), title)
     _name_lines(axes)
@@ -108,14 +110,7 @@ def _checked(name: str, curve: Curve, log_y: bool) -> tuple[list[float], ...]:
     if min(spread, default=0) < 0:
         raise ValueError(f"the spread of the curve {name!r} must be at least 0.")
     order = sorted(range(len(x)), key=x.__getitem__)
-    return tuple([column[i] for i in order] for column in (x, y, spread) if column) + (
-        () if spread else ([],)
-    )
-
-
-def _log_limits(values: list[float]) -> tuple[float, float]:
-    room = max(1.3, (max(values) / min(values)) ** 0.06)
-    return min(values) / room, max(values) * room
+    return tuple([column[i] for i in order if column] for column in (x, y, spread))
 
 
 def _make_room(figure: Figure, axes: Any, names: list[str], title: str | None) -> None:

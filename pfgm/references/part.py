@@ -149,10 +149,7 @@ class Part:
         return kept
 
     def chunks(self, device: torch.device | str | None = None) -> Iterator[Tensor]:
-        """Yields the rows and their mirror images in chunks (m, *S) on a device.
-
-        A chunk is valid until the next one is asked for. From a file, the next chunk is read ahead.
-        """
+        """As :meth:`pfgm.ReferenceSet.chunks`."""
         for _, chunk in self.stored_chunks():
             # Pinned rows are copied without waiting, as in torch: they must stay until a GPU has
             # read them. Pageable memory a GPU may read itself, as on Grace, so that copy waits.

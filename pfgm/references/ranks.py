@@ -26,16 +26,10 @@ def reduce_values(
 
 
 class Ranks:
-    """Exchanges points and results between the processes of a group.
+    """Exchanges points and results between the processes of a group, or of all.
 
-    All processes must create it together and call its methods together.
-
-    Args:
-        group: the processes; None means all.
-        x: (B, N), the points of this process. B may differ between processes.
-
-    Raises:
-        ValueError: N or the dtype differs between processes; all of them raise.
+    All processes must create it together, each with its own points x (B, N), and call its methods
+    together. B may differ between them; if N or the dtype does, all raise ValueError.
     """
 
     def __init__(self, group: dist.ProcessGroup | None, x: Tensor) -> None:

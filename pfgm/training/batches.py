@@ -29,14 +29,11 @@ class Batches:
 
     Args:
         data: samples (n, *S). Of a sharded set, each process takes its own rows.
-        labels: labels (n,) of the data, or None.
         size: number of samples in the batch of this process.
         references: number of references, at most all data; a sharded set always gives all of its
             data; 0 means none.
         seed: seed of the order.
-        device: device of the batches.
         dtype: dtype of the samples, unless they are uint8.
-        rank_and_size: rank of this process, and the number of processes.
     """
 
     def __init__(

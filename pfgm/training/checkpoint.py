@@ -200,13 +200,8 @@ def save_run(
     """Writes a checkpoint of a run: state, weights, then latest.json; removes the oldest.
 
     Args:
-        folder: of the run.
-        averaged: the network with averaged weights.
-        state: the training state.
-        label_names: the names of the labels 0, 1, …; empty if they have none.
         after: step of the checkpoint that the run wrote last or was resumed from. Other checkpoints
             above it belong to an abandoned continuation and are removed. None is `step`.
-        flow, step, distilled, table: as for :func:`save`.
     """
     folder.mkdir(parents=True, exist_ok=True)
     names = _names_at(step)

@@ -8,7 +8,7 @@ import reprlib
 from typing import Literal, NamedTuple, get_args
 
 from ..common.checks import LARGEST, as_number, check_bool, check_choice, check_seed
-from ..common.hints import with_hints_of_init
+from ..common.hints import with_hints
 from .logs import LogTo
 
 _PUBLISHED_STEPS = 100_000  # from this number of steps on, the published settings are the defaults
@@ -50,7 +50,6 @@ class Schedule(NamedTuple):
         )
 
 
-@with_hints_of_init
 @dataclasses.dataclass(frozen=True)
 class TrainConfig:
     """How to train.
@@ -169,6 +168,9 @@ class TrainConfig:
             return rate
         progress = (step - warmup) / max(self.steps - warmup, 1)
         return rate * 0.5 * (1 + math.cos(math.pi * min(progress, 1.0)))
+
+
+TrainConfig.__init__ = with_hints(TrainConfig.__init__)  # type: ignore[method-assign]
 
 
 def _check_integer(name: str, value: object, least: int) -> None:

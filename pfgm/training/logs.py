@@ -26,15 +26,10 @@ def check_log(to: LogTo, folder: Path | None) -> None:
 
 
 class Log:
-    """Values of a run by step, in ``log.csv`` and ``evaluations.csv``, and where else is asked.
+    """Values of a run by step, in ``log.csv`` and ``evaluations.csv``, and in ``to`` if it is more.
 
-    Rows of steps after ``step``, which a killed run has left, are removed.
-
-    Args:
-        folder: of the run; None writes nothing.
-        step: step of the checkpoint that the run continues.
-        to: where values go besides the CSV files, which "csv" names alone.
-        settings: of the run, for Weights & Biases.
+    Rows after ``step``, that of the checkpoint to continue from, were left by a killed run and are
+    removed. ``settings`` are those of the run, for Weights & Biases.
     """
 
     def __init__(

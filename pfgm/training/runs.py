@@ -57,9 +57,6 @@ def start(
 ) -> nn.Module:
     """Trains as configured and writes the results into a folder.
 
-    These are config.json, checkpoints, log.csv, evaluations.csv and the log that is asked for. For
-    images there is also a picture samples-*.png for every ``evaluate_every`` steps.
-
     Args:
         config: what to train. A resumed run may change only what
             :meth:`pfgm.training.Trainer.resume` allows.

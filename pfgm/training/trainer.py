@@ -57,9 +57,7 @@ class Trainer:
 
     All randomness is a function of the seed and the step, so a resumed run continues as if it had
     not stopped (on the CPU to the bit). SIGINT, SIGTERM and SIGHUP end the run after the current
-    step and write a checkpoint; a signal that is ignored, as SIGHUP is under nohup, stays ignored.
-    A progress bar that can no longer be shown does not stop the run. During training a lock keeps
-    other runs out of the folder.
+    step and write a checkpoint. During training a lock keeps other runs out of the folder.
 
     Where torch.distributed is initialised (as by :func:`pfgm.training.processes.joined` under
     torchrun), its processes train together. Each takes its part of every batch, with its own noise;

@@ -140,7 +140,7 @@ def test_config_is_the_whole_flow():
         ({"M": 200, "z_max": math.inf}, "z_max must be a number above 0…to 3.4e+38, got inf."),
         ({"M": 200, "upper_norm": 0.0}, "upper_norm must be a number…to 3.4e+38, got 0.0."),
         ({"M": 100_000}, "M must keep noise_std (1 + tau)^M at or…noise_std 0.01 and tau 0.03."),
-        ({"M": 200, "substitution": "none"}, "substitution must be 'exact'…got 'none'."),
+        ({"M": 200, "substitution": "none"}, "substitution must be one of exact…got 'none'."),
         ({"M": 200, "restrict_M": "False"}, "restrict_M must be True, False or None, got 'False'."),
     ],
 )

@@ -449,7 +449,7 @@ ABOVE_0, AT_LEAST_0 = (
             for bad in (-1.0, math.nan, math.inf, True, False)
         ),
         ({"gamma": torch.tensor(5.0, requires_grad=True)}, "TypeError: gamma…requires grad."),
-        ({"substitution": "none"}, "substitution must be 'exact' or 'published', got 'none'."),
+        ({"substitution": "none"}, "substitution must be one of exact, published, got 'none'."),
         ({"out": torch.zeros(4, 3)}, "out must have the shape and dtype…3) and torch.float32."),
         ({"out": X.double()}, "out must have the shape and dtype of…(3, 4) and torch.float64."),
         ({"out": X.half()}, "out must have the shape and dtype of x,…(3, 4) and torch.float16."),
