@@ -76,20 +76,14 @@ def contents(source: Source) -> Array:
 
 
 @pytest.mark.parametrize("suffix", SUFFIXES)
-@pytest.mark.parametrize("dtype", [np.float16, np.float32, np.float64])
-def test_floats_become_float32(tmp_path: Path, suffix: str, dtype: Any) -> None:
-    array = fractions(4, 1, 3, 2).astype(dtype)
-    loaded = data.load_array(save(tmp_path / f"a{suffix}", array))
-    assert loaded.dtype == torch.float32
-    np.testing.assert_array_equal(loaded.numpy(), array.astype(np.float32))
-
-
-@pytest.mark.parametrize("suffix", SUFFIXES)
-def test_bytes_stay_bytes(tmp_path: Path, suffix: str) -> None:
-    array = np.arange(256, dtype=np.uint8).reshape(8, 32)
+@pytest.mark.parametrize("dtype", [np.uint8, np.float16, np.float32, np.float64])
+def test_floats_become_float32_and_bytes_stay_bytes(
+    tmp_path: Path, suffix: str, dtype: Any
+) -> None:
+    array = ramp(8, 32, dtype=dtype) if dtype == np.uint8 else fractions(4, 1, 3, 2).astype(dtype)
     loaded = data.load_array(str(save(tmp_path / f"a{suffix}", array)))
-    assert loaded.dtype == torch.uint8
-    np.testing.assert_array_equal(loaded.numpy(), array)
+    expected = array if dtype == np.uint8 else array.astype(np.float32)
+    np.testing.assert_array_equal(loaded.numpy(), expected, strict=True)
 
 
 def test_the_tensor_is_independent_of_the_file(tmp_path: Path) -> None:

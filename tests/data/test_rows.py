@@ -43,12 +43,6 @@ def source(request: pytest.FixtureRequest, tmp_path: Path) -> Source:
     return InMemory(rows) if request.param == "memory" else on_disk(tmp_path, rows)
 
 
-def test_form(source: Source) -> None:
-    assert (len(source), source.shape, source.dtype) == (11, (2, 3), torch.float32)
-    assert source.labels is None
-    assert (source.tensor is None) == isinstance(source, OnDisk)
-
-
 @pytest.mark.parametrize(("start", "stop"), [(0, 11), (0, 1), (10, 11), (3, 8), (4, 4), (11, 11)])
 def test_read(source: Source, start: int, stop: int) -> None:
     rows = source.read(start, stop)

@@ -111,27 +111,6 @@ def test_order_of_the_fixed_grids(solver):
     assert errors[1] < 0.1**order
 
 
-@pytest.mark.parametrize(
-    ("solver", "D", "tolerance"),
-    [
-        ("euler", 1, 1e-10),
-        ("euler", INFINITY, 1e-10),
-        ("heun", 16, 1e-10),
-        ("rk45", 1, 1e-6),
-        ("rk45", INFINITY, 1e-6),
-    ],
-)
-def test_one_reference_at_0_takes_a_single_step(solver, D, tolerance):
-    """mean = 0: x = σ w with w fixed, so that the centred prior is the density at every level."""
-    flow = small(D=D)
-    x = torch.randn(4, 3, generator=seeded(), dtype=torch.float64)
-    net = flow.empirical(torch.zeros(1, 3, dtype=torch.float64))
-    result = flow.log_likelihood(net, x, solver=solver, steps=1, rtol=1e-9, atol=1e-9)
-    expected = centred_prior(x, flow.sigma_min, D)
-    torch.testing.assert_close(result.nats, expected, atol=tolerance, rtol=tolerance)
-    torch.testing.assert_close(result.latent, x * 100)
-
-
 @pytest.mark.parametrize("estimator", ["exact", "rademacher"])
 def test_normal_data(estimator):
     """mean = x s²/(s² + σ²) of data N(0, s²): the density at σ is N(0, s² + σ²), the Jacobian a

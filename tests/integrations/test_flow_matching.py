@@ -56,16 +56,6 @@ def test_diffusion_without_references_is_torchcfms():
     assert all(torch.equal(a, b) for a, b in zip(ours, theirs, strict=True))
 
 
-def test_diffusion_without_references_is_flow_matchings():
-    path = pytest.importorskip("flow_matching.path")
-    x0, x1 = torch.randn(2, 8, 3, 4, 4, generator=seeded())
-    t = torch.rand(8, generator=seeded(1))
-    theirs = path.CondOTProbPath().sample(x_0=x0, x_1=x1, t=t)
-    _, xt, ut = PoissonFlowMatcher().sample_location_and_conditional_flow(x0, x1, t)
-    torch.testing.assert_close(xt, theirs.x_t, rtol=0, atol=1e-6)
-    assert torch.equal(ut, theirs.dx_t)
-
-
 @pytest.mark.parametrize("D", DS)
 def test_flow_matchings_solver_takes_the_velocity(D):
     """Its samples, and its likelihood, which differentiates the velocity in x."""

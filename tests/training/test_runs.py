@@ -371,19 +371,8 @@ def test_a_range_is_kept_by_resumed_runs_and_evaluations(tmp_path, refusal, recw
     settings = changed(decay="none", ema=0.0, beta2=0.99)
     plain = run(tmp_path / "plain", data=str(tmp_path / "unit.npy"), training=settings)
     train = ["train", "--width", "16", "--batch-size", "16", "--reference-batch", "32"]
-    train += [
-        "--warmup",
-        "2",
-        "--learning-rate",
-        "1e-3",
-        "--decay",
-        "none",
-        "--ema",
-        "0",
-        "--beta2",
-        "0.99",
-    ]
-    train += ["--out", str(tmp_path / "run")]
+    train += ["--warmup", "2", "--learning-rate", "1e-3", "--decay", "none"]
+    train += ["--ema", "0", "--beta2", "0.99", "--out", str(tmp_path / "run")]
     assert cli.main([*train, "--steps", "3", "--data", str(path), "--range", "0", "255"]) == 0
     assert RunConfig.load(tmp_path / "run").range == (0.0, 255.0)
     train.append("--resume")
