@@ -12,24 +12,25 @@ namespace {
 using Index = std::int64_t;
 
 // Values of x − mean.
-struct Held {
+struct Difference {
   float values[kHeldValues];
 };
 
 template <int WIDTH>
-__device__ void load(Held& held, const NormalisedField& field, Index row, const RowTile& tile) {
+__device__ void load(Difference& held, const NormalisedField& field, Index row,
+                     const RowTile& tile) {
   load_tile<WIDTH>(held.values, static_cast<const float*>(field.difference) + row * field.stride,
                    tile);
 }
 
-__device__ double squared_norm(const Held& held) {
+__device__ double squared_norm(const Difference& held) {
   double sum = 0;
   for (const double value : held.values) sum += value * value;
   return sum;
 }
 
 template <int WIDTH>
-__device__ void write(const Held& held, const NormalisedField& field, Index row,
+__device__ void write(const Difference& held, const NormalisedField& field, Index row,
                       const RowTile& tile, double scale) {
   float out[kHeldValues];
   for (int i = 0; i < kHeldValues; ++i)
@@ -43,7 +44,7 @@ __global__ void __launch_bounds__(most_threads(WIDTH, WHOLE))
     normalised_field_kernel(NormalisedField field, int lanes) {
   const RowLane at = row_lane(field.rows, lanes);
   const double z = field.z[at.row];
-  Held held = {};
+  Difference held = {};
   double squared = 0;
   if constexpr (WHOLE) {
     load<WIDTH>(held, field, at.row, row_tile(at, 0, field.features));
