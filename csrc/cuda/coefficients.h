@@ -20,11 +20,6 @@ namespace {
 
 constexpr int kMomentThreads = 32;  // of finish_moments, whose float64 many multiprocessors share
 
-// F; not finite where the row is at a limit. `nearest` is the smallest squared distance.
-__device__ inline double unit_of(const WeightLaw& law, double nearest, double r) {
-  return law.gaussian ? 1 / r / r : 2 * law.exponent / (nearest + r * r);
-}
-
 // What the probabilities of a query need.
 struct RowProbabilities {
   Fall fall;
@@ -49,13 +44,11 @@ struct PullMemory {
   TwoFloats sums[2 * kQueryThreads / 32];
 };
 
-// Adds Σ p_j G·y_j and Σ p_j of one query over a tile of the chunk. GAUSSIAN is law.gaussian.
-template <bool GAUSSIAN>
+// Adds Σ p_j G·y_j and Σ p_j of one query over a tile of the chunk.
 __global__ void __launch_bounds__(kQueryThreads)
-    pull(WeightLaw law, const double* radius, const double* nearest, const double* total,
+    pull(const WeightLaw law, const double* radius, const double* nearest, const double* total,
          const Pairs pairs, int references, double floor, bool first_chunk, const Moments moments) {
   PullMemory& shared = *reinterpret_cast<PullMemory*>(shared_memory());
-  law.gaussian = GAUSSIAN;
   const int thread = static_cast<int>(threadIdx.x), piece = static_cast<int>(blockIdx.y);
   const Index query = blockIdx.x, at = query * pairs.stride + thread;
   const int first = piece * moments.size;
@@ -117,7 +110,7 @@ struct RowCoefficients {
   __device__ RowCoefficients(const WeightLaw& law, const RowProbabilities& probabilities,
                              const Moments& moments, Index query, double nearest, double r,
                              double g)
-      : probabilities(probabilities), unit(unit_of(law, nearest, r)) {
+      : probabilities(probabilities), unit(law.unit(nearest, r)) {
     const double total = moments.over_pieces(moments.mass, query), mass = total == 0 ? 1 : total;
     const double at = moments.over_pieces(moments.projection, query) / mass - g;
     per_mass = reciprocal(static_cast<float>(mass));
@@ -133,16 +126,15 @@ struct alignas(16) CoefficientMemory {
   int live[kQueryThreads / 32];
 };
 
-// Coefficients of one query over a tile of the chunk, and their sums. GAUSSIAN is law.gaussian.
-// With REFERENCES it stores what the gradient of the references needs.
-template <bool GAUSSIAN, bool REFERENCES>
+// Coefficients of one query over a tile of the chunk, and their sums. With REFERENCES it stores
+// what the gradient of the references needs.
+template <bool REFERENCES>
 __global__ void __launch_bounds__(kQueryThreads, 2)
-    find_coefficients(WeightLaw law, const double* radius, const double* nearest,
+    find_coefficients(const WeightLaw law, const double* radius, const double* nearest,
                       const double* total, const double* grad_logsumexp, const Pairs pairs,
                       int references, double floor, bool first_chunk, const Moments moments,
                       const Coefficients out) {
   CoefficientMemory& shared = *reinterpret_cast<CoefficientMemory*>(shared_memory());
-  law.gaussian = GAUSSIAN;
   const Lane lane = this_lane();
   const int thread = static_cast<int>(threadIdx.x), piece = static_cast<int>(blockIdx.y);
   const int first = piece * moments.size, stride = static_cast<int>(pairs.stride);
@@ -207,7 +199,7 @@ __global__ void __launch_bounds__(kQueryThreads, 2)
   moments.squares[query * moments.pieces + piece] = sums[2].sum() * largest;
 }
 
-// After the last chunk: what the sums over all references say.
+// After the last chunk: F, C and ∂L/∂r, from the sums over all references.
 __global__ void __launch_bounds__(kMomentThreads)
     finish_moments(const WeightLaw law, const double* radius, const double* nearest,
                    const double* grad_logsumexp, int queries, const Moments moments) {
@@ -215,13 +207,9 @@ __global__ void __launch_bounds__(kMomentThreads)
   if (query >= queries) return;
   const double r = radius[query], low = nearest[query], g = grad_logsumexp[query];
   const double moment = moments.over_pieces(moments.moment, query) / law.exponent;
-  const double exact_sum = law.gaussian ? -g : moment - g;
-  const double unit = law.at_limit(low, r) ? 0 : unit_of(law, low, r);
-  moments.exact_sum[query] = exact_sum;
-  moments.unit[query] = unit;
-  moments.grad_radius[query] = law.at_limit(low, r) ? 0
-                               : law.gaussian       ? (g * (low / r / r) + moment) / r
-                                                    : r * unit * exact_sum;
+  const Totals totals = law.totals(low, r, g, moment);
+  moments.unit[query] = totals.unit, moments.exact_sum[query] = totals.sum;
+  moments.grad_radius[query] = totals.grad_radius;
 }
 
 }  // namespace

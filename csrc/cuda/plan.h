@@ -78,8 +78,8 @@ Bounds bounds(const Problem& problem, Index pairs) {
   return most;
 }
 
-// References of a chunk, at most `most`: whole rounds of large tiles, of which the last takes as
-// long as the others.
+// References of a chunk, at most `most`. If there are several chunks, each has whole rounds of
+// large tiles, in which all multiprocessors have one, so that none waits in the last round.
 Index chunk_references(Index queries, Index references, Index most, int multiprocessors) {
   const Index round = 128 * (multiprocessors / divide_up(queries, 128));
   return references > most && round > 0 && most > round ? most - most % round

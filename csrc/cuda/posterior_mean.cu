@@ -109,10 +109,9 @@ class Launches {
       each_chunk([&] {
         if (plan_.measures()) measure(nearest);
         project(io);
-        run("pull", {block_.count, arrays_.sums.pieces}, kQueryThreads, sizeof(PullMemory),
-            law_.gaussian ? pull<true> : pull<false>, law_, radius(), io.nearest + block_.first,
-            io.total + block_.first, arrays_.pairs, chunk_.count, gradient_floor(), first_chunk(),
-            arrays_.moments);
+        run("pull", {block_.count, arrays_.sums.pieces}, kQueryThreads, sizeof(PullMemory), pull,
+            law_, radius(), io.nearest + block_.first, io.total + block_.first, arrays_.pairs,
+            chunk_.count, gradient_floor(), first_chunk(), arrays_.moments);
       });
       each_chunk([&] {
         if (!one) {
@@ -273,11 +272,9 @@ class Launches {
   void find_weights(float divisor, const QueryStates& state) const {
     const double floor = problem_.difference ? difference_floor(problem_) : weight_floor(problem_);
     const bool halves = plan_.halves;
-    const auto kernel = halves ? (law_.gaussian ? weigh<true, true> : weigh<true, false>)
-                               : (law_.gaussian ? weigh<false, true> : weigh<false, false>);
-    run("weigh", {block_.count, arrays_.sums.pieces}, kQueryThreads, sizeof(WeighMemory), kernel,
-        law_, radius(), arrays_.pairs, chunk_.count, floor, halves ? kWeightUnit : 1 / divisor,
-        first_chunk(), state, arrays_.weights, arrays_.sums);
+    run("weigh", {block_.count, arrays_.sums.pieces}, kQueryThreads, sizeof(WeighMemory),
+        halves ? weigh<true> : weigh<false>, law_, radius(), arrays_.pairs, chunk_.count, floor,
+        halves ? kWeightUnit : 1 / divisor, first_chunk(), state, arrays_.weights, arrays_.sums);
   }
 
   // The parts of Σ w y / divisor. The order of the queries, if there is one, is found for the first
@@ -340,10 +337,7 @@ class Launches {
     moments.grad_radius = io.grad_radius ? io.grad_radius + block_.first : arrays_.spare;
     const double* const nearest = io.nearest + block_.first;
     const double* const gradient = io.grad_logsumexp + block_.first;
-    const auto kernel =
-        io.grad_y
-            ? (law_.gaussian ? find_coefficients<true, true> : find_coefficients<false, true>)
-            : (law_.gaussian ? find_coefficients<true, false> : find_coefficients<false, false>);
+    const auto kernel = io.grad_y ? find_coefficients<true> : find_coefficients<false>;
     run("find_coefficients", {block_.count, arrays_.sums.pieces}, kQueryThreads,
         sizeof(CoefficientMemory), kernel, law_, radius(), nearest, io.total + block_.first,
         gradient, arrays_.pairs, chunk_.count, gradient_floor(), first_chunk(), moments,

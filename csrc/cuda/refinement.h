@@ -43,7 +43,7 @@ __device__ inline float logarithm_of_ratio(double a, double b) {
 struct QueryLimit {
   double base, norm;  // the smallest distance, |x|²
   double root;        // |x|
-  double s, within;   // base + r²; a distance that much larger has a weight a nat smaller
+  double s, within;   // of `base`; a distance that much larger has a weight a nat smaller
   double smallest;    // error of values too small for float16, or of squares too small for float32
   double bound;       // of the error of a difference between distances
   double near;        // a distance that may be refined is at most so large
@@ -53,14 +53,14 @@ struct QueryLimit {
   template <bool PRODUCTS>
   __device__ void start(const WeightLaw& law, double r, float width, float per_scale) {
     root = square_root64(norm);
-    s = base + r * r;
+    s = law.scale(base, r);
     // Values of references are rounded to multiples of 2^-24 of their scale. The bound of the error
     // uses |y|² ≤ 2 (d² + |x|²). It counts twice, because the smallest distance has an error too.
     smallest = PRODUCTS ? root * (0x1p-24 * per_scale) : width * width * 0x1p-126;
     const float smallest_count = PRODUCTS ? 4 * width : 4;
     bound = 2 * law.margin * (3 * norm + 2 * base) + smallest_count * smallest;
-    within = law.gaussian ? 2 * r * r : s * law.per_exponent;
-    near = base + bound + (law.gaussian ? kNear * within : law.near_spread * s);
+    within = s * law.per_exponent;
+    near = base + bound + law.near_spread * s;
     if (!(near == near)) near = INFINITY;
   }
 
@@ -77,22 +77,18 @@ struct QueryLimit {
   template <bool PRODUCTS>
   __device__ double largest(const WeightLaw& law, double farthest, int close) const {
     const double error = smallest + noise<PRODUCTS>(law, farthest);
-    const float score = law.gaussian
-                            ? (base == 0 ? 0 : static_cast<float>(base / within))
-                            : static_cast<float>(law.exponent) * fabsf(logf(static_cast<float>(s)));
     // The error may be at most √averaged times that of one weight, and as large as the score
     // allows.
     const double one = kTolerance * within;
     const float averaged = fmaxf(static_cast<float>(close) * (1 / 2.718f), 1);
-    const float score_limit = fmaxf(1, score) * static_cast<float>(kDigits);
+    const float score_limit = fmaxf(1, law.score_size(base, s)) * static_cast<float>(kDigits);
     const double most = one * fminf(square_root(averaged), score_limit);
     if (!(error > most || near == INFINITY))  // The smallest distance is a result itself.
       return error > kTolerance * kDigits * base ? base + bound : -1;
     const float nats = law.others + logarithm_of_ratio(error, one * fminf(1, score_limit));
     if (near == INFINITY || !(nats < static_cast<float>(kNear))) return near;
     const float few = fmaxf(nats, 0);
-    const float larger = law.gaussian ? few : few * relative_growth(few * law.per_power);
-    return base + bound + larger * within;
+    return base + bound + few * relative_growth(few * law.per_power) * within;
   }
 
   // The power of two that brings the square root of `near` to at least 1, below 2, or the nearest
@@ -161,7 +157,7 @@ struct SomeTiles {
 
   // Finds the distances up to the limit, and those that are not finite. Returns their number.
   __device__ unsigned select(std::int64_t limit) {
-    // The bits of other distances minus `after` are less than `between`.
+    // The others are above the limit and finite, which one comparison of unsigned bits says.
     const auto after = static_cast<std::uint64_t>(limit + 1), between = kInfiniteBits - after;
     unsigned count = 0;
 #pragma unroll

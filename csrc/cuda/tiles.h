@@ -97,13 +97,13 @@ __device__ inline void store_values(float* to, const float (&v)[WIDTH]) {
 
 // ---- staging -----------------------------------------------------------------------------------
 
-// Starts to copy 16 bytes of a row with COLUMNS values, the piece number `piece`, to shared memory.
-// Values after the first `known` become zero.
+// Starts to copy 16 bytes of a row with COLUMNS values, the vector number `vector`, to shared
+// memory. Values after the first `known` become zero.
 template <int COLUMNS, class T>
-__device__ inline void copy_piece(T* to, const T* from, int piece, int known, bool aligned) {
+__device__ inline void copy_vector(T* to, const T* from, int vector, int known, bool aligned) {
   constexpr int count = 16 / sizeof(T);
   static_assert(COLUMNS % count == 0, "rows of tiles are whole accesses");
-  const int first = piece * count, left = known - first;
+  const int first = vector * count, left = known - first;
   const int valid = left < 0 ? 0 : left < count ? left : count;
   if (aligned) {
     copy_async<16>(to + first, valid ? from + first : from, valid * static_cast<int>(sizeof(T)));
@@ -117,24 +117,24 @@ __device__ inline void copy_piece(T* to, const T* from, int piece, int known, bo
 template <int ROWS, int COLUMNS, int PITCH, int THREADS, class T>
 __device__ inline void copy_rows(T* to, const Rows<T>& rows, Index first, int feature,
                                  int features) {
-  constexpr int pieces = COLUMNS * sizeof(T) / 16;
+  constexpr int vectors = COLUMNS * sizeof(T) / 16;
   const int thread = static_cast<int>(threadIdx.x);
-  if constexpr (THREADS % pieces == 0) {  // a thread copies the same piece of each of its rows
-    constexpr int step = THREADS / pieces;
-    const int row0 = thread / pieces, piece = thread % pieces;
+  if constexpr (THREADS % vectors == 0) {  // a thread copies the same vector of each of its rows
+    constexpr int step = THREADS / vectors;
+    const int row0 = thread / vectors, vector = thread % vectors;
     const Index left = rows.count - first - row0;
     const T* from = rows.row(left > 0 ? first + row0 : 0) + feature;
     if (step > ROWS && row0 >= ROWS) return;
 #pragma unroll
     for (int row = 0; row < ROWS; row += step)
-      copy_piece<COLUMNS>(to + (row0 + row) * PITCH, row < left ? from + row * rows.stride : from,
-                          piece, row < left ? features - feature : 0, rows.aligned);
+      copy_vector<COLUMNS>(to + (row0 + row) * PITCH, row < left ? from + row * rows.stride : from,
+                           vector, row < left ? features - feature : 0, rows.aligned);
   } else {
-    for (int i = thread; i < ROWS * pieces; i += THREADS) {
-      const int row = i / pieces;
+    for (int i = thread; i < ROWS * vectors; i += THREADS) {
+      const int row = i / vectors;
       const bool known = first + row < rows.count;
-      copy_piece<COLUMNS>(to + row * PITCH, rows.row(known ? first + row : 0) + feature, i % pieces,
-                          known ? features - feature : 0, rows.aligned);
+      copy_vector<COLUMNS>(to + row * PITCH, rows.row(known ? first + row : 0) + feature,
+                           i % vectors, known ? features - feature : 0, rows.aligned);
     }
   }
 }

@@ -13,10 +13,10 @@ namespace {
 // the warps takes half of the queries, and the block converts references one panel ahead, for all
 // its warps.
 //
-// A lane accesses 16 bytes. Eight lanes, which have two rows, must reach different banks. So in
-// rows of float32 the 16-byte pieces of odd rows trade places in pairs; rows of queries have 64
-// bytes. Of short types a lane reads eight values, and the two panels of a row trade places: in odd
-// rows of 16-bit types, and of bytes, whose rows are half as long, in every second pair of rows.
+// A lane accesses 16 bytes. Eight lanes, which have two rows, must reach different banks. Rows of
+// queries have 64 bytes. In odd rows of float32 neighbouring vectors of 16 bytes trade places. Of
+// short types a lane reads eight values. There the two panels of a row trade places: in odd rows of
+// 16-bit types, and in every second pair of rows of bytes, which are half as long.
 template <class R, int QUERIES, int REFERENCES>
 struct WarpShape {
   using Reference = R;
@@ -34,7 +34,7 @@ struct WarpShape {
   // types start in different places, so that neighbouring rows reach different banks.
   static constexpr int kSpread = kAhead ? 4 / static_cast<int>(sizeof(R)) : 1;
   static constexpr int kPitch = kSpread * kFeatures;
-  // Whether neighbouring stretches of so many 16-byte pieces trade places in a row.
+  // Whether neighbours trade places in a row: groups of kTraded vectors of 16 bytes.
   __device__ static constexpr bool trades(int row) {
     if (sizeof(R) == sizeof(float)) return row % 2 != 0;
     return !kAhead && (row & (2 / static_cast<int>(sizeof(R)))) != 0;
@@ -53,7 +53,7 @@ struct WarpShape {
   };
 };
 
-// Copies the panels of a tile, one after the other. A thread copies the same piece of each of its
+// Copies the panels of a tile, one after the other. A thread copies the same vector of all its
 // rows. In place of rows after the last it copies its first one; their distances are not stored.
 template <class Shape>
 class TileCopy {
@@ -69,19 +69,19 @@ class TileCopy {
         apart_(kStep * y.stride),
         left_(center.features - first) {
     const int thread = static_cast<int>(threadIdx.x);
-    row_ = thread / kPieces, piece_ = thread % kPieces;
+    row_ = thread / kVectors, vector_ = thread % kVectors;
     rows_ = y.count - reference0 - row_, query_rows_ = x.rows - query0 - query_row();
-    from_ = y.row(rows_ > 0 ? reference0 + row_ : 0) + first + piece_ * kCount;
+    from_ = y.row(rows_ > 0 ? reference0 + row_ : 0) + first + vector_ * kCount;
     high_ = x.high + static_cast<Index>(query_rows_ > 0 ? query0 + query_row() : 0) * center.width +
-            first + query_panel() * kPanel + thread % kQueryPieces * 8;
+            first + query_panel() * kPanel + thread % kQueryVectors * 8;
   }
 
   // Starts the copies of the next panels of references.
   __device__ void next(typename Shape::References& stage) {
-    const int known = left_ - piece_ * kCount;
+    const int known = left_ - vector_ * kCount;
     const int count = known < 0 ? 0 : known < kCount ? known : kCount;
     R* const to = stage.y[row_] + row_ % Shape::kSpread * Shape::kFeatures +
-                  (piece_ ^ (Shape::trades(row_) ? Shape::kTraded : 0)) * kCount;
+                  (vector_ ^ (Shape::trades(row_) ? Shape::kTraded : 0)) * kCount;
     if (aligned_) {
 #pragma unroll
       for (int i = 0; i < kRows; ++i)
@@ -104,49 +104,49 @@ class TileCopy {
 
   // The same for queries.
   __device__ void next(typename Shape::Queries& stage) {
-    const int piece = static_cast<int>(threadIdx.x) % kQueryPieces;
+    const int vector = static_cast<int>(threadIdx.x) % kQueryVectors;
 #pragma unroll
     for (int i = 0; i < kQueryRows; ++i) {
       const int panel = i * kQueryStep / Shape::kQueries, row = i * kQueryStep % Shape::kQueries;
       const std::uint16_t* const high =
           (row < query_rows_ ? high_ + row * center_.width : high_) + panel * kPanel;
       auto& half = stage.x[query_panel() + panel];
-      copy_async<16>(&half[0][query_row() + row][8 * piece], high);
-      copy_async<16>(&half[1][query_row() + row][8 * piece], high + to_low_);
+      copy_async<16>(&half[0][query_row() + row][8 * vector], high);
+      copy_async<16>(&half[1][query_row() + row][8 * vector], high + to_low_);
     }
     high_ += Shape::kFeatures;
   }
 
  private:
-  static constexpr int kCount = 16 / sizeof(R), kPieces = Shape::kFeatures / kCount;
-  static constexpr int kStep = Shape::kThreads / kPieces;
+  static constexpr int kCount = 16 / sizeof(R), kVectors = Shape::kFeatures / kCount;
+  static constexpr int kStep = Shape::kThreads / kVectors;
   static constexpr int kRows = Shape::kReferences / kStep;
   // Of queries: eight threads copy a panel of two rows, which reach different banks.
-  static constexpr int kQueryPieces = kPanel / 8;
-  static constexpr int kQueryStep = Shape::kThreads / kQueryPieces;
+  static constexpr int kQueryVectors = kPanel / 8;
+  static constexpr int kQueryStep = Shape::kThreads / kQueryVectors;
   static constexpr int kQueryRows = Shape::kPanels * Shape::kQueries / kQueryStep;
   static_assert(kStep <= Shape::kReferences && kQueryRows > 0, "every thread copies");
 
   // The first row and panel of queries that this thread copies, found again to save registers.
   __device__ static int query_row() {
-    return static_cast<int>(threadIdx.x) / kQueryPieces % Shape::kQueries;
+    return static_cast<int>(threadIdx.x) / kQueryVectors % Shape::kQueries;
   }
   __device__ static int query_panel() {
     return kQueryStep > Shape::kQueries
-               ? static_cast<int>(threadIdx.x) / kQueryPieces / Shape::kQueries
+               ? static_cast<int>(threadIdx.x) / kQueryVectors / Shape::kQueries
                : 0;
   }
 
   const Center& center_;
   const bool aligned_;
   const Index to_low_, apart_;  // from a high part to the low part; between rows of y
-  int left_, row_, piece_;      // features that are left; what this thread copies
+  int left_, row_, vector_;     // features that are left; what this thread copies
   int rows_, query_rows_;       // rows that there are from the first one of this thread on
   const R* from_;
   const std::uint16_t* high_;
 };
 
-// Row g + 8e has features from `rows[e]` on; in odd rows of float32 pieces of four trade places.
+// Row g + 8e has features from `rows[e]` on; in odd rows of float32 vectors of four trade places.
 // squares[e] is the sum of their squares.
 template <class R>
 __device__ inline ReferencePanel convert(const R* const (&rows)[2], const float* center,

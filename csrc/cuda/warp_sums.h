@@ -13,8 +13,8 @@ constexpr int kSumThreads = kSumFeatures, kSumTiles = kSumRows / 8;
 // warp lie in different banks.
 template <class T> constexpr int kSumPitch = kSumFeatures + 32 / sizeof(T);
 
-// Copies kSumFeatures values of listed rows, from `feature` on. A thread copies the same piece of
-// each of its rows. Values after the last feature become zero.
+// Copies kSumFeatures values of listed rows, from `feature` on. A thread copies the same vector of
+// all its rows. Values after the last feature become zero.
 template <class Memory>
 class ListedCopy {
  public:
@@ -23,22 +23,22 @@ class ListedCopy {
   __device__ ListedCopy(Memory& shared, const Rows<T>& rows, int feature, int features)
       : rows_(rows), whole_(rows.aligned && features % kCount == 0) {
     const int thread = static_cast<int>(threadIdx.x);
-    row_ = thread / kPieces, piece_ = thread % kPieces;
-    const int known = features - feature - piece_ * kCount;
+    row_ = thread / kVectors, vector_ = thread % kVectors;
+    const int known = features - feature - vector_ * kCount;
     known_ = known < 0 ? 0 : known < kCount ? known : kCount;
-    from_ = rows.row(0) + feature + piece_ * kCount;
+    from_ = rows.row(0) + feature + vector_ * kCount;
     if (known_ > 0) return;
 #pragma unroll 1
     for (int slot = 0; slot < Memory::kStages; ++slot)
 #pragma unroll 1
       for (int row = row_; row < kPanel; row += kStep)
-        *reinterpret_cast<uint4*>(&shared.rows[slot][row][piece_ * kCount]) = {};
+        *reinterpret_cast<uint4*>(&shared.rows[slot][row][vector_ * kCount]) = {};
   }
 
   // Starts the copies of the panel whose indices are at `listed`.
   __device__ void panel(Memory& shared, int slot, const std::uint16_t* listed) const {
     if (known_ == 0) return;
-    T* const to = &shared.rows[slot][row_][piece_ * kCount];
+    T* const to = &shared.rows[slot][row_][vector_ * kCount];
     if (whole_) {
       // The product of two 32-bit numbers is one instruction, that of 64-bit numbers several.
       const auto bytes = static_cast<std::uint32_t>(rows_.stride * sizeof(T));
@@ -59,13 +59,13 @@ class ListedCopy {
   }
 
  private:
-  static constexpr int kCount = 16 / sizeof(T), kPieces = kSumFeatures / kCount;
-  static constexpr int kStep = kSumThreads / kPieces;
+  static constexpr int kCount = 16 / sizeof(T), kVectors = kSumFeatures / kCount;
+  static constexpr int kStep = kSumThreads / kVectors;
   static_assert(kPanel % kStep == 0, "every thread copies as many rows");
   const T* from_;
   const Rows<T>& rows_;
   const bool whole_;
-  int row_, piece_, known_;
+  int row_, vector_, known_;
 };
 
 // ---- products --------------------------------------------------------------------------------

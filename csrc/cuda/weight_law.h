@@ -1,4 +1,12 @@
-// How a squared distance becomes a weight on CUDA devices, and which errors of distances matter.
+// The law of weights on CUDA devices: how a squared distance becomes a weight, and which errors of
+// distances matter. Whatever depends on whether D is infinite stands here.
+//
+// The score of a reference, the log of its weight, is relative to that of the nearest reference, at
+// squared distance d². At d² + e it is lower by
+//     exponent · log(1 + e/s),  s = d² + r²,  exponent = (N + D)/2      D finite
+//     exponent · e/s,           s = σ²,       exponent = 1/2            D = ∞
+// The second is the limit of the first for a large exponent and the same exponent/s. So both have
+// one form: exponent · log(1 + u), u = linear · per_power, linear = exponent · e/s.
 #pragma once
 #include <cmath>
 
@@ -11,7 +19,7 @@ namespace {
 
 // nats: a weight so much smaller than the largest needs no more digits
 constexpr double kNear = 20;
-// nats: M weights smaller than one by log M and so much are together at most e^-kOthers of it.
+// nats: M weights, each log M + kOthers below another, sum to at most e^-kOthers of it.
 constexpr double kOthers = 2;
 // How much larger distances |x|² + |y|² − 2 x·y are through the cuts of matrix units, relative to
 // 2|x||y| + |y|², where x is close to y. In the executor (tests/ptx) x·y over 256 and 3072 features
@@ -53,10 +61,15 @@ struct Fall {
   }
 };
 
-// With s = d² + r² and s₀ that of the nearest reference: s₀/s and exponent·(d² − d₀²)/s. At D = ∞
-// they are 1 and (d² − d₀²)/(2σ²). float32 may hold this where it does not hold (d² − d₀²)/s.
+// With s₀ that of the nearest reference: s₀/s and exponent·(d² − d₀²)/s. At D = ∞ they are 1 and
+// (d² − d₀²)/(2σ²). float32 may hold this where it does not hold (d² − d₀²)/s.
 struct Ratios {
   float nearest, excess;
+};
+
+// F, C and ∂L/∂r of a query (cuda/coefficients.h).
+struct Totals {
+  double unit, sum, grad_radius;
 };
 
 // How the score of a reference, the log of its weight, depends on its squared distance
@@ -65,31 +78,38 @@ struct WeightLaw {
   bool gaussian;           // D = ∞
   double exponent;         // (N + D)/2; 1/2 at D = ∞
   double per_exponent;     // 1 over it
-  float power, per_power;  // both in float32
-  double near_spread;  // e^(kNear/exponent) − 1: beyond nearest + r² by so much a weight is kNear
-                       // nats smaller; D finite only
-  float others;        // nats: all weights smaller than the largest by so much are together
-                       // less than it. Infinite if the gradient needs digits of them
-  double margin;       // largest error of a distance, relative to |x|² + |y|²
-  double noise;        // typical error, relative to 2|x||y| + |y|² of products or d² of differences
-  double byte_noise;   // the same of differences to bytes, relative to |x|² + d²
+  float power, per_power;  // both in float32; at D = ∞ per_power is 0, and power is not used
+  double near_spread;      // a weight is kNear nats smaller if e/s is so large
+  float others;            // nats: all weights smaller than the largest by so much are together
+                           // less than it. Infinite if the gradient needs digits of them
+  double margin;           // largest error of a distance, relative to |x|² + |y|²
+  double noise;       // typical error, relative to 2|x||y| + |y|² of products or d² of differences
+  double byte_noise;  // the same of differences to bytes, relative to |x|² + d²
 
-  // How fast the score falls at the squared distance `nearest`. It is infinite where r = 0 on a
-  // reference. The largest number that is returned instead still keeps the weight of an equal
-  // distance at 1, because 0 times it is 0.
+  // s of the nearest reference.
+  __device__ double scale(double nearest, double r) const {
+    return gaussian ? r * r : nearest + r * r;
+  }
+
+  // value/s. σ² may underflow.
+  __device__ double per_scale(double value, double nearest, double r) const {
+    return gaussian ? value / r / r : value / (nearest + r * r);
+  }
+
+  // How fast the score falls at the squared distance `nearest`: infinitely fast where r = 0 on a
+  // reference. Capped at 1e300, so that an equal distance (0 times the rate) keeps the weight 1.
   __device__ double rate(double nearest, double r) const {
-    const double result = gaussian ? 0.5 / r / r : exponent / (nearest + r * r);
+    const double result = per_scale(exponent, nearest, r);
     return result < 1e300 ? result : result == result ? 1e300 : NAN;
   }
 
   // The weight at a squared distance, over that at the nearest. `linear` is what Fall says of it.
   // Scores count up to some tens of nats, for which float32 has enough digits.
   //
-  // −score is `linear` at D = ∞, otherwise exponent·log1p(u), u = linear/exponent. With
-  // 1 + u = 2^k (1 + m), −1/4 ≤ m < 1/2, log1p(u) = k log 2 + log1p(m). For k = 0, where exponent
-  // times u is known, the exponent may be larger than float32 holds.
+  // With 1 + u = 2^k (1 + m), −1/4 ≤ m < 1/2, log1p(u) = k log 2 + log1p(m). For k = 0, where
+  // exponent times u is known, the exponent may be larger than float32 holds, or infinite: at D = ∞
+  // u and m are 0, and `fall` is `linear` to the bit.
   __device__ float weight(float linear) const {
-    if (gaussian) return exponential(-linear);
     const float u = linear * per_power;
     const int k_shifted = (static_cast<int>(bits_of(1 + u)) - 0x3f400000) & -0x800000;  // 2^23 k
     const float scale = float_of(0x3f800000u - static_cast<std::uint32_t>(k_shifted));
@@ -105,12 +125,12 @@ struct WeightLaw {
     const float ratio = (q * m - 0.5f) * m + 1;
     const float k_log2 = static_cast<float>(k_shifted) * (0.693147181f * 0x1p-23f);
     const float fall = k_shifted == 0 ? linear * ratio : power * (k_log2 + m * ratio);
-    return exponential(u > 0x1p100f ? -INFINITY : -fall);
+    return exponential(linear > 0x1p100f ? -INFINITY : -fall);  // u may be infinite, or no number
   }
 
   // What the gradient needs of the same distance. Distances have larger errors than float32.
   __device__ Ratios ratios(float linear) const {
-    const float nearest = gaussian ? 1 : reciprocal(1 + linear * per_power);
+    const float nearest = reciprocal(1 + linear * per_power);
     return {nearest, linear * nearest};
   }
 
@@ -119,6 +139,25 @@ struct WeightLaw {
   __device__ bool at_limit(double nearest, double r) const {
     if (gaussian) return r == 0 || nearest / r / r == INFINITY;
     return nearest + r * r == 0;
+  }
+
+  // F: 2 exponent/s. It is not finite where the row is at a limit.
+  __device__ double unit(double nearest, double r) const {
+    return per_scale(2 * exponent, nearest, r);
+  }
+
+  // `g` and `moment` are as in cuda/coefficients.h.
+  __device__ Totals totals(double nearest, double r, double g, double moment) const {
+    const double sum = gaussian ? -g : moment - g;
+    if (at_limit(nearest, r)) return {0, sum, 0};
+    return {unit(nearest, r), sum,
+            gaussian ? (g * (nearest / r / r) + moment) / r : r * unit(nearest, r) * sum};
+  }
+
+  // The size of the score of the nearest reference, whose s is given.
+  __device__ float score_size(double nearest, double s) const {
+    if (gaussian) return nearest == 0 ? 0 : static_cast<float>(nearest / (s * per_exponent));
+    return static_cast<float>(exponent) * fabsf(logf(static_cast<float>(s)));
   }
 
   // The log-sum-exp of weights whose sum relative to the nearest is `total`.
@@ -149,8 +188,8 @@ WeightLaw weight_law(const Problem& problem, bool products, bool gradient, doubl
           exponent,
           1 / exponent,
           power,
-          1 / power,
-          gaussian ? 0 : std::expm1(kNear / exponent),
+          gaussian ? 0 : 1 / power,
+          gaussian ? kNear / exponent : std::expm1(kNear / exponent),
           gradient ? INFINITY : static_cast<float>(others),
           length * (products ? 0x1p-18 : 0x1p-21),
           products ? panel_noise : difference_noise,

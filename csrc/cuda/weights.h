@@ -103,15 +103,14 @@ struct WeighMemory {
 
 // Weights of one query over a tile of the chunk, relative to the nearest reference so far, which
 // comes from the minima of tiles and from earlier chunks. They are stored times `factor`, in halves
-// if HALVES. GAUSSIAN is law.gaussian. Most tiles have no weight that is not zero; their distances
+// if HALVES. Most tiles have no weight that is not zero; their distances
 // are not read.
-template <bool HALVES, bool GAUSSIAN>
+template <bool HALVES>
 __global__ void __launch_bounds__(kQueryThreads, kWeighBlocks)
-    weigh(WeightLaw law, const double* radius, const Pairs pairs, int references, double floor,
-          float factor, bool first_chunk, const QueryStates state, const ChunkWeights out,
-          const PieceSums sums) {
+    weigh(const WeightLaw law, const double* radius, const Pairs pairs, int references,
+          double floor, float factor, bool first_chunk, const QueryStates state,
+          const ChunkWeights out, const PieceSums sums) {
   WeighMemory& shared = *reinterpret_cast<WeighMemory*>(shared_memory());
-  law.gaussian = GAUSSIAN;  // known to the compiler, which leaves the other law out
   const Lane lane = this_lane();
   const Index query = blockIdx.x;
   const int thread = static_cast<int>(threadIdx.x), piece = static_cast<int>(blockIdx.y);

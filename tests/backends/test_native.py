@@ -1127,7 +1127,8 @@ def test_size_of_the_extension() -> None:
     assert Path(extension.__file__).stat().st_size < 4 << 20
 
 
-def test_the_law_of_weights_stands_in_one_file() -> None:
-    cpu = Path(__file__).parents[2] / "csrc" / "cpu"
-    asking = {path.name for path in cpu.iterdir() if "gaussian" in path.read_text()}
+@pytest.mark.parametrize("folder", ["cpu", "cuda"])
+def test_the_law_of_weights_stands_in_one_file(folder: str) -> None:
+    sources = (Path(__file__).parents[2] / "csrc" / folder).iterdir()
+    asking = {path.name for path in sources if "gaussian" in path.read_text().lower()}
     assert asking == {"weight_law.h"}
