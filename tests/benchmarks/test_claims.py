@@ -449,6 +449,7 @@ def test_jobs_in_processes_give_the_same_rows(folder, monkeypatch):
         assert rows == job.rows(MINIATURE, folder)
 
 
+@pytest.mark.slow
 def test_an_error_in_a_process_ends_the_run(folder, monkeypatch):
     monkeypatch.undo()
     spec = methods.spec_of(MINIATURE, "VP", 0)
