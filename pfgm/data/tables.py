@@ -369,7 +369,7 @@ def _values(column: Any, name: str) -> Array:
 
 
 def _check_integers(numbers: Any, key: str, name: str) -> None:
-    if len(numbers) and max(numbers.max(), -numbers.min()) > 2**53:
+    if len(numbers) and max(int(numbers.max()), -int(numbers.min())) > 2**53:
         raise ValueError(
             f"{name} must have integers up to 2^53, got {numbers.abs().max()} in column {key!r}; "
             "leave it out if it numbers the rows."

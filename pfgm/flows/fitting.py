@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -121,7 +122,11 @@ class Fitting(Sampling, Targets):
         rows: Tensor,
         progress: bool,
     ) -> list[float]:
-        start = min(self._candidates(steps, _spread(rows) / math.sqrt(self.N)), key=error)
+        deviation = _spread(rows) / math.sqrt(self.N)
+        lasts = [last * deviation for last in _LAST]
+        lasts = [last for last in lasts if self.last_level < last < self.first_level]
+        spacings = itertools.product((None, *lasts), ("log", "rho"))
+        start = min((self.grid(steps, name, last) for last, name in spacings), key=error)
         with progress_bar(desc="fitting levels", unit="trial", disable=not progress) as bar:
 
             def shown(levels: Sequence[float]) -> float:
@@ -130,36 +135,21 @@ class Fitting(Sampling, Targets):
 
             return _moved(shown, start)
 
-    def _candidates(self, steps: int, deviation: float) -> list[list[float]]:
-        ends = [
-            factor * deviation
-            for factor in _LAST
-            if self.last_level < factor * deviation < self.first_level
-        ]
-        return [
-            self.grid(steps, "log"),
-            self.grid(steps, "rho"),
-            *(self.grid(steps, schedule, end) for schedule in ("log", "rho") for end in ends),
-        ]
-
     def _restore_fitted(self, described: Any) -> None:
         """Takes over levels as :meth:`_describe_fitted` gives them."""
         for solver, by_steps in described.items():
             check_choice("the solver of fitted levels", solver, GRID_SOLVERS)
-            for steps, levels in by_steps.items():
-                self._restore(solver, int(steps), checked_grid(levels))
-
-    def _restore(self, solver: str, steps: int, levels: list[float]) -> None:
-        ends = self.grid(steps, "log")
-        same = [math.isclose(a, b, rel_tol=1e-6) for a, b in zip(levels, ends, strict=False)]
-        if len(levels) != len(ends) or not (same[0] and same[-1]):
-            raise ValueError(
-                f"the levels fitted for {solver} with {steps} steps must be {steps + 1} levels "
-                f"from {ends[0]} to {ends[-1]}, got {levels}."
-            )
-        # The ends are computed from the data, so another machine rounds them otherwise.
-        levels = [ends[0], *levels[1:-1], ends[-1]]
-        self.fitted_levels.setdefault(solver, {})[steps] = levels
+            for steps, given in by_steps.items():
+                levels, ends = checked_grid(given), self.grid(int(steps), "log")
+                same = (math.isclose(levels[at], ends[at], rel_tol=1e-6) for at in (0, -1))
+                if len(levels) != len(ends) or not all(same):
+                    raise ValueError(
+                        f"the levels fitted for {solver} with {steps} steps must be {len(ends)} "
+                        f"levels from {ends[0]} to {ends[-1]}, got {levels}."
+                    )
+                # The ends are computed from the data, so another machine rounds them otherwise.
+                levels = [ends[0], *levels[1:-1], ends[-1]]
+                self.fitted_levels.setdefault(solver, {})[int(steps)] = levels
 
     def _describe_fitted(self) -> dict[str, dict[str, list[float]]]:
         """The fitted levels for JSON, by solver and number of steps."""

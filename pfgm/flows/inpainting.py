@@ -110,7 +110,9 @@ class Inpainting(Sampling):
         # Unknown values may be anything, NaN included.
         x, total = torch.where(mask, known, self._center(known)), 0
         for levels in (grid, *_resampling_grids(grid, resample, start)):
-            noise = self._unit_noise(x, generator)
+            # Of level 1, clipped as the prior is.
+            points = self.prior(len(x), generator=generator, device=x.device)
+            noise = (points - self._center(points)).to(x.dtype) / self.first_level
             hold = _hold_known(known, noise, mask)
             x, nfe = self.sample(
                 net,
@@ -125,11 +127,6 @@ class Inpainting(Sampling):
             )
             x, total = torch.where(mask, known, x), total + nfe
         return (x, total) if return_nfe else x
-
-    def _unit_noise(self, x: Tensor, generator: torch.Generator | None) -> Tensor:
-        """Noise (B, *S) of level 1: a draw of the prior, clipped as the prior is."""
-        points = self.prior(len(x), generator=generator, device=x.device)
-        return (points - self._center(points)).to(x.dtype) / self.first_level
 
 
 def _resampling_grids(grid: Sequence[float], resample: int, start: float) -> list[list[float]]:

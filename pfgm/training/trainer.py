@@ -8,7 +8,7 @@ import math
 import signal
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -440,10 +440,11 @@ class Trainer:
         """Accumulates the gradients of a batch, part by part, and returns its loss."""
         parts, total = self.config.accumulate, torch.zeros((), device=self._device)
         size = len(batch.x) // parts
+        shared = self._parallel if isinstance(self._parallel, DistributedDataParallel) else None
         for k in range(parts):
             rows = slice(k * size, (k + 1) * size)
             # The processes average their gradients once, after the last part.
-            sync = nullcontext() if k + 1 == parts else self._no_sync()
+            sync = nullcontext() if shared is None or k + 1 == parts else shared.no_sync()
             bfloat16 = self.config.precision == "bfloat16"
             autocast = torch.autocast(self._device.type, dtype=torch.bfloat16, enabled=bfloat16)
             with sync, autocast:
@@ -465,10 +466,6 @@ class Trainer:
             return {}
         drawn = torch.rand(len(labels), generator=generator, device=self._device)
         return {"labels": torch.where(drawn < self.config.label_dropout, -1, labels)}
-
-    def _no_sync(self) -> AbstractContextManager[None]:
-        network = self._parallel
-        return network.no_sync() if isinstance(network, DistributedDataParallel) else nullcontext()
 
     def _check_loss(self, loss: float) -> float:
         if math.isfinite(loss):
