@@ -151,6 +151,23 @@ def test_the_batch_size_and_the_seed_of_sampling(run, tmp_path):
     assert np.isfinite(sample("adaptive.npy", *options)).all()
 
 
+def test_signals_from_a_file_to_samples(tmp_path):
+    signals = torch.randn(40, 2, 16, generator=torch.Generator().manual_seed(0))
+    np.save(tmp_path / "signals.npy", signals.numpy())
+    out = str(tmp_path / "run")
+    arguments = ["train", "--data", str(tmp_path / "signals.npy"), "--method", "pfgm++"]
+    assert cli.main([*arguments, "--width", "16", "--out", out, *TRAIN]) == 0
+    _, network = pfgm.load(out)
+    assert any(isinstance(part, torch.nn.Conv1d) for part in network.modules())
+    path = tmp_path / "samples.npy"
+    assert cli.main(["sample", "--checkpoint", out, "--n", "5", "--out", str(path)]) == 0
+    samples = np.load(path)
+    assert samples.shape == (5, 2, 16)
+    assert np.isfinite(samples).all()
+    evaluate = ["evaluate", "--checkpoint", out, "--n", "20", "--out", str(tmp_path / "e")]
+    assert cli.main(evaluate) == 0
+
+
 def test_a_table_comes_back_with_its_columns(tmp_path, refusal, capsys):
     """By one command each, with and without labels; resumed, evaluated and continued."""
     pandas = pytest.importorskip("pandas")
@@ -428,6 +445,14 @@ def test_the_help_shows_the_other_defaults(tmp_path, capsys):
     assert "(default: 0.9)" not in shown_help(capsys, "train")
     RunConfig(training=TrainConfig(ema=0.9)).save(tmp_path / "recipe.json")
     assert "(default: 0.9)" in shown_help(capsys, "train", "--config", tmp_path / "recipe.json")
+
+
+def test_usage_errors_have_exit_code_2(capsys):
+    for arguments in (["paint"], ["sample"], ["train", "--data", "digits", "--steps", "many"]):
+        with pytest.raises(SystemExit) as caught:
+            cli.main(arguments)
+        assert caught.value.code == 2
+    capsys.readouterr()
 
 
 @pytest.mark.parametrize("shell", ["bash", "zsh"])

@@ -506,6 +506,12 @@ def test_maps_of_another_order_are_copied(tmp_path: Path, dtype: str, part: Any)
     np.testing.assert_array_equal(contents(source), part(ramp(8, 4)), strict=True)
 
 
+def test_maps_of_other_dtypes_are_refused(tmp_path: Path) -> None:
+    mapped = np.load(save(tmp_path / "a.npy", ramp(8, 2, dtype=np.int32)), mmap_mode="r")
+    with pytest.raises(TypeError, match="must hold uint8 or floating-point numbers, got int32; co"):
+        open_source(mapped)
+
+
 def test_a_map_of_a_file_without_a_name(tmp_path: Path) -> None:
     with (tmp_path / "a").open("w+b", buffering=0) as file:
         file.write(ramp(4, 2).tobytes())
