@@ -114,8 +114,8 @@ class _Products(Arithmetic):
         """As :meth:`distances`, from rounded excesses (B, m) over the least squared distance."""
         near = self.nearest_of_all(excess)
         first, exact = [], []
-        for _, _, apart in self.differences(chunk, near, self.x):
-            squares = apart.square_()
+        for _, _, difference in self.differences(chunk, near, self.x):
+            squares = difference.square_()
             first.append(squares[:, 0].sum(1, keepdim=True))
             # Sums of differences: without float64 those of squares would lose digits.
             exact.append((squares - squares[:, :1]).sum(2))
