@@ -7,9 +7,9 @@ torchcfm's matcher of minibatch optimal transport. First the learning rate of ea
 from four, in units of the library's default for the number of steps: the one with the least
 distance in features at 10 evaluations after 1000 steps. If several are below that of training
 images, the one with the most agreement. Fashion-MNIST takes the rates of MNIST-5k. Then follow the
-other numbers of steps and the second seed. The figures are those of 1000 samples, 100 of each label, with 5, 10 and 20
-evaluations, each with the best of a few samplers: multistep on two schedules, and for OT-CFM also
-Euler's method with evenly spaced times, as in torchcfm's examples.
+other numbers of steps and the second seed. The figures are those of 1000 samples, 100 of each
+label, with 5, 10 and 20 evaluations, each with the best of a few samplers: multistep on two
+schedules, and for OT-CFM also Euler's method with evenly spaced times, as in torchcfm's examples.
 
 - features: the Fréchet distance to the held-out images in the features of a small classifier;
 - recall (k = 3) in these features;
