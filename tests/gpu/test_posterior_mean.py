@@ -10,6 +10,7 @@ import torch
 
 import pfgm
 from pfgm.backends import triton
+from pfgm.common.tensors import dequantise
 from pfgm.core.problems import PosteriorMean, State, Upstream
 
 # Slow in the interpreter.
@@ -78,14 +79,27 @@ def test_many_small_weights(op, nats, D):
     assert ((lse.cpu() - wanted_lse).abs() <= 1e-5 * wanted_lse.abs().clamp(min=1)).all()
 
 
-def test_bytes_near_the_middle(op, backend, device):
+@pytest.mark.parametrize(("B", "N", "apart", "radius"), [(20, 33, 0.01, 0.02), (4, 2, 1e-6, 1e-8)])
+def test_bytes_near_the_middle(op, backend, B, N, apart, radius):
     """u/127.5 − 1 of 127 and 128 is a small difference of rounded numbers."""
     generator = torch.Generator().manual_seed(3)
-    references = torch.randint(127, 129, (70, 33), generator=generator, dtype=torch.uint8)
-    x = (0.01 * torch.randn(20, 33, generator=generator)).to(device)
-    sigma = torch.full((20,), 0.02, dtype=torch.float64, device=device)
+    references = torch.randint(127, 129, (70, N), generator=generator, dtype=torch.uint8)
+    x = dequantise(references[:B], torch.float32) + apart * torch.randn(B, N, generator=generator)
+    radii = torch.full((B,), radius, dtype=torch.float64)
     tolerance = {"native": 1e-5, "triton": 1e-6}[backend]
-    op.check(x, references.to(device), sigma, 1.0, tolerance)
+    op.check(*(t.to(op.device) for t in (x, references, radii)), 1.0, tolerance)
+
+
+@pytest.mark.parametrize("D", [1.0, 64.0, math.inf])
+def test_the_weight_of_many_references(op, D):
+    """1000 references a few nats below one. Together they have a weight of the size of its own."""
+    nats = torch.linspace(1, 12, 8, dtype=torch.float64)
+    radius = (0.5 / nats).sqrt() if math.isinf(D) else torch.expm1(2 * nats / (1 + D)).rsqrt()
+    references = torch.ones(1001, 1, device=op.device)
+    references[0] = 0
+    x = torch.zeros(8, 1, device=op.device)
+    results = op.module.posterior_mean(PosteriorMean(x, references, radius.to(op.device), D))
+    torch.testing.assert_close(results[3].cpu(), 1 + 1000 * (-nats).exp(), rtol=1e-6, atol=0)
 
 
 # ---- limits ----
@@ -175,6 +189,29 @@ def test_no_points(op, backend):
 
 
 # ---- gradients ----
+
+
+@pytest.mark.parametrize(("B", "D"), [(4, math.inf), (20, 64.0)])
+@pytest.mark.parametrize(("nats", "tolerance"), [(13.0, 1e-5), (22.0, 1e-3)])
+def test_gradients_beside_one_reference(op, B, D, nats, tolerance):
+    """All other weights are e^-nats of one. So are the gradients, beside which G·y is huge."""
+    generator, N = torch.Generator().manual_seed(1), 40
+    near = 3 + torch.randn(1, N, generator=generator)
+    away = torch.nn.functional.normalize(torch.randn(70, N, generator=generator))
+    away[0] = 0
+    apart = math.sqrt(2 * nats if math.isinf(D) else D * math.expm1(2 * nats / (N + D)))
+    x = near + 1e-3 * torch.randn(B, N, generator=generator)
+    radius = op.radius_of(torch.ones(B, dtype=torch.float64), D)
+    tensors = [t.to(op.device) for t in (x, near + apart * away, radius)]
+    problem = PosteriorMean(*tensors, D)
+    mean, _, nearest, total = op.module.posterior_mean(problem)
+    upstream = Upstream(op.upstream(*tensors[::2])[0], torch.zeros_like(nearest))
+    state = State(mean, nearest, total)
+    actual = op.module.posterior_mean_backward(problem, state, upstream, (True, True, True))
+    given = (t.cpu() for t in upstream)
+    expected = op.oracle_gradients(x, problem.references.cpu(), radius, D, *given)
+    for gradient, wanted in zip(actual, expected, strict=True):
+        op.assert_gradient(gradient, wanted, tolerance)
 
 
 def test_only_the_gradients_that_are_needed(op):

@@ -210,6 +210,33 @@ def kinds() -> list[Case]:
     return cases
 
 
+# At the edges of tiles, panels and stages: queries 8, 32, 64, 128; references 32, 64, 128; features
+# 32, 64, 128. Products take over from differences at 16 queries and 32 features.
+SMALL = [
+    (1, 1, 1), (4, 16, 64), (8, 63, 4), (9, 65, 31), (15, 33, 257), (16, 64, 32), (17, 65, 33),
+    (32, 31, 127), (33, 129, 20), (40, 150, 97), (64, 70, 128), (65, 130, 129),
+]  # fmt: skip
+LARGE = [
+    (100, 65, 32), (100, 127, 33), (100, 129, 63), (128, 128, 65), (241, 129, 97), (97, 300, 161),
+    (100, 129, 36), (241, 129, 100), (97, 300, 164), (100, 127, 900),
+]  # fmt: skip
+# With numbers of multiprocessors at which blocks share the features: parts of tiles, odd numbers of
+# panels, and last panels that are not whole.
+SLICED = [(17, 65, 1040, 6), (40, 129, 1040, 9), (97, 127, 1552, 3)]
+EDGES = [
+    *fast(*(Case(*sizes, (1.0, INF, 64.0)[i % 3]) for i, sizes in enumerate(SMALL))),
+    *fast(*(Case(*SMALL[i], 1.0, dtype) for i in (3, 4, 6, 11) for dtype in TYPES[1:])),
+    *slow(
+        *(Case(*s, (1.0, INF)[i % 2], multiprocessors=1) for i, s in enumerate(LARGE)),
+        *(Case(*LARGE[i], INF, dtype, multiprocessors=1) for i in (1, 8) for dtype in TYPES[1:]),
+        *(Case(100, 129, 66, 1.0, gap=gap, multiprocessors=1) for gap in (1, 2, 3)),
+        *(Case(*sizes, 1.0, multiprocessors=count) for *sizes, count in SLICED),
+        *(Case(40, 129, 1040, INF, dtype, multiprocessors=9) for dtype in TYPES[1:]),
+        Case(17, 65, 1040, 1.0, gap=1, multiprocessors=6),
+        Case(97, 127, 1552, INF, gap=1, multiprocessors=3),
+        *(Case(40, 129, 1040, INF, times=times, multiprocessors=9) for times in (1e-17, 1e15)),
+    ),
+]
 CASES = [
     # differences
     *fast(
@@ -265,8 +292,9 @@ CASES = [
     ),
     # tiny and huge values
     *slow(*(
-        Case(*size, INF, sigma=2.0, times=times)
-        for size in ((40, 130, 96), (258, 130, 260), (9, 130, 33)) for times in (1e-17, 1e-15, 1e15)
+        Case(*size, INF, sigma=2.0, times=times, multiprocessors=multiprocessors)
+        for *size, multiprocessors in ((40, 130, 96, 108), (258, 130, 260, 1), (9, 130, 33, 108))
+        for times in (1e-17, 1e-15, 1e15)
     )),
     # a gradient of the mean alone, whose coefficients add up to 0, far from the origin
     *fast(Case(40, 65, 36, 128.0, HALF, sigma=1.0, shift=100.0, kind="mean alone")),
@@ -409,7 +437,8 @@ def prepared(request, backend, device):
     return prepare
 
 
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.usefixtures("poisoned")
+@pytest.mark.parametrize("case", [*EDGES, *CASES])
 def test_problem(op, backend, request, prepared, case):
     if backend == "triton" and not case.for_all:
         pytest.skip("of the CUDA kernels alone")

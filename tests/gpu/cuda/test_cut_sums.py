@@ -13,11 +13,6 @@ from pfgm.core.problems import PosteriorMean
 BIAS = {80: 3 * 2.0**-24, 89: 3 * 2.0**-24, 90: 1.25 * 2.0**-24}  # of csrc/cuda/weight_law.h
 
 
-@pytest.fixture
-def backend():
-    return "native"
-
-
 @pytest.fixture(params=BIAS)
 def capability(request, executor):
     executor.device(request.param)
@@ -72,3 +67,15 @@ def test_log_sum_exp(op, capability, values, apart):
     x, y = near_references(values, 3072, apart)
     radius = (x.double() - y.double()).norm(dim=1) / 10  # scores of 50 nats
     op.check(x.to(op.device), y.to(op.device), radius.to(op.device), math.inf)
+
+
+def test_log_sum_exp_of_a_small_score(op, capability):
+    """Its error counts whole where it is not large, also an error that changes no weight."""
+    generator = torch.Generator().manual_seed(2)
+    direction = torch.nn.functional.normalize(smooth(1, 784, generator))
+    sides = torch.tensor([0.03, -0.03]).repeat(8)[:, None]
+    y = sides * direction + 1e-5 * torch.randn(16, 784, generator=generator)
+    x = 0.7 * direction + 1e-3 * torch.randn(16, 784, generator=generator)
+    nearest = torch.cdist(x.double(), y.double()).amin(1).square()
+    radius = (math.exp(1 / 1500) - nearest).sqrt()  # a score of −1
+    op.check(x.to(op.device), y.to(op.device), radius.to(op.device), 2216.0, 5e-6)

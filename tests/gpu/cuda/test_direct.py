@@ -5,8 +5,6 @@ import math
 
 import pytest
 import torch
-from torch.autograd import forward_ad
-from torch.overrides import BaseTorchFunctionMode
 
 import pfgm
 from pfgm.backends import native, native_calls
@@ -14,11 +12,6 @@ from pfgm.backends import native, native_calls
 FUNCTIONS = ("field_fn", "posterior_mean", "euler_step", "heun_step", "multistep_step")
 STEPS = FUNCTIONS[2:]
 B = 5
-
-
-@pytest.fixture
-def backend():
-    return "native"
 
 
 @pytest.fixture
@@ -222,68 +215,6 @@ def test_values_that_are_not_finite_stay_in_their_row(call, inputs, one_calls):
     assert one_calls == [True, True]
 
 
-class Doubled(torch.Tensor):
-    """A subclass of the tensor."""
-
-
-@pytest.mark.parametrize("name", FUNCTIONS)
-def test_a_gradient_takes_the_operators(call, inputs, one_calls, name):
-    values = inputs()
-    values[0].requires_grad_()
-    assert call(name, values)[0].requires_grad
-    with torch.no_grad():
-        call(name, values)
-    values[0].requires_grad_(False)
-    if name != "posterior_mean":
-        level = torch.tensor(2.0, device=values[0].device, requires_grad=True)
-        assert call(name, values, z=level)[0].requires_grad
-        assert one_calls == [False, True, False]
-
-
-@pytest.mark.parametrize("name", FUNCTIONS)
-def test_modes_and_transforms_take_the_operators(call, inputs, one_calls, seeing_mode, name):
-    values = inputs()
-    with seeing_mode:
-        call(name, values)
-    assert seeing_mode.seen
-    with BaseTorchFunctionMode():
-        call(name, values)
-    with forward_ad.dual_level():
-        call(name, values)
-    torch.set_autocast_enabled("cuda", True)  # as torch.autocast does where there is a GPU
-    try:
-        call(name, values)
-    finally:
-        torch.set_autocast_enabled("cuda", False)
-    torch.func.vmap(lambda x: call(name, (x[None], *values[1:2], *(v[:1] for v in values[2:]))))(
-        values[0]
-    )
-    call(name, (values[0].as_subclass(Doubled), *values[1:]))
-    assert one_calls == [False] * 6
-
-
-@pytest.mark.parametrize("name", FUNCTIONS)
-def test_a_compiled_graph_holds_the_operators(call, inputs, name):
-    values = inputs()
-    compiled = torch.compile(
-        lambda *values: call(name, values), fullgraph=True, backend="aot_eager"
-    )
-    assert_same(compiled(*values), call(name, values))
-
-
-@pytest.mark.parametrize("name", FUNCTIONS)
-def test_other_backends_are_not_preempted(call, inputs, monkeypatch, one_calls, name):
-    values = inputs()
-    call(name, values, backend="reference")
-    with pfgm.use_backend("reference"):
-        call(name, values, backend=None)
-    monkeypatch.setenv("PFGM_BACKEND", "reference")
-    call(name, values, backend=None)
-    monkeypatch.setenv("PFGM_BACKEND", "native")
-    call(name, values, backend=None)
-    assert one_calls == [False, False, False, True]
-
-
 @pytest.mark.parametrize("name", FUNCTIONS)
 def test_debug_checks_take_the_operators(call, inputs, device, one_calls, name):
     values = inputs()
@@ -292,42 +223,6 @@ def test_debug_checks_take_the_operators(call, inputs, device, one_calls, name):
         with pytest.raises(ValueError, match=r"got -1\.0"):
             call(name, values, torch.full((B,), -1.0, device=device))
     assert one_calls == [False, False]
-
-
-@pytest.mark.usefixtures("poisoned")
-@pytest.mark.parametrize("name", FUNCTIONS)
-def test_what_is_converted_has_the_bits_of_the_operators(
-    call, inputs, by_operators, one_calls, name
-):
-    plain = inputs()
-    x, y = plain[:2]
-    cases = [inputs(dtype=torch.float16), inputs(dtype=torch.bfloat16)]
-    cases += [
-        (points, *plain[1:])
-        for points in (
-            torch.stack([x, x], -1)[..., 0],
-            torch.stack([x, x], 1)[:, 0],
-            x.t().contiguous().t(),
-        )
-    ]
-    cases.append((x, y[::2], *plain[2:]))
-    for values in cases:
-        one_calls.clear()
-        results = call(name, values)
-        assert one_calls == [True]
-        assert_same(results, by_operators(lambda values=values: call(name, values)))
-
-
-@pytest.mark.parametrize("name", FUNCTIONS)
-def test_views_without_memory_of_their_own_take_the_operators(
-    call, inputs, device, one_calls, name
-):
-    values = inputs()
-    expected = call(name, values)
-    assert_same(call(name, (torch._neg_view(-values[0]), *values[1:])), expected)
-    zeros = call(name, (torch._efficientzerotensor(B, 3, device=device), *values[1:]))
-    assert_same(zeros, call(name, (torch.zeros(B, 3, device=device), *values[1:])))
-    assert one_calls == [True, False, False, True]
 
 
 @pytest.mark.parametrize("name", FUNCTIONS)
@@ -468,13 +363,6 @@ def test_a_mean_that_overlaps_out_is_refused(inputs, device, by_operators):
         pfgm.euler_step(x, pfgm.Field(slope, field_z), 2.0, 1.0, backend="native", **options)
 
     assert error_of(step) == by_operators(lambda: error_of(step))
-
-
-def test_in_inference_mode(call, inputs, one_calls):
-    with torch.inference_mode():
-        values = inputs()
-        call("euler_step", values, out=torch.empty_like(values[0]))
-    assert one_calls == [True]
 
 
 def test_a_workspace_is_not_used_by_two_calls(call, inputs, by_operators):

@@ -17,11 +17,6 @@ SIZES = [(40, 300, 97), (20, 190, 64), (100, 130, 65), (8, 200, 70), (40, 70, 20
 MEASURED = {"find_center", "find_limits", "refine"}
 
 
-@pytest.fixture
-def backend():
-    return "native"
-
-
 def keeping(x, references, radius, D):
     """The results of a forward pass that keeps its distances, and what it kept."""
     problem = PosteriorMean(x, references, radius, D)

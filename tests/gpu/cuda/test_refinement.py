@@ -13,11 +13,6 @@ MULTIPROCESSORS = [1, 3, 7, 1000]
 
 
 @pytest.fixture
-def backend():
-    return "native"
-
-
-@pytest.fixture
 def refined(executor):
     """refined(run) is the number of pairs that each launch of ``refine`` takes in run()."""
 
@@ -162,27 +157,43 @@ def test_distances_of_zero_beside_one_that_is_too_large(op, device, N):
     assert lse.isposinf().all()
 
 
-@pytest.mark.parametrize("D", [1.0, math.inf])
-@pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
-@pytest.mark.parametrize("N", FEATURES)
-def test_a_reference_that_is_not_finite_makes_all_results_nan(op, bad, N, D):
-    x, references, sigma = op.problem(18, 300, N)
-    references[130, N - 1] = bad
-    for result in op.module.posterior_mean(PosteriorMean(x, references, sigma, D)):
-        assert result.isnan().all()
+@pytest.fixture(
+    params=[(18, 300, 20, 132), (18, 300, 40, 132), (100, 129, 64, 1), (17, 65, 1040, 6)], ids=str
+)
+def spoiling(request, op, executor, limits):
+    """spoiling(argument, places, bad) → for each place of a tensor that is set to ``bad`` the
+    results, with those without it. Distances come from differences, and from products in tiles of
+    both kinds and in slices. There are one chunk and several."""
+
+    def spoiling(argument, places, bad):
+        *sizes, multiprocessors = request.param
+        executor.device(90, multiprocessors)
+        tensors = op.problem(*sizes)
+        for D, chunk in ((1.0, sizes[1]), (math.inf, 128)):
+            limits(references=chunk)
+            clean = op.module.posterior_mean(PosteriorMean(*tensors, D))
+            for place in places:
+                spoiled = [tensor.clone() for tensor in tensors]
+                spoiled[argument][place] = bad
+                yield op.module.posterior_mean(PosteriorMean(*spoiled, D)), clean
+
+    return spoiling
 
 
-@pytest.mark.parametrize("D", [1.0, math.inf])
 @pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
-@pytest.mark.parametrize("N", FEATURES)
-def test_a_point_that_is_not_finite_makes_its_results_nan(op, bad, N, D):
-    x, references, sigma = op.problem(18, 300, N)
-    clean = op.compute(x, references, sigma, D)
-    x[2, N - 1] = bad
-    others = torch.arange(18) != 2
-    for result, wanted in zip(op.compute(x, references, sigma, D), clean, strict=True):
-        assert result[2].isnan().all()
-        torch.testing.assert_close(result[others], wanted[others], rtol=1e-5, atol=1e-5)
+def test_a_reference_that_is_not_finite_makes_all_results_nan(spoiling, bad):
+    for results, _ in spoiling(1, ((0, 7), (-1, -1)), bad):
+        assert all(result.isnan().all() for result in results)
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
+def test_a_point_that_is_not_finite_makes_its_results_nan(spoiling, bad):
+    for results, clean in spoiling(0, ((2, -1), (-1, 0)), bad):
+        (wrong,) = results[0].isnan().any(1).nonzero()
+        others = torch.arange(len(results[0])) != wrong.item()
+        for result, wanted in zip(results, clean, strict=True):
+            assert result[wrong].isnan().all()
+            torch.testing.assert_close(result[others], wanted[others], rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("D", [1.0, math.inf])

@@ -12,11 +12,6 @@ TOLERANCE = 5e-6
 SINGLE, HALF, BFLOAT, BYTE = torch.float32, torch.float16, torch.bfloat16, torch.uint8
 
 
-@pytest.fixture
-def backend():
-    return "triton"
-
-
 def problem(B, M, N, dtype, kind, away):
     """Points half-way between two references, at them, or ``away`` from all."""
     generator = torch.Generator().manual_seed(B + M + N)

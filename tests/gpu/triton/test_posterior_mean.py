@@ -28,11 +28,6 @@ SHAPES = [
 ]  # fmt: skip
 
 
-@pytest.fixture
-def backend():
-    return "triton"
-
-
 def problem(B, M, N, *, dtype=torch.float32, sigma=0.4, seed=0, device="cpu"):
     """Points around references, at noise levels a decade to each side of sigma."""
     generator = torch.Generator().manual_seed(seed)
