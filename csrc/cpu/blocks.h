@@ -10,7 +10,9 @@ namespace {
 
 constexpr Index kMaxBlock = 384;   // queries in a block; a multiple of every kTileQueries
 constexpr Index kSmallBlock = 64;  // queries in a block if features are few: every thread gets one
-constexpr Index kMaxStateBytes = 24 << 20;
+// Bytes of queries and sums in a block. Every block screens all references again, so it should not
+// hold few queries where features are many: of 49152 features it holds 168.
+constexpr Index kMaxStateBytes = 96 << 20;
 
 template <class T>
 Index block_size(const Problem& problem) {

@@ -111,11 +111,14 @@ class ByteScreen {
     const Index tiles = divide_up(count, kByteTile),
                 groups = divide_up(queries_count_, kTileQueries);
     const Index parts = parts_of(tiles, problem_.threads, groups);
+    // A panel of a tile stays in cache for all queries.
     parallel(tiles * parts, problem_.threads, [&](Index task, int) {
-      for (Index group = task % parts; group < groups; group += parts) {
-        const Index b = group * kTileQueries;
-        bound_rows<kTileQueries>(b, smaller(kTileQueries, queries_count_ - b), task / parts, out);
-      }
+      for (Index word = 0; word < words_; word += kBytePanel / 4)
+        for (Index group = task % parts; group < groups; group += parts) {
+          const Index b = group * kTileQueries;
+          bound_rows<kTileQueries>(b, smaller(kTileQueries, queries_count_ - b), task / parts, word,
+                                   out);
+        }
     });
   }
 
@@ -215,9 +218,9 @@ class ByteScreen {
   };
 
   // Rounds (v − origin)/step to the nearest integers from `least` to `most` and writes their bytes
-  // in words.
+  // in words. Prefetches the next vector, v + stride.
   template <class V>
-  Sums round_values(const V* v, float origin, float step, float least, float most,
+  Sums round_values(const V* v, Index stride, float origin, float step, float least, float most,
                     std::int32_t* words) const {
     // If the inverse overflows, `lost` becomes NaN or infinite.
     const float inverse = step > 0 ? 1 / step : 0;
@@ -226,6 +229,7 @@ class ByteScreen {
       Floats sum = {}, square = {}, lost = {};
       const Index end = smaller(panel + kBytePanel, problem_.features);
       for (Index k = panel; k < end; k += kWordGroup) {
+        prefetch(v + stride + k, kWordGroup);
         Ints word = {};
         for (Index part = 0; part < 4; ++part) {
           // Adding `magic` rounds a small number to an integer, which is then in the low bits.
@@ -305,7 +309,7 @@ class ByteScreen {
     constexpr float most = 127;
     // Half a step less than fits, so that rounding stays within a byte.
     const float step = (below > above ? below : above) / (most - 0.5f);
-    const Sums sums = round_values(x, middle, step, -most, most, words);
+    const Sums sums = round_values(x, problem_.x_stride, middle, step, -most, most, words);
     const double b = middle, g = step;
     return {b,
             g,
@@ -358,7 +362,7 @@ class ByteScreen {
       if (sizeof(R) > sizeof(float))                 // float64 is rounded to float32 first
         rounded = 6e-8 * (std::fabs(a) + 255 * h);
     }
-    const Sums sums = round_values(y, low, step, 0, 255, words);
+    const Sums sums = round_values(y, problem_.y_stride, low, step, 0, 255, words);
     terms.low[r] = a;
     terms.step[r] = h;
     terms.sum[r] = problem_.features * a + h * sums.sum;
@@ -382,23 +386,21 @@ class ByteScreen {
 
   // ---- products -----------------------------------------------------------------------------
 
+  // Adds the panel of words from `word` on to the squared distances of up to kRows queries.
   template <int kRows, class Out>
-  void bound_rows(Index b, Index rows, Index tile, const Out& out) const {
+  void bound_rows(Index b, Index rows, Index tile, Index word, const Out& out) const {
     if constexpr (kRows > 1)
-      if (rows < kRows) return bound_rows<kRows - 1>(b, rows, tile, out);
+      if (rows < kRows) return bound_rows<kRows - 1>(b, rows, tile, word, out);
     const auto* packed = reinterpret_cast<const std::int32_t*>(current_ + tile * tile_bytes_);
     const ByteTerms& terms = terms_of(tile);
-    constexpr Index panel = kBytePanel / 4;
-    for (Index word = 0; word < words_; word += panel) {
-      const Index n = smaller(panel, words_ - word);
-      const std::int32_t* x[kRows];
-      for (int q = 0; q < kRows; ++q) x[q] = queries_.at((b + q) * words_ + word);
-      Ints products[kRows][kTileVectors];
-      sum_products<kRows>(x, packed + word * kByteTile, n, products);
-      for (int q = 0; q < kRows; ++q)
-        add_panel(query_terms_[b + q], terms, products[q], word == 0, word + n == words_,
-                  out(b + q) + tile * kByteTile);
-    }
+    const Index n = smaller(kBytePanel / 4, words_ - word);
+    const std::int32_t* x[kRows];
+    for (int q = 0; q < kRows; ++q) x[q] = queries_.at((b + q) * words_ + word);
+    Ints products[kRows][kTileVectors];
+    sum_products<kRows>(x, packed + word * kByteTile, n, products);
+    for (int q = 0; q < kRows; ++q)
+      add_panel(query_terms_[b + q], terms, products[q], word == 0, word + n == words_,
+                out(b + q) + tile * kByteTile);
   }
 
   template <int kRows>

@@ -1,4 +1,4 @@
-// Groups of queries (cpu/groups.h) and the number of threads (cpu/blocks.h).
+// Groups of queries (cpu/groups.h), blocks and the number of threads (cpu/blocks.h).
 #pragma once
 #define PFGM_ISA plain
 #include "cpu/blocks.h"
@@ -66,6 +66,14 @@ void check_alike() {
     if (groups[g].length != references / 2) fail("rows with different lists share a group");
 }
 
+// Every block rounds all references again, so 128 images of 3 × 128 × 128 values are one block.
+void check_block() {
+  Problem problem = {};
+  problem.queries = 128;
+  problem.features = 3 * 128 * 128;
+  if (block_size<float>(problem) != 128) fail("128 large images are several blocks");
+}
+
 void check_threads() {
   const auto threads = [](Index features, Index references) {
     Problem problem = {};
@@ -87,6 +95,7 @@ void check_grouping() {
     check_groups<4>(1, 3, share);
   }
   check_alike();
+  check_block();
   check_threads();
 }
 
