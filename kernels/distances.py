@@ -159,20 +159,20 @@ def multiply(
         tl.store(reach + tile, farthest, mask=tl.program_id(0) == 0)
 
 
-@triton.jit(do_not_specialize=["B", "M", "segment"])
+@triton.jit(do_not_specialize=["B", "M", "piece"])
 def subtract(
     x, y, upstream, squared, closest, projected,
-    B, M, width, N, x_stride, y_stride, pairs_stride, segment,
+    B, M, width, N, x_stride, y_stride, pairs_stride, piece,
     PROJECT: tl.constexpr, ROWS: tl.constexpr, TILE: tl.constexpr,
 ):  # fmt: skip
-    """Σ (x − y)² of few features for ROWS queries and a segment of references, in float64, and
-    closest[row, segment], the smallest. PROJECT also writes Σ G (y − x)."""
+    """Σ (x − y)² of few features for ROWS queries and a piece of references, in float64, and
+    closest[row, piece], the smallest. PROJECT also writes Σ G (y − x)."""
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     x_rows = x + row.to(tl.int64) * x_stride
     g_rows = upstream + row.to(tl.int64) * N
     least = tl.full([ROWS], float("inf"), tl.float64)
-    first = tl.program_id(1) * segment
-    for start in range(first, min(first + segment, width), TILE):
+    first = tl.program_id(1) * piece
+    for start in range(first, min(first + piece, width), TILE):
         column = start + tl.arange(0, TILE)
         y_rows = y + column.to(tl.int64) * y_stride
         total = tl.zeros([ROWS, TILE], tl.float64)
@@ -259,17 +259,17 @@ def find_limit(
     return tl.where(matters, near, only_nearest), near
 
 
-@triton.jit(do_not_specialize=["M", "tiles", "segment", "first"])
+@triton.jit(do_not_specialize=["M", "tiles", "piece", "first"])
 def refine(
     x, y, radius, nearest, norms, y_scale, lowest, reach, squared, closest,
-    M, N, x_stride, y_stride, pairs_stride, tiles, segment, first,
+    M, N, x_stride, y_stride, pairs_stride, tiles, piece, first,
     exponent: tl.float64, others: tl.float64,
     MARGIN: tl.constexpr, NOISE: tl.constexpr, TOLERANCE: tl.constexpr, NEAR: tl.constexpr,
     AVERAGES: tl.constexpr, GAUSSIAN: tl.constexpr, SWEEP: tl.constexpr, BLOCK: tl.constexpr,
     FEATURES: tl.constexpr,
 ):  # fmt: skip
-    """Computes distances of one query again in a segment of references, up to ``find_limit`` and
-    where they are NaN. closest[row, segment] becomes the smallest, or NaN if one is still NaN."""
+    """Computes distances of one query again in a piece of references, up to ``find_limit`` and
+    where they are NaN. closest[row, piece] becomes the smallest, or NaN if one is still NaN."""
     row = tl.program_id(0).to(tl.int64)
     before = tl.full((), float("inf"), tl.float64)
     if first == 0:
@@ -285,8 +285,8 @@ def refine(
     back = 1.0 / (power.to(tl.float64) * unit_of(y))
     largest = tl.minimum(LARGEST * (power.to(tl.float64) * unit_of(y)), LARGEST).to(tl.float32)
     least = tl.full((), float("inf"), tl.float64)
-    begin = tl.program_id(1) * segment
-    for start in range(begin, min(begin + segment, M), BLOCK):
+    begin = tl.program_id(1) * piece
+    for start in range(begin, min(begin + piece, M), BLOCK):
         index = tl.arange(0, BLOCK)
         place = squared + row * pairs_stride + start + index
         d = tl.load(place, mask=start + index < M, other=float("inf"))
@@ -355,8 +355,8 @@ class Pairs:
 
     Attributes:
         squared: (B, chunk).
-        closest: (B, programs), the smallest of segments of the chunk.
-        projected: (B, chunk), Σ G y less a number for each query, if G is given.
+        closest: (B, pieces), the smallest of each piece of the chunk.
+        projected: (B, chunk), G·y_j less a constant of the query, if G is given.
     """
 
     closest: Tensor
@@ -377,7 +377,7 @@ class Pairs:
         self.count, self.stride = len(references), padded(chunk)
         self.squared = radius.new_empty(self.B, self.stride)
         self.projected = x.new_empty((self.B, self.stride) if upstream is not None else 0)
-        self.products = self.N >= MIN_PRODUCTS
+        self.products = self.N >= MIN_PRODUCTS  # else from differences
         if self.products:
             self._center(references)
 
@@ -397,18 +397,18 @@ class Pairs:
         """Distances to a chunk y. ``nearest`` (B,) are the smallest of other chunks, and not read
         for the first one."""
         pieces = min(PIECES, cdiv(len(y), TILE))
-        segment = cdiv(cdiv(len(y), pieces), TILE) * TILE
-        pieces = cdiv(len(y), segment)
+        piece = cdiv(cdiv(len(y), pieces), TILE) * TILE
+        pieces = cdiv(len(y), piece)
         self.closest = self.radius.new_empty(self.B, pieces)
         if self.products:
             self._multiply(y)
-            self._refine(y, nearest, first, segment)
+            self._refine(y, nearest, first, piece)
         else:
             given = self.upstream is not None
             subtract[cdiv(self.B, 16), pieces](
                 self.x, y, self.upstream if given else self.x, self.squared, self.closest,
                 self.projected, self.B, len(y), padded(len(y)), self.N, self.x.stride(0),
-                y.stride(0), self.stride, segment, PROJECT=given, ROWS=16, TILE=TILE,
+                y.stride(0), self.stride, piece, PROJECT=given, ROWS=16, TILE=TILE,
                 **(with_registers(144, warps=4) if given else FUSED),
             )  # fmt: skip
 
@@ -427,12 +427,12 @@ class Pairs:
                 self.stride, tiles, project, rows, TILE, 32, PRECISION, **FUSED,
             )  # fmt: skip
 
-    def _refine(self, y: Tensor, nearest: Tensor, first: bool, segment: int) -> None:
+    def _refine(self, y: Tensor, nearest: Tensor, first: bool, piece: int) -> None:
         averages = self.upstream is None
         refine[self.B, self.closest.shape[1]](
             self.x, y, self.radius, nearest, self.norms, self.y_scale, self.lowest, self.reach,
             self.squared, self.closest, len(y), self.N, self.x.stride(0), y.stride(0), self.stride,
-            cdiv(len(y), TILE), segment, int(first), self.exponent, math.log(self.count) + OTHERS,
+            cdiv(len(y), TILE), piece, int(first), self.exponent, math.log(self.count) + OTHERS,
             MARGIN, NOISE, TOLERANCE if averages else GRADIENT_TOLERANCE, NEAR, averages,
             self.gaussian, SWEEP=256, BLOCK=TILE, FEATURES=512, **FUSED,
         )  # fmt: skip

@@ -70,7 +70,8 @@ def pull(
     radius, nearest, total, squared, projected, pulled, width, pairs_stride, first,
     exponent: tl.float64, floor: tl.float64, GAUSSIAN: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """Adds the chunk's Σ p_j G·y_j and Σ p_j of one query."""
+    """Adds Σ p_j G·y_j and Σ p_j of one query over the chunk to pulled[row]; the first chunk sets
+    them."""
     row = tl.program_id(0).to(tl.int64)
     r, least, summed = tl.load(radius + row), tl.load(nearest + row), tl.load(total + row)
     pulls = tl.zeros([BLOCK], tl.float64)
@@ -271,8 +272,9 @@ class Gradients:
         self.grad_x, self.grad_radius = grad_x, grad_radius
         self.floor = math.exp(-weight_cutoff(pairs.count) - GRADIENT_CUTOFF)
         like, B = pairs.radius, pairs.B
-        self.pulled, self.sums = like.new_empty(B, 2), like.new_empty(B, 2)
-        self.scalars = like.new_empty(B, 4)
+        self.pulled = like.new_empty(B, 2)  # Σ p_j G·y_j and Σ p_j
+        self.sums = like.new_empty(B, 2)  # the moment and Σ c_j, over the chunks so far
+        self.scalars = like.new_empty(B, 4)  # F and sums of c_j, see find_coefficients
         self.coefficients, self.probabilities = pairs.x.new_empty(2, B, pairs.stride)
 
     def run(self, chunks: list[Tensor], grad_references: list[Tensor], first_block: bool) -> None:

@@ -155,9 +155,10 @@ struct SomeTiles {
     }
   }
 
-  // Finds the distances up to the limit, and those that are not finite. Returns their number.
+  // Marks the distances up to the limit and those that are not finite in `refined`, and finds the
+  // smallest of the others. Returns the number of marks.
   __device__ unsigned select(std::int64_t limit) {
-    // The others are above the limit and finite, which one comparison of unsigned bits says.
+    // A distance stays if limit < bits < kInfiniteBits: one comparison of unsigned numbers.
     const auto after = static_cast<std::uint64_t>(limit + 1), between = kInfiniteBits - after;
     unsigned count = 0;
 #pragma unroll

@@ -123,7 +123,8 @@ __global__ void find_square_roots(int count, const double* values, double* roots
   if (this_thread() < count) roots[this_thread()] = square_root64(values[this_thread()]);
 }
 
-// Without float64, at both kinds of exponents and where the float rounds up to 2.
+// square_root64 takes the root of the digits in float32. This covers even and odd exponents, and
+// digits whose root rounds up to 2.
 void check_square_roots() {
   std::vector<double> values = {0};
   for (int power = -1022; power < 1024; power += 3)

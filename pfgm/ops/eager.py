@@ -118,9 +118,9 @@ def differentiated(
     backend = requested(backend)
     if choose_for(backend, problem.x, problem.references) is not native:
         return None
-    kept = _Kept(*problem[3:], backend, check)
-    results = Differentiable.apply(*tensors, kept)
-    result, logsumexp, nearest, total, _ = results
+    source = _Kept(problem.D, problem.sketch, problem.difference, backend, check)
+    # The fifth result is the memory of the distances, for the backward pass alone.
+    result, logsumexp, nearest, total, _ = Differentiable.apply(*tensors, source)
     return result, logsumexp, nearest, total
 
 
