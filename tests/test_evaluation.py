@@ -486,8 +486,10 @@ def test_one_sentence_for_bad_input(model: Path, tmp_path: Path, fails: Callable
     assert "checkpoint, pretrained and samples must be given, got 2" in fails(
         *checkpoint, "--samples", tmp_path
     )
-    assert "n must be at least 1" in fails(*checkpoint, "--n", 0)
-    assert "curve-steps must be at least 1" in fails(*checkpoint, "--curve-steps", 0)
+    least_1 = "must be an integer of at least 1"
+    assert f"n {least_1}, got 0." in fails(*checkpoint, "--n", 0)
+    assert f"curve-steps {least_1} and at" in fails(*checkpoint, "--curve-steps", 0)
+    assert f"number of curve-steps {least_1}, got 0." in fails(*checkpoint, "--curve-steps")
     assert "samples alone have no likelihood" in fails("--samples", tmp_path, "--likelihood", 1)
     for option, value in (("guidance", 2.0), ("solver", "heun"), ("batch-size", 7)):
         message = fails("--samples", tmp_path, f"--{option}", value)

@@ -249,6 +249,7 @@ class Evaluate:
             ("batch-size", self.sampling.batch_size, 1),
             ("against", self.against, 1),
             ("likelihood", self.likelihood, 0),
+            ("the number of curve-steps", len(self.curve_steps), 1),
         ):
             whole(name, value, least)
         check_seed(self.seed)
