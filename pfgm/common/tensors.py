@@ -32,7 +32,7 @@ def unfilled(size: int, device: torch.device) -> Tensor:
 def dequantise(references: Tensor, dtype: torch.dtype) -> Tensor:
     """References in a floating-point dtype. A byte u becomes u/127.5 − 1."""
     values = references.to(dtype)
-    return values / 127.5 - 1 if references.dtype == torch.uint8 else values
+    return values.div_(127.5).sub_(1) if references.dtype == torch.uint8 else values
 
 
 def as_int64(name: str, integers: Tensor) -> Tensor:

@@ -46,7 +46,10 @@ def check_network(net: object, name: str = "net") -> None:
 
 
 def _signature(net: Network) -> inspect.Signature:
-    return inspect.signature(net.forward if isinstance(net, nn.Module) else net)
+    try:
+        return inspect.signature(net.forward if isinstance(net, nn.Module) else net)
+    except ValueError:  # code that is not Python's shows none, as of torch.jit.trace
+        return inspect.signature(lambda *_, **__: None)
 
 
 def as_condition(name: str, condition: Condition | None) -> Condition:

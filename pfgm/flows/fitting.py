@@ -137,19 +137,28 @@ class Fitting(Sampling, Targets):
 
     def _restore_fitted(self, described: Any) -> None:
         """Takes over levels as :meth:`_describe_fitted` gives them."""
-        for solver, by_steps in described.items():
+        try:
+            fitted = [
+                (solver, int(steps), [*levels])
+                for solver, by_steps in described.items()
+                for steps, levels in by_steps.items()
+            ]
+        except (AttributeError, TypeError, ValueError) as error:
+            raise ValueError(
+                "fitted_levels must hold lists of levels by solver and number of steps, as in "
+                f"{{'heun': {{'2': [80.0, 1.0, 0.0]}}}}, got {described!r}."
+            ) from error
+        for solver, steps, given in fitted:
             check_choice("the solver of fitted levels", solver, GRID_SOLVERS)
-            for steps, given in by_steps.items():
-                levels, ends = checked_grid(given), self.grid(int(steps), "log")
-                same = (math.isclose(levels[at], ends[at], rel_tol=1e-6) for at in (0, -1))
-                if len(levels) != len(ends) or not all(same):
-                    raise ValueError(
-                        f"the levels fitted for {solver} with {steps} steps must be {len(ends)} "
-                        f"levels from {ends[0]} to {ends[-1]}, got {levels}."
-                    )
-                # The ends are computed from the data, so another machine rounds them otherwise.
-                levels = [ends[0], *levels[1:-1], ends[-1]]
-                self.fitted_levels.setdefault(solver, {})[int(steps)] = levels
+            levels, ends = checked_grid(given), self.grid(steps, "log")
+            same = (math.isclose(levels[at], ends[at], rel_tol=1e-6) for at in (0, -1))
+            if len(levels) != len(ends) or not all(same):
+                raise ValueError(
+                    f"the levels fitted for {solver} with {steps} steps must be {len(ends)} levels "
+                    f"from {ends[0]} to {ends[-1]}, got {levels}."
+                )
+            # The ends are computed from the data, so another machine rounds them otherwise.
+            self.fitted_levels.setdefault(solver, {})[steps] = [ends[0], *levels[1:-1], ends[-1]]
 
     def _describe_fitted(self) -> dict[str, dict[str, list[float]]]:
         """The fitted levels for JSON, by solver and number of steps."""

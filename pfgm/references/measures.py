@@ -72,7 +72,7 @@ class RowSums:
 
     def add(self, chunk: Tensor) -> None:
         """Adds rows (m, *S); uint8 means u/127.5 − 1."""
-        for rows in chunk.reshape(len(chunk), -1).split(1024):
+        for rows in chunk.detach().reshape(len(chunk), -1).split(1024):
             wide = (dequantise(rows, torch.float32) if rows.dtype == torch.uint8 else rows).double()
             if self.origin is None:
                 self.origin = wide[0].cpu()

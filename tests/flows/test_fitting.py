@@ -8,7 +8,6 @@ import torch
 
 import pfgm
 from pfgm import PoissonFlow, PoissonFlowPP
-from pfgm.common.files import MALFORMED
 
 DIFFUSION = PoissonFlowPP((1,), D=math.inf)
 
@@ -150,26 +149,31 @@ def test_a_weights_file_keeps_them(tmp_path, data):
 
 
 @pytest.mark.parametrize(
-    "described",
+    ("described", "sentence"),
     [
-        [],
-        {"rk45": {"2": [9.0, 1.0, 0.0]}},
-        {"heun": [1.0]},
-        {"heun": {"two": [9.0, 1.0, 0.0]}},
-        {"heun": {"2": [80.0, 1.0, 0.5]}},
-        {"heun": {"2": [70.0, 1.0, 0.0]}},
-        {"heun": {"2": [80.0, 0.0]}},
-        {"heun": {"2": [80.0, 90.0, 0.0]}},
-        {"heun": {"2": [80.0, math.nan, 0.0]}},
-        {"heun": {"2": [80.0, "x", 0.0]}},
-        {"heun": {"2": None}},
-        {"heun": {"-2": [80.0, 0.0]}},
+        *(
+            (wrong, f"fitted_levels must hold lists of levels by solver and…, got {wrong}.")
+            for wrong in (
+                None,
+                [],
+                {"heun": [1.0]},
+                {"heun": {"two": [9.0, 1.0, 0.0]}},
+                {"heun": {"2": None}},
+            )
+        ),
+        ({"rk45": {"2": [9.0, 0.0]}}, "the solver of fitted levels must be…got 'rk45'."),
+        ({"heun": {"2": [80.0, 1.0, 0.5]}}, "the levels fitted for heun with 2…1.0, 0.5]."),
+        ({"heun": {"2": [70.0, 1.0, 0.0]}}, "the levels fitted for heun with 2…1.0, 0.0]."),
+        ({"heun": {"2": [80.0, 0.0]}}, "the levels fitted for heun with 2 steps…[80.0, 0.0]."),
+        ({"heun": {"2": [80.0, 90.0, 0.0]}}, "schedule is not decreasing: 90.0…follows 80.0."),
+        ({"heun": {"2": [80.0, math.nan, 0.0]}}, "schedule must be two or more…nan, 0.0]."),
+        ({"heun": {"2": [80.0, "x", 0.0]}}, "schedule must be two or more…nan, 0.0]."),
+        ({"heun": {"-2": [80.0, 0.0]}}, "steps must be an integer of at least 1…got -2."),
     ],
 )
-def test_levels_of_another_flow_are_refused(described):
+def test_levels_of_another_flow_are_refused(refused, described, sentence):
     flow = PoissonFlowPP((2,), D=4)
-    with pytest.raises(MALFORMED):  # which load() catches
-        flow._restore_fitted(described)
+    refused(lambda: flow._restore_fitted(described), sentence)
     assert flow.fitted_levels == {}
 
 

@@ -75,10 +75,17 @@ def test_images_take_the_published_rules():
     }
 
 
-@pytest.mark.parametrize("of", [torch.Tensor.clone, torch.Tensor.numpy, pfgm.ReferenceSet])
+@pytest.mark.parametrize(
+    "of",
+    [
+        *(torch.Tensor.clone, torch.Tensor.numpy, pfgm.ReferenceSet),
+        lambda data: data.requires_grad_(data.is_floating_point()),
+    ],
+)
 def test_from_data_measures_center_and_spread(of):
     data = torch.tensor([[3.0, 4.0], [0.0, 1.0], [0.0, -2.0]])
     flow = PoissonFlow.from_data(of(data))
+    data = data.detach()
     torch.testing.assert_close(flow.center, data.double().mean(0))
     assert flow.spread == pytest.approx(float((data - data.mean(0)).square().mean().sqrt()))
     pixels = torch.tensor([[255, 255], [0, 0]], dtype=torch.uint8)
@@ -564,6 +571,25 @@ def test_module_modes_are_restored_one_by_one_even_after_an_error(flow):
         flow.sample(net, 2, callback=fail)
     assert net.training
     assert not net.dropout.training
+
+
+@pytest.mark.parametrize("solver", ["multistep", "rk45"])
+def test_a_callback_stops_a_run_with_a_progress_bar(capsys, terminal, solver):
+    seen = []
+
+    def stop(info):
+        seen.append(info)
+        return info["step"] == 3
+
+    x = FLOW.sample(NET, 5, generator=seeded(1), solver=solver, callback=stop, progress=True)
+    assert len(seen) == 4
+    assert torch.equal(x, seen[-1]["x"])
+    assert "sampling" in capsys.readouterr().err
+
+
+def test_networks_whose_code_is_not_pythons():
+    traced = torch.jit.trace(lambda x, sigma: x / 2, (DATA, torch.ones(20)))
+    assert PLUS.sample(traced, 2, steps=2).shape == (2, 2)
 
 
 def test_device_rule(flow):

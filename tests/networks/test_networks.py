@@ -13,7 +13,16 @@ import torch
 from torch import Tensor
 
 import pfgm
-from pfgm.networks import MLP, Denoiser, UNet, build, embedding, field_from_mean
+from pfgm.networks import (
+    MLP,
+    DDPMpp,
+    Denoiser,
+    EDMDenoiser,
+    UNet,
+    build,
+    embedding,
+    field_from_mean,
+)
 
 FIELD_NETWORKS = ("mlp", "unet")
 MLP_OPTIONS: dict[str, Any] = {"width": 24, "depth": 2}
@@ -188,8 +197,13 @@ def test_tuples_and_lists_are_the_same() -> None:
 
 
 def test_numpy_numbers_are_stored_as_python_numbers() -> None:
-    net = MLP(np.array([4]).tolist(), width=np.int64(8), depth=1, data_std=np.float32(0.5))
-    assert json.loads(json.dumps(net.config)) == net.config
+    size, options = np.int64(8), {"model_channels": 8, "channel_mult": (1,), "num_blocks": 1}
+    for net in (
+        MLP(np.array([4]).tolist(), width=size, depth=1, data_std=np.float32(0.5)),
+        DDPMpp(1, size, nf=8, ch_mult=(1,), num_res_blocks=1),
+        EDMDenoiser(1, size, **options),
+    ):
+        assert json.loads(json.dumps(net.config)) == net.config
 
 
 @pytest.mark.parametrize(

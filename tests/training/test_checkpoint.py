@@ -244,6 +244,7 @@ def crafted(path, tensors, network=None, **changes):
         {"flow": {"shape": [3], "M": 1e6}},
         {"flow": {"shape": [3], "M": 100, "noise_std": 1e308}},
         {"flow": 7},
+        {"fitted_levels": 7},
         {"flow": {"shape": "abc", "M": 200}},
         {"network": {"name": "os.system", "config": {}}},
         {"network": {"name": "mlp", "config": {"shape": [3], "width": 1 << 20, "depth": 2}}},

@@ -21,7 +21,7 @@ from ...flows.plusplus import Preconditioned
 from ..config import MAX_DEPTH, MAX_WIDTH, as_json
 from ..edm_interface import EDMInterface, label_numbers
 from ..embedding import checked_labels
-from .layers import FOURIER_STD, HALF_SUM, add_attention, check_resolution, positional_features
+from .layers import FOURIER_STD, HALF_SUM, add_attention, checked_resolution, positional_features
 
 _ZERO_GAIN = 1e-5  # initial gain of layers whose output starts at almost zero
 _ATTENTION_GAIN = math.sqrt(0.2)  # initial gain of the layer of queries, keys and values
@@ -218,7 +218,7 @@ class SongUNet(nn.Module):
         taps = int_tuple("resample_filter", resample_filter)
         if len(taps) % 2:
             raise ValueError(f"resample_filter must have an even number of values, got {taps}.")
-        check_resolution(resolution, len(levels))
+        resolution = checked_resolution(resolution, len(levels))
         self.config = as_json(
             {
                 "channels": positive_int("channels", channels),

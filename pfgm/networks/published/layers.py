@@ -17,14 +17,15 @@ FOURIER_STD = 16.0
 _LONGEST_PERIOD = 10_000.0  # of the positional sines, in units of 2π
 
 
-def check_resolution(resolution: int, levels: int) -> None:
-    """Raises ValueError unless a U-Net of these levels, each half of the one above, takes it."""
-    coarsest = 2 ** (levels - 1)
-    if positive_int("resolution", resolution) % coarsest:
+def checked_resolution(resolution: int, levels: int) -> int:
+    """The resolution, if a U-Net of these levels, each half of the one above, takes it."""
+    coarsest, resolution = 2 ** (levels - 1), positive_int("resolution", resolution)
+    if resolution % coarsest:
         raise ValueError(
             f"resolution must be a multiple of {coarsest}, as {levels} levels halve it, got "
             f"{resolution}."
         )
+    return resolution
 
 
 def positional_features(z: Tensor, count: int) -> Tensor:

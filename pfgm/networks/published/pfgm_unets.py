@@ -18,7 +18,7 @@ from torch.nn import functional as F
 from ...common.checks import check_choice, check_sample_shape, int_tuple, positive_int
 from ...common.tensors import is_wider, per_row
 from ..config import MAX_DEPTH, MAX_WIDTH, as_json
-from .layers import FOURIER_STD, HALF_SUM, add_attention, check_resolution, positional_features
+from .layers import FOURIER_STD, HALF_SUM, add_attention, checked_resolution, positional_features
 
 _ZERO_SCALE = 1e-10  # initial scale of layers whose output starts at almost zero
 
@@ -221,7 +221,7 @@ class Published(nn.Module):
         check_choice("progressive_input", progressive_input, ("none", "residual"))
         if positive_int("nf", nf, MAX_WIDTH) % 4:
             raise ValueError(f"nf must be a multiple of 4, got {nf}.")
-        check_resolution(resolution, len(levels))
+        resolution = checked_resolution(resolution, len(levels))
         self.shape = (channels, resolution, resolution)
         self.config = as_json(
             {
