@@ -14,6 +14,7 @@ def test_digits_match_scikit_learn_one_by_one() -> None:
     levels, labels = datasets.load_digits(return_X_y=True)
     digits = data.digits()
     assert digits.train.dtype == digits.held_out.dtype == torch.float32
+    assert digits.train_labels.dtype == digits.held_out_labels.dtype == torch.int64
     parts = {
         False: (iter(digits.train), iter(digits.train_labels)),
         True: (iter(digits.held_out), iter(digits.held_out_labels)),

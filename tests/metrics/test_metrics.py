@@ -205,10 +205,19 @@ class TestArguments:
         ):
             metric(torch.zeros(9, 3), torch.zeros(9, 3, dtype=dtype))
 
-    def test_features_of_another_shape(self, metric: Callable[..., object]) -> None:
-        message = r"must have shape \(9, F\) with F at least 1 for 9.*got \(9,\)\."
-        with pytest.raises(ValueError, match=message):
-            metric(normal(9, 3), normal(9, 3), features=lambda x: x.sum(1))
+    @pytest.mark.parametrize(
+        ("features", "sentence"),
+        [
+            (lambda x: x.sum(1), "{} must have shape (9, F) with F at least 1 for 9…got (9,)."),
+            (torch.Tensor.long, "TypeError: {} must be floating…torch.int64; pfgm.data.to_unit…."),
+            (lambda x: x / 0, "{} must be finite, got NaN or infinity."),
+        ],
+    )
+    def test_bad_features(
+        self, metric: Callable[..., object], refused: Refused, features: Any, sentence: str
+    ) -> None:
+        call = lambda: metric(normal(9, 3), normal(9, 3), features=features)  # noqa: E731
+        refused(call, sentence.format("features of …"))
 
     def test_different_devices(self, metric: Callable[..., object]) -> None:
         with pytest.raises(ValueError, match=r"must be on one device, got cpu and meta\."):

@@ -98,6 +98,15 @@ def test_the_default_scale_never_shrinks_an_image(size: int) -> None:
     assert round(width) - 2 * MARGIN >= max(size, 60)
 
 
+def test_a_title_wider_than_the_picture_fits(tmp_path: Path) -> None:
+    title = "A title much wider than the only picture"
+    plotting.image_grid(torch.ones(1, 1, 8, 8), tmp_path / "a.png", title=title)
+    dark = np.any(read(tmp_path / "a.png") < 128, axis=2)
+    rows, columns = np.nonzero(dark)
+    assert rows.max() < dark.shape[0] - MARGIN - 72, "the title does not touch the picture"
+    assert 0 < columns.min() < columns.max() < dark.shape[1] - 1
+
+
 def test_saving_twice_gives_the_same_bytes(tmp_path: Path) -> None:
     for name in ("a.png", "b.png"):
         plotting.image_grid(uniform(4, 1, 8, 8), tmp_path / name, title="same")

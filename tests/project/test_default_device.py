@@ -115,6 +115,15 @@ def training(folder):
         yield flow.sample(trained, 2, steps=2, generator=torch.Generator().manual_seed(5))
 
 
+def measuring(folder):
+    a, b = rows(12), rows(24)[12:]
+    draw = torch.Generator().manual_seed(6)
+    distance = pfgm.metrics.kernel_distance(a, b, subsets=2, generator=draw)
+    figures = pfgm.metrics.frechet_distance(a, b), *pfgm.metrics.precision_recall(a, b, k=2)
+    yield torch.tensor([*figures, *distance], device="cpu")
+    yield from pfgm.data.digits()[:2]
+
+
 def test_what_is_loaded_lies_on_its_device(tmp_path):
     with torch.device("meta"):
         flow, net = pfgm.load_pretrained("digits")
@@ -137,7 +146,7 @@ for device in ("meta", None):
     subprocess.run([sys.executable, "-c", program], check=True, timeout=120)
 
 
-@pytest.mark.parametrize("results", [a_set, sampling, training])
+@pytest.mark.parametrize("results", [a_set, sampling, training, measuring])
 def test_results_do_not_depend_on_the_default_device(results, tmp_path):
     expected = [each.detach() for each in results(tmp_path)]
     with torch.device("meta"):
