@@ -67,9 +67,10 @@ def prepared(name, batches=(3, 5)):
     return net, *arguments
 
 
-# Others are made of these. Three of them take 3 seconds each; the denoiser has a U-Net too.
+# Others are made of these. Two of them take 3 seconds each; the denoiser has a U-Net too, and EDM's
+# network most layers of NCSN++.
 MADE = {"ddpmpp", "denoiser-ncsnpp", "edm-unlabelled", "exact", "unet-patches", "wrapped-noise"}
-LONG = {"edm", "ncsnpp", "unet"}
+LONG = {"ncsnpp", "unet"}
 
 
 @pytest.mark.parametrize(
