@@ -107,14 +107,14 @@ def warn_of_scales(data: References) -> None:
         "hundredth of the spread of all values is lost. Standardise the rows, a tensor "
         "(n, columns): (rows - mean) / std with mean = rows.mean(0), std = rows.std(0), and 1 in "
         "place of each std of 0; then take samples * std + mean.",
-        stacklevel=3,
+        stacklevel=4,  # beyond with_hints, too
     )
 
 
 def warn_of_range(data: References) -> None:
     """Warns the caller of Trainer(…) of images (n, C, H, W) that do not look like [−1, 1]."""
     if are_float_images(data.shape, data.dtype):
-        warn_image_range(*value_range(data), stacklevel=4)
+        warn_image_range(*value_range(data), stacklevel=5)
 
 
 def checked_labels(labels: Tensor | None, data: References, classes: int) -> Tensor | None:

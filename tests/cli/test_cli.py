@@ -382,7 +382,9 @@ def test_one_sentence_for_impossible_amounts(run, tmp_path, refusal):
     for seed in (huge, -huge):
         assert re.search(f"seed must be .*, got {seed}", refusal(*sample, "--seed", seed))
     assert "label" in refusal(*sample, "--label", huge)
-    assert f"and {huge}." in refusal(*sample, "--batch-size", huge)
+    assert f"batch-size must be an integer of at least 1 and at most {2**63 - 1}, got {huge}." in (
+        refusal(*sample, "--batch-size", huge)
+    )
     assert "got 1000" in refusal("demo", "--out", tmp_path / "demo", "--seed", huge)
     assert not list(tmp_path.iterdir())
 

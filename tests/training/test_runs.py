@@ -319,8 +319,9 @@ def test_an_own_loop_gets_the_warning_of_the_range_once(recwarn):
         make(2 * images - 1)
         make((255 * images).byte())
     assert not recwarn
-    with pytest.warns(UserWarning, match=message):
+    with pytest.warns(UserWarning, match=message) as warned:
         pfgm.training.Trainer(pfgm.PoissonFlow((1, 8, 8), M=200), net, images, config)
+    assert [warning.filename for warning in warned] == [__file__]
 
 
 def test_only_bytes_are_taken_for_bytes():
