@@ -373,7 +373,7 @@ class Pairs:
         """upstream (B, N) is contiguous: G of the backward pass."""
         self.x, self.radius, self.upstream = x, radius, upstream
         self.B, self.N = x.shape
-        self.gaussian, self.exponent = math.isinf(D), exponent_of(self.N, D)
+        self.D, self.gaussian, self.exponent = D, math.isinf(D), exponent_of(self.N, D)
         self.count, self.stride = len(references), padded(chunk)
         self.squared = radius.new_empty(self.B, self.stride)
         self.projected = x.new_empty((self.B, self.stride) if upstream is not None else 0)

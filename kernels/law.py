@@ -16,6 +16,16 @@ def exponent_of(N: int, D: float) -> float:
     return 0.5 if math.isinf(D) else (N + D) / 2
 
 
+def difference_cutoff(nats: float, N: int, D: float) -> float:
+    """How many nats below the sum of weights a weight becomes zero in x − mean, if it does so this
+    many below in a mean.
+
+    There a weight counts by the distance of its reference, relative to that of the nearest one:
+    (s/s₀)^½ w = w^(1 − 1/(N + D)) for finite D. e^-80 is a normal float32.
+    """
+    return nats if math.isinf(D) else min(80.0, nats / max(1 - 1 / (N + D), 0.1))
+
+
 @triton.jit
 def rate_of(nearest, r, exponent, GAUSSIAN: tl.constexpr):
     """Nats by which the score falls per squared distance at ``nearest``, in float64.
@@ -72,6 +82,30 @@ def score_at(nearest, r, exponent, GAUSSIAN: tl.constexpr):
         power = tl.where(nearest == 0.0, 2.0, 1.0)  # r² may underflow on a reference
         score = -exponent * power * tl.log(tl.where(nearest == 0.0, r, nearest + r * r))
     return score
+
+
+@triton.jit
+def ratios_at(squared, nearest, r, GAUSSIAN: tl.constexpr):
+    """s₀/s and (d² − d₀²)/s, with s₀ and d₀² of the nearest; at D = ∞ 1 and (d² − d₀²)/σ²."""
+    if GAUSSIAN:
+        slope, excess = tl.full((), 1.0, tl.float64), (squared - nearest) / r / r
+    else:
+        s = squared + r * r
+        slope, excess = (nearest + r * r) / s, (squared - nearest) / s
+    return slope, excess
+
+
+@triton.jit
+def gradient_factors(nearest, r, g, moment, exponent, GAUSSIAN: tl.constexpr):
+    """F, C and ∂L/∂r of posterior_mean_backward.py; F = ∂L/∂r = 0 where the mean is constant."""
+    if GAUSSIAN:
+        F, C = 1.0 / r / r, -g
+        by_radius = (g * (nearest / r / r) + moment) / r
+    else:
+        F, C = 2.0 * exponent / (nearest + r * r), moment - g
+        by_radius = r * F * C
+    constant = is_constant(nearest, r, GAUSSIAN)
+    return tl.where(constant, 0.0, F), C, tl.where(constant, 0.0, by_radius)
 
 
 @triton.jit

@@ -33,7 +33,7 @@ from .arithmetic import (
     with_registers,
 )
 from .distances import MAX_VALUES, PIECES, Pairs, padded, parts_of, sizes_of
-from .law import rate_of, relative_weight, score_at
+from .law import difference_cutoff, rate_of, relative_weight, score_at
 
 WEIGHT_CUTOFF = 16.0  # nats: a weight below e^-16 / M of the sum is below float32 rounding
 MIN_SORTED_QUERIES = 256  # from here on queries are sorted by their number of nonzero weights
@@ -272,10 +272,8 @@ def _average(
     (B, N), M, pieces = x.shape, len(y), cdiv(len(y), BLOCK)
     pairs.measure(y, nearest, first)
     cutoff = weight_cutoff(pairs.count)
-    if difference and not pairs.gaussian:
-        # A weight counts by the distance of its reference, relative to that of the nearest one:
-        # (s/s₀)^½ w = w^(1 − 1/(N + D)). e^-80 is a normal float32.
-        cutoff = min(80.0, cutoff / max(1 - 0.5 / pairs.exponent, 0.1))
+    if difference:
+        cutoff = difference_cutoff(cutoff, N, pairs.D)
     weights, sums = x.new_empty(B, pairs.stride), x.new_empty(B, pieces)
     live = torch.empty(B, pieces, dtype=torch.int32, device=x.device)
     least_so_far, kept = torch.empty_like(radius), torch.empty_like(radius)

@@ -41,7 +41,7 @@ from .arithmetic import (
     with_registers,
 )
 from .distances import Pairs, padded, parts_of, sizes_of
-from .law import is_constant, rate_of, relative_weight
+from .law import gradient_factors, is_constant, rate_of, ratios_at, relative_weight
 from .posterior_mean import (
     BLOCK,
     ENOUGH,
@@ -117,14 +117,9 @@ def find_coefficients(
         q = tl.load(projected + place, mask=column < width, other=0.0).to(tl.float64)
         p = probability(d, least, weights, r, exponent, floor, GAUSSIAN)
         pt = tl.where(p == 0.0, 0.0, p * (q - center + g))
-        excess = tl.where(p == 0.0, 0.0, d - least)
-        if GAUSSIAN:
-            c = -pt
-            moments += tl.where(p == 0.0, 0.0, pt * (excess / r / r))
-        else:
-            s = tl.where(p == 0.0, 1.0, d + r * r)
-            c = -pt * ((least + r * r) / s)
-            moments += pt * (excess / s)
+        slope, excess = ratios_at(d, least, r, GAUSSIAN)
+        c = tl.where(p == 0.0, 0.0, -pt * slope)
+        moments += tl.where(p == 0.0, 0.0, pt * excess)
         rounded = c.to(tl.float32)
         c_sums += rounded.to(tl.float64)
         c_squares += c * c
@@ -138,21 +133,13 @@ def find_coefficients(
         c_sum += tl.load(sums + 2 * row + 1)
     tl.store(sums + 2 * row, moment)
     tl.store(sums + 2 * row + 1, c_sum)
-    if GAUSSIAN:
-        C = -g
-        F = 1.0 / r / r
-        radius_gradient = (g * (least / r / r) + moment) / r
-    else:
-        C = moment - g
-        F = 2.0 * exponent / (least + r * r)
-        radius_gradient = r * F * C
-    constant = is_constant(least, r, GAUSSIAN)
+    F, C, radius_gradient = gradient_factors(least, r, g, moment, exponent, GAUSSIAN)
     own = scalars + 4 * row
-    tl.store(own, tl.where(constant, 0.0, F))
+    tl.store(own, F)
     tl.store(own + 1, C - c_sum)
     tl.store(own + 2, chunk_sum)
     tl.store(own + 3, tl.sqrt(chunk_sum * chunk_sum + tl.sum(c_squares, 0)))
-    tl.store(grad_radius + row, tl.where(constant, 0.0, radius_gradient))
+    tl.store(grad_radius + row, radius_gradient)
 
 
 @triton.jit(do_not_specialize=["B", "M", "stretches", "pieces", "first", "last"])
