@@ -352,11 +352,16 @@ CUDA_MISSED = {
     ),
     "a load 16 bytes on, merge_gradient, sm_80: ld.shared.v4.f32 {%f, %f, %f, %f}, "
     "[_ZN4pfgm6memoryE+5120];": ("A size that moves the bound below which differences are summed."),
-    "≤ for <, find_coefficients, sm_80: setp.lt.u32 %p, %r, 3;": (
-        "The sum of the probabilities of four pieces becomes 0. In its place stands 1, which it is."
+    "≤ for <, distances, sm_80: setp.lt.s32 %p, %r, 49;": (
+        "A last tile of 49 to 63 references, which these problems do not have. "
+        "Case(60, 120, 40, 128.0) notices it."
     ),
-    "a store 16 bytes on, weigh, sm_80: st.shared.f32 [_ZN4pfgm6memoryE+80], %f;": (
-        "The weight below which weights become 0 is no number, so that none does."
+    "> for ≥, pull, sm_80: setp.ge.s32 %p, %r, %r;": (
+        "Where a piece has no references, a round of the loop that reads none."
+    ),
+    "a store 16 bytes on, find_limits, sm_80: st.shared.v2.f64 "
+    "[_ZN4pfgm6memoryE+80], {%fd, %fd};": (
+        "No tile counts as close, so that more distances are computed again than must be."
     ),
 }
 TRITON_MISSED = {
