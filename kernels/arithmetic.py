@@ -8,16 +8,16 @@ import torch
 import triton
 import triton.language as tl
 
-# Float32 products in six products of bfloat16 parts on matrix units. The interpreter and AMD's
-# units take float32 itself.
+# A float32 product is six products of bfloat16 parts on matrix units. The interpreter and AMD's
+# units multiply float32 itself.
 PRECISION = "ieee" if triton.knobs.runtime.interpret or torch.version.hip else "bf16x6"
 FUSED: dict[str, Any] = {"enable_fp_fusion": True}
-"""Of every launch: versions of Triton differ in whether they fuse a product and a sum unasked."""
+"""Options of every launch. By default versions of Triton differ in fusing products and sums."""
 
 
 def with_registers(count: int, warps: int) -> dict[str, Any]:
-    """Options of a launch whose threads may have so many registers: the compiler would spill some
-    to fit one more block."""
+    """Launch options that allow a thread ``count`` registers. Without them the compiler would
+    spill some to fit one more block."""
     return FUSED | {"num_warps": warps} | ({} if torch.version.hip else {"maxnreg": count})
 
 
@@ -39,7 +39,7 @@ def unit_of(y):
 
 @triton.jit
 def load_references(pointers, mask):
-    """References times ``unit_of`` them, in float32 without rounding; zero outside of mask."""
+    """References times ``unit_of(y)``, exact in float32; zero outside of mask."""
     values = tl.load(pointers, mask=mask, other=0)
     whole = values.to(tl.float32)
     if values.dtype == tl.uint8:
@@ -57,22 +57,22 @@ def add_compensated(total, lost, value):
 
 @triton.jit
 def head_of(value):
-    """The first 12 of a float32's 24 bits. Products of two heads, or of 12 bits and 255, are
+    """The first 12 of a float32's 24 bits. Products of two heads, or of a head and 255, are
     exact."""
     return (value.to(tl.int32, bitcast=True) & -4096).to(tl.float32, bitcast=True)
 
 
 @triton.jit
 def exact_difference(a, y, pointers, mask, power):
-    """a − y times a power of two and ``unit_of(y)``, as high + low, which have no rounding."""
+    """(a − y) · power · ``unit_of(y)`` as high + low, exactly; ``power`` is a power of two."""
     a = a * power
     b = load_references(pointers, mask) * power
     rest = tl.zeros_like(a)
-    if y.dtype.element_ty == tl.uint8:
+    if y.dtype.element_ty == tl.uint8:  # a · 255 may not fit float32, head · 255 does
         head = head_of(a)
         rest = (a - head) * 255.0
         a = head * 255.0
-    high = a - b
+    high = a - b  # Knuth's sum of a and −b
     minus_b = high - a
     low = (a - (high - minus_b)) - (b + minus_b) + rest
     whole = high + low
@@ -99,8 +99,8 @@ def add_square(total, rest, high, low):
 
 @triton.jit
 def scale_to_one(largest):
-    """The power of two that brings a float32 ``largest`` > 0 to between 1 and 2. For 0 and values
-    that are not finite it is some power of two."""
+    """The power of two that brings a float32 ``largest`` > 0 to between 1 and 2. For 0, infinity
+    and NaN it is some power of two."""
     exponent = (largest.to(tl.int32, bitcast=True) >> 23) & 255
     biased = tl.minimum(tl.maximum(254 - exponent, 1), 254)
     return (biased << 23).to(tl.float32, bitcast=True)

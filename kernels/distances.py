@@ -2,7 +2,7 @@
 
 ``multiply`` computes |x|² + |y|² − 2 x·y of centred data from products, which matrix units make
 fast. Where the error that is left would change a result, ``refine`` computes distances again from
-differences, in two floats. Of few features ``subtract`` computes Σ (x − y)² in float64 at once.
+differences, in two floats. With few features ``subtract`` computes Σ (x − y)² in float64 instead.
 
 Bytes are exact in units of 1/255 (``unit_of``), in which all differences are taken.
 """
@@ -30,22 +30,22 @@ from .arithmetic import (
 )
 from .law import excess_at, exponent_of, rate_of, score_at
 
-MAX_PAIRS = 1 << 22  # queries × references of 12 bytes; half as many of 20 in the backward pass
-MAX_VALUES = 1 << 22  # of a block of queries, or of the partial sums of a chunk
+MAX_PAIRS = 1 << 22  # pairs of 12 bytes; in the backward pass half as many, of 20 bytes
+MAX_VALUES = 1 << 22  # of a block's queries, or of a chunk's partial sums
 MAX_QUERIES = 4096  # in a block
 MAX_REFERENCES = 1 << 16  # in a chunk
-MIN_PRODUCTS = 32  # features, from which on distances come from products
-PIECES = 64  # at most, of the references of a chunk
+MIN_PRODUCTS = 32  # features, from which distances are computed from products
+PIECES = 64  # most pieces of a chunk
 
 # Largest error of a distance from products, relative to |x|² + |y|², and its typical size relative
 # to 2|x||y| + |y|² for 32 features. Sums over panels of 32 features are rounded, which mostly
 # averages out. Matrix units round toward zero, which averages out less.
 MARGIN, NOISE = 2.0**-18, 2.0**-22
-# Relative error of a weight that needs no refinement: of one in a gradient, which is a product with
-# it, and in a mean, where errors of several weights average out. ``test_contract`` holds both.
+# Relative error of a weight that needs no refinement: in a mean, where errors of several weights
+# average out, and in a gradient, where they need not. ``test_contract`` holds both.
 TOLERANCE, GRADIENT_TOLERANCE = 2e-5, 3e-6
 NEAR = 20.0  # nats: a weight e^-20 times the largest needs no more digits
-OTHERS = 2.0  # nats: M weights that are smaller by log M and so much count e^-2 together
+OTHERS = 2.0  # nats: M weights, each log M + OTHERS below another, sum to e^-2 of it
 LARGEST = tl.constexpr(3.4028234663852886e38)  # that float32 holds, also of a difference
 SAMPLES = tl.constexpr(16)  # references whose mean is the centre
 TILE = 64  # references of a tile of distances
@@ -56,48 +56,48 @@ def center_rows(
     x, y, upstream, centered, center, norms, scales, y_scale, M, N, x_stride, y_stride,
     UPSTREAM: tl.constexpr, FEATURES: tl.constexpr,
 ):  # fmt: skip
-    """One query minus the centre of the references, times ``unit_of(y)``, and the squared norm
-    without this factor. scales[row] is the power of two that brings it to about 1, scales[B + row]
-    that of ``upstream``, y_scale that of centred references.
+    """One query minus the centre of the references, times ``unit_of(y)``, and its squared norm
+    without this factor. Multiplied by scales[row], a power of two, the centred query is about 1;
+    scales[B + row] does this for ``upstream``, y_scale for centred references.
 
-    The centre is the mean of evenly spaced references. One of them may be far from the others, so
-    the smallest and the largest value of a feature count as the next ones.
+    The centre is the mean of evenly spaced references. So that an outlier does not move it, the
+    smallest and the largest value of each feature are replaced by the next ones.
     """
     row, B = tl.program_id(0).to(tl.int64), tl.num_programs(0)
     sample = (tl.arange(0, SAMPLES).to(tl.int64) * M) // SAMPLES
     index = tl.arange(0, SAMPLES)[:, None]
     norm = tl.zeros([FEATURES], tl.float64)
-    most = tl.zeros([FEATURES], tl.float32)
-    upstream_most, spread, whole_spread = most, most, most
+    largest = tl.zeros([FEATURES], tl.float32)
+    upstream_largest, spread, full_spread = largest, largest, largest
     for start in range(0, N, FEATURES):
         feature = start + tl.arange(0, FEATURES)
-        known = feature < N
+        valid = feature < N
         place = y + sample[:, None] * y_stride + feature[None, :]
-        values = load_references(place, (sample >= 0)[:, None] & known[None, :])
+        values = load_references(place, (sample >= 0)[:, None] & valid[None, :])
         least, greatest = tl.argmin(values, 0)[None, :], tl.argmax(values, 0)[None, :]
-        second = tl.min(tl.where(index == least, float("inf"), values), 0)
-        last = tl.max(tl.where(index == greatest, float("-inf"), values), 0)
-        inner = tl.minimum(tl.maximum(values, second[None, :]), last[None, :])
+        second_least = tl.min(tl.where(index == least, float("inf"), values), 0)
+        second_greatest = tl.max(tl.where(index == greatest, float("-inf"), values), 0)
+        inner = tl.minimum(tl.maximum(values, second_least[None, :]), second_greatest[None, :])
         mean = tl.sum(inner * (1.0 / SAMPLES), 0)
         spread = tl.maximum(spread, tl.max(tl.abs(inner - mean[None, :]), 0))
-        whole_spread = tl.maximum(whole_spread, tl.max(tl.abs(values - mean[None, :]), 0))
-        a = tl.load(x + row * x_stride + feature, mask=known, other=0.0).to(tl.float64)
-        apart = tl.where(known, a * unit_of(y) - mean.to(tl.float64), 0.0)
-        norm += apart * apart
-        rounded = apart.to(tl.float32)
-        most = tl.maximum(most, tl.abs(rounded))
-        tl.store(centered + row * N + feature, rounded, mask=known)
+        full_spread = tl.maximum(full_spread, tl.max(tl.abs(values - mean[None, :]), 0))
+        a = tl.load(x + row * x_stride + feature, mask=valid, other=0.0).to(tl.float64)
+        difference = tl.where(valid, a * unit_of(y) - mean.to(tl.float64), 0.0)
+        norm += difference * difference
+        rounded = difference.to(tl.float32)
+        largest = tl.maximum(largest, tl.abs(rounded))
+        tl.store(centered + row * N + feature, rounded, mask=valid)
         tl.store(center + feature, mean, mask=feature < tl.where(row == 0, N, 0))
         if UPSTREAM:
-            g = tl.load(upstream + row * N + feature, mask=known, other=0.0)
-            upstream_most = tl.maximum(upstream_most, tl.abs(g))
-    inner_spread, any_spread = tl.max(spread, 0), tl.max(whole_spread, 0)
+            g = tl.load(upstream + row * N + feature, mask=valid, other=0.0)
+            upstream_largest = tl.maximum(upstream_largest, tl.abs(g))
+    inner_spread, any_spread = tl.max(spread, 0), tl.max(full_spread, 0)
     size = tl.where(inner_spread > 0.0, inner_spread, tl.where(any_spread > 0.0, any_spread, 1.0))
     tl.store(norms + row, tl.sum(norm, 0) / unit_of(y) / unit_of(y))
-    tl.store(scales + row, scale_to_one(tl.max(most, 0)))
+    tl.store(scales + row, scale_to_one(tl.max(largest, 0)))
     tl.store(y_scale, scale_to_one(size), mask=row == 0)
     if UPSTREAM:
-        tl.store(scales + B + row, scale_to_one(tl.max(upstream_most, 0)))
+        tl.store(scales + B + row, scale_to_one(tl.max(upstream_largest, 0)))
 
 
 @triton.jit(do_not_specialize=["B", "M", "tiles"])
@@ -108,8 +108,8 @@ def multiply(
     PRECISION: tl.constexpr,
 ):  # fmt: skip
     """|x|² + |y|² − 2 x·y for ROWS centred queries and TILE references. lowest[row, tile] is the
-    smallest of these distances, reach[tile] the largest |y|². PROJECT writes only the products, of
-    other rows.
+    smallest of these distances, reach[tile] the largest |y|². With PROJECT, ``rows`` are upstream
+    gradients, and only their products with centred y are written.
 
     Distances from M to ``width``, a multiple of 16, are infinite. Those beyond the range of float32
     are NaN, and do not count. Matrix units round every addition toward zero, so panels are added up
@@ -128,8 +128,8 @@ def multiply(
     for k in range(0, N, PANEL):
         feature = k + tl.arange(0, PANEL)
         c = tl.load(center + feature, mask=feature < N, other=0.0)
-        known = (column < M)[:, None] & (feature < N)[None, :]
-        b = (load_references(y_rows + feature[None, :], known) - c[None, :]) * b_scale
+        valid = (column < M)[:, None] & (feature < N)[None, :]
+        b = (load_references(y_rows + feature[None, :], valid) - c[None, :]) * b_scale
         inside = (row < B)[None, :] & (feature < N)[:, None]
         a = tl.load(x_rows + feature[:, None], mask=inside, other=0.0) * scale[None, :]
         product = tl.dot(b, a, input_precision=PRECISION)
@@ -140,18 +140,18 @@ def multiply(
     a_unit = scale.to(tl.float64) * (1.0 if PROJECT else unit_of(y))
     products = (total.to(tl.float64) - lost.to(tl.float64)) / (unit * a_unit)[None, :]
     place = row[:, None] * pairs_stride + column[None, :]  # below 2^31, as MAX_PAIRS is
-    known = (row < B)[:, None] & (column < M)[None, :]
+    valid = (row < B)[:, None] & (column < M)[None, :]
     if PROJECT:
-        tl.store(projected + place, tl.trans(products).to(tl.float32), mask=known)
+        tl.store(projected + place, tl.trans(products).to(tl.float32), mask=valid)
     else:
         y_norm = (square.to(tl.float64) - square_lost.to(tl.float64)) / unit / unit
         norm = tl.load(norms + row, mask=row < B, other=0.0)
         d = tl.trans(y_norm[:, None] + norm[None, :] - 2.0 * products)
         finite = tl.abs(d) < float("inf")
         d = tl.where(finite, tl.maximum(d, 0.0), float("nan"))
-        filled = tl.where(known, d, float("inf"))
+        filled = tl.where(valid, d, float("inf"))
         tl.store(squared + place, filled, mask=(row < B)[:, None] & (column < width)[None, :])
-        least = tl.min(tl.where(known & finite, d, float("inf")), 1)
+        least = tl.min(tl.where(valid & finite, d, float("inf")), 1)
         tile = tl.program_id(1)
         tl.store(lowest + row * tiles + tile, least, mask=row < B)
         counts = (column < M) & (y_norm < float("inf"))
@@ -166,7 +166,7 @@ def subtract(
     PROJECT: tl.constexpr, ROWS: tl.constexpr, TILE: tl.constexpr,
 ):  # fmt: skip
     """Σ (x − y)² of few features for ROWS queries and a piece of references, in float64, and
-    closest[row, piece], the smallest. PROJECT also writes Σ G (y − x)."""
+    closest[row, piece], the smallest. With PROJECT also Σ G (y − x)."""
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     x_rows = x + row.to(tl.int64) * x_stride
     g_rows = upstream + row.to(tl.int64) * N
@@ -180,22 +180,24 @@ def subtract(
         for k in range(0, N):
             a = tl.load(x_rows + k, mask=row < B, other=0.0).to(tl.float64) * unit_of(y)
             b = load_references(y_rows + k, column < M).to(tl.float64)
-            apart = a[:, None] - b[None, :]
+            difference = a[:, None] - b[None, :]
             # A difference that float32 cannot hold makes the distance NaN (check_distances).
-            apart = tl.where(tl.abs(apart) <= LARGEST * unit_of(y), apart, float("nan"))
-            total += apart * apart
+            difference = tl.where(
+                tl.abs(difference) <= LARGEST * unit_of(y), difference, float("nan")
+            )
+            total += difference * difference
             if PROJECT:
                 g = tl.load(g_rows + k, mask=row < B, other=0.0).to(tl.float64)
-                product -= g[:, None] * apart
+                product -= g[:, None] * difference
         total *= 1.0 / (unit_of(y) * unit_of(y))
         product *= 1.0 / unit_of(y)
         total = tl.where(tl.abs(total) < float("inf"), total, float("nan"))
         total = tl.where((column < M)[None, :], total, float("inf"))
         place = row[:, None] * pairs_stride + column[None, :]
-        known = (row < B)[:, None] & (column < width)[None, :]
-        tl.store(squared + place, total, mask=known)
+        valid = (row < B)[:, None] & (column < width)[None, :]
+        tl.store(squared + place, total, mask=valid)
         if PROJECT:
-            tl.store(projected + place, product.to(tl.float32), mask=known)
+            tl.store(projected + place, product.to(tl.float32), mask=valid)
         # Once NaN, least stays NaN: no comparison with it is true.
         least = tl.where(tl.sum((total != total).to(tl.int32), 1) > 0, float("nan"), least)
         smaller = tl.min(total, 1) < least
@@ -209,17 +211,17 @@ def find_limit(
     MARGIN: tl.constexpr, NOISE: tl.constexpr, TOLERANCE: tl.constexpr, NEAR: tl.constexpr,
     AVERAGES: tl.constexpr, GAUSSIAN: tl.constexpr, SWEEP: tl.constexpr,
 ):  # fmt: skip
-    """The distance up to which those of a query are computed again, which may be −1, and one up to
-    which weights count.
+    """The limit up to which distances of a query are refined (−1 for none), and the largest
+    distance whose weight may matter (docs/kernels.md, with an example).
 
     The error of a distance is at most MARGIN (|x|² + |y|²). Its part that differs between
     references is typically NOISE (2|x||y| + |y|²), averaged over the panels of 32 features. Times
     ``rate`` it is the relative error of a weight. AVERAGES says that a mean is wanted: if n weights
     are within a nat of the largest, their errors average out by a factor of at least √(n/e). If
-    more than TOLERANCE is left, or the log-sum-exp lacks digits, all references are refined whose
-    weight may be more than e^-NEAR times the largest, or, for a mean, more than a weight whose
-    error may be left by ``others`` nats. A mixture of exact and approximate distances would be
-    biased, so else at most the smallest one is refined.
+    more than TOLERANCE is left, or the log-sum-exp lacks digits, references are refined down to a
+    weight of e^-NEAR times the largest. For a mean it is e^-nats if that is larger: then the errors
+    of all other weights together are small. Otherwise at most the smallest distance is refined,
+    because a mixture of exact and approximate distances would be biased.
     """
     base = before
     for start in range(0, tiles, SWEEP):
@@ -268,8 +270,8 @@ def refine(
     AVERAGES: tl.constexpr, GAUSSIAN: tl.constexpr, SWEEP: tl.constexpr, BLOCK: tl.constexpr,
     FEATURES: tl.constexpr,
 ):  # fmt: skip
-    """Computes distances of one query again in a piece of references, up to ``find_limit`` and
-    where they are NaN. closest[row, piece] becomes the smallest, or NaN if one is still NaN."""
+    """Computes distances of one query to a piece of references again: those up to ``find_limit``,
+    and NaN. closest[row, piece] becomes the smallest, or NaN if one is still NaN."""
     row = tl.program_id(0).to(tl.int64)
     before = tl.full((), float("inf"), tl.float64)
     if first == 0:
@@ -279,8 +281,8 @@ def refine(
         row, radius, before, norms, unit, lowest, reach, N, tiles, exponent, others,
         MARGIN, NOISE, TOLERANCE, NEAR, AVERAGES, GAUSSIAN, SWEEP,
     )  # fmt: skip
-    # Differences times a power of two have squares in the range of float32. A reference whose
-    # differences still have not is too far away to have a weight.
+    # The power of two brings squares of differences into the range of float32. Differences that
+    # remain too large are cut: their reference is too far away to have a weight.
     power = scale_to_one(tl.minimum(tl.sqrt(near) * unit_of(y), 2.0**76).to(tl.float32))
     back = 1.0 / (power.to(tl.float64) * unit_of(y))
     largest = tl.minimum(LARGEST * (power.to(tl.float64) * unit_of(y)), LARGEST).to(tl.float32)
@@ -300,10 +302,10 @@ def refine(
             rest = total
             for k in range(0, N, FEATURES):
                 feature = k + tl.arange(0, FEATURES)
-                known = feature < N
-                a = tl.load(x + row * x_stride + feature, mask=known, other=0.0)
-                high, low = exact_difference(a, y, y_row + feature, known, power)
-                high, low = tl.where(known, high, 0.0), tl.where(known, low, 0.0)
+                valid = feature < N
+                a = tl.load(x + row * x_stride + feature, mask=valid, other=0.0)
+                high, low = exact_difference(a, y, y_row + feature, valid, power)
+                high, low = tl.where(valid, high, 0.0), tl.where(valid, low, 0.0)
                 high = tl.where(tl.abs(high) <= largest, high, float("nan"))
                 cut = (tl.abs(high) > 2.0**55) & (low == low)
                 high, low = tl.where(cut, 2.0**55, high), tl.where(cut, 0.0, low)
@@ -332,6 +334,7 @@ class Sizes(NamedTuple):
 
 
 def sizes_of(B: int, M: int, N: int, gradient: bool) -> Sizes:
+    """The sizes for B queries and M references of N features."""
     fitting = min(MAX_QUERIES, max(16, MAX_VALUES // N))
     # A last block of few queries would read all references. Large blocks have whole tiles.
     part = cdiv(B, max(1, cdiv(B, fitting)))
@@ -341,7 +344,7 @@ def sizes_of(B: int, M: int, N: int, gradient: bool) -> Sizes:
 
 
 def parts_of(count: int, each: int) -> list[slice]:
-    """Slices of at most so many."""
+    """Slices that cut ``count`` items into parts of at most ``each``."""
     return [slice(start, min(start + each, count)) for start in range(0, count, each)]
 
 
@@ -394,8 +397,8 @@ class Pairs:
         )  # fmt: skip
 
     def measure(self, y: Tensor, nearest: Tensor, first: bool) -> None:
-        """Distances to a chunk y. ``nearest`` (B,) are the smallest of other chunks, and not read
-        for the first one."""
+        """Measure the distances to a chunk y. ``nearest`` (B,) holds the smallest ones of other
+        chunks, and is not read for the first one."""
         pieces = min(PIECES, cdiv(len(y), TILE))
         piece = cdiv(cdiv(len(y), pieces), TILE) * TILE
         pieces = cdiv(len(y), piece)
@@ -420,9 +423,9 @@ class Pairs:
         operands = [(self.centered, self.scales, False)]
         if self.upstream is not None:
             operands.append((self.upstream, self.scales[self.B :], True))
-        for of, scales, project in operands:
+        for source, scales, project in operands:
             multiply[cdiv(self.B, rows), tiles](
-                of, y, self.center, scales, self.y_scale, self.norms, self.squared, self.lowest,
+                source, y, self.center, scales, self.y_scale, self.norms, self.squared, self.lowest,
                 self.reach, self.projected, self.B, len(y), padded(len(y)), self.N, y.stride(0),
                 self.stride, tiles, project, rows, TILE, 32, PRECISION, **FUSED,
             )  # fmt: skip

@@ -17,11 +17,10 @@ def exponent_of(N: int, D: float) -> float:
 
 
 def difference_cutoff(nats: float, N: int, D: float) -> float:
-    """How many nats below the sum of weights a weight becomes zero in x − mean, if it does so this
-    many below in a mean.
+    """The cutoff of weights for x − mean, from that for a mean, ``nats`` below the sum of weights.
 
-    There a weight counts by the distance of its reference, relative to that of the nearest one:
-    (s/s₀)^½ w = w^(1 − 1/(N + D)) for finite D. e^-80 is a normal float32.
+    In x − mean a weight counts times the distance of its reference, relative to that of the nearest
+    one: (s/s₀)^½ w = w^(1 − 1/(N + D)) for finite D. At most 80, because e^-80 is a normal float32.
     """
     return nats if math.isinf(D) else min(80.0, nats / max(1 - 1 / (N + D), 0.1))
 
@@ -30,8 +29,8 @@ def difference_cutoff(nats: float, N: int, D: float) -> float:
 def rate_of(nearest, r, exponent, GAUSSIAN: tl.constexpr):
     """Nats by which the score falls per squared distance at ``nearest``, in float64.
 
-    It is infinite where r = 0 on a reference. The largest number that is returned instead still
-    keeps the weight of an equal distance at 1, because 0 times it is 0.
+    It is infinite where r = 0 on a reference. Capped at 1e300, so that an equal distance (0 times
+    the rate) keeps the weight 1.
     """
     if GAUSSIAN:
         rate = 0.5 / r / r
@@ -45,7 +44,8 @@ def relative_weight(excess, rate, exponent, GAUSSIAN: tl.constexpr):
     """The weight at the squared distance nearest + ``excess``, over that at nearest; in float32.
 
     The score falls by excess·rate if GAUSSIAN, else by exponent·log1p(u), u = excess·rate/exponent.
-    Where u is small, log1p(u)/u is taken, because the exponent may be larger than float32 holds.
+    Where u is small, the fall is excess·rate times log1p(u)/u, because the exponent may be larger
+    than float32 holds.
     """
     linear = (excess * rate).to(tl.float32)
     if GAUSSIAN:

@@ -39,9 +39,9 @@ def normalised_field_kernel(
         write(field_x, rows, field_stride, columns, within, N, scale[:, None] * tile)
     else:
         for start in range(0, N, BLOCK):
-            turn = start + columns
-            tile = load(difference, rows, stride, turn, within, N).to(tl.float64)
-            write(field_x, rows, field_stride, turn, within, N, scale[:, None] * tile)
+            feature = start + columns
+            tile = load(difference, rows, stride, feature, within, N).to(tl.float64)
+            write(field_x, rows, field_stride, feature, within, N, scale[:, None] * tile)
     tl.store(field_z + rows, (scale * level).to(tl.float32), within)
 
 

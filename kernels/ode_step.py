@@ -45,7 +45,7 @@ def write(values, rows, stride, columns, within, N, result):
 
 @triton.jit
 def _implied_stretch(squared, z, gamma, N, EXACT: tl.constexpr):
-    """t = −z/v_z (ROWS,) with the v_z computed from ‖v_x‖². It does not divide by v_z.
+    """t = −z/v_z (ROWS,) with v_z computed from ‖v_x‖², without dividing by v_z.
 
     t = (√(e_x² + z²) + γ)/√N,   n = ‖v_x‖/√N
     e_x = n (γ + √(n²γ² + (1 − n²) z²))/(1 − n²)  where EXACT, else γ n/(1 − n)
@@ -116,18 +116,18 @@ def ode_step_kernel(
     a_factor = x_factor.to(tl.float32)[:, None]
     v_factor = (toward * stretch).to(tl.float32)[:, None]
     for start in range(0, N, BLOCK):  # once if WHOLE
-        turn = start + columns
-        a = load(x, rows, x_stride, turn, within, N)
+        feature = start + columns
+        a = load(x, rows, x_stride, feature, within, N)
         if not WHOLE:
-            v = load(slope, rows, slope_stride, turn, within, N)
+            v = load(slope, rows, slope_stride, feature, within, N)
         result = a_factor * a + v_factor * v
         if history is not None:
-            past = load(history, rows, history_stride, turn, within, N)
+            past = load(history, rows, history_stride, feature, within, N)
             result += blend.to(tl.float32)[:, None] * past
-        write(out, rows, out_stride, turn, within, N, result)
+        write(out, rows, out_stride, feature, within, N, result)
         if mean_out is not None:
             mean = a + stretch.to(tl.float32)[:, None] * v
-            write(mean_out, rows, mean_stride, turn, within, N, mean)
+            write(mean_out, rows, mean_stride, feature, within, N, mean)
 
 
 # ---- launches ---------------------------------------------------------------------------------

@@ -37,11 +37,11 @@ from .law import difference_cutoff, rate_of, relative_weight, score_at
 
 WEIGHT_CUTOFF = 16.0  # nats: a weight below e^-16 / M of the sum is below float32 rounding
 MIN_SORTED_QUERIES = 256  # from here on queries are sorted by their number of nonzero weights
-PROGRAMS = 256  # of a weighted sum, if memory and references allow: two for each multiprocessor
+PROGRAMS = 256  # wanted for a weighted sum: about two for each multiprocessor
 BLOCK = 1024  # weights of a program of ``weigh``
 MERGED = 1024  # features of a program of ``merge``
-# From this (x − mean)² on, relative to the size of what is summed, sums over references leave
-# enough digits of it.
+# The least (x − mean)², relative to the size of what is summed, of which sums over references keep
+# enough digits.
 ENOUGH = tl.constexpr(2.0**-6)
 
 
@@ -51,12 +51,12 @@ def weigh(
     width, pairs_stride, pieces, count, first, exponent: tl.float64, floor: tl.float64,
     GAUSSIAN: tl.constexpr, PIECES: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """One query's weights over a tile of the chunk, relative to the nearest reference so far.
+    """One query's weights over a piece of the chunk, relative to the nearest reference so far.
 
     sums[row, piece] is the sum of the weights, and live[row, piece] how many are not set to zero.
     least_so_far[row] is the smallest squared distance, from ``count`` minima ``closest`` and from
-    ``nearest``, that of earlier chunks. kept[row] is the weight of all earlier chunks, ``total``,
-    relative to it.
+    ``nearest``, that of earlier chunks. kept[row] is ``total``, the weight of all earlier chunks,
+    made relative to it.
     """
     row = tl.program_id(0).to(tl.int64)
     piece = tl.program_id(1)
@@ -67,19 +67,19 @@ def weigh(
     if first == 0:
         before, earlier = tl.load(nearest + row), tl.load(total + row)
     least = tl.minimum(before, tl.min(minima, 0))
-    wrong = (tl.sum((minima != minima).to(tl.int32), 0) > 0) | (before != before) | (r != r)
-    least = tl.where(wrong, float("nan"), least)
+    invalid = (tl.sum((minima != minima).to(tl.int32), 0) > 0) | (before != before) | (r != r)
+    least = tl.where(invalid, float("nan"), least)
     rate = rate_of(least, r, exponent, GAUSSIAN)
     carried = earlier * relative_weight(before - least, rate, exponent, GAUSSIAN).to(tl.float64)
-    smallest = tl.full((), floor, tl.float64).to(tl.float32)
-    smallest *= tl.maximum(carried.to(tl.float32), 1.0)
+    threshold = tl.full((), floor, tl.float64).to(tl.float32)
+    threshold *= tl.maximum(carried.to(tl.float32), 1.0)
 
     column = piece * BLOCK + tl.arange(0, BLOCK)
     place = row * pairs_stride + column
     d = tl.load(squared + place, mask=column < width, other=float("inf"))
     w = relative_weight(d - least, rate, exponent, GAUSSIAN)
     tl.store(sums + row * pieces + piece, tl.sum(w, 0))
-    w = tl.where(w < smallest, 0.0, w)
+    w = tl.where(w < threshold, 0.0, w)
     tl.store(weights + place, w, mask=column < width)
     tl.store(live + row * pieces + piece, tl.sum((w != 0.0).to(tl.int32), 0))
     tl.store(least_so_far + row, least, mask=piece == 0)
@@ -93,7 +93,8 @@ def weighted_sum(
     PRECISION: tl.constexpr,
 ):  # fmt: skip
     """parts[stretch, row] = 2 factor · Σ_j w_j y_j over one stretch of references, in units of
-    ``unit_of(y)``. ORDERED queries are alike, and tiles without a weight are left out.
+    ``unit_of(y)``. ORDERED queries that share a tile have similar weights, and tiles without a
+    weight are skipped.
 
     Tiles are features × queries, because matrix units take 64 rows, more than there may be queries.
     """
@@ -112,12 +113,12 @@ def weighted_sum(
         w = tl.load(w_rows + column[None, :], mask=inside, other=0.0)
         # Without an order nearly all tiles have a weight, and a condition would keep the compiler
         # from loading the next tile early.
-        alive = True
+        any_nonzero = True
         if ORDERED:
-            alive = tl.max(tl.max((w != 0.0).to(tl.int32), 1), 0) > 0
-        if alive:
-            known = (column < M)[:, None] & (feature < N)
-            b = load_references(y + column.to(tl.int64)[:, None] * y_stride + feature, known)
+            any_nonzero = tl.max(tl.max((w != 0.0).to(tl.int32), 1), 0) > 0
+        if any_nonzero:
+            valid = (column < M)[:, None] & (feature < N)
+            b = load_references(y + column.to(tl.int64)[:, None] * y_stride + feature, valid)
             # Matrix units round every addition toward zero. The factor 2 keeps the compiler from
             # passing the sum to the next product as its initial value.
             total += 2.0 * tl.dot(tl.trans(b), tl.trans(w * factor), input_precision=PRECISION)
@@ -137,29 +138,29 @@ def sum_of_differences(
     for piece in range(0, pieces):
         if tl.load(live + row * pieces + piece) > 0:
             column = piece * BLOCK + index
-            has = tl.load(weights + column, mask=column < M, other=0.0) != 0.0
-            first = tl.min(tl.where(has, index, BLOCK), 0)
+            nonzero = tl.load(weights + column, mask=column < M, other=0.0) != 0.0
+            first = tl.min(tl.where(nonzero, index, BLOCK), 0)
             while first < BLOCK:
                 tile = first // TILE * TILE
                 j = piece * BLOCK + tile + tl.arange(0, TILE)
                 w = tl.load(weights + j, mask=j < M, other=0.0)
                 mask = (w != 0.0)[:, None] & (feature < N)[None, :]
                 place = y + j.to(tl.int64)[:, None] * y_stride + feature[None, :]
-                same = a[None, :] + tl.zeros_like(w)[:, None]
-                high, _ = exact_difference(same, y, place, mask, 1.0)
+                a_tile = a[None, :] + tl.zeros_like(w)[:, None]
+                high, _ = exact_difference(a_tile, y, place, mask, 1.0)
                 total += tl.sum(tl.where(mask, w[:, None] * (high / unit_of(y)), 0.0), 0)
-                first = tl.min(tl.where(has & (index >= tile + TILE), index, BLOCK), 0)
+                first = tl.min(tl.where(nonzero & (index >= tile + TILE), index, BLOCK), 0)
     return total
 
 
 @triton.jit
 def has_digits(value, a, reach, size):
-    """Whether sums over references leave enough digits of ``value``, a sum of differences w_j
-    (a − y_j). Their errors are relative to the ``size`` of the w_j and to that of what is summed,
-    which is about |a| and √reach, the distance at which weights become small."""
+    """Whether ``value``, a sum of w_j (a − y_j), has enough digits if it comes from Σ w_j y_j. The
+    errors of that sum are relative to the ``size`` of the w_j, and to that of what is summed: about
+    |a| and √reach, the distance at which weights become small."""
     unit = 1.0 / tl.sqrt(reach).to(tl.float32)
-    apart = value * (unit / size)
-    return tl.sum(apart * apart, 0) >= ENOUGH * (1.0 + tl.sum((a * unit) * (a * unit), 0))
+    scaled = value * (unit / size)
+    return tl.sum(scaled * scaled, 0) >= ENOUGH * (1.0 + tl.sum((a * unit) * (a * unit), 0))
 
 
 @triton.jit
@@ -180,17 +181,17 @@ def merge(
     exponent: tl.float64, GAUSSIAN: tl.constexpr, DIFFERENCE: tl.constexpr, PIECES: tl.constexpr,
     SIZE: tl.constexpr, BLOCK: tl.constexpr, TILE: tl.constexpr,
 ):  # fmt: skip
-    """The running mean: that of earlier chunks, with weight kept[row], and the stretches of this
-    one, times ``divisor``. DIFFERENCE subtracts it from x. One program of each query also writes
-    the state (nearest, total), and the log-sum-exp."""
+    """The running mean: that of earlier chunks, with weight kept[row], merged with this chunk's
+    stretches, times ``divisor``. With DIFFERENCE, x minus that. One program of each query also
+    writes the state (nearest, total) and the log-sum-exp."""
     row = tl.program_id(0).to(tl.int64)
     feature = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     index = tl.arange(0, PIECES)
     piece_sums = tl.load(sums + row * pieces + index, mask=index < pieces, other=0.0)
     carried, least = tl.load(kept + row), tl.load(least_so_far + row)
     chunk_sum = tl.sum(piece_sums.to(tl.float64), 0)
-    whole = carried + chunk_sum
-    weight = whole.to(tl.float32)
+    new_total = carried + chunk_sum
+    weight = new_total.to(tl.float32)
     value = sum_of_parts(parts, row, feature, B, N, stretches) * (divisor / unit_of(y) / weight)
     before = tl.zeros([BLOCK], tl.float32)
     if first == 0:
@@ -199,10 +200,10 @@ def merge(
     r = tl.load(radius + row)
     if DIFFERENCE:
         a = tl.load(x + row * x_stride + feature, mask=feature < N, other=0.0)
-        share = chunk_sum.to(tl.float32) / weight
-        value = share * a - value
+        fraction = chunk_sum.to(tl.float32) / weight
+        value = fraction * a - value
         reach = least + r * r / exponent
-        if has_digits(before + value, a, reach, share) == 0:  # also if a number is out of range
+        if has_digits(before + value, a, reach, fraction) == 0:  # also if a number is out of range
             row_weights = weights + row * pairs_stride
             value = sum_of_differences(
                 a, y, row_weights, live, feature, row, M, N, y_stride, pieces, SIZE, TILE
@@ -211,8 +212,8 @@ def merge(
     tl.store(mean + row * N + feature, value + before, mask=feature < N)
     if tl.program_id(1) == 0:
         tl.store(nearest + row, least)
-        tl.store(total + row, whole)
-        tl.store(logsumexp + row, score_at(least, r, exponent, GAUSSIAN) + tl.log(whole))
+        tl.store(total + row, new_total)
+        tl.store(logsumexp + row, score_at(least, r, exponent, GAUSSIAN) + tl.log(new_total))
 
 
 # ---- launches ---------------------------------------------------------------------------------
@@ -222,11 +223,11 @@ def sum_of_references(
     y: Tensor, weights: Tensor, order: Tensor | None = None, divisor: float = 1.0
 ) -> Tensor:
     """Return Σ_j weights_j y_j ``unit_of(y)`` / divisor over each stretch of the references,
-    (stretches, B, N). Queries are taken in this order, if one is given."""
+    (stretches, B, N). ``order`` lets similar queries share tiles."""
     B, (M, N) = len(weights), y.shape
     rows = 16 if B <= 16 else 32
     tiles = cdiv(N, 64), cdiv(B, rows)
-    # As many as give PROGRAMS, if memory allows and each has at least 128 references.
+    # As many stretches as give PROGRAMS, if memory allows and each has at least 128 references.
     stretches = max(
         1, min(cdiv(PROGRAMS, tiles[0] * tiles[1]), MAX_VALUES // (B * N), cdiv(M, 128))
     )

@@ -13,8 +13,10 @@ nearest reference and e_j = d_j² − d²:
 
     moment = Σ_j p_j t_j e_j / s_j,   C = −(g − moment)                 D finite
     moment = Σ_j p_j t_j e_j / σ²,    C = −g                            D = ∞
-    ∂L/∂x  = F [Σ_j c_j (x − y_j) + (C − Σ_j c_j) (x − mean)], C − Σ c_j from rounding c_j
+    ∂L/∂x  = F [Σ_j c_j (x − y_j) + (C − Σ_j c_j) (x − mean)]
     ∂L/∂r  = r F C,   ∂L/∂σ = (g d²/σ² + moment)/σ
+
+C − Σ_j c_j would be 0 without the rounding of c_j.
 
 ``pull`` computes Σ p_j G·y_j, which t_j needs, and ``find_coefficients`` the c_j. ``weighted_sum``
 of the forward pass sums c_j y_j, and ``merge_gradient`` turns the sum into ∂L/∂x.
@@ -73,7 +75,7 @@ def pull(
     """Adds Σ p_j G·y_j and Σ p_j of one query over the chunk to pulled[row]; the first chunk sets
     them."""
     row = tl.program_id(0).to(tl.int64)
-    r, least, summed = tl.load(radius + row), tl.load(nearest + row), tl.load(total + row)
+    r, least, weight_sum = tl.load(radius + row), tl.load(nearest + row), tl.load(total + row)
     pulls = tl.zeros([BLOCK], tl.float64)
     masses = tl.zeros([BLOCK], tl.float64)
     for start in range(0, width, BLOCK):
@@ -81,14 +83,14 @@ def pull(
         place = row * pairs_stride + column
         d = tl.load(squared + place, mask=column < width, other=float("inf"))
         q = tl.load(projected + place, mask=column < width, other=0.0).to(tl.float64)
-        p = probability(d, least, summed, r, exponent, floor, GAUSSIAN)
+        p = probability(d, least, weight_sum, r, exponent, floor, GAUSSIAN)
         pulls += tl.where(p == 0.0, 0.0, p * q)  # the projection is undefined where p = 0
         masses += p
-    whole_pull, mass = tl.sum(pulls, 0), tl.sum(masses, 0)
+    pull_sum, mass = tl.sum(pulls, 0), tl.sum(masses, 0)
     if first == 0:
-        whole_pull += tl.load(pulled + 2 * row)
+        pull_sum += tl.load(pulled + 2 * row)
         mass += tl.load(pulled + 2 * row + 1)
-    tl.store(pulled + 2 * row, whole_pull)
+    tl.store(pulled + 2 * row, pull_sum)
     tl.store(pulled + 2 * row + 1, mass)
 
 
@@ -98,15 +100,17 @@ def find_coefficients(
     live, sums, scalars, grad_radius, width, pairs_stride, pieces, first,
     exponent: tl.float64, floor: tl.float64, GAUSSIAN: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """c_j and p_j of one query over the chunk, how many c_j of each BLOCK are not zero, and the
-    moment and Σ c_j so far, which are ``sums``. From them follow ∂L/∂radius and ``scalars``: F,
-    C − Σ c_j, Σ c_j of the chunk, and the size of these c_j."""
+    """c_j and p_j of one query over the chunk, and how many c_j of each BLOCK are not zero.
+
+    ``sums`` are the moment and Σ c_j so far. From them follow ∂L/∂radius and ``scalars``: F,
+    C − Σ c_j, Σ c_j of the chunk, and the size of these c_j.
+    """
     row = tl.program_id(0).to(tl.int64)
-    r, least, weights = tl.load(radius + row), tl.load(nearest + row), tl.load(total + row)
+    r, least, weight_sum = tl.load(radius + row), tl.load(nearest + row), tl.load(total + row)
     g = tl.load(grad_logsumexp + row)
     # Σ p_j is 1 up to rounding, and 0 where the mean is constant.
-    weight = tl.load(pulled + 2 * row + 1)
-    center = tl.load(pulled + 2 * row) / tl.where(weight == 0.0, 1.0, weight)
+    mass = tl.load(pulled + 2 * row + 1)
+    center = tl.load(pulled + 2 * row) / tl.where(mass == 0.0, 1.0, mass)
     moments = tl.zeros([BLOCK], tl.float64)
     c_sums = tl.zeros([BLOCK], tl.float64)
     c_squares = tl.zeros([BLOCK], tl.float64)
@@ -115,7 +119,7 @@ def find_coefficients(
         place = row * pairs_stride + column
         d = tl.load(squared + place, mask=column < width, other=float("inf"))
         q = tl.load(projected + place, mask=column < width, other=0.0).to(tl.float64)
-        p = probability(d, least, weights, r, exponent, floor, GAUSSIAN)
+        p = probability(d, least, weight_sum, r, exponent, floor, GAUSSIAN)
         pt = tl.where(p == 0.0, 0.0, p * (q - center + g))
         slope, excess = ratios_at(d, least, r, GAUSSIAN)
         c = tl.where(p == 0.0, 0.0, -pt * slope)
@@ -134,11 +138,11 @@ def find_coefficients(
     tl.store(sums + 2 * row, moment)
     tl.store(sums + 2 * row + 1, c_sum)
     F, C, radius_gradient = gradient_factors(least, r, g, moment, exponent, GAUSSIAN)
-    own = scalars + 4 * row
-    tl.store(own, F)
-    tl.store(own + 1, C - c_sum)
-    tl.store(own + 2, chunk_sum)
-    tl.store(own + 3, tl.sqrt(chunk_sum * chunk_sum + tl.sum(c_squares, 0)))
+    row_scalars = scalars + 4 * row
+    tl.store(row_scalars, F)
+    tl.store(row_scalars + 1, C - c_sum)
+    tl.store(row_scalars + 2, chunk_sum)
+    tl.store(row_scalars + 3, tl.sqrt(chunk_sum * chunk_sum + tl.sum(c_squares, 0)))
     tl.store(grad_radius + row, radius_gradient)
 
 
@@ -148,20 +152,20 @@ def merge_gradient(
     B, M, N, stretches, pieces, x_stride, y_stride, pairs_stride, first, last, exponent: tl.float64,
     SIZE: tl.constexpr, BLOCK: tl.constexpr, TILE: tl.constexpr,
 ):  # fmt: skip
-    """Adds the chunk's Σ c_j (x − y_j) to grad_x. The last chunk turns the sum into ∂L/∂x. What c_j
-    lose where they are rounded counts as if it were at the mean."""
+    """Adds the chunk's Σ c_j (x − y_j) to grad_x. The last chunk turns the sum into ∂L/∂x. What
+    rounding takes from the c_j is added as if its references were at the mean."""
     row = tl.program_id(0).to(tl.int64)
     feature = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
-    known = feature < N
-    a = tl.load(x + row * x_stride + feature, mask=known, other=0.0)
+    valid = feature < N
+    a = tl.load(x + row * x_stride + feature, mask=valid, other=0.0)
     before = tl.zeros([BLOCK], tl.float32)
     if first == 0:
-        before = tl.load(grad_x + row * N + feature, mask=known, other=0.0)
-    own = scalars + 4 * row
-    r, chunk_sum = tl.load(radius + row), tl.load(own + 2).to(tl.float32)
+        before = tl.load(grad_x + row * N + feature, mask=valid, other=0.0)
+    row_scalars = scalars + 4 * row
+    r, chunk_sum = tl.load(radius + row), tl.load(row_scalars + 2).to(tl.float32)
     value = chunk_sum * a - sum_of_parts(parts, row, feature, B, N, stretches) / unit_of(y)
     reach = tl.load(nearest + row) + r * r / exponent
-    size = tl.load(own + 3).to(tl.float32)
+    size = tl.load(row_scalars + 3).to(tl.float32)
     if has_digits(before + value, a, reach, size) == 0:  # also if a number is out of range
         row_coefficients = coefficients + row * pairs_stride
         value = sum_of_differences(
@@ -169,12 +173,12 @@ def merge_gradient(
         )
     value += before
     if last != 0:
-        center = tl.load(mean + row * N + feature, mask=known, other=0.0)
-        apart = a.to(tl.float64) - center.to(tl.float64)
-        F = tl.load(own)
-        gradient = F * (value.to(tl.float64) + tl.load(own + 1) * apart)
+        center = tl.load(mean + row * N + feature, mask=valid, other=0.0)
+        difference = a.to(tl.float64) - center.to(tl.float64)
+        F = tl.load(row_scalars)
+        gradient = F * (value.to(tl.float64) + tl.load(row_scalars + 1) * difference)
         value = tl.where(F == 0.0, 0.0, gradient).to(tl.float32)
-    tl.store(grad_x + row * N + feature, value, mask=known)
+    tl.store(grad_x + row * N + feature, value, mask=valid)
 
 
 @triton.jit(do_not_specialize=["B", "M", "first"])
@@ -201,25 +205,25 @@ def reference_gradient(
             F = tl.load(scalars + 4 * row, mask=row < B, other=0.0)[:, None]
             c = tl.load(coefficients + place, mask=inside, other=0.0)
             c = tl.where(c == 0.0, 0.0, c.to(tl.float64) * F).to(tl.float32)
-            known = (row < B)[:, None] & (feature < N)
-            a = tl.load(x + row.to(tl.int64)[:, None] * x_stride + feature, mask=known, other=0.0)
-            g = tl.load(upstream + row.to(tl.int64)[:, None] * N + feature, mask=known, other=0.0)
+            valid = (row < B)[:, None] & (feature < N)
+            a = tl.load(x + row.to(tl.int64)[:, None] * x_stride + feature, mask=valid, other=0.0)
+            g = tl.load(upstream + row.to(tl.int64)[:, None] * N + feature, mask=valid, other=0.0)
             # The factor 2 has the same reason as in ``weighted_sum``.
             gradient += 2.0 * tl.dot(tl.trans(0.5 * p), g, input_precision=PRECISION)
             gradient -= 2.0 * tl.dot(tl.trans(0.5 * c), a, input_precision=PRECISION)
             c_sums += tl.trans(c)
             size += tl.trans(tl.abs(c))
             largest = tl.maximum(largest, tl.trans(tl.abs(c)))
-    known = (column < M)[:, None] & (feature < N)
+    valid = (column < M)[:, None] & (feature < N)
     y_rows = y + column.to(tl.int64)[:, None] * y_stride
-    b = load_references(y_rows + feature, known) / unit_of(y)
+    b = load_references(y_rows + feature, valid) / unit_of(y)
     total = tl.sum(c_sums, 1)
     gradient += total[:, None] * b
     # Sums of numbers of both signs have errors relative to the root of the sum of their squares.
     spread = tl.sqrt(tl.sum(size, 1)) * tl.sqrt(tl.max(largest, 1))  # at least √(Σ c²)
     scaled = tl.maximum(tl.abs(total), spread)[:, None] * b
-    again = (tl.sum(gradient * gradient, 1) >= ENOUGH * tl.sum(scaled * scaled, 1)) == 0
-    if tl.max(again.to(tl.int32), 0) > 0:
+    cancelled = (tl.sum(gradient * gradient, 1) >= ENOUGH * tl.sum(scaled * scaled, 1)) == 0
+    if tl.max(cancelled.to(tl.int32), 0) > 0:
         exact = tl.zeros([TILE, FEATURES], tl.float32)
         for query in range(0, B):
             row = tl.full((), query, tl.int64)
@@ -231,13 +235,13 @@ def reference_gradient(
                 a = tl.load(x + row * x_stride + feature, mask=feature < N, other=0.0)
                 g = tl.load(upstream + row * N + feature, mask=feature < N, other=0.0)
                 a += tl.zeros_like(gradient)
-                high, _ = exact_difference(a, y, y_rows + feature, known, 1.0)
+                high, _ = exact_difference(a, y, y_rows + feature, valid, 1.0)
                 exact += p[:, None] * g - c.to(tl.float32)[:, None] * (high / unit_of(y))
-        gradient = tl.where(again[:, None], exact, gradient)
+        gradient = tl.where(cancelled[:, None], exact, gradient)
     out = grad_references + column.to(tl.int64)[:, None] * N + feature
     if first == 0:
-        gradient += tl.load(out, mask=known, other=0.0)
-    tl.store(out, gradient, mask=known)
+        gradient += tl.load(out, mask=valid, other=0.0)
+    tl.store(out, gradient, mask=valid)
 
 
 # ---- launches ---------------------------------------------------------------------------------
@@ -265,7 +269,10 @@ class Gradients:
         self.coefficients, self.probabilities = pairs.x.new_empty(2, B, pairs.stride)
 
     def run(self, chunks: list[Tensor], grad_references: list[Tensor], first_block: bool) -> None:
-        """grad_references: of each chunk; none if they are not needed."""
+        """Find the pulls over all chunks, then the coefficients and gradients of each.
+
+        grad_references holds the gradient of each chunk; it is empty if none is needed.
+        """
         _, nearest, _ = self.state
         for place, y in enumerate(chunks):
             self.pairs.measure(y, nearest, False)

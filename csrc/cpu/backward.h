@@ -94,8 +94,8 @@ bool exceeds(const Problem& problem) {
   return false;
 }
 
-// Fails with the first query for which a reference counts that T cannot hold: its moment is not
-// finite, though its upstream gradients are.
+// Fails with the first query for which a reference counts that T cannot hold. Its moment is not
+// finite, although its upstream gradients are.
 template <class T>
 Status check_moments(const Problem& problem, const Backward& io, const double* moments, Index count,
                      Index first) {
@@ -186,8 +186,8 @@ class BackwardPass {
     });
   }
 
-  // Takes the queries from first_ on, and finds the averages of ill-conditioned rows, unless the
-  // one chunk gives them.
+  // Takes the queries from first_ on. Finds the averages of ill-conditioned rows, unless there is
+  // one chunk: then find_coefficients does.
   Status start() {
     count_ = smaller(block_, problem_.queries - first_);
     mean_ = static_cast<const T*>(io_.mean) + first_ * features_;
@@ -238,7 +238,7 @@ class BackwardPass {
       const bool is_listed = !is_ill_conditioned_[b] && states_[b].nonzero > 0;
       groups_.note(b, p_.at(b * kStride), distances_.count(),
                    [is_listed](double p) { return is_listed && p != 0; });
-      if (!distances_.takes_all_pairs())  // where all pairs are computed, they are assigned
+      if (!distances_.takes_all_pairs())  // PairTiles adds to c, DenseTiles assigns it
         std::memset(c_.at(b * kStride), 0, padded_count(distances_.count()) * sizeof(double));
     });
   }
@@ -283,6 +283,7 @@ class BackwardPass {
     });
   }
 
+  // Writes ∂L/∂r and ∂L/∂x of the block, from its sums.
   void finish() {
     parallel(count_, problem_.threads, [&](Index b, int) {
       const Index query = first_ + b;
@@ -310,7 +311,7 @@ class BackwardPass {
   const WeightLaw& law_;
   const Index features_, block_, chunk_;
   const bool needs_sums_;
-  const bool one_chunk_;  // and it gives the averages of ill-conditioned rows itself
+  const bool one_chunk_;  // find_coefficients then averages the pulls itself
   const KeptDistances kept_;
   Distances<T> distances_;
   typename Distances<T>::Lists lists_;

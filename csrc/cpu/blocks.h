@@ -33,12 +33,12 @@ Void* at(Void* array, Index index, Type type) {
 // The most threads with a workspace of their own, at most 6 MB each.
 constexpr int kMaxIndependentThreads = 8;
 
-// Queries × references × features for which a thread is woken: with less, waking it and waiting for
-// it costs more than it saves.
+// The work (queries × references × features) for which a thread is woken. With less, waking it and
+// waiting for it costs more than it saves.
 constexpr double kThreadWork = 1 << 19;
 
-// The problem with no more threads than have that much work, if they wait for each other after
-// every `queries` × `references` pairs.
+// The problem with no more threads than get kThreadWork each, where threads wait for each other
+// after every `queries` × `references` pairs.
 Problem with_threads(Problem problem, Index queries, Index references) {
   const double size = static_cast<double>(smaller(queries, problem.queries)) *
                       static_cast<double>(smaller(references, problem.references)) *
@@ -99,7 +99,8 @@ Backward outputs_from(Index first, const Problem& problem, Backward io) {
   return io;
 }
 
-// Fails with the first query that has no nearest distance, after the first chunk or later.
+// Fails with the first query whose nearest distance is missing or stands for a failure. Called
+// after each chunk.
 Status check_states(const QueryState* states, Index count, Index first) {
   for (Index b = 0; b < count; ++b)
     if (!(is_distance(states[b].nearest) && states[b].nearest < kSkipped))

@@ -51,7 +51,7 @@ constexpr Index kWordGroup = 4 * kFloats;       // features in a group of words
 // are exact in float32, 256 · 255² < 2^24 in a lane, and sums of products in int32.
 constexpr Index kBytePanel = 64 * kWordGroup;
 
-// What the bound needs of a tile of references beside their bytes.
+// What the bound needs of a tile of references besides their bytes.
 struct ByteTerms {
   double low[kByteTile], step[kByteTile];    // a, h
   double sum[kByteTile], square[kByteTile];  // Σ ŷ, |ŷ|²
@@ -136,7 +136,7 @@ class ByteScreen {
         const Doubles error = query.error + vector_at(terms.error + r);
         const Longs above = vector_at(at + r) > limit * limit * (1 + 1e-12) + error;
         vector_at(at + r) = above ? Doubles{} + skip : Doubles{};
-        kept += above + 1;
+        kept += above + 1;  // a comparison that holds is −1
       }
     }
     Index number = 0;
@@ -253,7 +253,7 @@ class ByteScreen {
     return sums;
   }
 
-  // One vector of values. Beyond the end they are the origin's, which becomes 0 and loses nothing.
+  // One vector of values. Beyond the end it holds `origin`, which rounds to 0 and loses nothing.
   template <class V>
   static Floats values_at(const V* v, Index k, Index end, float origin) {
     if (k + kLanes <= end) return whole_vector(v + k);
@@ -419,7 +419,8 @@ class ByteScreen {
     }
   }
 
-  // Adds the panel's products to a row of squared distances, and the other terms after the last.
+  // Adds the panel's products to a row of squared distances, and with the last panel the other
+  // terms.
   static void add_panel(const QueryTerms& query, const ByteTerms& terms,
                         const Ints (&products)[kTileVectors], bool is_first, bool is_last,
                         double* out) {
@@ -455,10 +456,9 @@ class ByteScreen {
   Index queries_count_ = 0;
 };
 
-// The screen for points in float32. It is of bytes, except with a sketch of references of bytes:
-// their sketch in bytes would double their memory, so it holds lines, which are a quarter to a
-// third. Bytes rule out more references, but for a block of queries that gains less than packing
-// the bytes takes. So they serve where there is no sketch.
+// The screen for points in float32. It uses bytes, unless there is a sketch of uint8 references. In
+// bytes that sketch would double their memory, so it holds lines, a quarter to a third of it. Bytes
+// rule out more references, but for a block of queries that gains less than packing them takes.
 class FloatScreen {
  public:
   FloatScreen(const Problem& problem, Index max_queries, Index max_references)

@@ -34,7 +34,8 @@ inline void list_probabilities(const DenseRows& rows, const WeightLaw& law, Quer
 }
 
 // Replaces the listed weights by p_j and the terms by c_j. Returns the list's part of the moment.
-// In an ill-conditioned row whose references are all listed, t_j becomes relative to its average.
+// With subtract_average, t_j is relative to its average: for ill-conditioned rows, whose references
+// are all listed.
 inline double list_coefficients(const DenseRows& rows, const WeightLaw& law, QueryState& state,
                                 double radius, double g, const float* grad, const float* mean,
                                 Index features, bool subtract_average, List& list) {
@@ -45,7 +46,7 @@ inline double list_coefficients(const DenseRows& rows, const WeightLaw& law, Que
                       &bound);
 }
 
-// Replaces the distances of a row by c_j / scale, and terms are G·(y_j − mean). Returns the row's
+// Replaces the distances of a row by c_j / scale. `terms` are G·(y_j − mean). Returns the row's
 // part of the moment. The scale keeps sums over large references from overflowing.
 inline double row_coefficients(const FloatWeights& weights, double total, double g,
                                const float* terms, float* row, const float* low, Index padded,
@@ -188,7 +189,7 @@ inline Status gradients_of_block(const Problem& problem, const WeightLaw& law, c
         moments[b] +=
             list_coefficients(rows, law, states[b], rows.radius(b), g - averages[b], grad(b),
                               mean(b), features, row_is_ill_conditioned[b] && one_chunk, list);
-        // Where no weight counts, terms are those of another row.
+        // If no weight counts, list.term still holds the terms of another row.
         if (needs_x && states[b].nonzero > 0)
           add_list(rows, list, list.term, mean(b), features, sums + b * features);
       }

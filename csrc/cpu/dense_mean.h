@@ -117,15 +117,15 @@ struct DenseWork {
 
 constexpr Index kMaxDenseThreads = 32;  // bounds the workspace
 
-// The failure of the first query of two.
+// Of two statuses, the failure of the earlier query.
 inline Status first_of(const Status& a, const Status& b) {
   if (a.failure == Failure::none || b.failure == Failure::none)
     return a.failure == Failure::none ? b : a;
   return b.row < a.row ? b : a;
 }
 
-// Calls run(first, count, work, thread) for blocks of queries. No result depends on how they are
-// cut.
+// Calls run(first, count, work, thread) for blocks of queries. No result depends on where blocks
+// begin.
 template <class Run>
 Status by_rows(const Problem& problem, const Run& run) {
   const Index threads = smaller(problem.threads, kMaxDenseThreads);
@@ -143,8 +143,8 @@ Status by_rows(const Problem& problem, const Run& run) {
   return {};
 }
 
-// Calls run(first, count) for one chunk of references after the other. Between chunks the work can
-// be stopped (api/watch.h).
+// Calls run(first, count) for each chunk of references in turn. The call can be interrupted between
+// chunks (api/watch.h).
 template <class Run>
 void by_chunks(const Problem& problem, const Run& run) {
   const Index chunk = dense_chunk(problem);
@@ -170,6 +170,7 @@ inline Status mean_of_block(const Problem& problem, const WeightLaw& law, const 
 
   by_chunks(problem, [&](Index begin, Index references) {
     rows.set_chunk(begin, references);
+    // Rows whose rest is summed: y_j, or y_j − x if x is close to its nearest reference.
     Index whole[kMaxRows], number = 0, close[kMaxRows], close_number = 0;
     for (Index b = 0; b < count; ++b) {
       QueryState& state = states[b];

@@ -5,8 +5,8 @@
 // chunk are packed once, with references as lanes, for distances and sums alike. The distances of a
 // query are a row, which becomes its weights in place.
 //
-// Where float32 does not suffice, or few references of a row count, these go into a list in
-// float64. Most rows of data with little noise are such lists and need no sums over whole rows.
+// If float32 is not accurate enough, or only a few references of a row have weight, those go into a
+// list in float64. At low noise most rows are such lists and need no sums over whole rows.
 #pragma once
 #include "cpu/distances.h"
 #include "cpu/float_weights.h"
@@ -17,7 +17,7 @@ namespace {
 
 constexpr Index kFewestRows = 8;               // with fewer queries packing does not pay
 constexpr Index kMaxRows = 64;                 // most queries in a block
-constexpr Index kDenseMultiple = 15 * kChunk;  // of every dense_chunk()
+constexpr Index kDenseMultiple = 15 * kChunk;  // a multiple of every dense_chunk()
 constexpr Index kMaxPackedBytes = 512 << 10;   // packed references stay in cache for all queries
 constexpr Index kFloatStride = kChunk + 64;    // between rows; not a power of two, as kStride
 constexpr Index kFewReferences = 64;           // up to this many are a list rather than a whole row
@@ -46,13 +46,14 @@ inline Index dense_chunk(const Problem& problem) {
   return tiles * tile;
 }
 
+// Calls f with each index, unrolled.
 template <class F, int... kIndex>
 void unroll(const F& f, Indices<kIndex...>) {
   (f(kIndex), ...);
 }
 
-// Calls finish(q, sums) for each row, with Σ Term over a panel of n features; kHalves adds each
-// half of them by itself.
+// Calls finish(q, sums) for each row, with Σ Term over a panel of n features. kHalves sums its two
+// halves apart, which halves the rounding error.
 template <class Term, bool kHalves, int kRows, class Finish>
 void sum_panel(const float* const* x, const float* const* g, const float* y, Index n,
                const Finish& finish) {
@@ -147,7 +148,7 @@ class DenseRows {
 
   // Splits the references that may count for query b into a list and the rest of its row, in which
   // the listed ones are infinitely far. Returns whether the rest has any that count. Everything
-  // goes into the list if not `in_float`. `known` is relative to an upper bound of the nearest.
+  // goes into the list if not `in_float`. known.nearest is an upper bound of the nearest distance.
   bool split(Index b, const QueryState& known, bool in_float, List& list) const {
     const Least smallest = least(b);
     list.length = 0;
@@ -174,7 +175,8 @@ class DenseRows {
     return true;
   }
 
-  // Squared distances, rounded, and what rounding them left; null where they have one panel alone.
+  // Squared distances of a query in float32, and what rounding left of them. With one panel of
+  // features nothing is left, and low_row is null.
   float* row(Index b) const { return rows_ + b * kFloatStride; }
   float* low_row(Index b) const { return low_rows_ ? low_rows_ + b * kFloatStride : nullptr; }
   // Packed features of the references from the j-th on, the first of a tile.
@@ -299,7 +301,7 @@ class DenseRows {
   }
 
   // Moves the references within `far` to the list; those within `near` get their exact distances.
-  // Returns false.
+  // Returns false, which split() returns if nothing is left in the row.
   bool take(Index b, double far, double near, List& list) const {
     float* squared = row(b);
     const float most = float_limit(far);

@@ -20,8 +20,7 @@ constexpr Index kListedFeatures = 512;  // with fewer features all pairs are com
 constexpr Index kMaxChunkBytes = 16 << 20;
 // Up to this many references near the nearest always have their distances recomputed.
 constexpr Index kFewCandidates = 16;
-// Where they are more, so many of them tell whether rounding errors average out, beginning with
-// few.
+// With more, samples of these sizes tell whether rounding errors average out, the smallest first.
 constexpr Index kSamples[] = {4, 16, 64}, kMostSamples = 64;
 // Stands for a distance that is not needed.
 constexpr double kSkipped = std::numeric_limits<double>::max();
@@ -33,9 +32,9 @@ constexpr double kCloseFraction = 0.1;
 // |x|².
 constexpr double kCloseSquare = 0.25;
 constexpr double kNear = 20.0;  // a weight below e^-20 of the largest needs no more digits
-// Tolerated error of a score, at least and as a multiple of √N, with sums in halves or not: root
-// mean square, and twice the mean. It lies above the rounding of N distinct terms, or too many rows
-// of real images would be computed again.
+// Tolerated error of a score (root mean square, and twice the mean): at least kScoreError, and this
+// times √N, with sums in halves and without. It lies above the rounding of N distinct terms, or too
+// many rows of real images would be computed again.
 constexpr double kScoreError = 1e-5, kHalvesScoreError = 7e-7, kAverageScoreError = 1.2e-6;
 
 constexpr Index kChunkUnit = kBatch / 8;  // whole words of Groups, and tiles of the screen
@@ -102,9 +101,10 @@ class NeededDigits {
   }
 
   // Whether the errors of `candidates` distances, those up to `near`, average out. Where the terms
-  // of a sum repeat, or one is much larger than the others, they have one sign instead. The errors
-  // of a few tell. squared_of(j) is the distance of reference(j) with all its digits.
-  // One panel alone, added in halves, has small errors whatever the terms: none is looked at.
+  // of a sum repeat, or one is much larger than the others, all errors have one sign instead. The
+  // exact errors of a sample tell. squared_of(j) is the distance of reference(j) with all its
+  // digits. One panel alone, added in halves, has small errors whatever the terms: none is looked
+  // at.
   template <class V, class Squared, class Reference>
   bool average_out(const V* squared, V near, Index candidates, const Squared& squared_of,
                    const Reference& reference) const {
@@ -214,7 +214,7 @@ class Distances {
         out);
   }
 
-  // The same from what a forward pass kept. These distances need no refinement.
+  // The same, from the distances that a forward pass kept. They need no refinement.
   void read_chunk(Index first, Index count, const KeptDistances& kept) {
     first_reference_ = first;
     count_ = count;
@@ -310,7 +310,7 @@ class Distances {
     Index candidate = -1;
     const double far = farthest(b, known, &candidate);
     needed_[b] = screen_.choose(b, far, kSkipped, squared, count_);
-    // Whatever the bounds are, a query without known distances gets one.
+    // The candidate's distance is computed whatever its bound is, so that each query has one.
     if (candidate < 0 || squared[candidate] == 0) return;
     squared[candidate] = 0;
     ++needed_[b];
@@ -318,7 +318,8 @@ class Distances {
 
   // The squared distance beyond which no reference counts. The cutoff is relative to the sum of all
   // weights, which is at least the weight of the nearest and at least the sum over earlier chunks.
-  // If a reference of the chunk may be nearer than all before, `likeliest` becomes it.
+  // If references of the chunk may be nearer than all before, `likeliest` becomes the one with the
+  // lowest bound.
   double farthest(Index b, const QueryState& known, Index* likeliest) const {
     const double* bounds = row(b);
     const double lowest = least(bounds).value;

@@ -97,8 +97,8 @@ class Groups {
   bool needed(Index j) const { return needed_[j / 64] >> (j % 64) & 1; }
 
  private:
-  // Sorts the rows that need any reference; the rows that need most come first. Returns their
-  // number.
+  // Sorts the rows that need any reference, by counting; the rows that need most come first.
+  // Returns their number.
   Index sort(Index rows, Index references) {
     Index starts[kChunk + 1];
     std::memset(starts, 0, (references + 1) * sizeof *starts);
@@ -116,8 +116,8 @@ class Groups {
 
   std::uint64_t* needs_of(Index b) const { return needs_.at(b * kWords); }
 
-  // Reorders order_[first, last) so that it begins with the rows of a group: the first row, and one
-  // after the other the row whose list differs least from the union so far.
+  // Reorders order_[first, last) so that it begins with the rows of a group: the first row, then
+  // each time the row whose list differs least from the union so far.
   void choose_group(Index first, Index last) {
     std::uint64_t all[kWords];
     std::memcpy(all, needs_of(order_[first]), words_ * sizeof *all);

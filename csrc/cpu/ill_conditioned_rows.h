@@ -34,6 +34,7 @@ T largest_of(const T* values, Index n) {
   return most[0];
 }
 
+// Whether the rounding of the mean would change t_j by more than kToleratedError.
 template <class T>
 bool is_ill_conditioned(const Problem& problem, const WeightLaw& law, double nearest, double total,
                         double radius, const T* mean) {

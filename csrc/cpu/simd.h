@@ -178,7 +178,7 @@ void sum_lanes(typename Simd<T>::Vector* v, double* out) {
   }
 }
 
-// The same for kCount vectors, as many at a time as leave one addition for float64.
+// The same for kCount vectors, in batches that leave one addition for float64.
 template <class T, int kCount>
 void sum_all_lanes(typename Simd<T>::Vector* v, double* out) {
   constexpr int together = Simd<T>::lanes / 2;

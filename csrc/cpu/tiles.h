@@ -152,7 +152,7 @@ class DenseTiles {
 // ---- listed pairs: features contiguous, a lane sums each `lanes`-th of them -------------------
 
 constexpr Index kPairReferences = 64;  // references packed at a time, those of a word of Groups
-// Features packed at a time at most: the rows of a register tile fit L1.
+// Most features packed at a time: the rows of a register tile fit L1.
 template <class T> constexpr Index kPairPanel = 3136 / sizeof(T);
 // Features packed at a time: panels of equal width, in whole cache lines, of which a lane adds at
 // most kMaxAdditions.

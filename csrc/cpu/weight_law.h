@@ -44,9 +44,9 @@ struct WeightLaw {
     return excess == 0.0 ? Doubles{} : -exponent * (gaussian ? u : log_one_plus(u));
   }
 
-  // Calls f with the weight as a function of u, which is chosen once for all u. log(1 + u) has an
-  // error of 3e-7 (log2_one_plus). At a score of −f the weight e^−f has an error of about 4e-7 f
-  // relative to itself, so at most 2e-7 relative to the largest weight.
+  // Calls f with the weight as a function of u. The function is chosen once, outside of loops.
+  // log(1 + u) has an error of 3e-7 (log2_one_plus). At a score of −f the weight e^−f has an error
+  // of about 4e-7 f relative to itself, so at most 2e-7 relative to the largest weight.
   template <class F>
   void with_weight(const F& f) const {
     if (gaussian) return f([](const Floats& u) { return exponential2(u * (-kLog2e / 2)); });
@@ -78,7 +78,8 @@ struct WeightLaw {
     return per_scale(exponent * nearest, nearest, radius);
   }
 
-  // σ of the D = ∞ whose score falls as fast with the distance, at the nearest reference.
+  // The σ with which, at D = ∞, the score would fall as fast with the distance at the nearest
+  // reference.
   double sigma(double nearest, double radius) const {
     return gaussian ? radius : std::sqrt((nearest + radius * radius) / exponent / 2);
   }

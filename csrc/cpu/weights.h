@@ -39,7 +39,7 @@ constexpr double kUnderflowed = -1;
 
 inline bool is_distance(double nearest) { return nearest >= 0; }
 
-// What a row has failed with; `nearest` is no distance.
+// The failure that a sentinel in `nearest` stands for.
 inline Failure failure_of(double nearest) {
   return nearest == kUnderflowed ? Failure::underflow : Failure::value;
 }

@@ -42,7 +42,7 @@ __device__ inline float logarithm(float v) {
   return power * 0.693147181f;
 }
 
-// a b, rounded. The compiler makes no fused operation of it and a sum.
+// a b, rounded. The compiler does not fuse it with an addition.
 __device__ inline float rounded_product(float a, float b) { return __fmul_rn(a, b); }
 
 struct Sum {
@@ -55,19 +55,19 @@ struct Most {
   template <class T> __device__ T operator()(T a, T b) const { return a < b ? b : a; }
 };
 
-// Numbers ≥ 0 have the order of their bits; infinity and NaN follow. Comparing bits takes no
-// float64 instructions.
+// The bits of infinity. Numbers ≥ 0 are ordered like their bits, infinity and NaN last. Comparing
+// bits takes no float64 instructions.
 constexpr std::uint64_t kInfiniteBits = 0x7ffull << 52;
 
-// √v of finite v ≥ 0, to about 2^-22. It takes no float64, which is slow on GeForce cards. 0 has a
-// very small one.
+// √v of finite v ≥ 0, to about 2^-22. Takes no float64, which is slow on GeForce cards. The root of
+// 0 is a very small number.
 __device__ inline double square_root64(double v) {
   const std::int64_t bits = bits_of(v);
   const int power = static_cast<int>(bits >> 52) - 1023, half = power >> 1;
   const auto digits = static_cast<std::uint32_t>(bits >> 29) & 0x7fffffu;
   const float root =
       square_root(float_of(digits | static_cast<std::uint32_t>(127 + (power & 1)) << 23));
-  // A float's bits, as those of the same float64, with more of the exponent.
+  // The bits of the root, widened to float64, plus half of v's exponent.
   return double_of((static_cast<std::int64_t>(bits_of(root)) << 29) +
                    (static_cast<std::int64_t>(1023 - 127 + half) << 52));
 }
@@ -145,9 +145,9 @@ __device__ inline TwoFloats sum_of(TwoFloats a, const TwoFloats& b) {
   return {a.high, a.low + b.low};
 }
 
-// v ≥ 0 in two floats: its first 24 digits, and the rest. `power` is by how much its exponent is
-// larger in float64 than in float32, in the upper half of float64. Numbers that float32 does not
-// hold become about as large as it holds, or as small.
+// v ≥ 0 divided by a power of two, in two floats: its first 24 bits, and the rest. `power` is the
+// biased exponent of that power of two in float64, less 127, in the upper half of float64.
+// Quotients beyond float32 become about its largest or smallest normal number.
 __device__ inline TwoFloats two_floats(double v, std::uint32_t power) {
   constexpr int least = 1 << 20, most = (255 << 20) - 1;
   const std::int64_t bits = bits_of(v);

@@ -21,17 +21,17 @@ __host__ __device__ constexpr Index larger(Index a, Index b) { return a > b ? a 
 
 constexpr int kPanel = 32;           // terms that are added up together: features, or references
 constexpr int kTileReferences = 64;  // references in a tile, whose smallest distance is kept
-constexpr int kQueryThreads = 256;   // of a block that takes a query
+constexpr int kQueryThreads = 256;   // of a block that works on one query
 constexpr int kPiece = 1024;         // references that such a block takes at a time
 constexpr int kThreadReferences = kPiece / kQueryThreads;  // references of a tile for each thread
-constexpr int kCenterThreads = 256;                        // features of a block of find_center
+constexpr int kCenterThreads = 256;                        // of find_center, one for each feature
 
-constexpr Index kMostPairs = Index{1} << 31;  // of a block and a chunk, for places of 32 bits
-constexpr Index kMostReferences = 1 << 16;    // of a chunk, for places of 16 bits
+constexpr Index kMostPairs = Index{1} << 31;  // of a block and a chunk: indices have 32 bits
+constexpr Index kMostReferences = 1 << 16;    // of a chunk: indices have 16 bits
 
-// Queries of a group of the weighted sums, and features of the blocks that sum.
+// Queries in a group of the weighted sums, and features that one block sums.
 constexpr int kSumRows = 32, kSumFeatures = 128;
-constexpr int kPartPanels = 64;  // of listed references that a block sums, at most
+constexpr int kPartPanels = 64;  // most panels of listed references that a block sums
 
 // ---- element types -----------------------------------------------------------------------------
 
@@ -42,12 +42,12 @@ struct Float16 {
   std::uint16_t bits;
 };
 
-// load4 returns elements as numbers in this unit. In it, all types but float32 are exact in TF32.
+// load4 returns elements in units of kUnit. kShort: in this unit they are exact in TF32.
 template <class R> constexpr bool kShort = true;
 template <> constexpr bool kShort<float> = false;
 template <class R> constexpr float kUnit = 1;
 template <> constexpr float kUnit<std::uint8_t> = 1 / 255.0f;  // u/127.5 − 1 = (2u − 255)/255
-// Which of them are exact in float16 too.
+// In this unit they are exact in float16 too.
 template <class R> constexpr bool kExactHalf = false;
 template <> constexpr bool kExactHalf<Float16> = true;
 template <> constexpr bool kExactHalf<std::uint8_t> = true;
@@ -75,10 +75,10 @@ Rows<T> rows_of(const void* at, Index stride, Index count) {
   return {static_cast<const T*>(at), stride, static_cast<int>(count), aligned};
 }
 
-// The centre of the references. `spread` has the largest distance to it of the sample, `largest`
-// the largest value, in each group of kCenterThreads features.
+// The centre of the references. For each group of kCenterThreads features, `spread` is the largest
+// distance of a sampled value from it, and `largest` the largest sampled value.
 struct Center {
-  float* at;                // (width): zero from the last feature on
+  float* at;                // (width): zeros after the last feature
   float *spread, *largest;  // (divide_up(width, kCenterThreads))
   float* scale;             // (2): the power of two that centred references are multiplied by, and
                             // 1 over it
@@ -87,7 +87,7 @@ struct Center {
   int features, width;
   float excess;  // references are multiplied by 1 + excess before they are centred
 
-  // |y − centre|² from that of a reference as it is multiplied.
+  // |y − centre|², from the square of a centred reference, which is too large (kExcess).
   __device__ double true_square(double squared) const { return squared - 2.0 * excess * squared; }
 };
 
@@ -105,22 +105,22 @@ struct Halves {
 struct Pairs {
   Index stride;
   double* squared;   // (queries, stride)
-  float* projected;  // (queries, stride): G·y up to a number for each query; may be null
+  float* projected;  // (queries, stride): G·y up to a constant for each query; may be null
   double* lowest;    // (queries, tiles); negative if a distance of the tile, or of others of its
                      // block, is not finite, until find_limits has looked at it
   double* reach;     // (tiles): the largest |y − centre|²
   double* norms;     // (queries): |x − centre|², or |x|² beside differences
-  unsigned* list;    // (queries · stride): places in `squared` of the pairs that refine takes
+  unsigned* list;    // (queries · stride): indices into `squared` of the pairs to refine
   unsigned* listed;  // their number
   int tiles;
 };
 
-// What a kernel makes of products: squared distances, G·y up to a number for each query, or sums
-// over a slice of the features, of which finish_distances makes either.
+// What a kernel computes from products: squared distances, G·y up to a constant for each query, or
+// sums over a slice of the features, which finish_distances turns into one of the two.
 enum class Target { distances, projections, slice };
 
-// Sums over slices of the features. They take the place of the distances of blocks that have all
-// features.
+// Sums over slices of the features. Blocks that share out the features write them in place of
+// distances.
 struct Slices {
   Index stride;      // distance between rows
   float2* products;  // (slices, queries, stride): sums in two floats
@@ -138,7 +138,7 @@ struct ChunkWeights {
 // c_j, p_j and −F c_j of the chunk (cuda/coefficients.h).
 struct Coefficients {
   ChunkWeights c;
-  int* live_count;  // (queries, pieces): how many c_j may be other than zero
+  int* live_count;  // (queries, pieces): how many c_j may be nonzero
   float* probability;
   float* scaled;
 };
@@ -152,8 +152,8 @@ struct QueryStates {
   double* logsumexp;
 };
 
-// Queries × tiles (pieces) of the chunk: what weigh leaves for merge and for the order of queries.
-// In the backward pass find_coefficients leaves `live`, and the other sums are null.
+// What weigh writes for merge and order_queries: (queries, pieces of the chunk). In the backward
+// pass find_coefficients writes live_count, and the other pointers are null.
 struct PieceSums {
   int pieces, size;  // how many, and how many references each has, a multiple of kPiece
   float* sum;        // of the weights
@@ -162,12 +162,12 @@ struct PieceSums {
   double* earlier;   // (queries): the weight of all earlier chunks, relative to `nearest`
 };
 
-// Sums of each query over the chunks so far, one for each tile of a chunk, and what follows from
-// them after the last one (cuda/coefficients.h).
+// Sums of each query over the chunks so far, one for each piece of a chunk, and what finish_moments
+// computes from them after the last chunk (cuda/coefficients.h).
 struct Moments {
   double* projection;  // (queries, pieces): Σ p_j G·y_j
-  // (queries, pieces): Σ p_j. Over all tiles it is close to 1; distances differ a little from the
-  // forward pass. It is 0 at a limit.
+  // (queries, pieces): Σ p_j. Over all pieces it is 0 at a limit, else about 1, because distances
+  // may differ a little from the forward pass.
   double* mass;
   double* moment;     // (queries, pieces): moment times law.exponent
   double* chunk_sum;  // (queries, pieces): Σ c_j of the rounded c_j of the last chunk
@@ -175,14 +175,14 @@ struct Moments {
   double* exact_sum;  // (queries): C, without rounding
   double* unit;       // (queries): F, 0 at a limit (WeightLaw::at_limit)
   double* grad_radius;
-  int pieces, size;  // as many as the first chunk has, and references of each
+  int pieces, size;  // pieces of the first chunk, and references in each
 
-  // Adds to the sum of a tile (`piece`).
+  // Adds to the sum of a piece.
   __device__ void add(double* sums, Index query, int piece, double value, bool first_chunk) const {
     double& at = sums[query * pieces + piece];
     at = value + (first_chunk ? 0 : at);
   }
-  // The sum over all tiles.
+  // The sum over all pieces.
   __device__ double over_pieces(const double* sums, Index query) const {
     return over_pieces(sums, query, pieces);
   }
@@ -199,7 +199,7 @@ struct Moments {
 
 // For each group of queries: the references of a chunk that have a weight for any of them.
 struct Lists {
-  int* listed;  // (groups, stride): which they are, and the last one again up to a whole panel
+  int* listed;  // (groups, stride): their indices; the last one is repeated to fill a panel
   int* counts;  // (groups): how many
   // (groups, stride, queries of a group): their weights, in panels of pair_place.
   // Padding (repeated references, queries past the end) has weight 0.

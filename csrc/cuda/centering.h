@@ -12,15 +12,16 @@ namespace {
 constexpr int kSamples = 16;  // references whose mean is the centre
 constexpr int kSplitThreads = 256;
 constexpr int kHeld = 8;  // pairs of values in the registers of a thread of split_rows
-// Powers of two of the largest centred values as float16, which holds less than 2^16. References
-// outside of the sample may be larger by 2^11.
+// The largest centred values are scaled to at least 2 to these powers, below twice that. float16
+// ends below 2^16, so references outside of the sample may be 2^11 times as large.
 constexpr int kQueryPower = 5, kReferencePower = 4;
-// The same of values that are not centred, in weighted sums. Others may be larger by 2^4.
+// The same for weighted sums, which do not centre values. Others may be 2^4 times as large.
 constexpr int kValuePower = 11;
 
-// In products the unit of bytes is 1/255 as float32 has it, so that references are a little too
-// large, and centred at c/(1 + excess). Queries are centred there too and made as much smaller, and
-// norms are those of neither. So distances from products have no bias beside those of `refine`.
+// Products use 1/255 rounded to float32 as the unit of bytes. So references are too large by the
+// factor 1 + excess, and centred at c/(1 + excess). Queries are centred there too and divided by 1
+// + excess, which makes products right. Norms are corrected (true_square). So distances from
+// products have no bias relative to those of `refine`.
 template <class R> constexpr float kExcess = 0;
 template <>
 constexpr float kExcess<std::uint8_t> =
@@ -46,9 +47,9 @@ __device__ inline double inverse_powers(float a, float b) {
   return double_of(biased << 52);
 }
 
-// The mean of evenly spaced references, and how far they are from it. One of them may be far from
-// all others, so in the mean the smallest and the largest value count as the next ones. If the
-// largest distance is more than kFar times what it is without these, it does not count.
+// Finds the mean of evenly spaced references, and their largest distance from it. So that an
+// outlier does not move the mean, the smallest and the largest value are replaced by the next ones.
+// If they make the largest distance more than kFar times as large, they are left out of it too.
 constexpr float kFar = 1 << 12;
 
 template <class R>
@@ -75,7 +76,7 @@ __global__ void __launch_bounds__(kCenterThreads, 2)
 #pragma unroll
     for (int i = 0; i < kSamples; ++i)
       if (i < count) mean += fminf(fmaxf(values[i], second_least), second_most) * share;
-    // Equal samples say nothing about the others. Their own size is a guess.
+    // Equal samples do not tell how far the others spread. A fraction of their size is a guess.
     const float guess = fabsf(mean) * 0x1p-10f;
     near = fmaxf(guess, fmaxf(second_most - mean, mean - second_least));
     spread = fmaxf(guess, fmaxf(most - mean, mean - least));
@@ -103,10 +104,10 @@ __device__ inline float largest_of(const float* group_values, int groups, float 
   return largest_of_warp(largest);
 }
 
-// The two parts of a row of queries minus the centre, or of upstream gradients, which are not
-// centred. norms[row] = |x − centre|², of values that are scaled, so that float32 holds their
-// squares. Threads keep the first values of an aligned row, and load all others twice. Blocks share
-// out the scaled centre.
+// Splits a row into float16 parts: a query minus the centre, or an upstream gradient, which is not
+// CENTERED. norms[row] = |x − centre|², summed from scaled values, whose squares float32 holds.
+// Threads keep the first values of an aligned row, and load all others twice. Each block also
+// writes a part of the scaled centre.
 template <bool CENTERED>
 __global__ void __launch_bounds__(kSplitThreads, 1)
     split_rows(const Rows<float> rows, const Center center, double* norms, const Halves out) {
@@ -128,7 +129,7 @@ __global__ void __launch_bounds__(kSplitThreads, 1)
     float2 origin[kHeld];
 #pragma unroll
     for (int i = 0; i < kHeld; ++i) {
-      // The last pair again, if there is no other, changes no largest value.
+      // A thread without a pair takes the last one again, which does not change the maximum.
       const int pair = thread + i * kSplitThreads, known = pair < held ? pair : held - 1;
       first[i] = reinterpret_cast<const float2*>(x)[known];
       if (CENTERED) origin[i] = reinterpret_cast<const float2*>(center.at)[known];

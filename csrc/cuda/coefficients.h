@@ -18,7 +18,7 @@
 namespace pfgm {
 namespace {
 
-constexpr int kMomentThreads = 32;  // of finish_moments, whose float64 many multiprocessors share
+constexpr int kMomentThreads = 32;  // of finish_moments: small blocks spread its float64
 
 // What the probabilities of a query need.
 struct RowProbabilities {
@@ -32,7 +32,7 @@ struct RowProbabilities {
         per_total(law.at_limit(nearest, r) ? 0 : reciprocal(static_cast<float>(total))),
         floor(static_cast<float>(floor)) {}
 
-  // p_j from what `fall` says of the distance.
+  // p_j of a reference; `linear` is `fall` of its squared distance.
   __device__ float probability(const WeightLaw& law, float linear) const {
     const float p = law.weight(linear) * per_total;
     return p < floor ? 0 : p;
@@ -44,7 +44,7 @@ struct PullMemory {
   TwoFloats sums[2 * kQueryThreads / 32];
 };
 
-// Adds Σ p_j G·y_j and Σ p_j of one query over a tile of the chunk.
+// Adds Σ p_j G·y_j and Σ p_j of one query over a piece of the chunk.
 __global__ void __launch_bounds__(kQueryThreads)
     pull(const WeightLaw law, const double* radius, const double* nearest, const double* total,
          const Pairs pairs, int references, double floor, bool first_chunk, const Moments moments) {
@@ -100,7 +100,7 @@ struct TwoFactors {
   __device__ float times(float v) const { return v * first * second; }
 };
 
-// What the coefficients of a query need besides.
+// What the coefficients of a query need besides its probabilities.
 struct RowCoefficients {
   RowProbabilities probabilities;
   float per_mass;
@@ -126,8 +126,8 @@ struct alignas(16) CoefficientMemory {
   int live[kQueryThreads / 32];
 };
 
-// Coefficients of one query over a tile of the chunk, and their sums. With REFERENCES it stores
-// what the gradient of the references needs.
+// Computes the coefficients of one query over a piece of the chunk, and their sums. With
+// REFERENCES, also stores what the gradient of the references needs.
 template <bool REFERENCES>
 __global__ void __launch_bounds__(kQueryThreads, 2)
     find_coefficients(const WeightLaw law, const double* radius, const double* nearest,
@@ -168,7 +168,7 @@ __global__ void __launch_bounds__(kQueryThreads, 2)
     for (int i = 0; i < kThreadReferences; ++i) {
       const int step = i * kQueryThreads;
       const float linear = row.probabilities.fall(squared[i]);
-      // per_mass may be no number.
+      // per_mass may be NaN.
       const float p = step < left ? row.probabilities.probability(law, linear) * row.per_mass : 0;
       const float pt = p * ((projected[i] - row.center.high) - row.center.low);
       const Ratios ratios = law.ratios(linear);

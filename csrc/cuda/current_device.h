@@ -43,9 +43,9 @@ struct ContextFunctions {
 // Makes a device the current one of this thread while it lives, for torch as well, because runtimes
 // share the thread's context. Afterwards the thread has the context that it had before, or none.
 //
-// Going back to the device that was current before, by cudaSetDevice, would do more. A thread
-// without a context counts as being on device 0, and from CUDA 12 on cudaSetDevice makes a context
-// there: hundreds of megabytes on a GPU that may never be used.
+// Restoring the previous device with cudaSetDevice would do more. A thread without a context counts
+// as being on device 0, and from CUDA 12 on cudaSetDevice makes a context there: hundreds of
+// megabytes on a GPU that may never be used.
 class CurrentDevice {
  public:
   explicit CurrentDevice(int device) : driver_(ContextFunctions::instance()) {

@@ -43,7 +43,7 @@ static_assert(sizeof(DifferenceMemory<float, true>) <= kSharedLimit, "a block fi
 
 // A block has 8 warps and computes 64 references × 8 queries. A lane has reference 8·warp + g and a
 // quarter of the features, and adds up those of a panel in float32, panels in two floats. If
-// PROJECT, x are the means, from which G·(y − x) keeps its digits wherever the origin is.
+// PROJECT, x holds the means: G·(y − mean) keeps its digits wherever the origin is.
 template <class R, bool PROJECT>
 __global__ void __launch_bounds__(256, 2)
     differences(const Rows<float> x, const Rows<float> upstream, const Rows<R> y, int features,

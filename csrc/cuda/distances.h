@@ -2,10 +2,10 @@
 // units, on CUDA devices.
 //
 // distances computes |x|² + |y|² − 2 x·y, of centred data in two float16 parts (cuda/centering.h).
-// It also finds the smallest distance of each tile of references. Its other results are G·y, up to
-// a number for each query. A reference that float16 cannot hold has no products; its G·y is then
-// computed without them. If there are few pairs, blocks share out the features, and
-// finish_distances adds up the sums over slices of these.
+// It also finds the smallest distance of each tile of references. In the backward pass it computes
+// G·y, up to a constant for each query. If float16 cannot hold a reference, its G·y is summed in
+// float32. If there are few pairs, blocks share out the features, and finish_distances adds up the
+// sums over slices of these.
 //
 // The main loop (cuda/warp_products.h) adds up the products of a tile, panel after panel. What
 // becomes of them is in cuda/tile_results.h.

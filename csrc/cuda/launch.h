@@ -61,7 +61,7 @@ class Stream {
   }
 
  private:
-  static constexpr std::size_t kUnasked = 48 << 10;  // bytes that every kernel may have
+  static constexpr std::size_t kUnasked = 48 << 10;  // bytes that a kernel may have without asking
 
   cudaLaunchConfig_t configuration(const Launch& shape) const {
     cudaLaunchConfig_t config = {};

@@ -15,9 +15,9 @@ constexpr int kRankedQueries = 16;    // of a block of order_queries
 constexpr int kListThreads = 256;     // of a block of list_references
 constexpr int kGatheredPanels = 192;  // of such a block, at most
 
-// The place of the first of a thread's `own` things: `count` earlier ones and those of threads
-// before it come first. `count` then counts those of all threads too. `before` has a place for each
-// warp.
+// A prefix sum over the block: the position of the first of this thread's `own` items, after
+// `count` earlier ones and those of the threads before it. Adds the items of all threads to
+// `count`. `before` has a place for each warp.
 template <int THREADS>
 __device__ inline int place_of(int own, int& count, int* before) {
   const Lane lane = this_lane();
@@ -90,8 +90,8 @@ __global__ void __launch_bounds__(kQueryThreads)
   if (own < queries && thread % kSharers == 0) order[rank] = own;
 }
 
-// Of 32 references: a bit for each that the first half of the queries need, and one for the second
-// half. Later `bits[0]` has a bit for each that is listed, and `place` is that of the first one.
+// 32 references. find_needed sets bits[h] for those that half h of the group's queries needs.
+// find_places joins both in bits[0], and sets `place` to the position of the first in the list.
 struct ListedWord {
   unsigned bits[2];
   int place;
@@ -125,8 +125,8 @@ __device__ inline void find_needed(ListMemory& shared, const std::uint32_t* live
   }
 }
 
-// Finds the places of the listed references, and returns their number. A thread has words that
-// follow each other.
+// Finds the places of the listed references, and returns their number. A thread takes consecutive
+// words.
 __device__ inline int find_places(ListMemory& shared, int words) {
   const int each = divide_up32(words, kListThreads), first = each * static_cast<int>(threadIdx.x);
   const int last = first + each < words ? first + each : words;
@@ -145,7 +145,8 @@ __device__ inline int find_places(ListMemory& shared, int words) {
   return count;
 }
 
-// Writes the listed references of a word whose places are among `size` places from `first` on.
+// Writes those references of word w to `to` whose positions in the list are among the `size` ones
+// from `first` on.
 __device__ inline void write_places(std::uint16_t* to, int first, int size, int w,
                                     ListedWord word) {
   int place = word.place - first;
@@ -159,8 +160,8 @@ __device__ inline void write_places(std::uint16_t* to, int first, int size, int 
   }
 }
 
-// Gathers weights of query 8n + g for `panels` panels of listed references, of which `count` count.
-// The others get zero, and so does a query that is not `known`. A thread has four weights of a
+// Gathers the weights of query 8n + g for `panels` panels of listed references. Those after the
+// first `count` get zero, and so does a query that is not `known`. A thread has four weights of a
 // panel.
 template <bool HALVES>
 __device__ inline void gather_weights(const float* weights, const std::uint16_t* listed, bool known,
@@ -194,8 +195,7 @@ __device__ inline void gather_weights(const float* weights, const std::uint16_t*
 // references are listed, and share out the panels of the list. If HALVES, weights are words of
 // both_halves.
 //
-// If a multiprocessor needs to hold two blocks only, threads have registers for more loads at a
-// time.
+// With only two blocks on a multiprocessor, threads have registers for more loads at a time.
 template <bool HALVES>
 __global__ void __launch_bounds__(kListThreads, 2)
     list_references(const ChunkWeights weights, const int* order, int references, const Lists out,

@@ -8,7 +8,7 @@ namespace {
 
 constexpr int kMergeThreads = 256;
 
-// Sums of the parts of one query and WIDTH features from `feature` on, in float32 like the parts.
+// Sums the parts of one query, for WIDTH features from `feature` on, in float32 like the parts.
 template <int WIDTH>
 __device__ inline void sum_parts(const Parts& parts, Index query, int feature, Index features,
                                  float (&sum)[WIDTH]) {
@@ -80,9 +80,9 @@ struct MergeMemory {
   int before[kMergeThreads / 32];
 };
 
-// A query and a chunk of references from the block's first feature on, and their weights, which are
-// words of both_halves if `halves`. counts[i] says how many weights of the i-th `size` references
-// are not zero.
+// A query, a chunk of references and their weights, from the block's first feature on. If `halves`,
+// weights are words of both_halves. counts[i] says how many weights of piece i, of `size`
+// references, are not zero.
 template <class R>
 struct QueryChunk {
   const float* x;
@@ -163,18 +163,17 @@ __device__ inline void sum_differences(MergeMemory& shared, const QueryChunk<R>&
   }
 }
 
-// The weights w_j that a sum of differences has of a chunk.
+// What find_differences needs to know of the weights w_j of a chunk.
 struct DifferenceWeights {
   float sum;         // Σ w_j
   float size;        // of w_j, to which errors of sums over references are relative
-  float per_part;    // w_j over the weights that parts.sums have
-  float per_stored;  // the same of those that are stored
+  float per_part;    // w_j over the weights in parts.sums
+  float per_stored;  // w_j over the stored weights
 };
 
-// value[k] = Σ_j w_j (x_i − y_ji) of a query, computed by a block. Sums over references lose digits
-// where this and `before`, that of earlier chunks, are small beside the size of what is summed,
-// which is about |x| and `reach`, the distance at which weights become small, squared. Then the
-// block sums differences.
+// value[k] = Σ_j w_j (x_i − y_ji) of a query, computed by a block. The parts lose digits where this
+// sum and `before`, that of earlier chunks, are small beside what is summed. Its size is about |x|
+// and √reach, the distance at which weights become small. There the block sums differences instead.
 template <class R>
 __device__ inline void find_differences(MergeMemory& shared, const QueryChunk<R>& chunk,
                                         const Parts& parts, int features, double reach,
@@ -225,8 +224,9 @@ __global__ void __launch_bounds__(kMergeThreads, 4)
   chunk.each_feature([&](int k, int feature) { out[feature] = before[k] + value[k]; });
 }
 
-// Adds the chunk's Σ c_j (mean − y_j) to grad_x. The last chunk turns the sum into ∂L/∂x. Beside a
-// reference the mean is as good as x, and far from all of them it is near the y_j.
+// Adds the chunk's Σ c_j (mean − y_j) to grad_x. The last chunk turns the sum into ∂L/∂x.
+// Differences from the mean keep their digits: close to a reference it is about x, and far from all
+// of them it is still near the y_j.
 template <class R>
 __global__ void __launch_bounds__(kMergeThreads, 4)
     merge_gradient(const WeightLaw law, const double* radius, const double* nearest,

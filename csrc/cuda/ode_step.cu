@@ -18,8 +18,7 @@ struct Levels {
   double z, toward, blend;
 };
 
-// Factors of one row: next is the sum of x, slope and history times theirs, mean = x + stretch
-// slope.
+// The factors of x, slope and history in the next row, and of slope in mean = x + stretch · slope.
 struct StepFactors {
   float x, slope, history, stretch;
 };

@@ -10,7 +10,7 @@ namespace {
 
 CudaLimits limits;
 
-// What the plan depends on beside the problem.
+// What the plan depends on besides the problem.
 struct Device {
   int multiprocessors, major;
 };
@@ -19,22 +19,22 @@ struct Device {
 
 // How distances splits a block of queries and a chunk of references.
 struct Tiling {
-  int queries, references;  // of a block
+  int queries, references;  // of a block of threads
   Index slices;             // of the features
 };
 
 constexpr Index kMostSlices = 8, kSlicePanels = 8;  // at most; panels of a slice, at least
 
-// Numbers that the sums over a slice take in float32: rows of products in two floats, and one of
-// squares, which are in float64.
+// The size of the sums over a slice, in float32 numbers: for each query a row of products in two
+// floats, and one row of squares in float64.
 Index slice_size(Index queries, Index references) {
   return (2 * queries + 2) * round_up(references, kPanel);
 }
 
-// Large tiles read each value less often. They are taken if there are queries for more than half of
-// one, and work for at least half of the multiprocessors. Slices of the features give more blocks
-// work, at most one for each multiprocessor: their sums are written and read again. All sums
-// together have at most `room` numbers.
+// Large tiles read each value less often. They are taken if queries fill more than half of one, and
+// at least half of the multiprocessors get work. Slices of the features occupy more
+// multiprocessors, with one block each at most, because their sums are written and read again. All
+// sums together have at most `room` numbers.
 Tiling choose_tiling(Index queries, Index references, Index features, int multiprocessors,
                      Index room) {
   const Index panels = divide_up(features, kPanel), size = slice_size(queries, references);
@@ -78,8 +78,9 @@ Bounds bounds(const Problem& problem, Index pairs) {
   return most;
 }
 
-// References of a chunk, at most `most`. If there are several chunks, each has whole rounds of
-// large tiles, in which all multiprocessors have one, so that none waits in the last round.
+// References of a chunk, at most `most`. In a round each multiprocessor takes one large tile. If
+// there are several chunks, each takes whole rounds, so that no multiprocessor waits in the last
+// one.
 Index chunk_references(Index queries, Index references, Index most, int multiprocessors) {
   const Index round = 128 * (multiprocessors / divide_up(queries, 128));
   return references > most && round > 0 && most > round ? most - most % round
@@ -103,9 +104,9 @@ struct Plan {
   bool measures() const { return !backward || !keeps; }
   Index pairs() const { return queries * stride; }
   Index pieces() const { return divide_up(references, piece); }
-  // Centred rows have whole trips of all tiles.
+  // The width of centred rows: whole trips of the main loop, with any tiles.
   Index width() const { return round_up(features, 2 * kPanel); }
-  // Pairs whose weights are gathered: groups are whole.
+  // Pairs whose weights are gathered. The last group is filled up.
   Index gathered() const { return round_up(queries, kSumRows) * stride; }
 
   // The tiles of some queries and references. All sums over slices together have at most `room`
@@ -143,12 +144,12 @@ Plan plan(const Problem& problem, const Device& device, bool backward, bool keep
       chunk_references(most.queries, problem.references, most.references, device.multiprocessors);
   plan.stride = round_up(plan.references, 32);
   plan.few = are_few(most.queries, problem.features);
-  // Weights below 2^-39 have no halves. Together they must not matter.
+  // Halves lose weights below 2^-39. With few enough references these do not matter together.
   plan.halves = !plan.few && problem.references <= limits.halved;
   plan.part_panels = choose_part_panels(plan, most.parts);
   plan.parts = divide_up(plan.stride / kPanel, plan.part_panels);
-  // Each block of weigh finds the nearest reference, so large tiles are cheaper if there are still
-  // four blocks per multiprocessor.
+  // Each block of weigh finds the nearest reference, so large pieces are cheaper, as long as there
+  // are four blocks for each multiprocessor.
   const Index least = divide_up(plan.references, kPiece);
   const Index together = plan.queries * least / (4 * device.multiprocessors);
   plan.piece = kPiece * smaller(larger(1, together), least);

@@ -32,9 +32,9 @@ namespace pfgm {
 namespace {
 
 // A weight below e^-kWeightCutoff / M of the sum of weights becomes zero. M such weights together
-// are smaller than the rounding of a float32 result. So it does not matter that the sum has those
-// of some tiles, and not those of tiles that weigh leaves out. A gradient multiplies p_j by (y_j −
-// mean)²/s, which may be large; there the cutoff is kGradientCutoff nats lower.
+// are smaller than the rounding of a float32 result. So it does not matter that the sum of weights
+// has those of some tiles, but not of the tiles that weigh skips. A gradient multiplies p_j by (y_j
+// − mean)²/s, which may be large; there the cutoff is kGradientCutoff nats lower.
 constexpr double kWeightCutoff = 16, kGradientCutoff = 8;
 
 double weight_floor(const Problem& problem, double extra_cutoff = 0) {
@@ -63,7 +63,7 @@ struct Range {
   int count;
 };
 
-// The launches of a pass over references that kernels take as R.
+// The launches of a pass. R is the element type of the references.
 template <class R>
 class Launches {
  public:
@@ -84,7 +84,7 @@ class Launches {
       split<true>(x(), arrays_.x);
       each_chunk([&] {
         measure(first_chunk() ? nullptr : state.nearest);
-        // Divided by it, a sum of weights is at most 1.
+        // Weights are divided by it, so that their sum is at most 1.
         const float divisor = std::ldexp(1.0f, std::ilogb(static_cast<double>(chunk_.count)) + 1);
         find_weights(divisor, state);
         if (plan_.halves)
@@ -100,8 +100,8 @@ class Launches {
   void backward(const Backward& io) {
     if (plan_.measures()) find_references_center();
     each_block([&] {
-      // A forward pass over one chunk, too, knew no nearest reference before. Without it the
-      // distances here are the same to the bit.
+      // With one chunk, the forward pass measured without a nearest distance. Without one here too,
+      // distances are the same to the bit.
       const bool one = plan_.references == problem_.references;
       const double* const nearest = one ? nullptr : io.nearest + block_.first;
       if (plan_.measures()) split<true>(x(), arrays_.x);
@@ -146,7 +146,7 @@ class Launches {
     for (Index first = 0; first < problem_.references; first += plan_.references) {
       chunk_ = {first, static_cast<int>(smaller(plan_.references, problem_.references - first))};
       arrays_.pairs.tiles = static_cast<int>(divide_up(chunk_.count, kTileReferences));
-      // Blocks of weigh, pull and find_coefficients take a tile of the chunk.
+      // Each block of weigh, pull and find_coefficients takes a piece of the chunk.
       arrays_.sums.pieces = static_cast<int>(divide_up(chunk_.count, arrays_.sums.size));
       body();
     }
@@ -164,7 +164,7 @@ class Launches {
     const R* rows = static_cast<const R*>(problem_.y) + chunk_.first * problem_.y_stride;
     return rows_of<R>(rows, problem_.y_stride, chunk_.count);
   }
-  // Of a tensor whose rows have no gaps.
+  // The block's rows of a contiguous tensor.
   Rows<float> block_rows(const void* values) const {
     const float* rows = static_cast<const float*>(values) + block_.first * problem_.features;
     return rows_of<float>(rows, problem_.features, block_.count);
@@ -187,7 +187,7 @@ class Launches {
         sizeof(float) * kCenterThreads / 32, find_center<R>, y, arrays_.center);
   }
 
-  // The parts of the block's queries, which are CENTERED, or of its G.
+  // Splits the block's queries, which are CENTERED, or its G into float16 parts.
   template <bool CENTERED>
   void split(const Rows<float>& rows, Halves& halves) {
     if (plan_.few) return;
@@ -203,7 +203,7 @@ class Launches {
       find_differences<false>(x(), x());
     else
       find_products<false>(arrays_.x);
-    // Few tiles give few warps work.
+    // With few tiles more warps would be idle.
     if (arrays_.pairs.tiles > 32)
       limit_distances<8>(nearest);
     else
@@ -213,7 +213,7 @@ class Launches {
         refine<R>, x(), y(), plan_.features, arrays_.units, arrays_.pairs);
   }
 
-  // G·y of the block and the chunk, up to a number for each query.
+  // G·y of the block and the chunk, up to a constant for each query.
   void project(const Backward& io) const {
     if (plan_.few)
       find_differences<true>(block_rows(io.mean), block_rows(io.grad_mean));
@@ -278,7 +278,7 @@ class Launches {
   }
 
   // The parts of Σ w y / divisor. The order of the queries, if there is one, is found for the first
-  // chunk. In the others it only decides how long the lists are.
+  // chunk and kept: for the others it can only make lists longer.
   template <bool HALVES>
   void sum(float divisor) const {
     int* const order = block_.count > kSumRows ? arrays_.order : nullptr;
@@ -390,7 +390,7 @@ void with_type(const Problem& problem, const Call& call) {
   }
 }
 
-// Calls call(launches) with those of a pass.
+// Calls call(launches) with the launches of a pass.
 template <class Call>
 void launch(const Problem& problem, const CudaPlace& place, const CudaWorkspace& memory,
             bool backward, const Kept& kept, const Call& call) {

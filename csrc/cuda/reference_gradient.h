@@ -7,7 +7,8 @@
 namespace pfgm {
 namespace {
 
-// Of a block of reference_gradient. References are the rows of its result, and queries are listed.
+// Shared memory of reference_gradient. Here references are the rows of the result, and queries are
+// listed.
 struct GradientMemory : WarpSums<float, false>::Memory {
   float2 totals[kSumRows];  // −Σ_b w_bj, and what its errors are relative to
 };
@@ -22,7 +23,7 @@ struct GradientTerms {
   int count;
 };
 
-// Finds Σ_b p_bj G_b + w_bj x_b, which takes the place of the first staged rows, and the totals.
+// Computes Σ_b p_bj G_b + w_bj x_b, which overwrites shared.rows[0], and the totals.
 __device__ inline void sum_terms(GradientMemory& shared, const GradientTerms& terms, int feature0,
                                  int features) {
   static_assert(kSumRows == 8 * (kSumThreads / 32) && kSumRows <= kPanel);

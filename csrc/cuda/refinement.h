@@ -22,7 +22,7 @@ __device__ inline float relative_growth(float u) {
   return u < 0.5f ? series : (exponential(u) - 1) * reciprocal(fmaxf(u, 0.5f));
 }
 
-// log a/b of positive numbers, to about 2^-20. Zero counts as a very small one.
+// log a/b of positive numbers, to about 2^-20. Zero counts as a very small number.
 __device__ inline float logarithm_of_ratio(double a, double b) {
   const auto front = [](double v) {
     return static_cast<float>(double_of((bits_of(v) & 0xfffffffffffff) | std::int64_t{1023} << 52));
@@ -37,16 +37,16 @@ __device__ inline float logarithm_of_ratio(double a, double b) {
 // law.noise (|x|² + d²) for differences. (exponent/s)·error is the relative error of a weight. If n
 // weights are within a nat of the largest, their errors average out in the mean by a factor of at
 // least √(n/e). If more than kTolerance is left, or the log-sum-exp lacks digits, references are
-// refined whose weight may be more than e^-kNear times the largest, or, if these are fewer, more
-// than e^-n times it, with n = law.others + log(error/allowed). All others together may then have
-// such an error, even if it is a bias.
+// refined down to a weight of e^-kNear times the largest, or of e^-n times it if n = law.others +
+// log(error/allowed) is smaller. All others together are then so small that even a bias of this
+// size does not matter (docs/kernels.md has an example).
 struct QueryLimit {
   double base, norm;  // the smallest distance, |x|²
   double root;        // |x|
-  double s, within;   // of `base`; a distance that much larger has a weight a nat smaller
+  double s, within;   // of `base`; `within` is the excess that lowers a weight by a nat
   double smallest;    // error of values too small for float16, or of squares too small for float32
   double bound;       // of the error of a difference between distances
-  double near;        // a distance that may be refined is at most so large
+  double near;        // no larger distance is refined
 
   // `width` is √features. Without PRODUCTS distances are found from differences. `per_scale` is 1
   // over the scale of the centred references.
@@ -91,8 +91,8 @@ struct QueryLimit {
     return base + bound + few * relative_growth(few * law.per_power) * within;
   }
 
-  // The power of two that brings the square root of `near` to at least 1, below 2, or the nearest
-  // one that float32 holds, and twice of it too.
+  // The power of two that brings √near to at least 1, below 2, or the nearest one that float32
+  // holds together with its double.
   __device__ float unit() const {
     if (!(near < INFINITY)) return 0x1p-76f;  // float32 then holds the squares of all differences
     const int power = (static_cast<int>(bits_of(near) >> 52) - 1023) >> 1;
@@ -111,7 +111,7 @@ template <int WARPS>
 struct LimitMemory {
   std::int64_t least[WARPS], farthest[WARPS];
   int close[WARPS];
-  std::int64_t near, close_to;  // the largest distance that may be refined; of a close tile
+  std::int64_t near, close_to;  // QueryLimit::near; the largest minimum of a close tile
   std::int64_t limit;           // the largest finite distance that is refined, −1 if none is
 
   // The minima and the norm bounds of all tiles follow.
@@ -122,8 +122,7 @@ struct LimitMemory {
 
 // ---- the list of pairs -----------------------------------------------------------------------
 
-// The tile number `turn` of a warp, which may be after the last one. Warps take turns, and so share
-// out the tiles of a query whose pairs are listed.
+// The tile that a warp takes at its turn number `turn`. It may be after the last one.
 template <int WARPS>
 __device__ inline int tile_of(int turn, int warp) {
   return turn * WARPS + warp;
@@ -140,7 +139,7 @@ struct SomeTiles {
   unsigned refined[kTilesAtOnce][2];  // a bit for each lane whose distance is refined
   std::int64_t least[kTilesAtOnce];   // the smallest of all other distances
 
-  // Starts to load the tiles numbered by the lowest bits of `alive`, which are cleared.
+  // Starts to load the tiles of the lowest set bits of `alive`, and clears these bits.
   template <int WARPS>
   __device__ void load(const double* squared, int references, int turn, unsigned& alive,
                        const Lane& lane) {
@@ -176,7 +175,8 @@ struct SomeTiles {
     return count;
   }
 
-  // Writes the places of these distances in the row that begins at `row`, and the minima of tiles.
+  // Writes the indices of the marked pairs to `list`, and stores the minima of the tiles. `row` is
+  // the index of the query's first pair.
   __device__ void store(unsigned* list, unsigned row, double* lowest, const Lane& lane) const {
     const unsigned before = (1u << lane.lane) - 1;  // the lanes before this one
     int stored = -1;                                // each of the first lanes stores one minimum
@@ -323,8 +323,8 @@ __device__ inline TwoFloats sum_of_squares(const float* x, const R* y, int featu
 #pragma unroll
     for (int i = 0; i < kAhead; ++i) {
       const TwoFloats y_value = two_floats(&b[i]);
-      // From the larger one on, the rest of the difference takes two additions and not five. The
-      // comparison leaves the units that add and multiply free.
+      // With the larger operand first, the rounding error takes two additions rather than five
+      // (Dekker's fast two-sum). The comparison leaves the units that add and multiply free.
       const bool x_first = fabsf(a[i]) >= fabsf(y_value.high);
       const float one = x_first ? a[i] : -y_value.high, other = x_first ? -y_value.high : a[i];
       float high = one + other, rest = other - (high - one);
@@ -334,7 +334,7 @@ __device__ inline TwoFloats sum_of_squares(const float* x, const R* y, int featu
         const bool cut = finite && fabsf(high) > 0x1p55f;
         high = cut ? 0x1p55f : high, rest = cut ? 0 : rest;
       }
-      // Beside a byte that the query is rounded from, the rest is not small: its square counts.
+      // If the query is a rounded byte, the rest may be all of the difference: its square counts.
       const float more = std::is_same_v<R, std::uint8_t> ? high + 0.25f * rest : high;
       // (high + rest/2)² with what float32 loses of high²: the score may be thousands of nats.
       total.add_product(high, high);
@@ -366,9 +366,9 @@ __device__ inline double squared_distance(const float* x, const R* y, int featur
   return is_finite(sum) ? (sum < 0 ? 0 : sum) : NAN;
 }
 
-// Computes the listed distances of a chunk again. The minima of their tiles get to know the new
-// ones, as −1 if one is NaN. Each warp takes one pair after the other. A block has neighbouring
-// pairs of the list, most of them of one query, whose row then comes from the L1 cache.
+// Computes the listed distances of a chunk again. Updates the minima of their tiles, to −1 if a
+// distance is NaN. A warp takes one pair at a time. A block takes neighbouring pairs of the list,
+// most of them of one query, whose row then comes from the L1 cache.
 template <class R>
 __global__ void __launch_bounds__(kRefineThreads, kRefineBlocks)
     refine(const Rows<float> x, const Rows<R> y, int features, const float* units,

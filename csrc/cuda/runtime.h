@@ -26,7 +26,7 @@ inline bool environment_is(const char* name, const char* value) {
   return set != nullptr && std::strcmp(set, value) == 0;
 }
 
-// A number of each device that is not negative, asked for once.
+// Caches a number of each device, which is not negative.
 class DeviceNumber {
  public:
   template <class Ask>
@@ -40,7 +40,7 @@ class DeviceNumber {
   }
 
  private:
-  std::array<std::atomic<int>, 64> known_{};  // one more; 0 where it was not asked for yet
+  std::array<std::atomic<int>, 64> known_{};  // the number + 1; 0 if not known yet
 };
 
 template <cudaDeviceAttr ATTRIBUTE>

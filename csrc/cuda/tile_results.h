@@ -1,5 +1,5 @@
 // What becomes of the sums of a tile of pairs: distances and their minima, G·y, or the sums over a
-// slice of the features. The main loop leaves them (cuda/warp_products.h).
+// slice of the features. The main loop (cuda/warp_products.h) computes the sums.
 #pragma once
 #include "cuda/arrays.h"
 #include "cuda/squared_distances.h"
@@ -16,22 +16,22 @@ __device__ inline void clear_list(const Pairs& out) {
   if (blockIdx.x == 0 && blockIdx.y == 0 && threadIdx.x == 0) *out.listed = 0;
 }
 
-// The smallest distance as it is stored: below 0 if it has a negative sign, even if it is 0.
+// The smallest distance as it is stored: −0 becomes −1e-300, so that every marked one is below 0.
 __device__ inline double stored_lowest(double least) {
   return signbit(least) ? -fmax(-least, 1e-300) : least;
 }
 
-// The smallest distances that threads have seen of each query: bits, one row for each g and group
-// of warps. The lanes of a warp write 16 bytes each, and eight of them, which have two rows, reach
-// different banks. `finite` says whether all distances of a warp are.
+// The smallest distance of each query, as bits: one row for each g and group of warps. Lanes write
+// 16 bytes each. Rows are padded so that eight lanes, which write to two rows, reach different
+// banks. finite[w] says whether all distances of warp w are finite.
 template <int QUERIES, int ROWS, int THREADS>
 struct LeastOfRows {
   alignas(16) std::uint64_t rows[ROWS][QUERIES + 8];
   bool finite[THREADS / 32];
 };
 
-// In place of |y − centre|² of a row after the last one, so that its distances are larger than all
-// that count, which are sums of squares of float32.
+// Stands for |y − centre|² after the last reference. Such distances are larger than all real ones,
+// which are sums of squares of float32.
 constexpr double kBeyondAll = 0x1p1000;
 
 // Stores the smallest distance of each tile of references for each query. It is marked in all tiles
@@ -57,7 +57,7 @@ __device__ inline void store_lowest(const LeastOfRows<QUERIES, ROWS, THREADS>& l
   }
 }
 
-// |y − centre|², if the reference counts for the norm bound of its tile: larger ones have no
+// A reference's part in the norm bound of its tile: |y − centre|², or 0 if it is too large for
 // products in float16.
 __device__ inline double reach_of(double scaled, double squared, int features, bool known) {
   return known && scaled <= features * 0x1p32 ? squared : 0;
@@ -77,8 +77,8 @@ __device__ inline void store_reach(const double (&farthest)[REFERENCES / 16], co
 
 // ---- projections -------------------------------------------------------------------------------
 
-// A product, which is a sum of two floats, in its unit. Its power of two may be out of the range of
-// float32, but is not if split in two.
+// Multiplies a product, a sum of two floats, by its unit. This power of two may be out of the range
+// of float32, so it is applied as two factors.
 class ProductUnit {
  public:
   __device__ explicit ProductUnit(double unit) {
@@ -181,15 +181,16 @@ struct TileMemory {
 template <class Loop> using Sums = float[Loop::kSlabs][Loop::kColumns][4];
 
 // Which sums of the tile a thread has: those of its warp's slabs of 16 references with columns of 8
-// queries. If two halves of the warps have every second panel of the same sums, each half finishes
-// half of the columns, with the sums of the other half. If not, each has columns of its own.
+// queries. If kParts is 2, both halves of the warps have the same sums, over alternate panels. Each
+// half then finishes half of the columns, with the sums of the other half. Otherwise each half has
+// columns of its own.
 template <class Loop>
 struct ThreadSums {
   static constexpr int kColumns = Loop::kColumns / Loop::kParts;  // that the thread finishes
   const Lane lane = this_lane();
   const int reference0 = static_cast<int>(blockIdx.x) * Loop::kReferences;
   const int query0 = static_cast<int>(blockIdx.y) * Loop::kQueries;
-  // Of unsigned numbers, to be computed again in two instructions rather than kept.
+  // Unsigned, so that compilers compute them again in two instructions rather than keep them.
   const int group = static_cast<int>(threadIdx.x / 32 % Loop::kGroups);
   const int half = static_cast<int>(threadIdx.x / 32 / Loop::kGroups);
   const int part = Loop::kParts > 1 ? half : 0;
@@ -210,8 +211,8 @@ __device__ inline void load_queries(TileMemory<Loop>& shared, const Halves& x, i
   if constexpr (TARGET == Target::distances) shared.norms[q] = out.norms[query];
 }
 
-// Leaves the sums that the other half of the warps finishes, and moves the thread's own ones to the
-// first columns.
+// Stores the sums that the other half of the warps finishes in shared memory, and moves the
+// thread's own ones to the first columns.
 template <class Loop>
 __device__ inline void exchange_halves(TileSums<Loop>& sums, Sums<Loop>& total, Sums<Loop>& rest,
                                        const ThreadSums<Loop>& at) {
@@ -228,7 +229,7 @@ __device__ inline void exchange_halves(TileSums<Loop>& sums, Sums<Loop>& total, 
     }
 }
 
-// The whole sum of a pair, of whose features the thread has those in `own`.
+// The whole sum of a pair: `own`, and the sum of the other half of the warps if there is one.
 template <class Loop>
 __device__ inline float2 joined(const TileSums<Loop>& sums, float2 own, int row, int column) {
   if constexpr (Loop::kParts > 1) return add_sums(own, sums.products[row][column]);
@@ -256,8 +257,8 @@ __device__ inline void store_slice(const TileSums<Loop>& sums, const Sums<Loop>&
       for (int s = 0; s < Loop::kSlabs; ++s)
         for (int e = 0; e < 2; ++e) {
           const int row = at.row(s) + 8 * e;
-          // A store of a pair needs neighbouring registers. Sums that it took as they are would
-          // have these in the loop too, where compilers would spill.
+          // A float2 store needs neighbouring registers. Adding 0 copies the sums, so that they
+          // need not be neighbours in the main loop, where compilers would spill.
           float2 sum = {total[s][j][2 * e + odd] + 0.0f, rest[s][j][2 * e + odd] + 0.0f};
           sum = joined(sums, sum, row, column);
           if (at.reference0 + row < slices.stride) to[at.reference0 + row] = sum;
@@ -273,7 +274,7 @@ struct ThreadReferences {
   double squared[Loop::kSlabs][2];
   bool known[Loop::kSlabs][2];
 
-  // Also leaves the largest one of each slab, if MEASURES.
+  // If MEASURES, also stores the largest one of each slab.
   template <bool MEASURES>
   __device__ void load(TileSums<Loop>& sums, const ThreadSums<Loop>& at, int references,
                        const Center& center) {
@@ -298,8 +299,8 @@ struct ThreadReferences {
   }
 };
 
-// Stores the thread's distances, and leaves the smallest ones of each query, or stores its G·y.
-// Returns whether all are finite.
+// Stores the thread's distances and the smallest one of each query, or its G·y. Returns whether all
+// are finite.
 template <Target TARGET, class Loop>
 __device__ inline bool store_pairs(TileMemory<Loop>& shared, const Sums<Loop>& total,
                                    const Sums<Loop>& rest, const ThreadSums<Loop>& at,

@@ -13,10 +13,11 @@ namespace {
 // the warps takes half of the queries, and the block converts references one panel ahead, for all
 // its warps.
 //
-// A lane accesses 16 bytes. Eight lanes, which have two rows, must reach different banks. Rows of
-// queries have 64 bytes. In odd rows of float32 neighbouring vectors of 16 bytes trade places. Of
-// short types a lane reads eight values. There the two panels of a row trade places: in odd rows of
-// 16-bit types, and in every second pair of rows of bytes, which are half as long.
+// Staged rows are swizzled against bank conflicts: a lane accesses 16 bytes, and eight lanes, which
+// have two rows, must reach different banks. In odd rows of float32 neighbouring vectors of 16
+// bytes trade places. Of short types a lane reads eight values, and the two panels of a row trade
+// places: in odd rows of 16-bit types, and in every second pair of rows of bytes, which are half as
+// long. Rows of queries have 64 bytes and need no swizzle.
 template <class R, int QUERIES, int REFERENCES>
 struct WarpShape {
   using Reference = R;
@@ -146,8 +147,8 @@ class TileCopy {
   const std::uint16_t* high_;
 };
 
-// Row g + 8e has features from `rows[e]` on; in odd rows of float32 vectors of four trade places.
-// squares[e] is the sum of their squares.
+// Scales and centres a lane's features of rows g + 8e, which start at rows[e] (swizzled as in
+// WarpShape), and splits them into float16 parts. squares[e] becomes the sum of their squares.
 template <class R>
 __device__ inline ReferencePanel convert(const R* const (&rows)[2], const float* center,
                                          float scale, int known, const Lane& lane,
@@ -229,8 +230,8 @@ __device__ inline void load_query_operands(std::uint32_t (&operands)[TOGETHER][2
   }
 }
 
-// Adds `rest` to the total, and leaves what rounding loses in it. Where it is the larger one, up to
-// 2^-24 of it is lost, less than its products have lost already.
+// Adds `rest` to the total, and keeps the rounding error in `rest`. If `rest` is the larger one, up
+// to 2^-24 of it is lost, less than its products have lost already.
 __device__ inline void add_rest(float& total, float& rest) {
   const float larger = total + rest;
   rest -= larger - total;
@@ -249,8 +250,8 @@ __device__ inline void add_rests(float (&total)[SLABS][COLUMNS][4],
 }
 
 // Adds the products with TOGETHER columns of 8 queries from column `first` on to the rest:
-// high·high + high·low + low·high. They take turns, so that none waits for another. The panel of
-// these queries is at `x_high` and `x_low`.
+// high·high + high·low + low·high. Products of different sums take turns, so that none waits for
+// another. The panel of these queries is at `x_high` and `x_low`.
 //
 // Matrix units round every addition toward zero, so panels are added up outside of them, in two
 // floats, total + rest. The products of a panel are added to the rest. What the new total cannot
@@ -312,7 +313,7 @@ class WarpProducts : public WarpShape<R, QUERIES, REFERENCES> {
     }
     int p = 0;
 #pragma unroll 1
-    do {  // There is a panel. A loop that may make no trip takes more registers.
+    do {  // There is a panel: a loop that might make no trip takes more registers.
       step(p);
     } while (++p < trips_);
     wait_copies<0>();
@@ -393,7 +394,7 @@ class WarpProducts : public WarpShape<R, QUERIES, REFERENCES> {
   const int features_, trips_;  // from the first one on
   const float factor_;
   const Lane lane_ = this_lane();
-  // Of unsigned numbers, to be computed again in two instructions rather than kept.
+  // Unsigned, so that compilers compute them again in two instructions rather than keep them.
   const int group_ = static_cast<int>(threadIdx.x / 32 % Shape::kGroups);
   const int other_ = static_cast<int>(threadIdx.x / 32 / Shape::kGroups);
   const int part_ = kParts > 1 ? other_ : 0, column0_ = kAhead ? 8 * kColumns * other_ : 0;

@@ -251,7 +251,7 @@ __device__ inline void add_weighted_floats(float (&sum)[2][TILES][4], const R* r
 template <class R, bool HALVES>
 class WarpSums {
  public:
-  static constexpr bool kScaled = HALVES && !kExactHalf<R>;  // references are, before they are cut
+  static constexpr bool kScaled = HALVES && !kExactHalf<R>;  // references are scaled, then split
 
   struct Memory {
     using Value = R;
@@ -300,7 +300,7 @@ class WarpSums {
     });
   }
 
-  // Of feature 32 warp + 4g + f of the block and query 8n + 2t + odd.
+  // The sum of feature 32 warp + 4g + f of the block and query 8n + 2t + odd.
   __device__ float sum(int f, int n, int odd) const { return sum_[f / 2][n][f % 2 * 2 + odd]; }
 
  private:

@@ -35,12 +35,11 @@ constexpr double kTolerance = 2e-5, kDigits = 0x1p-2;
 // float64 runs at 1/64 of the rate of float32. So the difference is taken of two floats, which the
 // bits of a float64 number give: they hold 48 of its digits. Equal distances have the difference 0.
 struct Fall {
-  std::uint32_t power;  // distances are in units of a power of two: its exponent in float64, less
-                        // that in float32, in the upper half of float64
+  std::uint32_t power;  // the unit of distances, a power of two, as two_floats takes it
   TwoFloats nearest;
   float rate;
 
-  // The unit is about 1/rate. It is larger if the nearest distance has no place in float32 then:
+  // The unit is about 1/rate. It is larger if the nearest distance would overflow float32: there
   // any difference is so large that the weight is 0. `rate` is at most 1e300, or NaN.
   __device__ Fall(double nearest_distance, double rate_of_distance) {
     const int rate_exponent = static_cast<int>(bits_of(rate_of_distance) >> 52 & 2047);
@@ -79,9 +78,9 @@ struct WeightLaw {
   double exponent;         // (N + D)/2; 1/2 at D = ∞
   double per_exponent;     // 1 over it
   float power, per_power;  // both in float32; at D = ∞ per_power is 0, and power is not used
-  double near_spread;      // a weight is kNear nats smaller if e/s is so large
-  float others;            // nats: all weights smaller than the largest by so much are together
-                           // less than it. Infinite if the gradient needs digits of them
+  double near_spread;      // the e/s that lowers a weight by kNear nats
+  float others;            // nats: weights so much below the largest sum to less than
+                           // e^-kOthers of it. Infinite if the gradient needs their digits
   double margin;           // largest error of a distance, relative to |x|² + |y|²
   double noise;       // typical error, relative to 2|x||y| + |y|² of products or d² of differences
   double byte_noise;  // the same of differences to bytes, relative to |x|² + d²
@@ -106,9 +105,9 @@ struct WeightLaw {
   // The weight at a squared distance, over that at the nearest. `linear` is what Fall says of it.
   // Scores count up to some tens of nats, for which float32 has enough digits.
   //
-  // With 1 + u = 2^k (1 + m), −1/4 ≤ m < 1/2, log1p(u) = k log 2 + log1p(m). For k = 0, where
-  // exponent times u is known, the exponent may be larger than float32 holds, or infinite: at D = ∞
-  // u and m are 0, and `fall` is `linear` to the bit.
+  // With 1 + u = 2^k (1 + m), −1/4 ≤ m < 1/2, log1p(u) = k log 2 + log1p(m). For k = 0, exponent ·
+  // u is `linear` itself, so the exponent may be larger than float32 holds, or infinite: at D = ∞ u
+  // and m are 0, and `fall` is `linear` to the bit.
   __device__ float weight(float linear) const {
     const float u = linear * per_power;
     const int k_shifted = (static_cast<int>(bits_of(1 + u)) - 0x3f400000) & -0x800000;  // 2^23 k
@@ -128,7 +127,7 @@ struct WeightLaw {
     return exponential(linear > 0x1p100f ? -INFINITY : -fall);  // u may be infinite, or no number
   }
 
-  // What the gradient needs of the same distance. Distances have larger errors than float32.
+  // The ratios that the gradient needs. float32 suffices: distances have larger errors.
   __device__ Ratios ratios(float linear) const {
     const float nearest = reciprocal(1 + linear * per_power);
     return {nearest, linear * nearest};

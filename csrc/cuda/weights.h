@@ -20,12 +20,13 @@ struct RowWeights {
 // references apart, because the warps of a block take neighbours.
 constexpr int kRound = 32 * kQueryThreads;
 
-// The words of a warp in a round. Places have 32 bits: a multiplication makes an address of them.
+// The words of a warp in a round. Indices have 32 bits, of which one multiplication makes an
+// address.
 struct Round {
   unsigned first, place;  // of the first word, in its chunk, and in the rows of all queries
   int left;               // references from there to the end of the tile, or of the round
 
-  // Whether there is a reference so far behind the first one.
+  // Whether there is a reference `behind` places after the first one.
   __device__ bool has(unsigned behind) const { return static_cast<int>(behind) < left; }
 
   // Stores zeros for the words that are not alive. Eight lanes have the weights of a word.
@@ -101,9 +102,9 @@ struct WeighMemory {
   int live[kQueryThreads / 32];
 };
 
-// Weights of one query over a tile of the chunk, relative to the nearest reference so far, which
-// comes from the minima of tiles and from earlier chunks. They are stored times `factor`, in halves
-// if HALVES. Most tiles have no weight that is not zero; their distances
+// Finds the weights of one query over a piece of the chunk, relative to the nearest reference so
+// far, which comes from the minima of tiles and from earlier chunks. They are stored times
+// `factor`, in halves if HALVES. The distances of tiles without a nonzero weight, which are most,
 // are not read.
 template <bool HALVES>
 __global__ void __launch_bounds__(kQueryThreads, kWeighBlocks)

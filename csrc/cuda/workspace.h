@@ -130,8 +130,8 @@ struct Workspace {
 
   void take_sums(Arena& arena, const Plan& plan) {
     const Index row = plan.queries * plan.features;  // numbers of a part
-    // Slices do not take the room of parts, of which the passes have different numbers: both passes
-    // must have the same slices.
+    // Both passes must choose the same slices. So slices may not fill the room of the parts, whose
+    // number differs between the passes.
     room = plan.few ? 0 : plan.slice_numbers();
     parts.sums = arena.take<float>(larger(room, plan.parts * row));
     parts.panels = static_cast<int>(plan.part_panels);
