@@ -49,6 +49,8 @@ def _implied_stretch(squared, z, gamma, N, EXACT: tl.constexpr):
 
     t = (√(e_x² + z²) + γ)/√N,   n = ‖v_x‖/√N
     e_x = n (γ + √(n²γ² + (1 − n²) z²))/(1 − n²)  where EXACT, else γ n/(1 − n)
+
+    e_x is the length of the x part of E in normalised_field.py; without EXACT, its value at z = 0.
     """
     root_N = tl.sqrt(tl.full((1,), N, tl.float64))
     n = tl.sqrt(squared) / root_N

@@ -188,6 +188,7 @@ class LineScreen {
     return sum * (sum / T(kLine)) + square;
   }
 
+  // Reduces one line of n features. Returns its squared norm.
   template <class V>
   static double reduce_line(const V* v, Index n, T* s, T* deviation) {
     T sum = 0, square = 0;
