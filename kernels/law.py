@@ -88,11 +88,11 @@ def score_at(nearest, r, exponent, GAUSSIAN: tl.constexpr):
 def ratios_at(squared, nearest, r, GAUSSIAN: tl.constexpr):
     """s₀/s and (d² − d₀²)/s, with s₀ and d₀² of the nearest; at D = ∞ 1 and (d² − d₀²)/σ²."""
     if GAUSSIAN:
-        slope, excess = tl.full((), 1.0, tl.float64), (squared - nearest) / r / r
+        ratio, excess = tl.full((), 1.0, tl.float64), (squared - nearest) / r / r
     else:
         s = squared + r * r
-        slope, excess = (nearest + r * r) / s, (squared - nearest) / s
-    return slope, excess
+        ratio, excess = (nearest + r * r) / s, (squared - nearest) / s
+    return ratio, excess
 
 
 @triton.jit

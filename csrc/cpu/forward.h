@@ -38,8 +38,7 @@ Status check_results(const Problem& problem, const Forward& out, const QueryStat
   return {};
 }
 
-// Up to this many references of a chunk are added in float64, which takes no longer than as a
-// group.
+// Up to this many references of a chunk are added in float64, which takes no longer than a group.
 constexpr Index kFewSummed = 2;
 
 // Whether Σ w (y − x) over a chunk is a sum of differences in float64. Elsewhere it is the sum of

@@ -12,15 +12,15 @@ namespace {
 constexpr int kSamples = 16;  // references whose mean is the centre
 constexpr int kSplitThreads = 256;
 constexpr int kHeld = 8;  // pairs of values in the registers of a thread of split_rows
-// The largest centred values are scaled to at least 2 to these powers, below twice that. float16
-// ends below 2^16, so references outside of the sample may be 2^11 times as large.
+// The largest centred values are scaled to between 2^power and twice that. float16 ends below 2^16,
+// so references outside of the sample may be 2^11 times as large.
 constexpr int kQueryPower = 5, kReferencePower = 4;
 // The same for weighted sums, which do not centre values. Others may be 2^4 times as large.
 constexpr int kValuePower = 11;
 
 // Products use 1/255 rounded to float32 as the unit of bytes. So references are too large by the
-// factor 1 + excess, and centred at c/(1 + excess). Queries are centred there too and divided by 1
-// + excess, which makes products right. Norms are corrected (true_square). So distances from
+// factor 1 + excess, and centred at c/(1 + excess). Queries are centred there too and divided by
+// this factor, which makes products right. Norms are corrected (true_square). So distances from
 // products have no bias relative to those of `refine`.
 template <class R> constexpr float kExcess = 0;
 template <>

@@ -124,7 +124,7 @@ struct WeightLaw {
     const float ratio = (q * m - 0.5f) * m + 1;
     const float k_log2 = static_cast<float>(k_shifted) * (0.693147181f * 0x1p-23f);
     const float fall = k_shifted == 0 ? linear * ratio : power * (k_log2 + m * ratio);
-    return exponential(linear > 0x1p100f ? -INFINITY : -fall);  // u may be infinite, or no number
+    return exponential(linear > 0x1p100f ? -INFINITY : -fall);  // u may be infinite or NaN
   }
 
   // The ratios that the gradient needs. float32 suffices: distances have larger errors.

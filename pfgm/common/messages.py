@@ -112,17 +112,17 @@ class _LineAMinute:
     """The stream of a progress bar where there is no terminal: of its states, one a minute."""
 
     def __init__(self, stream: Unfailing) -> None:
-        self.stream, self._due = stream, time.monotonic() + _MINUTE
+        self._stream, self._due = stream, time.monotonic() + _MINUTE
 
     def write(self, text: str) -> int:
         state = text.strip()
         if text.startswith("\r") and state and time.monotonic() >= self._due:
             self._due = time.monotonic() + _MINUTE
-            self.stream.write(f"{state}\n")
+            self._stream.write(f"{state}\n")
         return len(text)
 
     def flush(self) -> None:
-        self.stream.flush()
+        self._stream.flush()
 
 
 def progress_bar(*arguments: Any, **options: Any) -> Any:

@@ -34,8 +34,8 @@ def read_tensors(
 ) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """The tensors and the description of a file, verified if it has a checksum.
 
-    The description must have the format ``version``. Errors say that the file is a ``kind`` and
-    describes a flow or whatever ``of`` is.
+    The description must have the format ``version``. Errors call the file a ``kind``, and what it
+    describes ``of``.
     """
     if not path.is_file():
         raise FileNotFoundError(f"there is no {kind} at {path}.")

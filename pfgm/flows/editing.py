@@ -50,8 +50,8 @@ class Editing(Sampling):
 
         :meth:`decode` carries latents back. With the default solver and tolerances the round trip
         has a relative error below 1e-3 where the network is smooth along the path, and a larger one
-        far from all data that it knows (the guide "Invert and edit"). The norms of latents are not
-        clipped, as those of a prior may be.
+        far from all data that it knows (the guide "Invert and edit"). Unlike the norms of a prior,
+        those of latents are never clipped.
 
         Args:
             net: the network, as in :meth:`sample`.

@@ -80,9 +80,9 @@ class Likelihood(Sampling):
         that of data with noise of this level.
 
         The prior is the perturbation kernel at the first level around one point: the center of a
-        PoissonFlow with a spread, else 0. Data are not all there, an error that neither the network
-        nor the tolerances reduce (the guide "Likelihood"). If the density at the first level is
-        known, pass it as prior_log_prob, for example
+        PoissonFlow with a spread, else 0. Data are not all at that point. This leaves an error that
+        neither the network nor the tolerances reduce (the guide "Likelihood"). If the density at
+        the first level is known, pass it as prior_log_prob, for example
         ``lambda latent: pfgm.log_density(latent, data, sigma=flow.first_level, D=flow.D)``. With
         ``flow.empirical(data)`` the result is then the exact mixture at the last level.
 

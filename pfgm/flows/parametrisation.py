@@ -107,8 +107,8 @@ class Parametrisation(ABC):
     def defaults(self) -> Defaults:
         """Solver, steps and schedule of sampling: multistep on rho.
 
-        With fewer than 10 steps, 20 below 64 values in a sample and 40 for up to 16 values, the
-        spread of samples would be off by more than 2 %.
+        There are 10 steps, 20 below 64 values in a sample, and 40 for up to 16 values: with fewer,
+        the spread of samples of few values would be off by more than 2 %.
         """
         return Defaults(solver="multistep", steps=self.default_steps("multistep"), schedule="rho")
 

@@ -175,11 +175,12 @@ def posterior_mean(
 
     (PFGM++, arXiv 2302.04265, section 3; Stable Target Field, arXiv 2302.00670, equation 7).
 
-    No (B, M, N) tensor is built. The workspace, of which up to 48 MiB are kept for the next call on
-    the CPU, is at most 64 MiB there, or 170 MiB with more than 5000 features, and 270 MiB on a GPU,
-    480 MiB in the backward pass, or a few rows of x with very many features. Up to 40 MiB are kept
-    for a backward pass. The CPU kernels leave out references whose total weight is below the
-    rounding of the result.
+    Memory is bounded: no (B, M, N) tensor is built. On the CPU the workspace is at most 64 MiB, or
+    170 MiB if N is above 5000, or a few rows of x if N is in the millions; up to 48 MiB of it are
+    kept for the next call. On a GPU it is at most 270 MiB, in the backward pass 480 MiB, or a few
+    rows of x from about 100000 features on. Where a gradient is wanted, up to 40 MiB on the CPU and
+    32 MiB on a GPU are kept for the backward pass. The CPU kernels leave out references whose total
+    weight is below the rounding of the result.
 
     The function is differentiable once in x, r or sigma, and references, in backward and forward
     mode and under the transforms of torch.func. On a reference at r = 0, and at sigma = 0 with

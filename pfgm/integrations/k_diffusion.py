@@ -26,7 +26,7 @@ __all__ = ["KDiffusionModel", "as_k_diffusion"]
 
 
 class KDiffusionModel(nn.Module):
-    """What :func:`as_k_diffusion` returns: ``sigma_min`` and ``sigma_max`` are the levels."""
+    """What :func:`as_k_diffusion` returns, with the flow's last and first level."""
 
     def __init__(self, net: Network, flow: Flow) -> None:
         super().__init__()

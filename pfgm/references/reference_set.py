@@ -33,9 +33,9 @@ class ReferenceSet:
     operation, so it cannot have ``fullgraph=True``; with rows in memory and no gradient, or with a
     tensor as references, it can.
 
-    Of rows with 512 or more values in CPU memory a summary (a sketch) is kept from the second call
-    on, which speeds up calls with points in float32. It takes a third of the memory of uint8 rows,
-    up to a quarter of that of float32 rows, and up to half of that of 16-bit rows.
+    For rows of 512 or more values in CPU memory, a summary of each (a sketch) is kept from the
+    second call on. It speeds up calls with points in float32, and takes a third of the memory of
+    uint8 rows, up to a quarter of that of float32 rows, and up to half of that of 16-bit rows.
 
     Rows that have changed get new sketches, and ``backward`` raises RuntimeError if they changed
     after the forward pass. torch does not count changes through a tensor's ``data``, its storage,

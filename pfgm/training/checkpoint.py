@@ -335,7 +335,7 @@ def _check_weights(path: Path) -> str:
 
 
 def _check_checkpoint(path: Path) -> str:
-    step = int(_WEIGHTS_NAME.fullmatch(path.name)[1])  # type: ignore[index]
+    step = int(path.stem.removeprefix("step-"))
     _read_checkpoint(path.parent, _names_at(step))
     return (
         f"The checkpoint of step {step} is intact: continue from it with --resume-from "

@@ -59,7 +59,7 @@ def check_data(flow: Flow, data: References, config: TrainConfig, *, other_loss:
         )
 
 
-def check_network(network: object) -> None:
+def check_trainable(network: object) -> None:
     """Raises an error unless the network can be trained."""
     if not isinstance(network, nn.Module):
         raise TypeError(

@@ -26,10 +26,10 @@ def check_log(to: LogTo, folder: Path | None) -> None:
 
 
 class Log:
-    """Values of a run by step, in ``log.csv`` and ``evaluations.csv``, and in ``to`` if it is more.
+    """Values of a run by step, in ``log.csv`` and ``evaluations.csv``, and where ``to`` says.
 
-    Rows after ``step``, that of the checkpoint to continue from, were left by a killed run and are
-    removed. ``settings`` are those of the run, for Weights & Biases.
+    Rows of steps after ``step``, the checkpoint that the run continues from, are removed: a killed
+    run has left them. ``settings`` are those of the run, for Weights & Biases.
     """
 
     def __init__(

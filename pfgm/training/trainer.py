@@ -23,7 +23,7 @@ from ..common.messages import progress_bar
 from ..common.old_names import with_present_names
 from ..data.opening import Samples
 from ..data.tables import Table
-from ..flows import conditions
+from ..flows.conditions import check_network
 from ..flows.flow import Flow
 from ..networks.registry import label_count
 from ..references import ReferenceSet, as_references
@@ -32,8 +32,8 @@ from .checkpoint import STATE_FORMAT, load_run, save_run
 from .checks import (
     check_config,
     check_data,
-    check_network,
     check_same_flow,
+    check_trainable,
     checked_labels,
     warn_of_range,
     warn_of_scales,
@@ -142,9 +142,9 @@ class Trainer:
         self._saved_threads: int | None = None  # of the run that was resumed
         self._known_latest: bytes | None = None  # latest.json as this run last read or wrote it
         check_log(config.log, self.folder)
-        check_network(network)
+        check_trainable(network)
         if loss is None:
-            conditions.check_network(network, "network")
+            check_network(network, "network")
         if self.folder is not None:
             check_savable(flow, network)
         check_data(flow, data, config, other_loss=loss is not None)
@@ -400,9 +400,9 @@ class Trainer:
         step, rank = self.step, self._processes.rank
         batch = self._batches.at(step)
         generator = torch.Generator(self._device).manual_seed(self._noise_seed(step))
-        # The generator of the CPU is forked too.
-        kind = self._device.type
-        devices, kind = ([], "cuda") if kind == "cpu" else ([self._device], kind)
+        on_cpu = self._device.type == "cpu"
+        # The generator of the CPU is forked in any case; "cuda" stands for no other device.
+        devices, kind = ([], "cuda") if on_cpu else ([self._device], self._device.type)
         with torch.random.fork_rng(devices, device_type=kind):
             # Dropout takes no generator, so it uses the global one.
             torch.manual_seed(seed_of(self.config.seed, step, 1, *([rank] if rank else [])))
@@ -419,8 +419,8 @@ class Trainer:
         weight = 1 - min(self.config.schedule.ema, (1 + t) / (10 + t))
         # By name, as the network may have made buffers for itself since.
         current = {**dict(self.network.named_parameters()), **dict(self.network.named_buffers())}
-        of_average = self.averaged.named_parameters(), self.averaged.named_buffers()
-        for name, mean in chain(*of_average):
+        averaged = self.averaged
+        for name, mean in chain(averaged.named_parameters(), averaged.named_buffers()):
             value = current[name]
             if t == 0 or not (mean.is_floating_point() or mean.is_complex()):
                 mean.copy_(value)

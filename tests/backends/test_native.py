@@ -3,6 +3,7 @@
 import functools
 import math
 import os
+import re
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
@@ -1132,3 +1133,9 @@ def test_the_law_of_weights_stands_in_one_file(folder: str) -> None:
     sources = (Path(__file__).parents[2] / "csrc" / folder).iterdir()
     asking = {path.name for path in sources if "gaussian" in path.read_text().lower()}
     assert asking == {"weight_law.h"}
+
+
+def test_the_law_of_weights_of_triton_stands_in_one_file() -> None:
+    sources = (Path(__file__).parents[2] / "kernels").glob("*.py")
+    asking = {path.name for path in sources if re.search(r"if .*gaussian", path.read_text(), re.I)}
+    assert asking == {"law.py"}
