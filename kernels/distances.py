@@ -72,8 +72,8 @@ def center_rows(
     for start in range(0, N, FEATURES):
         feature = start + tl.arange(0, FEATURES)
         valid = feature < N
-        place = y + sample[:, None] * y_stride + feature[None, :]
-        values = load_references(place, (sample >= 0)[:, None] & valid[None, :])
+        address = y + sample[:, None] * y_stride + feature[None, :]
+        values = load_references(address, (sample >= 0)[:, None] & valid[None, :])
         least, greatest = tl.argmin(values, 0)[None, :], tl.argmax(values, 0)[None, :]
         second_least = tl.min(tl.where(index == least, float("inf"), values), 0)
         second_greatest = tl.max(tl.where(index == greatest, float("-inf"), values), 0)
@@ -139,10 +139,10 @@ def multiply(
     unit = b_scale.to(tl.float64) * unit_of(y)
     a_unit = scale.to(tl.float64) * (1.0 if PROJECT else unit_of(y))
     products = (total.to(tl.float64) - lost.to(tl.float64)) / (unit * a_unit)[None, :]
-    place = row[:, None] * pairs_stride + column[None, :]  # below 2^31, as MAX_PAIRS is
+    pair = row[:, None] * pairs_stride + column[None, :]  # below 2^31, as MAX_PAIRS is
     valid = (row < B)[:, None] & (column < M)[None, :]
     if PROJECT:
-        tl.store(projected + place, tl.trans(products).to(tl.float32), mask=valid)
+        tl.store(projected + pair, tl.trans(products).to(tl.float32), mask=valid)
     else:
         y_norm = (square.to(tl.float64) - square_lost.to(tl.float64)) / unit / unit
         norm = tl.load(norms + row, mask=row < B, other=0.0)
@@ -150,7 +150,7 @@ def multiply(
         finite = tl.abs(d) < float("inf")
         d = tl.where(finite, tl.maximum(d, 0.0), float("nan"))
         filled = tl.where(valid, d, float("inf"))
-        tl.store(squared + place, filled, mask=(row < B)[:, None] & (column < width)[None, :])
+        tl.store(squared + pair, filled, mask=(row < B)[:, None] & (column < width)[None, :])
         least = tl.min(tl.where(valid & finite, d, float("inf")), 1)
         tile = tl.program_id(1)
         tl.store(lowest + row * tiles + tile, least, mask=row < B)
@@ -193,11 +193,11 @@ def subtract(
         product *= 1.0 / unit_of(y)
         total = tl.where(tl.abs(total) < float("inf"), total, float("nan"))
         total = tl.where((column < M)[None, :], total, float("inf"))
-        place = row[:, None] * pairs_stride + column[None, :]
+        pair = row[:, None] * pairs_stride + column[None, :]
         valid = (row < B)[:, None] & (column < width)[None, :]
-        tl.store(squared + place, total, mask=valid)
+        tl.store(squared + pair, total, mask=valid)
         if PROJECT:
-            tl.store(projected + place, product.to(tl.float32), mask=valid)
+            tl.store(projected + pair, product.to(tl.float32), mask=valid)
         # Once NaN, least stays NaN: no comparison with it is true.
         least = tl.where(tl.sum((total != total).to(tl.int32), 1) > 0, float("nan"), least)
         smaller = tl.min(total, 1) < least
@@ -290,8 +290,8 @@ def refine(
     begin = tl.program_id(1) * piece
     for start in range(begin, min(begin + piece, M), BLOCK):
         index = tl.arange(0, BLOCK)
-        place = squared + row * pairs_stride + start + index
-        d = tl.load(place, mask=start + index < M, other=float("inf"))
+        address = squared + row * pairs_stride + start + index
+        d = tl.load(address, mask=start + index < M, other=float("inf"))
         needed = ((d <= limit) | (d != d)) & (start + index < M)
         count = tl.sum(needed.to(tl.int32), 0)
         for _ in range(0, count):
@@ -316,7 +316,7 @@ def refine(
             exact = tl.where(tl.sum(lanes, 0) < float("inf"), exact, float("nan"))
             d = tl.where(index == j, exact, d)
         if count > 0:
-            tl.store(place, d, mask=start + index < M)
+            tl.store(address, d, mask=start + index < M)
         least = tl.where(tl.sum((d != d).to(tl.int32), 0) > 0, float("nan"), least)
         smaller = tl.min(d, 0) < least
         least = tl.where(smaller, tl.min(d, 0), least)

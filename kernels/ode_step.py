@@ -44,7 +44,7 @@ def write(values, rows, stride, columns, within, N, result):
 
 
 @triton.jit
-def _implied_stretch(squared, z, gamma, N, EXACT: tl.constexpr):
+def _implied_mean_factor(squared, z, gamma, N, EXACT: tl.constexpr):
     """t = −z/v_z (ROWS,) with v_z computed from ‖v_x‖², without dividing by v_z.
 
     t = (√(e_x² + z²) + γ)/√N,   n = ‖v_x‖/√N
@@ -102,21 +102,21 @@ def ode_step_kernel(
     if WHOLE:
         v = load(slope, rows, slope_stride, columns, within, N)
     if field_z is None:
-        stretch = tl.full((ROWS,), 1.0, tl.float64)
+        mean_factor = tl.full((ROWS,), 1.0, tl.float64)
         x_factor = 1 - toward - blend
     else:
         v_z = tl.load(field_z + rows, within, other=-1.0).to(tl.float64)
-        stretch = -z / tl.where(v_z > -_SMALLEST_FIELD_Z, -_SMALLEST_FIELD_Z, v_z)
+        mean_factor = -z / tl.where(v_z > -_SMALLEST_FIELD_Z, -_SMALLEST_FIELD_Z, v_z)
         x_factor = 1 - blend
         if SUBSTITUTES:
             if WHOLE:
                 squared = tl.sum(v.to(tl.float64) * v.to(tl.float64), axis=1)
             else:
                 squared = squared_norm(slope, rows, slope_stride, within, N, ROWS, BLOCK)
-            implied = _implied_stretch(squared, z, gamma, N, EXACT)
-            stretch = tl.where(z < z_exp, implied, stretch)
+            implied = _implied_mean_factor(squared, z, gamma, N, EXACT)
+            mean_factor = tl.where(z < z_exp, implied, mean_factor)
     a_factor = x_factor.to(tl.float32)[:, None]
-    v_factor = (toward * stretch).to(tl.float32)[:, None]
+    v_factor = (toward * mean_factor).to(tl.float32)[:, None]
     for start in range(0, N, BLOCK):  # once if WHOLE
         feature = start + columns
         a = load(x, rows, x_stride, feature, within, N)
@@ -128,7 +128,7 @@ def ode_step_kernel(
             result += blend.to(tl.float32)[:, None] * past
         write(out, rows, out_stride, feature, within, N, result)
         if mean_out is not None:
-            mean = a + stretch.to(tl.float32)[:, None] * v
+            mean = a + mean_factor.to(tl.float32)[:, None] * v
             write(mean_out, rows, mean_stride, feature, within, N, mean)
 
 

@@ -5,9 +5,9 @@ For a block of queries x_b and a chunk of references y_j (PFGM++, arXiv 2302.042
 1. ``Pairs`` measures squared distances (distances.py).
 2. ``weigh`` turns them into weights relative to the nearest reference so far. Weights below float32
    rounding become zero.
-3. ``weighted_sum`` computes Σ_j w_j y_j over several stretches of the chunk at once. It skips tiles
+3. ``weighted_sum`` computes Σ_j w_j y_j over several splits of the chunk at once. It skips tiles
    whose weights are all zero.
-4. ``merge`` adds the stretches to the running mean, and in float64 the chunk's sum of weights to
+4. ``merge`` adds the splits to the running mean, and in float64 the chunk's sum of weights to
    that of earlier chunks. Where x − mean is wanted, and is small, it sums differences instead.
 
 Launches depend on shapes alone. Nothing waits for the device, and CUDA graphs can capture them.
@@ -75,12 +75,12 @@ def weigh(
     threshold *= tl.maximum(carried.to(tl.float32), 1.0)
 
     column = piece * BLOCK + tl.arange(0, BLOCK)
-    place = row * pairs_stride + column
-    d = tl.load(squared + place, mask=column < width, other=float("inf"))
+    pair = row * pairs_stride + column
+    d = tl.load(squared + pair, mask=column < width, other=float("inf"))
     w = relative_weight(d - least, rate, exponent, GAUSSIAN)
     tl.store(sums + row * pieces + piece, tl.sum(w, 0))
     w = tl.where(w < threshold, 0.0, w)
-    tl.store(weights + place, w, mask=column < width)
+    tl.store(weights + pair, w, mask=column < width)
     tl.store(live + row * pieces + piece, tl.sum((w != 0.0).to(tl.int32), 0))
     tl.store(least_so_far + row, least, mask=piece == 0)
     tl.store(kept + row, carried, mask=piece == 0)
@@ -88,26 +88,26 @@ def weigh(
 
 @triton.jit(do_not_specialize=["B", "M"])
 def weighted_sum(
-    y, weights, order, parts, B, M, width, N, y_stride, pairs_stride, stretch, factor,
+    y, weights, order, parts, B, M, width, N, y_stride, pairs_stride, split_size, factor,
     ORDERED: tl.constexpr, ROWS: tl.constexpr, TILE: tl.constexpr, FEATURES: tl.constexpr,
     PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """parts[stretch, row] = 2 factor · Σ_j w_j y_j over one stretch of references, in units of
+    """parts[split, row] = 2 factor · Σ_j w_j y_j over one split of references, in units of
     ``unit_of(y)``. ORDERED queries that share a tile have similar weights, and tiles without a
     weight are skipped.
 
     Tiles are features × queries, because matrix units take 64 rows, more than there may be queries.
     """
     feature = (tl.program_id(0) * FEATURES + tl.arange(0, FEATURES))[None, :]
-    place = tl.program_id(1) * ROWS + tl.arange(0, ROWS)
-    present = place < B
-    row = place
+    rank = tl.program_id(1) * ROWS + tl.arange(0, ROWS)
+    present = rank < B
+    row = rank
     if ORDERED:
-        row = tl.load(order + place, mask=present, other=0).to(tl.int32)
-    first = tl.program_id(2) * stretch
+        row = tl.load(order + rank, mask=present, other=0).to(tl.int32)
+    first = tl.program_id(2) * split_size
     w_rows = weights + row.to(tl.int64)[:, None] * pairs_stride
     total = tl.zeros([FEATURES, ROWS], tl.float32)
-    for start in range(first, min(first + stretch, M), TILE):
+    for start in range(first, min(first + split_size, M), TILE):
         column = start + tl.arange(0, TILE)
         inside = present[:, None] & (column < width)[None, :]
         w = tl.load(w_rows + column[None, :], mask=inside, other=0.0)
@@ -145,9 +145,9 @@ def sum_of_differences(
                 j = piece * BLOCK + tile + tl.arange(0, TILE)
                 w = tl.load(weights + j, mask=j < M, other=0.0)
                 mask = (w != 0.0)[:, None] & (feature < N)[None, :]
-                place = y + j.to(tl.int64)[:, None] * y_stride + feature[None, :]
+                address = y + j.to(tl.int64)[:, None] * y_stride + feature[None, :]
                 a_tile = a[None, :] + tl.zeros_like(w)[:, None]
-                high, _ = exact_difference(a_tile, y, place, mask, 1.0)
+                high, _ = exact_difference(a_tile, y, address, mask, 1.0)
                 total += tl.sum(tl.where(mask, w[:, None] * (high / unit_of(y)), 0.0), 0)
                 first = tl.min(tl.where(nonzero & (index >= tile + TILE), index, BLOCK), 0)
     return total
@@ -164,25 +164,25 @@ def has_digits(value, a, reach, size):
 
 
 @triton.jit
-def sum_of_parts(parts, row, feature, B, N, stretches):
-    """The sum of a row over all stretches."""
+def sum_of_parts(parts, row, feature, B, N, splits):
+    """The sum of a row over all splits."""
     value = tl.zeros_like(feature).to(tl.float32)
     source = parts + row * N + feature
-    for _ in range(0, stretches):
+    for _ in range(0, splits):
         value += tl.load(source, mask=feature < N, other=0.0)
         source += B.to(tl.int64) * N
     return value
 
 
-@triton.jit(do_not_specialize=["B", "M", "stretches", "pieces", "first"])
+@triton.jit(do_not_specialize=["B", "M", "splits", "pieces", "first"])
 def merge(
     mean, parts, sums, least_so_far, kept, radius, nearest, total, logsumexp, x, y, weights, live,
-    B, M, N, stretches, pieces, x_stride, y_stride, pairs_stride, first, divisor,
+    B, M, N, splits, pieces, x_stride, y_stride, pairs_stride, first, divisor,
     exponent: tl.float64, GAUSSIAN: tl.constexpr, DIFFERENCE: tl.constexpr, PIECES: tl.constexpr,
     SIZE: tl.constexpr, BLOCK: tl.constexpr, TILE: tl.constexpr,
 ):  # fmt: skip
     """The running mean: that of earlier chunks, with weight kept[row], merged with this chunk's
-    stretches, times ``divisor``. With DIFFERENCE, x minus that. One program of each query also
+    splits, times ``divisor``. With DIFFERENCE, x minus that. One program of each query also
     writes the state (nearest, total) and the log-sum-exp."""
     row = tl.program_id(0).to(tl.int64)
     feature = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
@@ -192,7 +192,7 @@ def merge(
     chunk_sum = tl.sum(piece_sums.to(tl.float64), 0)
     new_total = carried + chunk_sum
     weight = new_total.to(tl.float32)
-    value = sum_of_parts(parts, row, feature, B, N, stretches) * (divisor / unit_of(y) / weight)
+    value = sum_of_parts(parts, row, feature, B, N, splits) * (divisor / unit_of(y) / weight)
     before = tl.zeros([BLOCK], tl.float32)
     if first == 0:
         before = tl.load(mean + row * N + feature, mask=feature < N, other=0.0)
@@ -222,21 +222,19 @@ def merge(
 def sum_of_references(
     y: Tensor, weights: Tensor, order: Tensor | None = None, divisor: float = 1.0
 ) -> Tensor:
-    """Return Σ_j weights_j y_j ``unit_of(y)`` / divisor over each stretch of the references,
-    (stretches, B, N). ``order`` lets similar queries share tiles."""
+    """Return Σ_j weights_j y_j ``unit_of(y)`` / divisor over each split of the references,
+    (splits, B, N). ``order`` lets similar queries share tiles."""
     B, (M, N) = len(weights), y.shape
     rows = 16 if B <= 16 else 32
     tiles = cdiv(N, 64), cdiv(B, rows)
-    # As many stretches as give PROGRAMS, if memory allows and each has at least 128 references.
-    stretches = max(
-        1, min(cdiv(PROGRAMS, tiles[0] * tiles[1]), MAX_VALUES // (B * N), cdiv(M, 128))
-    )
-    stretch = cdiv(cdiv(M, stretches), 32) * 32
-    stretches = cdiv(M, stretch)
-    parts, grid = weights.new_empty(stretches, B, N), (*tiles, stretches)
+    # As many splits as give PROGRAMS, if memory allows and each has at least 128 references.
+    splits = max(1, min(cdiv(PROGRAMS, tiles[0] * tiles[1]), MAX_VALUES // (B * N), cdiv(M, 128)))
+    split_size = cdiv(cdiv(M, splits), 32) * 32
+    splits = cdiv(M, split_size)
+    parts, grid = weights.new_empty(splits, B, N), (*tiles, splits)
     weighted_sum[grid](
         y, weights, weights if order is None else order, parts, B, M, padded(M), N, y.stride(0),
-        weights.stride(0), stretch, 0.5 / divisor, ORDERED=order is not None, ROWS=rows, TILE=32,
+        weights.stride(0), split_size, 0.5 / divisor, ORDERED=order is not None, ROWS=rows, TILE=32,
         FEATURES=64, PRECISION=PRECISION, **with_registers(168, warps=4),
     )  # fmt: skip
     return parts

@@ -80,9 +80,9 @@ def pull(
     masses = tl.zeros([BLOCK], tl.float64)
     for start in range(0, width, BLOCK):
         column = start + tl.arange(0, BLOCK)
-        place = row * pairs_stride + column
-        d = tl.load(squared + place, mask=column < width, other=float("inf"))
-        q = tl.load(projected + place, mask=column < width, other=0.0).to(tl.float64)
+        pair = row * pairs_stride + column
+        d = tl.load(squared + pair, mask=column < width, other=float("inf"))
+        q = tl.load(projected + pair, mask=column < width, other=0.0).to(tl.float64)
         p = probability(d, least, weight_sum, r, exponent, floor, GAUSSIAN)
         pulls += tl.where(p == 0.0, 0.0, p * q)  # the projection is undefined where p = 0
         masses += p
@@ -116,9 +116,9 @@ def find_coefficients(
     c_squares = tl.zeros([BLOCK], tl.float64)
     for start in range(0, width, BLOCK):
         column = start + tl.arange(0, BLOCK)
-        place = row * pairs_stride + column
-        d = tl.load(squared + place, mask=column < width, other=float("inf"))
-        q = tl.load(projected + place, mask=column < width, other=0.0).to(tl.float64)
+        pair = row * pairs_stride + column
+        d = tl.load(squared + pair, mask=column < width, other=float("inf"))
+        q = tl.load(projected + pair, mask=column < width, other=0.0).to(tl.float64)
         p = probability(d, least, weight_sum, r, exponent, floor, GAUSSIAN)
         pt = tl.where(p == 0.0, 0.0, p * (q - center + g))
         ratio, excess = ratios_at(d, least, r, GAUSSIAN)
@@ -128,8 +128,8 @@ def find_coefficients(
         c_sums += rounded.to(tl.float64)
         c_squares += c * c
         tl.store(live + row * pieces + start // BLOCK, tl.sum((rounded != 0.0).to(tl.int32), 0))
-        tl.store(coefficients + place, rounded, mask=column < width)
-        tl.store(probabilities + place, p.to(tl.float32), mask=column < width)
+        tl.store(coefficients + pair, rounded, mask=column < width)
+        tl.store(probabilities + pair, p.to(tl.float32), mask=column < width)
     moment, chunk_sum = tl.sum(moments, 0), tl.sum(c_sums, 0)
     c_sum = chunk_sum
     if first == 0:
@@ -146,10 +146,10 @@ def find_coefficients(
     tl.store(grad_radius + row, radius_gradient)
 
 
-@triton.jit(do_not_specialize=["B", "M", "stretches", "pieces", "first", "last"])
+@triton.jit(do_not_specialize=["B", "M", "splits", "pieces", "first", "last"])
 def merge_gradient(
     x, y, mean, coefficients, live, radius, nearest, scalars, parts, grad_x,
-    B, M, N, stretches, pieces, x_stride, y_stride, pairs_stride, first, last, exponent: tl.float64,
+    B, M, N, splits, pieces, x_stride, y_stride, pairs_stride, first, last, exponent: tl.float64,
     SIZE: tl.constexpr, BLOCK: tl.constexpr, TILE: tl.constexpr,
 ):  # fmt: skip
     """Adds the chunk's Σ c_j (x − y_j) to grad_x. The last chunk turns the sum into ∂L/∂x. What
@@ -163,7 +163,7 @@ def merge_gradient(
         before = tl.load(grad_x + row * N + feature, mask=valid, other=0.0)
     row_scalars = scalars + 4 * row
     r, chunk_sum = tl.load(radius + row), tl.load(row_scalars + 2).to(tl.float32)
-    value = chunk_sum * a - sum_of_parts(parts, row, feature, B, N, stretches) / unit_of(y)
+    value = chunk_sum * a - sum_of_parts(parts, row, feature, B, N, splits) / unit_of(y)
     reach = tl.load(nearest + row) + r * r / exponent
     size = tl.load(row_scalars + 3).to(tl.float32)
     if has_digits(before + value, a, reach, size) == 0:  # also if a number is out of range
@@ -198,12 +198,12 @@ def reference_gradient(
     largest = tl.zeros([TILE, ROWS], tl.float32)
     for start in range(0, B, ROWS):
         row = start + tl.arange(0, ROWS)
-        place = row.to(tl.int64)[:, None] * pairs_stride + column[None, :]
+        pair = row.to(tl.int64)[:, None] * pairs_stride + column[None, :]
         inside = (row < B)[:, None] & (column < width)[None, :]
-        p = tl.load(probabilities + place, mask=inside, other=0.0)
+        p = tl.load(probabilities + pair, mask=inside, other=0.0)
         if tl.max(tl.max((p != 0.0).to(tl.int32), 1), 0) > 0:
             F = tl.load(scalars + 4 * row, mask=row < B, other=0.0)[:, None]
-            c = tl.load(coefficients + place, mask=inside, other=0.0)
+            c = tl.load(coefficients + pair, mask=inside, other=0.0)
             c = tl.where(c == 0.0, 0.0, c.to(tl.float64) * F).to(tl.float32)
             valid = (row < B)[:, None] & (feature < N)
             a = tl.load(x + row.to(tl.int64)[:, None] * x_stride + feature, mask=valid, other=0.0)
@@ -227,10 +227,10 @@ def reference_gradient(
         exact = tl.zeros([TILE, FEATURES], tl.float32)
         for query in range(0, B):
             row = tl.full((), query, tl.int64)
-            place = row * pairs_stride + column
-            p = tl.load(probabilities + place, mask=column < width, other=0.0)
+            pair = row * pairs_stride + column
+            p = tl.load(probabilities + pair, mask=column < width, other=0.0)
             if tl.max((p != 0.0).to(tl.int32), 0) > 0:
-                c = tl.load(coefficients + place, mask=column < width, other=0.0)
+                c = tl.load(coefficients + pair, mask=column < width, other=0.0)
                 c = tl.where(c == 0.0, 0.0, c.to(tl.float64) * tl.load(scalars + 4 * row))
                 a = tl.load(x + row * x_stride + feature, mask=feature < N, other=0.0)
                 g = tl.load(upstream + row * N + feature, mask=feature < N, other=0.0)
@@ -274,17 +274,17 @@ class Gradients:
         grad_references holds the gradient of each chunk; it is empty if none is needed.
         """
         _, nearest, _ = self.state
-        for place, y in enumerate(chunks):
+        for index, y in enumerate(chunks):
             self.pairs.measure(y, nearest, False)
-            self._pull(y, place == 0)
-        for place, y in enumerate(chunks):
+            self._pull(y, index == 0)
+        for index, y in enumerate(chunks):
             if len(chunks) > 1:  # with one chunk the distances are still in memory
                 self.pairs.measure(y, nearest, False)
-            live = self._coefficients(y, place == 0)
+            live = self._coefficients(y, index == 0)
             if self.grad_x is not None:
-                self._merge(y, live, place == 0, place == len(chunks) - 1)
+                self._merge(y, live, index == 0, index == len(chunks) - 1)
             if grad_references:
-                self._reference_gradient(y, grad_references[place], first_block)
+                self._reference_gradient(y, grad_references[index], first_block)
 
     def _pull(self, y: Tensor, first: bool) -> None:
         pairs, (_, nearest, total) = self.pairs, self.state
@@ -353,7 +353,7 @@ def posterior_mean_backward(
     for rows in parts_of(len(x), sizes.block):
         pairs = Pairs(x[rows], references, radius[rows], D, sizes.chunk, grad_mean[rows])
         state = mean[rows], nearest[rows], total[rows]
-        own_x = None if grad_x is None else grad_x[rows]
-        gradients = Gradients(pairs, state, grad_logsumexp[rows], own_x, grad_radius[rows])
+        block_grad_x = None if grad_x is None else grad_x[rows]
+        gradients = Gradients(pairs, state, grad_logsumexp[rows], block_grad_x, grad_radius[rows])
         gradients.run([references[chunk] for chunk in chunks], parts, rows.start == 0)
     return grad_x, grad_references, grad_radius if needs[2] else None

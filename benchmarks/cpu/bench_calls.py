@@ -70,24 +70,24 @@ def torch_field(t: Tensors) -> tuple[Tensor, Tensor]:
     return scale[:, None] * difference, scale * Z
 
 
-def torch_stretch(field_x: Tensor, z: float) -> Tensor:
+def torch_mean_factor(field_x: Tensor, z: float) -> Tensor:
     """t with mean = x + t v_x, from the field_z that field_x implies."""
     root = math.sqrt(field_x.shape[1])
     n = torch.linalg.vector_norm(field_x, dim=1) / root
     square = n * n
     e_x = n * (GAMMA + (square * GAMMA**2 + (1 - square) * z**2).sqrt()) / (1 - square)
-    stretch: Tensor = ((e_x * e_x + z * z).sqrt() + GAMMA) / root
-    return stretch
+    mean_factor: Tensor = ((e_x * e_x + z * z).sqrt() + GAMMA) / root
+    return mean_factor
 
 
 def torch_euler(x: Tensor, field_x: Tensor, z: float, z_next: float) -> Tensor:
-    stretch = (z - z_next) / z * torch_stretch(field_x, z)
-    return torch.addcmul(x, stretch[:, None], field_x)
+    mean_factor = (z - z_next) / z * torch_mean_factor(field_x, z)
+    return torch.addcmul(x, mean_factor[:, None], field_x)
 
 
 def torch_multistep(t: Tensors) -> tuple[Tensor, Tensor]:
     w = math.log(Z / Z_NEXT) / (2 * math.log(Z_PREVIOUS / Z))
-    mean = torch.addcmul(t.x, torch_stretch(t.field_x, Z)[:, None], t.field_x)
+    mean = torch.addcmul(t.x, torch_mean_factor(t.field_x, Z)[:, None], t.field_x)
     ahead = torch.lerp(t.before, mean, 1 + w)
     return torch.lerp(t.x, ahead, (Z - Z_NEXT) / Z), mean
 

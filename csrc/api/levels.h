@@ -3,7 +3,7 @@
 #include <cmath>
 #include <cstdint>
 
-#include "api/cuda_place.h"
+#include "api/cuda_stream.h"
 #include "api/posterior_mean.h"
 
 #ifdef __CUDACC__
@@ -42,9 +42,9 @@ PFGM_HOST_AND_DEVICE inline StepLevels step_levels(Method method, double z, doub
 // Enqueue CUDA kernels. All values are device memory and none is checked.
 // out[row] = level × factor
 void expand_level_cuda(const Level& level, double factor, std::int64_t rows, double* out,
-                       const CudaPlace& place);
+                       const CudaStream& stream);
 // z, toward and blend of each row, (3, rows), as OdeStep takes them.
 void step_levels_cuda(Method method, const Level& z, const Level& z_next, const Level& z_previous,
-                      std::int64_t rows, double* out, const CudaPlace& place);
+                      std::int64_t rows, double* out, const CudaStream& stream);
 
 }  // namespace pfgm

@@ -4,7 +4,7 @@
 #pragma once
 #include <cstdint>
 
-#include "api/cuda_place.h"
+#include "api/cuda_stream.h"
 #include "api/posterior_mean.h"
 
 namespace pfgm {
@@ -40,6 +40,6 @@ void normalised_field(const NormalisedField& field);
 void normalised_field_backward(const NormalisedField& field, const NormalisedFieldBackward& io);
 
 // Enqueues the CUDA kernel. All tensors but z are float32.
-void normalised_field_cuda(const NormalisedField& field, const CudaPlace& place);
+void normalised_field_cuda(const NormalisedField& field, const CudaStream& stream);
 
 }  // namespace pfgm

@@ -14,7 +14,7 @@
 #pragma once
 #include <cstdint>
 
-#include "api/cuda_place.h"
+#include "api/cuda_stream.h"
 #include "api/posterior_mean.h"
 
 namespace pfgm {
@@ -50,6 +50,6 @@ void ode_step(const OdeStep& step);
 
 // Enqueues the CUDA kernel. All tensors are float32. Where level_stride is 0, levels is host memory
 // and is read before this returns; otherwise it is device memory, like all other pointers.
-void ode_step_cuda(const OdeStep& step, const CudaPlace& place);
+void ode_step_cuda(const OdeStep& step, const CudaStream& stream);
 
 }  // namespace pfgm

@@ -12,7 +12,7 @@
 #include <cstdint>
 #include <string>
 
-#include "api/cuda_place.h"
+#include "api/cuda_stream.h"
 
 namespace pfgm {
 
@@ -136,10 +136,10 @@ struct CudaWorkspace {
   std::size_t bytes = 0;
 };
 std::int64_t posterior_mean_kept_cuda(const Problem&);
-std::size_t posterior_mean_workspace_cuda(const Problem&, const CudaPlace&, bool backward,
+std::size_t posterior_mean_workspace_cuda(const Problem&, const CudaStream&, bool backward,
                                           std::int64_t kept = 0);
-void posterior_mean_cuda(const Problem&, const Forward&, const CudaPlace&, const CudaWorkspace&);
-void posterior_mean_backward_cuda(const Problem&, const Backward&, const CudaPlace&,
+void posterior_mean_cuda(const Problem&, const Forward&, const CudaStream&, const CudaWorkspace&);
+void posterior_mean_backward_cuda(const Problem&, const Backward&, const CudaStream&,
                                   const CudaWorkspace&);
 
 // Why a device cannot run the kernels of this build; empty if it can. The driver may be older than

@@ -1,5 +1,5 @@
 // posterior_mean, field_fn and a step of the ODE, each from its arguments to its result in one
-// call, on the CPU, or on a CUDA device if a place is given.
+// call, on the CPU, or on a CUDA device if one is given.
 // pfgm/backends/native_calls.py calls them with positional arguments, which cost least. Tensors are
 // contiguous, but for the rows of references; 0 is the address of one that is absent.
 //
@@ -85,29 +85,29 @@ bool mean_on_cpu(Problem problem, const Level& level, double factor, const Resul
 // stream. It begins with columns of a double for each query: radius, nearest, total and, where it
 // is not wanted, the log-sum-exp.
 void mean_on_gpu(Problem problem, const Level& level, double factor, const Results& out,
-                 const CudaPlace& place, const py::object& allocate) {
+                 const CudaStream& stream, const py::object& allocate) {
   const std::size_t column = (problem.queries * sizeof(double) + 255) / 256 * 256;
-  const std::size_t bytes = posterior_mean_workspace_cuda(problem, place, false);
+  const std::size_t bytes = posterior_mean_workspace_cuda(problem, stream, false);
   const py::object memory = allocate(4 * column + bytes);
   const auto begin = memory.attr("data_ptr")().cast<Address>();
   const auto doubles = [&](int k) { return pointer<double>(begin + k * column); };
   const py::gil_scoped_release released;
-  expand_level_cuda(level, factor, problem.queries, doubles(0), place);
+  expand_level_cuda(level, factor, problem.queries, doubles(0), stream);
   problem.radius = doubles(0);
   const Forward io = {pointer<void>(out.mean_or_field_x),
                       out.logsumexp != 0 ? pointer<double>(out.logsumexp) : doubles(3), doubles(1),
                       doubles(2)};
-  posterior_mean_cuda(problem, io, place, {doubles(4), bytes});
-  if (out.field_z != 0) normalised_field_cuda(out.field(problem), place);
+  posterior_mean_cuda(problem, io, stream, {doubles(4), bytes});
+  if (out.field_z != 0) normalised_field_cuda(out.field(problem), stream);
 }
 #endif
 
 // The mean, or the field if `field_z` is given. The sketch is None or a tensor, which the call
-// keeps. Radii are level × factor. `place` is None, or a device, a stream and the function that
+// keeps. Radii are level × factor. `gpu` is None, or a device, a stream and the function that
 // allocates.
 bool direct_mean(Index queries, Index references, Index features, int type, int reference_type,
                  Address x, Address y, Index y_stride, const py::handle& level,
-                 const py::object& sketch, int threads, [[maybe_unused]] const py::object& place,
+                 const py::object& sketch, int threads, [[maybe_unused]] const py::object& gpu,
                  double factor, double dimensions, double gamma, Address result, Address logsumexp,
                  Address field_z) {
   if (other_backend()) return false;
@@ -116,8 +116,8 @@ bool direct_mean(Index queries, Index references, Index features, int type, int 
       threads, sketch.is_none() ? 0 : sketch.attr("data_ptr")().cast<Address>(), 0, field_z != 0);
   const Results out = {result, logsumexp, field_z, gamma};
 #ifdef PFGM_HAS_CUDA
-  if (!place.is_none()) {
-    const auto [device, stream, allocate] = place.cast<std::tuple<int, Address, py::object>>();
+  if (!gpu.is_none()) {
+    const auto [device, stream, allocate] = gpu.cast<std::tuple<int, Address, py::object>>();
     mean_on_gpu(problem, level_from(level), factor, out, {device, stream}, allocate);
     return true;
   }
@@ -172,12 +172,12 @@ bool outputs_allowed(const OdeStep& step) {
   return step.mean == nullptr || apart(step.next, bytes, step.mean, bytes);
 }
 
-// `place` is None, or a device, a stream and memory for the levels of each row, (3, rows); 0 where
+// `gpu` is None, or a device, a stream and memory for the levels of each row, (3, rows); 0 where
 // all levels are numbers.
 bool direct_step(int method, int type, Index rows, Index features, Address x, Address slope,
                  Address field_z, Address history, const py::handle& z, const py::handle& z_next,
                  const py::handle& z_previous, double gamma, double z_exp, bool exact, Address next,
-                 Address mean, int threads, [[maybe_unused]] const py::object& place) {
+                 Address mean, int threads, [[maybe_unused]] const py::object& gpu) {
   if (other_backend() || !finite_and_not_negative(gamma) || !finite_and_not_negative(z_exp))
     return false;
   OdeStep step = pfgm::step(type, rows, features, {x, features}, {slope, features}, field_z,
@@ -187,20 +187,20 @@ bool direct_step(int method, int type, Index rows, Index features, Address x, Ad
   const ThreeLevels levels = {static_cast<Method>(method), level_from(z), level_from(z_next),
                               level_from(z_previous)};
 #ifdef PFGM_HAS_CUDA
-  CudaPlace gpu{};
-  if (!place.is_none()) {
-    const auto [device, stream, row_levels] = place.cast<std::tuple<int, Address, Address>>();
-    gpu = {device, stream};
+  CudaStream gpu_stream{};
+  if (!gpu.is_none()) {
+    const auto [device, stream, row_levels] = gpu.cast<std::tuple<int, Address, Address>>();
+    gpu_stream = {device, stream};
     if (!levels.are_numbers()) {
       step.levels = pointer<double>(row_levels);
       const py::gil_scoped_release released;
       step_levels_cuda(levels.method, levels.z, levels.z_next, levels.z_previous, rows,
-                       pointer<double>(row_levels), gpu);
-      ode_step_cuda(step, gpu);
+                       pointer<double>(row_levels), gpu_stream);
+      ode_step_cuda(step, gpu_stream);
       return true;
     }
   }
-  const bool on_gpu = !place.is_none();
+  const bool on_gpu = !gpu.is_none();
 #endif
   step.level_stride = levels.are_numbers() ? 0 : 1;
   const Index count = levels.are_numbers() ? 1 : rows;

@@ -168,13 +168,13 @@ PYBIND11_MODULE(_native, module) {
   bind_direct(module);
   bind_values(module);
 #ifdef PFGM_HAS_CUDA
-  py::class_<CudaPlace>(module, "CudaPlace", py::module_local())
-      .def(py::init<int, std::uintptr_t>(), py::kw_only(), py::arg("device"), py::arg("stream"));
+  py::class_<CudaStream>(module, "CudaStream", py::module_local())
+      .def(py::init<int, std::uintptr_t>(), py::kw_only(), py::arg("device"), py::arg("handle"));
   module.def("kept_bytes_cuda", &kept_bytes_cuda, py::kw_only(), py::arg("type"),
              py::arg("reference_type"), py::arg("queries"), py::arg("references"),
              py::arg("features"));
   module.def("posterior_mean_workspace_cuda", &posterior_mean_workspace_cuda, released,
-             py::arg("problem"), py::arg("place"), py::arg("backward"), py::arg("kept") = 0);
+             py::arg("problem"), py::arg("stream"), py::arg("backward"), py::arg("kept") = 0);
   py::class_<CudaWorkspace>(module, "CudaWorkspace", py::module_local())
       .def(py::init([](Address at, std::size_t bytes) {
              return CudaWorkspace{pointer<void>(at), bytes};

@@ -57,9 +57,9 @@ std::uint64_t sample(Address values, Index bytes) {
   const Index windows = std::clamp(bytes / kBytesPerWindow, kFewest, kMost);
   for (Index w = 0; w < windows; ++w) {
     const Index begin = bytes * w / windows, end = bytes * (w + 1) / windows;
-    const Index places = end - begin - kWindow + 1;
-    const Index place = begin + static_cast<Index>((w * kMixing >> 32) % places);
-    take(place, place + kWindow);
+    const Index starts = end - begin - kWindow + 1;
+    const Index start = begin + static_cast<Index>((w * kMixing >> 32) % starts);
+    take(start, start + kWindow);
   }
   return sum;
 }

@@ -130,13 +130,13 @@ class BackwardPass {
         dense_(problem.threads),
         projections_(problem.threads),
         weighted_(problem),
-        own_sums_(needs_sums_ && !io.sums ? block_ * features_ : 0),
+        local_sums_(needs_sums_ && !io.sums ? block_ * features_ : 0),
         p_(block_ * kStride),
         c_(block_ * kStride),
         moments_(block_),
         bounds_(block_),
         averages_(block_),
-        own_pulls_(2 * block_),
+        local_pulls_(2 * block_),
         states_(block_),
         ill_conditioned_(block_),
         is_ill_conditioned_(block_) {}
@@ -144,7 +144,7 @@ class BackwardPass {
   Status run() {
     if (kept_ && !kept_.is_of(problem_)) return {Failure::kept, 0};
     if (!distances_ || !lists_ || !groups_ || !dense_ || !projections_ || !weighted_ ||
-        !own_sums_ || !p_ || !c_ || !moments_ || !bounds_ || !averages_ || !own_pulls_ ||
+        !local_sums_ || !p_ || !c_ || !moments_ || !bounds_ || !averages_ || !local_pulls_ ||
         !states_ || !ill_conditioned_ || !is_ill_conditioned_)
       return {Failure::memory, 0};
     if (io_.grad_y) clear_reference_gradients();
@@ -193,22 +193,22 @@ class BackwardPass {
     mean_ = static_cast<const T*>(io_.mean) + first_ * features_;
     grad_ = static_cast<const T*>(io_.grad_mean) + first_ * features_;
     distances_.set_queries(first_, count_);
-    sums_ = io_.sums ? io_.sums + first_ * features_ : own_sums_.data();
+    sums_ = io_.sums ? io_.sums + first_ * features_ : local_sums_.data();
     if (needs_sums_ && !io_.sums) std::memset(sums_, 0, count_ * features_ * sizeof(double));
     Index ill_conditioned_count = 0;
     for (Index b = 0; b < count_; ++b) {
       moments_[b] = io_.moments ? io_.moments[first_ + b] : 0;
-      own_pulls_[2 * b] = own_pulls_[2 * b + 1] = 0;
+      local_pulls_[2 * b] = local_pulls_[2 * b + 1] = 0;
       states_[b] = state_of(io_, first_ + b);
       is_ill_conditioned_[b] = query_is_ill_conditioned<T>(problem_, io_, law_, first_ + b);
       if (is_ill_conditioned_[b]) ill_conditioned_[ill_conditioned_count++] = b;
     }
     if (ill_conditioned_count > 0 && !one_chunk_ && !io_.pulls) {
       const Status status = add_pulls<T>(problem_, io_, law_, first_, ill_conditioned_.data(),
-                                         ill_conditioned_count, own_pulls_.data());
+                                         ill_conditioned_count, local_pulls_.data());
       if (status.failure != Failure::none) return status;
     }
-    const double* pulls = io_.pulls ? io_.pulls + 2 * first_ : own_pulls_.data();
+    const double* pulls = io_.pulls ? io_.pulls + 2 * first_ : local_pulls_.data();
     for (Index b = 0; b < count_; ++b)
       averages_[b] = is_ill_conditioned_[b] ? average(pulls + 2 * b) : 0;
     return {};
@@ -319,7 +319,7 @@ class BackwardPass {
   DenseTiles<T> dense_;
   PairTiles<T, kGradientRows> projections_;
   WeightedSums<T, kGradientRows, true> weighted_;
-  Buffer<double> own_sums_, p_, c_, moments_, bounds_, averages_, own_pulls_;
+  Buffer<double> local_sums_, p_, c_, moments_, bounds_, averages_, local_pulls_;
   Buffer<QueryState> states_;
   Buffer<Index> ill_conditioned_;
   Buffer<bool> is_ill_conditioned_;

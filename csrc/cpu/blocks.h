@@ -48,7 +48,7 @@ Problem with_threads(Problem problem, Index queries, Index references) {
   return problem;
 }
 
-// Calls run(problem, first) for all queries, once or in blocks; `first` is the place of the first
+// Calls run(problem, first) for all queries, once or in blocks; `first` is the index of the first
 // query of that problem. With few features most steps are too short to share between threads.
 // Instead each thread takes whole blocks of queries through all steps. This needs blocks that are
 // `independent`: no two write to the same result, as they do to the gradient of the references. The

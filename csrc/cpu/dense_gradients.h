@@ -152,7 +152,7 @@ inline Status gradients_of_block(const Problem& problem, const WeightLaw& law, c
     return static_cast<const float*>(io.grad_mean) + (first + b) * features;
   };
   QueryState states[kMaxRows];
-  double moments[kMaxRows], averages[kMaxRows], scales[kMaxRows], own_pulls[2 * kMaxRows] = {};
+  double moments[kMaxRows], averages[kMaxRows], scales[kMaxRows], local_pulls[2 * kMaxRows] = {};
   bool row_is_constant[kMaxRows], row_is_ill_conditioned[kMaxRows];
   Index ill_conditioned[kMaxRows], ill_conditioned_count = 0;
   Status failed;
@@ -169,10 +169,10 @@ inline Status gradients_of_block(const Problem& problem, const WeightLaw& law, c
   if (ill_conditioned_count > 0 && !one_chunk && !io.pulls) {
     const Status status =
         add_pulls_of_rows(problem, law, io, first, ill_conditioned, ill_conditioned_count,
-                          work.rows.at(thread * work.space), list, own_pulls);
+                          work.rows.at(thread * work.space), list, local_pulls);
     if (status.failure != Failure::none) return status;
   }
-  const double* pulls = io.pulls ? io.pulls + 2 * first : own_pulls;
+  const double* pulls = io.pulls ? io.pulls + 2 * first : local_pulls;
   for (Index b = 0; b < count; ++b)
     averages[b] = row_is_ill_conditioned[b] ? average(pulls + 2 * b) : 0;
 

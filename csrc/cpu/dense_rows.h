@@ -148,15 +148,16 @@ class DenseRows {
 
   // Splits the references that may count for query b into a list and the rest of its row, in which
   // the listed ones are infinitely far. Returns whether the rest has any that count. Everything
-  // goes into the list if not `in_float`. known.nearest is an upper bound of the nearest distance.
-  bool split(Index b, const QueryState& known, bool in_float, List& list) const {
+  // goes into the list if not `in_float`. earlier.nearest is an upper bound of the nearest
+  // distance.
+  bool split(Index b, const QueryState& earlier, bool in_float, List& list) const {
     const Least smallest = least(b);
     list.length = 0;
     list.nearest = kSkipped;
     if (!smallest.finite) return take(b, kInfinity, kInfinity, list);
-    const bool nearer = smallest.value < known.nearest;
-    const double base = nearer ? smallest.value : known.nearest, r = radius(b);
-    const double fall = nearer ? law_.cutoff : visible_fall(law_, known);
+    const bool nearer = smallest.value < earlier.nearest;
+    const double base = nearer ? smallest.value : earlier.nearest, r = radius(b);
+    const double fall = nearer ? law_.cutoff : visible_fall(law_, earlier);
     const NeededDigits<float> needed(problem_, law_, query(b), base, r);
     const double near = needed.farthest(kNear);
     const double far = needed.farthest(fall > kNear ? fall : kNear);

@@ -185,8 +185,8 @@ class Distances {
   }
 
   // Computes the squared distances of a chunk, kSkipped where a reference does not count.
-  // known[b].nearest is an upper bound from other chunks or passes. `lists` is overwritten.
-  void set_chunk(Index first, Index count, const QueryState* known, Lists& lists) {
+  // earlier[b].nearest is an upper bound from other chunks or passes. `lists` is overwritten.
+  void set_chunk(Index first, Index count, const QueryState* earlier, Lists& lists) {
     first_reference_ = first;
     count_ = count;
     const Rows y = references();
@@ -198,7 +198,7 @@ class Distances {
     }
     if (screening_) screen_.bound(first, count, y, out);
     parallel(queries_count_, problem_.threads, [&](Index b, int) {
-      choose(b, known[b]);
+      choose(b, earlier[b]);
       lists.note(b, row(b), count, [](double squared) { return squared == 0; });
     });
     screening_ = screening_ && pays(count);
@@ -228,7 +228,7 @@ class Distances {
   //
   // If a float32 distance overflowed, all are recomputed in float64. Distances near the smallest
   // are recomputed if they are few, or if their errors would change the weights.
-  double refine(Index b, const QueryState& known) {
+  double refine(Index b, const QueryState& earlier) {
     double* squared = this->row(b);
     if (listed_ && needed_[b] == 0) return kSkipped;
     pad(squared);
@@ -236,7 +236,7 @@ class Distances {
     if (sizeof(T) != sizeof(float)) return smallest.finite ? told_apart(b, smallest.value) : kNaN;
     double limit = kInfinity;
     if (smallest.finite) {
-      const double base = smallest.value < known.nearest ? smallest.value : known.nearest;
+      const double base = smallest.value < earlier.nearest ? smallest.value : earlier.nearest;
       const NeededDigits<T> needed(problem_, law_, query(b), base, radius(b));
       const double near = needed.farthest(kNear);
       if (smallest.value > near) return smallest.value;
@@ -299,7 +299,7 @@ class Distances {
   }
 
   // Replaces bounds by 0 where the distance is needed and by kSkipped elsewhere.
-  void choose(Index b, const QueryState& known) {
+  void choose(Index b, const QueryState& earlier) {
     double* squared = row(b);
     needed_[b] = count_;
     if (!screening_) {
@@ -308,7 +308,7 @@ class Distances {
     }
     pad(squared);
     Index candidate = -1;
-    const double far = farthest(b, known, &candidate);
+    const double far = farthest(b, earlier, &candidate);
     needed_[b] = screen_.choose(b, far, kSkipped, squared, count_);
     // The candidate's distance is computed whatever its bound is, so that each query has one.
     if (candidate < 0 || squared[candidate] == 0) return;
@@ -320,16 +320,16 @@ class Distances {
   // weights, which is at least the weight of the nearest and at least the sum over earlier chunks.
   // If references of the chunk may be nearer than all before, `likeliest` becomes the one with the
   // lowest bound.
-  double farthest(Index b, const QueryState& known, Index* likeliest) const {
+  double farthest(Index b, const QueryState& earlier, Index* likeliest) const {
     const double* bounds = row(b);
     const double lowest = least(bounds).value;
     double far = kInfinity;
-    if (known.total > 0) {
-      const double before = known.total > 1 ? known.total : 1;
-      far =
-          known.nearest + law_.excess_at(law_.cutoff - std::log(before), known.nearest, radius(b));
+    if (earlier.total > 0) {
+      const double before = earlier.total > 1 ? earlier.total : 1;
+      far = earlier.nearest +
+            law_.excess_at(law_.cutoff - std::log(before), earlier.nearest, radius(b));
     }
-    if (!(lowest < known.nearest && lowest < kSkipped)) return far;  // padding has kSkipped
+    if (!(lowest < earlier.nearest && lowest < kSkipped)) return far;  // padding has kSkipped
     Index candidate = 0;
     while (bounds[candidate] != lowest) ++candidate;
     *likeliest = candidate;

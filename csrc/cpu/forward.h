@@ -62,9 +62,9 @@ Status forward(const Problem& problem, const Forward& out) {
   typename Distances<T>::Lists lists(block);
   Groups<T, kSumRows> groups(block);
   WeightedSums<T, kSumRows, false> weighted(problem);
-  Buffer<double> own_sums(out.sums ? 0 : block * features);
+  Buffer<double> local_sums(out.sums ? 0 : block * features);
   Buffer<QueryState> states(block);
-  if (!distances || !lists || !groups || !weighted || !own_sums || !states)
+  if (!distances || !lists || !groups || !weighted || !local_sums || !states)
     return {Failure::memory, 0};
   const auto weights = [&](Index b) { return distances.row(b); };
   kept.start();
@@ -72,7 +72,7 @@ Status forward(const Problem& problem, const Forward& out) {
   for (Index first = 0; first < problem.queries; first += block) {
     const Index count = smaller(block, problem.queries - first);
     distances.set_queries(first, count);
-    double* sums = out.sums ? out.sums + first * features : own_sums.data();
+    double* sums = out.sums ? out.sums + first * features : local_sums.data();
     if (!out.sums) std::memset(sums, 0, count * features * sizeof(double));
     for (Index b = 0; b < count; ++b)
       states[b] = out.sums ? state_of(out, first + b) : QueryState();

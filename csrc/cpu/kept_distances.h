@@ -71,9 +71,9 @@ class KeptDistances {
   // Whether the memory holds the distances of this problem.
   bool is_of(const Problem& problem) const {
     if (bytes_ < static_cast<Index>(sizeof(Header))) return false;
-    const Header& own = header();
-    return own.used == bytes_ && own.queries == problem.queries &&
-           own.references == problem.references && own.features == problem.features;
+    const Header& stored = header();
+    return stored.used == bytes_ && stored.queries == problem.queries &&
+           stored.references == problem.references && stored.features == problem.features;
   }
 
   // Writes the kept distances of a row, and `skipped` where none is kept. Returns their number.

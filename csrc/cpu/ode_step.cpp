@@ -44,7 +44,7 @@ double squared_norm(const T* v, Index n) {
 }
 
 // t = −z/v_z with the v_z computed from |v_x|². It does not divide by v_z, which is 0 at z = 0.
-double implied_stretch(const OdeStep& step, double squared, double z) {
+double implied_mean_factor(const OdeStep& step, double squared, double z) {
   const double root = std::sqrt(static_cast<double>(step.features)), gamma = step.gamma;
   double n = std::sqrt(squared) / root;
   if (n > kLargestNorm) n = kLargestNorm;  // NaN stays NaN
@@ -59,10 +59,10 @@ double implied_stretch(const OdeStep& step, double squared, double z) {
 }
 
 // Factors of one row: next = x_factor x + slope_factor slope + history_factor history, mean = x +
-// stretch slope.
+// mean_factor slope.
 template <class T>
 struct StepFactors {
-  T x_factor, slope_factor, history_factor, stretch;
+  T x_factor, slope_factor, history_factor, mean_factor;
 };
 
 bool needs_norm(const OdeStep& step, Index row) {
@@ -76,15 +76,15 @@ StepFactors<T> step_factors(const OdeStep& step, Index row, double squared) {
   const double z = level[0], toward = level[next_level], blend = level[2 * next_level];
   if (step.field_z == nullptr)
     return {static_cast<T>(1 - toward - blend), static_cast<T>(toward), static_cast<T>(blend), 0};
-  double stretch;
+  double mean_factor;
   if (needs_norm(step, row)) {
-    stretch = implied_stretch(step, squared, z);
+    mean_factor = implied_mean_factor(step, squared, z);
   } else {
     const double field_z = static_cast<double>(static_cast<const T*>(step.field_z)[row]);
-    stretch = -z / (field_z > -kSmallestFieldZ ? -kSmallestFieldZ : field_z);
+    mean_factor = -z / (field_z > -kSmallestFieldZ ? -kSmallestFieldZ : field_z);
   }
-  return {static_cast<T>(1 - blend), static_cast<T>(toward * stretch), static_cast<T>(blend),
-          static_cast<T>(stretch)};
+  return {static_cast<T>(1 - blend), static_cast<T>(toward * mean_factor), static_cast<T>(blend),
+          static_cast<T>(mean_factor)};
 }
 
 // The features of one row, or of a panel of it.
@@ -100,7 +100,7 @@ void update_vector(const Span<T>& span, Index k, const StepFactors<T>& factors) 
   auto next = factors.x_factor * x + factors.slope_factor * slope;
   if (kHistory) next += factors.history_factor * load_unaligned(span.history + k);
   store_unaligned(span.next + k, next);
-  if (kMean) store_unaligned(span.mean + k, x + factors.stretch * slope);
+  if (kMean) store_unaligned(span.mean + k, x + factors.mean_factor * slope);
 }
 
 template <class T, bool kHistory, bool kMean>

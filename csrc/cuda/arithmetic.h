@@ -155,8 +155,8 @@ __device__ inline TwoFloats two_floats(double v, std::uint32_t power) {
   int front = static_cast<int>(static_cast<std::uint32_t>(bits >> 32) - power);
   front = front < least ? least : front > most ? most : front;
   const std::uint32_t first = static_cast<std::uint32_t>(front) << 3 | back >> 29;
-  const float last_place = float_of(first & 0x7f800000u) * 0x1p-52f;
-  return {float_of(first), static_cast<float>(static_cast<int>(back & 0x1fffffffu)) * last_place};
+  const float ulp = float_of(first & 0x7f800000u) * 0x1p-52f;
+  return {float_of(first), static_cast<float>(static_cast<int>(back & 0x1fffffffu)) * ulp};
 }
 
 // The sum of two sums of two floats each.

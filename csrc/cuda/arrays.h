@@ -201,7 +201,7 @@ struct Moments {
 struct Lists {
   int* listed;  // (groups, stride): their indices; the last one is repeated to fill a panel
   int* counts;  // (groups): how many
-  // (groups, stride, queries of a group): their weights, in panels of pair_place.
+  // (groups, stride, queries of a group): their weights, in panels of weight_offset.
   // Padding (repeated references, queries past the end) has weight 0.
   float* weights;
   Index stride;

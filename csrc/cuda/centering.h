@@ -94,11 +94,11 @@ struct SplitMemory {
   TwoFloats squares[kSplitThreads / 32];
 };
 
-// The largest value of all groups, found by a warp. `own` is that of the group with the lane's
-// number, or 0.
-__device__ inline float largest_of(const float* group_values, int groups, float own,
+// The largest value of all groups, found by a warp. `lane_value` is that of the group with the
+// lane's number, or 0.
+__device__ inline float largest_of(const float* group_values, int groups, float lane_value,
                                    const Lane& lane) {
-  float largest = fmaxf(own, 0);
+  float largest = fmaxf(lane_value, 0);
 #pragma unroll 1
   for (int i = lane.lane + 32; i < groups; i += 32) largest = fmaxf(largest, group_values[i]);
   return largest_of_warp(largest);
@@ -119,8 +119,8 @@ __global__ void __launch_bounds__(kSplitThreads, 1)
   const float* x = rows.row(row);
   const int held =
       rows.aligned ? static_cast<int>(smaller(center.features / 2, kHeld * kSplitThreads)) : 0;
-  const float own_spread = lane.lane < groups ? center.spread[lane.lane] : 0;
-  const float own_largest = CENTERED && lane.lane < groups ? center.largest[lane.lane] : 0;
+  const float lane_spread = lane.lane < groups ? center.spread[lane.lane] : 0;
+  const float lane_largest = CENTERED && lane.lane < groups ? center.largest[lane.lane] : 0;
   const auto centered = [&](float v, float origin) {
     return (v - origin) + center.excess * (2 * origin - v);
   };
@@ -130,9 +130,9 @@ __global__ void __launch_bounds__(kSplitThreads, 1)
 #pragma unroll
     for (int i = 0; i < kHeld; ++i) {
       // A thread without a pair takes the last one again, which does not change the maximum.
-      const int pair = thread + i * kSplitThreads, known = pair < held ? pair : held - 1;
-      first[i] = reinterpret_cast<const float2*>(x)[known];
-      if (CENTERED) origin[i] = reinterpret_cast<const float2*>(center.at)[known];
+      const int pair = thread + i * kSplitThreads, loaded = pair < held ? pair : held - 1;
+      first[i] = reinterpret_cast<const float2*>(x)[loaded];
+      if (CENTERED) origin[i] = reinterpret_cast<const float2*>(center.at)[loaded];
     }
     if (CENTERED)
       for (int i = 0; i < kHeld; ++i)
@@ -150,8 +150,8 @@ __global__ void __launch_bounds__(kSplitThreads, 1)
 #pragma unroll 4
   for (int pair = held + thread; pair < pairs; pair += kSplitThreads) compare(values(pair));
   largest = largest_of_warp(largest);
-  const float spread = largest_of(center.spread, groups, own_spread, lane);
-  const float largest_value = CENTERED ? largest_of(center.largest, groups, own_largest, lane) : 0;
+  const float spread = largest_of(center.spread, groups, lane_spread, lane);
+  const float largest_value = CENTERED ? largest_of(center.largest, groups, lane_largest, lane) : 0;
   if (lane.lane == 0) shared.most[lane.warp] = largest;
   __syncthreads();
   for (const float most : shared.most) largest = fmaxf(largest, most);

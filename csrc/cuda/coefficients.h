@@ -74,8 +74,8 @@ __global__ void __launch_bounds__(kQueryThreads)
     }
 #pragma unroll
     for (int i = 0; i < kThreadReferences; ++i) {
-      const bool known = i * kQueryThreads < left;
-      const float p = known ? row.probability(law, row.fall(squared[i])) : 0;
+      const bool exists = i * kQueryThreads < left;
+      const float p = exists ? row.probability(law, row.fall(squared[i])) : 0;
       projection.add_product(p, p != 0 ? projected[i] : 0);  // G·y_j is undefined where p = 0
       mass.add(p);
     }

@@ -98,13 +98,13 @@ __global__ void __launch_bounds__(256, 2)
   for (int q = 0; q < kQueries; ++q) {
     const double value = over_quad(total[q].sum());
     const Index query = query0 + q;
-    const bool known = query < x.count && reference < y.count;
+    const bool exists = query < x.count && reference < y.count;
     if constexpr (PROJECT) {
-      if (known && lane.t == q % 4)
+      if (exists && lane.t == q % 4)
         out.projected[query * out.stride + reference] = static_cast<float>(value);
     } else {
-      if (known && lane.t == q % 4) out.squared[query * out.stride + reference] = value;
-      double low = known ? finite_or_marked(value) : INFINITY;
+      if (exists && lane.t == q % 4) out.squared[query * out.stride + reference] = value;
+      double low = exists ? finite_or_marked(value) : INFINITY;
       for (int apart = 4; apart < 32; apart *= 2)
         low = LeastFinite()(low, __shfl_xor_sync(kAll, low, apart));
       if (lane.lane == 0) shared.low[lane.warp][q] = low;

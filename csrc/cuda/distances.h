@@ -52,12 +52,12 @@ __global__ void __launch_bounds__(kFinishThreads)
   const Lane lane = this_lane();
   const int reference = static_cast<int>(blockIdx.x) * kTileReferences + 2 * lane.lane;
   const int query0 = (static_cast<int>(blockIdx.y) * kFinishWarps + lane.warp) * kFinishQueries;
-  const bool known[2] = {reference < y.count, reference + 1 < y.count};
+  const bool exists[2] = {reference < y.count, reference + 1 < y.count};
   if constexpr (!PROJECT) clear_list(out);
   if (query0 >= x.rows) return;
   float2 sum[kFinishQueries][2] = {};
   double scaled[2] = {};
-  const Index from = known[0] ? reference : 0;
+  const Index from = exists[0] ? reference : 0;
 #pragma unroll 1
   for (int slice = 0; slice < slices.count; ++slice) {
     if constexpr (!PROJECT) {
@@ -79,7 +79,7 @@ __global__ void __launch_bounds__(kFinishThreads)
   double squared[2], farthest = 0;
   for (int e = 0; e < 2; ++e) {
     squared[e] = center.true_square(scaled[e] * per_scale * per_scale);
-    farthest = fmax(farthest, reach_of(scaled[e], squared[e], center.features, known[e]));
+    farthest = fmax(farthest, reach_of(scaled[e], squared[e], center.features, exists[e]));
   }
   const ReferenceNorms reference_norms(squared);
   if constexpr (!PROJECT)
@@ -93,14 +93,14 @@ __global__ void __launch_bounds__(kFinishThreads)
     const int query = query0 + q;
     if (query >= x.rows) break;
     const double unit = x.units[query];
-    const Index place = query * out.stride + reference;
+    const Index pair = query * out.stride + reference;
     if constexpr (PROJECT) {
       const ProductUnit projection(unit);
       const float2 both = {projection(sum[q][0]), projection(sum[q][1])};
-      if (known[1])
-        *reinterpret_cast<float2*>(out.projected + place) = both;
-      else if (known[0])
-        out.projected[place] = both.x;
+      if (exists[1])
+        *reinterpret_cast<float2*>(out.projected + pair) = both;
+      else if (exists[0])
+        out.projected[pair] = both.x;
       all_finite = all_finite && fabsf(both.x) < INFINITY && fabsf(both.y) < INFINITY;
     } else {
       const DistanceOfQuery distance_of(out.norms[query], unit, reference_norms);
@@ -108,15 +108,15 @@ __global__ void __launch_bounds__(kFinishThreads)
       bool infinite = false;
       for (int e = 0; e < 2; ++e) {
         distance[e] = distance_of(e, sum[q][e]);
-        if (!known[e]) continue;
+        if (!exists[e]) continue;
         infinite = infinite || distance[e] >= kInfiniteBits;
         low = Least()(low, distance[e]);
       }
       const double2 both = {double_of(distance[0]), double_of(distance[1])};
-      if (known[1])
-        *reinterpret_cast<double2*>(out.squared + place) = both;
-      else if (known[0])
-        out.squared[place] = both.x;
+      if (exists[1])
+        *reinterpret_cast<double2*>(out.squared + pair) = both;
+      else if (exists[0])
+        out.squared[pair] = both.x;
       const double least = double_of(least_of_warp(static_cast<std::int64_t>(low)));
       const bool marked = __ballot_sync(kAll, infinite) != 0;
       if (lane.lane == 0)

@@ -5,7 +5,7 @@
 #include <stdexcept>
 #include <string>
 
-#include "api/cuda_place.h"
+#include "api/cuda_stream.h"
 #include "cuda/current_device.h"
 #include "cuda/intrinsics.h"
 #include "cuda/runtime.h"
@@ -27,10 +27,10 @@ struct Launch {
 // capture mode allows this while a CUDA graph is captured.
 class Stream {
  public:
-  explicit Stream(const CudaPlace& place)
-      : current_(place.device),
-        stream_(reinterpret_cast<cudaStream_t>(place.stream)),
-        device_(place.device) {
+  explicit Stream(const CudaStream& caller_stream)
+      : current_(caller_stream.device),
+        stream_(reinterpret_cast<cudaStream_t>(caller_stream.handle)),
+        device_(caller_stream.device) {
     capturing_ = is_capturing(stream_);
     check_runtime("cudaThreadExchangeStreamCaptureMode",
                   cudaThreadExchangeStreamCaptureMode(&mode_));

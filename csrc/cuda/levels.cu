@@ -46,14 +46,14 @@ __global__ void __launch_bounds__(kLevelThreads)
 }  // namespace
 
 void expand_level_cuda(const Level& level, double factor, Index rows, double* out,
-                       const CudaPlace& place) {
-  const Stream stream(place);
+                       const CudaStream& caller_stream) {
+  const Stream stream(caller_stream);
   stream.launch(one_thread_a_row("expand_level", rows), expand_level, level, factor, rows, out);
 }
 
 void step_levels_cuda(Method method, const Level& z, const Level& z_next, const Level& z_previous,
-                      Index rows, double* out, const CudaPlace& place) {
-  const Stream stream(place);
+                      Index rows, double* out, const CudaStream& caller_stream) {
+  const Stream stream(caller_stream);
   stream.launch(one_thread_a_row("find_step_levels", rows), find_step_levels, method, z, z_next,
                 z_previous, rows, out);
 }

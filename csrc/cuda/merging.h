@@ -25,17 +25,17 @@ __device__ inline void sum_parts(const Parts& parts, Index query, int feature, I
 
 // The weights by which merge multiplies: of earlier chunks, of this one, and 1 over their sum.
 struct MergedWeights {
-  float kept, own, per_weight;
+  float kept, chunk, per_weight;
 
   // The first thread of one block of each query also writes the state.
   __device__ MergedWeights(const WeightLaw& law, double r, const PieceSums& sums,
                            const QueryStates& state) {
     const Index query = blockIdx.x;
     const float* const piece_sums = sums.sum + query * sums.pieces;
-    kept = static_cast<float>(sums.earlier[query]), own = 0;
+    kept = static_cast<float>(sums.earlier[query]), chunk = 0;
 #pragma unroll 4
-    for (int piece = 0; piece < sums.pieces; ++piece) own += piece_sums[piece];
-    per_weight = reciprocal(kept + own);
+    for (int piece = 0; piece < sums.pieces; ++piece) chunk += piece_sums[piece];
+    per_weight = reciprocal(kept + chunk);
     if (blockIdx.y > 0 || threadIdx.x > 0) return;
     const double nearest = sums.nearest[query];
     double total = sums.earlier[query];
@@ -213,7 +213,7 @@ __global__ void __launch_bounds__(kMergeThreads, 4)
   const MergedWeights merged(law, r, sums, state);
   const QueryChunk<R> chunk(x, y, weights, stride, halves, sums, features);
   float* const out = difference + query * features + chunk.feature0;
-  const float share = merged.own * merged.per_weight;
+  const float share = merged.chunk * merged.per_weight;
   float before[kHeldFeatures] = {}, value[kHeldFeatures];
   if (!first_chunk)
     chunk.each_feature(

@@ -78,7 +78,7 @@ __global__ void __launch_bounds__(most_threads(WIDTH, WHOLE))
 
 }  // namespace
 
-void normalised_field_cuda(const NormalisedField& field, const CudaPlace& place) {
+void normalised_field_cuda(const NormalisedField& field, const CudaStream& caller_stream) {
   if (field.rows == 0) return;
   const bool wide = field.features % 4 == 0 && aligned_rows(field.difference, field.stride) &&
                     aligned_rows(field.field_x, field.field_x_stride);
@@ -86,7 +86,7 @@ void normalised_field_cuda(const NormalisedField& field, const CudaPlace& place)
   const auto kernel =
       wide ? (cut.whole ? normalised_field_kernel<4, true> : normalised_field_kernel<4, false>)
            : (cut.whole ? normalised_field_kernel<1, true> : normalised_field_kernel<1, false>);
-  Stream stream(place);
+  Stream stream(caller_stream);
   stream.launch({"normalised_field", cut.grid, cut.threads, kSumBytes}, kernel, field, cut.lanes);
 }
 

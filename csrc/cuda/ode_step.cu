@@ -18,13 +18,14 @@ struct Levels {
   double z, toward, blend;
 };
 
-// The factors of x, slope and history in the next row, and of slope in mean = x + stretch · slope.
+// The factors of x, slope and history in the next row, and of slope in mean = x + mean_factor ·
+// slope.
 struct StepFactors {
-  float x, slope, history, stretch;
+  float x, slope, history, mean_factor;
 };
 
 // t = −z/v_z with the v_z computed from |v_x|². It does not divide by v_z, which is 0 at z = 0.
-__device__ double implied_stretch(const OdeStep& step, double squared, double z) {
+__device__ double implied_mean_factor(const OdeStep& step, double squared, double z) {
   const double root = sqrt(static_cast<double>(step.features)), gamma = step.gamma;
   double n = sqrt(squared) / root;
   if (n > kLargestNorm) n = kLargestNorm;  // NaN stays NaN
@@ -43,15 +44,15 @@ __device__ StepFactors step_factors(const OdeStep& step, Index row, const Levels
   if (step.field_z == nullptr)
     return {static_cast<float>(1 - level.toward - level.blend), static_cast<float>(level.toward),
             static_cast<float>(level.blend), 0};
-  double stretch;
+  double mean_factor;
   if (level.z < step.z_exp) {
-    stretch = implied_stretch(step, squared, level.z);
+    mean_factor = implied_mean_factor(step, squared, level.z);
   } else {
     const double field_z = static_cast<const float*>(step.field_z)[row];
-    stretch = -level.z / (field_z > -kSmallestFieldZ ? -kSmallestFieldZ : field_z);
+    mean_factor = -level.z / (field_z > -kSmallestFieldZ ? -kSmallestFieldZ : field_z);
   }
-  return {static_cast<float>(1 - level.blend), static_cast<float>(level.toward * stretch),
-          static_cast<float>(level.blend), static_cast<float>(stretch)};
+  return {static_cast<float>(1 - level.blend), static_cast<float>(level.toward * mean_factor),
+          static_cast<float>(level.blend), static_cast<float>(mean_factor)};
 }
 
 __device__ const float* row_of(const void* data, Index row, Index stride) {
@@ -84,7 +85,8 @@ __device__ void write(const Held& held, const OdeStep& step, Index row, const Ro
     for (int i = 0; i < kHeldValues; ++i) out[i] = fmaf(factors.history, held.history[i], out[i]);
   store_tile<WIDTH>(row_of(step.next, row, step.next_stride), tile, out);
   if (step.mean == nullptr) return;
-  for (int i = 0; i < kHeldValues; ++i) out[i] = fmaf(factors.stretch, held.slope[i], held.x[i]);
+  for (int i = 0; i < kHeldValues; ++i)
+    out[i] = fmaf(factors.mean_factor, held.slope[i], held.x[i]);
   store_tile<WIDTH>(row_of(step.mean, row, step.mean_stride), tile, out);
 }
 
@@ -149,7 +151,7 @@ __global__ void __launch_bounds__(most_threads(WIDTH, WHOLE))
 
 }  // namespace
 
-void ode_step_cuda(const OdeStep& step, const CudaPlace& place) {
+void ode_step_cuda(const OdeStep& step, const CudaStream& caller_stream) {
   if (step.rows == 0) return;
   const bool by_row = step.level_stride != 0;
   Levels common = {};
@@ -163,7 +165,7 @@ void ode_step_cuda(const OdeStep& step, const CudaPlace& place) {
   const RowCut cut = cut_rows(step.rows, step.features, wide ? 4 : 1, summed);
   const auto kernel = wide ? (cut.whole ? ode_step_kernel<4, true> : ode_step_kernel<4, false>)
                            : (cut.whole ? ode_step_kernel<1, true> : ode_step_kernel<1, false>);
-  Stream stream(place);
+  Stream stream(caller_stream);
   stream.launch({"ode_step", cut.grid, cut.threads, kSumBytes}, kernel, step, common, summed,
                 cut.lanes);
 }

@@ -392,14 +392,14 @@ void with_type(const Problem& problem, const Call& call) {
 
 // Calls call(launches) with the launches of a pass.
 template <class Call>
-void launch(const Problem& problem, const CudaPlace& place, const CudaWorkspace& memory,
+void launch(const Problem& problem, const CudaStream& caller_stream, const CudaWorkspace& memory,
             bool backward, const Kept& kept, const Call& call) {
-  const Stream stream(place);
-  const Plan own_plan = plan(problem, device_of(stream), backward, kept.bytes > 0);
+  const Stream stream(caller_stream);
+  const Plan chosen_plan = plan(problem, device_of(stream), backward, kept.bytes > 0);
   Arena arena(memory.at, memory.bytes);
-  const Workspace workspace(arena, kept, problem, own_plan);
+  const Workspace workspace(arena, kept, problem, chosen_plan);
   with_type(problem, [&](auto value) {
-    Launches<decltype(value)> launches(problem, stream, own_plan, workspace);
+    Launches<decltype(value)> launches(problem, stream, chosen_plan, workspace);
     call(launches);
   });
 }
@@ -419,24 +419,25 @@ std::string cuda_problem(int device) {
 
 std::int64_t posterior_mean_kept_cuda(const Problem& problem) { return kept_bytes(problem); }
 
-std::size_t posterior_mean_workspace_cuda(const Problem& problem, const CudaPlace& place,
+std::size_t posterior_mean_workspace_cuda(const Problem& problem, const CudaStream& caller_stream,
                                           bool backward, std::int64_t kept) {
-  const Stream stream(place);
+  const Stream stream(caller_stream);
   Arena counted(nullptr, 0);
   Workspace(counted, {nullptr, kept}, problem,
             plan(problem, device_of(stream), backward, kept > 0));
   return counted.used();
 }
 
-void posterior_mean_cuda(const Problem& problem, const Forward& out, const CudaPlace& place,
-                         const CudaWorkspace& workspace) {
-  launch(problem, place, workspace, false, out.kept,
+void posterior_mean_cuda(const Problem& problem, const Forward& out,
+                         const CudaStream& caller_stream, const CudaWorkspace& workspace) {
+  launch(problem, caller_stream, workspace, false, out.kept,
          [&](auto& launches) { launches.forward(out); });
 }
 
 void posterior_mean_backward_cuda(const Problem& problem, const Backward& io,
-                                  const CudaPlace& place, const CudaWorkspace& workspace) {
-  launch(problem, place, workspace, true, io.kept, [&](auto& launches) { launches.backward(io); });
+                                  const CudaStream& caller_stream, const CudaWorkspace& workspace) {
+  launch(problem, caller_stream, workspace, true, io.kept,
+         [&](auto& launches) { launches.backward(io); });
 }
 
 }  // namespace pfgm

@@ -48,7 +48,7 @@ __device__ inline void sum_terms(GradientMemory& shared, const GradientTerms& te
 #pragma unroll
         for (int i = 0; i < kPanel / 4; ++i) {  // a warp has eight references
           const int k = 4 * i + lane.t;
-          copy_async<4>(&shared.weights[slot][pair_place(lane.warp, i / 2, lane.lane) + i % 2],
+          copy_async<4>(&shared.weights[slot][weight_offset(lane.warp, i / 2, lane.lane) + i % 2],
                         weights + listed[k] * terms.stride, first + k < terms.count ? 4 : 0);
         }
       },
@@ -57,7 +57,7 @@ __device__ inline void sum_terms(GradientMemory& shared, const GradientTerms& te
         if (p >= panels)
 #pragma unroll
           for (int s = 0; s < kPanel / 8; ++s) {
-            const float* const pair = weights + pair_place(lane.warp, s, lane.lane);
+            const float* const pair = weights + weight_offset(lane.warp, s, lane.lane);
             const float2 w = *reinterpret_cast<const float2*>(pair);
             const float2 absolute = {fabsf(w.x), fabsf(w.y)};
             total.x += w.x, total.y += w.y, size.x += absolute.x, size.y += absolute.y;
@@ -103,8 +103,8 @@ __device__ inline void finish_terms(const GradientMemory& shared, const Gradient
     for (float& v : value) v = 0;
 #pragma unroll 2
     for (int k = 0; k < terms.count; ++k) {
-      const Index query = shared.listed[k], place = query * terms.stride + row;
-      const float p = terms.p[place], w = terms.w[place];
+      const Index query = shared.listed[k], pair = query * terms.stride + row;
+      const float p = terms.p[pair], w = terms.w[pair];
       const float* const g = terms.upstream.row(query) + feature;
       const float* const x = terms.x.row(query) + feature;
       for (int i = 0; i < kHeld; ++i)
@@ -133,16 +133,16 @@ __global__ void __launch_bounds__(kSumThreads)
   for (int first = 0; first < x.count; first += kListed) {
     const int left = static_cast<int>(smaller(kListed, x.count - first));
     const int words = divide_up32(left, 32);
-    const Index place = first * stride + reference0;
+    const Index pair0 = first * stride + reference0;
     const int count = list<kSumThreads>(shared.listed, shared.scratch, words, [&](int w) {
       unsigned any = 0;
       for (int b = 0; b < 32 && 32 * w + b < left; ++b) {
-        const Index word = (place + (32 * w + b) * stride) / 32;
+        const Index word = (pair0 + (32 * w + b) * stride) / 32;
         any |= static_cast<unsigned>(coefficients.c.live[word] != 0) << b;
       }
       return any;
     });
-    const float *const p = coefficients.probability + place, *const w = coefficients.scaled + place;
+    const float *const p = coefficients.probability + pair0, *const w = coefficients.scaled + pair0;
     const GradientTerms terms = {upstream.from(first), x.from(first), p, w, stride, count};
     sum_terms(shared, terms, feature0, features);
 #pragma unroll 1

@@ -134,22 +134,22 @@ constexpr int kTilesAtOnce = 4;  // tiles that a warp looks through at once
 struct SomeTiles {
   int tile[kTilesAtOnce];   // −1 after the last one
   int first[kTilesAtOnce];  // the lane's first reference, or 0 if it has none
-  int known[kTilesAtOnce];  // how many references there are from the first one on
+  int left[kTilesAtOnce];   // how many references there are from the first one on
   double2 distance[kTilesAtOnce];
   unsigned refined[kTilesAtOnce][2];  // a bit for each lane whose distance is refined
   std::int64_t least[kTilesAtOnce];   // the smallest of all other distances
 
-  // Starts to load the tiles of the lowest set bits of `alive`, and clears these bits.
+  // Starts to load the tiles of the lowest set bits of `candidates`, and clears these bits.
   template <int WARPS>
-  __device__ void load(const double* squared, int references, int turn, unsigned& alive,
+  __device__ void load(const double* squared, int references, int turn, unsigned& candidates,
                        const Lane& lane) {
 #pragma unroll
-    for (int i = 0; i < kTilesAtOnce; ++i, alive &= alive - 1) {
-      const int own = turn + __ffs(static_cast<int>(alive)) - 1;
-      tile[i] = alive != 0 ? tile_of<WARPS>(own, lane.warp) : -1;
+    for (int i = 0; i < kTilesAtOnce; ++i, candidates &= candidates - 1) {
+      const int next = turn + __ffs(static_cast<int>(candidates)) - 1;
+      tile[i] = candidates != 0 ? tile_of<WARPS>(next, lane.warp) : -1;
       const int j = tile[i] * kTileReferences + 2 * lane.lane;
-      known[i] = tile[i] < 0 ? 0 : references - j;
-      first[i] = known[i] > 0 ? j : 0;
+      left[i] = tile[i] < 0 ? 0 : references - j;
+      first[i] = left[i] > 0 ? j : 0;
       distance[i] = *reinterpret_cast<const double2*>(squared + first[i]);
     }
   }
@@ -166,9 +166,9 @@ struct SomeTiles {
       for (int e = 0; e < 2; ++e) {
         const std::int64_t bits = bits_of(e == 0 ? distance[i].x : distance[i].y);
         const bool stays = static_cast<std::uint64_t>(bits) - after < between;
-        refined[i][e] = __ballot_sync(kAll, known[i] > e && !stays);
+        refined[i][e] = __ballot_sync(kAll, left[i] > e && !stays);
         count += static_cast<unsigned>(__popc(refined[i][e]));
-        if (known[i] > e && stays) least[i] = Least()(least[i], bits);
+        if (left[i] > e && stays) least[i] = Least()(least[i], bits);
       }
       least[i] = least_of_warp(least[i]);
     }
@@ -204,12 +204,12 @@ __device__ inline void list_pairs(const Pairs& pairs, Index query, int reference
   const Index row = query * pairs.stride;
 #pragma unroll 1
   for (int turn = 0; tile_of<WARPS>(turn, 0) < pairs.tiles; turn += 32) {
-    const int own = tile_of<WARPS>(turn + lane.lane, lane.warp);
-    unsigned alive = __ballot_sync(kAll, own < pairs.tiles && bits_of(low[own]) <= limit);
+    const int tile = tile_of<WARPS>(turn + lane.lane, lane.warp);
+    unsigned candidates = __ballot_sync(kAll, tile < pairs.tiles && bits_of(low[tile]) <= limit);
 #pragma unroll 1
-    while (alive != 0) {
+    while (candidates != 0) {
       SomeTiles tiles;
-      tiles.load<WARPS>(pairs.squared + row, references, turn, alive, lane);
+      tiles.load<WARPS>(pairs.squared + row, references, turn, candidates, lane);
       const unsigned count = tiles.select(limit);
       const unsigned at = lane.lane == 0 ? atomicAdd(pairs.listed, count) : 0;
       tiles.store(pairs.list + __shfl_sync(kAll, at, 0), static_cast<unsigned>(row),
@@ -233,7 +233,7 @@ __global__ void __launch_bounds__(32 * WARPS, 1)
   double* const reach = low + pairs.tiles;
   const Lane lane = this_lane();
   const Index query = blockIdx.x;
-  const int own = static_cast<int>(threadIdx.x);
+  const int thread = static_cast<int>(threadIdx.x);
   // One warp does the arithmetic in float64. Those of the blocks of a multiprocessor are spread
   // over its schedulers.
   const bool computes = lane.warp == static_cast<int>((blockIdx.x * 2654435769u >> 29) % WARPS);
@@ -244,7 +244,7 @@ __global__ void __launch_bounds__(32 * WARPS, 1)
 
   std::int64_t least = kInfiniteBits;
 #pragma unroll 1
-  for (int tile = own; tile < pairs.tiles; tile += 32 * WARPS) {
+  for (int tile = thread; tile < pairs.tiles; tile += 32 * WARPS) {
     low[tile] = pairs.lowest[query * pairs.tiles + tile];
     if (PRODUCTS) reach[tile] = pairs.reach[tile];
     least = Least()(least, bits_of_size(low[tile]));
@@ -266,7 +266,7 @@ __global__ void __launch_bounds__(32 * WARPS, 1)
   std::int64_t farthest = 0;
   int close = 0;
 #pragma unroll 1
-  for (int tile = own; tile < pairs.tiles; tile += 32 * WARPS) {
+  for (int tile = thread; tile < pairs.tiles; tile += 32 * WARPS) {
     const std::int64_t bits = bits_of_size(low[tile]);
     close += bits <= shared.close_to;
     if (PRODUCTS && bits <= shared.near) farthest = Most()(farthest, bits_of(reach[tile]));
@@ -381,11 +381,11 @@ __global__ void __launch_bounds__(kRefineThreads, kRefineBlocks)
   const auto stride = static_cast<unsigned>(pairs.stride);
 #pragma unroll 1
   for (unsigned i = begin + static_cast<unsigned>(lane.warp); i < end; i += kRefineWarps) {
-    const unsigned place = pairs.list[i], query = place / stride, reference = place % stride;
+    const unsigned pair = pairs.list[i], query = pair / stride, reference = pair % stride;
     const double distance =
         squared_distance(x.row(query), y.row(reference), features, units[query], lane.lane);
     if (lane.lane == 0) {
-      pairs.squared[place] = distance;
+      pairs.squared[pair] = distance;
       double* const lowest = pairs.lowest + static_cast<Index>(query) * pairs.tiles;
       atomic_least(lowest + reference / kTileReferences, is_finite(distance) ? distance : -1);
     }

@@ -31,22 +31,22 @@ class DeviceNumber {
  public:
   template <class Ask>
   int get(int device, const Ask& ask) {
-    const bool kept = device >= 0 && device < static_cast<int>(known_.size());
-    int value = kept ? known_[device].load(std::memory_order_relaxed) - 1 : -1;
+    const bool kept = device >= 0 && device < static_cast<int>(cached_.size());
+    int value = kept ? cached_[device].load(std::memory_order_relaxed) - 1 : -1;
     if (value >= 0) return value;
     value = ask();
-    if (kept) known_[device].store(value + 1, std::memory_order_relaxed);
+    if (kept) cached_[device].store(value + 1, std::memory_order_relaxed);
     return value;
   }
 
  private:
-  std::array<std::atomic<int>, 64> known_{};  // the number + 1; 0 if not known yet
+  std::array<std::atomic<int>, 64> cached_{};  // the number + 1; 0 if not known yet
 };
 
 template <cudaDeviceAttr ATTRIBUTE>
 inline int attribute_of(int device) {
-  static DeviceNumber known;
-  return known.get(device, [=] {
+  static DeviceNumber cache;
+  return cache.get(device, [=] {
     int value = 0;
     check_runtime("cudaDeviceGetAttribute", cudaDeviceGetAttribute(&value, ATTRIBUTE, device));
     return value;

@@ -37,12 +37,12 @@ __device__ inline std::uint64_t bits_of_sum(const TwoFloats& v, int exponent) {
   if (!(high < INFINITY)) return kInfiniteBits + 1;
   if (!(high > 0x1p-64f)) return 0;
   const std::uint32_t bits = bits_of(high);
-  // 1 over the last place of `high` in float64. Below a power of two a place is half as large.
-  const float per_place = float_of((2 * 127 + 52u) * 0x800000u - (bits & 0x7f800000u));
-  auto places = static_cast<std::int64_t>(__float2int_rn(low * per_place));
-  if ((bits & 0x7fffffu) == 0 && places < 0) places *= 2;
+  // 1 over the ulp of `high` in float64. Below a power of two an ulp is half as large.
+  const float per_ulp = float_of((2 * 127 + 52u) * 0x800000u - (bits & 0x7f800000u));
+  auto ulps = static_cast<std::int64_t>(__float2int_rn(low * per_ulp));
+  if ((bits & 0x7fffffu) == 0 && ulps < 0) ulps *= 2;
   const auto power = static_cast<std::uint64_t>(exponent - 127) << 52;
-  return (static_cast<std::uint64_t>(bits) << 29) + power + static_cast<std::uint64_t>(places);
+  return (static_cast<std::uint64_t>(bits) << 29) + power + static_cast<std::uint64_t>(ulps);
 }
 
 // |y|² of two references.

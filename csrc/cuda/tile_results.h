@@ -44,13 +44,13 @@ __device__ inline void store_lowest(const LeastOfRows<QUERIES, ROWS, THREADS>& l
   for (const bool each : least.finite) finite = finite && each;
 #pragma unroll
   for (int start = 0; start < QUERIES * kTiles; start += THREADS) {
-    const int i = start + static_cast<int>(threadIdx.x), q = i % QUERIES, own = i / QUERIES;
-    const int tile = static_cast<int>(blockIdx.x) * kTiles + own;
+    const int i = start + static_cast<int>(threadIdx.x), q = i % QUERIES, local_tile = i / QUERIES;
+    const int tile = static_cast<int>(blockIdx.x) * kTiles + local_tile;
     if (i >= QUERIES * kTiles || query0 + q >= queries || tile >= out.tiles) continue;
     std::uint64_t lowest = kInfiniteBits;
 #pragma unroll
     for (int row = 0; row < kTileRows; ++row)
-      lowest = Least()(lowest, least.rows[kTileRows * own + row][q]);
+      lowest = Least()(lowest, least.rows[kTileRows * local_tile + row][q]);
     const double distance = double_of(lowest) < kBeyondAll / 2 ? double_of(lowest) : INFINITY;
     out.lowest[static_cast<Index>(query0 + q) * out.tiles + tile] =
         stored_lowest(finite ? distance : -distance);
@@ -59,8 +59,8 @@ __device__ inline void store_lowest(const LeastOfRows<QUERIES, ROWS, THREADS>& l
 
 // A reference's part in the norm bound of its tile: |y − centre|², or 0 if it is too large for
 // products in float16.
-__device__ inline double reach_of(double scaled, double squared, int features, bool known) {
-  return known && scaled <= features * 0x1p32 ? squared : 0;
+__device__ inline double reach_of(double scaled, double squared, int features, bool exists) {
+  return exists && scaled <= features * 0x1p32 ? squared : 0;
 }
 
 // Stores the norm bound of each tile of the block.
@@ -115,14 +115,14 @@ __device__ inline void replace_infinite(const TilePart& part, const Rows<float>&
                                         const Rows<R>& y, const Center& center, const Pairs& out,
                                         const Lane& lane) {
   __syncwarp();
-  const bool known =
+  const bool exists =
       lane.lane < part.references && part.reference0 + lane.lane < static_cast<int>(y.count);
 #pragma unroll 1
   for (int query = part.query0; query < part.query0 + part.queries && query < upstream.count;
        ++query) {
     float* const row = out.projected + query * out.stride + part.reference0;
     unsigned infinite =
-        __ballot_sync(kAll, known && !(fabsf(row[known ? lane.lane : 0]) < INFINITY));
+        __ballot_sync(kAll, exists && !(fabsf(row[exists ? lane.lane : 0]) < INFINITY));
 #pragma unroll 1
     for (; infinite != 0; infinite &= infinite - 1) {
       const int i = __ffs(static_cast<int>(infinite)) - 1;
@@ -221,19 +221,19 @@ __device__ inline void exchange_halves(TileSums<Loop>& sums, Sums<Loop>& total, 
   for (int j = 0; j < kColumns; ++j)
     for (int i = 0; i < 4; ++i) {
       const int column = 8 * (kColumns * (1 - at.part) + j) + 2 * at.lane.t + i % 2;
-      const int own = kColumns + j;
-      const float sum = at.part > 0 ? total[0][j][i] : total[0][own][i];
-      const float more = at.part > 0 ? rest[0][j][i] : rest[0][own][i];
+      const int kept = kColumns + j;
+      const float sum = at.part > 0 ? total[0][j][i] : total[0][kept][i];
+      const float more = at.part > 0 ? rest[0][j][i] : rest[0][kept][i];
       sums.products[at.row(0) + 8 * (i / 2)][column] = {sum, more};
-      if (at.part > 0) total[0][j][i] = total[0][own][i], rest[0][j][i] = rest[0][own][i];
+      if (at.part > 0) total[0][j][i] = total[0][kept][i], rest[0][j][i] = rest[0][kept][i];
     }
 }
 
-// The whole sum of a pair: `own`, and the sum of the other half of the warps if there is one.
+// The whole sum of a pair: `sum`, and the sum of the other half of the warps if there is one.
 template <class Loop>
-__device__ inline float2 joined(const TileSums<Loop>& sums, float2 own, int row, int column) {
-  if constexpr (Loop::kParts > 1) return add_sums(own, sums.products[row][column]);
-  return own;
+__device__ inline float2 joined(const TileSums<Loop>& sums, float2 sum, int row, int column) {
+  if constexpr (Loop::kParts > 1) return add_sums(sum, sums.products[row][column]);
+  return sum;
 }
 
 // ---- a slice of the features -------------------------------------------------------------------
@@ -272,7 +272,7 @@ __device__ inline void store_slice(const TileSums<Loop>& sums, const Sums<Loop>&
 template <class Loop>
 struct ThreadReferences {
   double squared[Loop::kSlabs][2];
-  bool known[Loop::kSlabs][2];
+  bool exists[Loop::kSlabs][2];
 
   // If MEASURES, also stores the largest one of each slab.
   template <bool MEASURES>
@@ -286,9 +286,9 @@ struct ThreadReferences {
         const int row = at.row(s) + 8 * e;
         const double scaled = sums.scaled_square(row);
         squared[s][e] = center.true_square(scaled * per_scale * per_scale);
-        known[s][e] = at.reference0 + row < references;
-        farthest = fmax(farthest, reach_of(scaled, squared[s][e], center.features, known[s][e]));
-        if (!known[s][e]) squared[s][e] = kBeyondAll;
+        exists[s][e] = at.reference0 + row < references;
+        farthest = fmax(farthest, reach_of(scaled, squared[s][e], center.features, exists[s][e]));
+        if (!exists[s][e]) squared[s][e] = kBeyondAll;
       }
       if constexpr (MEASURES) {
         farthest = over_warp(farthest, Most());
@@ -321,8 +321,8 @@ __device__ inline bool store_pairs(TileMemory<Loop>& shared, const Sums<Loop>& t
       const ProductUnit projection(unit);
 #pragma unroll
       for (int s = 0; s < Loop::kSlabs; ++s) {
-        const unsigned place = static_cast<unsigned>(at.query0 + column) * stride +
-                               static_cast<unsigned>(at.reference0 + at.row(s));
+        const unsigned pair = static_cast<unsigned>(at.query0 + column) * stride +
+                              static_cast<unsigned>(at.reference0 + at.row(s));
         const ReferenceNorms reference_norms(y.squared[s]);
         const DistanceOfQuery distance_of(norm, unit, reference_norms);
         for (int e = 0; e < 2; ++e) {
@@ -330,11 +330,11 @@ __device__ inline bool store_pairs(TileMemory<Loop>& shared, const Sums<Loop>& t
           product = joined(sums, product, at.row(s) + 8 * e, column);
           if constexpr (kProject) {
             const float projected = projection(product);
-            if (inside && y.known[s][e]) (out.projected + place)[8 * e] = projected;
+            if (inside && y.exists[s][e]) (out.projected + pair)[8 * e] = projected;
             all_finite = all_finite && fabsf(projected) < INFINITY;
           } else {
             const std::uint64_t distance = distance_of(e, product);
-            if (inside && y.known[s][e]) (out.squared + place)[8 * e] = double_of(distance);
+            if (inside && y.exists[s][e]) (out.squared + pair)[8 * e] = double_of(distance);
             all_finite = all_finite && static_cast<std::uint32_t>(distance >> 32) < 0x7ff00000u;
             least[odd] = Least()(least[odd], distance);
           }
@@ -364,8 +364,8 @@ __device__ inline void finish_tile(TileMemory<Loop>& shared, Sums<Loop>& total, 
   } else {
     ThreadReferences<Loop> references;
     references.template load<TARGET == Target::distances>(shared.sums, at, y.count, center);
-    const bool own = store_pairs<TARGET>(shared, total, rest, at, references, x.rows, out);
-    const bool all_finite = __ballot_sync(kAll, own) == kAll;
+    const bool finite = store_pairs<TARGET>(shared, total, rest, at, references, x.rows, out);
+    const bool all_finite = __ballot_sync(kAll, finite) == kAll;
     if constexpr (TARGET == Target::projections) {
       const TilePart part = {at.query0 + at.first_query(), 8 * ThreadSums<Loop>::kColumns,
                              at.reference0 + at.row(0) - at.lane.g, 16 * Loop::kSlabs};

@@ -33,22 +33,22 @@ __device__ inline void load4(const std::uint8_t* from, float (&v)[4]) {
     v[i] = static_cast<float>(2 * static_cast<int>(four >> (8 * i) & 255u) - 255);
 }
 
-// Loads four elements. Those after the first `known` become zero; a byte of 0 would mean −1.
+// Loads four elements. Those after the first `count` become zero; a byte of 0 would mean −1.
 template <class R>
-__device__ inline void load4(const R* from, int known, float (&v)[4]) {
+__device__ inline void load4(const R* from, int count, float (&v)[4]) {
   load4(from, v);
   if constexpr (sizeof(R) == 1)
-    for (int i = 0; i < 4; ++i) v[i] = i < known ? v[i] : 0;
+    for (int i = 0; i < 4; ++i) v[i] = i < count ? v[i] : 0;
 }
 
 // The same of eight elements of a short type, which are read at once.
 template <class R>
-__device__ inline void load8(const R* from, int known, float (&v)[8]) {
+__device__ inline void load8(const R* from, int count, float (&v)[8]) {
   using Words = std::conditional_t<sizeof(R) == 2, uint4, uint2>;
   const Words words = *reinterpret_cast<const Words*>(from);
   for (int i = 0; i < 8; i += 4) {
     float four[4];
-    load4(reinterpret_cast<const R*>(&words) + i, known - i, four);
+    load4(reinterpret_cast<const R*>(&words) + i, count - i, four);
     for (int k = 0; k < 4; ++k) v[i + k] = four[k];
   }
 }
@@ -98,12 +98,12 @@ __device__ inline void store_values(float* to, const float (&v)[WIDTH]) {
 // ---- staging -----------------------------------------------------------------------------------
 
 // Starts to copy 16 bytes of a row with COLUMNS values, the vector number `vector`, to shared
-// memory. Values after the first `known` become zero.
+// memory. Values after the first `values` become zero.
 template <int COLUMNS, class T>
-__device__ inline void copy_vector(T* to, const T* from, int vector, int known, bool aligned) {
+__device__ inline void copy_vector(T* to, const T* from, int vector, int values, bool aligned) {
   constexpr int count = 16 / sizeof(T);
   static_assert(COLUMNS % count == 0, "rows of tiles are whole accesses");
-  const int first = vector * count, left = known - first;
+  const int first = vector * count, left = values - first;
   const int valid = left < 0 ? 0 : left < count ? left : count;
   if (aligned) {
     copy_async<16>(to + first, valid ? from + first : from, valid * static_cast<int>(sizeof(T)));
@@ -132,9 +132,9 @@ __device__ inline void copy_rows(T* to, const Rows<T>& rows, Index first, int fe
   } else {
     for (int i = thread; i < ROWS * vectors; i += THREADS) {
       const int row = i / vectors;
-      const bool known = first + row < rows.count;
-      copy_vector<COLUMNS>(to + row * PITCH, rows.row(known ? first + row : 0) + feature,
-                           i % vectors, known ? features - feature : 0, rows.aligned);
+      const bool exists = first + row < rows.count;
+      copy_vector<COLUMNS>(to + row * PITCH, rows.row(exists ? first + row : 0) + feature,
+                           i % vectors, exists ? features - feature : 0, rows.aligned);
     }
   }
 }
@@ -175,7 +175,7 @@ __device__ inline bool halves_hold(float largest, float unit) {
 // order in which the lanes of a warp read them, for query 8n + g. Pair s < 4 of a lane has the
 // weights of references 8s + t and 8s + t + 4. Halves take two pairs for four references: pair 2s
 // has the low halves of references 16s + t + 4i, and pair 2s + 1 the high halves.
-__device__ inline int pair_place(int n, int s, int lane) {
+__device__ inline int weight_offset(int n, int s, int lane) {
   return 2 * (32 * (kPanel / 8 * n + s) + lane);
 }
 

@@ -79,8 +79,8 @@ class TileCopy {
 
   // Starts the copies of the next panels of references.
   __device__ void next(typename Shape::References& stage) {
-    const int known = left_ - vector_ * kCount;
-    const int count = known < 0 ? 0 : known < kCount ? known : kCount;
+    const int left = left_ - vector_ * kCount;
+    const int count = left < 0 ? 0 : left < kCount ? left : kCount;
     R* const to = stage.y[row_] + row_ % Shape::kSpread * Shape::kFeatures +
                   (vector_ ^ (Shape::trades(row_) ? Shape::kTraded : 0)) * kCount;
     if (aligned_) {
@@ -151,7 +151,7 @@ class TileCopy {
 // WarpShape), and splits them into float16 parts. squares[e] becomes the sum of their squares.
 template <class R>
 __device__ inline ReferencePanel convert(const R* const (&rows)[2], const float* center,
-                                         float scale, int known, const Lane& lane,
+                                         float scale, int left, const Lane& lane,
                                          float (&squares)[2]) {
   ReferencePanel panel;
   float c[8];
@@ -170,7 +170,7 @@ __device__ inline ReferencePanel convert(const R* const (&rows)[2], const float*
         for (int k = 0; k < 4; ++k) v[4 * i + k] = four[k] * scale - c[4 * i + k];
       }
     } else {
-      load8(rows[e] + 8 * lane.t, known - 8 * lane.t, v);
+      load8(rows[e] + 8 * lane.t, left - 8 * lane.t, v);
       // Rounded once: a byte's product with the scale is not exact.
       for (int k = 0; k < 8; ++k) v[k] = fmaf(v[k], scale, -c[k]);
     }
@@ -342,13 +342,13 @@ class WarpProducts : public WarpShape<R, QUERIES, REFERENCES> {
   // Panel `half` of trip p, of the two rows of this lane, converted to high and low parts.
   __device__ ReferencePanel convert_panel(int p, int half) {
     auto& stage = stages_.references[p % kReferenceStages];
-    const int first = half * kPanel, known = features_ - p * kFeatures - first;
+    const int first = half * kPanel, left = features_ - p * kFeatures - first;
     // In rows of short types the panels may trade places, and starts differ by kSpread (WarpShape).
     const int panel = sizeof(R) < 4 && Shape::trades(lane_.g) ? half ^ 1 : half;
     const int start = lane_.g % Shape::kSpread * kFeatures + panel * kPanel;
     const R* const rows[2] = {&stage.y[converted_ + lane_.g][start],
                               &stage.y[converted_ + lane_.g + 8][start]};
-    return convert(rows, stage.center + first, factor_, known, lane_, squares_);
+    return convert(rows, stage.center + first, factor_, left, lane_, squares_);
   }
   // The last trip converts a panel that is never used.
   __device__ void convert_ahead(int p) {

@@ -24,10 +24,10 @@ class ListedCopy {
       : rows_(rows), whole_(rows.aligned && features % kCount == 0) {
     const int thread = static_cast<int>(threadIdx.x);
     row_ = thread / kVectors, vector_ = thread % kVectors;
-    const int known = features - feature - vector_ * kCount;
-    known_ = known < 0 ? 0 : known < kCount ? known : kCount;
+    const int left = features - feature - vector_ * kCount;
+    count_ = left < 0 ? 0 : left < kCount ? left : kCount;
     from_ = rows.row(0) + feature + vector_ * kCount;
-    if (known_ > 0) return;
+    if (count_ > 0) return;
 #pragma unroll 1
     for (int slot = 0; slot < Memory::kStages; ++slot)
 #pragma unroll 1
@@ -37,25 +37,25 @@ class ListedCopy {
 
   // Starts the copies of the panel whose indices are at `listed`.
   __device__ void panel(Memory& shared, int slot, const std::uint16_t* listed) const {
-    if (known_ == 0) return;
+    if (count_ == 0) return;
     T* const to = &shared.rows[slot][row_][vector_ * kCount];
     if (whole_) {
       // The product of two 32-bit numbers is one instruction, that of 64-bit numbers several.
       const auto bytes = static_cast<std::uint32_t>(rows_.stride * sizeof(T));
       const auto* const from = reinterpret_cast<const char*>(from_);
-      std::uint32_t places[kPanel / kStep];  // all are read before the first copy begins
+      std::uint32_t indices[kPanel / kStep];  // all are read before the first copy begins
       for (int i = 0; i < kPanel / kStep; ++i)
-        places[i] = static_cast<std::uint32_t>(listed[row_ + i * kStep]);
+        indices[i] = static_cast<std::uint32_t>(listed[row_ + i * kStep]);
 #pragma unroll
       for (int i = 0; i < kPanel / kStep; ++i)
         copy_async<16>(to + i * kStep * kSumPitch<T>,
-                       from + static_cast<std::uint64_t>(places[i]) * bytes);
+                       from + static_cast<std::uint64_t>(indices[i]) * bytes);
       return;
     }
 #pragma unroll 1
     for (int i = 0; i < kPanel; i += kStep)
       for (int k = 0; k < kCount; ++k)
-        to[i * kSumPitch<T> + k] = k < known_ ? from_[listed[row_ + i] * rows_.stride + k] : T{};
+        to[i * kSumPitch<T> + k] = k < count_ ? from_[listed[row_ + i] * rows_.stride + k] : T{};
   }
 
  private:
@@ -65,7 +65,7 @@ class ListedCopy {
   const T* from_;
   const Rows<T>& rows_;
   const bool whole_;
-  int row_, vector_, known_;
+  int row_, vector_, count_;
 };
 
 // ---- products --------------------------------------------------------------------------------
@@ -114,7 +114,7 @@ __device__ inline void add_product(float (&d)[4], const OperandA<SHORT>& a, cons
 
 // Adds Σ reference[feature] · weight[query] over a panel of staged references. The result has 32
 // features, lane g has features 4g to 4g + 3, by 8 queries a tile: sum[i][n][e] is feature 4g + 2i
-// + e/2, query 8n + 2t + e % 2. Weights lie in pairs (pair_place).
+// + e/2, query 8n + 2t + e % 2. Weights lie in pairs (weight_offset).
 template <int TILES, int PITCH, class R>
 __device__ inline void add_weighted(float (&sum)[2][TILES][4], const R* references,
                                     const float* weights, const Lane& lane) {
@@ -125,7 +125,7 @@ __device__ inline void add_weighted(float (&sum)[2][TILES][4], const R* referenc
 #pragma unroll
     for (int n = 0; n < TILES; ++n) {
       const float2 v =
-          *reinterpret_cast<const float2*>(weights + pair_place(n, step / 8, lane.lane));
+          *reinterpret_cast<const float2*>(weights + weight_offset(n, step / 8, lane.lane));
       weight[n].set(0, v.x), weight[n].set(1, v.y);
     }
     float values[2][4];
@@ -152,7 +152,7 @@ __device__ inline float weight_of_halves(const float* weights, int query, int re
   const int n = query / 8, lane = 4 * (query % 8) + reference % 4;
   const int step = reference / 16, i = reference / 4 % 4;
   const auto half = [&](int s) {
-    const float word = weights[pair_place(n, 2 * step + s, lane) + i / 2];
+    const float word = weights[weight_offset(n, 2 * step + s, lane) + i / 2];
     return half_of_word(bits_of(word), i % 2);
   };
   return half(1) + half(0);
@@ -195,7 +195,7 @@ __device__ inline void add_weighted_halves(float (&sum)[2][TILES][4], const R* r
       std::uint32_t high[2][2], low[2][2];
       const auto load = [&](std::uint32_t (&words)[2], int n, int s) {
         const uint2 pair =
-            *reinterpret_cast<const uint2*>(weights + pair_place(n0 + n, s, lane.lane));
+            *reinterpret_cast<const uint2*>(weights + weight_offset(n0 + n, s, lane.lane));
         words[0] = pair.x, words[1] = pair.y;
       };
       for (int n = 0; n < 2; ++n) load(low[n], n, 2 * step);

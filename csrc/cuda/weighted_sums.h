@@ -26,11 +26,11 @@ __global__ void __launch_bounds__(kSumThreads, 2)
   const int listed = divide_up32(lists.counts[group], kPanel) - first_panel;
   const int panels = listed < parts.panels ? listed : parts.panels;
   if (panels <= 0) return;
-  const int query0 = kSumRows * group, known = parts.queries - query0;
+  const int query0 = kSumRows * group, queries_left = parts.queries - query0;
   const Index first = group * lists.stride + first_panel * kPanel;
   if (thread < kSumRows) {
-    const int place = query0 + (thread < known ? thread : 0);
-    shared.queries[thread] = order ? order[place] : place;
+    const int rank = query0 + (thread < queries_left ? thread : 0);
+    shared.queries[thread] = order ? order[rank] : rank;
   }
   for (int i = thread; i < panels * kPanel; i += kSumThreads)
     shared.listed[i] = static_cast<std::uint16_t>(lists.listed[first + i]);
@@ -56,7 +56,7 @@ __global__ void __launch_bounds__(kSumThreads, 2)
   for (int n = 0; n < kSumTiles; ++n)
     for (int odd = 0; odd < 2; ++odd) {
       const int q = 8 * n + 2 * lane.t + odd;
-      if (q >= known) continue;
+      if (q >= queries_left) continue;
       const auto query = static_cast<std::uint32_t>(shared.queries[q]);
       float* const out = reinterpret_cast<float*>(to + std::uint64_t{query} * bytes);
       float v[4];  // in two factors: the product of the units may be too small for float32

@@ -23,22 +23,22 @@ constexpr int kRound = 32 * kQueryThreads;
 // The words of a warp in a round. Indices have 32 bits, of which one multiplication makes an
 // address.
 struct Round {
-  unsigned first, place;  // of the first word, in its chunk, and in the rows of all queries
-  int left;               // references from there to the end of the tile, or of the round
+  unsigned first, pair;  // of the first word, in its chunk, and in the rows of all queries
+  int left;              // references from there to the end of the tile, or of the round
 
   // Whether there is a reference `behind` places after the first one.
   __device__ bool has(unsigned behind) const { return static_cast<int>(behind) < left; }
 
-  // Stores zeros for the words that are not alive. Eight lanes have the weights of a word.
-  __device__ void store_zeros(const ChunkWeights& out, unsigned alive, unsigned lane) const {
-    const unsigned dead = ~alive;
-    if (has(kQueryThreads * lane) && (dead >> lane & 1u) != 0)
-      out.live[(place + kQueryThreads * lane) / 32] = 0;
-    unsigned own = dead >> lane / 8;
+  // Stores zeros for the words that are not candidates. Eight lanes have the weights of a word.
+  __device__ void store_zeros(const ChunkWeights& out, unsigned candidates, unsigned lane) const {
+    const unsigned zeros = ~candidates;
+    if (has(kQueryThreads * lane) && (zeros >> lane & 1u) != 0)
+      out.live[(pair + kQueryThreads * lane) / 32] = 0;
+    unsigned lane_zeros = zeros >> lane / 8;
 #pragma unroll 1
     for (unsigned j = kQueryThreads * (lane / 8) + 4 * (lane % 8); has(j); j += 4 * kQueryThreads) {
-      if ((own & 1u) != 0) *reinterpret_cast<float4*>(out.weight + (place + j)) = {};
-      own >>= 4;
+      if ((lane_zeros & 1u) != 0) *reinterpret_cast<float4*>(out.weight + (pair + j)) = {};
+      lane_zeros >>= 4;
     }
   }
 };
@@ -54,30 +54,30 @@ struct Weigher {
 
   // A bit for each word whose tile has a weight that is not zero, as its smallest distance says. A
   // lane looks at one word. A weight that is NaN counts.
-  __device__ unsigned alive(const Round& round, const Pairs& pairs, unsigned lane) const {
+  __device__ unsigned find_candidates(const Round& round, const Pairs& pairs, unsigned lane) const {
     const unsigned behind = kQueryThreads * lane;
-    const bool known = round.has(behind);
-    const double least = known ? pairs.lowest[blockIdx.x * static_cast<unsigned>(pairs.tiles) +
-                                              (round.first + behind) / kTileReferences]
-                               : 0;
-    return __ballot_sync(kAll, known && !(weight(least) < row.smallest));
+    const bool exists = round.has(behind);
+    const double least = exists ? pairs.lowest[blockIdx.x * static_cast<unsigned>(pairs.tiles) +
+                                               (round.first + behind) / kTileReferences]
+                                : 0;
+    return __ballot_sync(kAll, exists && !(weight(least) < row.smallest));
   }
 
-  // Stores the weights of the words that are alive, and adds to their sum and to the number of
+  // Stores the weights of the words that are candidates, and adds to their sum and to the number of
   // those that are not zero.
-  __device__ void weigh(const Round& round, unsigned alive, const double* distances,
+  __device__ void weigh(const Round& round, unsigned candidates, const double* distances,
                         const ChunkWeights& out, unsigned lane, float& sum, int& live) const {
     constexpr int kWordsAtOnce = 4;
-    const unsigned place = round.place + lane;
-    const unsigned end = round.place + static_cast<unsigned>(round.left);
+    const unsigned pair = round.pair + lane;
+    const unsigned end = round.pair + static_cast<unsigned>(round.left);
 #pragma unroll 1
-    while (alive != 0) {
+    while (candidates != 0) {
       unsigned to[kWordsAtOnce];  // ~0 after the last word
       double squared[kWordsAtOnce];
 #pragma unroll
-      for (int i = 0; i < kWordsAtOnce; ++i, alive &= alive - 1) {
-        const auto word = static_cast<unsigned>(__ffs(static_cast<int>(alive)) - 1);
-        to[i] = alive != 0 ? place + kQueryThreads * word : ~0u;
+      for (int i = 0; i < kWordsAtOnce; ++i, candidates &= candidates - 1) {
+        const auto word = static_cast<unsigned>(__ffs(static_cast<int>(candidates)) - 1);
+        to[i] = candidates != 0 ? pair + kQueryThreads * word : ~0u;
         squared[i] = to[i] < end ? distances[to[i]] : 0;
       }
 #pragma unroll
@@ -141,7 +141,7 @@ __global__ void __launch_bounds__(kQueryThreads, kWeighBlocks)
   const unsigned row = blockIdx.x * static_cast<unsigned>(pairs.stride);
   const int first = piece * sums.size;
   const int end = first + static_cast<int>(smaller(sums.size, references - first));
-  const auto own = static_cast<unsigned>(lane.lane);
+  const auto lane_index = static_cast<unsigned>(lane.lane);
   float sum = 0;
   int live = 0;
 #pragma unroll 1
@@ -149,9 +149,9 @@ __global__ void __launch_bounds__(kQueryThreads, kWeighBlocks)
     const int at = start + 32 * lane.warp;
     const int left = static_cast<int>(smaller(end - at, kRound));
     const Round round = {static_cast<unsigned>(at), row + static_cast<unsigned>(at), left};
-    const unsigned alive = weigher.alive(round, pairs, own);
-    round.store_zeros(out, alive, own);
-    weigher.weigh(round, alive, pairs.squared, out, own, sum, live);
+    const unsigned candidates = weigher.find_candidates(round, pairs, lane_index);
+    round.store_zeros(out, candidates, lane_index);
+    weigher.weigh(round, candidates, pairs.squared, out, lane_index, sum, live);
   }
   sum = over_warp(sum, Sum());
   if (lane.lane == 0) shared.sums[lane.warp] = sum, shared.live[lane.warp] = live;

@@ -18,7 +18,7 @@ extern "C" int ptx_set(const char* name, int value);  // tests/ptx/cudart.cpp
 namespace pfgm {
 namespace {
 
-const CudaPlace kPlace{100, 0};  // the host keeps what it asked devices up to 63
+const CudaStream kStream{100, 0};  // the host keeps what it asked devices up to 63
 constexpr int kThreads = 128;
 
 [[noreturn]] void fail(const std::string& what) {
@@ -51,8 +51,8 @@ __device__ int this_thread() { return static_cast<int>(blockIdx.x * blockDim.x +
 template <class... Parameters, class... Arguments>
 void for_each(std::size_t count, void (*kernel)(int, Parameters...), Arguments... arguments) {
   const auto blocks = static_cast<std::int64_t>((count + kThreads - 1) / kThreads);
-  Stream(kPlace).launch({"arithmetic", {blocks}, kThreads}, kernel, static_cast<int>(count),
-                        arguments...);
+  Stream(kStream).launch({"arithmetic", {blocks}, kThreads}, kernel, static_cast<int>(count),
+                         arguments...);
 }
 
 // ---- squared distances ----------------------------------------------------------------------

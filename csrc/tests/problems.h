@@ -347,7 +347,7 @@ struct Step {
   bool in_place;  // whether `next` overwrites x
 };
 
-inline double stretch(const OdeStep& step, const double* slope, double field_z, double z) {
+inline double mean_factor(const OdeStep& step, const double* slope, double field_z, double z) {
   if (z >= step.z_exp) return -z / std::fmin(field_z, -1e-5);
   const double root = std::sqrt(step.features), gamma = step.gamma;
   const double n = std::fmin(norm(slope, step.features) / root, 1 - 1e-6), rest = 1 - n * n;
@@ -394,7 +394,7 @@ inline void run(const Step& s, int threads) {
   for (Index i = 0; i < s.rows; ++i) {
     const Index at = s.each ? i : 0, count = levels.columns;
     const double toward = level[count + at], blend = level[2 * count + at];
-    const double t = s.field ? stretch(step, &slopes[i * s.features], fields[i], level[at]) : 0;
+    const double t = s.field ? mean_factor(step, &slopes[i * s.features], fields[i], level[at]) : 0;
     for (Index k = i * s.features; k < (i + 1) * s.features; ++k) {
       means.push_back(s.field ? xs[k] + t * slopes[k] : slopes[k]);
       wanted.push_back(xs[k] + toward * (means[k] - xs[k]) + blend * (pasts[k] - xs[k]));

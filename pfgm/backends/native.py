@@ -308,21 +308,21 @@ def current_stream(device: torch.device) -> tuple[int, int]:
     return index, torch._C._cuda_getCurrentRawStream(index)
 
 
-def _place(device: torch.device) -> object:
+def _cuda_stream(device: torch.device) -> object:
     """A GPU and torch's current stream on it, in the form that the extension takes."""
     index, stream = current_stream(device)
-    return extension().CudaPlace(device=index, stream=stream)
+    return extension().CudaStream(device=index, handle=stream)
 
 
 def _run_on_cuda(
     x: Tensor, problem: object, io: object, backward: bool, kept: Tensor | None
 ) -> None:
-    place, keeps = _place(x.device), 0 if kept is None else len(kept)
-    size = extension().posterior_mean_workspace_cuda(problem, place, backward, keeps)
+    stream, keeps = _cuda_stream(x.device), 0 if kept is None else len(kept)
+    size = extension().posterior_mean_workspace_cuda(problem, stream, backward, keeps)
     workspace = unfilled(size, x.device)
     name = "posterior_mean_backward_cuda" if backward else "posterior_mean_cuda"
     at = extension().CudaWorkspace(at=workspace.data_ptr(), bytes=size)
-    getattr(extension(), name)(problem, io, place, at)
+    getattr(extension(), name)(problem, io, stream, at)
 
 
 def room_for_distances(problem: PosteriorMean) -> Tensor | None:
@@ -452,7 +452,7 @@ def normalised_field(difference: Tensor, z: Tensor, gamma: float) -> tuple[Tenso
     field_z = torch.empty(len(difference), dtype=dtype, device=device)
     field = _native_field(difference, z, gamma, field_x, field_z)
     if _on_cuda(device):
-        extension().normalised_field_cuda(field, _place(device))
+        extension().normalised_field_cuda(field, _cuda_stream(device))
     else:
         extension().normalised_field(field)
     return field_x, field_z
@@ -504,7 +504,7 @@ def ode_step(
         threads=torch.get_num_threads(),
     )
     if _on_cuda(x.device):
-        extension().ode_step_cuda(native_step, _place(x.device))
+        extension().ode_step_cuda(native_step, _cuda_stream(x.device))
     else:
         extension().ode_step(native_step)
     return out, mean_out

@@ -125,9 +125,9 @@ def _problem(
     if not references.is_contiguous():
         rows = contiguous_features(flat_rows(references))
         stride = rows.stride(0)
-    sketch, place = None, None
+    sketch, gpu_call = None, None
     if gpu is not None:
-        place = *native.current_stream(gpu), functools.partial(unfilled, device=gpu)
+        gpu_call = *native.current_stream(gpu), functools.partial(unfilled, device=gpu)
     elif sketch_of is not None:
         sketch = _sketch(sketch_of, x, references)
     return (
@@ -144,7 +144,7 @@ def _problem(
         radius,
         sketch,
         _threads(),
-        place,
+        gpu_call,
     )
 
 

@@ -119,9 +119,9 @@ def ode_step(step: OdeStep, with_mean: bool) -> tuple[Tensor, Tensor | None]:
     if step.field_z is None:
         result = _scale(1 - toward - blend, x) + _scale(toward, slope)
     else:
-        stretch = _stretch(step, step.field_z, z)
-        result = _scale(1 - blend, x) + _scale(toward * stretch, slope)
-        mean = x + _scale(stretch, slope) if with_mean else None
+        mean_factor = _mean_factor(step, step.field_z, z)
+        result = _scale(1 - blend, x) + _scale(toward * mean_factor, slope)
+        mean = x + _scale(mean_factor, slope) if with_mean else None
     return (result if history is None else result + _scale(blend, history)), mean
 
 
@@ -131,15 +131,15 @@ def _scale(factor: Tensor | float, rows: Tensor) -> Tensor:
     return factor * rows
 
 
-def _stretch(step: OdeStep, field_z: Tensor, z: Tensor | float) -> Tensor:
+def _mean_factor(step: OdeStep, field_z: Tensor, z: Tensor | float) -> Tensor:
     """The factor t = −z/v_z in float64, with which mean = x + t v_x."""
     predicted = -z / field_z.to(wide_dtype(field_z.device)).clamp(max=_MAX_V_Z)
     if isinstance(z, Tensor):
-        return torch.where(z < step.z_exp, _implied_stretch(step, z), predicted)
-    return _implied_stretch(step, z) if z < step.z_exp else predicted
+        return torch.where(z < step.z_exp, _implied_mean_factor(step, z), predicted)
+    return _implied_mean_factor(step, z) if z < step.z_exp else predicted
 
 
-def _implied_stretch(step: OdeStep, z: Tensor | float) -> Tensor:
+def _implied_mean_factor(step: OdeStep, z: Tensor | float) -> Tensor:
     """t with the v_z that ‖v_x‖ implies: (√(e_x² + z²) + γ)/√N. z cancels in this form."""
     root_N, gamma = math.sqrt(step.slope.shape[1]), step.gamma
     norm = torch.linalg.vector_norm(step.slope, dim=1, dtype=wide_dtype(step.slope.device))
@@ -149,5 +149,5 @@ def _implied_stretch(step: OdeStep, z: Tensor | float) -> Tensor:
         e_x = n * (gamma + (n.square() * gamma**2 + rest * z**2).sqrt()) / rest
     else:
         e_x = gamma * n / (1 - n)
-    stretch: Tensor = ((e_x.square() + z**2).sqrt() + gamma) / root_N
-    return stretch
+    mean_factor: Tensor = ((e_x.square() + z**2).sqrt() + gamma) / root_N
+    return mean_factor

@@ -63,7 +63,7 @@ class Operator:
             for group in self._takes
         ]
 
-    def places(self, *names: str) -> list[int]:
+    def indices(self, *names: str) -> list[int]:
         """The positions of arguments in the schema."""
         return [self._names.index(name) for name in names]
 

@@ -271,7 +271,7 @@ class OnceDifferentiable(transforms.Rowwise):
 class _PosteriorMean(transforms.Rowwise):
     """The operator posterior_mean with its gradient, its tangent and a batching rule."""
 
-    shared = _FORWARD.places("references", "sketch")
+    shared = _FORWARD.indices("references", "sketch")
     forward = staticmethod(_FORWARD.overload)
 
     @staticmethod
@@ -322,7 +322,7 @@ class _Backward(OnceDifferentiable):
             info.batch_size,
             in_dims,
             arguments,
-            shared=_BACKWARD.places("references", "sketch"),
+            shared=_BACKWARD.indices("references", "sketch"),
             by_rows=not needs[1],  # the gradient of references sums over rows
         )
 

@@ -182,17 +182,17 @@ class Part:
             first = torch.empty(size, dtype=dtype, device=_CPU)
             buffers = first, torch.empty_like(first)
 
-        def read(place: int) -> Tensor:
-            start = starts[place]
+        def read(index: int) -> Tensor:
+            start = starts[index]
             stop = min(start + self.chunk_rows, self.end)
-            return self.source.read(start, stop, buffers[place % 2])
+            return self.source.read(start, stop, buffers[index % 2])
 
         with ThreadPoolExecutor(1, "pfgm-read-ahead") as reader:
             coming = reader.submit(read, 0)
-            for place in range(len(starts)):
+            for index in range(len(starts)):
                 chunk = coming.result()
-                if place + 1 < len(starts):
-                    coming = reader.submit(read, place + 1)
+                if index + 1 < len(starts):
+                    coming = reader.submit(read, index + 1)
                 yield chunk
         self._buffers.append(buffers)
 

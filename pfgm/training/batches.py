@@ -80,8 +80,8 @@ class Batches:
         """The rows of this process in the order of an epoch."""
         if self._epoch is None or self._epoch[0] != epoch:
             generator = torch.Generator().manual_seed(seed_of(self._seed, epoch, 2))
-            places = torch.randperm(len(self._own_rows), generator=generator, device="cpu")
-            order = self._own_rows[places]
+            shuffled = torch.randperm(len(self._own_rows), generator=generator, device="cpu")
+            order = self._own_rows[shuffled]
             # The order stays on the device of the data, so indexing copies no row numbers.
             device = self._data.device if isinstance(self._data, Tensor) else order.device
             self._epoch = epoch, order.to(device)

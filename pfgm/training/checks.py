@@ -97,13 +97,13 @@ def warn_of_scales(data: References) -> None:
     if data.ndim != 2 or not 2 <= data.shape[1] < _FEWEST_PIXELS or data.dtype == torch.uint8:
         return
     spreads = _compared_rows(data).double().std(0, correction=0)
-    largest, place = spreads.max(0)
-    smallest, least_place = torch.where(spreads > 0, spreads, torch.inf).min(0)
+    largest, widest = spreads.max(0)
+    smallest, narrowest = torch.where(spreads > 0, spreads, torch.inf).min(0)
     if not bool(largest >= _SCALES * smallest):
         return
     warnings.warn(
         f"data has columns of very different standard deviation, {float(largest):.3g} in column "
-        f"{int(place)} and {float(smallest):.3g} in column {int(least_place)}: detail below a "
+        f"{int(widest)} and {float(smallest):.3g} in column {int(narrowest)}: detail below a "
         "hundredth of the spread of all values is lost. Standardise the rows, a tensor "
         "(n, columns): (rows - mean) / std with mean = rows.mean(0), std = rows.std(0), and 1 in "
         "place of each std of 0; then take samples * std + mean.",

@@ -24,7 +24,7 @@ namespace {
 using namespace pfgm;
 
 constexpr unsigned kEveryLane = 0xffffffff;
-const CudaPlace kPlace{100, 0};  // the host keeps what it asked devices up to 63
+const CudaStream kStream{100, 0};  // the host keeps what it asked devices up to 63
 
 [[noreturn]] void fail(const std::string& what) {
   std::fprintf(stderr, "FAILED: %s\n", what.c_str());
@@ -42,7 +42,7 @@ void set_order(int order) {
 
 template <class... Parameters, class... Arguments>
 void launch(const Launch& shape, void (*kernel)(Parameters...), Arguments... arguments) {
-  Stream(kPlace).launch(shape, kernel, arguments...);
+  Stream(kStream).launch(shape, kernel, arguments...);
 }
 
 // ---- indices and orders ---------------------------------------------------------------------

@@ -137,8 +137,8 @@ def workspace_of(device, B, M, N, backward):
     x, references = (torch.empty(1, N, device=device).expand(rows, N) for rows in (B, M))
     radius = torch.empty(B, dtype=torch.float64, device=device)
     problem = native.native_problem(PosteriorMean(x, references, radius, 1.0))
-    place = native._place(x.device)
-    return native.extension().posterior_mean_workspace_cuda(problem, place, backward)
+    stream = native._cuda_stream(x.device)
+    return native.extension().posterior_mean_workspace_cuda(problem, stream, backward)
 
 
 MOST = {False: 270 << 20, True: 480 << 20}  # of a forward and a backward pass

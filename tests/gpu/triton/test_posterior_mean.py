@@ -82,7 +82,7 @@ def test_chunks_and_blocks(op, device, D):
 @pytest.mark.parametrize("N", [5, 40])
 @pytest.mark.usefixtures("poisoned")
 def test_pieces_and_stretches(op, device, monkeypatch, N):
-    """Rows of weights that several programs share, sums in stretches, segments of several tiles."""
+    """Rows of weights that several programs share, sums in splits, segments of several tiles."""
     monkeypatch.setattr(posterior_mean, "BLOCK", 16)
     monkeypatch.setattr(distances, "PIECES", 2)
     x, references, sigma = problem(5, 150, N, device=device)
