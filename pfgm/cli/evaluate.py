@@ -260,6 +260,11 @@ class Evaluate:
 
     def _check_options_of_samples(self) -> None:
         """Raises ValueError for an option that has a meaning only with a checkpoint."""
+        assert self.samples is not None
+        if self.samples.suffix == ".csv" and self.data is None:
+            raise ValueError(
+                f"data must be a .csv file too for {self.samples}, as --data FILE.csv."
+            )
         if self.likelihood or self.curve:
             raise ValueError("samples alone have no likelihood and no curve; give a checkpoint.")
         unused = SamplingOptions(device=self.sampling.device)  # metrics use the device too

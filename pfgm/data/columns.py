@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-_FEW = 20  # different numbers, up to which a column takes no others
+FEW = 20  # different numbers, up to which a column takes no others
 _MOST_TEXTS = 100
 _MOST_DECIMALS = 8
 _SHOWN = 3  # texts in a message
@@ -45,12 +45,9 @@ class Numbers:
 
     def encode(self, values: Array, table: str) -> Array:
         """(n,) to (n, 1). Raises ValueError if they are no numbers."""
-        try:
-            numbers = np.asarray(values, np.float64)
-        except ValueError as error:
-            raise ValueError(
-                f"column {self.name!r} of {table} must hold numbers, got texts."
-            ) from error
+        if any(isinstance(value, str) for value in values):
+            raise ValueError(f"column {self.name!r} of {table} must hold numbers, got texts.")
+        numbers = np.asarray(values, np.float64)
         encoded = ((numbers - self.center) / self.scale)[:, None]
         if not bool(np.isfinite(encoded.astype(np.float32)).all()):
             raise ValueError(f"column {self.name!r} of {table} must hold finite numbers.")
@@ -63,9 +60,12 @@ class Numbers:
             seen = np.array(self.values)
             numbers = seen[np.searchsorted((seen[1:] + seen[:-1]) / 2, numbers)]
         elif self.decimals is not None:
-            numbers = numbers.round(self.decimals)
-        else:  # the shortest texts of float32
+            numbers = numbers.round(self.decimals) + 0.0  # without -0.0
+        elif self.low is None:  # as they are: the shortest texts of float32
             numbers = numbers.astype(np.float32).astype(str).astype(np.float64)
+        else:  # the digits that float32 has inside
+            digits = 7 - math.floor(math.log10(self.scale))
+            numbers = np.array([round(number, digits) for number in numbers.tolist()])
         numbers = numbers.clip(
             -math.inf if self.low is None else self.low,
             math.inf if self.high is None else self.high,
@@ -101,13 +101,15 @@ class Texts:
 
     def encode(self, values: Array, table: str) -> Array:
         """(n,) to (n, width). Raises ValueError for a value that is not known."""
-        places = {value: place for place, value in enumerate(self.values)}
-        if unknown := [value for value in values if value not in places]:
+        places = {str(value): place for place, value in enumerate(self.values)}
+        if unknown := [value for value in values if str(value) not in places]:
             raise ValueError(
                 f"column {self.name!r} of {table} must hold values that were seen, got "
                 f"{unknown[0]!r}."
             )
-        return (self._corners()[[places[value] for value in values]] - self.center) / self.scale
+        return (
+            self._corners()[[places[str(value)] for value in values]] - self.center
+        ) / self.scale
 
     def decode(self, rows: Array) -> list[Any]:
         """(n, width) to the nearest n values."""
@@ -129,16 +131,19 @@ def learn_column(name: str, values: Array, table: str) -> Column:
     """The column of these values: float64, or texts and truth values; none are missing."""
     if values.dtype.kind != "f":
         return _learn_texts(name, values, table)
-    if not bool(np.isfinite(values).all()) or bool((np.abs(values) > 1e150).any()):
-        raise ValueError(f"column {name!r} of {table} must hold finite numbers.")
+    if len(wrong := values[~(np.abs(values) <= 1e150)]):
+        raise ValueError(
+            f"column {name!r} of {table} must hold numbers between -1e150 and 1e150, got "
+            f"{wrong[0]:g}."
+        )
     seen = np.unique(values)
     exact = np.abs(seen).max() <= 2**53
     digits = (d for d in range(_MOST_DECIMALS + 1) if exact and (seen.round(d) == seen).all())
-    few = tuple(seen.tolist()) if len(seen) <= _FEW else ()
-    scale = float(values.std()) or 1.0
-    return Numbers(
-        name, float(values.mean()), scale, seen[0].item(), seen[-1].item(), next(digits, None), few
-    )
+    few = tuple(seen.tolist()) if len(seen) <= FEW else ()
+    center = float(values.mean())
+    spread = float(np.abs(values - center).max()) or 1.0  # its square may underflow
+    scale = spread * float(((values - center) / spread).std()) or 1.0
+    return Numbers(name, center, scale, seen[0].item(), seen[-1].item(), next(digits, None), few)
 
 
 def _learn_texts(name: str, values: Array, table: str) -> Texts:

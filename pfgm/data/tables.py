@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import functools
 import io
 import sys
 import warnings
@@ -17,14 +18,17 @@ from torch import Tensor
 
 from ..common.files import StrPath, csv_text, write_atomic
 from ..common.optional import optional
-from .columns import Array, Column, Numbers, Texts, column_from, learn_column
+from .columns import FEW, Array, Column, Numbers, Texts, column_from, learn_column
 from .rows import check_samples
 
 LABEL_NAMES = ("labels", "label", "y")
 """Names of the arrays and columns that hold labels."""
 
 _SEPARATORS = (",", ";", "\t")
-_INDEX_NAMES = ("", "Unnamed: 0")  # of the index of a DataFrame, as pandas writes and reads it
+_MISSING = ("", "NA", "N/A", "NULL", "None", "null")  # pandas knows more
+_UNNAMED = "Unnamed: "  # how pandas begins the name of a column that has none
+# With separators of thousands, or with another sign for decimals than the file.
+_OTHER_NUMBER = r"[+-]?(\d+[.,]\d+|\d{1,3}([.,'’\s]\d{3})+([.,]\d+)?)"
 _MOST_LABELS = 1000
 _SHOWN = 5  # rows, columns or texts in a message
 
@@ -75,8 +79,6 @@ class Table:
     label: Label | None = None
     separator: str = ","
     decimal: str = "."
-    dropped: str | None = None
-    """The name of a column that numbers the rows, which is left out."""
 
     @classmethod
     def read(
@@ -93,19 +95,17 @@ class Table:
             drop_missing: leave out rows without a value in some column.
 
         Raises:
+            FileNotFoundError: there is no such file.
             ImportError: a file needs pandas, and it is not installed.
             ValueError: the file is damaged or has no names, names are alike, a value is missing or
-                not finite, a column has too many different texts or is of another type, or there is
-                no row or no column.
+                not finite, a column has too many different texts, texts beside many numbers or
+                another type, or there is no row or no column.
 
         Warns:
             UserWarning: a first column without a name numbers the rows, and is left out.
         """
         name, cells, separator, decimal = _cells(source)
-        dropped = _index_in(cells, name)
-        cells = _complete(
-            {key: column for key, column in cells.items() if key != dropped}, name, drop_missing
-        )
+        cells = _complete(cells, name, drop_missing)
         label = _learn_label(cells, label_column, name)
         columns = [
             learn_column(key, column, name)
@@ -114,7 +114,7 @@ class Table:
         ]
         rows = len(next(iter(cells.values()))) if cells else 0
         check_samples((rows, len(columns)), name)
-        return cls(tuple(columns), label, separator, decimal, dropped)
+        return cls(tuple(columns), label, separator, decimal)
 
     @classmethod
     def numbers(cls, names: Sequence[str]) -> Table:
@@ -139,14 +139,14 @@ class Table:
             source, drop_missing: as for :meth:`read`.
 
         Raises:
-            ImportError, ValueError: as for :meth:`read`; or a column is missing or too many, or
-                holds a text or a label that this table has not.
+            FileNotFoundError, ImportError, ValueError: as for :meth:`read`; or a column is missing
+                or too many, or holds a text or a label that this table has not.
         """
-        name, cells, *_ = _cells(source)
+        name, cells, *_ = _cells(source, self)
         known = [column.name for column in self.columns]
         labelled = self.label is not None and self.label.name in cells
         wanted = [*known, *([self.label.name] if self.label is not None and labelled else [])]
-        if others := [key for key in cells if key not in wanted and key != self.dropped]:
+        if others := [key for key in cells if key not in wanted]:
             raise ValueError(f"{name} must have the columns {_list(known)}, got {others[0]!r} too.")
         if missing := [key for key in wanted if key not in cells]:
             raise ValueError(f"{name} must have a column {missing[0]!r}, got {_list([*cells])}.")
@@ -154,12 +154,12 @@ class Table:
         rows = self._encoded(cells, name)
         labels = None
         if self.label is not None and labelled:
-            places = {value: place for place, value in enumerate(self.label.values)}
-            values = _label_values(cells[self.label.name], self.label.name, name)
+            places = {str(value): place for place, value in enumerate(self.label.values)}
+            values = [*map(str, _label_values(cells[self.label.name], self.label.name, name))]
             if unknown := [value for value in values if value not in places]:
                 raise ValueError(
                     f"{name} must have labels among {_list(self.label.values)} in column "
-                    f"{self.label.name!r}, got {unknown[0]!r}."
+                    f"{self.label.name!r}, got {unknown[0]}."
                 )
             labels = torch.tensor([places[value] for value in values], device="cpu")
         return EncodedRows(rows, labels)
@@ -236,7 +236,7 @@ class Table:
         if separator not in _SEPARATORS or decimal not in (".", ","):
             raise ValueError(f"a table has the separators {separator!r} and {decimal!r}.")
         columns = tuple(column_from(column) for column in content["columns"])
-        return cls(columns, label, separator, decimal, content.get("dropped"))
+        return cls(columns, label, separator, decimal)
 
 
 def is_frame(value: object) -> TypeGuard[Any]:
@@ -260,7 +260,7 @@ def load_table(source: Any) -> tuple[Tensor, Tensor | None, tuple[str, ...]]:
                 f"column {column.name!r} must hold numbers, got texts such as "
                 f"{column.values[0]!r}; pfgm.data.Table encodes them."
             )
-    plain = Table(tuple(Numbers(c.name) for c in table.columns), table.label, dropped=table.dropped)
+    plain = Table(tuple(Numbers(column.name) for column in table.columns), table.label)
     rows, labels = plain.encode(source)
     return rows, labels, table.label_names
 
@@ -269,34 +269,64 @@ def _pandas() -> Any:
     return optional("pandas", "Tables need pandas", "tables")
 
 
-def _cells(source: Any) -> tuple[str, dict[str, Any], str, str]:
-    """The name of a table for messages, its columns, its separator and its decimal point."""
+def _cells(source: Any, known: Table | None = None) -> tuple[str, Cells, str, str]:
+    """The name of a table for messages, its columns, its separator and its decimal point.
+
+    If its columns are known, digits stay texts where texts are known. A column that numbers the
+    rows is left out unless it is known.
+    """
     if is_frame(source):
         name, separator, decimal = "the table", ",", "."
         frame = source
         columns = [_values(frame.iloc[:, i], name) for i in range(frame.shape[1])]
     else:
-        name = str(source)
+        name, texts = str(source), _text_columns(known)
         frame, separator = _read(Path(source))
         decimal = "." if separator == "," else _decimal(frame)
-        columns = [_parsed(frame.iloc[:, i], decimal, name) for i in range(frame.shape[1])]
+        columns = [
+            _parsed(frame.iloc[:, i], decimal, name, as_texts=key in texts)
+            for i, key in enumerate(frame.columns)
+        ]
     names = [str(each) for each in frame.columns]
     if not len(frame) or not names:
         raise ValueError(f"{name} must have rows and columns, got {len(frame)} × {len(names)}.")
     if alike := [key for key in names if names.count(key) > 1]:
         raise ValueError(f"{name} must have different names of columns, got {alike[0]!r} twice.")
     cells = dict(zip(names, columns, strict=True))
-    if not is_frame(source):
+    if known is None and not is_frame(source):
         _check_names(cells, name)
+    kept = () if known is None else [column.name for column in known.columns]
+    index = _index_in({key: column for key, column in cells.items() if key not in kept}, name)
+    if index is not None:
+        del cells[index]
+        if known is None:
+            warnings.warn(
+                f"{name} has a first column {index!r} that numbers the rows and is left out.",
+                stacklevel=3,
+            )
     return name, cells, separator, decimal
+
+
+def _text_columns(known: Table | None) -> set[str]:
+    """The names of the columns, and of labels, that hold texts."""
+    if known is None:
+        return set()
+    texts = {column.name for column in known.columns if isinstance(column, Texts)}
+    if known.label is not None and any(isinstance(each, str) for each in known.label.values):
+        texts.add(known.label.name)
+    return texts
 
 
 def _read(path: Path) -> tuple[Any, str]:
     """All cells of a file as texts or missing, and its separator."""
     pandas = _pandas()
+    if not path.exists():
+        raise FileNotFoundError(f"{path} does not exist.")
+    if not path.is_file():
+        raise ValueError(f"{path} must be a file, not a folder, pipe, socket or device.")
     try:
         with path.open(newline="", encoding="utf-8-sig") as file:
-            beginning = file.read(1 << 16)
+            beginning = file.read(1 << 16).lstrip("\r\n")
         if "\0" in beginning:
             raise ValueError("it holds bytes that are not text")
         fields = {
@@ -304,7 +334,8 @@ def _read(path: Path) -> tuple[Any, str]:
         }
         separator = max(_SEPARATORS, key=fields.__getitem__)
         # Without a header all rows must have as many fields as the first.
-        frame = pandas.read_csv(
+        read = functools.partial(
+            pandas.read_csv,
             path,
             sep=separator,
             header=None,
@@ -312,14 +343,19 @@ def _read(path: Path) -> tuple[Any, str]:
             skipinitialspace=True,
             encoding="utf-8-sig",
         )
-    except (StopIteration, csv.Error, UnicodeDecodeError, ValueError) as error:
+        names = read(nrows=1, keep_default_na=False).iloc[0]  # a column may be named NA
+        return read().iloc[1:].set_axis(names, axis=1).reset_index(drop=True), separator
+    except UnicodeDecodeError as error:
+        raise ValueError(
+            f"{path} must be text in UTF-8, got another encoding ({error.reason} at byte "
+            f"{error.start}); save it as UTF-8."
+        ) from error
+    except (StopIteration, csv.Error, ValueError) as error:
         reason = " ".join(str(error).split()) or "it has no line"
         raise ValueError(
             f"{path} must be a table of lines with as many values as there are names in the first "
             f"line, got one that is empty or damaged ({reason})."
         ) from error
-    names = frame.iloc[0].fillna("")
-    return frame.iloc[1:].set_axis(names, axis=1).reset_index(drop=True), separator
 
 
 def _decimal(frame: Any) -> str:
@@ -327,7 +363,7 @@ def _decimal(frame: Any) -> str:
     return "," if commas.any() else "."
 
 
-def _parsed(cells: Any, decimal: str, name: str) -> Array:
+def _parsed(cells: Any, decimal: str, name: str, *, as_texts: bool) -> Array:
     """The numbers of a column of texts, or its texts. Texts such as 007 are no numbers."""
     present = cells.dropna()
     if not len(present):
@@ -336,19 +372,33 @@ def _parsed(cells: Any, decimal: str, name: str) -> Array:
     if decimal == ",":  # 1.234 may be a thousand
         digits = present.str.replace(".", "?", regex=False).str.replace(",", ".", regex=False)
     numbers = _pandas().to_numeric(digits, errors="coerce")
-    if numbers.notna().all() and not digits.str.match(r"\s*[+-]?0\d").any():
-        _check_integers(numbers[present.str.fullmatch(r"[+-]?\d+")], cells.name, name)
-        values = np.full(len(cells), np.nan)
-        values[cells.notna().to_numpy()] = numbers.to_numpy(np.float64)
-        return values
-    if numbers.isna().any() and present.str.fullmatch(r"[+-]?\d[\d.,' ]*").all():
-        shown = present[numbers.isna()].iloc[0]
+    others = present[numbers.isna()]
+    zeros = bool(digits.str.match(r"\s*[+-]?0\d").any())
+    if as_texts or zeros or len(others):
+        if not (as_texts or zeros):
+            _check_texts(others, numbers, name)
+        texts: Array = cells.astype(object).where(cells.notna(), None).to_numpy()
+        return texts
+    _check_integers(numbers[present.str.fullmatch(r"[+-]?\d+")], cells.name, name)
+    values = np.full(len(cells), np.nan)
+    # pandas reads 17 digits with an error in the last one, and Python exactly.
+    values[cells.notna().to_numpy()] = digits.to_numpy(object).astype(np.float64)
+    return values
+
+
+def _check_texts(texts: Any, numbers: Any, name: str) -> None:
+    """Raises ValueError if texts are probably numbers, or missing ones, in a column of numbers."""
+    where = f"{texts.iloc[0]!r} in column {texts.name!r}"
+    if texts.str.fullmatch(_OTHER_NUMBER).all():
         raise ValueError(
-            f"{name} must have numbers without separators of thousands, got {shown!r} in column "
-            f"{cells.name!r}."
+            f"{name} must write all numbers like 1234.5, or all like 1234,5 between semicolons or "
+            f"tabs, got {where}."
         )
-    texts: Array = cells.astype(object).where(cells.notna(), None).to_numpy()
-    return texts
+    if numbers.nunique() > FEW:
+        raise ValueError(
+            f"{name} must have numbers alone or texts alone in a column, got numbers and {where}; "
+            "leave the cells of missing values empty."
+        )
 
 
 def _values(column: Any, name: str) -> Array:
@@ -381,15 +431,20 @@ def _plain(value: Any) -> str | bool:
 
 
 def _check_names(cells: Cells, name: str) -> None:
-    """Raises ValueError if what should be names is probably the first row of the data."""
+    """Raises ValueError if what should be names is probably the first row, or all names in one."""
     numeric = [key for key, column in cells.items() if column.dtype.kind == "f"]
-    unnamed = bool(numeric) and all(_is_number(key) or not key for key in numeric)
-    index = numeric == [next(iter(cells))] and numeric[0] in _INDEX_NAMES
+    digits = [key for key in numeric if _is_number(key)]
+    unnamed = digits and all(key in (*digits, *_MISSING) for key in numeric)
     own = [key for key, column in cells.items() if column.dtype.kind == "O" and key in set(column)]
-    if own or (unnamed and not index):
+    if own or unnamed:
         raise ValueError(
             f"{name} must begin with a line of names, such as x,y; got {_list([*cells])} in its "
             "first line. Write the names above it."
+        )
+    if len(cells) == 1 and not numeric:
+        raise ValueError(
+            f"{name} must have columns between commas, semicolons or tabs, got texts in its only "
+            f"column {next(iter(cells))!r}."
         )
 
 
@@ -403,17 +458,16 @@ def _is_number(text: str) -> bool:
 
 def _index_in(cells: Cells, name: str) -> str | None:
     """The name of a first column that numbers the rows; it has no name of its own."""
-    first = next(iter(cells))
-    if "" in cells and first != "":
-        raise ValueError(f"{name} must have a name for each column, got none for one.")
-    if first not in _INDEX_NAMES:
+    unnamed = [key for key in cells if not key or key.startswith(_UNNAMED)]
+    if not unnamed:
         return None
+    first = next(iter(cells))
     numbers = cells[first]
-    if numbers.dtype.kind != "f" or not bool((np.diff(numbers) > 0).all()):
-        raise ValueError(f"{name} must have a name for each column, got {first!r} for the first.")
-    warnings.warn(
-        f"{name} has a first column {first!r} that numbers the rows and is left out.", stacklevel=4
-    )
+    if unnamed != [first] or numbers.dtype.kind != "f" or not bool((np.diff(numbers) > 0).all()):
+        raise ValueError(
+            f"{name} must have a name for each column, got {_list(map(repr, unnamed))}; name these "
+            "columns, or leave them out."
+        )
     return first
 
 
@@ -427,6 +481,10 @@ def _complete(cells: Cells, name: str, drop_missing: bool) -> Cells:
     }
     if not any(column.any() for column in missing.values()):
         return cells
+    if empty := [key for key, column in missing.items() if column.all()]:
+        raise ValueError(
+            f"{name} must have values in each column, got none in {_list(empty)}; leave these out."
+        )
     bad = np.logical_or.reduce([*missing.values()])
     if not drop_missing:
         columns = [key for key, column in missing.items() if column.any()]
@@ -449,7 +507,9 @@ def _list(values: Iterable[object]) -> str:
 
 def _learn_label(cells: Cells, wanted: str | None, name: str) -> Label | None:
     found = (
-        [key for key in LABEL_NAMES if key in cells] if wanted is None else [wanted] * bool(wanted)
+        [key for key in LABEL_NAMES if key in cells and _may_be_labels(cells[key])]
+        if wanted is None
+        else [wanted] * bool(wanted)
     )
     if len(found) > 1:
         raise ValueError(
@@ -471,12 +531,16 @@ def _learn_label(cells: Cells, wanted: str | None, name: str) -> Label | None:
     return Label(found[0], [*cells].index(found[0]), tuple(values))
 
 
+def _may_be_labels(column: Array) -> bool:
+    """Whether a column holds texts or integers up to 2^53."""
+    integers = column.dtype.kind == "f" and bool((column == np.round(column)).all())
+    return column.dtype.kind != "f" or (integers and float(np.abs(column).max()) <= 2**53)
+
+
 def _label_values(column: Array, key: str, name: str) -> list[Any]:
-    if column.dtype.kind != "f":
-        return [*column]
-    if not bool((column == np.round(column)).all()) or np.abs(column).max() > 2**53:
+    if not _may_be_labels(column):
         raise ValueError(
             f"column {key!r} of {name} must have texts or integers up to 2^53 as labels, got "
             "other numbers."
         )
-    return [int(value) for value in column]
+    return [int(value) for value in column] if column.dtype.kind == "f" else [*column]

@@ -145,7 +145,7 @@ def _run(
     if config.labels and data.classes == 0:
         raise ValueError(
             f"labels must be False for {config.data}, which has none. Images take theirs from two "
-            "or more subfolders."
+            "or more subfolders, tables from --label-column."
         )
     rows = _place_rows(data.train, config, device)
     chosen = config.method == "auto" and source is None

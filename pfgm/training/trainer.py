@@ -361,12 +361,12 @@ class Trainer:
             raise ValueError(
                 f"{self.folder} holds a checkpoint that is damaged or of another program ({error})."
             ) from error
-        check_same_flow(self.flow, saved, self.folder)
-        self.flow._restore_fitted(saved._describe_fitted())
-        if rows != len(self.data):
+        if rows != len(self.data):  # first, as the flow may follow from the data
             raise ValueError(
                 f"data has {len(self.data)} rows; the run in {self.folder} has {rows}."
             )
+        check_same_flow(self.flow, saved, self.folder)
+        self.flow._restore_fitted(saved._describe_fitted())
         config = with_settings_of_run(self._partial_config, settings, self.folder)
         try:
             load_plain_state(self.network, state["network"])

@@ -222,6 +222,7 @@ def test_a_table_comes_back_with_its_columns(tmp_path, refusal, capsys):
     np.save(tmp_path / "x.npy", np.zeros((40, 3), np.float32))
     samples = ["--samples", tmp_path / "x.npy", "--data", table]
     assert "samples must be a .csv file" in refusal(*evaluate, *samples)
+    assert "data must be a .csv file too" in refusal(*evaluate, "--samples", rows)
     assert "range and resize are not for tables" in refusal(*train, "--out", "x", "--range", 0, 1)
     assert "are for .csv files" in refusal("train", "--out", "x", "--drop-missing")
 

@@ -502,11 +502,12 @@ def test_more_steps_than_before_are_allowed_other_changes_are_not(tmp_path, data
         return Trainer(**{**arguments, "folder": tmp_path, "progress": False, **changes}).resume()
 
     assert resume(config=config(steps=100)) == 24
+    other = pfgm.PoissonFlow((2,), M=200)
     for changes, message in (
         ({"config": config(learning_rate=0.5)}, r"learning_rate is 0\.5; the run in .* has 0\.001"),
-        ({"data": data[:49]}, "data has 49 rows"),
+        ({"data": data[:49], "flow": other}, "data has 49 rows"),
         ({"network": MLP()}, "another network"),
-        ({"flow": pfgm.PoissonFlow((2,), M=200)}, "flow has M = 200; .* another flow, with M = "),
+        ({"flow": other}, "flow has M = 200; .* another flow, with M = .*, from its own data"),
         ({"flow": pfgm.PoissonFlowPP((2,), D=2)}, r"flow must be a.*got PoissonFlowPP\."),
         ({"folder": None}, "folder is None"),
     ):
