@@ -213,8 +213,8 @@ def _name_and_path(source: str) -> tuple[str, str]:
 
 def open_samples(
     path: StrPath, *, layout: Layout = "auto", resize: int | None = None, progress: bool = False
-) -> ReferenceSet:
-    """Opens the samples in an array file, a table or a folder of images.
+) -> Data:
+    """Opens an array file, a table or a folder of images by its path, never by the name of data.
 
     Args:
         path: a ``.csv``, ``.npy``, ``.npz`` or ``.safetensors`` file, or a folder or ``.zip``
@@ -228,11 +228,11 @@ def open_samples(
     >>> import tempfile
     >>> with tempfile.TemporaryDirectory() as folder:
     ...     np.save(f"{folder}/grey.npy", np.zeros((5, 8, 8), np.uint8))
-    ...     open_samples(f"{folder}/grey.npy")
+    ...     open_samples(f"{folder}/grey.npy").train
     ReferenceSet((5, 1, 8, 8), torch.uint8, file)
     """
     _check_layout(layout, path)
-    return ReferenceSet(_channels_first(_opened(Path(path), resize, progress), layout))
+    return _from_path(Path(path), None, layout, resize, progress)
 
 
 def _holds_images(path: Path) -> bool:

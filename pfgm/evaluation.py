@@ -38,7 +38,7 @@ __all__ = [
 ]
 
 _NEIGHBOURS = 5  # k of density and coverage; the other metrics need fewer neighbours
-_MIN_ROWS = _NEIGHBOURS + 1  # a row and its nearest other rows
+MIN_ROWS = _NEIGHBOURS + 1  # a row and its nearest other rows
 _MOST_OFF_LEVEL = 0.3  # of a grey level, by which narrow floating dtypes may round
 
 RUNS: dict[str, dict[str, str]] = {
@@ -210,8 +210,8 @@ def evaluate_samples(
         against, real, others = "held_out", to_unit(held_out), train
         counted = {"held_out": real, "train": others}
     for name, rows in {"samples": samples, **counted}.items():
-        if len(rows) < _MIN_ROWS:
-            raise ValueError(f"{name} must have at least {_MIN_ROWS} rows, got {len(rows)}.")
+        if len(rows) < MIN_ROWS:
+            raise ValueError(f"{name} must have at least {MIN_ROWS} rows, got {len(rows)}.")
     others_labels = None
     if labels is not None:
         others_labels = labels.train if held_out is not None else labels.train[1::2]
@@ -257,10 +257,11 @@ def evaluate_labels(
         labels: of their rows.
 
     Returns:
-        The result of :func:`evaluate_samples` for each label that samples have, in their order.
+        The result of :func:`evaluate_samples` for each label, in their order. Labels are left out
+        that have fewer samples, held-out or training rows than it takes.
 
     Raises:
-        TypeError, ValueError: as for :func:`evaluate_samples`; or a label has too few rows.
+        TypeError, ValueError: as for :func:`evaluate_samples`.
 
     >>> import pfgm
     >>> digits = pfgm.data.digits()
@@ -275,10 +276,9 @@ def evaluate_labels(
             None if rows is None or own is None else rows[(own == label).to(rows.device)]
             for rows, own in zip((samples, held_out, train), labels, strict=True)
         ]
-        try:
+        least = (MIN_ROWS, MIN_ROWS, MIN_ROWS * (2 if held_out is None else 1))
+        if all(part is None or len(part) >= n for part, n in zip(parts, least, strict=True)):
             figures[label] = evaluate_samples(*parts)  # type: ignore[arg-type]
-        except ValueError as error:
-            raise ValueError(f"of label {label}, {error}") from error
     return figures
 
 

@@ -290,7 +290,7 @@ def test_grey_images_get_a_channel_in_place(tmp_path: Path, dtype: torch.dtype) 
     assert torch.equal(data.train[:][:, 0], images)
     assert data.grey_levels == (256 if dtype == torch.uint8 else 0)
     np.savez_compressed(tmp_path / "grey.npz", images.float().numpy())
-    compressed = open_samples(tmp_path / "grey.npz", layout="images")
+    compressed = open_samples(tmp_path / "grey.npz", layout="images").train
     assert not in_file(compressed)
     assert torch.equal(compressed[:][:, 0], images.float())
 
@@ -411,7 +411,7 @@ def test_an_archive_of_images_by_class(tmp_path: Path) -> None:
         assert data.train.labels.tolist() == [0, 1, 1]
         assert (data.classes, data.names) == (2, ("cat", "dog"))
         np.testing.assert_array_equal(data.train[:][2, 0].numpy(), ramp(4, 5) + 2)
-    assert open_samples(tmp_path / "pets.zip").shape == (3, 1, 4, 5)
+    assert open_samples(tmp_path / "pets.zip").train.shape == (3, 1, 4, 5)
 
 
 def test_signals_keep_their_shape(tmp_path: Path) -> None:
@@ -419,7 +419,7 @@ def test_signals_keep_their_shape(tmp_path: Path) -> None:
     for shape in ((2, 64), (5, 6), (64, 1), (3, 4, 5), (64, 64, 4)):
         np.save(tmp_path / "a.npy", ramp(3, *shape, dtype=np.float32))
         assert open_data(str(tmp_path / "a.npy")).train.shape == (3, *shape)
-        assert open_samples(tmp_path / "a.npy").shape == (3, *shape)
+        assert open_samples(tmp_path / "a.npy").train.shape == (3, *shape)
     np.save(tmp_path / "a.npy", np.zeros((3, 2, 64), np.uint8))
     assert open_data(str(tmp_path / "a.npy")).train.shape == (3, 1, 2, 64)
     assert open_data(str(tmp_path / "a.npy"), layout="as-is").train.shape == (3, 2, 64)
@@ -440,7 +440,7 @@ def test_floats_that_look_like_images_are_asked_about(
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         assert torch.equal(open_data(path, layout="images").train[:], moved)
-        assert torch.equal(open_samples(path, layout="images")[:], moved)
+        assert torch.equal(open_samples(path, layout="images").train[:], moved)
         assert open_data(path, layout="as-is").train.shape == (4, *shape)
     assert moved.shape[1:] == images
     with pytest.raises(ValueError, match=r"layout must be one of auto,.*got 'hwc'\."):

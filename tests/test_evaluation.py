@@ -17,6 +17,7 @@ from torch import Tensor
 
 import pfgm
 from pfgm import cli, evaluation, metrics
+from pfgm.cli.evaluate import _renumbered
 from pfgm.evaluation import (
     Labels,
     bits_per_dim,
@@ -98,8 +99,8 @@ def test_training_rows_have_the_labels_of_the_samples() -> None:
         parts = (samples[labels.samples == k], held_out[labels.held_out == k])
         assert each[k] == evaluate_samples(*parts, train[labels.train == k])
     few = labels._replace(held_out=torch.arange(60) // 57)
-    with pytest.raises(ValueError, match="of label 1, held_out must have at least 6 rows, got 3"):
-        evaluate_labels(samples, held_out, train, few)
+    assert [*evaluate_labels(samples, held_out, train, few)] == [0]  # 57, 3 and no held-out rows
+    assert not evaluate_labels(samples[:15], None, train, few._replace(samples=few.samples[:15]))
 
 
 def test_kernel_distances_have_no_unit() -> None:
@@ -431,6 +432,55 @@ def test_figures_of_each_label(
     assert "got samples without labels" in fails(
         "--samples", tmp_path / "digits.npy", "--per-label"
     )
+    # In a file with labels, only sevens and a single one.
+    few, kept = torch.arange(100) % 10, torch.tensor([1, *range(7, 100, 10)])
+    np.savez(tmp_path / "digits.npz", images=samples[kept].numpy(), labels=few[kept].numpy())
+    again = evaluate(tmp_path / "b", "--samples", tmp_path / "digits.npz", "--per-label")
+    assert [name for name, values in again["labels"].items() if values is not None] == ["7"]
+    assert again["labels"]["7"]["frechet_distance"]["samples"] == pytest.approx(distance, 1e-3)
+    line = next(each for each in capsys.readouterr().out.splitlines() if each.startswith("1 "))
+    assert line.split(maxsplit=1)[1] == "too few samples or rows of the data to compare"
+
+
+def test_labels_with_names_are_compared_by_their_names(
+    tmp_path: Path, fails: Callable[..., str]
+) -> None:
+    """Classes that only one folder holds do not move the numbers of the others."""
+    image, classes = pytest.importorskip("PIL.Image"), ("cat", "dog", "eel")
+    for place, shades in (("data", (20, 120, 220)), ("some", (None, 120, 220))):
+        for name, shade in zip(classes, shades, strict=True):
+            for number in range(12 if shade is not None else 0):
+                (tmp_path / place / name).mkdir(parents=True, exist_ok=True)
+                grey = np.full((4, 4), shade + number, np.uint8)
+                image.fromarray(grey).save(tmp_path / place / name / f"{number}.png")
+    flow = pfgm.PoissonFlow((1, 4, 4), data_norm=1.0)
+    net = flow.network("mlp", width=8, classes=2)  # of dogs and eels
+    pfgm.save(tmp_path / "net.safetensors", flow, net, label_names=classes[1:])
+    data = ["--data", f"folder:{tmp_path / 'data'}", "--per-label"]
+    figures = evaluate(tmp_path / "a", "--samples", tmp_path / "some", *data)["labels"]
+    assert figures["cat"] is None
+    assert [figures[name]["median_distance_to_train"]["samples"] for name in classes[1:]] == [0, 0]
+    model = ["--checkpoint", tmp_path / "net.safetensors", "--n", 24]
+    figures = evaluate(tmp_path / "a", *model, *data)
+    assert [figures["labels"][name] is None for name in classes] == [True, False, False]
+    less = fails("--samples", tmp_path / "data", "--data", f"folder:{tmp_path / 'some'}")
+    assert "labels must be among dog, eel, got cat." in less
+
+
+@pytest.mark.parametrize(
+    ("names", "known", "expected"),
+    [
+        ((), (), [0, 1, 1]),
+        (("b", "c"), ("a", "b", "c"), [1, 2, 2]),
+        (("7", "12"), (), [7, 12, 12]),  # folders of digits, against data with numbers
+        ((), ("0", "1", "10"), [0, 1, 1]),
+        (("b", "c"), (), [0, 1, 1]),
+    ],
+)
+def test_labels_of_the_same_name_have_one_number(
+    names: tuple[str, ...], known: tuple[str, ...], expected: list[int]
+) -> None:
+    assert _renumbered(torch.tensor([0, 1, 1]), names, known).tolist() == expected
 
 
 def test_fid(
@@ -487,7 +537,7 @@ def test_one_sentence_for_bad_input(model: Path, tmp_path: Path, fails: Callable
         *checkpoint, "--samples", tmp_path
     )
     least_1 = "must be an integer of at least 1"
-    assert f"n {least_1}, got 0." in fails(*checkpoint, "--n", 0)
+    assert "n must be an integer of at least 6" in fails(*checkpoint, "--n", 5)
     assert f"curve-steps {least_1} and at" in fails(*checkpoint, "--curve-steps", 0)
     assert f"number of curve-steps {least_1}, got 0." in fails(*checkpoint, "--curve-steps")
     assert "samples alone have no likelihood" in fails("--samples", tmp_path, "--likelihood", 1)

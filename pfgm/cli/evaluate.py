@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import sys
+from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -82,12 +83,15 @@ class _Real(NamedTuple):
         held_out = _Rows.drawn(data.held_out, count, seed)
         return cls(held_out.rows.to(place), train.rows.to(place), held_out.labels, train.labels)
 
-    def labels(self, samples: Tensor | None) -> Labels | None:
-        """The labels of samples and data; None unless all have some."""
+    def labels(
+        self, samples: Tensor | None, names: Sequence[str], names_of_data: Sequence[str]
+    ) -> Labels | None:
+        """The labels of samples and data, numbered as in the data; None unless all have some."""
         half_known = self.held_out is not None and self.held_out_labels is None
         if samples is None or self.train_labels is None or half_known:
             return None
-        return Labels(samples, self.held_out_labels, self.train_labels)
+        numbered = _renumbered(samples, names, names_of_data)
+        return Labels(numbered, self.held_out_labels, self.train_labels)
 
 
 @dataclass
@@ -174,8 +178,8 @@ class Evaluate:
         data = open_data(name, **reading, table=table, progress=self.progress)
         source = loaded or self._open_samples(data.table)
         warn_of_range(data.train)
-        if isinstance(source, ReferenceSet):
-            warn_of_range(source)
+        if isinstance(source, Data):
+            warn_of_range(source.train)
         self._check_data(name, data, source)
         classifier = self._classifier(name, data, device)
         if _are_images(data.train) or self.curve:
@@ -188,23 +192,24 @@ class Evaluate:
         self,
         name: str,
         data: Data,
-        source: Loaded | ReferenceSet,
+        source: Loaded | Data,
         classifier: Classifier | None,
         device: torch.device,
     ) -> None:
         real = _Real.of(data, self.against, self.seed, device)
         figures: dict[str, Any] = {"data": name}
         if isinstance(source, Loaded):
-            samples, described = self._draw(source, device)
             classes = label_count(source.network)
-            own = torch.arange(len(samples), device="cpu") % classes if classes else None
+            own = torch.arange(self.n, device="cpu") % classes if classes else None
+            labels = real.labels(own, source.label_names, data.names)
+            samples, described = self._draw(source, device)
             if data.table is not None:
                 samples = data.table.nearest(samples)
             samples = evaluation.clamp_images(samples.to(real.train.device), real.train)
         else:
-            samples, own = _Rows.drawn(source, self.n, self.seed)
+            samples, own = _Rows.drawn(source.train, self.n, self.seed)
+            labels = real.labels(own, source.names, data.names)
             samples, described = samples.to(real.train.device), {"source": str(self.samples)}
-        labels = real.labels(own)
         figures |= described
         compared = (samples, real.held_out, real.train)
         figures |= evaluation.evaluate_samples(*compared, labels=labels, progress=self.progress)
@@ -216,8 +221,8 @@ class Evaluate:
         if self.per_label and labels is not None:
             # In features where there are some.
             each = evaluation.evaluate_labels(*compared, labels, progress=self.progress)
-            names = data.names or [str(label) for label in range(max(each) + 1)]
-            figures["labels"] = {names[label]: values for label, values in each.items()}
+            names = data.names or [str(label) for label in range(data.classes)]
+            figures["labels"] = {name: each.get(label) for label, name in enumerate(names)}
         if self.fid:
             figures["inception"] = self._inception(samples, real.train)
         if isinstance(source, Loaded) and self.likelihood:
@@ -245,7 +250,7 @@ class Evaluate:
         if self.grey_levels is not None and not self.likelihood:
             raise ValueError("grey-levels needs --likelihood N.")
         for name, value, least in (
-            ("n", self.n, 1),
+            ("n", self.n, evaluation.MIN_ROWS),
             ("batch-size", self.sampling.batch_size, 1),
             ("against", self.against, 1),
             ("likelihood", self.likelihood, 0),
@@ -275,14 +280,14 @@ class Evaluate:
                     "have been drawn; leave it out, or give a checkpoint."
                 )
 
-    def _open_samples(self, table: Table | None) -> ReferenceSet:
+    def _open_samples(self, table: Table | None) -> Data:
         assert self.samples is not None
         if table is not None:
             if self.samples.suffix != ".csv":
                 raise ValueError(
                     f"samples must be a .csv file, as the data are a table, got {self.samples}."
                 )
-            return ReferenceSet(table.encode(self.samples).rows)
+            return Data(ReferenceSet(table.encode(self.samples).rows), None, 0, 0)
         images = self.samples.is_dir() or self.samples.suffix == ".zip"
         return open_samples(
             self.samples,
@@ -302,10 +307,12 @@ class Evaluate:
                 return config.data, config.reading
         return "digits", {}
 
-    def _check_data(self, name: str, data: Data, source: Loaded | ReferenceSet) -> None:
+    def _check_data(self, name: str, data: Data, source: Loaded | Data) -> None:
         if isinstance(source, Loaded):
             check_guidance(self.sampling.guidance, source.network)
-        shape = source.flow.shape if isinstance(source, Loaded) else tuple(source.shape[1:])
+            shape, classes = source.flow.shape, label_count(source.network)
+        else:
+            shape, classes = tuple(source.train.shape[1:]), source.classes
         expected = tuple(data.train.shape[1:])
         if shape != expected:
             remedy = "." if self.data is not None else "; give the data with --data."
@@ -319,13 +326,10 @@ class Evaluate:
                 f"samples must be images (C, H, W) with C = 1 or 3 for --fid, got shape {expected}."
             )
         real = data.held_out or data.train
-        labelled = isinstance(source, Loaded) and label_count(source.network) > 0
-        if isinstance(source, ReferenceSet):
-            labelled = source.labels is not None
-        if self.per_label and not (labelled and data.classes):
+        if self.per_label and not (classes and data.classes):
             raise ValueError(
                 f"per-label needs labels of the samples and of the data {name}, got "
-                f"{'none of the data' if labelled else 'samples without labels'}."
+                f"{'none of the data' if classes else 'samples without labels'}."
             )
         if self.likelihood > len(real):
             raise ValueError(
@@ -369,12 +373,15 @@ class Evaluate:
         rows = data.held_out or data.train
         numbers = rows.draw(self.likelihood, generator=torch.Generator().manual_seed(self.seed))
         known = rows.labels is not None and label_count(model.network) > 0
+        labels = None
+        if known and rows.labels is not None:
+            labels = _renumbered(rows.labels[numbers], data.names, model.label_names)
         grey_levels = data.grey_levels if self.grey_levels is None else self.grey_levels
         bits = evaluation.bits_per_dim(
             *model,
             rows[numbers].to(device),
             grey_levels=grey_levels,
-            labels=rows.labels[numbers] if known and rows.labels is not None else None,
+            labels=labels,
             seed=self.seed,
             batch_size=min(self.sampling.batch_size, _MAX_LIKELIHOOD_BATCH),
             progress=self.progress,
@@ -426,6 +433,21 @@ class Evaluate:
         )
 
 
+def _renumbered(labels: Tensor, names: Sequence[str], known: Sequence[str]) -> Tensor:
+    """Labels with these names, by their numbers among the known ones.
+
+    A label without a name stands for its number, and so does a name such as 7.
+    """
+    if not (names and known) and not all(map(str.isdecimal, (*names, *known))):
+        return labels  # only one side has names
+    numbers, places = labels.unique(return_inverse=True)
+    wanted = [names[number] if names else str(number) for number in numbers.tolist()]
+    if known and (missing := [name for name in wanted if name not in known]):
+        raise ValueError(f"labels must be among {', '.join(known)}, got {', '.join(missing)}.")
+    found = [known.index(name) if known else int(name) for name in wanted]
+    return torch.tensor(found, dtype=torch.int64, device="cpu")[places.cpu()]
+
+
 def _part(data: Data) -> str:
     """The name of the part of the data that samples are compared with."""
     return "train" if data.held_out is None else "held_out"
@@ -455,7 +477,7 @@ def _table(figures: dict[str, Any]) -> str:
     spaces = [figures, *([figures["features"]] if "features" in figures else [])]
     title = f"against {counts['against']} {against} rows"
     columns = ["samples", "train", "in features: samples", "train"][: 2 * len(spaces)]
-    lines = [f"{title:30}" + "".join(f"{column:>{_WIDTH[column]}}" for column in columns)]
+    lines = [f"{title:38}" + "".join(f"{column:>{_WIDTH[column]}}" for column in columns)]
     if few := [
         f"{count} {rows}"
         for count, rows in ((counts["samples"], "samples"), (counts["against"], f"{against} rows"))
@@ -464,12 +486,13 @@ def _table(figures: dict[str, Any]) -> str:
         lines.insert(
             0,
             f"{' and '.join(few)} are few: below {_FEW} the figures vary by as much as models "
-            "differ. Compare them with those of training data alone.",
+            "differ. Compare each only with that of as many training rows, beside it.",
         )
     for name in _TABLE_ROWS:
         values = [space[name][of] for space in spaces for of in ("samples", "train")]
         cells = (f"{v:>{_WIDTH[c]}.4g}" for v, c in zip(values, columns, strict=True))
-        lines.append(f"{name.replace('_', ' '):30}" + "".join(cells))
+        better = "lower" if name.endswith("distance") else "higher"
+        lines.append(f"{name.replace('_', ' ') + f' ({better} is better)':38}" + "".join(cells))
     nearest = figures["median_distance_to_train"]
     lines.append(
         f"median distance to the nearest of {counts['searched']} training rows: samples "
@@ -500,9 +523,13 @@ def _label_lines(figures: dict[str, Any]) -> list[str]:
     columns = [f"{name.replace('_', ' ')}{'train':>10}" for name in _LABEL_COLUMNS]
     lines = ["", f"{title:30}" + "".join(f"{column:>28}" for column in columns)]
     for label, values in figures["labels"].items():
+        if values is None:
+            lines.append(f"{label:30}too few samples or rows of the data to compare")
+            continue
         cells = [
             f"{values[name]['samples']:>18.4g}{values[name]['train']:>10.4g}"
             for name in _LABEL_COLUMNS
         ]
-        lines.append(f"{label:30}" + "".join(cells))
+        name = f"{label} ({values['counts']['samples']} samples)"
+        lines.append(f"{name:30}" + "".join(cells))
     return lines

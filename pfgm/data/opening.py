@@ -59,7 +59,7 @@ def open_source(source: Samples, *, progress: bool = False) -> Source:
         if path.is_dir() or (path.suffix == ".zip" and path.is_file()):
             return InMemory(*load_images(path, progress=progress))
         return open_array(path)
-    numbered = hasattr(source, "__getitem__") and not isinstance(source, Mapping)
+    numbered = hasattr(type(source), "__getitem__") and not isinstance(source, Mapping)
     if numbered or isinstance(source, DataLoader):
         rows, labels = load_dataset(source, progress=progress)
         check_samples(rows.shape, "data")

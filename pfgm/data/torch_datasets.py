@@ -106,7 +106,8 @@ def _length(dataset: Any) -> int:
     if not hasattr(dataset, "__len__") or isinstance(dataset, IterableDataset):
         raise TypeError(
             f"data must have __len__ and __getitem__, got {type(dataset).__name__}, a dataset "
-            "without a length or without numbered items."
+            "without a length or without numbered items; if its items fit in memory, give "
+            "list(dataset)."
         )
     count = len(dataset)
     if count == 0:

@@ -83,6 +83,7 @@ def save(
     step: int = 0,
     distilled: bool | None = None,
     table: Table | None = None,
+    label_names: Sequence[str] = (),
 ) -> None:
     """Writes the network's weights and all that :func:`load` needs to use them.
 
@@ -96,15 +97,17 @@ def save(
         distilled: whether it is a few-step model (:mod:`pfgm.distillation`), which ``pfgm sample``
             needs for the solver consistency. None if unknown.
         table: the columns of the table whose rows the network has learned.
+        label_names: the names of the labels 0, 1, …, by which ``pfgm sample --label`` takes them.
 
     Raises:
         OSError: the file cannot be written; an existing one is left as it was.
         TypeError: the flow is of a subclass, the network is not a module, or its state
             holds something other than tensors.
-        ValueError: the step is no integer of at least 0, a tensor is on the device "meta", or a
-            weight is not finite.
+        ValueError: the step is no integer of at least 0, a tensor is on the device "meta", a
+            weight is not finite, or label_names are more or fewer than the labels of the network.
     """
-    write_weights(path, flow, network, {"step": whole("step", step, 0)}, distilled, table)
+    facts = {"step": whole("step", step, 0)}
+    write_weights(path, flow, network, facts, distilled, table, label_names)
 
 
 def load(
@@ -211,9 +214,8 @@ def save_run(
     write_atomic(folder / names["state"], lambda file: file.write(content.getbuffer()))
     content.close()  # frees three times the memory of the weights
     facts: dict[str, Any] = {"step": step, "state_checksum": checksum}
-    if label_names:
-        facts["label_names"] = [*label_names]
-    write_weights(folder / names["weights"], flow, averaged, facts, distilled, table)
+    weights = folder / names["weights"]
+    write_weights(weights, flow, averaged, facts, distilled, table, label_names)
     latest = json.dumps({"step": step, **names})
     write_atomic(folder / "latest.json", lambda file: file.write(latest.encode()))
     _remove_old(folder, step, step if after is None else after)

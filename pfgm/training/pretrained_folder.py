@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
@@ -43,7 +45,13 @@ samples = flow.sample(net, 16{condition})
 
 
 def save_pretrained(
-    folder: StrPath, flow: Flow, network: nn.Module, *, table: Table | None = None
+    folder: StrPath,
+    flow: Flow,
+    network: nn.Module,
+    *,
+    distilled: bool | None = None,
+    table: Table | None = None,
+    label_names: Sequence[str] = (),
 ) -> None:
     """Writes a flow and its network as a folder that can be uploaded to a model hub.
 
@@ -55,7 +63,7 @@ def save_pretrained(
 
     Args:
         folder: a new folder, or one with other files. Those of an earlier call are replaced.
-        flow, network, table: as for :func:`pfgm.save`.
+        flow, network, distilled, table, label_names: as for :func:`pfgm.save`.
 
     Raises:
         OSError, TypeError, ValueError: as for :func:`pfgm.save`.
@@ -72,17 +80,20 @@ def save_pretrained(
         "network": describe_network(network),
     }
     with output_folder(place):
-        save(place / PRETRAINED_WEIGHTS, flow, network, table=table)
+        facts: dict[str, Any] = {"distilled": distilled, "table": table, "label_names": label_names}
+        save(place / PRETRAINED_WEIGHTS, flow, network, **facts)
         write_json(place / _CONFIG, config)
         # diffusers says that it has no attribute of this name.
         if not (place / _CARD).exists():
-            text = _card(place.resolve().name, flow, network, table)
+            text = _card(place.resolve().name, flow, network, table, label_names)
             write_atomic(place / _CARD, lambda file: file.write(text.encode()))
         hint = f"{type(flow).__name__}; pfgm.from_pretrained reads this folder"
         write_json(place / _PIPELINE, {"_class_name": hint})
 
 
-def _card(name: str, flow: Flow, network: nn.Module, table: Table | None) -> str:
+def _card(
+    name: str, flow: Flow, network: nn.Module, table: Table | None, label_names: Sequence[str]
+) -> str:
     """The model card: a header in YAML, what the model is, and how to sample it."""
     images, classes = len(flow.shape) == 3 and flow.shape[0] in (1, 3), label_count(network)
     task = "pipeline_tag: unconditional-image-generation\n" if images and not classes else ""
@@ -90,11 +101,12 @@ def _card(name: str, flow: Flow, network: nn.Module, table: Table | None) -> str
     if table is not None:
         samples = f"rows of a table ({', '.join(column.name for column in table.columns)})"
     labels = f"torch.arange(16) % {classes}" if classes else ""
+    known = f"0 to {classes - 1}" + (f" ({', '.join(label_names)})" if label_names else "")
     parameters = sum(parameter.numel() for parameter in network.parameters())
     return _CARD_TEXT.format(
         task=task,
         name=name,
-        samples=samples + (f" with the labels 0 to {classes - 1}" if classes else ""),
+        samples=samples + (f" with the labels {known}" if classes else ""),
         flow=f"{type(flow).__name__} with D = {flow.D:g}",
         network=f"{type(network).__name__} with {parameters:,} parameters",
         arguments=json.dumps(name) + ("" if describe_network(network) else ", network"),

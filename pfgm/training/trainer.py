@@ -92,7 +92,8 @@ class Trainer:
             or the network has no trainable parameters in float32 or float64.
         TypeError: data, labels or config are of another type.
         ValueError: data do not fit the flow or are fewer than a batch; labels do not fit the data,
-            or are given with a sharded set; or the log that is asked for needs a folder.
+            are given with a sharded set, or are missing for a network with classes; or the log that
+            is asked for needs a folder.
         ImportError: the log needs a package that is not installed.
 
     Warns:
@@ -151,6 +152,11 @@ class Trainer:
         classes = label_count(network)
         if labels is None and classes and isinstance(data, ReferenceSet) and not data.sharded:
             labels = data.labels
+        if labels is None and classes:
+            raise ValueError(
+                f"labels must be given for a network of {classes} classes, as data have none that "
+                "are integers; a network without classes learns without labels."
+            )
         self.labels = labels = checked_labels(labels, data, classes)
         if not flow._warned_of_range:
             warn_of_range(data)

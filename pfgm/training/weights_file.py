@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import threading
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -25,6 +25,7 @@ from ..flows.flow import Flow
 from ..flows.plusplus import PoissonFlowPP
 from ..flows.poisson import PoissonFlow
 from ..networks import NETWORKS, build
+from ..networks.registry import label_count
 from .compiled import plain_names, plain_state, without_compile
 
 _FORMAT = 1
@@ -39,9 +40,15 @@ def write_weights(
     facts: Mapping[str, Any],
     distilled: bool | None,
     table: Table | None,
+    label_names: Sequence[str],
 ) -> None:
     """Writes a weights file; `facts` are added to its description, such as the step."""
     check_savable(flow, network)
+    if label_names and label_count(network) not in (0, len(label_names)):
+        raise ValueError(
+            f"label_names must be the names of the {label_count(network)} labels of the network, "
+            f"got {len(label_names)}."
+        )
     _check_finite(network)
     description = {
         "format": _FORMAT,
@@ -56,6 +63,8 @@ def write_weights(
         description["distilled"] = distilled
     if table is not None:
         description["table"] = table.to_dict()
+    if label_names:
+        description["label_names"] = [*label_names]
     write_tensors(path, plain_state(network), description)
 
 

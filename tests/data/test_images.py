@@ -547,9 +547,11 @@ class Stream(IterableDataset[Any]):
 @pytest.mark.parametrize("dataset", [NoLength(), Stream()])
 def test_datasets_without_length_or_numbers_are_refused(dataset: Any) -> None:
     with pytest.raises(
-        TypeError, match=r", a dataset without a length or without numbered items\."
+        TypeError, match=r"without a length or without numbered items; .* give list\(dataset\)\."
     ):
         open_source(dataset)
+    if isinstance(dataset, Stream):
+        assert open_source(list(dataset)).shape == (2,)
 
 
 def test_items_are_copied() -> None:

@@ -16,6 +16,7 @@ import pytest
 import torch
 from numpy.lib import format as npy
 from torch import Tensor
+from torch.utils.data import TensorDataset
 
 from pfgm.data import rows as sources
 from pfgm.data.opening import open_source
@@ -116,7 +117,9 @@ def test_shapes_that_are_no_samples_are_refused(shape: tuple[int, ...]) -> None:
             open_source(source)
 
 
-@pytest.mark.parametrize("source", [None, 3, {"x": torch.zeros(2, 2)}, iter([torch.zeros(2)])])
+@pytest.mark.parametrize(
+    "source", [None, 3, {"x": torch.zeros(2, 2)}, iter([torch.zeros(2)]), TensorDataset]
+)
 def test_other_sources_are_refused(source: Any) -> None:
     with pytest.raises(
         TypeError, match=rf"data must be a tensor, a.*got {type(source).__name__}\."

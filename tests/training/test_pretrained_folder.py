@@ -44,13 +44,19 @@ def test_the_hub_reads_the_card_and_its_code_samples(tmp_path, monkeypatch, shap
     flow = pfgm.PoissonFlowPP(shape, D=128)
     kind, width = ("unet", 16) if len(shape) == 3 else ("mlp", 16)
     net = flow.network(kind, width=width, classes=classes)
-    pfgm.save_pretrained(tmp_path / "my model", flow, net)
+    names = ("cat", "dog", "eel") if classes else ()
+    pfgm.save_pretrained(tmp_path / "my model", flow, net, label_names=names)
     card = hub.ModelCard.load(tmp_path / "my model/README.md")
     assert (card.data.library_name, card.data.pipeline_tag) == ("pfgm", task)
     assert "poisson-flow" in card.data.tags
     parameters = sum(parameter.numel() for parameter in net.parameters())
     assert "PoissonFlowPP with D = 128, and a network Denoiser with" in card.text
     assert f" {parameters:,} parameters" in card.text
+    assert ("with the labels 0 to 2 (cat, dog, eel)" in card.text) == bool(classes)
+    assert pfgm.load(tmp_path / "my model").label_names == names
+    if classes:
+        with pytest.raises(ValueError, match=r"label_names must be the names of the 3 .*, got 2"):
+            pfgm.save(tmp_path / "net.safetensors", flow, net, label_names=names[1:])
     monkeypatch.chdir(tmp_path)
     names = {}
     exec(card.text.split("```python")[1].split("```")[0], names)

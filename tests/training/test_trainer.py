@@ -766,6 +766,11 @@ MLP = partial(pfgm.networks.MLP, (2,), width=16, depth=1)
             {"network": MLP(classes=4), "labels": torch.arange(50) % 5},
             "labels must be from 0 to 3 for a network of 4 classes, got 4.",
         ),
+        # Labels that are no integers are none, and the network would learn nothing of its own.
+        (
+            {"network": MLP(classes=4), "data": [(torch.zeros(2), "cat")] * 50},
+            "labels must be given for a network of 4 classes,…learns without labels.",
+        ),
         ({"network": lambda x, z: (x, z)}, "TypeError: network must be a…got function."),
         ({"network": nn.Identity()}, "network must have a parameter with requires_grad, got none."),
         ({"network": MLP().requires_grad_(False)}, "network must have a…got none."),
