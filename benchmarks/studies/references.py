@@ -55,10 +55,7 @@ _PART = 50_000  # rows of the large file that are made at once
 PEAK = """
 import sys
 import numpy as np, torch, pfgm
-
-def kilobytes(field):
-    lines = open("/proc/self/status").read().splitlines()
-    return int(next(line for line in lines if line.startswith(field)).split()[1])
+from benchmarks.cpu.peak_memory import kilobytes
 
 queries = np.load(sys.argv[2])
 x, z = (torch.from_numpy(queries[name]) for name in ("x", "z"))

@@ -39,7 +39,7 @@ def test_a_study_names_its_backend_and_has_rows_of_its_settings(monkeypatch, nam
 OPTIONS = {"fitted_levels": ["digits-pfgm", "--model", "none", "--steps", "5"]}
 
 
-@pytest.mark.parametrize("name", sorted(set(STUDIES) - {"busy", "flows"}))
+@pytest.mark.parametrize("name", sorted(set(STUDIES) - {"flows"}))
 def test_stored_rows_are_those_of_the_settings(monkeypatch, capsys, name):
     """So that nothing is measured, and all are shown."""
     module = importlib.import_module(f"benchmarks.studies.{name}")

@@ -124,30 +124,26 @@ def test_conditions_reach_the_network():
     torch.testing.assert_close(way, torch.zeros(3, 2, 2), rtol=0, atol=1e-2)
 
 
+POINTS = torch.zeros(4, 2)
+
+
 @pytest.mark.parametrize("method", ["encode", "decode"])
 @pytest.mark.parametrize(
-    ("x", "options", "error", "message"),
+    ("x", "options", "sentence"),
     [
-        (torch.zeros(4, 3), {}, ValueError, r"must have shape \(B, \*S\) with.*got \(4, 3\)\."),
-        (torch.zeros(4, 2).long(), {}, TypeError, "(x|latent) must be .*, got torch.int64"),
-        (torch.zeros(4, 2), {"solver": "rk4"}, ValueError, r"solver must be one.*got 'rk4'\."),
-        (torch.zeros(0, 2), {"solver": "rk4"}, ValueError, r"solver must be one.*got 'rk4'\."),
-        (torch.zeros(4, 2), {"steps": 0}, ValueError, r"steps must be an integer.*got 0\."),
-        (
-            torch.zeros(4, 2),
-            {"steps": 1},
-            ValueError,
-            "steps or schedule must leave two or more levels",
-        ),
-        (torch.zeros(4, 2), {"schedule": [1.0, 0.0]}, ValueError, r"steps or schedule.*got \["),
-        (torch.zeros(4, 2), {"condition": {"a": 1}}, ValueError, "condition has 'a'"),
-        (torch.full((4, 2), math.nan), {}, ValueError, "NaN"),
+        (torch.zeros(4, 3), {}, "…must have shape (B, *S) with…got (4, 3)."),
+        (POINTS.long(), {}, "TypeError: …must be…got torch.int64…"),
+        (POINTS[:0], {"solver": "rk4"}, "solver must be one of…got 'rk4'."),
+        (POINTS, {"steps": 0}, "steps must be an integer…got 0."),
+        (POINTS, {"steps": 1}, "steps or schedule must leave two or more levels…."),
+        (POINTS, {"schedule": [1.0, 0.0]}, "steps or schedule must leave…above 0, got [1.0]."),
+        (POINTS, {"condition": {"a": 1}}, "condition has 'a'…."),
+        (POINTS / 0, {}, "…NaN or infinity…."),
     ],
 )
-def test_bad_data(method, x, options, error, message):
+def test_bad_data(refused, method, x, options, sentence):
     flow = PoissonFlowPP((2,), D=16)
-    with pytest.raises(error, match=message):
-        getattr(flow, method)(flow.empirical(torch.eye(2)), x, **options)
+    refused(lambda: getattr(flow, method)(flow.empirical(torch.eye(2)), x, **options), sentence)
 
 
 @pytest.mark.parametrize("flow", flows((2,))[:2], ids=repr)

@@ -178,22 +178,20 @@ def test_levels_of_another_flow_are_refused(refused, described, sentence):
 
 
 @pytest.mark.parametrize(
-    ("options", "message"),
+    ("options", "sentence"),
     [
-        ({"steps": 0}, r"steps must be an integer of at least 1 and at most.*got 0\."),
-        ({"steps": 101}, "steps must be at most 100,.*got 101: with more, the schedul"),
-        ({"steps": 2.0}, r"steps must be an integer of at least 1 and at.*got 2\.0\."),
-        ({"solver": "rk45"}, r"solver must be one of euler, heun, multistep, got 'rk45'\."),
-        ({"points": 0}, r"points must be an integer of at least 1, got 0\."),
-        ({"seed": "a"}, r"seed must be an integer from -2\^63 to below 2\^64, got 'a'\."),
-        ({"references": torch.zeros(3, 3)}, r"references must have shape \(M, \*S\)"),
-        ({"references": torch.zeros(0, 2)}, r"references must have shape \(M, \*S\).*got \("),
-        ({"references": torch.full((3, 2), math.nan)}, "NaN"),
+        ({"steps": 0}, "steps must be an integer of at least 1 and at most…got 0."),
+        ({"steps": 101}, "steps must be at most 100,…got 101: with more, the schedul…."),
+        ({"solver": "rk45"}, "solver must be one of euler, heun, multistep, got 'rk45'."),
+        ({"points": 0}, "points must be an integer of at least 1, got 0."),
+        ({"seed": "a"}, "seed must be an integer from -2^63 to below 2^64, got 'a'."),
+        ({"references": torch.zeros(3, 3)}, "references must have shape (M, *S)…got (3, 3)."),
+        ({"references": torch.full((3, 2), math.nan)}, "…NaN or infinity…."),
     ],
 )
-def test_bad_arguments(data, options, message):
-    with pytest.raises(ValueError, match=message):
-        PoissonFlow.from_data(data).fit_levels(**{"references": data, "steps": 2, **options})
+def test_bad_arguments(refused, data, options, sentence):
+    flow = PoissonFlow.from_data(data)
+    refused(lambda: flow.fit_levels(**{"references": data, "steps": 2, **options}), sentence)
 
 
 def test_levels_that_were_not_fitted_are_asked_for(data):

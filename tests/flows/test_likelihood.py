@@ -328,29 +328,26 @@ def test_exact_networks_have_no_second_derivative():
 
 
 @pytest.mark.parametrize(
-    ("arguments", "message"),
+    ("arguments", "sentence"),
     [
-        ({"estimator": "trace"}, r"estimator must be one of rademacher,.*got 'trace'\."),
-        ({"solver": "consistency"}, r"solver must be one of euler,.*got 'consistency'\."),
-        ({"steps": 0}, r"steps must be an integer of at least 1 and at most.*got 0\."),
-        ({"steps": None}, r"steps must be an integer of at least 1 and at.*got None\."),
-        ({"grey_levels": 1}, r"grey_levels must be an integer of at least 2, got 1\."),
-        ({"grey_levels": 2.5}, r"grey_levels must be an integer of at least 2, got 2\.5\."),
-        ({"rtol": 0.0}, r"rtol must be a number above 0 that float32 can.*got 0\.0\."),
-        ({"atol": math.nan}, r"atol must be a number above 0 that float32 can.*got nan\."),
-        ({"x": torch.zeros(2, 4)}, r"x must have shape \(B, \*S\) with S = \(3,\), got \(2, 4\)\."),
-        ({"x": torch.full((2, 3), math.nan)}, "the network returned NaN or infinity"),
-        ({"condition": {"colour": 1}}, "condition has 'colour'"),
-        ({"condition": {"labels": torch.zeros(3)}}, r"condition\['labels'\].*got shape \(3,\)\."),
-        ({"prior_log_prob": lambda latent: latent}, r"prior_log_prob must.*got \(2, 3\)\."),
-        ({"prior_log_prob": lambda latent: 0.0}, r"prior_log_prob must.*got float\."),
-        ({"prior_log_prob": lambda latent: latent[:, 0] * math.nan}, "prior_log_prob is nan"),
+        ({"estimator": "trace"}, "estimator must be one of rademacher,…got 'trace'."),
+        ({"solver": "consistency"}, "solver must be one of euler,…got 'consistency'."),
+        ({"steps": None}, "steps must be an integer of at least 1 and at…got None."),
+        ({"grey_levels": 1}, "grey_levels must be an integer of at least 2, got 1."),
+        ({"rtol": 0.0}, "rtol must be a number above 0 that float32 can…got 0.0."),
+        ({"atol": math.nan}, "atol must be a number above 0 that float32 can…got nan."),
+        ({"x": torch.zeros(2, 4)}, "x must have shape (B, *S) with S = (3,), got (2, 4)."),
+        ({"x": torch.full((2, 3), math.nan)}, "the network returned NaN or infinity…."),
+        ({"condition": {"colour": 1}}, "condition has 'colour'…."),
+        ({"condition": {"labels": torch.zeros(3)}}, "condition['labels']…got shape (3,)."),
+        ({"prior_log_prob": lambda latent: latent}, "prior_log_prob must…got (2, 3)."),
+        ({"prior_log_prob": lambda latent: 0.0}, "prior_log_prob must…got float."),
+        ({"prior_log_prob": lambda latent: latent[:, 0] * math.nan}, "prior_log_prob is nan…."),
     ],
 )
-def test_bad_arguments(arguments, message):
+def test_bad_arguments(refused, arguments, sentence):
     x = arguments.pop("x", torch.zeros(2, 3))
-    with pytest.raises(ValueError, match=message):
-        small().log_likelihood(Denoiser(3, torch.float32), x, **arguments)
+    refused(lambda: small().log_likelihood(Denoiser(3, torch.float32), x, **arguments), sentence)
 
 
 @pytest.mark.parametrize("dtype", [torch.uint8, torch.int64, torch.float16, torch.bfloat16])

@@ -56,25 +56,23 @@ def test_levels_are_the_same_at_every_D():
 
 
 @pytest.mark.parametrize(
-    ("arguments", "message"),
+    ("arguments", "sentence"),
     [
-        ({"D": 0}, r"D must be a positive number or infinity, got 0\.0\."),
-        ({"D": math.nan}, r"D must be a positive number or infinity, got nan\."),
-        ({"D": True}, r"D must be a positive number or infinity, got True\."),
-        ({"D": "a"}, r"D must be a positive number or infinity, got a\."),
-        ({"D": None}, r"D must be a positive.*got None\. For a published file "),
-        ({"D": 2, "sigma_min": 0.0}, r"sigma_min must be a number above 0 that.*got 0\.0\."),
-        ({"D": 2, "sigma_min": 9.0, "sigma_max": 8.0}, r"sigma_min must be.*got 9\.0\."),
-        ({"D": 2, "sigma_data": 1e308}, r"sigma_data must be .*, got 1e[+]308"),
-        ({"D": 2, "rho": -1.0}, r"rho must be a number above 0 that float32.*got -1\.0\."),
-        ({"D": 2, "P_mean": math.inf}, r"P_mean must be a finite number, got inf\."),
-        ({"D": 2, "P_mean": "0.5"}, r"P_mean must be a finite number, got '0\.5'\."),
-        ({"D": 2, "P_mean": True}, r"P_mean must be a finite number, got True\."),
+        *(({"D": D}, f"D must be a positive number or infinity, got {D}.") for D in (0.0, True)),
+        ({"D": None}, "D must be a positive number or infinity, got None. For a published file…."),
+        ({"D": 2, "sigma_min": 9.0, "sigma_max": 8.0}, "sigma_min must be…got 9.0."),
+        *(
+            ({"D": 2, name: bad}, f"{name} must be a number above 0 that float32…got {bad}.")
+            for name, bad in (("sigma_min", 0.0), ("sigma_data", 1e308), ("rho", -1.0))
+        ),
+        *(
+            ({"D": 2, "P_mean": bad}, f"P_mean must be a finite number, got {bad!r}.")
+            for bad in (math.inf, "0.5", True)
+        ),
     ],
 )
-def test_bad_hyper_parameters(arguments, message):
-    with pytest.raises(ValueError, match=message):
-        PoissonFlowPP((2,), **arguments)
+def test_bad_hyper_parameters(refused, arguments, sentence):
+    refused(lambda: PoissonFlowPP((2,), **arguments), sentence)
 
 
 @pytest.mark.parametrize("D", [1.0, 3.0, 16.0, math.inf])
@@ -281,28 +279,26 @@ def test_guidance_extrapolates_the_means(generator):
 
 
 @pytest.mark.parametrize(
-    ("options", "message"),
+    ("options", "sentence"),
     [
-        ({"solver": "rk4"}, r"solver must be one of euler, heun, multistep,.*got 'rk4'\."),
-        ({"solver": ["euler"]}, r"solver must be one of euler, heun,.*got \['euler'\]\."),
-        ({"schedule": "cosine"}, r"schedule must be one of log, rho, fitted, got 'cosine'\."),
-        ({"schedule": 5}, r"schedule must be one of log, rho, fitted, or levels, got 5\."),
-        ({"schedule": [1.0]}, "two or more finite levels"),
-        ({"schedule": ["a", 0]}, r"schedule must be two or more finite.*got \[nan, 0\.0\]\."),
-        ({"schedule": [3.0, 4.0, 1.0]}, "not decreasing: 4.0 at index 1 follows 3.0"),
-        ({"steps": 0}, r"steps must be an integer of at least 1 and at most.*got 0\."),
-        ({"steps": [1]}, r"steps must be an integer of at least 1 and at.*got \[1\]\."),
-        ({"condition": {"colour": 1}}, "condition has 'colour'; the conditions of this network"),
+        ({"solver": "rk4"}, "solver must be one of euler, heun, multistep,…got 'rk4'."),
+        ({"solver": ["euler"]}, "solver must be one of euler, heun,…got ['euler']."),
+        ({"schedule": "cosine"}, "schedule must be one of log, rho, fitted, got 'cosine'."),
+        ({"schedule": 5}, "schedule must be one of log, rho, fitted, or levels, got 5."),
+        ({"schedule": [1.0]}, "schedule must be two or more finite levels…."),
+        ({"schedule": ["a", 0]}, "schedule must be two or more finite…got [nan, 0.0]."),
+        ({"schedule": [3.0, 4.0, 1.0]}, "schedule is not decreasing: 4.0…follows 3.0."),
+        ({"steps": 0}, "steps must be an integer of at least 1 and at most…got 0."),
+        ({"condition": {"colour": 1}}, "condition has 'colour'; the conditions of this network…."),
         (
             {"condition": {"labels": torch.zeros(3).long()}},
-            r"condition\['labels'\] must have 2 rows like x, got shape \(3,\)\.",
+            "condition['labels'] must have 2 rows like x, got shape (3,).",
         ),
-        ({"guidance": math.nan}, r"guidance must be a finite number, got nan\."),
+        ({"guidance": math.nan}, "guidance must be a finite number, got nan."),
     ],
 )
-def test_bad_options(options, message):
-    with pytest.raises(ValueError, match=message):
-        PoissonFlowPP((2,), D=16).sample(conditional, 2, **options)
+def test_bad_options(refused, options, sentence):
+    refused(lambda: PoissonFlowPP((2,), D=16).sample(conditional, 2, **options), sentence)
 
 
 def test_networks_that_return_something_else(data):

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 import pfgm
-from benchmarks.studies import flows, weighting
+from benchmarks.studies import flows, published_losses, weighting
 from pfgm import cli
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -80,15 +80,6 @@ def test_networks_of_a_flow_are_made_by_it(path):
     assert not made, made
 
 
-def published_losses():
-    """The sections of drop-in.md that replace a loss: for each, the functions before and after."""
-    text = (DOCS / "drop-in.md").read_text()
-    for section in re.split(r"^## ", text, flags=re.MULTILINE)[1:]:
-        codes = re.findall(r"^```python\n(.*?)^```", section, flags=re.DOTALL | re.MULTILINE)
-        if sum("def loss(" in code for code in codes) == 2:
-            yield pytest.param(*codes[:2], id=section.splitlines()[0])
-
-
 @pytest.fixture
 def in_float64():
     before = torch.get_default_dtype()
@@ -97,22 +88,20 @@ def in_float64():
     torch.set_default_dtype(before)
 
 
-LOSSES = list(published_losses())
+LOSSES = published_losses.printed_losses()
 
 
 def test_three_published_losses_are_replaced():
-    titles = ["PFGM's loss", "The stable target field", "PFGM++'s loss"]
-    assert [loss.id for loss in LOSSES] == titles
+    assert list(LOSSES) == ["PFGM's loss", "The stable target field", "PFGM++'s loss"]
 
 
-@pytest.mark.parametrize(("before", "after"), LOSSES)
+@pytest.mark.parametrize(("before", "after"), LOSSES.values(), ids=LOSSES)
 @pytest.mark.parametrize("shape", [(1, 4, 4), (3, 8, 8)])
 def test_a_published_loss_before_and_after(before, after, shape, in_float64):
     """The two functions give the same loss and gradient from the same seed."""
     results = []
     for code in (before, after):
-        names = {}
-        exec(compile(code, "drop-in.md", "exec"), names)
+        loss = published_losses.as_loss(code)
         draw = torch.Generator().manual_seed(1)
         references = torch.rand(50, *shape, generator=draw) * 2 - 1
         weight = torch.tensor(0.7, requires_grad=True)
@@ -123,7 +112,7 @@ def test_a_published_loss_before_and_after(before, after, shape, in_float64):
             return (output, -weight * level / (1 + level)) if field else output
 
         torch.manual_seed(0)
-        value = names["loss"](net, references[:20], references)
+        value = loss(net, references[:20], references)
         value.backward()
         results.append(torch.stack([value.detach(), weight.grad]))
     torch.testing.assert_close(results[0], results[1], rtol=1e-5, atol=0)
@@ -136,11 +125,9 @@ def test_a_published_loss_in_one_call(in_float64):
         (pfgm.PoissonFlow((3, 8, 8), M=291), lambda x, z: (x / (1 + z.view(-1, 1, 1, 1)), -z)),
         (pfgm.PoissonFlowPP((3, 8, 8), D=float("inf")), lambda x, sigma: 0.7 * x),
     ]
-    for (flow, net), loss in zip(flows, LOSSES, strict=False):
-        names = {}
-        exec(compile(loss.values[0], "drop-in.md", "exec"), names)
+    for (flow, net), (code, _) in zip(flows, LOSSES.values(), strict=False):
         torch.manual_seed(0)
-        before = names["loss"](net, references[:20], references)
+        before = published_losses.as_loss(code)(net, references[:20], references)
         torch.manual_seed(0)
         torch.testing.assert_close(
             flow.loss(net, references[:20], references), before, rtol=1e-5, atol=0
