@@ -478,9 +478,8 @@ def test_completion_of_the_shell(tmp_path, shell, capsys):
     ("options", "message"),
     [
         (["--flow", "M", "100000"], "M must keep .*, got 100000"),
-        (["--flow", "data_norm", "1e308"], r"data_norm must be .*, got 1e[+]308"),
-        (["--method", "edm", "--flow", "rho", "1e-30"], "rho must be .*, got 1e-30"),
         (["--width", "100000000"], "width must be .*, got 100000000"),
+        (["--method", "edm", "--flow", "rho", "1e-30"], "rho must be .*, got 1e-30"),
         (["--network", "mlp", "--width", "1000000"], "width 1000000"),
         (["--method", "edm", "--width", "1000000"], "'width': 1000000"),
         (["--network", "ddpmpp", "--width", "1000000"], "nf 1000000"),
@@ -489,7 +488,6 @@ def test_completion_of_the_shell(tmp_path, shell, capsys):
         (["--seed", str(10**30)], "seed must be .*, got 1000"),
         (["--samples", str(10**12)], "samples must be .*, got 1000"),
         (["--student-levels", str(10**12)], "student_levels must be .*, got 1000"),
-        (["--warmup", str(10**400)], "warmup must be .*, got 1000"),
         (["--steps", str(10**400)], "steps must be .*, got 1000"),
     ],
 )
@@ -723,9 +721,9 @@ def the_folder_is_in_use(process, run, refusal):
 
 @pytest.fixture
 def few_samples(monkeypatch):
-    """The demo draws 200 samples in place of 1000."""
+    """The demo draws the 100 samples of its picture alone, not 1000."""
     assert cli.demo.SAMPLES == 1000
-    monkeypatch.setattr(cli.demo, "SAMPLES", 200)
+    monkeypatch.setattr(cli.demo, "SAMPLES", 100)
 
 
 @pytest.mark.usefixtures("few_samples")
@@ -738,11 +736,11 @@ def test_demo(tmp_path, capsys):
         figures[-1].pop("seconds")
         samples = np.load(out / "samples.npy")
     assert figures[0] == figures[1]  # the same seed, the same result
-    assert samples.shape == (200, 8, 8)
+    assert samples.shape == (100, 8, 8)
     assert samples.dtype == np.float32
     assert np.abs(samples).max() <= 1
     assert figures[0]["evaluations"] <= 10
-    assert sum(figures[0]["samples_per_digit"]) == 200
+    assert sum(figures[0]["samples_per_digit"]) == 100
     for name in ("frechet_distance", "precision", "recall"):
         assert set(figures[0][name]) == {"samples", "train"}
     assert set(figures[0]["median_distance_to_train"]) == {"samples", "held_out"}
@@ -750,7 +748,7 @@ def test_demo(tmp_path, capsys):
         assert (out / picture).read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
     loaded = pfgm.load(out / "model.safetensors")
     again = loaded.flow.sample(
-        loaded.network, 200, generator=torch.Generator().manual_seed(3)
+        loaded.network, 100, generator=torch.Generator().manual_seed(3)
     ).clamp(-1, 1)
     np.testing.assert_allclose(again[:, 0].numpy(), samples, atol=1e-5)
     assert "frechet distance" in capsys.readouterr().out

@@ -126,9 +126,7 @@ def test_settings_that_follow_from_the_steps_stay_in_a_longer_run(tmp_path, data
         ({"steps": 0}, "steps must be an integer of at least 1 and below 2^63, got 0."),
         ({"batch_size": 2.5}, "batch_size must be an integer of at…1 and below 2^63, got 2.5."),
         ({"reference_batch": 64}, "reference_batch must be at least…give a smaller batch_size."),
-        ({"learning_rate": 0.0}, "learning_rate must be a finite number above 0, got 0.0."),
         ({"learning_rate": math.nan}, "learning_rate must be a finite number above 0, got nan."),
-        ({"learning_rate": math.inf}, "learning_rate must be a finite number above 0, got inf."),
         (
             {"learning_rate": 10**400},
             "learning_rate must be a finite number above 0, got 1000…000.",
@@ -757,7 +755,6 @@ MLP = partial(pfgm.networks.MLP, (2,), width=16, depth=1)
         ({"data": torch.ones(50, 2).long()}, "TypeError: data must be uint8…use data.float()."),
         ({"network": nn.Linear(2, 2)}, "TypeError: network must take x…one that takes (input)."),
         ({"config": 100}, "TypeError: config must be a TrainConfig,…got int."),
-        ({"config": {}}, "TypeError: config must be a TrainConfig,…got dict."),
         ({"labels": np.zeros(50, int)}, "TypeError: labels must be a…torch.as_tensor(labels)."),
         ({"labels": torch.zeros(3).long()}, "labels must be integers of at…of shape (3,)."),
         ({"labels": torch.zeros(50)}, "labels must be integers of at…of shape (50,)."),
@@ -777,10 +774,6 @@ MLP = partial(pfgm.networks.MLP, (2,), width=16, depth=1)
         (
             {"network": MLP().bfloat16()},
             "TypeError: network must be…in torch.bfloat16, in which small…for speed.",
-        ),
-        (
-            {"network": MLP().half()},
-            "TypeError: network must be…in torch.float16, in which small…for speed.",
         ),
     ],
 )
