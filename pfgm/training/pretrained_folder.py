@@ -21,6 +21,7 @@ from .weights_file import describe_network
 _CONFIG = "config.json"
 _PIPELINE = "model_index.json"  # of a pipeline of diffusers
 _CARD = "README.md"
+_PAPERS = {"PoissonFlow": "2209.11178", "PoissonFlowPP": "2302.04265"}  # hubs tag what cards link
 _CARD_TEXT = """\
 ---
 library_name: pfgm
@@ -100,6 +101,7 @@ def _card(
     samples = f"{'images' if images else 'samples'} of shape {flow.shape}"
     if table is not None:
         samples = f"rows of a table ({', '.join(column.name for column in table.columns)})"
+    kind = type(flow).__name__
     labels = f"torch.arange(16) % {classes}" if classes else ""
     known = f"0 to {classes - 1}" + (f" ({', '.join(label_names)})" if label_names else "")
     parameters = sum(parameter.numel() for parameter in network.parameters())
@@ -107,7 +109,7 @@ def _card(
         task=task,
         name=name,
         samples=samples + (f" with the labels {known}" if classes else ""),
-        flow=f"{type(flow).__name__} with D = {flow.D:g}",
+        flow=f"{kind} ([paper](https://arxiv.org/abs/{_PAPERS[kind]})) with D = {flow.D:g}",
         network=f"{type(network).__name__} with {parameters:,} parameters",
         arguments=json.dumps(name) + ("" if describe_network(network) else ", network"),
         condition=f', condition={{"labels": {labels}}}' if classes else "",

@@ -50,7 +50,8 @@ def test_the_hub_reads_the_card_and_its_code_samples(tmp_path, monkeypatch, shap
     assert (card.data.library_name, card.data.pipeline_tag) == ("pfgm", task)
     assert "poisson-flow" in card.data.tags
     parameters = sum(parameter.numel() for parameter in net.parameters())
-    assert "PoissonFlowPP with D = 128, and a network Denoiser with" in card.text
+    paper = "([paper](https://arxiv.org/abs/2302.04265))"
+    assert f"PoissonFlowPP {paper} with D = 128, and a network Denoiser with" in card.text
     assert f" {parameters:,} parameters" in card.text
     assert ("with the labels 0 to 2 (cat, dog, eel)" in card.text) == bool(classes)
     assert pfgm.load(tmp_path / "my model").label_names == names
