@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import functools
 import io
+import os
 import sys
 import warnings
 from collections.abc import Iterable, Sequence
@@ -96,6 +97,7 @@ class Table:
 
         Raises:
             FileNotFoundError: there is no such file.
+            TypeError: the source is neither a DataFrame nor a path.
             ImportError: a file needs pandas, and it is not installed.
             ValueError: the file is damaged or has no names, names are alike, a value is missing or
                 not finite, a column has too many different texts, texts beside many numbers or
@@ -279,6 +281,11 @@ def _cells(source: Any, known: Table | None = None) -> tuple[str, Cells, str, st
         name, separator, decimal = "the table", ",", "."
         frame = source
         columns = [_values(frame.iloc[:, i], name) for i in range(frame.shape[1])]
+    elif not isinstance(source, (str, os.PathLike)):
+        raise TypeError(
+            "source must be a DataFrame or the path of a .csv file, got "
+            f"{type(source).__name__}; make a DataFrame of it."
+        )
     else:
         name, texts = str(source), _text_columns(known)
         frame, separator = _read(Path(source))
@@ -414,7 +421,7 @@ def _values(column: Any, name: str) -> Array:
         return np.array([each if each is None else _plain(each) for each in texts], dtype=object)
     raise ValueError(
         f"{name} must hold numbers, texts and truth values, got {column.dtype} in column "
-        f"{column.name!r}."
+        f"{column.name!r}; make numbers or texts of it."
     )
 
 

@@ -243,10 +243,14 @@ def test_another_file_is_encoded_by_name_or_refused(tmp_path: Path) -> None:
         (swapped.assign(city="Gera"), "'city' of the table must hold values that were seen"),
         (swapped.assign(a="x"), "column 'a' of the table must hold numbers, got texts"),
         (swapped.assign(y=5), "must have labels among 0, 1 in column 'y', got 5"),
-        (swapped.assign(a=pandas.Timestamp(0)), "must hold numbers, texts and truth values"),
+        (swapped.assign(a=pandas.Timestamp(0)), "numbers, texts and truth values, .*; make"),
     ):
         with pytest.raises(ValueError, match=message):
             table.encode(frame)
+    with pytest.raises(
+        TypeError, match=r"source must be a DataFrame or the path .*got Series; make"
+    ):
+        table.encode(swapped["a"])
     for wrong in (torch.zeros(2, 3), torch.zeros(2)):
         with pytest.raises(ValueError, match=r"rows must have the shape \(n, 2\)"):
             table.decode(wrong)
