@@ -216,7 +216,7 @@ bool direct_step(int method, int type, Index rows, Index features, Address x, Ad
   const py::gil_scoped_release released;
 #ifdef PFGM_HAS_CUDA
   if (on_gpu) {
-    ode_step_cuda(step, gpu);
+    ode_step_cuda(step, gpu_stream);
     return true;
   }
 #endif
