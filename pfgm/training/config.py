@@ -33,15 +33,15 @@ class Schedule(NamedTuple):
         From 100 000 steps on it is the one published for CIFAR-10 (PFGM, appendix B.1). A shorter
         run has the same proportions: 5 % of it is warm-up, the weights are averaged over a tenth,
         and Adam's squared gradients over at least 100 steps. Its learning rate is higher, in
-        proportion to 1/√steps and at most tenfold, and falls to 0.
+        proportion to 1/steps^(3/4) and at most thirtyfold, and falls to 0.
 
         >>> Schedule.of(1000)  # doctest: +NORMALIZE_WHITESPACE
-        Schedule(learning_rate=0.002, beta2=0.99, warmup=50, decay='cosine', ema=0.99,
+        Schedule(learning_rate=0.006, beta2=0.99, warmup=50, decay='cosine', ema=0.99,
                  checkpoint_every=100)
         """
         fraction = min(steps / _PUBLISHED_STEPS, 1.0)
         return cls(
-            learning_rate=2e-4 * min(fraction**-0.5, 10.0),
+            learning_rate=2e-4 * min(fraction**-0.75, 30.0),
             beta2=max(1 - 1e-3 / fraction, 0.99),
             warmup=int(5000 * fraction),
             decay="none" if fraction == 1 else "cosine",
@@ -69,7 +69,7 @@ class TrainConfig:
     target."""
     learning_rate: float | None = None
     """Adam's learning rate after the warm-up. By default it follows from the steps: 2e-4 from
-    100 000 on, 2e-3 up to 1000, in between in proportion to 1/sqrt(steps)."""
+    100 000 on, 6e-3 up to 1000, in between in proportion to 1/steps^(3/4)."""
     beta2: float | None = None
     """Adam's decay of the squared gradient; by default 0.999 from 100 000 steps on, 0.99 up to
     10 000."""

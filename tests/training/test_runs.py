@@ -186,7 +186,7 @@ def test_a_run_says_what_it_trains_on_what_and_what_it_writes(tmp_path):
         "digits: 1398 rows of shape (1, 8, 8), float32, values -1 to 1, labels 0 to 9, which",
         "flow PFGM, the default for images and signals (--method)",
         "UNet with 105,826 parameters on cpu",
-        "2 steps of 16 samples against 32 references, learning rate 0.002 (warm-up 0 steps",
+        "2 steps of 16 samples against 32 references, learning rate 0.006 (warm-up 0 steps",
         "decay cosine), weights averaged with decay 0 ",
         f"{tmp_path / 'run'}: config.json, a checkpoint every 100 steps and at the end, log.csv",
     ):
