@@ -440,12 +440,12 @@ def _renumbered(labels: Tensor, names: Sequence[str], known: Sequence[str]) -> T
     """
     if not (names and known) and not all(map(str.isdecimal, (*names, *known))):
         return labels  # only one side has names
-    numbers, places = labels.unique(return_inverse=True)
+    numbers, rows = labels.unique(return_inverse=True)
     wanted = [names[number] if names else str(number) for number in numbers.tolist()]
     if known and (missing := [name for name in wanted if name not in known]):
         raise ValueError(f"labels must be among {', '.join(known)}, got {', '.join(missing)}.")
     found = [known.index(name) if known else int(name) for name in wanted]
-    return torch.tensor(found, dtype=torch.int64, device="cpu")[places.cpu()]
+    return torch.tensor(found, dtype=torch.int64, device="cpu")[rows.cpu()]
 
 
 def _part(data: Data) -> str:
@@ -486,7 +486,7 @@ def _table(figures: dict[str, Any]) -> str:
         lines.insert(
             0,
             f"{' and '.join(few)} are few: below {_FEW} the figures vary by as much as models "
-            "differ. Compare each only with that of as many training rows, beside it.",
+            "differ. Compare each figure with the one beside it, of as many training rows.",
         )
     for name in _TABLE_ROWS:
         values = [space[name][of] for space in spaces for of in ("samples", "train")]

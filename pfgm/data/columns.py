@@ -45,7 +45,7 @@ class Numbers:
 
     def encode(self, values: Array, table: str) -> Array:
         """(n,) to (n, 1). Raises ValueError if they are no numbers."""
-        if any(isinstance(value, str) for value in values):
+        if values.dtype.kind == "O" and any(isinstance(value, str) for value in values):
             raise ValueError(f"column {self.name!r} of {table} must hold numbers, got texts.")
         numbers = np.asarray(values, np.float64)
         encoded = ((numbers - self.center) / self.scale)[:, None]
@@ -101,15 +101,14 @@ class Texts:
 
     def encode(self, values: Array, table: str) -> Array:
         """(n,) to (n, width). Raises ValueError for a value that is not known."""
-        places = {str(value): place for place, value in enumerate(self.values)}
-        if unknown := [value for value in values if str(value) not in places]:
+        index_of = {str(value): index for index, value in enumerate(self.values)}
+        if unknown := [value for value in values if str(value) not in index_of]:
             raise ValueError(
                 f"column {self.name!r} of {table} must hold values that were seen, got "
                 f"{unknown[0]!r}."
             )
-        return (
-            self._corners()[[places[str(value)] for value in values]] - self.center
-        ) / self.scale
+        corners = self._corners()[[index_of[str(value)] for value in values]]
+        return (corners - self.center) / self.scale
 
     def decode(self, rows: Array) -> list[Any]:
         """(n, width) to the nearest n values."""

@@ -156,14 +156,14 @@ class Table:
         rows = self._encoded(cells, name)
         labels = None
         if self.label is not None and labelled:
-            places = {str(value): place for place, value in enumerate(self.label.values)}
+            index_of = {str(value): index for index, value in enumerate(self.label.values)}
             values = [*map(str, _label_values(cells[self.label.name], self.label.name, name))]
-            if unknown := [value for value in values if value not in places]:
+            if unknown := [value for value in values if value not in index_of]:
                 raise ValueError(
                     f"{name} must have labels among {_list(self.label.values)} in column "
                     f"{self.label.name!r}, got {unknown[0]}."
                 )
-            labels = torch.tensor([places[value] for value in values], device="cpu")
+            labels = torch.tensor([index_of[value] for value in values], device="cpu")
         return EncodedRows(rows, labels)
 
     def _encoded(self, cells: Cells, name: str) -> Tensor:
@@ -417,6 +417,12 @@ def _values(column: Any, name: str) -> Array:
         values: Array = column.to_numpy(np.float64, na_value=np.nan)
         return values
     texts = column.astype(object).where(column.notna(), None).to_numpy()
+    truths = {str(each) for each in texts if isinstance(each, (bool, np.bool_))}
+    if both := truths & {each for each in texts if isinstance(each, str)}:
+        raise ValueError(
+            f"{name} must hold {min(both)} as a text or as a truth value, got both in column "
+            f"{column.name!r}."
+        )
     if kind == "b" or all(isinstance(each, (str, bool, type(None))) for each in texts):
         return np.array([each if each is None else _plain(each) for each in texts], dtype=object)
     raise ValueError(

@@ -156,7 +156,7 @@ def check_same_flow(flow: Flow, saved: Flow, folder: Path) -> None:
         if not same:
             raise ValueError(
                 f"flow has {name} = {value!r}; the run in {folder} has another flow, with "
-                f"{name} = {saved.config[name]!r}, from its own data and settings."
+                f"{name} = {saved.config[name]!r}. A flow follows from its data and settings."
             )
 
 

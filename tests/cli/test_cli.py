@@ -479,6 +479,7 @@ def test_completion_of_the_shell(tmp_path, shell, capsys):
     [
         (["--flow", "M", "100000"], "M must keep .*, got 100000"),
         (["--width", "100000000"], "width must be .*, got 100000000"),
+        (["--flow", "data_norm", "1e308"], r"data_norm must be .*, got 1e[+]308"),
         (["--method", "edm", "--flow", "rho", "1e-30"], "rho must be .*, got 1e-30"),
         (["--network", "mlp", "--width", "1000000"], "width 1000000"),
         (["--method", "edm", "--width", "1000000"], "'width': 1000000"),
@@ -488,6 +489,7 @@ def test_completion_of_the_shell(tmp_path, shell, capsys):
         (["--seed", str(10**30)], "seed must be .*, got 1000"),
         (["--samples", str(10**12)], "samples must be .*, got 1000"),
         (["--student-levels", str(10**12)], "student_levels must be .*, got 1000"),
+        (["--warmup", str(10**400)], "warmup must be .*, got 1000"),
         (["--steps", str(10**400)], "steps must be .*, got 1000"),
     ],
 )

@@ -111,4 +111,4 @@ def test_samples_of_points(tmp_path: Path) -> None:
 
     limit = 3 * distances(real).quantile(0.999)
     far = (distances(torch.from_numpy(np.load(out))) > limit).float().mean()
-    assert far <= 0.004, far  # 0.0008 and 0.0011 for two seeds; PFGM 0.013 for both
+    assert far <= 0.002, far  # 0.0008 and 0.0011 for two seeds; PFGM 0.013 for both

@@ -243,6 +243,10 @@ def test_another_file_is_encoded_by_name_or_refused(tmp_path: Path) -> None:
         (swapped.assign(city="Gera"), "'city' of the table must hold values that were seen"),
         (swapped.assign(a="x"), "column 'a' of the table must hold numbers, got texts"),
         (swapped.assign(y=5), "must have labels among 0, 1 in column 'y', got 5"),
+        (
+            pandas.DataFrame({"city": [True, "True"]}),
+            "must hold True as a text or as a truth value, got both in column 'city'",
+        ),
         (swapped.assign(a=pandas.Timestamp(0)), "numbers, texts and truth values, .*; make"),
     ):
         with pytest.raises(ValueError, match=message):

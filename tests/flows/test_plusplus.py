@@ -58,7 +58,10 @@ def test_levels_are_the_same_at_every_D():
 @pytest.mark.parametrize(
     ("arguments", "sentence"),
     [
-        *(({"D": D}, f"D must be a positive number or infinity, got {D}.") for D in (0.0, True)),
+        *(
+            ({"D": D}, f"D must be a positive number or infinity, got {D}.")
+            for D in (0.0, math.nan, True, "a")
+        ),
         ({"D": None}, "D must be a positive number or infinity, got None. For a published file…."),
         ({"D": 2, "sigma_min": 9.0, "sigma_max": 8.0}, "sigma_min must be…got 9.0."),
         *(
@@ -287,8 +290,9 @@ def test_guidance_extrapolates_the_means(generator):
         ({"schedule": 5}, "schedule must be one of log, rho, fitted, or levels, got 5."),
         ({"schedule": [1.0]}, "schedule must be two or more finite levels…."),
         ({"schedule": ["a", 0]}, "schedule must be two or more finite…got [nan, 0.0]."),
-        ({"schedule": [3.0, 4.0, 1.0]}, "schedule is not decreasing: 4.0…follows 3.0."),
+        ({"schedule": [3.0, 4.0, 1.0]}, "schedule is not decreasing: 4.0 at index 1 follows 3.0."),
         ({"steps": 0}, "steps must be an integer of at least 1 and at most…got 0."),
+        ({"steps": [1]}, "steps must be an integer of at least 1 and at most…got [1]."),
         ({"condition": {"colour": 1}}, "condition has 'colour'; the conditions of this network…."),
         (
             {"condition": {"labels": torch.zeros(3).long()}},

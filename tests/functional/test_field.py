@@ -372,6 +372,9 @@ def test_a_wrong_argument_is_named(function, error, message, change):
     ("error", "message", "change"),
     [
         (ValueError, "gamma must be a finite number of at", {"gamma": -1.0}),
+        (ValueError, "gamma must be a finite number of", {"gamma": math.nan}),
+        (ValueError, "gamma must be a finite number of", {"gamma": math.inf}),
+        (ValueError, "gamma must be a finite number of at", {"gamma": True}),
         (ValueError, "got a tensor of torch", {"gamma": torch.ones(2)}),
         (ValueError, "z must be a number or a", {"z": torch.ones(3)}),
         (ValueError, "r, sigma or z must be finite and", {"z": -1.0}),

@@ -91,6 +91,11 @@ def test_published_settings_are_the_defaults_of_long_runs(steps):
     assert (c.batch_size, c.reference_batch, c.clip) == (128, 4096, 1.0)
 
 
+def test_the_learning_rate_of_short_runs_is_the_one_of_the_page():
+    rates = [TrainConfig(steps=steps).schedule.learning_rate for steps in (1000, 10_000, 100_000)]
+    assert [f"{rate:.1e}" for rate in rates] == ["6.0e-03", "1.1e-03", "2.0e-04"]
+
+
 @pytest.mark.parametrize("steps", [1, 3, 25, 300, 1000, 30_000, 99_999])
 def test_the_defaults_of_a_short_run_leave_its_warm_up_and_its_first_weights(steps):
     c = TrainConfig(steps=steps)
@@ -126,7 +131,9 @@ def test_settings_that_follow_from_the_steps_stay_in_a_longer_run(tmp_path, data
         ({"steps": 0}, "steps must be an integer of at least 1 and below 2^63, got 0."),
         ({"batch_size": 2.5}, "batch_size must be an integer of at…1 and below 2^63, got 2.5."),
         ({"reference_batch": 64}, "reference_batch must be at least…give a smaller batch_size."),
+        ({"learning_rate": 0.0}, "learning_rate must be a finite number above 0, got 0.0."),
         ({"learning_rate": math.nan}, "learning_rate must be a finite number above 0, got nan."),
+        ({"learning_rate": math.inf}, "learning_rate must be a finite number above 0, got inf."),
         (
             {"learning_rate": 10**400},
             "learning_rate must be a finite number above 0, got 1000…000.",
@@ -505,7 +512,7 @@ def test_more_steps_than_before_are_allowed_other_changes_are_not(tmp_path, data
         ({"config": config(learning_rate=0.5)}, r"learning_rate is 0\.5; the run in .* has 0\.001"),
         ({"data": data[:49], "flow": other}, "data has 49 rows"),
         ({"network": MLP()}, "another network"),
-        ({"flow": other}, "flow has M = 200; .* another flow, with M = .*, from its own data"),
+        ({"flow": other}, "flow has M = 200; .* another flow, with M = .*\\. A flow follows from"),
         ({"flow": pfgm.PoissonFlowPP((2,), D=2)}, r"flow must be a.*got PoissonFlowPP\."),
         ({"folder": None}, "folder is None"),
     ):
@@ -755,6 +762,7 @@ MLP = partial(pfgm.networks.MLP, (2,), width=16, depth=1)
         ({"data": torch.ones(50, 2).long()}, "TypeError: data must be uint8…use data.float()."),
         ({"network": nn.Linear(2, 2)}, "TypeError: network must take x…one that takes (input)."),
         ({"config": 100}, "TypeError: config must be a TrainConfig,…got int."),
+        ({"config": {}}, "TypeError: config must be a TrainConfig,…got dict."),
         ({"labels": np.zeros(50, int)}, "TypeError: labels must be a…torch.as_tensor(labels)."),
         ({"labels": torch.zeros(3).long()}, "labels must be integers of at…of shape (3,)."),
         ({"labels": torch.zeros(50)}, "labels must be integers of at…of shape (50,)."),
@@ -774,6 +782,10 @@ MLP = partial(pfgm.networks.MLP, (2,), width=16, depth=1)
         (
             {"network": MLP().bfloat16()},
             "TypeError: network must be…in torch.bfloat16, in which small…for speed.",
+        ),
+        (
+            {"network": MLP().half()},
+            "TypeError: network must be…in torch.float16, in which small…for speed.",
         ),
     ],
 )
