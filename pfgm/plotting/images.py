@@ -35,6 +35,7 @@ _PANEL = 72  # the size of an image that the default scale aims at
 _GAP = 4
 _HEADER = 12
 
+_EXCEEDING = 0.05  # the share of the values of noise that is clipped
 _MOST_FRAMES = 10_000
 
 
@@ -100,9 +101,9 @@ def trajectory_grid(
 ) -> Figure:
     """The path of samples from noise to data: a row for each sample, a column for each z.
 
-    Values far from the data are in the hundreds. A panel whose largest absolute value exceeds 1 is
-    therefore divided by that value, so that it shows structure but not magnitude. Panels within
-    [-1, 1] are shown as they are. Grey is 0 in every panel.
+    Values far from the data are in the hundreds. A panel is therefore divided by the absolute value
+    that 5 % of its values exceed, if it is above 1, so that it shows structure but not magnitude.
+    Grey is 0 in every panel, and values beyond 1 are clipped.
 
     Args:
         images: (steps, n, C, H, W) with C = 1 (grey) or 3 (RGB), or (steps, n, H, W) grey; floating
@@ -192,8 +193,13 @@ def _evenly_changed(images: Tensor, count: int) -> list[int]:
 
 
 def _shrunk(images: Tensor) -> Tensor:
-    """Images (k, n, C, H, W), of which those with values beyond 1 are divided by the largest."""
-    return images / images.abs().flatten(2).amax(2).clamp(min=1)[..., None, None, None]
+    """Images (k, n, C, H, W), divided by what a few of their values exceed if it is above 1.
+
+    The largest value would make all else grey, also where a sample overshoots white in one pixel.
+    """
+    sizes = images.abs().flatten(2)
+    common = sizes.kthvalue(math.ceil((1 - _EXCEEDING) * sizes.shape[2]), dim=2).values
+    return images / common.clamp(min=1)[..., None, None, None]
 
 
 def _checked(images: Tensor, form: str, ndims: tuple[int, int]) -> Tensor:

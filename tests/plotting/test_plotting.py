@@ -196,6 +196,17 @@ def test_an_animation_ends_with_the_picture_of_its_samples(tmp_path: Path) -> No
     assert np.abs(frames[0] - expected).max() > 50
 
 
+def test_pixels_beyond_white_do_not_darken_a_frame(tmp_path: Path) -> None:
+    """Samples overshoot white in single pixels, while values of noise are all far from it."""
+    images = torch.ones(2, 1, 3, 8, 8)
+    images[1, :, :, 0, :3] = 1.5
+    plotting.animation(images, ["x", "x"], tmp_path / "x.gif")
+    with Image.open(tmp_path / "x.gif") as gif:
+        pixels = np.asarray(gif.convert("L"))
+        gif.seek(gif.n_frames - 1)  # type: ignore[attr-defined]
+        assert np.array_equal(np.asarray(gif.convert("L")), pixels)
+
+
 def test_frames_are_spaced_by_what_changes(tmp_path: Path) -> None:
     """Ten equal images, and then ten that brighten from 0.1 to 1."""
     values = torch.cat([torch.zeros(10), torch.arange(1, 11) / 10])
