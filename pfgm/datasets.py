@@ -1,4 +1,4 @@
-"""Opens data by name or path: digits, Fashion-MNIST, CIFAR-10, folders of images, array files."""
+"""Opens data by name or path: digits, clothes, avatars, CIFAR-10, folders of images, files."""
 
 from __future__ import annotations
 
@@ -35,8 +35,9 @@ _FILE_SUFFIXES = (*_ARRAY_SUFFIXES, ".csv", ".zip")
 _KINDS_OF_PATHS = ("folder", "npz")  # written before a path
 _HELD_OUT_NAMES = ("held_out", "test")
 _ALLOWED = (
-    "digits, fashion-mnist[:FOLDER], cifar10[:FOLDER], folder:PATH (of images), npz:PATH, or the "
-    "path of a folder or of a file that ends in .csv, .npy, .npz, .safetensors or .zip (of images)"
+    "avatars[:FOLDER], digits, fashion-mnist[:FOLDER], cifar10[:FOLDER], folder:PATH (of images), "
+    "npz:PATH, or the path of a folder or of a file that ends in .csv, .npy, .npz, .safetensors or "
+    ".zip (of images)"
 )
 _SMALLEST_IMAGE = 8  # height and width of what is taken for a grey image
 _PERMUTE_ROWS = 1024  # rows whose channels are moved to the front at a time
@@ -87,6 +88,9 @@ def open_data(
 ) -> Data:
     """Opens data by name or path. Nothing is downloaded or unpickled.
 
+    - ``avatars`` or ``avatars:FOLDER``: 3 × 32 × 32 bytes, 60 000 faces in ten styles for training
+      and 5000 held out, as ``python -m benchmarks.avatars.render FOLDER`` draws them in a checkout.
+      Without a folder it is $PFGM_DATA/avatars.
     - ``digits``: :func:`pfgm.data.digits`.
     - ``fashion-mnist`` or ``fashion-mnist:FOLDER``: 28 × 28 bytes, 60 000 images for training and
       10 000 held out. The folder holds the four ``idx`` files, gzipped or not. Without a folder
@@ -430,6 +434,21 @@ def _read_idx(path: Path, dimensions: int) -> Tensor:
     return from_numpy(np.frombuffer(values, np.uint8).reshape(sizes), str(path))
 
 
+def _avatars(folder: Path | None) -> Data:
+    folder = folder or _in_data_folder("avatars")
+    if folder is None or not folder.is_dir():
+        raise FileNotFoundError(
+            f"the avatars are not at {folder or '$PFGM_DATA/avatars'}: draw them in a checkout by "
+            "`python -m benchmarks.avatars.render FOLDER`, and give the folder, as in "
+            "avatars:FOLDER."
+        )
+    train, held_out = (load_images(folder / part) for part in ("train", "held-out"))
+    if train[2] != held_out[2]:
+        raise ValueError(f"train and held-out in {folder} must have the same styles, got others.")
+    parts = [ReferenceSet(images, labels=labels) for images, labels, _ in (train, held_out)]
+    return Data(*parts, classes=len(train[2]), grey_levels=256, names=train[2])
+
+
 def _cifar10(folder: Path | None) -> Data:
     folder = folder or _in_data_folder("cifar10")
     if folder is None:
@@ -477,6 +496,7 @@ def _check_labels(labels: Tensor, path: Path) -> None:
 
 
 _NAMED: dict[str, Callable[[Path | None], Data]] = {
+    "avatars": _avatars,
     "digits": _digits,
     "fashion-mnist": _fashion_mnist,
     "cifar10": _cifar10,

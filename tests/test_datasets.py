@@ -14,6 +14,7 @@ from safetensors.torch import save_file
 
 import pfgm
 from pfgm import datasets
+from pfgm.data.images import save_image
 from pfgm.datasets import open_data, open_samples
 
 FASHION = Path("/usr/share/datasets/fashion-mnist")
@@ -110,6 +111,29 @@ def test_fashion_mnist_in_the_data_folder(tmp_path: Path, monkeypatch: pytest.Mo
     monkeypatch.delenv("PFGM_DATA")
     with pytest.raises(FileNotFoundError, match=r"\$PFGM_DATA/fashion-mnist.*fashion-mnist:FOLDER"):
         open_data("fashion-mnist")
+
+
+def test_avatars_in_the_data_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PFGM_DATA", str(tmp_path))
+    with pytest.raises(FileNotFoundError, match=r"benchmarks\.avatars\.render.*avatars:FOLDER"):
+        open_data("avatars")
+    for place, count in (("train", 3), ("held-out", 2)):
+        for label, style in enumerate(("micah", "personas")):
+            folder = tmp_path / "avatars" / place / style
+            folder.mkdir(parents=True)
+            for number in range(count):
+                image = torch.full((3, 4, 4), 100 * label + number, dtype=torch.uint8)
+                save_image(folder / f"{number}.png", image)
+    for source in ("avatars", f"avatars:{tmp_path / 'avatars'}"):
+        data = open_data(source)
+        assert data.train[:][:, 0, 0, 0].tolist() == [0, 1, 2, 100, 101, 102]
+        assert data.train.labels.tolist() == [0, 0, 0, 1, 1, 1]
+        assert data.held_out[:][:, 2, 3, 3].tolist() == [0, 1, 100, 101]
+        assert data.held_out.labels.tolist() == [0, 0, 1, 1]
+        assert (data.classes, data.grey_levels, data.names) == (2, 256, ("micah", "personas"))
+    (tmp_path / "avatars" / "held-out" / "micah").rename(tmp_path / "avatars/held-out/others")
+    with pytest.raises(ValueError, match=r"must have the same styles"):
+        open_data("avatars")
 
 
 IMAGES = idx(np.zeros((5, 4, 6)))

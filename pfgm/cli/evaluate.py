@@ -107,9 +107,9 @@ class Evaluate:
     samples: Path | None = None
     """A .csv, .npy, .npz or .safetensors file of samples, or a folder of images."""
     data: str | None = None
-    """Data to compare with: digits, fashion-mnist, cifar10 or a path, as for train. The default is
-    the data of the checkpoint's training run, those of the network that comes with the package, or
-    else digits."""
+    """Data to compare with: avatars, digits, fashion-mnist, cifar10 or a path, as for train. The
+    default is the data of the checkpoint's training run, those of the network that comes with the
+    package, or else digits."""
     range: Range | None = None
     """The values LOW HIGH of floating-point data that stand for black and white, as for train. The
     default is that of the training run if its data are used."""
@@ -123,8 +123,9 @@ class Evaluate:
     """Leave out the rows of a table in which a value is missing, as the training run does if it
     was told to."""
     features: str | None = None
-    """Compare in the features of a classifier as well: digits, fashion-mnist, a file of pfgm
-    features, or none. The default is the classifier of the data, if one comes with the package."""
+    """Compare in the features of a classifier as well: avatars, digits, fashion-mnist, a file of
+    pfgm features, or none. The default is the classifier of the data, if one comes with the
+    package."""
     n: Count = 1000
     """Number of samples to draw, or the most to take from a file or folder."""
     sampling: SamplingOptions = field(default_factory=SamplingOptions)

@@ -22,7 +22,7 @@ class Features:
     out: Output
     """The .safetensors file of the classifier."""
     data: str
-    """Images with labels: digits, fashion-mnist, cifar10 or a path, as for train."""
+    """Images with labels: avatars, digits, fashion-mnist, cifar10 or a path, as for train."""
     epochs: int | None = None
     """Passes over the training images. By default about 3000 batches of 64, in 3 to 20 passes."""
     seed: int = 0

@@ -1,4 +1,4 @@
-"""``pfgm info``: versions, backends and how the library was built."""
+"""``pfgm info``: versions, backends, how the library was built, and data of its networks."""
 
 from __future__ import annotations
 
@@ -11,13 +11,15 @@ import torch
 from .. import backends
 from ..backends import native
 from ..common.messages import print_result
+from ..pretrained import PRETRAINED
 
 _SHOWN_PACKAGES = ("torch", "numpy", "triton", "torchdiffeq", "safetensors", "tqdm", "tyro")
 
 
 @dataclass
 class Info:
-    """Show versions, backends and why the others cannot run, build flags and threads."""
+    """Show versions, backends and why the others cannot run, build flags, threads, and the data of
+    the networks that come with the package."""
 
     def run(self) -> None:
         packages = ", ".join(f"{name} {_version(name)}" for name in _SHOWN_PACKAGES)
@@ -34,7 +36,9 @@ class Info:
             lines.append(f"{device:10} default: {name}, {reason}")
         if not torch.cuda.is_available():
             lines.append(f"{'cuda':10} torch finds no GPU that it can use; the CPU computes")
-        print_result("\n".join([*lines, *native.build_lines()]))
+        lines += native.build_lines()
+        lines += [f"network    {name}: trained on {of.data}" for name, of in PRETRAINED.items()]
+        print_result("\n".join(lines))
 
 
 def _version(package: str) -> str:

@@ -25,7 +25,7 @@ Progress = Annotated[
     bool,
     tyro.conf.arg(help="Show progress: a bar in a terminal, a line a minute in a file or pipe."),
 ]
-PretrainedName = Literal["digits", "fashion-mnist"]
+PretrainedName = Literal["avatars", "digits", "fashion-mnist"]
 """The networks that come with the package."""
 
 

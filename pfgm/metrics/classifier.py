@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
@@ -30,8 +30,9 @@ _ROWS = 512  # images of one evaluation
 _MOST = 1 << 16  # channels, pixels, classes or features
 _FOLDER = Path(__file__).resolve().parent / "classifiers"
 
-CLASSIFIERS = ("digits", "fashion-mnist")
-"""The data whose classifiers come with the package; ``pfgm features --data NAME`` trains them."""
+CLASSIFIERS = ("avatars", "digits", "fashion-mnist")
+"""The data whose classifiers come with the package. ``pfgm features --data NAME`` trains such; that
+of avatars has learned their attributes as well (``python -m benchmarks.avatars.features``)."""
 
 
 class Classifier(nn.Module):
@@ -114,7 +115,8 @@ def train_classifier(
 
     Args:
         images: (n, C, H, W), floating, in [-1, 1].
-        labels: (n,), whole numbers from 0.
+        labels: (n,), whole numbers from 0; or (n, classes), bool, the attributes that each image
+            has, for which the loss is the binary cross entropy.
         epochs: passes over the images. None is about 3000 batches, in 3 to 20 passes: few, so that
             the classifier does not memorise the images.
         decay: whether the learning rate falls to 0, as a quarter of a cosine.
@@ -123,7 +125,7 @@ def train_classifier(
         progress: show a progress bar.
 
     Raises:
-        TypeError: images are not floating point, or labels are no whole numbers.
+        TypeError: images are not floating point, or labels are neither integers nor attributes.
         ValueError: shapes do not fit, there are no images, a label is negative, or an argument is
             out of range.
 
@@ -135,14 +137,13 @@ def train_classifier(
     check_floating("images", images)
     if images.ndim != 4 or images.numel() == 0:
         raise ValueError(f"images must have shape (n, C, H, W), got {tuple(images.shape)}.")
-    if labels.is_floating_point() or labels.dtype == torch.bool:
-        raise TypeError(f"labels must be integers, got {labels.dtype}.")
-    labels = as_int64("labels", labels)
-    if labels.shape != (len(images),) or int(labels.min()) < 0:
-        raise ValueError(
-            f"labels must be {len(images)} integers of at least 0, got shape {tuple(labels.shape)} "
-            f"and values from {int(labels.min())}."
-        )
+    loss_of: Callable[[Tensor, Tensor], Tensor]
+    if labels.dtype == torch.bool and labels.shape[:-1] == (len(images),):
+        classes, labels = labels.shape[1], labels.float()
+        loss_of = F.binary_cross_entropy_with_logits
+    else:
+        labels, loss_of = _numbers(labels, len(images)), F.cross_entropy
+        classes = int(labels.max()) + 1
     if epochs is None:
         epochs = min(20, max(3, 3000 // math.ceil(len(images) / _BATCH)))
     positive_int("epochs", epochs)
@@ -150,7 +151,7 @@ def train_classifier(
     device = known_device(device)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        net = Classifier(images.shape[1:], int(labels.max()) + 1)
+        net = Classifier(images.shape[1:], classes)
     net.to(device)
     nn.utils.convert_conv2d_weight_memory_format(net, torch.channels_last)  # a third faster
     optimiser = torch.optim.Adam(net.parameters(), lr=_LEARNING_RATE)
@@ -167,11 +168,24 @@ def train_classifier(
                 0.5 * math.pi * step / len(batches)
             )
         logits = net(images[rows].to(device))
-        loss = F.cross_entropy(logits, labels[rows].to(device))
+        loss = loss_of(logits, labels[rows].to(device))
         optimiser.zero_grad()
         loss.backward()
         optimiser.step()
     return net.eval()
+
+
+def _numbers(labels: Tensor, count: int) -> Tensor:
+    """The labels as int64."""
+    if labels.is_floating_point() or labels.dtype == torch.bool:
+        raise TypeError(f"labels must be integers, got {labels.dtype}.")
+    labels = as_int64("labels", labels)
+    if labels.shape != (count,) or int(labels.min()) < 0:
+        raise ValueError(
+            f"labels must be {count} integers of at least 0, got shape {tuple(labels.shape)} "
+            f"and values from {int(labels.min())}."
+        )
+    return labels
 
 
 def save_classifier(path: StrPath, classifier: Classifier, **facts: str | float) -> None:
@@ -189,7 +203,7 @@ def load_classifier(name: StrPath, *, device: torch.device | str = "cpu") -> Cla
     """A classifier, in evaluation mode. Nothing in its file is executed.
 
     Args:
-        name: "digits" or "fashion-mnist", which come with the package, or a file of
+        name: one of :data:`CLASSIFIERS`, which come with the package, or a file of
             :func:`save_classifier`, as ``pfgm features`` writes it.
         device: of the classifier.
 

@@ -1,7 +1,7 @@
 """Small networks that come with the package, to start from at once.
 
 Each is a weights file beside this module, with the licence of its data and the command that trained
-it in :data:`PRETRAINED`.
+it in :data:`PRETRAINED`. ``CREDITS.md`` beside it names the authors of all data.
 """
 
 from __future__ import annotations
@@ -31,6 +31,24 @@ class Pretrained(NamedTuple):
 
 
 PRETRAINED = {
+    "avatars": Pretrained(
+        "60 000 generated avatars of 32 × 32 pixels (DiceBear 9.4.3, designs by Ashley Seo, "
+        "DiceBear, Draftbit, Johan Melin, Lisa Wischofsky, Micah Lanier, Pablo Stanley, The Visual "
+        "Team and Zoish, CC BY 4.0 or CC0 1.0; see pfgm/pretrained/CREDITS.md)",
+        "pfgm train --config recipes/avatars.json --out runs/avatars",
+        (
+            "adventurer",
+            "big-ears",
+            "big-smile",
+            "lorelei",
+            "micah",
+            "notionists",
+            "open-peeps",
+            "personas",
+            "pixel-art",
+            "toon-head",
+        ),
+    ),
     "digits": Pretrained(
         "1398 handwritten digits of 8 × 8 pixels (UCI, Optical Recognition of Handwritten Digits, "
         "E. Alpaydin and C. Kaynak 1998, CC BY 4.0)",
@@ -60,13 +78,13 @@ PRETRAINED = {
 def load_pretrained(name: str, *, device: torch.device | str = "cpu") -> Loaded:
     """The flow and the network (in evaluation mode) of a small trained model.
 
-    Both models have labels: ``flow.sample(net, n)`` draws from all labels, and
+    All models have labels: ``flow.sample(net, n)`` draws from all labels, and
     ``condition={"labels": labels}`` from these, also with ``guidance``.
 
     Args:
-        name: "digits", PFGM of 8 × 8 pixels, or "fashion-mnist", PFGM++ (D = 128) of 28 × 28.
-            Images are (1, H, W) in [-1, 1]. :data:`PRETRAINED` has data, licence and training of
-            each.
+        name: "avatars", PFGM++ (D = 128) of 32 × 32 pixels in colour; "digits", PFGM of 8 × 8; or
+            "fashion-mnist", PFGM++ (D = 128) of 28 × 28. Images are (C, H, W) in [-1, 1].
+            :data:`PRETRAINED` has data, licence and training of each.
         device: device of the network.
 
     Raises:

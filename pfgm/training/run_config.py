@@ -49,9 +49,9 @@ class RunConfig:
     """What to train, on which data, and how. A recipe is a RunConfig as a JSON file."""
 
     data: str = "digits"
-    """digits, fashion-mnist, cifar10, folder:PATH of images, the path of a .zip archive of images,
-    of a .npy, .npz or .safetensors file of samples (n, ...): uint8, or floating point (images in
-    [-1, 1], or see range), or of a .csv file, a table of numbers and texts."""
+    """avatars, digits, fashion-mnist, cifar10, folder:PATH of images, the path of a .zip archive of
+    images, of a .npy, .npz or .safetensors file of samples (n, ...): uint8, or floating point
+    (images in [-1, 1], or see range), or of a .csv file, a table of numbers and texts."""
     range: Range | None = None
     """The values LOW HIGH of floating-point data that stand for black and white, such as 0 255 or
     0 1; they become -1 and 1. By default the data are in [-1, 1] already."""

@@ -284,6 +284,8 @@ def test_info(capsys, monkeypatch, count, threads):
     assert re.search(rf", {threads}[;\n]", shown)
     assert "reference: exact differences" in shown
     assert "default: native, the first that can run" in shown
+    for name, network in pfgm.pretrained.PRETRAINED.items():
+        assert f"network    {name}: trained on {network.data}" in shown
     gpu = "cuda       torch finds no GPU that it can use; the CPU computes" in shown
     assert gpu != torch.cuda.is_available()
     assert cli.main(["--version"]) == 0

@@ -45,6 +45,26 @@ def test_the_classifier_of_clothes_is_small():
     assert net(images).shape == (3, 10)
 
 
+def test_the_classifier_of_avatars_knows_attributes_after_the_styles():
+    net = load_classifier("avatars")
+    assert net.shape == (3, 32, 32)
+    assert net.classes > 100
+    assert sum(each.nbytes for each in net.parameters()) < 400_000
+
+
+def test_attributes_are_learned():
+    """Those of an image do not exclude each other, as labels do."""
+    draw = torch.Generator().manual_seed(0)
+    known = torch.rand(512, 3, generator=draw) < 0.5  # bright left, bright right, green
+    images = torch.zeros(512, 2, 4, 4)
+    images[:, 0, :, :2] = known[:, 0, None, None].float()
+    images[:, 0, :, 2:] = known[:, 1, None, None].float()
+    images[:, 1] = known[:, 2, None, None].float()
+    net = train_classifier(images, known, epochs=10)
+    assert net.classes == 3
+    assert ((net(images) > 0) == known).float().mean() > 0.99
+
+
 def test_features_tell_mirrored_digits_from_real_ones(digits):
     net = load_classifier("digits")
     half, other = digits.train[::2], net.rows(digits.train[1::2])
@@ -163,6 +183,10 @@ ZEROS = torch.zeros(2).long()
             lambda: train_classifier(TWO, torch.zeros(2)),
             "TypeError: labels must be integers, got torch.float32.",
         ),
+        (
+            lambda: train_classifier(TWO, torch.zeros(3, 2, dtype=torch.bool)),
+            "TypeError: labels must be integers, got torch.bool.",
+        ),
         (lambda: train_classifier(TWO, torch.zeros(3).long()), "labels must be 2…values from 0."),
         (lambda: train_classifier(TWO, torch.tensor([0, -1])), "labels must be 2…from -1."),
         (
@@ -180,5 +204,5 @@ def test_refusals(refused, call, sentence):
 
 
 def test_they_come_with_the_package():
-    assert CLASSIFIERS == ("digits", "fashion-mnist")
+    assert CLASSIFIERS == ("avatars", "digits", "fashion-mnist")
     assert set(CLASSIFIERS) == set(pfgm.pretrained.PRETRAINED)

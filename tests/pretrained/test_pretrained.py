@@ -1,14 +1,17 @@
 """The networks that come with the package."""
 
+import re
+
 import pytest
 import torch
 from sklearn.svm import SVC
 
 import pfgm
+from benchmarks.avatars import render
 from pfgm.pretrained import PRETRAINED, load_pretrained, pretrained_path
 
-MAX_BYTES = 8_000_000
-SHAPES = {"digits": (1, 8, 8), "fashion-mnist": (1, 28, 28)}
+MAX_BYTES = 12_000_000
+SHAPES = {"avatars": (3, 32, 32), "digits": (1, 8, 8), "fashion-mnist": (1, 28, 28)}
 
 
 @pytest.mark.parametrize("name", PRETRAINED)
@@ -43,6 +46,34 @@ def test_digits_are_those_asked_for():
     nearest = pfgm.metrics.nearest_distance(samples, digits.train).median()
     between = pfgm.metrics.nearest_distance(digits.held_out, digits.train).median()
     assert float(nearest) > 0.5 * float(between)
+
+
+def test_weights_in_half_the_bytes_compute_in_float32():
+    _, net = load_pretrained("avatars")
+    assert {weight.dtype for weight in net.parameters()} == {torch.float32}
+
+
+def test_all_authors_are_credited():
+    """In a file that the wheel holds, and in one line by `pfgm info`."""
+    credits = pretrained_path("avatars").with_name("CREDITS.md").read_text()
+    assert re.findall(r"^## (.*)$", credits, flags=re.MULTILINE) == list(PRETRAINED)
+    avatars = PRETRAINED["avatars"]
+    rows = re.findall(
+        r"^\| (.*) \| \[.*\]\(.*\) \| \[(.*)\]\(.*\) \| \[(.*)\]", credits, re.MULTILINE
+    )
+    assert tuple(style for style, _, _ in rows) == avatars.classes == render.STYLES
+    for _, designer, licence in rows:
+        assert designer in avatars.data
+        assert licence in ("CC BY 4.0", "CC0 1.0")
+        assert licence in avatars.data
+
+
+def test_evaluation_says_where_avatars_come_from(tmp_path, refusal, monkeypatch):
+    """Their data do not come with the package."""
+    monkeypatch.delenv("PFGM_DATA", raising=False)
+    message = refusal("evaluate", "--pretrained", "avatars", "--out", tmp_path / "e")
+    assert "`python -m benchmarks.avatars.render FOLDER`" in message
+    assert "as in avatars:FOLDER" in message
 
 
 def test_an_unknown_name_is_refused():

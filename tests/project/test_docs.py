@@ -9,7 +9,7 @@ import pytest
 import torch
 
 import pfgm
-from benchmarks.studies import flows, published_losses, weighting
+from benchmarks.studies import flows, pretrained, published_losses, weighting
 from pfgm import cli
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -353,26 +353,18 @@ def test_the_published_losses_of_the_page_are_stored():
         assert f"| {' | '.join(cells)} |" in page
 
 
-SAMPLES_OF_README = re.findall(
-    r"^    .*\.venv/bin/pfgm (sample --pretrained .*)$", PAGES[0].read_text(), flags=re.MULTILINE
-)
+def drawing_command(page, written):
+    """The command of a page that writes a picture from a network of the package."""
+    pattern = rf"pfgm (sample --pretrained .*{re.escape(written)})$"
+    (command,) = re.findall(pattern, page.read_text(), flags=re.MULTILINE)
+    return command
 
 
-@pytest.mark.parametrize(
-    ("command", "written", "picture"),
-    [
-        (SAMPLES_OF_README[0], "samples.png", "fashion-mnist.png"),
-        (SAMPLES_OF_README[1], "clothes.gif", "fashion-mnist.gif"),
-    ],
-)
-def test_the_commands_of_readme_draw_its_pictures(tmp_path, monkeypatch, command, written, picture):
-    """Within 2 grey levels in 99 % of the pixels, and small enough for a first page."""
+def check_picture(written, picture):
+    """The same within 2 levels in 99 % of the pixels, and small enough for a first page."""
     most = 1_000_000 if picture.endswith(".gif") else 300_000
     assert (DOCS / "images" / picture).stat().st_size < most
     image = pytest.importorskip("PIL.Image")
-    monkeypatch.chdir(tmp_path)
-    assert cli.main(command.split()) == 0
-    assert f"docs/images/{picture}" in PAGES[0].read_text()
     with image.open(written) as drawn, image.open(DOCS / "images" / picture) as shown:
         frames = getattr(shown, "n_frames", 1)
         assert getattr(drawn, "n_frames", 1) == frames
@@ -382,6 +374,42 @@ def test_the_commands_of_readme_draw_its_pictures(tmp_path, monkeypatch, command
             a, b = (np.asarray(each.convert("RGB")).astype(int) for each in (drawn, shown))
             assert a.shape == b.shape
             assert (np.abs(a - b).max(2) <= 2).mean() >= 0.99
+
+
+@pytest.mark.parametrize(
+    ("page", "written", "picture"),
+    [
+        ("README.md", "samples.png", "avatars.png"),
+        ("README.md", "avatars.gif", "avatars.gif"),
+        ("docs/howto/pretrained.md", "samples.png", "fashion-mnist.png"),
+        ("docs/howto/pretrained.md", "clothes.gif", "fashion-mnist.gif"),
+    ],
+)
+def test_commands_draw_the_pictures_of_their_page(tmp_path, monkeypatch, page, written, picture):
+    assert f"images/{picture}" in (ROOT / page).read_text()
+    monkeypatch.chdir(tmp_path)
+    assert cli.main(drawing_command(ROOT / page, written).split()) == 0
+    check_picture(written, picture)
+
+
+def test_the_code_of_editing_draws_its_pictures(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    exec(blocks(DOCS / "howto" / "editing.md")[-1], {})
+    check_picture("between.png", "avatars-between.png")
+    check_picture("completed.png", "avatars-completed.png")
+
+
+@pytest.mark.parametrize("page", ["README.md", "docs/index.md", "docs/howto/pretrained.md"])
+def test_the_designers_of_avatars_are_beside_the_pictures(page):
+    text = " ".join((ROOT / page).read_text().split())
+    assert "generated avatars" in text
+    credits = (ROOT / "pfgm" / "pretrained" / "CREDITS.md").read_text()
+    designers = re.findall(
+        r"^\| [\w-]+ \| \[.*?\]\(.*?\) \| \[(.*?)\]", credits, flags=re.MULTILINE
+    )
+    assert len(designers) == 10
+    for name in [*designers, "DiceBear", "CC BY 4.0", "CC0 1.0"]:
+        assert name in text, name
 
 
 def test_the_tables_of_flows_have_the_stored_figures():
@@ -418,9 +446,13 @@ def test_pfgm_leads_with_five_evaluations_after_a_thousand_steps():
 
 
 def test_the_tables_of_samples_have_the_stored_figures():
-    pages = {"digits": ("sampling.md", 3, 1), "fashion-mnist": ("training.md", 1, 2)}
+    pages = {
+        "avatars": ("pretrained.md", 2, 2),
+        "digits": ("sampling.md", 3, 1),
+        "fashion-mnist": ("training.md", 1, 2),
+    }
     notes = {0: "", 10: "", 20: " (20 evaluations)"}
-    for row in stored("pretrained"):
+    for row in stored("pretrained", "evaluations"):
         name, *digits = pages[row["network"]]
         run = row["run"].replace("log to", "`log` to") + notes[row["evaluations"]]
         cells = ["labels (schedule `rho`, the default)" if run == "labels" else run]
@@ -436,6 +468,19 @@ def test_the_tables_of_samples_have_the_stored_figures():
     text = " ".join(page.split())
     assert f"`heun` is {few[0]:.1f} at 9 evaluations and {more[0]:.2f} at 19" in text
     assert f"with `multistep` it is {multistep[0]:.2f} at 10" in text
+
+
+def test_the_page_of_avatars_has_the_stored_figures():
+    page = " ".join((DOCS / "howto" / "pretrained.md").read_text().split())
+    rows = {row["run"]: row for row in stored("pretrained", "label_right")}
+    shown, held_out = rows[pretrained.SHOWN], rows[pretrained.HELD_OUT]
+    for name in ("median_distance", "least_distance"):
+        assert (
+            f"{shown[name]:.3f} for samples and {held_out[name]:.3f} for held-out avatars" in page
+        )
+    for name in ("label_right", "label_of_nearest_right"):
+        values = f"{shown[name]:.1%} of the samples and {held_out[name]:.1%} of".replace("%", " %")
+        assert values in page
 
 
 def test_the_page_of_editing_has_the_stored_figures():

@@ -1,3 +1,4 @@
+import ast
 import contextlib
 import doctest
 import importlib
@@ -178,12 +179,24 @@ def test_readme_commands_are_those_that_are_tested():
     text = (ROOT / "README.md").read_text()
     install = "    python3 -m venv .venv && .venv/bin/pip install "
     sample = (
-        ".venv/bin/pfgm sample --pretrained fashion-mnist --n 100"
+        ".venv/bin/pfgm sample --pretrained avatars --n 100"
         " --guidance 1.5 --schedule log --last 0.3 --out samples.png"
     )
     assert f"{install}'.[demo]' && {sample}\n" in text
     assert f"{install}'.[demo]' && .venv/bin/pfgm demo\n" in text
     assert f"{install}-e '.[test]' && .venv/bin/pytest -n auto\n" in text
+
+
+def test_the_wheel_has_all_files_of_the_package():
+    """Weights, and the credits of what they were trained on."""
+    text = (ROOT / "pyproject.toml").read_text()
+    listed = re.search(r"^\[tool\.setuptools\.package-data\]\npfgm = (\[.*?\])$", text, re.M | re.S)
+    package = ROOT / "pfgm"
+    packed = {path for pattern in ast.literal_eval(listed[1]) for path in package.glob(pattern)}
+    code = (".py", ".pyc", ".so", ".pyd")
+    assert packed == {
+        path for path in package.rglob("*") if path.is_file() and path.suffix not in code
+    }
 
 
 def test_the_page_shows_the_stored_benchmarks():

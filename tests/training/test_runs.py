@@ -535,10 +535,16 @@ def test_the_configuration_of_a_run_holds_versions(earlier):
 
 def test_the_recipes_are_configurations():
     recipes = sorted((Path(__file__).parents[2] / "recipes").glob("*.json"))
-    assert {recipe.stem for recipe in recipes} == {"cifar10", "cifar10-8gpus", "fashion-mnist"}
+    assert {recipe.stem for recipe in recipes} == {
+        "avatars",
+        "cifar10",
+        "cifar10-8gpus",
+        "fashion-mnist",
+    }
     for recipe in recipes:
         RunConfig.load(recipe)
     folder = recipes[0].parent
+    assert RunConfig.load(folder / "avatars.json").data == "avatars"
     one, eight = (RunConfig.load(folder / f"{name}.json") for name in ("cifar10", "cifar10-8gpus"))
     assert one.flow == {"M": 291, "z_max": 40.0, "upper_norm": 3000.0}
     assert (one.network, one.training.batch_size, one.training.reference_batch) == (

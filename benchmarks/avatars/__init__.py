@@ -1,0 +1,1 @@
+"""The avatars that the network `avatars` is trained on."""
