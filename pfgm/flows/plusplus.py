@@ -25,12 +25,13 @@ from ..common.checks import (
     whole,
 )
 from ..common.tensors import common_device, flat_rows, over_samples, per_row
+from ..common.wrappers import network_within
 from ..data.opening import Samples
 from ..functional import posterior_mean
 from ..functional.levels import Level
 from ..references import References, ReferenceSet
 from ..solvers import SAMPLERS, SCHEDULES, SolverFunction, as_solver, rho_grid
-from .conditions import Condition, Network, with_inner_networks
+from .conditions import Condition, Network
 from .flow import Flow
 from .targets import ExactNetwork, targets_by_label
 
@@ -299,8 +300,8 @@ class PoissonFlowPP(Flow):
         >>> float(flow.loss(flow.empirical(data), data, references=data))
         0.0
         """
-        inner = with_inner_networks(net)
-        if self.D < _SMALL_D and any(isinstance(each, Preconditioned) for each in inner):
+        preconditioned = network_within(net, lambda each: isinstance(each, Preconditioned))
+        if self.D < _SMALL_D and preconditioned is not None:
             warnings.warn(
                 f"D is {self.D:g}; EDM's preconditioning expects noise of size sigma, "
                 f"but at D below {_SMALL_D} the noise is often many times larger, and samples get "
@@ -421,12 +422,12 @@ class PoissonFlowPP(Flow):
 
 def _evaluate(net: Network, x: Tensor, sigma: Tensor, condition: Condition, D: float) -> Tensor:
     """The network's mean at x and sigma, with its shape checked, and its D if it is exact."""
-    for inner in with_inner_networks(net):
-        if isinstance(inner, EmpiricalDenoiser) and inner.D != D:
-            raise ValueError(
-                f"net must have the D of the flow, {D:g}, got the exact network of D = "
-                f"{inner.D:g}; flow.empirical makes the network."
-            )
+    exact = network_within(net, lambda each: isinstance(each, EmpiricalDenoiser))
+    if isinstance(exact, EmpiricalDenoiser) and exact.D != D:
+        raise ValueError(
+            f"net must have the D of the flow, {D:g}, got the exact network of D = "
+            f"{exact.D:g}; flow.empirical makes the network."
+        )
     mean: Tensor = untouched(net, "net", ("x", "sigma"), x, sigma, **condition)
     if not isinstance(mean, Tensor) or mean.shape != x.shape:
         raise ValueError(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Sequence
 from typing import Any, Literal, get_args
 
@@ -24,13 +25,14 @@ from ..common.checks import (
 )
 from ..common.hints import with_hints
 from ..common.tensors import common_device, flat_rows, over_samples, per_row, wide_dtype
+from ..common.wrappers import hides_its_network, network_within
 from ..data.opening import Samples
 from ..functional import euler_step, field_fn, posterior_mean
 from ..functional.levels import Level
 from ..functional.steps import Field
 from ..references import References, ReferenceSet
 from ..solvers import SCHEDULES
-from .conditions import Condition, Network, as_condition, with_inner_networks
+from .conditions import Condition, Network, as_condition
 from .flow import Flow
 from .poisson_rules import (
     MEAN_NORMAL,
@@ -336,8 +338,9 @@ class PoissonFlow(Flow):
                 label: the target is the field of all references.
             reference_labels: (M,) labels of the references; not needed if references is None.
             weighting: "published" or "balanced". None means balanced for networks that predict the
-                posterior mean, such as :class:`pfgm.networks.UNet`, and published for all others,
-                because a field that is predicted directly has errors at all levels.
+                posterior mean, such as :class:`pfgm.networks.UNet`, also inside wrappers and
+                modules that hold one of them, and published for all others, because a field that
+                is predicted directly has errors at all levels.
 
         Returns:
             A scalar of float32 or wider.
@@ -346,6 +349,10 @@ class PoissonFlow(Flow):
             ValueError: x is empty, shapes do not fit, the network's results have wrong shapes, or
                 there is no such weighting.
 
+        Warns:
+            UserWarning: no weighting is given, and net is a function or a recorded graph, which
+                does not show its network.
+
         >>> import torch
         >>> flow = PoissonFlow((2,), data_norm=1.0)
         >>> data = torch.randn(64, 2)
@@ -353,7 +360,7 @@ class PoissonFlow(Flow):
         0.0
         """
         if weighting is None:
-            weighting = "published" if _mean_network(net) is None else "balanced"
+            weighting = _default_weighting(net)
         check_choice("weighting", weighting, get_args(Weighting))
         x, condition = self._checked_batch(x, condition)
         labels = condition.get("labels")
@@ -500,11 +507,24 @@ class PoissonFlow(Flow):
 
 
 def _mean_network(net: Network) -> nn.Module | None:
-    """The network inside net that is exact or predicts a mean; None if there is none."""
-    for inner in with_inner_networks(net):
-        if isinstance(inner, EmpiricalField) or hasattr(inner, "data_std"):
-            return inner
-    return None
+    """The network inside net that is exact or predicts a mean; None if there is no single one."""
+    return network_within(
+        net, lambda each: isinstance(each, EmpiricalField) or hasattr(each, "data_std")
+    )
+
+
+def _default_weighting(net: Network) -> Weighting:
+    """Balanced for a network that predicts the mean, else published; warns if net hides it."""
+    if _mean_network(net) is not None:
+        return "balanced"
+    if hides_its_network(net):
+        warnings.warn(
+            f"net is a {type(net).__name__}, which hides its network, so the loss takes the "
+            "published weighting; give the network itself, or weighting='balanced' for one that predicts the "
+            "posterior mean, as those of pfgm.networks do, else weighting='published'.",
+            stacklevel=3,
+        )
+    return "published"
 
 
 def _evaluate(

@@ -39,10 +39,10 @@ from .checks import (
     warn_of_scales,
     with_settings_of_run,
 )
-from .compiled import load_plain_state, plain_state
 from .config import TrainConfig
 from .locks import locked, locked_for_all
 from .logs import Log, check_log
+from .network_state import load_plain_state, plain_state
 from .processes import Processes, reports_process_lost
 from .signals import Terminated, record_signals
 from .weights_file import check_savable, flow_in
