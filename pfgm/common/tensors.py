@@ -43,6 +43,21 @@ def as_int64(name: str, integers: Tensor) -> Tensor:
     return values
 
 
+def as_labels(name: str, labels: object, count: int) -> Tensor:
+    """The labels as int64. Raises an error unless they are a tensor (count,) of integers."""
+    if not isinstance(labels, Tensor):
+        raise TypeError(
+            f"{name} must be a torch.Tensor of integers, of shape ({count},), got "
+            f"{type(labels).__name__}."
+        )
+    if labels.shape != (count,) or labels.is_floating_point() or labels.is_complex():
+        raise ValueError(
+            f"{name} must be integers of shape ({count},), got {labels.dtype} of shape "
+            f"{tuple(labels.shape)}."
+        )
+    return as_int64(name, labels)
+
+
 def contiguous(values: Tensor) -> Tensor:
     """The values, copied if their memory holds them in another order or negated."""
     return values.resolve_neg().contiguous()

@@ -33,7 +33,7 @@ from ..references import References, ReferenceSet
 from ..solvers import SAMPLERS, SCHEDULES, SolverFunction, as_solver, rho_grid
 from .conditions import Condition, Network
 from .flow import Flow
-from .targets import ExactNetwork, targets_by_label
+from .targets import ExactNetwork
 
 # Below this D, the noise σ g/√(χ²_D/D) is often many times larger than σ: above 3 σ in 2 % of draws
 # at D = 4 and in 26 % at D = 1.
@@ -312,10 +312,14 @@ class PoissonFlowPP(Flow):
         x_perturbed, sigma = self.perturb(x, generator)
         target = x
         if references is not None:
-            labels = condition.get("labels")
             with torch.no_grad():
-                (target,) = targets_by_label(
-                    self._target, (x_perturbed, sigma), references, labels, reference_labels
+                target = posterior_mean(
+                    x_perturbed,
+                    references,
+                    sigma=sigma,
+                    D=self.D,
+                    labels=condition.get("labels"),
+                    reference_labels=reference_labels,
                 )
         mean = _evaluate(net, x_perturbed, sigma, condition, self.D)
         wide = torch.promote_types(mean.dtype, torch.float32)
@@ -323,9 +327,6 @@ class PoissonFlowPP(Flow):
         s = sigma.to(wide)
         weight = (s.square() + self.sigma_data**2) / (s * self.sigma_data).square()
         return (weight * squared).mean()
-
-    def _target(self, x: Tensor, sigma: Tensor, references: References) -> tuple[Tensor]:
-        return (posterior_mean(x, references, sigma=sigma, D=self.D),)
 
     def prior(
         self,

@@ -45,7 +45,7 @@ from .poisson_rules import (
     published_rules,
     spread_rules,
 )
-from .targets import ExactNetwork, targets_by_label
+from .targets import ExactNetwork
 
 Weighting = Literal["balanced", "published"]
 """Weights of the levels in the loss of :class:`PoissonFlow`."""
@@ -336,7 +336,8 @@ class PoissonFlow(Flow):
             condition: keyword arguments of the network. With "labels" (B,) in it, the target of
                 each point is the field of the references of its label. A label below 0 means no
                 label: the target is the field of all references.
-            reference_labels: (M,) labels of the references; not needed if references is None.
+            reference_labels: (M,) labels of the references; not needed if references is None or a
+                set that has labels. They need "labels" in the condition.
             weighting: "published" or "balanced". None means balanced for networks that predict the
                 posterior mean, such as :class:`pfgm.networks.UNet`, also inside wrappers and
                 modules that hold one of them, and published for all others, because a field that
@@ -365,11 +366,17 @@ class PoissonFlow(Flow):
         x, condition = self._checked_batch(x, condition)
         labels = condition.get("labels")
         if references is None:
-            references, reference_labels = x, labels
+            references = x
+            reference_labels = labels if reference_labels is None else reference_labels
         x_perturbed, z = self.perturb(x, generator)
         with torch.no_grad():
-            target_x, target_z = targets_by_label(
-                self._target, (x_perturbed, z), references, labels, reference_labels
+            target_x, target_z = field_fn(
+                x_perturbed,
+                z,
+                references,
+                gamma=self.gamma,
+                labels=labels,
+                reference_labels=reference_labels,
             )
         field_x, field_z = _evaluate(net, x_perturbed, z, condition, self.gamma)
         error_x = flat_rows(field_x.to(target_x.dtype) - target_x).square().sum(1)
@@ -385,9 +392,6 @@ class PoissonFlow(Flow):
         distance = torch.linalg.vector_norm(flat_rows(noise), dim=1).hypot(z)
         weight: Tensor = 1 + ((distance + self.gamma) / (math.sqrt(self.N) * self._unit)).square()
         return weight
-
-    def _target(self, x: Tensor, z: Tensor, references: References) -> tuple[Tensor, Tensor]:
-        return field_fn(x, z, references, gamma=self.gamma)
 
     def prior(
         self,

@@ -13,10 +13,10 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from ..common.checks import check_tensor, is_whole, known_device
+from ..common.checks import is_whole, known_device
 from ..common.dtypes import REFERENCES
 from ..common.files import StrPath, write_atomic
-from ..common.tensors import as_int64, dequantise
+from ..common.tensors import as_labels, dequantise
 from ..data.opening import Samples, open_source
 from ..data.rows import InMemory
 from .measures import Measures, RowSums
@@ -55,7 +55,8 @@ class ReferenceSet:
             (n, C, H, W), which the command line uses too.
         flips: add the mirror image of each row (last axis reversed), as rows M to 2M − 1. It is
             for images (M, C, H, W) or (M, H, W); the columns of a table would change their order.
-        labels: (M,) integers, for data without labels.
+        labels: (M,) integers, for data without labels. Operations use the labels of a set where
+            they are given ``labels`` for their points.
         progress: show a progress bar while images or a dataset are read.
 
     Raises:
@@ -361,15 +362,7 @@ class ReferenceSet:
         return self.part.chunks(device)
 
     def _checked_labels(self, labels: Tensor | None) -> Tensor | None:
-        if labels is None:
-            return None
-        check_tensor("labels", labels)
-        if labels.shape != (self._rows,) or labels.is_floating_point():
-            raise ValueError(
-                f"labels must be integers of shape ({self._rows},), got {labels.dtype} of shape "
-                f"{tuple(labels.shape)}."
-            )
-        return as_int64("labels", labels.cpu())
+        return None if labels is None else as_labels("labels", labels, self._rows).cpu()
 
 
 References = Tensor | ReferenceSet

@@ -211,6 +211,8 @@ def test_labels_restrict_the_references(data):
         flow.loss(net, data, data, condition=condition)
     with pytest.raises(ValueError, match=r"labels must be in reference_labels,.*got 2\."):
         flow.loss(net, data, data, condition=condition, reference_labels=every % 2)
+    with pytest.raises(ValueError, match=r"labels must be given with reference_labels,.*got None"):
+        flow.loss(lambda x, sigma: x, data, data, reference_labels=every)
 
 
 @pytest.mark.parametrize("D", [1.0, 16.0, 2048.0, math.inf])

@@ -840,7 +840,7 @@ GRIDS = [], [1.0], [1.0] * 2, [1.0, 2.0, 1.0], [1.0, 1.0, 0.0], [0.0, 1.0], [1.0
         (lambda: FLOW.decode(NET, WHOLE.byte()), "TypeError: latent must be…got torch.uint8."),
         (
             lambda: PLAIN.loss(LABELLED, DATA, condition={"labels": 1}),
-            "TypeError: condition['labels'] must be a torch.Tensor of integers,…got int.",
+            "TypeError: labels must be a torch.Tensor of integers,…got int.",
         ),
         (
             lambda: PLAIN.loss(LABELLED, DATA, condition=DATA),

@@ -451,6 +451,32 @@ def test_the_target_of_a_field_is_the_field(schedulers):
     assert torch.equal(alone, scheduler.target(noisy, t, DATA[:8], DATA[:8]))
 
 
+@pytest.mark.parametrize("flow", [FIELD, *DENOISERS.values()], ids=name)
+def test_targets_by_label(schedulers, flow):
+    """Each row is the target over the references of its label."""
+    scheduler = scheduler_of(schedulers, flow)
+    labels, seen = torch.tensor([1, -1, 0, 2, 1, 0]), torch.arange(len(DATA)) % 3
+    original = DATA[[1, 0, 3, 2, 4, 6]]
+    noisy, t = scheduler.perturb(original, seeded())
+    target = scheduler.target(noisy, t, original, DATA, labels=labels, reference_labels=seen)
+    for label in (-1, 0, 1, 2):
+        rows, own = labels == label, DATA if label < 0 else DATA[seen == label]
+        alone = scheduler.target(noisy[rows], t[rows], original[rows], own)
+        torch.testing.assert_close(target[rows], alone, rtol=1e-4, atol=1e-4)
+    labelled = pfgm.ReferenceSet(DATA, labels=seen)
+    by_set = scheduler.target(noisy, t, original, labelled, labels=labels)
+    torch.testing.assert_close(by_set, target, rtol=1e-4, atol=1e-4)
+    with pytest.raises(ValueError, match="labels must be given with reference_labels"):
+        scheduler.target(noisy, t, original, DATA, reference_labels=seen)
+    # Without references they are the original samples, which have these labels.
+    if flow is FIELD:
+        given = {"references": original, "reference_labels": labels}
+        torch.testing.assert_close(
+            scheduler.target(noisy, t, original, labels=labels),
+            scheduler.target(noisy, t, original, labels=labels, **given),
+        )
+
+
 def test_networks_of_diffusers_are_networks_of_the_flows(diffusers):
     """A DiT with labels, which returns a learned variance beside the mean, in the flow's loss."""
     torch.manual_seed(0)

@@ -245,6 +245,7 @@ def test_the_exact_velocity_as_a_denoiser_is_the_exact_denoiser(D):
 
 def test_wrong_calls(refused):
     matcher, alone = PoissonFlowMatcher(16, POINTS), PoissonFlowMatcher(16)
+    labelled = PoissonFlowMatcher(16, POINTS, reference_labels=torch.arange(4))
     sample, x1 = matcher.sample_location_and_conditional_flow, POINTS
     for call, sentence in (
         (lambda: PoissonFlowMatcher(0), "D must be a positive number or infinity, got 0."),
@@ -268,11 +269,23 @@ def test_wrong_calls(refused):
         (lambda: matcher.velocity(math.nan, POINTS), "r, sigma or z must be…got nan in row 0."),
         (
             lambda: matcher.velocity(0.5, POINTS, labels=torch.zeros(3)),
-            "labels must have shape (4,), got (3,).",
+            "labels must be integers of shape (4,), got torch.float32 of shape (3,).",
         ),
         (
-            lambda: matcher.velocity(0.5, POINTS, labels=torch.zeros(4)),
-            "reference_labels must have shape (4,) with labels in the condition,…got None.",
+            lambda: matcher.velocity(0.5, POINTS, labels=torch.zeros(4).long()),
+            "reference_labels must have shape (4,) with labels,…got None.",
+        ),
+        (
+            lambda: labelled.velocity(0.5, POINTS),
+            "labels must be given with reference_labels,…got None.",
+        ),
+        (
+            lambda: labelled.sample_location_and_conditional_flow(None, POINTS),
+            "labels must be given with reference_labels,…got None.",
+        ),
+        (
+            lambda: PoissonFlowMatcher(16, reference_labels=torch.arange(4)),
+            "references must be given with reference_labels, got None.",
         ),
         (lambda: matcher.noise(()), "shape must be (n, *S) with n of at least 0, got ()."),
         (lambda: matcher.noise((-1, 2)), "shape must be (n, *S) with n of…least 0, got (-1, 2)."),

@@ -386,6 +386,9 @@ class FlowScheduler(SchedulerMixin, ConfigMixin):  # type: ignore[misc]
         timesteps: Tensor,
         original_samples: Tensor,
         references: References | None = None,
+        *,
+        labels: Tensor | None = None,
+        reference_labels: Tensor | None = None,
     ) -> Tensor:
         """The target of the network's output: a field, or the output that implies a mean.
 
@@ -403,13 +406,26 @@ class FlowScheduler(SchedulerMixin, ConfigMixin):  # type: ignore[misc]
             original_samples: the data (B, *S) that were perturbed.
             references: data (M, *S) that contain the original samples; with more of them the target
                 varies less (arXiv 2302.00670). None means the original samples.
+            labels: labels (B,) of the points, for a network with labels. The target of each point
+                is that of the references of its label, or of all where its label is below 0.
+            reference_labels: labels (M,) of the references, needed with labels unless references is
+                None or a :class:`pfgm.ReferenceSet` that has labels.
+
+        Raises:
+            TypeError, ValueError: as :func:`pfgm.posterior_mean`.
         """
         level = self._level(noisy_samples, timesteps)
         points = self._to_points(noisy_samples, level)
-        return self._target(points, level, original_samples, references)
+        return self._target(points, level, original_samples, references, labels, reference_labels)
 
     def _target(
-        self, x: Tensor, level: Tensor, original: Tensor, references: References | None
+        self,
+        x: Tensor,
+        level: Tensor,
+        original: Tensor,
+        references: References | None,
+        labels: Tensor | None,
+        reference_labels: Tensor | None,
     ) -> Tensor:
         raise NotImplementedError
 
@@ -459,11 +475,26 @@ class PoissonFlowScheduler(FlowScheduler):
     _predictions = ("field",)
 
     def _target(
-        self, x: Tensor, z: Tensor, original: Tensor, references: References | None
+        self,
+        x: Tensor,
+        z: Tensor,
+        original: Tensor,
+        references: References | None,
+        labels: Tensor | None,
+        reference_labels: Tensor | None,
     ) -> Tensor:
         """The field, (B, C + 1, *S[1:]), with field_z in the last channel at every pixel."""
-        charges = original if references is None else references
-        field_x, field_z = field_fn(x, z, charges, gamma=self._flow.gamma)
+        if references is None:
+            references = original
+            reference_labels = labels if reference_labels is None else reference_labels
+        field_x, field_z = field_fn(
+            x,
+            z,
+            references,
+            gamma=self._flow.gamma,
+            labels=labels,
+            reference_labels=reference_labels,
+        )
         return torch.cat([field_x, over_samples(field_z, field_x).expand_as(field_x[:, :1])], 1)
 
 
@@ -507,15 +538,30 @@ class PoissonFlowPPScheduler(FlowScheduler):
         return (1 / (1 + levels.square())).float()
 
     def _target(
-        self, x: Tensor, sigma: Tensor, original: Tensor, references: References | None
+        self,
+        x: Tensor,
+        sigma: Tensor,
+        original: Tensor,
+        references: References | None,
+        labels: Tensor | None,
+        reference_labels: Tensor | None,
     ) -> Tensor:
         """The output (B, *S) that implies the original samples, or the posterior mean."""
         x = x.to(torch.promote_types(x.dtype, torch.float32))
         kept, dropped, factor = self._wrapped.coefficients(over_samples(sigma.to(x.dtype), x))
         from_points, rest = kept * x, dropped * x
         if references is not None:
-            D = self._flow.D
-            return mean_from(from_points, rest, x, references, sigma=sigma, D=D) / factor
+            ahead = mean_from(
+                from_points,
+                rest,
+                x,
+                references,
+                sigma=sigma,
+                D=self._flow.D,
+                labels=labels,
+                reference_labels=reference_labels,
+            )
+            return ahead / factor
         mean = dequantise(original, x.dtype)
         near = over_samples(is_nearer(rest, from_points), x)
         return torch.where(near, rest - (x - mean), mean - from_points) / factor

@@ -103,6 +103,10 @@ def check_errors(path, rank):
     data = pfgm.data.to_unit(part[part.rows[:4]])
     with pytest.raises(ValueError, match="must be whole in each process"):
         flow.loss(flow.empirical(data), data, part, condition={"labels": torch.zeros(4).long()})
+    for count in (4, 4 * rank):  # one process has no points: both refuse, and none waits
+        labels = torch.zeros(count).long()
+        with pytest.raises(ValueError, match="must be whole in each process with labels"):
+            pfgm.field_fn(data[:count], 1.0, part, labels=labels)
     with pytest.raises(IndexError, match="the rows that this process holds, got"):
         part[0 : len(part)]
     x = queries(torch.float32 if rank == 0 else torch.float64)
