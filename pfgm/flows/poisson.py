@@ -524,8 +524,9 @@ def _default_weighting(net: Network) -> Weighting:
     if hides_its_network(net):
         warnings.warn(
             f"net is a {type(net).__name__}, which hides its network, so the loss takes the "
-            "published weighting; give the network itself, or weighting='balanced' for one that predicts the "
-            "posterior mean, as those of pfgm.networks do, else weighting='published'.",
+            "published weighting; give the network itself, or weighting='balanced' for one that "
+            "predicts the posterior mean, as those of pfgm.networks do, else "
+            "weighting='published'.",
             stacklevel=3,
         )
     return "published"
