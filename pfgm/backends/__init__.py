@@ -10,7 +10,6 @@ cannot run, an error gives the reason; no other backend takes its place.
 from __future__ import annotations
 
 import os
-import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -41,18 +40,6 @@ __all__ = [
 
 
 _requested: str | None = None
-_REMOVED = ("PFGM_CUDA_OVERLAP", "PFGM_CUDA_WARPGROUPS", "PFGM_TUNE")
-
-
-def _warn_of_removed() -> None:
-    """Warn of environment variables that did something before 0.3.0."""
-    for name in filter(os.environ.__contains__, _REMOVED):
-        warnings.warn(
-            f"{name} was removed in 0.3.0 and does nothing: unset it", RuntimeWarning, stacklevel=2
-        )
-
-
-_warn_of_removed()
 
 
 def __getattr__(name: str) -> Any:

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from functools import partial
-from typing import Any, Literal, NoReturn, TypeVar, overload
+from typing import Any, Literal, TypeVar, overload
 
 import torch
 from torch import Tensor
@@ -34,17 +34,6 @@ from ..references.labels import targets_by_label
 from .levels import per_query
 
 R = TypeVar("R")
-
-
-def _refuse(function: str, arguments: Iterable[str]) -> NoReturn:
-    """Raise TypeError for arguments that a function no longer takes, or never did."""
-    name = next(iter(arguments))
-    if name != "precision":
-        raise TypeError(f"{function}() got an unexpected keyword argument {name!r}")
-    raise TypeError(
-        f"{function}() no longer takes precision (since 0.3.0): leave it out, every backend has "
-        "the accuracy of float32."
-    )
 
 
 def _check_tensors(x: Tensor, references: References) -> None:
@@ -196,7 +185,6 @@ def posterior_mean(
     labels: Tensor | None = None,
     reference_labels: Tensor | None = None,
     backend: str | None = None,
-    **removed: NoReturn,
 ) -> Tensor | tuple[Tensor, Tensor]:
     """The average of the references, weighted by the posterior probability of each given x.
 
@@ -265,8 +253,6 @@ def posterior_mean(
     >>> posterior_mean(x, references, r=1.0, **both)
     tensor([[1., 0.]])
     """
-    if removed:
-        _refuse("posterior_mean", removed)
     if labels is not None or reference_labels is not None:
         both = labels, reference_labels
         others = {"D": D, "return_logsumexp": return_logsumexp, "backend": backend}
@@ -301,7 +287,6 @@ def field_fn(
     labels: Tensor | None = None,
     reference_labels: Tensor | None = None,
     backend: str | None = None,
-    **removed: NoReturn,
 ) -> tuple[Tensor, Tensor]:
     """The normalised Poisson field of the references: PFGM's training target.
 
@@ -343,8 +328,6 @@ def field_fn(
     tensor([[-0.3917, -0.3917],
             [ 0.3917,  0.3917]])
     """
-    if removed:
-        _refuse("field_fn", removed)
     if labels is not None or reference_labels is not None:
         both, others = (labels, reference_labels), {"gamma": gamma, "backend": backend}
         return _by_label(field_fn, x, references, both, {"z": z}, others)
@@ -425,7 +408,6 @@ def log_density(
     labels: Tensor | None = None,
     reference_labels: Tensor | None = None,
     backend: str | None = None,
-    **removed: NoReturn,
 ) -> Tensor:
     """Log-density of the references with noise of level r, the exact marginal of the flow.
 
@@ -452,8 +434,6 @@ def log_density(
     >>> log_density(torch.zeros(1, 1), torch.zeros(1, 1), r=1.0)  # Cauchy: log(1/π)
     tensor([-1.1447], dtype=torch.float64)
     """
-    if removed:
-        _refuse("log_density", removed)
     if labels is not None or reference_labels is not None:
         both, others = (labels, reference_labels), {"D": D, "backend": backend}
         return _by_label(log_density, x, references, both, {"r": r, "sigma": sigma}, others)

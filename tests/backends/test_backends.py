@@ -350,13 +350,6 @@ def test_names_that_are_no_text_are_refused(name):
         pass
 
 
-@pytest.mark.parametrize("name", ["PFGM_CUDA_OVERLAP", "PFGM_CUDA_WARPGROUPS", "PFGM_TUNE"])
-def test_a_removed_switch_says_so(monkeypatch, name):
-    monkeypatch.setenv(name, "0")
-    with pytest.warns(RuntimeWarning, match=f"^{name} was removed in 0.3.0 and does nothing"):
-        backends._warn_of_removed()
-
-
 def test_unknown_names_are_refused(monkeypatch):
     with (
         pytest.raises(ValueError, match=r"use_backend's name must be one.*got 'numpy'\."),
