@@ -17,7 +17,7 @@ from torch import Tensor
 
 import pfgm
 from benchmarks.common.problems import radius_of
-from pfgm import backends, posterior_mean
+from pfgm import posterior_mean
 from pfgm.backends import (
     Availability,
     available,
