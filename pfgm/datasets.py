@@ -23,7 +23,7 @@ from .data.arrays import array_names, from_numpy, open_array, read_integers
 from .data.images import load_images
 from .data.opening import open_source
 from .data.rows import InMemory, OnDisk, Scaled, Source
-from .data.tables import LABEL_NAMES, Table
+from .data.tables import LABEL_NAMES, Table, load_table
 from .references import ReferenceSet
 
 __all__ = ["Data", "Layout", "Range", "open_data", "open_samples"]
@@ -240,6 +240,8 @@ def _holds_images(path: Path) -> bool:
 
 
 def _opened(path: Path, resize: int | None, progress: bool) -> Source:
+    if path.suffix == ".csv" and path.is_file() and resize is None:
+        return InMemory(load_table(path))
     if resize is None:
         return open_source(path, progress=progress)
     if not _holds_images(path):
@@ -258,6 +260,11 @@ def _from_path(
     if len(names) == 1:  # a single array holds the samples, whatever its name
         names = []
     label_names = [name for name in LABEL_NAMES if name in names]
+    if len(label_names) > 1:
+        raise ValueError(
+            f"{path} must have one array of labels, got {' and '.join(label_names)}; leave all but "
+            "one out."
+        )
     train = _rows(source, path, label_names, value_range, layout)
     held_out = None
     if name := next((name for name in _HELD_OUT_NAMES if name in names), None):

@@ -47,15 +47,19 @@ def open_source(source: Samples, *, progress: bool = False) -> Source:
     if isinstance(source, np.ndarray):
         return InMemory(from_numpy(source, "data"))
     if is_frame(source):
-        return InMemory(*load_table(source))
+        return InMemory(load_table(source))
     if is_series(source):
         raise TypeError(
             "data must be an array or a DataFrame, got a Series of pandas; use series.to_numpy()."
         )
     if isinstance(source, (str, os.PathLike)):
         path = Path(source)
-        if path.suffix == ".csv" and path.is_file():
-            return InMemory(*load_table(path))
+        if path.suffix == ".csv":
+            raise ValueError(
+                f"data must not be a .csv file, whose columns training standardises, got {path}; "
+                'take pfgm.datasets.open_data(path, label_column=""), whose rows are .train and '
+                "whose columns .table, or pandas.read_csv(path) for the numbers as they are."
+            )
         if path.is_dir() or (path.suffix == ".zip" and path.is_file()):
             return InMemory(*load_images(path, progress=progress))
         return open_array(path)

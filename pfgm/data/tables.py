@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import csv
-import functools
-import io
 import os
 import sys
 import warnings
@@ -17,19 +14,15 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..common.files import StrPath, csv_text, write_atomic
-from ..common.optional import optional
-from .columns import FEW, Array, Column, Numbers, Texts, column_from, learn_column
+from ..common.files import StrPath
+from .columns import Array, Column, Numbers, Texts, column_from, learn_column
 from .rows import check_samples
+from .table_files import MISSING, SEPARATORS, check_integers, read_cells, write_columns
 
 LABEL_NAMES = ("labels", "label", "y")
 """Names of the arrays and columns that hold labels."""
 
-_SEPARATORS = (",", ";", "\t")
-_MISSING = ("", "NA", "N/A", "NULL", "None", "null")  # pandas knows more
 _UNNAMED = "Unnamed: "  # how pandas begins the name of a column that has none
-# With separators of thousands, or with another sign for decimals than the file.
-_OTHER_NUMBER = r"[+-]?(\d+[.,]\d+|\d{1,3}([.,'’\s]\d{3})+([.,]\d+)?)"
 _MOST_LABELS = 1000
 _SHOWN = 5  # rows, columns or texts in a message
 
@@ -90,7 +83,8 @@ class Table:
         Args:
             source: a DataFrame, or the path of a ``.csv`` file that begins with a line of names.
                 Its separator is a comma, a semicolon or a tab. With another one than a comma,
-                numbers may have decimal commas.
+                numbers may have decimal commas. A value is missing where a cell is empty, NA or
+                the like; in quotes these are texts.
             label_column: the name of the column of labels, texts or integers. By default the one
                 that is named labels, label or y, if there is one; "" takes none for labels.
             drop_missing: leave out rows without a value in some column.
@@ -104,7 +98,9 @@ class Table:
                 another type, or there is no row or no column.
 
         Warns:
-            UserWarning: a first column without a name numbers the rows, and is left out.
+            UserWarning: a first column without a name numbers the rows, and is left out; or
+                numbers such as 1.234 between semicolons or tabs, which are decimal numbers here,
+                may be meant as thousands.
         """
         name, cells, separator, decimal = _cells(source)
         cells = _complete(cells, name, drop_missing)
@@ -205,20 +201,13 @@ class Table:
         return self._encoded(cells, "rows")
 
     def write(self, path: StrPath, rows: Tensor, labels: Tensor | None = None) -> None:
-        """Writes rows as a ``.csv`` file, as :meth:`decode` returns them.
+        """Writes rows as a ``.csv`` file, as :meth:`decode` returns them, with texts in quotes.
 
         Raises:
             OSError: the file cannot be written; an existing one is left as it was.
             ValueError: as for :meth:`decode`.
         """
-        decoded = self.decode(rows, labels)
-        texts = ([self._text(value) for value in column] for column in decoded.values())
-        text = csv_text([decoded, *zip(*texts, strict=True)], self.separator)
-        write_atomic(path, lambda file: file.write(text.encode()))
-
-    def _text(self, value: object) -> str:
-        text = str(value)
-        return text.replace(".", self.decimal) if isinstance(value, float) else text
+        write_columns(path, self.decode(rows, labels), self.separator, self.decimal)
 
     def to_dict(self) -> dict[str, Any]:
         """The table as JSON holds it."""
@@ -235,7 +224,7 @@ class Table:
         if label is not None:
             label = Label(str(label["name"]), int(label["place"]), tuple(label["values"]))
         separator, decimal = content["separator"], content["decimal"]
-        if separator not in _SEPARATORS or decimal not in (".", ","):
+        if separator not in SEPARATORS or decimal not in (".", ","):
             raise ValueError(f"a table has the separators {separator!r} and {decimal!r}.")
         columns = tuple(column_from(column) for column in content["columns"])
         return cls(columns, label, separator, decimal)
@@ -253,22 +242,16 @@ def is_series(value: object) -> bool:
     return pandas is not None and isinstance(value, pandas.Series)
 
 
-def load_table(source: Any) -> tuple[Tensor, Tensor | None, tuple[str, ...]]:
-    """The numbers of a DataFrame or of a ``.csv`` file, as they are, labels and their names."""
-    table = Table.read(source)
+def load_table(source: Any) -> Tensor:
+    """The numbers of a DataFrame or of a ``.csv`` file, as they are, (n, columns)."""
+    table = Table.read(source, label_column="")
     for column in table.columns:
         if isinstance(column, Texts):
             raise ValueError(
                 f"column {column.name!r} must hold numbers, got texts such as "
                 f"{column.values[0]!r}; pfgm.data.Table encodes them."
             )
-    plain = Table(tuple(Numbers(column.name) for column in table.columns), table.label)
-    rows, labels = plain.encode(source)
-    return rows, labels, table.label_names
-
-
-def _pandas() -> Any:
-    return optional("pandas", "Tables need pandas", "tables")
+    return Table.numbers([column.name for column in table.columns]).encode(source).rows
 
 
 def _cells(source: Any, known: Table | None = None) -> tuple[str, Cells, str, str]:
@@ -279,24 +262,19 @@ def _cells(source: Any, known: Table | None = None) -> tuple[str, Cells, str, st
     """
     if is_frame(source):
         name, separator, decimal = "the table", ",", "."
-        frame = source
-        columns = [_values(frame.iloc[:, i], name) for i in range(frame.shape[1])]
+        names = [str(each) for each in source.columns]
+        columns = [_values(source.iloc[:, i], name) for i in range(source.shape[1])]
     elif not isinstance(source, (str, os.PathLike)):
         raise TypeError(
             "source must be a DataFrame or the path of a .csv file, got "
             f"{type(source).__name__}; make a DataFrame of it."
         )
     else:
-        name, texts = str(source), _text_columns(known)
-        frame, separator = _read(Path(source))
-        decimal = "." if separator == "," else _decimal(frame)
-        columns = [
-            _parsed(frame.iloc[:, i], decimal, name, as_texts=key in texts)
-            for i, key in enumerate(frame.columns)
-        ]
-    names = [str(each) for each in frame.columns]
-    if not len(frame) or not names:
-        raise ValueError(f"{name} must have rows and columns, got {len(frame)} × {len(names)}.")
+        name = str(source)
+        names, columns, separator, decimal = read_cells(Path(source), _text_columns(known))
+    if not names or not len(columns[0]):
+        rows = len(columns[0]) if columns else 0
+        raise ValueError(f"{name} must have rows and columns, got {rows} × {len(names)}.")
     if alike := [key for key in names if names.count(key) > 1]:
         raise ValueError(f"{name} must have different names of columns, got {alike[0]!r} twice.")
     cells = dict(zip(names, columns, strict=True))
@@ -324,95 +302,11 @@ def _text_columns(known: Table | None) -> set[str]:
     return texts
 
 
-def _read(path: Path) -> tuple[Any, str]:
-    """All cells of a file as texts or missing, and its separator."""
-    pandas = _pandas()
-    if not path.exists():
-        raise FileNotFoundError(f"{path} does not exist.")
-    if not path.is_file():
-        raise ValueError(f"{path} must be a file, not a folder, pipe, socket or device.")
-    try:
-        with path.open(newline="", encoding="utf-8-sig") as file:
-            beginning = file.read(1 << 16).lstrip("\r\n")
-        if "\0" in beginning:
-            raise ValueError("it holds bytes that are not text")
-        fields = {
-            s: len(next(csv.reader(io.StringIO(beginning), delimiter=s))) for s in _SEPARATORS
-        }
-        separator = max(_SEPARATORS, key=fields.__getitem__)
-        # Without a header all rows must have as many fields as the first.
-        read = functools.partial(
-            pandas.read_csv,
-            path,
-            sep=separator,
-            header=None,
-            dtype=str,
-            skipinitialspace=True,
-            encoding="utf-8-sig",
-        )
-        names = read(nrows=1, keep_default_na=False).iloc[0]  # a column may be named NA
-        return read().iloc[1:].set_axis(names, axis=1).reset_index(drop=True), separator
-    except UnicodeDecodeError as error:
-        raise ValueError(
-            f"{path} must be text in UTF-8, got another encoding ({error.reason} at byte "
-            f"{error.start}); save it as UTF-8."
-        ) from error
-    except (StopIteration, csv.Error, ValueError) as error:
-        reason = " ".join(str(error).split()) or "it has no line"
-        raise ValueError(
-            f"{path} must be a table of lines with as many values as there are names in the first "
-            f"line, got one that is empty or damaged ({reason})."
-        ) from error
-
-
-def _decimal(frame: Any) -> str:
-    commas = frame.apply(lambda column: column.str.fullmatch(r"[+-]?\d+,\d+").any())
-    return "," if commas.any() else "."
-
-
-def _parsed(cells: Any, decimal: str, name: str, *, as_texts: bool) -> Array:
-    """The numbers of a column of texts, or its texts. Texts such as 007 are no numbers."""
-    present = cells.dropna()
-    if not len(present):
-        return np.full(len(cells), np.nan)
-    digits = present
-    if decimal == ",":  # 1.234 may be a thousand
-        digits = present.str.replace(".", "?", regex=False).str.replace(",", ".", regex=False)
-    numbers = _pandas().to_numeric(digits, errors="coerce")
-    others = present[numbers.isna()]
-    zeros = bool(digits.str.match(r"\s*[+-]?0\d").any())
-    if as_texts or zeros or len(others):
-        if not (as_texts or zeros):
-            _check_texts(others, numbers, name)
-        texts: Array = cells.astype(object).where(cells.notna(), None).to_numpy()
-        return texts
-    _check_integers(numbers[present.str.fullmatch(r"[+-]?\d+")], cells.name, name)
-    values = np.full(len(cells), np.nan)
-    # pandas reads 17 digits with an error in the last one, and Python exactly.
-    values[cells.notna().to_numpy()] = digits.to_numpy(object).astype(np.float64)
-    return values
-
-
-def _check_texts(texts: Any, numbers: Any, name: str) -> None:
-    """Raises ValueError if texts are probably numbers, or missing ones, in a column of numbers."""
-    where = f"{texts.iloc[0]!r} in column {texts.name!r}"
-    if texts.str.fullmatch(_OTHER_NUMBER).all():
-        raise ValueError(
-            f"{name} must write all numbers like 1234.5, or all like 1234,5 between semicolons or "
-            f"tabs, got {where}."
-        )
-    if numbers.nunique() > FEW:
-        raise ValueError(
-            f"{name} must have numbers alone or texts alone in a column, got numbers and {where}; "
-            "leave the cells of missing values empty."
-        )
-
-
 def _values(column: Any, name: str) -> Array:
     """The values of a column of a DataFrame."""
     kind = column.dtype.kind
     if kind in "iu":
-        _check_integers(column.dropna(), column.name, name)
+        check_integers(column.dropna(), column.name, name)
     if kind in "iuf":
         values: Array = column.to_numpy(np.float64, na_value=np.nan)
         return values
@@ -431,14 +325,6 @@ def _values(column: Any, name: str) -> Array:
     )
 
 
-def _check_integers(numbers: Any, key: str, name: str) -> None:
-    if len(numbers) and max(int(numbers.max()), -int(numbers.min())) > 2**53:
-        raise ValueError(
-            f"{name} must have integers up to 2^53, got {numbers.abs().max()} in column {key!r}; "
-            "leave it out if it numbers the rows."
-        )
-
-
 def _plain(value: Any) -> str | bool:
     return str(value) if isinstance(value, str) else bool(value)
 
@@ -447,7 +333,7 @@ def _check_names(cells: Cells, name: str) -> None:
     """Raises ValueError if what should be names is probably the first row, or all names in one."""
     numeric = [key for key, column in cells.items() if column.dtype.kind == "f"]
     digits = [key for key in numeric if _is_number(key)]
-    unnamed = digits and all(key in (*digits, *_MISSING) for key in numeric)
+    unnamed = digits and all(key in (*digits, *MISSING) for key in numeric)
     own = [key for key, column in cells.items() if column.dtype.kind == "O" and key in set(column)]
     if own or unnamed:
         raise ValueError(

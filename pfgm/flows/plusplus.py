@@ -208,6 +208,11 @@ class PoissonFlowPP(Flow):
         """
         references = data if isinstance(data, ReferenceSet) else ReferenceSet(data)
         warn_channels_last(references.shape[1:])
+        if references.rms == 0:
+            raise ValueError(
+                "data must have a value other than 0, got zeros alone, as the rows of a table are "
+                "that are all equal."
+            )
         rms = positive("the root mean square of data", references.rms)
         spread = references.measures.std
         if 0 < spread < rms / 10 and not {"sigma_min", "sigma_max"} & overrides.keys():

@@ -258,8 +258,13 @@ class ReferenceSet:
         for start, chunk in self.part.stored_chunks():
             converted = _converted(chunk, dtype)
             if converted is not chunk:
-                # Values may overflow in a narrower dtype.
-                check_finite(converted, self.part.begin + start)
+                check_finite(chunk, self.part.begin + start)
+                if not bool(converted.isfinite().all()):
+                    largest = float(chunk.abs().max())
+                    raise ValueError(
+                        f"dtype must be one that holds values up to {largest:.4g}, got {dtype}; "
+                        "torch.bfloat16 and torch.float32 hold more."
+                    )
             held[start : start + len(chunk)] = converted
         moved = copy.copy(self)
         moved.part = replace(self.part, source=InMemory(held), begin=0, end=len(held), finite=True)

@@ -128,11 +128,14 @@ def checked_labels(labels: Tensor | None, data: References, classes: int) -> Ten
             "are divided among processes."
         )
     one_a_row = labels.shape == data.shape[:1] and not labels.is_floating_point()
-    if not one_a_row or int((labels := as_int64("labels", labels)).min()) < 0:
+    if not one_a_row:
         raise ValueError(
             f"labels must be integers of at least 0, of shape ({len(data)},), got {labels.dtype} "
             f"of shape {tuple(labels.shape)}."
         )
+    labels = as_int64("labels", labels)
+    if (least := int(labels.min())) < 0:
+        raise ValueError(f"labels must be at least 0, got {least}; leave such rows out.")
     if classes and int(labels.max()) >= classes:
         raise ValueError(
             f"labels must be from 0 to {classes - 1} for a network of {classes} classes, got "

@@ -771,7 +771,10 @@ MLP = partial(pfgm.networks.MLP, (2,), width=16, depth=1)
         ({"labels": np.zeros(50, int)}, "TypeError: labels must be a…torch.as_tensor(labels)."),
         ({"labels": torch.zeros(3).long()}, "labels must be integers of at…of shape (3,)."),
         ({"labels": torch.zeros(50)}, "labels must be integers of at…of shape (50,)."),
-        ({"labels": torch.full((50,), -1)}, "labels must be integers of at…of shape (50,)."),
+        (
+            {"labels": torch.full((50,), -3)},
+            "labels must be at least 0, got -3; leave such rows out.",
+        ),
         (
             {"network": MLP(classes=4), "labels": torch.arange(50) % 5},
             "labels must be from 0 to 3 for a network of 4 classes, got 4.",
