@@ -8,7 +8,7 @@ import math
 import os
 import warnings
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Literal, NamedTuple, get_args
 
@@ -82,6 +82,8 @@ def open_data(
     resize: int | None = None,
     label_column: str | None = None,
     drop_missing: bool = False,
+    drop_columns: Sequence[str] = (),
+    header: bool = True,
     table: Table | None = None,
     progress: bool = False,
 ) -> Data:
@@ -115,7 +117,8 @@ def open_data(
         layout: what the arrays of an array file are, see :data:`Layout`.
         resize: the height and width of images in a folder or an archive. Their largest central
             square is scaled to it. None takes images of one size as they are.
-        label_column, drop_missing: of a table, see :meth:`pfgm.data.Table.read`.
+        label_column, drop_missing, drop_columns, header: of a table, see
+            :meth:`pfgm.data.Table.read`.
         table: the columns that are known from other data, such as those of a checkpoint; None
             learns them.
         progress: show a progress bar while images are read.
@@ -137,10 +140,20 @@ def open_data(
     if not name and Path(source).suffix == ".csv":
         if value_range is not None or resize is not None:
             raise ValueError(f"range and resize are not for tables, got one for {source}.")
+        if table is None or table.plain:
+            read = Table.read(
+                source,
+                label_column=label_column,
+                drop_missing=drop_missing,
+                drop_columns=drop_columns,
+                header=header,
+            )
+            table = read if table is None else dataclasses.replace(table, label=read.label)
         return _from_table(Path(source), label_column, drop_missing, table)
-    if label_column or drop_missing:
+    if label_column or drop_missing or drop_columns or not header:
         raise ValueError(
-            f"label_column and drop_missing are for .csv files, got one for {source}; leave it out."
+            "label_column, drop_missing, drop_columns and header are for .csv files, got one for "
+            f"{source}; leave it out."
         )
     path = Path(place).expanduser()
     if name in _NAMED:
@@ -280,13 +293,8 @@ def _from_path(
     return Data(train, held_out, _classes(train, held_out), grey_levels, source.label_names)
 
 
-def _from_table(
-    path: Path, label_column: str | None, drop_missing: bool, table: Table | None
-) -> Data:
-    if table is None or table.plain:
-        read = Table.read(path, label_column=label_column, drop_missing=drop_missing)
-        table = read if table is None else dataclasses.replace(table, label=read.label)
-    elif label_column and label_column != (table.label and table.label.name):
+def _from_table(path: Path, label_column: str | None, drop_missing: bool, table: Table) -> Data:
+    if label_column and label_column != (table.label and table.label.name):
         raise ValueError(
             f"label_column must be {table.label and table.label.name!r}, as in the checkpoint, got "
             f"{label_column!r}."

@@ -122,6 +122,10 @@ class Evaluate:
     drop_missing: bool = False
     """Leave out the rows of a table in which a value is missing, as the training run does if it
     was told to."""
+    drop_columns: tuple[str, ...] = ()
+    """The names of columns of a table to leave out, as for train."""
+    header: bool = True
+    """Whether a .csv file begins with a line of names, as for train."""
     features: str | None = None
     """Compare in the features of a classifier as well: digits, fashion-mnist, a file of pfgm
     features, or none. The default is the classifier of the data, if one comes with the package."""
@@ -162,6 +166,8 @@ class Evaluate:
             "layout": self.layout,
             "resize": self.resize,
             "drop_missing": self.drop_missing or None,
+            "drop_columns": self.drop_columns or None,
+            "header": self.header and None,
         }
         reading = {option: value for option, value in options.items() if value is not None}
         name = self.data

@@ -5,8 +5,10 @@ from __future__ import annotations
 import csv
 import io
 import re
+import shlex
 import warnings
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from itertools import islice
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -15,12 +17,14 @@ import numpy as np
 
 from ..common.files import StrPath, write_atomic
 from ..common.optional import optional
-from .columns import FEW, Array
+from .columns import FEW, Array, Problem, leave_out
 
 SEPARATORS = (",", ";", "\t")
 # What pandas takes for missing values.
 MISSING = {"", "#N/A", "#N/A N/A", "#NA", "-1.#IND", "-1.#QNAN", "-NaN", "-nan", "1.#IND"}
 MISSING |= {"1.#QNAN", "<NA>", "N/A", "NA", "NULL", "NaN", "None", "n/a", "nan", "null"}
+
+UNNAMED = "Unnamed: "  # how pandas begins the name of a column that has none
 
 _QUOTED = "\ufdd0"  # begins a cell that stands in quotes; Unicode gives it to no character
 _QUOTED_CELL = r'(?m)(^|[{}\r\n])( *)"((?:[^"]|"")*)"'
@@ -28,6 +32,30 @@ _QUOTED_CELL = r'(?m)(^|[{}\r\n])( *)"((?:[^"]|"")*)"'
 _OTHER_NUMBER = r"[+-]?(\d+[.,]\d+|\d{1,3}([.,'’\s]\d{3})+([.,]\d+)?)"
 _MARKED = r"[+-]?\d+[.,]\d+"
 _GROUP = r"[+-]?[1-9]\d{0,2}[.,]\d{3}"  # 1.234: a decimal number, or more than a thousand
+
+
+class Problems(list[Problem]):
+    """The problems of a table, which its error names together."""
+
+    @contextmanager
+    def collected(self) -> Iterator[None]:
+        """Keeps a problem for the error at the end."""
+        try:
+            yield
+        except Problem as problem:
+            self.append(problem)
+
+    def raise_all(self, name: str) -> None:
+        """Raises ValueError with all of them, and the options that cure them together."""
+        if len(self) == 1:
+            raise ValueError(str(self[0])) from self[0]
+        if self:
+            columns = [shlex.quote(each.column) for each in self if each.column is not None]
+            options = [*dict.fromkeys(each.option for each in self if each.option)]
+            options += ["--drop-columns", *dict.fromkeys(columns)] if columns else []
+            together = f" Together: {' '.join(options)}" if options else ""
+            each = " ".join(str(problem).replace(name, "it") for problem in self)
+            raise ValueError(f"{name} has {len(self)} problems: {each}{together}")
 
 
 class CellsOfFile(NamedTuple):
@@ -40,8 +68,19 @@ class CellsOfFile(NamedTuple):
     decimal: str
 
 
-def read_cells(path: Path, texts: Collection[str]) -> CellsOfFile:
-    """The columns of a file. Those in `texts` stay texts.
+def read_cells(
+    path: Path,
+    texts: Collection[str],
+    problems: Problems,
+    *,
+    header: bool = True,
+    dropped: Collection[str] = (),
+) -> CellsOfFile:
+    """The columns of a file, without those that are dropped. Those in `texts` stay texts.
+
+    Args:
+        problems: gets those of columns, which are left out of the result.
+        header: whether the first line has the names; without it they are x0, x1, …
 
     Raises:
         FileNotFoundError, ImportError, ValueError: as :meth:`pfgm.data.Table.read`.
@@ -49,16 +88,24 @@ def read_cells(path: Path, texts: Collection[str]) -> CellsOfFile:
     Warns:
         UserWarning: decimal numbers such as 1.234 may be meant as thousands.
     """
-    frame, separator = _read(path)
-    names = [str(name) for name in frame.columns]
-    frame = frame.set_axis(range(len(names)), axis=1)
+    frame, separator = _read(path, header)
+    every = named_apart([str(name) for name in frame.columns])
+    check_names_of_dropped(every, dropped)
+    frame = frame.set_axis(range(len(every)), axis=1)
     decimal = "." if separator == "," else _decimal(frame)
-    columns = [
-        _parsed(frame[i].rename(name), decimal, str(path), as_texts=name in texts)
-        for i, name in enumerate(names)
-    ]
+    names, columns = [], []
+    for i, name in enumerate(every):
+        with problems.collected():
+            if name not in dropped:
+                cells = frame[i].rename(name)
+                columns.append(_parsed(cells, decimal, str(path), as_texts=name in texts))
+                names.append(name)
     if separator != ",":
-        marked = [names[i] for i in frame if columns[i].dtype.kind == "f" and _may_group(frame[i])]
+        marked = [
+            name
+            for name, column in zip(names, columns, strict=True)
+            if column.dtype.kind == "f" and _may_group(frame[every.index(name)])
+        ]
         if marked:
             warnings.warn(
                 f"{path} has numbers with three digits after the mark in column {marked[0]!r}, "
@@ -69,7 +116,20 @@ def read_cells(path: Path, texts: Collection[str]) -> CellsOfFile:
     return CellsOfFile(names, columns, separator, decimal)
 
 
-def _read(path: Path) -> tuple[Any, str]:
+def named_apart(names: Sequence[str]) -> list[str]:
+    """The names of columns, with pandas' name for one that has none."""
+    return [name or f"{UNNAMED}{i}" for i, name in enumerate(names)]
+
+
+def check_names_of_dropped(names: Collection[str], dropped: Collection[str]) -> None:
+    """Raises ValueError unless there are columns of these names."""
+    if unknown := [name for name in dropped if name not in names]:
+        raise ValueError(
+            f"drop_columns must be among the columns {', '.join(names)}, got {unknown[0]!r}."
+        )
+
+
+def _read(path: Path, header: bool) -> tuple[Any, str]:
     """All cells of a file as texts or missing, and its separator."""
     pandas = _pandas()
     if not path.exists():
@@ -106,10 +166,11 @@ def _read(path: Path) -> tuple[Any, str]:
             f"{path} must be a table of lines with as many values as there are names in the first "
             f"line, got one that is empty or damaged ({reason})."
         ) from error
-    names = frame.iloc[0].fillna("").str.removeprefix(_QUOTED)
-    cells = frame.iloc[1:].reset_index(drop=True)
-    cells = cells.apply(_without_missing)
-    return cells.set_axis(names, axis=1), separator
+    names = [f"x{i}" for i in frame.columns]
+    if header:
+        names = frame.iloc[0].fillna("").str.removeprefix(_QUOTED)
+        frame = frame.iloc[1:].reset_index(drop=True)
+    return frame.apply(_without_missing).set_axis(names, axis=1), separator
 
 
 def _separator(text: str) -> tuple[str, int]:
@@ -171,23 +232,26 @@ def _check_texts(texts: Any, numbers: Any, name: str) -> None:
     """Raises ValueError if texts are probably numbers, or missing ones, in a column of numbers."""
     where = f"{texts.iloc[0]!r} in column {texts.name!r}"
     if texts.str.fullmatch(_OTHER_NUMBER).all():
-        raise ValueError(
+        raise Problem(
             f"{name} must write all numbers like 1234.5, or all like 1234,5 between semicolons or "
-            f"tabs, got {where}."
+            f"tabs, got {where}; {leave_out(texts.name)}, or write it so.",
+            column=texts.name,
         )
     if numbers.nunique() > FEW:
-        raise ValueError(
+        raise Problem(
             f"{name} must have numbers alone or texts alone in a column, got numbers and {where}; "
-            "leave the cells of missing values empty."
+            f"leave the cells of missing values empty, or {leave_out(texts.name)}.",
+            column=texts.name,
         )
 
 
 def check_integers(numbers: Any, key: str, name: str) -> None:
     """Raises ValueError if float64 does not hold the integers of a column."""
     if len(numbers) and max(int(numbers.max()), -int(numbers.min())) > 2**53:
-        raise ValueError(
+        raise Problem(
             f"{name} must have integers up to 2^53, got {numbers.abs().max()} in column {key!r}; "
-            "leave it out if it numbers the rows."
+            f"{leave_out(key)} if it numbers the rows.",
+            column=key,
         )
 
 
@@ -203,7 +267,11 @@ def _may_group(cells: Any) -> bool:
 
 
 def write_columns(
-    path: StrPath, columns: Mapping[str, Sequence[object]], separator: str, decimal: str
+    path: StrPath,
+    columns: Mapping[str, Sequence[object]],
+    separator: str,
+    decimal: str,
+    header: bool = True,
 ) -> None:
     """Writes columns as a file. Texts stand in quotes, so that each is read as it is.
 
@@ -219,7 +287,7 @@ def write_columns(
     plain = re.compile(rf'[^\s"{separator}]([^"\r\n{separator}]*[^\s"{separator}])?')
     names = (name if plain.fullmatch(name) else _in_quotes(name) for name in columns)
     rows = (map(cell, row) for row in zip(*columns.values(), strict=True))
-    text = "".join(separator.join(row) + "\n" for row in (names, *rows))
+    text = "".join(separator.join(row) + "\n" for row in ([names] * header + [*rows]))
     write_atomic(path, lambda file: file.write(text.encode()))
 
 

@@ -6,7 +6,7 @@ import os
 import sys
 import warnings
 from collections.abc import Iterable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple, TypeGuard
 
@@ -15,14 +15,33 @@ import torch
 from torch import Tensor
 
 from ..common.files import StrPath
-from .columns import Array, Column, Numbers, Texts, column_from, learn_column
+from .columns import (
+    FEW,
+    Array,
+    Column,
+    Numbers,
+    Problem,
+    Texts,
+    column_from,
+    learn_column,
+    leave_out,
+)
 from .rows import check_samples
-from .table_files import MISSING, SEPARATORS, check_integers, read_cells, write_columns
+from .table_files import (
+    MISSING,
+    SEPARATORS,
+    UNNAMED,
+    Problems,
+    check_integers,
+    check_names_of_dropped,
+    named_apart,
+    read_cells,
+    write_columns,
+)
 
 LABEL_NAMES = ("labels", "label", "y")
 """Names of the arrays and columns that hold labels."""
 
-_UNNAMED = "Unnamed: "  # how pandas begins the name of a column that has none
 _MOST_LABELS = 1000
 _SHOWN = 5  # rows, columns or texts in a message
 
@@ -73,10 +92,20 @@ class Table:
     label: Label | None = None
     separator: str = ","
     decimal: str = "."
+    header: bool = True
+    """Whether files begin with a line of names."""
+    dropped: tuple[str, ...] = ()
+    """The columns that are left out, in other files too."""
 
     @classmethod
     def read(
-        cls, source: Any, *, label_column: str | None = None, drop_missing: bool = False
+        cls,
+        source: Any,
+        *,
+        label_column: str | None = None,
+        drop_missing: bool = False,
+        drop_columns: Sequence[str] = (),
+        header: bool = True,
     ) -> Table:
         """Learns the columns of a table.
 
@@ -88,6 +117,9 @@ class Table:
             label_column: the name of the column of labels, texts or integers. By default the one
                 that is named labels, label or y, if there is one; "" takes none for labels.
             drop_missing: leave out rows without a value in some column.
+            drop_columns: the names of columns to leave out. The first one is left out anyway if it
+                has no name and another value in each row.
+            header: False for a file without the line of names; the columns are then x0, x1, …
 
         Raises:
             FileNotFoundError: there is no such file.
@@ -95,24 +127,33 @@ class Table:
             ImportError: a file needs pandas, and it is not installed.
             ValueError: the file is damaged or has no names, names are alike, a value is missing or
                 not finite, a column has too many different texts, texts beside many numbers or
-                another type, or there is no row or no column.
+                another type, or there is no row or no column. All problems of columns are in one
+                message, with the options that cure them.
 
         Warns:
-            UserWarning: a first column without a name numbers the rows, and is left out; or
+            UserWarning: a first column without a name is left out; a first column may number or
+                name the rows; or
                 numbers such as 1.234 between semicolons or tabs, which are decimal numbers here,
                 may be meant as thousands.
         """
-        name, cells, separator, decimal = _cells(source)
-        cells = _complete(cells, name, drop_missing)
-        label = _learn_label(cells, label_column, name)
-        columns = [
-            learn_column(key, column, name)
-            for key, column in cells.items()
-            if label is None or key != label.name
-        ]
+        _check_dropped(drop_columns)
+        problems, known = Problems(), cls((), header=header, dropped=tuple(drop_columns))
+        name, cells, separator, decimal = _cells(source, known, problems)
+        cells = _complete(cells, name, drop_missing, problems)
+        with problems.collected():
+            label = _learn_label(cells, label_column, name)
+        columns = []
+        for key, column in cells.items():
+            if problems or label is None or key != label.name:
+                with problems.collected():
+                    columns.append(learn_column(key, column, name))
+        problems.raise_all(name)
         rows = len(next(iter(cells.values()))) if cells else 0
         check_samples((rows, len(columns)), name)
-        return cls(tuple(columns), label, separator, decimal)
+        _warn_of_row_names(cells, name)
+        return replace(
+            known, columns=tuple(columns), label=label, separator=separator, decimal=decimal
+        )
 
     @classmethod
     def numbers(cls, names: Sequence[str]) -> Table:
@@ -140,7 +181,9 @@ class Table:
             FileNotFoundError, ImportError, ValueError: as for :meth:`read`; or a column is missing
                 or too many, or holds a text or a label that this table has not.
         """
-        name, cells, *_ = _cells(source, self)
+        problems = Problems()
+        name, cells, *_ = _cells(source, self, problems)
+        problems.raise_all(name)
         known = [column.name for column in self.columns]
         labelled = self.label is not None and self.label.name in cells
         wanted = [*known, *([self.label.name] if self.label is not None and labelled else [])]
@@ -148,7 +191,8 @@ class Table:
             raise ValueError(f"{name} must have the columns {_list(known)}, got {others[0]!r} too.")
         if missing := [key for key in wanted if key not in cells]:
             raise ValueError(f"{name} must have a column {missing[0]!r}, got {_list([*cells])}.")
-        cells = _complete({key: cells[key] for key in wanted}, name, drop_missing)
+        cells = _complete({key: cells[key] for key in wanted}, name, drop_missing, problems)
+        problems.raise_all(name)
         rows = self._encoded(cells, name)
         labels = None
         if self.label is not None and labelled:
@@ -207,7 +251,8 @@ class Table:
             OSError: the file cannot be written; an existing one is left as it was.
             ValueError: as for :meth:`decode`.
         """
-        write_columns(path, self.decode(rows, labels), self.separator, self.decimal)
+        decoded = self.decode(rows, labels)
+        write_columns(path, decoded, self.separator, self.decimal, self.header)
 
     def to_dict(self) -> dict[str, Any]:
         """The table as JSON holds it."""
@@ -227,7 +272,8 @@ class Table:
         if separator not in SEPARATORS or decimal not in (".", ","):
             raise ValueError(f"a table has the separators {separator!r} and {decimal!r}.")
         columns = tuple(column_from(column) for column in content["columns"])
-        return cls(columns, label, separator, decimal)
+        header, dropped = bool(content.get("header", True)), content.get("dropped", ())
+        return cls(columns, label, separator, decimal, header, tuple(map(str, dropped)))
 
 
 def is_frame(value: object) -> TypeGuard[Any]:
@@ -254,16 +300,23 @@ def load_table(source: Any) -> Tensor:
     return Table.numbers([column.name for column in table.columns]).encode(source).rows
 
 
-def _cells(source: Any, known: Table | None = None) -> tuple[str, Cells, str, str]:
+def _cells(source: Any, known: Table, problems: Problems) -> tuple[str, Cells, str, str]:
     """The name of a table for messages, its columns, its separator and its decimal point.
 
-    If its columns are known, digits stay texts where texts are known. A column that numbers the
-    rows is left out unless it is known.
+    Digits stay texts where texts are known. Without known columns, a first column without a name
+    that has another value in each row is left out.
     """
     if is_frame(source):
         name, separator, decimal = "the table", ",", "."
-        names = [str(each) for each in source.columns]
-        columns = [_values(source.iloc[:, i], name) for i in range(source.shape[1])]
+        every = named_apart([str(each) for each in source.columns])
+        names, columns = [], []
+        if not known.columns:
+            check_names_of_dropped(every, known.dropped)
+        for i, key in enumerate(every):
+            with problems.collected():
+                if key not in known.dropped:
+                    columns.append(_values(source.iloc[:, i], name))
+                    names.append(key)
     elif not isinstance(source, (str, os.PathLike)):
         raise TypeError(
             "source must be a DataFrame or the path of a .csv file, got "
@@ -271,31 +324,74 @@ def _cells(source: Any, known: Table | None = None) -> tuple[str, Cells, str, st
         )
     else:
         name = str(source)
-        names, columns, separator, decimal = read_cells(Path(source), _text_columns(known))
-    if not names or not len(columns[0]):
+        names, columns, separator, decimal = read_cells(
+            Path(source),
+            _text_columns(known),
+            problems,
+            header=known.header,
+            dropped=known.dropped,
+        )
+    if (not names and not problems) or (names and not len(columns[0])):
         rows = len(columns[0]) if columns else 0
         raise ValueError(f"{name} must have rows and columns, got {rows} × {len(names)}.")
     if alike := [key for key in names if names.count(key) > 1]:
         raise ValueError(f"{name} must have different names of columns, got {alike[0]!r} twice.")
     cells = dict(zip(names, columns, strict=True))
-    if known is None and not is_frame(source):
+    if not known.columns and known.header and not is_frame(source):
         _check_names(cells, name)
-    kept = () if known is None else [column.name for column in known.columns]
-    index = _index_in({key: column for key, column in cells.items() if key not in kept}, name)
-    if index is not None:
-        del cells[index]
-        if known is None:
-            warnings.warn(
-                f"{name} has a first column {index!r} that numbers the rows and is left out.",
-                stacklevel=3,
-            )
+    _leave_out_index(cells, known, name, problems)
     return name, cells, separator, decimal
 
 
-def _text_columns(known: Table | None) -> set[str]:
+def _leave_out_index(cells: Cells, known: Table, name: str, problems: Problems) -> None:
+    """Removes a first column without a name that tells the rows apart; others are problems."""
+    kept = [column.name for column in known.columns]
+    unnamed = [key for key in cells if key.startswith(UNNAMED) and key not in kept]
+    first = next(iter(cells), None)
+    for key in unnamed:
+        column = cells.pop(key)
+        if key == first and _tells_rows_apart(column):
+            if not known.columns:
+                warnings.warn(
+                    f"{name} has a first column without a name that tells the rows apart and is "
+                    "left out.",
+                    stacklevel=4,
+                )
+        else:
+            problems.append(
+                Problem(
+                    f"{name} must have a name for each column, got {key!r}; name it, or "
+                    f"{leave_out(key)}.",
+                    column=key,
+                )
+            )
+
+
+def _tells_rows_apart(column: Array) -> bool:
+    present = [*column.tolist()]
+    return len({*present}) == len(present) and None not in present
+
+
+def _warn_of_row_names(cells: Cells, name: str) -> None:
+    """Warns of a first column that seems to number or to name the rows."""
+    first, column = next(iter(cells.items()))
+    numbers = column.dtype.kind == "f" and bool((np.diff(column) == 1).all())
+    texts = column.dtype.kind == "O" and _tells_rows_apart(column)
+    if len(column) > FEW and (numbers or texts):
+        warnings.warn(
+            f"{name} has another value in each row of column {first!r}; if it only numbers or "
+            f"names the rows, {leave_out(first)}.",
+            stacklevel=3,
+        )
+
+
+def _check_dropped(names: object) -> None:
+    if isinstance(names, str) or not all(isinstance(name, str) for name in names):  # type: ignore
+        raise TypeError(f"drop_columns must be a list of names of columns, got {names!r}.")
+
+
+def _text_columns(known: Table) -> set[str]:
     """The names of the columns, and of labels, that hold texts."""
-    if known is None:
-        return set()
     texts = {column.name for column in known.columns if isinstance(column, Texts)}
     if known.label is not None and any(isinstance(each, str) for each in known.label.values):
         texts.add(known.label.name)
@@ -313,15 +409,17 @@ def _values(column: Any, name: str) -> Array:
     texts = column.astype(object).where(column.notna(), None).to_numpy()
     truths = {str(each) for each in texts if isinstance(each, (bool, np.bool_))}
     if both := truths & {each for each in texts if isinstance(each, str)}:
-        raise ValueError(
+        raise Problem(
             f"{name} must hold {min(both)} as a text or as a truth value, got both in column "
-            f"{column.name!r}."
+            f"{column.name!r}; {leave_out(str(column.name))}, or make texts of it.",
+            column=str(column.name),
         )
     if kind == "b" or all(isinstance(each, (str, bool, type(None))) for each in texts):
         return np.array([each if each is None else _plain(each) for each in texts], dtype=object)
-    raise ValueError(
+    raise Problem(
         f"{name} must hold numbers, texts and truth values, got {column.dtype} in column "
-        f"{column.name!r}; make numbers or texts of it."
+        f"{column.name!r}; {leave_out(str(column.name))}, or make numbers or texts of it.",
+        column=str(column.name),
     )
 
 
@@ -338,7 +436,7 @@ def _check_names(cells: Cells, name: str) -> None:
     if own or unnamed:
         raise ValueError(
             f"{name} must begin with a line of names, such as x,y; got {_list([*cells])} in its "
-            "first line. Write the names above it."
+            "first line. Write the names above it, or read it with --no-header (header=False)."
         )
     if len(cells) == 1 and not numeric:
         raise ValueError(
@@ -355,47 +453,51 @@ def _is_number(text: str) -> bool:
     return True
 
 
-def _index_in(cells: Cells, name: str) -> str | None:
-    """The name of a first column that numbers the rows; it has no name of its own."""
-    unnamed = [key for key in cells if not key or key.startswith(_UNNAMED)]
-    if not unnamed:
-        return None
-    first = next(iter(cells))
-    numbers = cells[first]
-    if unnamed != [first] or numbers.dtype.kind != "f" or not bool((np.diff(numbers) > 0).all()):
-        raise ValueError(
-            f"{name} must have a name for each column, got {_list(map(repr, unnamed))}; name these "
-            "columns, or leave them out."
-        )
-    return first
+def _complete(cells: Cells, name: str, drop_missing: bool, problems: Problems) -> Cells:
+    """The columns without the rows in which a value is missing: a problem unless it is asked for.
 
-
-def _complete(cells: Cells, name: str, drop_missing: bool) -> Cells:
-    """The columns without the rows in which a value is missing, or an error that names these."""
+    After a problem each column has its own values alone.
+    """
     missing = {
         key: np.isnan(column)
         if column.dtype.kind == "f"
         else np.array([each is None for each in column])
         for key, column in cells.items()
     }
-    if not any(column.any() for column in missing.values()):
-        return cells
-    if empty := [key for key, column in missing.items() if column.all()]:
-        raise ValueError(
-            f"{name} must have values in each column, got none in {_list(empty)}; leave these out."
+    for key in [key for key, column in missing.items() if column.all()]:
+        del missing[key]
+        problems.append(
+            Problem(
+                f"{name} must have values in each column, got none in {key!r}; {leave_out(key)}.",
+                column=key,
+            )
         )
+    if not any(column.any() for column in missing.values()):
+        return {key: cells[key] for key in missing}
     bad = np.logical_or.reduce([*missing.values()])
     if not drop_missing:
         columns = [key for key, column in missing.items() if column.any()]
         rows = [int(row) + 1 for row in np.flatnonzero(bad)]
-        raise ValueError(
-            f"{name} must have a value in each cell, got none in {len(rows)} rows ({_list(rows)}, "
-            f"counted from 1) in the columns {_list(columns)}; fill them in, or leave these rows "
-            "out with --drop-missing (drop_missing=True)."
+        problems.append(
+            Problem(
+                f"{name} must have a value in each cell, got none in {len(rows)} rows "
+                f"({_list(rows)}, counted from 1) in the columns {_list(columns)}; fill them in, "
+                "or leave these rows out with --drop-missing (drop_missing=True).",
+                "--drop-missing",
+            )
         )
+        return {key: cells[key][~column] for key, column in missing.items()}
     if bad.all():
-        raise ValueError(f"{name} must have rows without missing values, got none.")
-    return {key: column[~bad] for key, column in cells.items()}
+        most = max(missing, key=lambda key: int(missing[key].sum()))
+        problems.append(
+            Problem(
+                f"{name} must have rows without missing values, got none; most are missing in "
+                f"{most!r}: {leave_out(most)}.",
+                column=most,
+            )
+        )
+        return {key: cells[key][~column] for key, column in missing.items()}
+    return {key: cells[key][~bad] for key in missing}
 
 
 def _list(values: Iterable[object]) -> str:

@@ -227,7 +227,8 @@ def test_a_table_comes_back_with_its_columns(tmp_path, refusal, capsys):
     assert "samples must be a .csv file" in refusal(*evaluate, *samples)
     assert "data must be a .csv file too" in refusal(*evaluate, "--samples", rows)
     assert "range and resize are not for tables" in refusal(*train, "--out", "x", "--range", 0, 1)
-    assert "are for .csv files" in refusal("train", "--out", "x", "--drop-missing")
+    for option in (["--drop-missing"], ["--drop-columns", "a"], ["--no-header"]):
+        assert "are for .csv files" in refusal("train", "--out", "x", *option)
 
 
 def test_a_checkpoint_is_read_once(tmp_path, monkeypatch):

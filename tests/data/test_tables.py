@@ -129,6 +129,8 @@ def test_labels_are_texts_or_integers(tmp_path: Path) -> None:
         ("\ufeffa,b\n1,2\n", {"a": [1], "b": [2]}),
         ("a,b\n1e3,-2e-3\n", {"a": [1000], "b": [-0.002]}),
         (",a\n0,5\n1,6\n", {"a": [5, 6]}),
+        (",a\nMazda,5\nFiat,6\n", {"a": [5, 6]}),
+        (",a\n3,5\n1,6\n", {"a": [5, 6]}),
         ("Unnamed: 0,a\n3,5\n7,6\n", {"a": [5, 6]}),
         ("\n\na;NA\n1,5;x\n3;y\n", {"a": [1.5, 3.0], "NA": ["x", "y"]}),
         (
@@ -149,7 +151,7 @@ def test_other_files_are_read(tmp_path: Path, text: str, decoded: dict[str, list
     rows, labels = table.encode(path)
     assert table.decode(rows, labels) == decoded
     index = text.startswith((",", "Unnamed"))
-    assert ["numbers the rows" in str(each.message) for each in warned] == [True] * index
+    assert ["tells the rows apart" in str(each.message) for each in warned] == [True] * index
     table.write(tmp_path / "again.csv", rows)
     assert Table.read(tmp_path / "again.csv").decode(rows) == decoded
 
@@ -168,11 +170,14 @@ def test_other_files_are_read(tmp_path: Path, text: str, decoded: dict[str, list
         ("a,b\n1,2\n1,2,3\n", "Expected 2 fields in line 3"),
         ("a,b\n1,5,2,5\n", "Expected 2 fields in line 2"),
         ("a,\n0,5\n", "must have a name for each column"),
-        (",a\n1,5\n1,6\n", "must have a name for each column, got ''; name these columns, or"),
-        (",Unnamed: 0,a\n0,0,5\n1,1,6\n", "for each column, got '', 'Unnamed: 0'; name"),
+        (",a\n1,5\n1,6\n", "a name for each column, got 'Unnamed: 0'; name it, or leave it out wi"),
+        (",Unnamed: 1,a\n0,0,5\n1,1,6\n", "for each column, got 'Unnamed: 1'; name it, or leave"),
         ("NA,5,x\n3,6,y\n", "must begin with a line of names"),
         ("a|b\n1|x\n2|y\n", "columns between commas, semicolons or tabs, got .* column 'a|b'"),
-        ("a,b\n1,\n2,\n", "must have values in each column, got none in b; leave these out"),
+        (
+            "a,b\n1,\n2,\n",
+            "must have values in each column, got none in 'b'; leave it out with --drop-columns b",
+        ),
         ("a\n" + "".join(f"{i}\n" for i in range(30)) + "-\n", "got numbers and '-' in column 'a'"),
         ("label,y,a\n1,2,3\n", "must have one column of labels, got label, y; name it with"),
         ("a,b\n1,2\n3,\n,\n4,5\n", r"got none in 2 rows \(2, 3, .*\) in the columns a, b; fill"),
@@ -288,6 +293,59 @@ def test_numbers_that_may_be_thousands_are_decimal_numbers_with_one_warning(
         refused(lambda path=other_path: Table.read(path), "…must write all numbers like 1234.5, …")
 
 
+def test_all_problems_come_in_one_message_with_what_cures_them(tmp_path: Path) -> None:
+    rows = [f"name {i},{i or ''},{'x' if i == 5 else i},{10**17 + i},,{i % 3}" for i in range(200)]
+    path = written(tmp_path / "t.csv", "\n".join(["a b,c,d,e,,f", *rows]) + "\n")
+    with pytest.raises(ValueError, match=r"t\.csv has 5 problems: it must ") as refusal:
+        Table.read(path)
+    message = str(refusal.value)
+    for part in (
+        "got numbers and 'x' in column 'd'",
+        "integers up to 2^53, got 1000000000000001",
+        "a name for each column, got 'Unnamed: 4'",
+        "got none in 1 rows (1, counted from 1) in the columns c;",
+        "got 200 (another one in each row), such as 'name 0', ",
+    ):
+        assert part in message
+    assert message.endswith("Together: --drop-missing --drop-columns d e 'Unnamed: 4' 'a b'")
+    dropped = ["d", "e", "Unnamed: 4", "a b"]
+    table = Table.read(path, drop_missing=True, drop_columns=dropped)
+    assert [column.name for column in table.columns] == ["c", "f"]
+    again = Table.from_dict(json.loads(json.dumps(table.to_dict())))
+    assert again == table
+    assert again.encode(path, drop_missing=True).rows.shape == (199, 2)  # they stay left out
+    with pytest.raises(ValueError, match=r"drop_columns must be among the columns a b, .*got 'g'"):
+        Table.read(path, drop_columns=["g"])
+    for wrong in ("a b", [1]):
+        with pytest.raises(TypeError, match="drop_columns must be a list of names of columns"):
+            Table.read(path, drop_columns=wrong)
+
+
+def test_a_file_without_names_comes_back_without_them(tmp_path: Path) -> None:
+    path = written(tmp_path / "t.csv", "1.5,2\n2.5,4\n")
+    with pytest.raises(ValueError, match=r"or read it with --no-header \(header=False\)\."):
+        Table.read(path)
+    table = Table.read(path, header=False)
+    assert [column.name for column in table.columns] == ["x0", "x1"]
+    table.write(tmp_path / "again.csv", table.encode(path).rows)
+    assert (tmp_path / "again.csv").read_text() == path.read_text()
+    assert Table.from_dict(json.loads(json.dumps(table.to_dict()))) == table
+
+
+@pytest.mark.parametrize("name", ["number", "text", "later", "real"])
+def test_a_first_column_that_only_names_the_rows_is_named(tmp_path: Path, name: str) -> None:
+    frame = pandas.DataFrame({"real": np.arange(30) ** 2 / 7.0, "number": range(7, 37)})
+    frame["text"] = [f"t{i}" for i in range(30)]
+    frame["later"] = frame["number"]
+    first = [name, *(each for each in frame if each != name)]
+    with warnings.catch_warnings(record=True) as warned:
+        warnings.simplefilter("always")
+        Table.read(frame[first])
+    assert len(warned) == (name != "real")
+    for each in warned:
+        assert f"column {name!r}; if it only numbers or names the rows, leave it" in str(each)
+
+
 def test_the_separator_is_that_of_two_lines(tmp_path: Path) -> None:
     path = written(tmp_path / "t.csv", '"Temp, C";"Druck, hPa"\n1,5;2,5\n3;4\n')
     assert [column.name for column in Table.read(path).columns] == ["Temp, C", "Druck, hPa"]
@@ -349,7 +407,7 @@ def test_another_file_is_encoded_by_name_or_refused(tmp_path: Path) -> None:
             pandas.DataFrame({"city": [True, "True"]}),
             "must hold True as a text or as a truth value, got both in column 'city'",
         ),
-        (swapped.assign(a=pandas.Timestamp(0)), "numbers, texts and truth values, .*; make"),
+        (swapped.assign(a=pandas.Timestamp(0)), "numbers, texts and truth values, .*or make"),
     ):
         with pytest.raises(ValueError, match=message):
             table.encode(frame)

@@ -158,6 +158,8 @@ def test_a_run_from_before_there_were_layouts_reads_images(tmp_path):
         "resize": None,
         "label_column": "",
         "drop_missing": False,
+        "drop_columns": (),
+        "header": True,
     }
 
 
