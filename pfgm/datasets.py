@@ -23,6 +23,7 @@ from .data.arrays import array_names, from_numpy, open_array, read_integers
 from .data.images import load_images
 from .data.opening import open_source
 from .data.rows import InMemory, OnDisk, Scaled, Source
+from .data.table_files import is_table_file
 from .data.tables import LABEL_NAMES, Table, load_table
 from .references import ReferenceSet
 
@@ -31,12 +32,13 @@ __all__ = ["Data", "Layout", "Range", "open_data", "open_samples"]
 CIFAR10_URL = "https://www.cs.toronto.edu/~kriz/cifar-10-binary.tar.gz"
 _DEBIAN_FOLDER = Path("/usr/share/datasets/fashion-mnist")  # of the package dataset-fashion-mnist
 _ARRAY_SUFFIXES = (".npy", ".npz", ".safetensors")
-_FILE_SUFFIXES = (*_ARRAY_SUFFIXES, ".csv", ".zip")
+_FILE_SUFFIXES = (*_ARRAY_SUFFIXES, ".zip")
 _KINDS_OF_PATHS = ("folder", "npz")  # written before a path
 _HELD_OUT_NAMES = ("held_out", "test")
 _ALLOWED = (
     "digits, fashion-mnist[:FOLDER], cifar10[:FOLDER], folder:PATH (of images), npz:PATH, or the "
-    "path of a folder or of a file that ends in .csv, .npy, .npz, .safetensors or .zip (of images)"
+    "path of a folder or of a file that ends in .csv, .tsv, .csv.gz, .parquet, .npy, .npz, "
+    ".safetensors or .zip (of images)"
 )
 _SMALLEST_IMAGE = 8  # height and width of what is taken for a grey image
 _PERMUTE_ROWS = 1024  # rows whose channels are moved to the front at a time
@@ -137,7 +139,7 @@ def open_data(
     """
     _check_layout(layout, source)
     name, place = _name_and_path(source)
-    if not name and Path(source).suffix == ".csv":
+    if not name and is_table_file(source):
         if value_range is not None or resize is not None:
             raise ValueError(f"range and resize are not for tables, got one for {source}.")
         if table is None or table.plain:
@@ -253,7 +255,7 @@ def _holds_images(path: Path) -> bool:
 
 
 def _opened(path: Path, resize: int | None, progress: bool) -> Source:
-    if path.suffix == ".csv" and path.is_file() and resize is None:
+    if is_table_file(path) and path.is_file() and resize is None:
         return InMemory(load_table(path))
     if resize is None:
         return open_source(path, progress=progress)

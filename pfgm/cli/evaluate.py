@@ -18,6 +18,7 @@ from ..common.checks import check_seed, usable_device, whole
 from ..common.files import output_folder, write_csv, write_json
 from ..common.versions import versions
 from ..data import Table, to_unit
+from ..data.table_files import is_table_file
 from ..datasets import Data, Layout, Range, open_data, open_samples, takes_layout
 from ..evaluation import Labels, Point
 from ..flows.sampling import check_steps
@@ -272,7 +273,7 @@ class Evaluate:
     def _check_options_of_samples(self) -> None:
         """Raises ValueError for an option that has a meaning only with a checkpoint."""
         assert self.samples is not None
-        if self.samples.suffix == ".csv" and self.data is None:
+        if is_table_file(self.samples) and self.data is None:
             raise ValueError(
                 f"data must be a .csv file too for {self.samples}, as --data FILE.csv."
             )
@@ -289,7 +290,7 @@ class Evaluate:
     def _open_samples(self, table: Table | None) -> Data:
         assert self.samples is not None
         if table is not None:
-            if self.samples.suffix != ".csv":
+            if not is_table_file(self.samples):
                 raise ValueError(
                     f"samples must be a .csv file, as the data are a table, got {self.samples}."
                 )

@@ -15,6 +15,7 @@ from ..common.files import StrPath
 from .arrays import from_numpy, open_array, open_mapped
 from .images import load_images
 from .rows import InMemory, Source, check_samples
+from .table_files import is_table_file
 from .tables import is_frame, is_series, load_table
 from .torch_datasets import load_dataset
 
@@ -54,9 +55,10 @@ def open_source(source: Samples, *, progress: bool = False) -> Source:
         )
     if isinstance(source, (str, os.PathLike)):
         path = Path(source)
-        if path.suffix == ".csv":
+        if is_table_file(path):
             raise ValueError(
-                f"data must not be a .csv file, whose columns training standardises, got {path}; "
+                "data must not be the file of a table, whose columns training standardises, got "
+                f"{path}; "
                 'take pfgm.datasets.open_data(path, label_column=""), whose rows are .train and '
                 "whose columns .table, or pandas.read_csv(path) for the numbers as they are."
             )

@@ -1,12 +1,15 @@
-"""``.csv`` files: their cells as numbers or texts, and columns written as such a file."""
+"""Files of tables: their cells as numbers or texts, and columns written as a ``.csv`` file."""
 
 from __future__ import annotations
 
 import csv
+import gzip
 import io
+import os
 import re
 import shlex
 import warnings
+import zlib
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from itertools import islice
@@ -20,6 +23,8 @@ from ..common.optional import optional
 from .columns import FEW, Array, Problem, leave_out
 
 SEPARATORS = (",", ";", "\t")
+SUFFIXES = (".csv", ".tsv", ".csv.gz", ".tsv.gz", ".parquet")
+"""How the names of files of tables end, in any case."""
 # What pandas takes for missing values.
 MISSING = {"", "#N/A", "#N/A N/A", "#NA", "-1.#IND", "-1.#QNAN", "-NaN", "-nan", "1.#IND"}
 MISSING |= {"1.#QNAN", "<NA>", "N/A", "NA", "NULL", "NaN", "None", "n/a", "nan", "null"}
@@ -66,6 +71,24 @@ class CellsOfFile(NamedTuple):
     """float64, or texts with None for a missing one."""
     separator: str
     decimal: str
+
+
+def is_table_file(path: StrPath) -> bool:
+    """Whether the name of a file is that of a table."""
+    return os.fspath(path).lower().endswith(SUFFIXES)
+
+
+def read_parquet(path: Path) -> Any:
+    """The DataFrame in a ``.parquet`` file."""
+    _check_file(path)
+    optional("pyarrow", "Parquet files need pyarrow", "parquet")
+    try:
+        return _pandas().read_parquet(path, engine="pyarrow")
+    except (ValueError, OSError) as error:
+        reason = " ".join(str(error).split())
+        raise ValueError(
+            f"{path} must be a complete Parquet file, got another ({reason})."
+        ) from error
 
 
 def read_cells(
@@ -132,12 +155,10 @@ def check_names_of_dropped(names: Collection[str], dropped: Collection[str]) -> 
 def _read(path: Path, header: bool) -> tuple[Any, str]:
     """All cells of a file as texts or missing, and its separator."""
     pandas = _pandas()
-    if not path.exists():
-        raise FileNotFoundError(f"{path} does not exist.")
-    if not path.is_file():
-        raise ValueError(f"{path} must be a file, not a folder, pipe, socket or device.")
+    _check_file(path)
+    opened: Any = gzip.open if path.suffix.lower() == ".gz" else open
     try:
-        with path.open(newline="", encoding="utf-8-sig") as file:
+        with opened(path, "rt", newline="", encoding="utf-8-sig") as file:
             text = file.read().lstrip("\r\n")
         if any(character in text for character in ("\0", _QUOTED)):
             raise ValueError("it holds bytes that are not text")
@@ -160,7 +181,7 @@ def _read(path: Path, header: bool) -> tuple[Any, str]:
             f"{path} must be text in UTF-8, got another encoding ({error.reason} at byte "
             f"{error.start}); save it as UTF-8."
         ) from error
-    except (StopIteration, csv.Error, ValueError) as error:
+    except (csv.Error, ValueError, EOFError, gzip.BadGzipFile, zlib.error) as error:
         reason = " ".join(str(error).split()) or "it has no line"
         raise ValueError(
             f"{path} must be a table of lines with as many values as there are names in the first "
@@ -171,6 +192,13 @@ def _read(path: Path, header: bool) -> tuple[Any, str]:
         names = frame.iloc[0].fillna("").str.removeprefix(_QUOTED)
         frame = frame.iloc[1:].reset_index(drop=True)
     return frame.apply(_without_missing).set_axis(names, axis=1), separator
+
+
+def _check_file(path: Path) -> None:
+    if not path.exists():
+        raise FileNotFoundError(f"{path} does not exist.")
+    if not path.is_file():
+        raise ValueError(f"{path} must be a file, not a folder, pipe, socket or device.")
 
 
 def _separator(text: str) -> tuple[str, int]:

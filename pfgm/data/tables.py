@@ -36,6 +36,7 @@ from .table_files import (
     check_names_of_dropped,
     named_apart,
     read_cells,
+    read_parquet,
     write_columns,
 )
 
@@ -110,10 +111,10 @@ class Table:
         """Learns the columns of a table.
 
         Args:
-            source: a DataFrame, or the path of a ``.csv`` file that begins with a line of names.
-                Its separator is a comma, a semicolon or a tab. With another one than a comma,
-                numbers may have decimal commas. A value is missing where a cell is empty, NA or
-                the like; in quotes these are texts.
+            source: a DataFrame, or the path of a ``.csv``, ``.tsv``, ``.csv.gz`` or ``.parquet``
+                file. Text begins with a line of names. Its separator is a comma, a semicolon or a
+                tab; with another one than a comma, numbers may have decimal commas. A value is
+                missing where a cell is empty, NA or the like; in quotes these are texts.
             label_column: the name of the column of labels, texts or integers. By default the one
                 that is named labels, label or y, if there is one; "" takes none for labels.
             drop_missing: leave out rows without a value in some column.
@@ -306,8 +307,15 @@ def _cells(source: Any, known: Table, problems: Problems) -> tuple[str, Cells, s
     Digits stay texts where texts are known. Without known columns, a first column without a name
     that has another value in each row is left out.
     """
-    if is_frame(source):
-        name, separator, decimal = "the table", ",", "."
+    if not (is_frame(source) or isinstance(source, (str, os.PathLike))):
+        raise TypeError(
+            "source must be a DataFrame or the path of a .csv file, got "
+            f"{type(source).__name__}; make a DataFrame of it."
+        )
+    parquet = not is_frame(source) and os.fspath(source).lower().endswith(".parquet")
+    if is_frame(source) or parquet:
+        name, separator, decimal = str(source) if parquet else "the table", ",", "."
+        source = read_parquet(Path(source)) if parquet else source
         every = named_apart([str(each) for each in source.columns])
         names, columns = [], []
         if not known.columns:
@@ -317,11 +325,6 @@ def _cells(source: Any, known: Table, problems: Problems) -> tuple[str, Cells, s
                 if key not in known.dropped:
                     columns.append(_values(source.iloc[:, i], name))
                     names.append(key)
-    elif not isinstance(source, (str, os.PathLike)):
-        raise TypeError(
-            "source must be a DataFrame or the path of a .csv file, got "
-            f"{type(source).__name__}; make a DataFrame of it."
-        )
     else:
         name = str(source)
         names, columns, separator, decimal = read_cells(

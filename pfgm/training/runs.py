@@ -16,6 +16,7 @@ from ..common.checks import usable_device
 from ..common.checksums import checksum_of_weights
 from ..common.files import StrPath, folder_path
 from ..common.messages import print_notice
+from ..data.table_files import is_table_file
 from ..datasets import Data, is_missing, open_data
 from ..distillation import Consistency
 from ..flows.flow import Flow
@@ -137,7 +138,7 @@ def _run(
     source: StrPath | None = config.init or config.teacher
     if resume:  # the folder stands for its newest checkpoint
         source = folder if resume_from is None else folder / f"step-{resume_from:08d}.safetensors"
-    earlier, is_table = None, Path(config.data).suffix == ".csv"
+    earlier, is_table = None, is_table_file(config.data)
     if source is not None and (is_table or config.init or (config.teacher and not resume)):
         earlier = load(source)
     table = earlier.table if is_table and earlier is not None else None

@@ -210,7 +210,7 @@ def test_what_is_no_table_is_refused(tmp_path: Path, text: str, message: str) ->
 def test_a_file_in_place_of_a_set_is_refused_with_the_way_to_read_it(tmp_path, refused) -> None:
     path = written(tmp_path / "t.csv", "x,y\n1,2\n3,4\n")
     for call in (pfgm.ReferenceSet, pfgm.PoissonFlow.from_data):
-        refused(lambda call=call: call(path), "data must not be a .csv file, …as they are.")
+        refused(lambda call=call: call(path), "data must not be the file of a table, …as they are.")
     assert open_data(str(path), label_column="").train.shape == (2, 2)
 
 
@@ -330,6 +330,30 @@ def test_a_file_without_names_comes_back_without_them(tmp_path: Path) -> None:
     table.write(tmp_path / "again.csv", table.encode(path).rows)
     assert (tmp_path / "again.csv").read_text() == path.read_text()
     assert Table.from_dict(json.loads(json.dumps(table.to_dict()))) == table
+
+
+def test_other_files_of_tables_are_read_as_a_csv_file_is(tmp_path: Path) -> None:
+    pytest.importorskip("pyarrow", exc_type=ImportError)  # newer ones need numpy 2
+    frame = pandas.DataFrame({"a": [1.5, 2.5, 4.0], "b": ["x", None, "NA"], "label": [0, 1, 1]})
+    frame.to_csv(tmp_path / "t.CSV", index=False, quoting=2)
+    frame.to_csv(tmp_path / "t.tsv", index=False, sep="\t", quoting=2)
+    frame.to_csv(tmp_path / "t.csv.gz", index=False, quoting=2)
+    frame.to_parquet(tmp_path / "t.parquet")
+    frame.loc[1, "b"] = ""  # pandas writes None in quotes as it writes an empty text
+    expected = Table.read(frame).encode(frame).rows
+    for name in ("t.CSV", "t.tsv", "t.csv.gz"):
+        data = open_data(str(tmp_path / name))
+        assert torch.equal(data.train[:], expected)
+        assert data.train.labels.tolist() == [0, 1, 1]
+    with pytest.raises(ValueError, match=r"got none in 1 rows \(2, .*in the columns b;"):
+        open_data(str(tmp_path / "t.parquet"))
+    data = open_data(str(tmp_path / "t.parquet"), drop_missing=True)
+    assert data.table.decode(data.train[:])["b"] == ["x", "NA"]
+    for name in ("t.csv.gz", "t.parquet"):
+        content = (tmp_path / name).read_bytes()
+        (tmp_path / name).write_bytes(content[: len(content) // 2])
+        with pytest.raises(ValueError, match=f"{name} must be a "):
+            open_data(str(tmp_path / name))
 
 
 @pytest.mark.parametrize("name", ["number", "text", "later", "real"])
