@@ -344,13 +344,14 @@ def plain_mean(x: Tensor, references: Tensor, z: Tensor) -> Tensor:
     return scores.softmax(1) @ references
 
 
-def seconds_of(size: str, name: str, device: torch.device) -> tuple[float, float]:
-    """Seconds of a call of a backend or contender, and of the backend torch, in turns."""
+def seconds_of(size: str, name: str, device: torch.device) -> list[float]:
+    """Seconds of a call of a backend or contender, and of the backend torch, in turns. TF32, which
+    would change what that computes, is timed alone."""
     data = data_of(*SIZES[size]).to(Place(BACKENDS["torch"], device, torch.float32))
-    plain = plain_mean
-    if name == "compiled TF32":  # in a process of its own
+    plain, names = plain_mean, [name, "torch"]
+    if name == "compiled TF32":
         torch.backends.cuda.matmul.allow_tf32 = True
-        plain = torch.compile(plain_mean)
+        plain, names = torch.compile(plain_mean), [name]
 
     def timed(name: str, count: int = 1) -> float:
         started = time.perf_counter()
@@ -362,11 +363,9 @@ def seconds_of(size: str, name: str, device: torch.device) -> tuple[float, float
         mean[0, 0].item()  # waits for the device
         return (time.perf_counter() - started) / count
 
-    names = name, "torch"
     counts = [1 + int(0.02 / min(timed(each), timed(each))) for each in names]
     ends = time.perf_counter() + _TIMING
     turns: list[list[float]] = []
     while not turns or (time.perf_counter() < ends and len(turns) < 50):
         turns.append([timed(each, count) for each, count in zip(names, counts, strict=True)])
-    own, other = (statistics.median(times) for times in zip(*turns, strict=True))
-    return own, other
+    return [statistics.median(times) for times in zip(*turns, strict=True)]
