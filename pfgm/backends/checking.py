@@ -20,7 +20,8 @@ import torch
 from ..common.checks import known_device
 from . import passes, triton
 from .backend import BACKENDS
-from .trials import EXACT, SIZES, TRIALS, Place, Results, allowed, seconds_of
+from .timing import seconds_of
+from .trials import EXACT, SIZES, TRIALS, Place, Results, allowed
 from .worker import Lost, failure_of, sender, values_of
 
 _ORDER = ("torch", "reference", "native", "triton")

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from pfgm import backends
-from pfgm.backends import checking, passes, trials
+from pfgm.backends import checking, passes, timing, trials
 from pfgm.backends.trials import EXACT, TRIALS, Place
 from pfgm.backends.worker import Lost
 
@@ -45,7 +45,7 @@ native.posterior_mean = with_faults(native.posterior_mean, lambda problem: "cras
 @native_only
 def test_each_planted_fault_is_found(monkeypatch):
     few, ragged, tiles = (
-        f"{s}, float32" for s in ("3 × 2100 × 31", "5 × 70 × 37", "20 × 70 × 100")
+        f"{s}, float32" for s in ("3 × 2100 × 31", "13 × 70 × 37", "20 × 70 × 100")
     )
     names = [few, ragged, tiles, "ties and limits", "field", "steps, 37"]
     chosen = {name: TRIALS[name] for name in names}
@@ -132,18 +132,18 @@ def test_where_a_pass_cannot_be_stored_this_is_said(gpus, monkeypatch, tmp_path)
 
 def test_tf32_is_timed_in_a_process_of_its_own(monkeypatch):
     """It would change what torch computes. Its speed is beside the time of torch in another one."""
-    monkeypatch.setattr(trials, "SIZES", {"small": (3, 5, 7)})
-    monkeypatch.setattr(trials, "_TIMING", 0.01)
+    monkeypatch.setattr(timing, "SIZES", {"small": (3, 5, 7)})
+    monkeypatch.setattr(timing, "_TIMING", 0.01)
     monkeypatch.setattr(torch, "compile", lambda function: function)
     monkeypatch.setattr(torch.backends, "cuda", SimpleNamespace(matmul=SimpleNamespace()))
-    products = trials.BACKENDS["torch"]
+    products = timing.BACKENDS["torch"]
     seen = []
     real = products.posterior_mean
     monkeypatch.setattr(products, "posterior_mean", lambda problem: seen.append(1) or real(problem))
-    assert len(trials.seconds_of("small", "plain torch", CPU)) == 2
+    assert len(timing.seconds_of("small", "plain torch", CPU)) == 2
     assert seen
     seen.clear()
-    assert len(trials.seconds_of("small", "compiled TF32", CPU)) == 1
+    assert len(timing.seconds_of("small", "compiled TF32", CPU)) == 1
     assert not seen
     beside = checking.Row("native", "small", seconds=2.0, speed=1.0)
     alone = checking.Row("compiled TF32", "small", seconds=2.0)
