@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 from torch import Tensor
 
-from . import passes
+from . import native, passes
 from .backend import BACKENDS, Backend
 
 if TYPE_CHECKING:
@@ -111,12 +111,14 @@ def preferred(device: torch.device | str) -> tuple[str, str]:
     'the first that can run'
     """
     device = torch.device(device)
-    candidates, usable = _candidates(device), available(device)
-    name = next(name for name in candidates if usable[name].usable)
-    if device.type != "cuda" or not usable["native"].usable:
+    able = (n for n in _candidates(device) if not BACKENDS[n].supports(device, torch.float32))
+    name = next(able)
+    if device.type != "cuda" or native.unable(device, torch.float32) is not None:
         return name, "the first that can run"
     if name == "native":
         return name, "which has passed pfgm check"
+    if torch.cuda.is_available() and passes.has(passes.kind_of(device)):
+        return name, "as native cannot run"
     return name, "as native has not passed pfgm check here"
 
 
