@@ -134,6 +134,8 @@ class RunConfig:
             value, optional = getattr(self, name), name != "data"
             if not isinstance(value, (str, os.PathLike)) and not (optional and value is None):
                 raise ValueError(f"{name} must be a text, a name or a path, got {value!r}.")
+            if optional and value is not None and not os.fspath(value):
+                raise ValueError(f"{name} must name a file or a folder, got ''; leave it out.")
         if not isinstance(self.flow, dict):
             raise ValueError(
                 f"flow must be a dict of hyper-parameters and their values, got {self.flow!r}."
