@@ -29,6 +29,11 @@ from .references import ReferenceSet
 
 __all__ = ["Data", "Layout", "Range", "open_data", "open_samples"]
 
+FASHION_MNIST_CLASSES = (
+    *("T-shirt", "trouser", "pullover", "dress", "coat"),
+    *("sandal", "shirt", "sneaker", "bag", "ankle boot"),
+)
+"""What its labels mean, from 0."""
 CIFAR10_URL = "https://www.cs.toronto.edu/~kriz/cifar-10-binary.tar.gz"
 _DEBIAN_FOLDER = Path("/usr/share/datasets/fashion-mnist")  # of the package dataset-fashion-mnist
 _ARRAY_SUFFIXES = (".npy", ".npz", ".safetensors")
@@ -387,7 +392,7 @@ def _fashion_mnist(folder: Path | None) -> Data:
     train, held_out = (_idx_pair(folder, part) for part in ("train", "t10k"))
     if held_out.shape[1:] != train.shape[1:]:
         raise ValueError(f"{folder} must hold images of one size, got two.")
-    return Data(train, held_out, classes=10, grey_levels=256)
+    return Data(train, held_out, classes=10, grey_levels=256, names=FASHION_MNIST_CLASSES)
 
 
 def _fashion_mnist_folder() -> Path:

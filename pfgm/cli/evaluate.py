@@ -443,10 +443,15 @@ class Evaluate:
 def _renumbered(labels: Tensor, names: Sequence[str], known: Sequence[str]) -> Tensor:
     """Labels with these names, by their numbers among the known ones.
 
-    A label without a name stands for its number, and so does a name such as 7.
+    A label without a name stands for its number, and so does a name such as 7, unless both sides
+    have other names.
     """
-    if not (names and known) and not all(map(str.isdecimal, (*names, *known))):
-        return labels  # only one side has names
+    sides = names, known
+    if any(all(map(str.isdecimal, side)) for side in sides):
+        names, known = (
+            side if all(map(str.isdecimal, side)) else [*map(str, range(len(side)))]
+            for side in sides
+        )
     numbers, rows = labels.unique(return_inverse=True)
     wanted = [names[number] if names else str(number) for number in numbers.tolist()]
     if known and (missing := [name for name in wanted if name not in known]):

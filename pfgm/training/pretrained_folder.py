@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -80,14 +81,14 @@ def save_pretrained(
         "flow": flow.config,
         "network": describe_network(network),
     }
+    card = _card(place.resolve().name, flow, network, table, label_names)
     with output_folder(place):
         facts: dict[str, Any] = {"distilled": distilled, "table": table, "label_names": label_names}
         save(place / PRETRAINED_WEIGHTS, flow, network, **facts)
         write_json(place / _CONFIG, config)
         # diffusers says that it has no attribute of this name.
         if not (place / _CARD).exists():
-            text = _card(place.resolve().name, flow, network, table, label_names)
-            write_atomic(place / _CARD, lambda file: file.write(text.encode()))
+            write_atomic(place / _CARD, lambda file: file.write(card.encode()))
         hint = f"{type(flow).__name__}; pfgm.from_pretrained reads this folder"
         write_json(place / _PIPELINE, {"_class_name": hint})
 
@@ -103,11 +104,13 @@ def _card(
         samples = f"rows of a table ({', '.join(column.name for column in table.columns)})"
     kind = type(flow).__name__
     labels = f"torch.arange(16) % {classes}" if classes else ""
-    known = f"0 to {classes - 1}" + (f" ({', '.join(label_names)})" if label_names else "")
+    known = f"0 to {classes - 1}" + (
+        f" ({', '.join(map(str, label_names))})" if label_names else ""
+    )
     parameters = sum(parameter.numel() for parameter in network.parameters())
     return _CARD_TEXT.format(
         task=task,
-        name=name,
+        name=os.fsencode(name).decode(errors="replace"),  # it may not be UTF-8
         samples=samples + (f" with the labels {known}" if classes else ""),
         flow=f"{kind} ([paper](https://arxiv.org/abs/{_PAPERS[kind]})) with D = {flow.D:g}",
         network=f"{type(network).__name__} with {parameters:,} parameters",

@@ -138,6 +138,8 @@ class RunConfig:
             value, optional = getattr(self, name), name != "data"
             if not isinstance(value, (str, os.PathLike)) and not (optional and value is None):
                 raise ValueError(f"{name} must be a text, a name or a path, got {value!r}.")
+            if optional and value is not None and not os.fspath(value):
+                raise ValueError(f"{name} must name a file or a folder, got ''; leave it out.")
         names: object = self.drop_columns  # from a recipe, anything
         if not isinstance(names, (list, tuple)) or not all(isinstance(each, str) for each in names):
             raise ValueError(f"drop_columns must be a list of names, got {names!r}.")

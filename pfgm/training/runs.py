@@ -24,7 +24,7 @@ from ..flows.poisson import PoissonFlow
 from ..references import ReferenceSet
 from .checkpoint import Loaded, load
 from .checks import other_setting
-from .locks import locked_for_all
+from .locks import is_unmoved, locked_for_all
 from .pretrained_folder import is_pretrained
 from .processes import Processes, reports_process_lost
 from .run_config import CONFIG_FILE, RunConfig, teacher_checksum
@@ -210,7 +210,8 @@ def _remove_failed_start(folder: Path) -> Iterator[None]:
     try:
         yield
     except BaseException:
-        if not any((folder / name).exists() for name in ("latest.json", "log.csv")):
+        started = any((folder / name).exists() for name in ("latest.json", "log.csv"))
+        if is_unmoved(folder) and not started:
             for path in {folder / CONFIG_FILE, *folder.glob("events.out.*")} - before:
                 path.unlink(missing_ok=True)
         raise
@@ -278,6 +279,8 @@ def _resume(trainer: Trainer, resume_from: int | None) -> str:
         )
     if step > steps:
         raise ValueError(f"steps must be at least {step}, the step of the run, got {steps}.")
+    if step == steps and trainer.lacks_evaluation:
+        return f"resuming at step {step} of {steps}, whose evaluation is left"
     if step == steps:
         return f"resuming at step {step}: nothing is left of {steps} steps; give more with --steps"
     return f"resuming at step {step}"
