@@ -35,7 +35,7 @@ pytestmark = pytest.mark.benchmark(timer=replay)
 SHAPE, K = (3, 32, 32), 3
 LARGE = (1000, 10_000)  # too many rows for differences of all pairs
 SIZES = [(200, 1000), (200, 2000), (200, 4000), (2000, 2000), LARGE]
-SHORT = 2_000_000  # operations on pairs, up to which there are three turns
+SHORT = 2_000_000  # pairs, up to which there are three turns
 CHECKED = slice(None, None, 500)  # rows of the largest set
 
 
@@ -78,8 +78,7 @@ def paths(n: int, m: int) -> dict[str, Callable[[], PrecisionRecall]]:
 def check(n: int, m: int, calls: dict[str, Callable[[], PrecisionRecall]]) -> None:
     samples, real = sets(n, m)
     if "differences" in calls:
-        expected = calls["differences"]()
-        assert calls["products"]() == calls["known"]() == expected
+        assert calls["products"]() == calls["known"]() == calls["differences"]()
         return
     found = metrics.neighbour_distances(real, K)[CHECKED]
     nearest = differences(real[CHECKED], real).topk(K + 1, largest=False).values[:, 1:]
