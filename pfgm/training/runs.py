@@ -177,7 +177,7 @@ def _run(
         labels=rows.labels if config.labels else None,
         label_names=data.names if config.labels else (),
         table=data.table,
-        evaluate=Evaluation(config, flow, data, folder, device) if processes.leads else None,
+        evaluate=Evaluation(config, flow, data, folder, device, shown) if processes.leads else None,
         loss=loss,
         distilled=config.teacher is not None,
     )

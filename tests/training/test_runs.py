@@ -12,8 +12,9 @@ import pytest
 import torch
 
 import pfgm
-from pfgm import cli
+from pfgm import cli, metrics
 from pfgm.datasets import open_samples
+from pfgm.metrics import distances
 from pfgm.training import TrainConfig
 from pfgm.training.checks import warn_of_range, warn_of_scales
 from pfgm.training.runs import RunConfig, start
@@ -208,7 +209,23 @@ def test_the_single_sample_target(tmp_path):
     run(tmp_path, method="edm", network="mlp", training=changed(reference_batch=0))
 
 
-def test_evaluations_leave_figures_and_pictures_and_do_not_change_the_training(tmp_path, earlier):
+def test_evaluations_leave_figures_and_pictures_and_do_not_change_the_training(
+    tmp_path, earlier, monkeypatch
+):
+    found, compared = [], []
+
+    def neighbour_distances(real, *arguments, **options):
+        found.append(real)
+        return distances.neighbour_distances(real, *arguments, **options)
+
+    def precision_recall(*arguments, neighbours):
+        figures = distances.precision_recall(*arguments, neighbours=neighbours)
+        assert figures == distances.precision_recall(*arguments)
+        compared.append(figures)
+        return figures
+
+    monkeypatch.setattr(metrics, "neighbour_distances", neighbour_distances)
+    monkeypatch.setattr(metrics, "precision_recall", precision_recall)
     evaluated = run(tmp_path, training=changed(evaluate_every=4))
     plain = pfgm.load(earlier).network
     assert all(map(torch.equal, plain.parameters(), evaluated.parameters()))
@@ -216,6 +233,8 @@ def test_evaluations_leave_figures_and_pictures_and_do_not_change_the_training(t
         rows = list(csv.DictReader(file))
     assert [row["step"] for row in rows] == ["4", "6"]
     assert all(float(row["frechet_distance"]) > 0 for row in rows)
+    assert [(float(row["precision"]), float(row["recall"])) for row in rows] == compared
+    assert len(found) == 1  # once a run
     pictures = sorted(path.name for path in tmp_path.glob("samples-*.png"))
     assert pictures == ["samples-00000004.png", "samples-00000006.png"]
 
