@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from .checks import check_floating, is_number, is_symbolic, known_device
+from .wrappers import module_of
 
 
 def wide_dtype(device: torch.device) -> torch.dtype:
@@ -141,8 +142,9 @@ def common_device(
 
 def network_device(net: Callable[..., Any]) -> torch.device:
     """The device of a module's parameters or buffers; the CPU if it has none."""
-    if isinstance(net, nn.Module):
-        for tensor in (*net.parameters(), *net.buffers()):
+    module = module_of(net)
+    if module is not None:
+        for tensor in (*module.parameters(), *module.buffers()):
             return tensor.device
     return torch.device("cpu")
 
@@ -173,12 +175,13 @@ def evaluating(net: Callable[..., Any]) -> Iterator[None]:
 
     Afterwards each module is in the mode that it was in before.
     """
-    training = [m for m in net.modules() if m.training] if isinstance(net, nn.Module) else []
+    module = module_of(net)
+    training = [] if module is None else [m for m in module.modules() if m.training]
     try:
-        if isinstance(net, nn.Module):
-            net.eval()
+        if module is not None:
+            module.eval()
         with torch.no_grad():
             yield
     finally:
-        for module in training:
-            module.training = True
+        for each in training:
+            each.training = True

@@ -298,7 +298,7 @@ def _checked_rows(
         check_finite(name, x)
     if features is None:
         return a.detach().flatten(1).double(), b.detach().flatten(1).double()
-    with evaluating(getattr(features, "__self__", features)):
+    with evaluating(features):
         return _features(name_a, a, features), _features(name_b, b, features)
 
 

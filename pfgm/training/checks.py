@@ -19,6 +19,7 @@ from ..flows.flow import Flow
 from ..flows.plusplus import PoissonFlowPP
 from ..references import References, ReferenceSet
 from .config import Schedule, TrainConfig
+from .network_state import is_sharded
 
 _COMPARED_ROWS = 1024  # for the range of the values and their spread
 _FEWEST_PIXELS = 64  # in images; data with fewer columns are tables
@@ -64,6 +65,11 @@ def check_trainable(network: object) -> None:
     if not isinstance(network, nn.Module):
         raise TypeError(
             f"network must be a torch.nn.Module with parameters, got {type(network).__name__}."
+        )
+    if is_sharded(network):
+        raise TypeError(
+            "network must be whole in each process, got one that FSDP shards; train it in a loop "
+            "of your own with flow.loss."
         )
     trained = [(name, p) for name, p in network.named_parameters() if p.requires_grad]
     if not trained:

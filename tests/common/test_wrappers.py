@@ -133,3 +133,28 @@ def test_what_does_not_fit_is_said_by_name(tmp_path):
     pfgm.save(tmp_path / "net.safetensors", FLOW, network())
     with pytest.raises(ValueError, match="cannot be loaded into network"):
         pfgm.load(tmp_path / "net.safetensors", Own(nn.Linear(2, 2)))
+
+
+@pytest.mark.parametrize("wrap", [functools.partial, lambda net: net.forward])
+def test_a_network_behind_a_call_is_in_evaluation_mode_while_it_samples(wrap):
+    net, modes = network().train(), []
+    net.register_forward_hook(lambda module, *_: modes.append(module.training))
+    call = wrap(net) if wrap is functools.partial else net.__call__
+    FLOW.sample(call, 3, steps=2)
+    assert modes
+    assert not any(modes)
+    assert net.training
+
+
+def test_the_trainer_refuses_a_network_that_is_sharded(refused):
+    class FSDPModule:
+        """As torch.distributed.fsdp adds it to the class of a network."""
+
+    class FSDPMLP(FSDPModule, pfgm.networks.MLP):
+        pass
+
+    sharded = FSDPMLP((2,), gamma=FLOW.gamma)
+    refused(
+        lambda: pfgm.training.Trainer(FLOW, sharded, POINTS),
+        "TypeError: network must be whole in each process, got one …with flow.loss.",
+    )

@@ -822,3 +822,30 @@ def test_a_missing_package_is_named(monkeypatch):
     message = r"needs diffusers; in a checkout: pip install '\.\[diffusers\]'"
     with pytest.raises(ImportError, match=message):
         importlib.import_module("pfgm.integrations.diffusers")
+
+
+def test_settings_may_change_after_creation_as_in_training_scripts(schedulers, refused):
+    flow = DENOISERS[math.inf]
+    scheduler, x = schedulers.plus.from_flow(flow, solver="euler"), torch.randn(2, *flow.shape)
+    output = torch.randn_like(x)
+    for kind in ("sample", "epsilon", "score"):
+        scheduler.register_to_config(prediction_type=kind)
+        created = schedulers.plus.from_flow(flow, solver="euler", prediction_type=kind)
+        moved = []
+        for each in (scheduler, created):
+            each.set_timesteps(5)
+            moved.append(each.step(output, each.timesteps[1], x).prev_sample)
+        assert torch.equal(*moved)
+        assert scheduler.config.prediction_type == kind
+    other = type(scheduler).from_config(scheduler.config)
+    assert other.config.prediction_type == "score"
+    refused(
+        lambda: scheduler.register_to_config(prediction_type="v_prediction"),
+        "prediction_type must be one of …got 'v_prediction'.",
+    )
+    refused(
+        lambda: scheduler.register_to_config(level="sigma"),
+        "level must stay 'timestep', got 'sigma'; …level=…).",
+    )
+    assert scheduler.config.prediction_type == "score"
+    assert scheduler.config.level == "timestep"

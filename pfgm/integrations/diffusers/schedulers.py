@@ -36,6 +36,7 @@ from .normal_noise import looks_normal
 from .solver_run import SolverRun
 
 _NAMES_OF_DIFFUSERS = {"epsilon": "noise", "sample": "mean"}
+_FIXED = frozenset({"flow", "level", "num_train_timesteps", "variance_preserving"})
 Scheduler = TypeVar("Scheduler", bound="FlowScheduler")
 
 
@@ -106,10 +107,43 @@ class FlowScheduler(SchedulerMixin, ConfigMixin):  # type: ignore[misc]
             prediction_type = "noise" if variance_preserving else self._predictions[0]
         if not callable(solver):
             check_choice("solver", solver, GRID_SOLVERS)
+        positive_int("num_train_timesteps", num_train_timesteps)
+        self._variance_preserving = variance_preserving
+        if level == "timestep":
+            self._encoding = TimestepEncoding(self._flow, num_train_timesteps)
+        else:
+            self._encoding = level_encoding(level, self._flow)
+        self.register_to_config(
+            solver=solver,
+            schedule=schedule or defaults.schedule,
+            prediction_type=prediction_type,
+        )
+        self.set_timesteps()
+
+    def register_to_config(self, **settings: Any) -> None:
+        """Changes settings, as training scripts of diffusers do with prediction_type.
+
+        A solver and a schedule hold from the next :meth:`set_timesteps` on.
+
+        Raises:
+            ValueError: the prediction_type is not allowed, or another setting would change, which
+                needs a new scheduler.
+        """
+        if "_encoding" in vars(self):  # diffusers registers the arguments of __init__ before it
+            for name in sorted(_FIXED & settings.keys()):
+                if settings[name] != self.config[name]:
+                    raise ValueError(
+                        f"{name} must stay {self.config[name]!r}, got {settings[name]!r}; make a "
+                        f"new scheduler with from_config(scheduler.config, {name}=…)."
+                    )
+            if "prediction_type" in settings:
+                self._interpret_as(settings["prediction_type"])
+        super().register_to_config(**settings)
+
+    def _interpret_as(self, prediction_type: str) -> None:
         check_choice("prediction_type", prediction_type, self._predictions)
         predicts = _NAMES_OF_DIFFUSERS.get(prediction_type, prediction_type)
-        positive_int("num_train_timesteps", num_train_timesteps)
-        if variance_preserving and (
+        if self._variance_preserving and (
             math.isfinite(self._flow.D) or predicts not in ("noise", "mean")
         ):
             raise ValueError(
@@ -117,25 +151,14 @@ class FlowScheduler(SchedulerMixin, ConfigMixin):  # type: ignore[misc]
                 f"'noise' ('epsilon') or 'mean' ('sample'), got D = {self._flow.D:g} and "
                 f"prediction_type {prediction_type!r}."
             )
-        self._variance_preserving = variance_preserving
-        self.register_to_config(
-            solver=solver,
-            schedule=schedule or defaults.schedule,
-            prediction_type=prediction_type,
-        )
-        if level == "timestep":
-            self._encoding = TimestepEncoding(self._flow, num_train_timesteps)
-        else:
-            self._encoding = level_encoding(level, self._flow)
         # This module is never called. It scales the input of a network and interprets its output.
         self._wrapped = from_module(
             nn.Identity(),
             self._flow,
             predicts=predicts,
             level=self._encoding,
-            variance_preserving=variance_preserving,
+            variance_preserving=self._variance_preserving,
         )
-        self.set_timesteps()
 
     @classmethod
     def from_flow(cls: type[Scheduler], flow: Flow, **options: Any) -> Scheduler:
