@@ -129,6 +129,9 @@ class FlowScheduler(SchedulerMixin, ConfigMixin):  # type: ignore[misc]
             ValueError: the prediction_type is not allowed, or another setting would change, which
                 needs a new scheduler.
         """
+        if "_wrapped" in vars(self):  # from_config would take their defaults again
+            defaults = self.config.get("_use_default_values", [])
+            settings["_use_default_values"] = [each for each in defaults if each not in settings]
         if "_encoding" in vars(self):  # diffusers registers the arguments of __init__ before it
             for name in sorted(_FIXED & settings.keys()):
                 if settings[name] != self.config[name]:
