@@ -101,6 +101,8 @@ def test_fashion_mnist_in_the_data_folder(tmp_path: Path, monkeypatch: pytest.Mo
     monkeypatch.setenv("PFGM_DATA", str(tmp_path))
     fashion(tmp_path / "fashion-mnist")
     assert open_data("fashion-mnist").train.shape == (5, 1, 4, 6)
+    # Label 5 by Xiao et al., arXiv 1708.07747, table 2.
+    assert open_data("fashion-mnist").names[5] == "sandal"
     monkeypatch.setattr(datasets, "_DEBIAN_FOLDER", tmp_path / "debian")
     fashion(tmp_path / "debian", ".gz")
     monkeypatch.setenv("PFGM_DATA", str(tmp_path / "elsewhere"))

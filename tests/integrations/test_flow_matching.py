@@ -12,6 +12,7 @@ import pfgm
 from pfgm.integrations.flow_matching import PoissonFlowMatcher, as_denoiser
 
 DS = [1.0, 16.0, 128.0, math.inf]
+NEEDED = "needs the packages of pip install '.[peers]'"
 POINTS = torch.tensor([[1.0, 0.0], [-0.5, 0.9], [-0.5, -0.9], [0.2, 0.1]], dtype=torch.float64)
 
 
@@ -46,7 +47,7 @@ def spread_points(count=64, scale=1.0):
 
 
 def test_diffusion_without_references_is_torchcfms():
-    matching = pytest.importorskip("torchcfm.conditional_flow_matching")
+    matching = pytest.importorskip("torchcfm.conditional_flow_matching", reason=NEEDED)
     x0, x1 = torch.randn(2, 8, 3, 4, 4, generator=seeded())
     t = torch.rand(8, generator=seeded(1))
     theirs = matching.ConditionalFlowMatcher(sigma=0.0).sample_location_and_conditional_flow(
@@ -59,7 +60,7 @@ def test_diffusion_without_references_is_torchcfms():
 @pytest.mark.parametrize("D", DS)
 def test_flow_matchings_solver_takes_the_velocity(D):
     """Its samples, and its likelihood, which differentiates the velocity in x."""
-    solver = pytest.importorskip("flow_matching.solver")
+    solver = pytest.importorskip("flow_matching.solver", reason=NEEDED)
     matcher = PoissonFlowMatcher(D, POINTS)
     noise = matcher.noise((32, 2), generator=seeded(), dtype=torch.float64)
     samples = solver.ODESolver(matcher.velocity).sample(noise, step_size=0.01, method="midpoint")

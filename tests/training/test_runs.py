@@ -58,6 +58,8 @@ def test_a_configuration_is_stored_in_its_file(tmp_path):
         ('{"data": []}', r"data must be a text, a name or a path, got \[\]\."),
         ('{"init": {}}', r"init must be a text, a name or a path, got \{\}\."),
         ('{"teacher": 5}', r"teacher must be a text, a name or a path, got 5\."),
+        ('{"init": ""}', r"init must name a file or a folder, got ''; leave it out\."),
+        ('{"teacher": ""}', r"teacher must name a file or a folder, got ''; leave it out\."),
         ('{"flow": null}', r"flow must be a dict of hyper-parameters and.*got None\."),
         ('{"flow": {"nope": 1}}', r"names in flow must be among M, center,.*got 'nope'\."),
         ('{"method": "edm", "flow": {"M": 9}}', r"names in flow must be among.*got 'M'\."),
@@ -526,6 +528,16 @@ def test_a_run_with_nothing_left_to_do_says_so(started):
         "resuming at step 6: nothing is left of 6 steps; give more with --steps",
         f"checkpoint: {started}",
     ]
+
+
+def test_a_run_whose_last_evaluation_is_left_says_so_and_makes_it(started):
+    lines, config = [], RunConfig(width=16, samples=20, training=changed(evaluate_every=6))
+    for _ in range(2):
+        start(config, started, progress=False, report=lines.append, resume=True)
+    assert lines[0] == "resuming at step 6 of 6, whose evaluation is left"
+    assert lines[2].startswith("resuming at step 6: nothing is left")
+    with (started / "evaluations.csv").open() as file:
+        assert [row["step"] for row in csv.DictReader(file)] == ["6"]
 
 
 def test_a_resumed_run_refuses_fewer_steps_than_it_has_done(started):

@@ -163,6 +163,26 @@ def test_a_folder_that_is_removed_during_the_training_is_named(flow, data, tmp_p
     ]
 
 
+@pytest.mark.parametrize("replace", [shutil.copytree, lambda moved, folder: folder.mkdir()])
+def test_a_folder_that_takes_the_place_of_the_run_is_not_touched(flow, data, tmp_path, replace):
+    net, folder, moved, there = new_network(), tmp_path / "run", tmp_path / "moved", {}
+
+    def content():
+        return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+    def move(call):
+        if call == 12:
+            folder.rename(moved)
+            replace(moved, folder)
+            there.update(content())
+
+    net.before = move
+    with pytest.raises(FileNotFoundError, match=r"run, the folder of the run, was moved or"):
+        Trainer(flow, net, data, config(checkpoint_every=10), folder=folder, progress=False).train()
+    assert content() == there
+    assert load_run(moved)[2]["step"] == 10
+
+
 def test_datasets_and_loaders_are_data(data):
     """As the same tensor with the same labels, whatever the order of the loader."""
     labels = torch.arange(50) % 2
@@ -366,6 +386,50 @@ def handled():
     yield handle
     for number, handler in before.items():
         signal.signal(number, handler)
+
+
+class Killed(BaseException):
+    """Ends a run at once, as a kill does."""
+
+
+@pytest.mark.parametrize("last", [8, 24])
+@pytest.mark.parametrize("end", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP, Killed])
+def test_an_evaluation_that_was_ended_is_made_first_when_the_run_is_resumed(
+    tmp_path, data, flow, end, last
+):
+    """Signals end it at once, also between checkpoints; its network is that of a whole run."""
+    evaluated = {}
+
+    def train(folder, evaluate):
+        settings = config(evaluate_every=8, checkpoint_every=8 if end is Killed else None)
+        options = {"folder": tmp_path / folder, "progress": False, "evaluate": evaluate}
+        trainer = Trainer(flow, new_network(), data, settings, **options)
+        resumed = trainer.resume() if (tmp_path / folder / "latest.json").exists() else 0
+        return resumed, trainer.train()
+
+    def ended(step, network):
+        if step == last:
+            if end is Killed:
+                raise Killed
+            signal.raise_signal(end)
+            raise AssertionError("the evaluation goes on")
+        return {"figure": 0.5}
+
+    def whole(step, network):
+        evaluated.setdefault(step, []).append(weights(network))
+        return {"figure": 0.5}
+
+    train("whole", whole)
+    error = {signal.SIGINT: KeyboardInterrupt, Killed: Killed}.get(end, Terminated)
+    with pytest.raises(error):
+        train("parts", ended)
+    assert not (tmp_path / "parts" / ".pfgm.lock").exists()
+    assert train("parts", whole)[0] == last
+    for step in range(last, 25, 8):
+        assert equal(*evaluated[step])
+    rows = [*csv.DictReader((tmp_path / "parts" / "evaluations.csv").open())]
+    assert [row["step"] for row in rows] == ["8", "16", "24"]
+    assert train("parts", ended)[0] == 24  # nothing is left
 
 
 def test_signals_that_are_ignored_stay_ignored(tmp_path, data, flow, handled):
