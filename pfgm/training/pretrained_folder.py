@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -110,7 +109,7 @@ def _card(
     parameters = sum(parameter.numel() for parameter in network.parameters())
     return _CARD_TEXT.format(
         task=task,
-        name=os.fsencode(name).decode(errors="replace"),  # it may not be UTF-8
+        name=name,
         samples=samples + (f" with the labels {known}" if classes else ""),
         flow=f"{kind} ([paper](https://arxiv.org/abs/{_PAPERS[kind]})) with D = {flow.D:g}",
         network=f"{type(network).__name__} with {parameters:,} parameters",
@@ -120,7 +119,14 @@ def _card(
 
 
 def _check_place(folder: Path) -> None:
-    """Raises ValueError if writing would replace files that are not of :func:`save_pretrained`."""
+    """Raises ValueError if the place cannot be read again, or holds files of others."""
+    try:
+        str(folder.resolve()).encode()
+    except UnicodeEncodeError as error:
+        shown = str(folder).encode(errors="replace").decode()
+        raise ValueError(
+            f"folder must have a path in UTF-8, which safetensors reads, got {shown}."
+        ) from error
     for name in ("latest.json", _CONFIG, PRETRAINED_WEIGHTS, _PIPELINE):
         of_a_run = name == "latest.json"
         if (folder / name).exists() and (of_a_run or not is_pretrained(folder)):
