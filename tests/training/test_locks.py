@@ -198,7 +198,10 @@ def test_a_start_on_a_full_disk_leaves_nothing(tmp_path, monkeypatch):
 
     monkeypatch.setattr(os, "pwrite", full)
     for folder in (tmp_path / "new", tmp_path):
-        with pytest.raises(OSError, match=r"cannot be used as the output.*No space"), locked(folder):
+        with (
+            pytest.raises(OSError, match=r"cannot be used as the output.*No space"),
+            locked(folder),
+        ):
             pass
         assert names(tmp_path) == []
 
