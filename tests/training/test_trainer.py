@@ -163,7 +163,12 @@ def test_a_folder_that_is_removed_during_the_training_is_named(flow, data, tmp_p
     ]
 
 
-@pytest.mark.parametrize("replace", [shutil.copytree, lambda moved, folder: folder.mkdir()])
+def new_folder_with_a_file(moved, folder):
+    folder.mkdir()
+    (folder / "notes.txt").write_text("of another program")
+
+
+@pytest.mark.parametrize("replace", [shutil.copytree, new_folder_with_a_file])
 def test_a_folder_that_takes_the_place_of_the_run_is_not_touched(flow, data, tmp_path, replace):
     net, folder, moved, there = new_network(), tmp_path / "run", tmp_path / "moved", {}
 
