@@ -27,7 +27,7 @@ from .rows import InMemory, OnDisk, Source, check_samples
 _PREFERRED_NAMES = ("images", "data", "x")
 _NUMPY_DTYPES = {np.dtype(of.numpy): dtype for dtype, of in REFERENCES.items() if of.numpy}
 _SAFETENSORS_DTYPES = {of.safetensors: dtype for dtype, of in REFERENCES.items()}
-_TABLES = (".tsv", ".txt")  # suffixes of tables as text, which are not read
+_TABLES = (".feather", ".ods", ".txt", ".xls", ".xlsx")  # what pandas reads, or writes as .csv
 _MAX_SAFETENSORS_HEADER = 100_000_000  # bytes, the limit of the safetensors library itself
 
 
