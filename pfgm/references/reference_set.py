@@ -40,11 +40,11 @@ class ReferenceSet:
     Rows that have changed get new sketches, and ``backward`` raises RuntimeError if they changed
     after the forward pass. torch does not count changes through a tensor's ``data``, its storage,
     NumPy, DLPack or ``torch.distributed.broadcast``, nor any of a tensor made under
-    ``torch.inference_mode``. They are noticed in contiguous rows in CPU memory, by the extension,
-    where they concern a tenth of the rows or more; a change of a few values is not. Nor is one of a
-    file within the resolution of its time stamp, or through a memory map that is not written to the
-    disk yet. After such a change call ``torch.autograd.graph.increment_version(tensor)``; for an
-    array make a new set.
+    ``torch.inference_mode``. The extension notices them in contiguous rows in CPU memory: all in up
+    to 16 KiB, and in more where they concern a tenth of the rows. Not noticed is a change of a few
+    values in more, nor one of a file within the resolution of its time stamp, or through a memory
+    map that is not written to the disk yet. After such a change call
+    ``torch.autograd.graph.increment_version(tensor)``; for an array make a new set.
 
     Args:
         data: a tensor or array (M, *S); a memory map; a ``.npy``, ``.npz`` or ``.safetensors``

@@ -247,7 +247,7 @@ def test_another_suffix_is_refused(tmp_path: Path) -> None:
     ):
         open_source(path)
     table = path.rename(tmp_path / "a.xlsx")
-    with pytest.raises(ValueError, match=r" must be a folder of.*got the suffix '\.xlsx'; a table "):
+    with pytest.raises(ValueError, match=r" must be a folder of.*got the suffix '\.xlsx'; a ta"):
         open_source(table)
 
 
