@@ -8,7 +8,7 @@ import math
 import os
 import warnings
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Literal, NamedTuple, get_args
 
@@ -23,21 +23,27 @@ from .data.arrays import array_names, from_numpy, open_array, read_integers
 from .data.images import load_images
 from .data.opening import open_source
 from .data.rows import InMemory, OnDisk, Scaled, Source
-from .data.tables import LABEL_NAMES, Table
+from .data.table_files import is_table_file
+from .data.tables import LABEL_NAMES, Table, load_table
 from .references import ReferenceSet
 
 __all__ = ["Data", "Layout", "Range", "open_data", "open_samples"]
 
+FASHION_MNIST_CLASSES = (
+    *("T-shirt", "trouser", "pullover", "dress", "coat"),
+    *("sandal", "shirt", "sneaker", "bag", "ankle boot"),
+)
+"""What its labels mean, from 0."""
 CIFAR10_URL = "https://www.cs.toronto.edu/~kriz/cifar-10-binary.tar.gz"
 _DEBIAN_FOLDER = Path("/usr/share/datasets/fashion-mnist")  # of the package dataset-fashion-mnist
 _ARRAY_SUFFIXES = (".npy", ".npz", ".safetensors")
-_FILE_SUFFIXES = (*_ARRAY_SUFFIXES, ".csv", ".zip")
+_FILE_SUFFIXES = (*_ARRAY_SUFFIXES, ".zip")
 _KINDS_OF_PATHS = ("folder", "npz")  # written before a path
 _HELD_OUT_NAMES = ("held_out", "test")
 _ALLOWED = (
     "avatars[:FOLDER], digits, fashion-mnist[:FOLDER], cifar10[:FOLDER], folder:PATH (of images), "
-    "npz:PATH, or the path of a folder or of a file that ends in .csv, .npy, .npz, .safetensors or "
-    ".zip (of images)"
+    "npz:PATH, or the path of a folder or of a file that ends in .csv, .tsv, .csv.gz, .parquet, "
+    ".npy, .npz, .safetensors or .zip (of images)"
 )
 _SMALLEST_IMAGE = 8  # height and width of what is taken for a grey image
 _PERMUTE_ROWS = 1024  # rows whose channels are moved to the front at a time
@@ -83,6 +89,8 @@ def open_data(
     resize: int | None = None,
     label_column: str | None = None,
     drop_missing: bool = False,
+    drop_columns: Sequence[str] = (),
+    header: bool = True,
     table: Table | None = None,
     progress: bool = False,
 ) -> Data:
@@ -119,7 +127,8 @@ def open_data(
         layout: what the arrays of an array file are, see :data:`Layout`.
         resize: the height and width of images in a folder or an archive. Their largest central
             square is scaled to it. None takes images of one size as they are.
-        label_column, drop_missing: of a table, see :meth:`pfgm.data.Table.read`.
+        label_column, drop_missing, drop_columns, header: of a table, see
+            :meth:`pfgm.data.Table.read`.
         table: the columns that are known from other data, such as those of a checkpoint; None
             learns them.
         progress: show a progress bar while images are read.
@@ -138,13 +147,23 @@ def open_data(
     """
     _check_layout(layout, source)
     name, place = _name_and_path(source)
-    if not name and Path(source).suffix == ".csv":
+    if not name and is_table_file(source):
         if value_range is not None or resize is not None:
             raise ValueError(f"range and resize are not for tables, got one for {source}.")
+        if table is None or table.plain:
+            read = Table.read(
+                source,
+                label_column=label_column,
+                drop_missing=drop_missing,
+                drop_columns=drop_columns,
+                header=header,
+            )
+            table = read if table is None else dataclasses.replace(table, label=read.label)
         return _from_table(Path(source), label_column, drop_missing, table)
-    if label_column or drop_missing:
+    if label_column or drop_missing or drop_columns or not header:
         raise ValueError(
-            f"label_column and drop_missing are for .csv files, got one for {source}; leave it out."
+            "label_column, drop_missing, drop_columns and header are for .csv files, got one for "
+            f"{source}; leave it out."
         )
     path = Path(place).expanduser()
     if name in _NAMED:
@@ -244,6 +263,8 @@ def _holds_images(path: Path) -> bool:
 
 
 def _opened(path: Path, resize: int | None, progress: bool) -> Source:
+    if is_table_file(path) and path.is_file() and resize is None:
+        return InMemory(load_table(path))
     if resize is None:
         return open_source(path, progress=progress)
     if not _holds_images(path):
@@ -262,6 +283,11 @@ def _from_path(
     if len(names) == 1:  # a single array holds the samples, whatever its name
         names = []
     label_names = [name for name in LABEL_NAMES if name in names]
+    if len(label_names) > 1:
+        raise ValueError(
+            f"{path} must have one array of labels, got {' and '.join(label_names)}; leave all but "
+            "one out."
+        )
     train = _rows(source, path, label_names, value_range, layout)
     held_out = None
     if name := next((name for name in _HELD_OUT_NAMES if name in names), None):
@@ -277,13 +303,8 @@ def _from_path(
     return Data(train, held_out, _classes(train, held_out), grey_levels, source.label_names)
 
 
-def _from_table(
-    path: Path, label_column: str | None, drop_missing: bool, table: Table | None
-) -> Data:
-    if table is None or table.plain:
-        read = Table.read(path, label_column=label_column, drop_missing=drop_missing)
-        table = read if table is None else dataclasses.replace(table, label=read.label)
-    elif label_column and label_column != (table.label and table.label.name):
+def _from_table(path: Path, label_column: str | None, drop_missing: bool, table: Table) -> Data:
+    if label_column and label_column != (table.label and table.label.name):
         raise ValueError(
             f"label_column must be {table.label and table.label.name!r}, as in the checkpoint, got "
             f"{label_column!r}."
@@ -374,7 +395,7 @@ def _fashion_mnist(folder: Path | None) -> Data:
     train, held_out = (_idx_pair(folder, part) for part in ("train", "t10k"))
     if held_out.shape[1:] != train.shape[1:]:
         raise ValueError(f"{folder} must hold images of one size, got two.")
-    return Data(train, held_out, classes=10, grey_levels=256)
+    return Data(train, held_out, classes=10, grey_levels=256, names=FASHION_MNIST_CLASSES)
 
 
 def _fashion_mnist_folder() -> Path:

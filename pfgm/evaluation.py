@@ -218,7 +218,7 @@ def evaluate_samples(
     of_samples, of_others = _equally_many(samples, others, labels, others_labels)
     compared, chosen = samples[of_samples], others[of_others]
     with progress_bar(total=4, desc="metrics", disable=not progress) as bar:
-        neighbours = metrics.neighbour_distances(real, _NEIGHBOURS)
+        neighbours = metrics.neighbour_distances(real, _NEIGHBOURS, progress=progress)
         bar.update()
         figures = {}
         for name, rows in (("samples", compared), ("train", chosen)):

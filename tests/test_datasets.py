@@ -1,6 +1,7 @@
 """Data by name and path: the samples in the files, or an error of one sentence."""
 
 import gzip
+import io
 import pickle
 import warnings
 import zipfile
@@ -101,6 +102,8 @@ def test_fashion_mnist_in_the_data_folder(tmp_path: Path, monkeypatch: pytest.Mo
     monkeypatch.setenv("PFGM_DATA", str(tmp_path))
     fashion(tmp_path / "fashion-mnist")
     assert open_data("fashion-mnist").train.shape == (5, 1, 4, 6)
+    # Label 5 by Xiao et al., arXiv 1708.07747, table 2.
+    assert open_data("fashion-mnist").names[5] == "sandal"
     monkeypatch.setattr(datasets, "_DEBIAN_FOLDER", tmp_path / "debian")
     fashion(tmp_path / "debian", ".gz")
     monkeypatch.setenv("PFGM_DATA", str(tmp_path / "elsewhere"))
@@ -493,3 +496,25 @@ def test_ranges_that_are_none(tmp_path: Path, value_range: tuple[float, float]) 
     np.save(tmp_path / "a.npy", ramp(4, 2, 2, dtype=np.float32))
     with pytest.raises(ValueError, match="range must be two numbers, the lower first, got"):
         open_data(str(tmp_path / "a.npy"), value_range=value_range)
+
+
+def test_labels_of_two_names_or_twice_are_refused(tmp_path, refused):
+    x, labels = np.zeros((3, 2), np.float32), np.arange(3)
+    path = tmp_path / "two.npz"
+    np.savez(path, x=x, label=labels, labels=labels)
+    refused(lambda: open_data(str(path)), f"{path} must have one array of labels, got labels and …")
+    with zipfile.ZipFile(path, "w") as archive, warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # zipfile warns of the second
+        for name, array in (("x", x), ("label", labels), ("label", labels)):
+            content = io.BytesIO()
+            np.save(content, array)
+            archive.writestr(f"{name}.npy", content.getvalue())
+    refused(lambda: open_data(str(path)), "…different names of arrays, got 'label' twice.")
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float8_e5m2, torch.bool])
+def test_labels_in_safetensors_must_be_integers(tmp_path, dtype, refused):
+    path = tmp_path / "x.safetensors"
+    save_file({"x": torch.zeros(3, 2), "y": torch.ones(3).to(dtype)}, path)
+    name = str(dtype).removeprefix("torch.")
+    refused(lambda: open_data(str(path)), f"TypeError: y in …must be integers, …got {name}.")

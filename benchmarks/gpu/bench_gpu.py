@@ -19,7 +19,8 @@ from torch import Tensor
 import pfgm
 from benchmarks.common.subjects import Case
 from benchmarks.gpu import contender
-from pfgm.backends.trials import SIZES, data_of, plain_mean
+from pfgm.backends.timing import plain_mean
+from pfgm.backends.trials import SIZES, data_of
 
 BACKENDS = ("native", "triton", "torch")
 PATHS = (*BACKENDS, "plain torch", "compiled TF32", "contender")

@@ -105,10 +105,12 @@ py::dict build_info() {
 #ifdef PFGM_HAS_CUDA
   info["cuda_architectures"] = PFGM_CUDA_ARCHITECTURES;
   info["cuda_driver"] = PFGM_CUDA_DRIVER;
+  info["nvcc"] = PFGM_NVCC;
   info["without_cuda"] = py::none();
 #else
   info["cuda_architectures"] = py::none();
   info["cuda_driver"] = py::none();
+  info["nvcc"] = py::none();
   info["without_cuda"] = PFGM_WITHOUT_CUDA;
 #endif
   return info;

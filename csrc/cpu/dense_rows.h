@@ -166,8 +166,8 @@ class DenseRows {
     const Index candidates = number_within(b, near);
     if (candidates > kFewCandidates && smallest.value > kFloatUnderflow && !needed.insufficient() &&
         needed.average_out(
-            row(b), float_limit(near), candidates, [&](Index j) { return squared(b, j); },
-            [&](Index j) { return reference(j); })) {
+            row(b), count_, float_limit(near), static_cast<float>(smallest.value), candidates,
+            [&](Index j) { return squared(b, j); }, [&](Index j) { return reference(j); })) {
       list.nearest = nearest(b, smallest.value);
       return true;
     }

@@ -21,7 +21,7 @@ constexpr Index kMaxChunkBytes = 16 << 20;
 // Up to this many references near the nearest always have their distances recomputed.
 constexpr Index kFewCandidates = 16;
 // With more, samples of these sizes tell whether rounding errors average out, the smallest first.
-constexpr Index kSamples[] = {4, 16, 64}, kMostSamples = 64;
+constexpr Index kSamples[] = {8, 16, 64}, kMostSamples = 64;
 // Stands for a distance that is not needed.
 constexpr double kSkipped = std::numeric_limits<double>::max();
 // When float32 distances do not suffice (Distances::refine):
@@ -36,6 +36,8 @@ constexpr double kNear = 20.0;  // a weight below e^-20 of the largest needs no 
 // times √N, with sums in halves and without. It lies above the rounding of N distinct terms, or too
 // many rows of real images would be computed again.
 constexpr double kScoreError = 1e-5, kHalvesScoreError = 7e-7, kAverageScoreError = 1.2e-6;
+// That of points drawn from up to 64 features, about features/2, and half as much again.
+constexpr double kUsualSensitivity = 48;
 
 constexpr Index kChunkUnit = kBatch / 8;  // whole words of Groups, and tiles of the screen
 static_assert(kChunkUnit % kByteTile == 0, "a chunk begins with a tile of the screen");
@@ -58,18 +60,27 @@ bool is_close(const T* x, Index features, double nearest) {
   return nearest < kCloseSquare * squared_norm(x, features);
 }
 
-// The positions of `count` of the values up to `most`, evenly spaced among them. Their `number` is
-// at least `count`, and `count` at least 2.
+// The positions of `count` of the first `total` values, all up to `most`, as which at least `count`
+// are. Positions come in a fixed order, which spreads any number of them over blocks and periods of
+// the data. Queries mostly share their samples, whose features so stay in cache.
 template <class V>
-void sample(const V* values, V most, Index number, Index count, Index* sampled) {
+void sample(const V* values, V most, Index total, Index count, Index* sampled) {
+  Index size = 64;
+  while (size < total) size *= 2;
+  const Index step = static_cast<Index>(0.618 * static_cast<double>(size)) | 1;  // golden ratio
+  for (Index at = 0, i = 0; i < count; at = (at + step) & (size - 1))
+    if (at < total && values[at] <= most) sampled[i++] = at;
+}
+
+// The position of the first of the values that is `value`.
+template <class V>
+Index find(const V* values, V value) {
   constexpr Index block = 64;
-  const auto wanted = [=](Index i) { return i * (number - 1) / (count - 1); };
-  for (Index begin = 0, before = 0, i = 0; i < count; begin += block) {
-    Index inside = 0;
-    for (Index j = begin; j < begin + block; ++j) inside += values[j] <= most;
-    for (Index j = begin, at = before; i < count && wanted(i) < before + inside; ++j)
-      if (values[j] <= most && at++ == wanted(i)) sampled[i++] = j;
-    before += inside;
+  for (Index begin = 0;; begin += block) {
+    Index equal = 0;
+    for (Index j = begin; j < begin + block; ++j) equal += values[j] == value;
+    for (Index j = begin; equal > 0; ++j)
+      if (values[j] == value) return j;
   }
 }
 
@@ -86,10 +97,11 @@ class NeededDigits {
         radius_(radius),
         tolerated_(larger(features_ * 3 / 4, 256)) {}
 
-  // The largest squared distance at which a score may be within `fall` of the best.
+  // The largest squared distance at which a score may be within `fall` of the best. It grows with
+  // the nearest distance, which the rounding of y may have made much smaller than it is.
   double farthest(double fall) const {
-    return widened(base_ * (2 * kSumError<T> + 1) + law_.excess_at(fall, base_, radius_) +
-                   kFloatUnderflow);
+    const double base = widened(base_ * (2 * kSumError<T> + 1) + kFloatUnderflow);
+    return widened(base + law_.excess_at(fall, base, radius_));
   }
 
   // Whether errors of T would change the weights even if they average out. The sensitivity of a
@@ -100,22 +112,23 @@ class NeededDigits {
            base_ < kCloseFraction * norm_ * kCloseFraction * norm_;
   }
 
-  // Whether the errors of `candidates` distances, those up to `near`, average out. Where the terms
-  // of a sum repeat, or one is much larger than the others, all errors have one sign instead. The
-  // exact errors of a sample tell. squared_of(j) is the distance of reference(j) with all its
-  // digits. One panel alone, added in halves, has small errors whatever the terms: none is looked
-  // at.
+  // Whether the errors of `candidates` of `total` distances, those up to `near`, average out. Where
+  // the terms of a sum repeat, or one is much larger than the others, all errors have one sign
+  // instead. The exact errors of a sample and of the nearest tell. squared_of(j) is the distance of
+  // reference(j) with all its digits. One panel alone, added in halves, has small errors whatever
+  // the terms: if the score does not multiply them by more than usual, none is looked at.
   template <class V, class Squared, class Reference>
-  bool average_out(const V* squared, V near, Index candidates, const Squared& squared_of,
-                   const Reference& reference) const {
-    if (features_ <= kMaxAdditions) return true;
+  bool average_out(const V* squared, Index total, V near, V nearest, Index candidates,
+                   const Squared& squared_of, const Reference& reference) const {
+    if (features_ <= kMaxAdditions && law_.sensitivity(base_, radius_) <= kUsualSensitivity)
+      return true;
     const double average = in_halves(features_) ? kHalvesScoreError : kAverageScoreError;
     const double tolerated =
         std::fmax(kScoreError, average * std::sqrt(static_cast<double>(features_)));
     for (const Index samples : kSamples) {
-      const Index count = smaller(samples, candidates);
-      Index sampled[kMostSamples];
-      sample(squared, near, candidates, count, sampled);
+      Index sampled[kMostSamples + 1], count = smaller(samples, candidates);
+      sample(squared, near, total, count, sampled);
+      sampled[count++] = find(squared, nearest);
       double sum = 0, squares = 0;
       for (Index i = 0; i < count; ++i) {
         if (i + 1 < count) prefetch(reference(sampled[i + 1]), features_);
@@ -242,10 +255,11 @@ class Distances {
       if (smallest.value > near) return smallest.value;
       Index candidates = 0;
       for (Index j = 0; j < count_; ++j) candidates += squared[j] <= near;
-      const bool decisive = candidates <= kFewCandidates || needed.insufficient() ||
-                            !needed.average_out(
-                                squared, near, candidates, [&](Index j) { return squared[j]; },
-                                [&](Index j) { return reference(j); });
+      const bool decisive =
+          candidates <= kFewCandidates || needed.insufficient() ||
+          !needed.average_out(
+              squared, count_, near, smallest.value, candidates,
+              [&](Index j) { return squared[j]; }, [&](Index j) { return reference(j); });
       limit = decisive ? near : kFloatUnderflow;
       if (smallest.value > limit) return smallest.value;
     }

@@ -81,8 +81,10 @@ bool query_is_ill_conditioned(const Problem& problem, const Backward& io, const 
                               Index query) {
   const double radius = problem.radius[query], nearest = io.nearest[query];
   const T* mean = static_cast<const T*>(io.mean) + query * problem.features;
+  const T* grad = static_cast<const T*>(io.grad_mean) + query * problem.features;
   return !law.is_constant(nearest, radius) &&
-         is_ill_conditioned<T>(problem, law, nearest, io.total[query], radius, mean);
+         (leaves_range<T>(problem, law, nearest, radius, grad) ||
+          is_ill_conditioned<T>(problem, law, nearest, io.total[query], radius, mean));
 }
 
 // Adds Σ_j p_bj and Σ_j p_bj G·(y_j − mean) to pulls[2b] and pulls[2b + 1], for the ill-conditioned

@@ -4,7 +4,8 @@
 // the forward pass and the sums over features are rounded to about ε of their values. A small σ
 // multiplies that error by d/σ². If several references are equally near, no other term hides it.
 // Ill-conditioned rows are computed in float64, and t_j is taken relative to the average of G·(y_j
-// − mean) over the same weights. Then Σ p_j t_j = g however the mean was rounded.
+// − mean) over the same weights. Then Σ p_j t_j = g however the mean was rounded. So are rows in
+// which products of G with differences would leave the range of float32.
 #pragma once
 #include "cpu/distances.h"
 
@@ -15,6 +16,8 @@ namespace {
 // Tolerated error of t_j, relative to |G|, times (N + D) d/s.
 template <class T> constexpr double kToleratedError = sizeof(T) == sizeof(float) ? 3e-5 : 1e-10;
 constexpr double kMaxSpread = 16;  // references that count are at most this many (d² + σ²)^½ apart
+// Float32 holds products of the largest |G_k| and the distance from this to its inverse.
+constexpr double kSmallestProduct = 1e-25;
 constexpr Index kIllConditionedBlock = 64;  // rows that add_pulls takes at a time
 
 constexpr Index kWideLanes = 4 * kDoubles;
@@ -32,6 +35,17 @@ T largest_of(const T* values, Index n) {
   for (; k < n; ++k) take(most[0], values[k]);
   for (Index lane = 1; lane < kWideLanes; ++lane) take(most[0], most[lane]);
   return most[0];
+}
+
+// Whether products of T of G and y_j − mean, or their sums over features, may overflow or lose
+// digits to underflow. y_j − mean is about as long as the distance of the nearest, or as σ.
+template <class T>
+bool leaves_range(const Problem& problem, const WeightLaw& law, double nearest, double radius,
+                  const T* grad) {
+  if (sizeof(T) == sizeof(double)) return false;
+  const double distance = std::hypot(std::sqrt(nearest), law.sigma(nearest, radius));
+  const double product = static_cast<double>(largest_of(grad, problem.features)) * distance;
+  return product != 0 && !(product > kSmallestProduct && product < 1 / kSmallestProduct);
 }
 
 // Whether the rounding of the mean would change t_j by more than kToleratedError.

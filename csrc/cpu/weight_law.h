@@ -66,11 +66,11 @@ struct WeightLaw {
   }
 
   // The excess over the nearest squared distance at which the score is `fall` lower. It grows with
-  // nearest.
+  // nearest, but not to kSkipped (cpu/distances.h).
   double excess_at(double fall, double nearest, double radius) const {
     const double lower = fall / exponent;
     if (gaussian) return lower * radius * radius;
-    return std::expm1(lower) * (nearest + radius * radius);
+    return std::fmin(std::expm1(std::fmin(lower, 700)) * (nearest + radius * radius), 1e300);
   }
 
   // By how much the score multiplies a relative error of the nearest squared distance.
@@ -113,8 +113,9 @@ WeightLaw weight_law(const Problem& problem, double extra_cutoff = 0) {
   const double power = gaussian ? 1 : problem.features + problem.dimensions;
   const Index all = larger(problem.references, problem.all_references);
   double cutoff = kWeightCutoff<T> + std::log(static_cast<double>(all)) + extra_cutoff;
-  // In Σ w (y − x) a weight s^−P/2 counts times √s, relative to the nearest.
-  if (problem.difference && !gaussian) cutoff *= power / (power > 2 ? power - 1 : 1);
+  // In Σ w (y − x) a weight s^−P/2 counts times √s, relative to the nearest. Up to P = 2 weights
+  // fall so slowly that this shows in Σ w y too.
+  if (!gaussian && (problem.difference || power <= 2)) cutoff *= power / (power - 1);
   return {gaussian, power / 2, cutoff};
 }
 

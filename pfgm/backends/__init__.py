@@ -10,7 +10,6 @@ cannot run, an error gives the reason; no other backend takes its place.
 from __future__ import annotations
 
 import os
-import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -18,7 +17,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 from torch import Tensor
 
-from . import passes
+from . import native, passes
 from .backend import BACKENDS, Backend
 
 if TYPE_CHECKING:
@@ -41,18 +40,6 @@ __all__ = [
 
 
 _requested: str | None = None
-_REMOVED = ("PFGM_CUDA_OVERLAP", "PFGM_CUDA_WARPGROUPS", "PFGM_TUNE")
-
-
-def _warn_of_removed() -> None:
-    """Warn of environment variables that did something before 0.3.0."""
-    for name in filter(os.environ.__contains__, _REMOVED):
-        warnings.warn(
-            f"{name} was removed in 0.3.0 and does nothing: unset it", RuntimeWarning, stacklevel=2
-        )
-
-
-_warn_of_removed()
 
 
 def __getattr__(name: str) -> Any:
@@ -124,12 +111,14 @@ def preferred(device: torch.device | str) -> tuple[str, str]:
     'the first that can run'
     """
     device = torch.device(device)
-    candidates, usable = _candidates(device), available(device)
-    name = next(name for name in candidates if usable[name].usable)
-    if device.type != "cuda" or not usable["native"].usable:
+    able = (n for n in _candidates(device) if not BACKENDS[n].supports(device, torch.float32))
+    name = next(able)
+    if device.type != "cuda" or native.unable(device, torch.float32) is not None:
         return name, "the first that can run"
     if name == "native":
         return name, "which has passed pfgm check"
+    if torch.cuda.is_available() and passes.has(passes.kind_of(device)):
+        return name, "as native cannot run"
     return name, "as native has not passed pfgm check here"
 
 

@@ -20,13 +20,13 @@ import torch
 from ..common.checks import known_device
 from . import passes, triton
 from .backend import BACKENDS
-from .trials import EXACT, SIZES, TRIALS, Place, Results, allowed, seconds_of
+from .timing import seconds_of
+from .trials import EXACT, SIZES, TRIALS, Place, Results, allowed
 from .worker import Lost, failure_of, sender, values_of
 
 _ORDER = ("torch", "reference", "native", "triton")
 _CONTENDERS = ("plain torch", "compiled TF32")  # times alone
-_KERNELS = ("native", "triton")  # which take passes on a GPU
-# The problem at which a backend must not be slower than torch, to pass on a GPU.
+# The problem at which native must not be slower than torch, to pass on a GPU.
 _DECIDES = "CIFAR-10, 128 × 4096 × 3072"
 _EQUAL_ERRORS = 2  # after so many equal exceptions the turn of a backend ends
 
@@ -146,8 +146,16 @@ def _compared(backend: str, name: str, place: Place, exact: Results) -> Row:
 
 
 def _timed(backend: str, name: str, device: torch.device) -> Row:
-    own, other = seconds_of(name, backend, device)
-    return Row(backend, name, seconds=own, speed=other / own)
+    own, *others = seconds_of(name, backend, device)
+    return Row(backend, name, seconds=own, speed=others[0] / own if others else None)
+
+
+def _beside(row: Row, other: float | None) -> Row:
+    """A row with its speed beside torch, whose seconds are given, where both were not timed in one
+    process."""
+    if row.seconds is None or row.speed is not None or other is None:
+        return row
+    return row._replace(speed=other / row.seconds)
 
 
 def _title(device: torch.device) -> str:
@@ -176,19 +184,19 @@ def _answers(
     return about, rows
 
 
-def _decide(backend: str, kind: str, rows: list[Row]) -> str:
-    """Stores a pass, or takes it away after a wrong result. Returns what it did."""
-    where = f"{backend} on {kind}"
+def _decide(kind: str, rows: list[Row]) -> str:
+    """Stores a pass of native, or takes it away after a wrong result. Returns what it did."""
+    where = f"native on {kind}"
     speed = next((row.speed for row in rows if row.problem == _DECIDES and row.speed), None)
     try:
         if any(row.failure and row.allowed is not None for row in rows):
-            passes.take_away(kind, backend)
+            passes.take_away(kind)
             return f"{where} has no pass, as a result is wrong."
         if any(row.failure for row in rows) or speed is None:
             return f"No pass of {where} is stored, as not all was computed."
         if speed < 1:
             return f"No pass of {where} is stored, as torch is faster at {_DECIDES}."
-        passes.store(kind, backend)
+        passes.store(kind)
     except OSError as error:
         return f"The pass of {where} cannot be changed ({error}); PFGM_BACKEND names a backend."
     return f"The pass of {where} is stored."
@@ -203,9 +211,9 @@ def check(
     """Runs a fixed set of problems through each backend that can compute on a device.
 
     Results are compared with float64 on the CPU, and times with the backend torch, plain torch and
-    its compiled TF32. On a GPU a pass is stored for native and triton where every result is right
-    and the mean at 128 × 4096 × 3072 is not slower than torch's; a wrong result takes it away.
-    Where native has a pass, it computes (docs/backends.md).
+    its compiled TF32. On a GPU a pass is stored for native where every result is right and the mean
+    at 128 × 4096 × 3072 is not slower than torch's; a wrong result takes it away. Where native has
+    a pass, it computes (docs/backends.md).
 
     Args:
         device: the device; "auto" is cuda if there is a GPU, else cpu.
@@ -221,7 +229,9 @@ def check(
         device = "cuda" if torch.cuda.is_available() else "cpu"
     place = known_device(device, "auto")
     on_gpu = place.type == "cuda"
-    title, reasons, rows, stored = str(place), {}, [], []
+    title, reasons = str(place), {}
+    rows: list[Row] = []
+    stored: tuple[str, ...] = ()
     with tempfile.TemporaryDirectory() as folder:
         report("exact results")
         exact = str(Path(folder) / "exact.pt")
@@ -230,9 +240,10 @@ def check(
             report(f"{backend} on {place}")
             about, own = _answers(backend, str(place), exact, seconds)
             title = about.get("title", title)
-            rows += own
+            seconds_of_torch = {row.problem: row.seconds for row in rows if row.backend == "torch"}
+            rows += [_beside(row, seconds_of_torch.get(row.problem)) for row in own]
             if backend in BACKENDS:
                 reasons[backend] = about.get("unable")
-            if on_gpu and backend in _KERNELS and about and not about["unable"]:
-                stored.append(_decide(backend, about["kind"], own))
-    return Report(title, reasons, rows, tuple(stored))
+            if on_gpu and backend == "native" and about and not about["unable"]:
+                stored = (_decide(about["kind"], own),)
+    return Report(title, reasons, rows, stored)

@@ -32,12 +32,12 @@ def cuda_lines(runtime: CudaRuntime, names: Sequence[str], error: str) -> list[s
     gpus = ", ".join(names) or error
     if not runtime.version:
         return [f"CUDA       {gpus}"]
-    line = f"CUDA       runtime {_text(runtime.version)}, needs {_needed(runtime)}; "
+    line = f"CUDA       runtime {version_text(runtime.version)}, needs {_needed(runtime)}; "
     if not runtime.driver:
         return [f"{line}there is no NVIDIA driver"]
     # Within a major version an older driver runs a newer runtime.
     new_enough = runtime.driver // 1000 >= runtime.version // 1000
-    line += f"the driver, for CUDA {_text(runtime.driver)}, is "
+    line += f"the driver, for CUDA {version_text(runtime.driver)}, is "
     return [f"{line}new enough", f"GPUs       {gpus}"] if new_enough else [f"{line}too old"]
 
 
@@ -47,5 +47,6 @@ def _needed(runtime: CudaRuntime) -> str:
     return f"an NVIDIA driver for CUDA {runtime.version // 1000} or later"
 
 
-def _text(version: int) -> str:
+def version_text(version: int) -> str:
+    """Such as "13.0"."""
     return f"{version // 1000}.{version % 1000 // 10}"

@@ -36,7 +36,7 @@ from ..common.tensors import contiguous, contiguous_features, unfilled
 from ..core import formulas
 from ..core.problems import Needs, OdeStep, PosteriorMean, State, Upstream
 from ..core.weights import check_singular, law, singular_message
-from .cuda_driver import CudaRuntime, cuda_lines
+from .cuda_driver import CudaRuntime, cuda_lines, version_text
 from .layout import laid_out, laid_out_step, step_outputs
 
 # The failures that the CPU kernels return.
@@ -92,10 +92,22 @@ def has_extension() -> bool:
 def supports(
     device: torch.device, dtype: torch.dtype, references: torch.dtype | None = None
 ) -> str | None:
+    reason = unable(device, dtype, references)
+    # Without a GPU there are only fake tensors, of which a graph for a GPU may be made.
+    if reason is None and _on_cuda(device) and torch.cuda.is_available():
+        return _device_reason(device)
+    return reason
+
+
+def unable(
+    device: torch.device, dtype: torch.dtype, references: torch.dtype | None = None
+) -> str | None:
+    """As :func:`supports`, as far as it is known before the kernels for a GPU are loaded: the
+    driver may compile them then."""
     if _native is None:
         return _why_missing
     if _on_cuda(device):
-        return _cuda_supports(device, dtype, references)
+        return _unable_on_cuda(device, dtype, references)
     if device.type != "cpu":
         return f"its kernels run on the CPU and on NVIDIA GPUs, not on {device.type}"
     if dtype not in (torch.float32, torch.float64):
@@ -112,7 +124,7 @@ def on_gpu(value: Tensor) -> bool:
     return value.is_cuda
 
 
-def _cuda_supports(
+def _unable_on_cuda(
     device: torch.device, dtype: torch.dtype, references: torch.dtype | None
 ) -> str | None:
     info = extension().build_info()
@@ -125,25 +137,35 @@ def _cuda_supports(
     if references is not None and references not in GPU_REFERENCES:
         names = ", ".join(map(str, GPU_REFERENCES))
         return f"on a GPU it reads references in {names}, not {references}"
-    # Without a GPU there are only fake tensors, of which a graph for a GPU may be made.
-    return _device_reason(device.index) if torch.cuda.is_available() else None
+    if torch.cuda.is_available() and torch.cuda.get_device_capability(_index(device)) < (8, 0):
+        return "its GPU kernels need compute capability 8.0 (Ampere) or later"
+    return None
+
+
+def _index(device: torch.device) -> int:
+    return torch.cuda.current_device() if device.index is None else device.index
 
 
 _able: set[int] = set()
 """The GPUs that run the kernels. Others may do so later: one may be busy or out of memory."""
 
 
-def _device_reason(index: int | None) -> str | None:
-    index = torch.cuda.current_device() if index is None else index
+def _device_reason(device: torch.device) -> str | None:
+    index = _index(device)
     if index in _able:
         return None
-    if torch.cuda.get_device_capability(index) < (8, 0):
-        return "its GPU kernels need compute capability 8.0 (Ampere) or later"
     architectures = str(extension().build_info()["cuda_architectures"])
-    if not _has_code_for(torch.cuda.get_device_capability(index), architectures):
+    compiles = not _has_code_for(torch.cuda.get_device_capability(index), architectures)
+    runtime, driver = extension().cuda_versions()
+    if compiles and driver >= runtime:  # an older driver does not know this PTX
         _warn_of_compilation(index)
     if problem := extension().cuda_problem(index):
         reason = f"its GPU kernels cannot run on cuda:{index}: {problem}"
+        if compiles and driver < runtime:
+            reason += (
+                f" (the driver, for CUDA {version_text(driver)}, cannot compile them: update it to "
+                f"one for CUDA {version_text(runtime)} or later)"
+            )
         _warn_of_unused_gpu(reason)
         return reason
     _able.add(index)

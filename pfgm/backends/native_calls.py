@@ -304,8 +304,8 @@ def all_finite(values: Tensor) -> bool | None:
 def sample(rows: Tensor) -> int:
     """A number that changes with a sample of the bytes of contiguous rows in the CPU's memory.
 
-    It takes 64 windows of 64 bytes from a large tensor, and all bytes of a tiny one. It is 0 for
-    other rows, and without the extension.
+    It takes all bytes of at most 16 KiB, and 256 windows of 64 bytes from a larger tensor. It is 0
+    for other rows, and without the extension.
     """
     if _native is None or not rows.is_cpu or not rows.is_contiguous():
         return 0

@@ -1,8 +1,8 @@
 """Which backend computes on a GPU: native if :func:`pfgm.backends.check` has passed there.
 
-A pass holds for one kind of GPU, driver, torch and build of pfgm. Each is a file of its own in the
-user's cache folder, written atomically. There are no other files: what failed is not stored, so
-that every process decides by the same fact.
+A pass holds for one kind of GPU, driver, torch and build of pfgm, with the version of nvcc. Each is
+a file of its own in the user's cache folder, written atomically. There are no other files: what
+failed is not stored, so that every process decides by the same fact.
 """
 
 from __future__ import annotations
@@ -42,34 +42,34 @@ def kind_of(device: torch.device) -> str:
     return torch.cuda.get_device_name(device) if device.type == "cuda" else platform.machine()
 
 
-def _path(kind: str, backend: str) -> tuple[Path, dict[str, Any]]:
+def _path(kind: str) -> tuple[Path, dict[str, Any]]:
     """The file of a pass, and what the pass holds for."""
     build = native.extension().build_info() if native.has_extension() else None
-    conditions: dict[str, Any] = {"backend": backend, "gpu": kind, "driver": driver()}
+    conditions: dict[str, Any] = {"gpu": kind, "driver": driver()}
     conditions |= {"torch": torch.__version__, "build": build}
     digest = hashlib.sha256(json.dumps(conditions, sort_keys=True).encode()).hexdigest()[:16]
     return Path(platformdirs.user_cache_dir("pfgm")) / "passes" / f"{digest}.json", conditions
 
 
-def has(kind: str, backend: str) -> bool:
-    """Whether a backend has passed on this kind of GPU. A damaged file is no pass."""
-    path, conditions = _path(kind, backend)
+def has(kind: str) -> bool:
+    """Whether native has passed on this kind of GPU. A damaged file is no pass."""
+    path, conditions = _path(kind)
     with contextlib.suppress(*MALFORMED):
         return bool(json.loads(path.read_text()) == conditions)
     return False
 
 
-def store(kind: str, backend: str) -> None:
+def store(kind: str) -> None:
     """Store a pass. Raises OSError where the folder cannot be written."""
-    path, conditions = _path(kind, backend)
+    path, conditions = _path(kind)
     path.parent.mkdir(parents=True, exist_ok=True)
     write_json(path, conditions)
     _known.clear()
 
 
-def take_away(kind: str, backend: str) -> None:
+def take_away(kind: str) -> None:
     """Remove a pass, if there is one. Raises OSError where that is not allowed."""
-    _path(kind, backend)[0].unlink(missing_ok=True)
+    _path(kind)[0].unlink(missing_ok=True)
     _known.clear()
 
 
@@ -81,11 +81,15 @@ def known(device: torch.device) -> bool:
 def native_computes(device: torch.device) -> bool:
     """Whether native computes on a GPU unnamed. Warn where it could, but has no pass."""
     if device not in _known:
-        if not torch.cuda.is_available() or native.supports(device, torch.float32) is not None:
+        if not torch.cuda.is_available() or native.unable(device, torch.float32) is not None:
+            return False
+        # Before kernels are loaded, which may take long: the driver may compile them.
+        passed = has(kind_of(device))
+        if passed and native.supports(device, torch.float32) is not None:
             return False  # which may change: the GPU may be busy
-        _known[device] = has(kind_of(device), "native")
-        if not _known[device]:
+        if not passed:
             _warn_once()
+        _known[device] = passed
     return _known[device]
 
 

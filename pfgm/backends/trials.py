@@ -9,10 +9,8 @@ from __future__ import annotations
 import functools
 import itertools
 import math
-import statistics
-import time
 from collections.abc import Callable, Iterator
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
@@ -37,16 +35,16 @@ SIZES = {
 # Points, references and features, from few blocks to many: of differences, of small and large tiles
 # of products, and of features that blocks share. No size is a multiple of a tile's.
 SHAPES = (
-    *((3, 2100, 31), (5, 70, 37), (20, 70, 100), (66, 500, 100), (590, 1030, 100)),
+    *((3, 2100, 31), (13, 70, 37), (20, 70, 100), (66, 500, 100), (590, 1030, 100)),
     *((300, 4100, 484), (1020, 4100, 36), (66, 33, 3070), (40, 1500, 2070), (97, 2100, 3076)),
 )
 _WIDTHS = (36, 37, 1041, 6150, 8200)  # for part of a warp, a block, and longer; odd, by values
 _GAMMA = 5.0
 _NATS = (*range(1, 25), *(10.0**k for k in (-1.6, -1.2, -0.8, -0.4, 1.5, 2, 3, 4)))
 _LARGE, _COMPARED = 1 << 20, 8  # from 2^20 reference values on, 8 points are compared
-_TIMING = 2.0  # seconds
 
 Results = dict[str, Tensor]
+Pair = TypeVar("Pair", bound=tuple[Tensor, Tensor | None])
 
 
 class Place(NamedTuple):
@@ -60,6 +58,10 @@ class Place(NamedTuple):
     @property
     def gpu(self) -> torch.device | None:
         return self.device if self.device.type == "cuda" else None
+
+    @property
+    def native(self) -> bool:
+        return self.backend is BACKENDS["native"]
 
 
 EXACT = Place(BACKENDS["reference"], torch.device("cpu"), torch.float64)
@@ -138,17 +140,40 @@ def _limits() -> Data:
     return data
 
 
-def _mean(place: Place, data: Data, needs: Needs = (True, True, True)) -> Results:
-    """The mean, and the gradients that are needed."""
+def _own(M: int, N: int) -> Data:
+    """Each reference is the mean of a point of its own: none may be missed."""
+    data = data_of(M, M, N, math.inf)
+    x = data.references + 1e-3 * data.G
+    return data._replace(x=x, sigma=torch.full_like(data.sigma, 1e-3))
+
+
+def _beyond_float16(dtype: torch.dtype) -> Data:
+    """Five references are too large for float16 in the scale of the others. Points lie between two
+    of them."""
+    data = data_of(40, 130, 96, dtype=dtype)
+    large = torch.arange(3, 130, 30, device="cpu")  # none is among those that set the scale
+    references = data.references * 2.0**-16
+    references[large] = data.references[large]
+    some = references.float()[large].repeat(9, 1)
+    return data._replace(x=some[:40] + 0.4 * (some[1:41] - some[:40]), references=references)
+
+
+def _mean(
+    place: Place, data: Data, needs: Needs = (True, True, True), keeps: bool = False
+) -> Results:
+    """The mean, and the gradients that are needed, by native from the distances that it keeps."""
     problem = data.problem
-    mean, logsumexp, nearest, total = place.backend.posterior_mean(problem)
+    room = native.room_for_distances(problem) if keeps and place.native else None
+    kept = () if room is None else (room,)
+    mean, logsumexp, nearest, total = place.backend.posterior_mean(problem, *kept)
     results = {"mean": mean / math.sqrt(mean.shape[1]), "log-sum-exp": logsumexp}
     if not any(needs):
         return results
     precise = data.references.dtype == torch.float32  # others' gradient is rounded
     given = State(mean, nearest, total), Upstream(data.G, data.g)
     needs = needs[0], needs[1] and precise, needs[2]
-    gradients = place.backend.posterior_mean_backward(problem, *given, needs)
+    used = map(native.used_room, kept)
+    gradients = place.backend.posterior_mean_backward(problem, *given, needs, *used)
     names = (f"gradient of {name}" for name in ("x", "references", "r"))
     return results | {n: g for n, g in zip(names, gradients, strict=True) if g is not None}
 
@@ -163,15 +188,31 @@ def _both(place: Place, data: Data) -> Results:
 
 
 def _field(place: Place, data: Data) -> Results:
-    """PFGM's field, by the native kernels in the one call that they have for it."""
-    x, references, z, *_ = data
-    fields = None
-    if place.backend is BACKENDS["native"]:
-        fields = native_calls.field(place.gpu, x, references, z, _GAMMA, None)
-    if fields is None:
-        difference = _difference(place, data)["difference x − mean"]
+    """PFGM's field and the mean, by native in the one call that it has for each."""
+    x, references, z, *_, D = data
+    if place.native:
+        (level,) = _columns(z)
+        given = place.gpu, x, references, level
+        fields = _answer(native_calls.field(*given, _GAMMA, None))
+        mean, total = _answer(native_calls.posterior_mean(*given, unit_radius(D), D, True, None))
+    else:
+        difference = _difference(place, data._replace(D=1.0))["difference x − mean"]
         fields = place.backend.normalised_field(difference, z, _GAMMA)
-    return _relative(*fields)
+        mean, total, *_ = place.backend.posterior_mean(data.problem)
+    means = {"mean": mean / math.sqrt(mean.shape[1]), "log-sum-exp": total}
+    return _relative(*fields) | means  # type: ignore[return-value]
+
+
+def _columns(*levels: Tensor) -> Iterator[Tensor]:
+    """Levels in float32, with others between them in memory."""
+    return iter(torch.stack([*levels, -levels[0]], 1).float().T[:-1])
+
+
+def _answer(results: Pair | None) -> Pair:
+    """What a call of native gives; it must compute what its trial is made for."""
+    if results is None:
+        raise RuntimeError("native does not compute in one call")
+    return results
 
 
 def _relative(field_x: Tensor, field_z: Tensor) -> Results:
@@ -200,20 +241,26 @@ def _steps(place: Place, data: Data) -> Results:
         results[f"step {k}"], results[f"step {k}, mean"] = result, mean
         own = step._replace(x=x.clone(), slope=slope, field_z=None)
         results[f"step {k} from a mean"], _ = place.backend.ode_step(own, False, own.x)
-    results["step in one call"], results["step in one call, mean"] = _step(place, step, z)
+    for k, name in enumerate(("Euler", "Heun", "multistep")):
+        pair = _step(place, step, z, k)
+        results[f"step by {name}"], results[f"step by {name}, mean"] = pair
     return results  # type: ignore[return-value]
 
 
-def _step(place: Place, step: OdeStep, z: Tensor) -> tuple[Tensor, Tensor | None]:
-    """Euler's step to z/2, by the native kernels in the one call that they have for it."""
-    x, slope, field_z, *_ = step
-    if place.backend is BACKENDS["native"]:
-        levels, law = (z, 0.5 * z, 1.0), (_GAMMA, 7.0, "exact")
-        given = None, None, None, *levels, native_calls.EULER, law, True
-        if (results := native_calls.step(place.gpu, x, slope, field_z, *given)) is not None:
-            return results
-    rows = torch.stack([z, torch.full_like(z, 0.5), torch.zeros_like(z)])
-    return place.backend.ode_step(step._replace(history=None, row_levels=rows, exact=True), True)
+def _step(place: Place, step: OdeStep, z: Tensor, method: int) -> tuple[Tensor, Tensor | None]:
+    """A step from z to z/2 after one from 3 z, by native in the one call that it has for it."""
+    x, slope, field_z, history, *_ = step
+    if method == native_calls.EULER:
+        history = None
+    if place.native:
+        given = place.gpu, x, slope, field_z, history, None, None
+        at, after, before = _columns(z, z / 2, 3 * z)
+        law = _GAMMA, 7.0, "exact"
+        return _answer(native_calls.step(*given, at, after, before, method, law, True))
+    w = math.log(2) / math.log(9)
+    share, toward, blend = ((1, 0.5, 0), (0.5, 0.5, 0.5), (1, 0.5 + w / 2, -w / 2))[method]
+    rows = torch.stack([share * z, torch.full_like(z, toward), torch.full_like(z, blend)])
+    return place.backend.ode_step(step._replace(history=history, row_levels=rows, exact=True), True)
 
 
 Compute = Callable[[Place, Data], Results]
@@ -221,8 +268,7 @@ Compute = Callable[[Place, Data], Results]
 
 def _in_chunks(compute: Compute, place: Place, data: Data) -> Results:
     """In small blocks of points and chunks of references, whose rows have gaps between them."""
-    ours = place.backend is BACKENDS["native"]
-    limit = native.extension().limit_cuda if ours else lambda **_: None
+    limit = native.extension().limit_cuda if place.native else lambda **_: None
     limit(pairs=600, parts=1, queries=17, references=128)
     x, references = (torch.nn.functional.pad(rows, (0, 1))[:, :-1] for rows in data[:2])
     try:
@@ -302,8 +348,16 @@ def _trials() -> Iterator[tuple[str, Trial]]:
     for dtype, D in ((torch.float32, 1e6), (torch.float32, math.inf), (torch.uint8, 1.0)):
         data = part(data_of, 30, 96, 520, D, dtype, away=300.0)
         yield f"far from {named[dtype]}, D = {D:g}", Trial(data, references=dtype)
+    for M, N in ((130, 20), (130, 40), (1200, 36)):  # in differences, small tiles and large ones
+        trial = Trial(part(_own, M, N), part(_mean, needs=(False, True, False)))
+        yield f"a point of its own for each of {M} × {N}", trial
+    for dtype in every[:2]:
+        yield f"beyond float16, {named[dtype]}", Trial(part(_beyond_float16, dtype), _both, dtype)
+    for sizes in (*SHAPES[1:5], (2100, 40, 8)):  # the last are more queries than a list has
+        data, name = part(data_of, *sizes, math.inf), " × ".join(map(str, sizes))
+        yield f"kept distances, {name}", Trial(data, part(_mean, keeps=True))
     yield "ties and limits", Trial(_limits)
-    yield "field", Trial(part(data_of, 40, 300, 97), _field)
+    yield "field", Trial(part(data_of, 40, 300, 97, 128.0), _field)
     for features in _WIDTHS:
         yield f"normalised field, {features}", Trial(part(data_of, 5, 9, features), _normalised)
         yield f"steps, {features}", Trial(part(data_of, 5, 9, features), _steps)
@@ -335,38 +389,3 @@ def error_of(name: str, result: Tensor, exact: Tensor) -> float:
         if not name.startswith("difference"):  # large terms may cancel
             size = size.clamp(min=float(exact.norm()) / len(size) ** 0.5)
     return float((difference.norm(dim=1) / size).max())
-
-
-def plain_mean(x: Tensor, references: Tensor, z: Tensor) -> Tensor:
-    """The mean in plain torch: matrix product, softmax, matrix product."""
-    squared = x.square().sum(1)[:, None] + references.square().sum(1) - 2 * x @ references.T
-    scores = -(x.shape[1] + 1) / 2 * torch.log(squared + z[:, None] ** 2)
-    return scores.softmax(1) @ references
-
-
-def seconds_of(size: str, name: str, device: torch.device) -> tuple[float, float]:
-    """Seconds of a call of a backend or contender, and of the backend torch, in turns."""
-    data = data_of(*SIZES[size]).to(Place(BACKENDS["torch"], device, torch.float32))
-    plain = plain_mean
-    if name == "compiled TF32":  # in a process of its own
-        torch.backends.cuda.matmul.allow_tf32 = True
-        plain = torch.compile(plain_mean)
-
-    def timed(name: str, count: int = 1) -> float:
-        started = time.perf_counter()
-        for _ in range(count):
-            if name in BACKENDS:
-                mean = BACKENDS[name].posterior_mean(data.problem)[0]
-            else:
-                mean = plain(data.x, data.references, data.sigma.float())
-        mean[0, 0].item()  # waits for the device
-        return (time.perf_counter() - started) / count
-
-    names = name, "torch"
-    counts = [1 + int(0.02 / min(timed(each), timed(each))) for each in names]
-    ends = time.perf_counter() + _TIMING
-    turns: list[list[float]] = []
-    while not turns or (time.perf_counter() < ends and len(turns) < 50):
-        turns.append([timed(each, count) for each, count in zip(names, counts, strict=True)])
-    own, other = (statistics.median(times) for times in zip(*turns, strict=True))
-    return own, other

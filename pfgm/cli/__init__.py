@@ -125,8 +125,6 @@ def _check_values(arguments: list[str]) -> None:
         name = _LONG_NAMES.get(name, name)
         if name.startswith("--") and not value:
             raise ValueError(f"{name[2:]} must not be empty.")
-    if arguments[:1] == ["check"] and "--quick" in arguments:
-        raise ValueError("check --quick was removed in 0.3.0: there is one check; leave it out.")
 
 
 def _check_names(arguments: list[str], known: set[str]) -> None:

@@ -18,6 +18,7 @@ from ..common.checks import check_seed, usable_device, whole
 from ..common.files import output_folder, write_csv, write_json
 from ..common.versions import versions
 from ..data import Table, to_unit
+from ..data.table_files import is_table_file
 from ..datasets import Data, Layout, Range, open_data, open_samples, takes_layout
 from ..evaluation import Labels, Point
 from ..flows.sampling import check_steps
@@ -122,6 +123,10 @@ class Evaluate:
     drop_missing: bool = False
     """Leave out the rows of a table in which a value is missing, as the training run does if it
     was told to."""
+    drop_columns: tuple[str, ...] = ()
+    """The names of columns of a table to leave out, as for train."""
+    header: bool = True
+    """Whether a .csv file begins with a line of names, as for train."""
     features: str | None = None
     """Compare in the features of a classifier as well: avatars, digits, fashion-mnist, a file of
     pfgm features, or none. The default is the classifier of the data, if one comes with the
@@ -163,6 +168,8 @@ class Evaluate:
             "layout": self.layout,
             "resize": self.resize,
             "drop_missing": self.drop_missing or None,
+            "drop_columns": self.drop_columns or None,
+            "header": self.header and None,
         }
         reading = {option: value for option, value in options.items() if value is not None}
         name = self.data
@@ -267,7 +274,7 @@ class Evaluate:
     def _check_options_of_samples(self) -> None:
         """Raises ValueError for an option that has a meaning only with a checkpoint."""
         assert self.samples is not None
-        if self.samples.suffix == ".csv" and self.data is None:
+        if is_table_file(self.samples) and self.data is None:
             raise ValueError(
                 f"data must be a .csv file too for {self.samples}, as --data FILE.csv."
             )
@@ -284,7 +291,7 @@ class Evaluate:
     def _open_samples(self, table: Table | None) -> Data:
         assert self.samples is not None
         if table is not None:
-            if self.samples.suffix != ".csv":
+            if not is_table_file(self.samples):
                 raise ValueError(
                     f"samples must be a .csv file, as the data are a table, got {self.samples}."
                 )
@@ -437,10 +444,15 @@ class Evaluate:
 def _renumbered(labels: Tensor, names: Sequence[str], known: Sequence[str]) -> Tensor:
     """Labels with these names, by their numbers among the known ones.
 
-    A label without a name stands for its number, and so does a name such as 7.
+    A label without a name stands for its number, and so does a name such as 7, unless both sides
+    have other names.
     """
-    if not (names and known) and not all(map(str.isdecimal, (*names, *known))):
-        return labels  # only one side has names
+    sides = names, known
+    if any(all(map(str.isdecimal, side)) for side in sides):
+        names, known = (
+            side if all(map(str.isdecimal, side)) else [*map(str, range(len(side)))]
+            for side in sides
+        )
     numbers, rows = labels.unique(return_inverse=True)
     wanted = [names[number] if names else str(number) for number in numbers.tolist()]
     if known and (missing := [name for name in wanted if name not in known]):

@@ -244,21 +244,22 @@ def _record(path: list[tuple[float, Tensor]], info: StepInfo) -> None:
 
 
 def _number(label: str, names: Sequence[str], classes: int) -> int:
-    """The number of a label. A name that is a number, such as a folder 7, goes before it.
+    """The number of a label, or that of its name if names are numbers, such as folders 3 to 8.
 
     Case, hyphens, underscores and spaces of a name may differ where only one name is meant.
     """
     if label in names:
         return names.index(label)
-    if label.isdecimal() and int(label) < classes:
+    numbered = bool(names) and all(map(str.isdecimal, names))
+    if label.isdecimal() and int(label) < classes and not numbered:
         return int(label)
     alike = [number for number, name in enumerate(names) if _plain(name) == _plain(label)]
     if len(alike) == 1:
         return alike[0]
     known = ", ".join(names[:_SHOWN_NAMES]) + (", …" if len(names) > _SHOWN_NAMES else "")
+    choices = [f"0 to {classes - 1}"] * (not numbered) + [known] * bool(names)
     raise ValueError(
-        f"label must be one of the network's labels, 0 to {classes - 1}"
-        + (f" or {known}, got {label}." if names else f", got {label}.")
+        f"label must be one of the network's labels, {' or '.join(choices)}, got {label}."
     )
 
 

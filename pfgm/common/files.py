@@ -252,7 +252,7 @@ def is_open_at(descriptor: int, path: Path) -> bool:
     """Whether the open file or folder is still the one at the path."""
     try:
         return os.path.samestat(os.fstat(descriptor), os.stat(path))
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         return False
 
 

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from .checks import check_floating, is_number, is_symbolic, known_device
+from .wrappers import module_of
 
 
 def wide_dtype(device: torch.device) -> torch.dtype:
@@ -41,6 +42,21 @@ def as_int64(name: str, integers: Tensor) -> Tensor:
     if integers.dtype == torch.uint64 and bool((values < 0).any()):
         raise ValueError(f"{name} must be below 2^63, got {int(values.min()) + 2**64}.")
     return values
+
+
+def as_labels(name: str, labels: object, count: int) -> Tensor:
+    """The labels as int64. Raises an error unless they are a tensor (count,) of integers."""
+    if not isinstance(labels, Tensor):
+        raise TypeError(
+            f"{name} must be a torch.Tensor of integers, of shape ({count},), got "
+            f"{type(labels).__name__}."
+        )
+    if labels.shape != (count,) or labels.is_floating_point() or labels.is_complex():
+        raise ValueError(
+            f"{name} must be integers of shape ({count},), got {labels.dtype} of shape "
+            f"{tuple(labels.shape)}."
+        )
+    return as_int64(name, labels)
 
 
 def contiguous(values: Tensor) -> Tensor:
@@ -126,8 +142,9 @@ def common_device(
 
 def network_device(net: Callable[..., Any]) -> torch.device:
     """The device of a module's parameters or buffers; the CPU if it has none."""
-    if isinstance(net, nn.Module):
-        for tensor in (*net.parameters(), *net.buffers()):
+    module = module_of(net)
+    if module is not None:
+        for tensor in (*module.parameters(), *module.buffers()):
             return tensor.device
     return torch.device("cpu")
 
@@ -158,12 +175,13 @@ def evaluating(net: Callable[..., Any]) -> Iterator[None]:
 
     Afterwards each module is in the mode that it was in before.
     """
-    training = [m for m in net.modules() if m.training] if isinstance(net, nn.Module) else []
+    module = module_of(net)
+    training = [] if module is None else [m for m in module.modules() if m.training]
     try:
-        if isinstance(net, nn.Module):
-            net.eval()
+        if module is not None:
+            module.eval()
         with torch.no_grad():
             yield
     finally:
-        for module in training:
-            module.training = True
+        for each in training:
+            each.training = True

@@ -27,7 +27,7 @@ from .rows import InMemory, OnDisk, Source, check_samples
 _PREFERRED_NAMES = ("images", "data", "x")
 _NUMPY_DTYPES = {np.dtype(of.numpy): dtype for dtype, of in REFERENCES.items() if of.numpy}
 _SAFETENSORS_DTYPES = {of.safetensors: dtype for dtype, of in REFERENCES.items()}
-_TABLES = (".tsv", ".txt")  # suffixes of tables as text, which are not read
+_TABLES = (".feather", ".ods", ".txt", ".xls", ".xlsx")  # what pandas reads, or writes as .csv
 _MAX_SAFETENSORS_HEADER = 100_000_000  # bytes, the limit of the safetensors library itself
 
 
@@ -131,7 +131,10 @@ def array_names(path: Path) -> list[str]:
     """The names of the arrays in a .npz or .safetensors file; an empty list for a .npy file."""
     if path.suffix == ".npz":
         with _parsing(path), ZipFile(path) as archive:
-            return [info.filename.removesuffix(".npy") for info in archive.infolist()]
+            names = [info.filename.removesuffix(".npy") for info in archive.infolist()]
+        if twice := [name for name in names if names.count(name) > 1]:
+            raise ValueError(f"{path} must have different names of arrays, got {twice[0]!r} twice.")
+        return names
     if path.suffix == ".safetensors":
         with _parsing(path), safe_open(path, framework="pt") as file:
             return list(file.keys())
@@ -144,18 +147,21 @@ def read_integers(path: Path, name: str) -> Tensor:
         if path.suffix == ".npz":
             with np.load(path, allow_pickle=False) as archive:
                 array: np.ndarray[Any, Any] = archive[name]
+            if not isinstance(array, np.ndarray):  # NumPy returns bytes for other members
+                raise ValueError("the member of the archive is not an array")
+            integers, dtype = array.dtype.kind in "iu", str(array.dtype)
         else:
-            with safe_open(path, framework="np") as file:
-                array = file.get_tensor(name)
-        if not isinstance(array, np.ndarray):  # NumPy returns bytes for other members
-            raise ValueError("the member of the archive is not an array")
-    if array.dtype.kind not in "iu":
+            with safe_open(path, framework="pt") as file:  # NumPy has no bfloat16
+                values: Tensor = file.get_tensor(name)
+            dtype = str(values.dtype).removeprefix("torch.")
+            integers = dtype.startswith(("int", "uint"))
+    if not integers:
         raise TypeError(
-            f"{name} in {path} must be integers, one label for each sample, got {array.dtype}."
+            f"{name} in {path} must be integers, one label for each sample, got {dtype}."
         )
-    return as_int64(
-        f"{name} in {path}", torch.from_numpy(array.astype(array.dtype.newbyteorder("=")))
-    )
+    if path.suffix == ".npz":
+        values = torch.from_numpy(array.astype(array.dtype.newbyteorder("=")))
+    return as_int64(f"{name} in {path}", values)
 
 
 @contextmanager

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import shlex
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,6 +15,24 @@ _MOST_DECIMALS = 8
 _SHOWN = 3  # texts in a message
 
 Array = np.ndarray[Any, Any]
+
+
+class Problem(ValueError):
+    """What keeps a table from being read, with the option that cures it.
+
+    Attributes:
+        option: such as "--drop-missing"; empty if none does.
+        column: the column that --drop-columns leaves out; None if another option is meant.
+    """
+
+    def __init__(self, message: str, option: str = "", column: str | None = None) -> None:
+        super().__init__(message)
+        self.option, self.column = option, column
+
+
+def leave_out(column: str) -> str:
+    """How a column is left out, for messages."""
+    return f"leave it out with --drop-columns {shlex.quote(column)} (drop_columns=[{column!r}])"
 
 
 @dataclass(frozen=True)
@@ -131,9 +150,10 @@ def learn_column(name: str, values: Array, table: str) -> Column:
     if values.dtype.kind != "f":
         return _learn_texts(name, values, table)
     if len(wrong := values[~(np.abs(values) <= 1e150)]):
-        raise ValueError(
+        raise Problem(
             f"column {name!r} of {table} must hold numbers between -1e150 and 1e150, got "
-            f"{wrong[0]:g}."
+            f"{wrong[0]:g}; {leave_out(name)}.",
+            column=name,
         )
     seen = np.unique(values)
     exact = np.abs(seen).max() <= 2**53
@@ -149,9 +169,12 @@ def _learn_texts(name: str, values: Array, table: str) -> Texts:
     seen = tuple(sorted({*values.tolist()}, key=lambda value: (isinstance(value, str), value)))
     if len(seen) > _MOST_TEXTS:
         shown = ", ".join(map(repr, seen[:_SHOWN]))
-        raise ValueError(
+        each = " (another one in each row)" * (len(seen) == len(values))
+        raise Problem(
             f"column {name!r} of {table} must hold numbers or at most {_MOST_TEXTS} different "
-            f"texts, got {len(seen)}, such as {shown}; leave it out, or make numbers of it."
+            f"texts, got {len(seen)}{each}, such as {shown}; {leave_out(name)}, or make numbers of "
+            "it.",
+            column=name,
         )
     plain = Texts(name, seen, (0.0,) * (1 if len(seen) <= 2 else len(seen)), 1.0)
     corners = plain.encode(values, table)

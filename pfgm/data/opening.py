@@ -15,6 +15,7 @@ from ..common.files import StrPath
 from .arrays import from_numpy, open_array, open_mapped
 from .images import load_images
 from .rows import InMemory, Source, check_samples
+from .table_files import is_table_file
 from .tables import is_frame, is_series, load_table
 from .torch_datasets import load_dataset
 
@@ -47,15 +48,20 @@ def open_source(source: Samples, *, progress: bool = False) -> Source:
     if isinstance(source, np.ndarray):
         return InMemory(from_numpy(source, "data"))
     if is_frame(source):
-        return InMemory(*load_table(source))
+        return InMemory(load_table(source))
     if is_series(source):
         raise TypeError(
             "data must be an array or a DataFrame, got a Series of pandas; use series.to_numpy()."
         )
     if isinstance(source, (str, os.PathLike)):
         path = Path(source)
-        if path.suffix == ".csv" and path.is_file():
-            return InMemory(*load_table(path))
+        if is_table_file(path):
+            raise ValueError(
+                "data must not be the file of a table, whose columns training standardises, got "
+                f"{path}; "
+                'take pfgm.datasets.open_data(path, label_column=""), whose rows are .train and '
+                "whose columns .table, or pandas.read_csv(path) for the numbers as they are."
+            )
         if path.is_dir() or (path.suffix == ".zip" and path.is_file()):
             return InMemory(*load_images(path, progress=progress))
         return open_array(path)

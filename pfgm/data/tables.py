@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-import csv
-import functools
-import io
 import os
 import sys
 import warnings
 from collections.abc import Iterable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple, TypeGuard
 
@@ -17,19 +14,35 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..common.files import StrPath, csv_text, write_atomic
-from ..common.optional import optional
-from .columns import FEW, Array, Column, Numbers, Texts, column_from, learn_column
+from ..common.files import StrPath
+from .columns import (
+    FEW,
+    Array,
+    Column,
+    Numbers,
+    Problem,
+    Texts,
+    column_from,
+    learn_column,
+    leave_out,
+)
 from .rows import check_samples
+from .table_files import (
+    MISSING,
+    SEPARATORS,
+    UNNAMED,
+    Problems,
+    check_integers,
+    check_names_of_dropped,
+    named_apart,
+    read_cells,
+    read_parquet,
+    write_columns,
+)
 
 LABEL_NAMES = ("labels", "label", "y")
 """Names of the arrays and columns that hold labels."""
 
-_SEPARATORS = (",", ";", "\t")
-_MISSING = ("", "NA", "N/A", "NULL", "None", "null")  # pandas knows more
-_UNNAMED = "Unnamed: "  # how pandas begins the name of a column that has none
-# With separators of thousands, or with another sign for decimals than the file.
-_OTHER_NUMBER = r"[+-]?(\d+[.,]\d+|\d{1,3}([.,'’\s]\d{3})+([.,]\d+)?)"
 _MOST_LABELS = 1000
 _SHOWN = 5  # rows, columns or texts in a message
 
@@ -80,20 +93,34 @@ class Table:
     label: Label | None = None
     separator: str = ","
     decimal: str = "."
+    header: bool = True
+    """Whether files begin with a line of names."""
+    dropped: tuple[str, ...] = ()
+    """The columns that are left out, in other files too."""
 
     @classmethod
     def read(
-        cls, source: Any, *, label_column: str | None = None, drop_missing: bool = False
+        cls,
+        source: Any,
+        *,
+        label_column: str | None = None,
+        drop_missing: bool = False,
+        drop_columns: Sequence[str] = (),
+        header: bool = True,
     ) -> Table:
         """Learns the columns of a table.
 
         Args:
-            source: a DataFrame, or the path of a ``.csv`` file that begins with a line of names.
-                Its separator is a comma, a semicolon or a tab. With another one than a comma,
-                numbers may have decimal commas.
+            source: a DataFrame, or the path of a ``.csv``, ``.tsv``, ``.csv.gz`` or ``.parquet``
+                file. Text begins with a line of names. Its separator is a comma, a semicolon or a
+                tab; with another one than a comma, numbers may have decimal commas. A value is
+                missing where a cell is empty, NA or the like; in quotes these are texts.
             label_column: the name of the column of labels, texts or integers. By default the one
                 that is named labels, label or y, if there is one; "" takes none for labels.
             drop_missing: leave out rows without a value in some column.
+            drop_columns: the names of columns to leave out. The first one is left out anyway if it
+                has no name and another value in each row.
+            header: False for a file without the line of names; the columns are then x0, x1, …
 
         Raises:
             FileNotFoundError: there is no such file.
@@ -101,22 +128,33 @@ class Table:
             ImportError: a file needs pandas, and it is not installed.
             ValueError: the file is damaged or has no names, names are alike, a value is missing or
                 not finite, a column has too many different texts, texts beside many numbers or
-                another type, or there is no row or no column.
+                another type, or there is no row or no column. All problems of columns are in one
+                message, with the options that cure them.
 
         Warns:
-            UserWarning: a first column without a name numbers the rows, and is left out.
+            UserWarning: a first column without a name is left out; a first column may number or
+                name the rows; or
+                numbers such as 1.234 between semicolons or tabs, which are decimal numbers here,
+                may be meant as thousands.
         """
-        name, cells, separator, decimal = _cells(source)
-        cells = _complete(cells, name, drop_missing)
-        label = _learn_label(cells, label_column, name)
-        columns = [
-            learn_column(key, column, name)
-            for key, column in cells.items()
-            if label is None or key != label.name
-        ]
+        _check_dropped(drop_columns)
+        problems, known = Problems(), cls((), header=header, dropped=tuple(drop_columns))
+        name, cells, separator, decimal = _cells(source, known, problems)
+        cells = _complete(cells, name, drop_missing, problems)
+        with problems.collected():
+            label = _learn_label(cells, label_column, name)
+        columns = []
+        for key, column in cells.items():
+            if problems or label is None or key != label.name:
+                with problems.collected():
+                    columns.append(learn_column(key, column, name))
+        problems.raise_all(name)
         rows = len(next(iter(cells.values()))) if cells else 0
         check_samples((rows, len(columns)), name)
-        return cls(tuple(columns), label, separator, decimal)
+        _warn_of_row_names(cells, name)
+        return replace(
+            known, columns=tuple(columns), label=label, separator=separator, decimal=decimal
+        )
 
     @classmethod
     def numbers(cls, names: Sequence[str]) -> Table:
@@ -144,7 +182,9 @@ class Table:
             FileNotFoundError, ImportError, ValueError: as for :meth:`read`; or a column is missing
                 or too many, or holds a text or a label that this table has not.
         """
-        name, cells, *_ = _cells(source, self)
+        problems = Problems()
+        name, cells, *_ = _cells(source, self, problems)
+        problems.raise_all(name)
         known = [column.name for column in self.columns]
         labelled = self.label is not None and self.label.name in cells
         wanted = [*known, *([self.label.name] if self.label is not None and labelled else [])]
@@ -152,7 +192,8 @@ class Table:
             raise ValueError(f"{name} must have the columns {_list(known)}, got {others[0]!r} too.")
         if missing := [key for key in wanted if key not in cells]:
             raise ValueError(f"{name} must have a column {missing[0]!r}, got {_list([*cells])}.")
-        cells = _complete({key: cells[key] for key in wanted}, name, drop_missing)
+        cells = _complete({key: cells[key] for key in wanted}, name, drop_missing, problems)
+        problems.raise_all(name)
         rows = self._encoded(cells, name)
         labels = None
         if self.label is not None and labelled:
@@ -205,20 +246,14 @@ class Table:
         return self._encoded(cells, "rows")
 
     def write(self, path: StrPath, rows: Tensor, labels: Tensor | None = None) -> None:
-        """Writes rows as a ``.csv`` file, as :meth:`decode` returns them.
+        """Writes rows as a ``.csv`` file, as :meth:`decode` returns them, with texts in quotes.
 
         Raises:
             OSError: the file cannot be written; an existing one is left as it was.
             ValueError: as for :meth:`decode`.
         """
         decoded = self.decode(rows, labels)
-        texts = ([self._text(value) for value in column] for column in decoded.values())
-        text = csv_text([decoded, *zip(*texts, strict=True)], self.separator)
-        write_atomic(path, lambda file: file.write(text.encode()))
-
-    def _text(self, value: object) -> str:
-        text = str(value)
-        return text.replace(".", self.decimal) if isinstance(value, float) else text
+        write_columns(path, decoded, self.separator, self.decimal, self.header)
 
     def to_dict(self) -> dict[str, Any]:
         """The table as JSON holds it."""
@@ -235,10 +270,11 @@ class Table:
         if label is not None:
             label = Label(str(label["name"]), int(label["place"]), tuple(label["values"]))
         separator, decimal = content["separator"], content["decimal"]
-        if separator not in _SEPARATORS or decimal not in (".", ","):
+        if separator not in SEPARATORS or decimal not in (".", ","):
             raise ValueError(f"a table has the separators {separator!r} and {decimal!r}.")
         columns = tuple(column_from(column) for column in content["columns"])
-        return cls(columns, label, separator, decimal)
+        header, dropped = bool(content.get("header", True)), content.get("dropped", ())
+        return cls(columns, label, separator, decimal, header, tuple(map(str, dropped)))
 
 
 def is_frame(value: object) -> TypeGuard[Any]:
@@ -253,190 +289,141 @@ def is_series(value: object) -> bool:
     return pandas is not None and isinstance(value, pandas.Series)
 
 
-def load_table(source: Any) -> tuple[Tensor, Tensor | None, tuple[str, ...]]:
-    """The numbers of a DataFrame or of a ``.csv`` file, as they are, labels and their names."""
-    table = Table.read(source)
+def load_table(source: Any) -> Tensor:
+    """The numbers of a DataFrame or of a ``.csv`` file, as they are, (n, columns)."""
+    table = Table.read(source, label_column="")
     for column in table.columns:
         if isinstance(column, Texts):
             raise ValueError(
                 f"column {column.name!r} must hold numbers, got texts such as "
                 f"{column.values[0]!r}; pfgm.data.Table encodes them."
             )
-    plain = Table(tuple(Numbers(column.name) for column in table.columns), table.label)
-    rows, labels = plain.encode(source)
-    return rows, labels, table.label_names
+    return Table.numbers([column.name for column in table.columns]).encode(source).rows
 
 
-def _pandas() -> Any:
-    return optional("pandas", "Tables need pandas", "tables")
-
-
-def _cells(source: Any, known: Table | None = None) -> tuple[str, Cells, str, str]:
+def _cells(source: Any, known: Table, problems: Problems) -> tuple[str, Cells, str, str]:
     """The name of a table for messages, its columns, its separator and its decimal point.
 
-    If its columns are known, digits stay texts where texts are known. A column that numbers the
-    rows is left out unless it is known.
+    Digits stay texts where texts are known. Without known columns, a first column without a name
+    that has another value in each row is left out.
     """
-    if is_frame(source):
-        name, separator, decimal = "the table", ",", "."
-        frame = source
-        columns = [_values(frame.iloc[:, i], name) for i in range(frame.shape[1])]
-    elif not isinstance(source, (str, os.PathLike)):
+    if not (is_frame(source) or isinstance(source, (str, os.PathLike))):
         raise TypeError(
             "source must be a DataFrame or the path of a .csv file, got "
             f"{type(source).__name__}; make a DataFrame of it."
         )
+    parquet = not is_frame(source) and os.fspath(source).lower().endswith(".parquet")
+    if is_frame(source) or parquet:
+        name, separator, decimal = str(source) if parquet else "the table", ",", "."
+        source = read_parquet(Path(source)) if parquet else source
+        every = named_apart([str(each) for each in source.columns])
+        names, columns = [], []
+        if not known.columns:
+            check_names_of_dropped(every, known.dropped)
+        for i, key in enumerate(every):
+            with problems.collected():
+                if key not in known.dropped:
+                    columns.append(_values(source.iloc[:, i], name))
+                    names.append(key)
     else:
-        name, texts = str(source), _text_columns(known)
-        frame, separator = _read(Path(source))
-        decimal = "." if separator == "," else _decimal(frame)
-        columns = [
-            _parsed(frame.iloc[:, i], decimal, name, as_texts=key in texts)
-            for i, key in enumerate(frame.columns)
-        ]
-    names = [str(each) for each in frame.columns]
-    if not len(frame) or not names:
-        raise ValueError(f"{name} must have rows and columns, got {len(frame)} × {len(names)}.")
+        name = str(source)
+        names, columns, separator, decimal = read_cells(
+            Path(source),
+            _text_columns(known),
+            problems,
+            header=known.header,
+            dropped=known.dropped,
+        )
+    if (not names and not problems) or (names and not len(columns[0])):
+        rows = len(columns[0]) if columns else 0
+        raise ValueError(f"{name} must have rows and columns, got {rows} × {len(names)}.")
     if alike := [key for key in names if names.count(key) > 1]:
         raise ValueError(f"{name} must have different names of columns, got {alike[0]!r} twice.")
     cells = dict(zip(names, columns, strict=True))
-    if known is None and not is_frame(source):
+    if not known.columns and known.header and not is_frame(source):
         _check_names(cells, name)
-    kept = () if known is None else [column.name for column in known.columns]
-    index = _index_in({key: column for key, column in cells.items() if key not in kept}, name)
-    if index is not None:
-        del cells[index]
-        if known is None:
-            warnings.warn(
-                f"{name} has a first column {index!r} that numbers the rows and is left out.",
-                stacklevel=3,
-            )
+    _leave_out_index(cells, known, name, problems)
     return name, cells, separator, decimal
 
 
-def _text_columns(known: Table | None) -> set[str]:
+def _leave_out_index(cells: Cells, known: Table, name: str, problems: Problems) -> None:
+    """Removes a first column without a name that tells the rows apart; others are problems."""
+    kept = [column.name for column in known.columns]
+    unnamed = [key for key in cells if key.startswith(UNNAMED) and key not in kept]
+    first = next(iter(cells), None)
+    for key in unnamed:
+        column = cells.pop(key)
+        if key == first and _tells_rows_apart(column):
+            if not known.columns:
+                warnings.warn(
+                    f"{name} has a first column without a name that tells the rows apart and is "
+                    "left out.",
+                    stacklevel=4,
+                )
+        else:
+            problems.append(
+                Problem(
+                    f"{name} must have a name for each column, got {key!r}; name it, or "
+                    f"{leave_out(key)}.",
+                    column=key,
+                )
+            )
+
+
+def _tells_rows_apart(column: Array) -> bool:
+    present = [*column.tolist()]
+    return len({*present}) == len(present) and None not in present
+
+
+def _warn_of_row_names(cells: Cells, name: str) -> None:
+    """Warns of a first column that seems to number or to name the rows."""
+    first, column = next(iter(cells.items()))
+    numbers = column.dtype.kind == "f" and bool((np.diff(column) == 1).all())
+    texts = column.dtype.kind == "O" and _tells_rows_apart(column)
+    if len(column) > FEW and (numbers or texts):
+        warnings.warn(
+            f"{name} has another value in each row of column {first!r}; if it only numbers or "
+            f"names the rows, {leave_out(first)}.",
+            stacklevel=3,
+        )
+
+
+def _check_dropped(names: object) -> None:
+    if isinstance(names, str) or not all(isinstance(name, str) for name in names):  # type: ignore
+        raise TypeError(f"drop_columns must be a list of names of columns, got {names!r}.")
+
+
+def _text_columns(known: Table) -> set[str]:
     """The names of the columns, and of labels, that hold texts."""
-    if known is None:
-        return set()
     texts = {column.name for column in known.columns if isinstance(column, Texts)}
     if known.label is not None and any(isinstance(each, str) for each in known.label.values):
         texts.add(known.label.name)
     return texts
 
 
-def _read(path: Path) -> tuple[Any, str]:
-    """All cells of a file as texts or missing, and its separator."""
-    pandas = _pandas()
-    if not path.exists():
-        raise FileNotFoundError(f"{path} does not exist.")
-    if not path.is_file():
-        raise ValueError(f"{path} must be a file, not a folder, pipe, socket or device.")
-    try:
-        with path.open(newline="", encoding="utf-8-sig") as file:
-            beginning = file.read(1 << 16).lstrip("\r\n")
-        if "\0" in beginning:
-            raise ValueError("it holds bytes that are not text")
-        fields = {
-            s: len(next(csv.reader(io.StringIO(beginning), delimiter=s))) for s in _SEPARATORS
-        }
-        separator = max(_SEPARATORS, key=fields.__getitem__)
-        # Without a header all rows must have as many fields as the first.
-        read = functools.partial(
-            pandas.read_csv,
-            path,
-            sep=separator,
-            header=None,
-            dtype=str,
-            skipinitialspace=True,
-            encoding="utf-8-sig",
-        )
-        names = read(nrows=1, keep_default_na=False).iloc[0]  # a column may be named NA
-        return read().iloc[1:].set_axis(names, axis=1).reset_index(drop=True), separator
-    except UnicodeDecodeError as error:
-        raise ValueError(
-            f"{path} must be text in UTF-8, got another encoding ({error.reason} at byte "
-            f"{error.start}); save it as UTF-8."
-        ) from error
-    except (StopIteration, csv.Error, ValueError) as error:
-        reason = " ".join(str(error).split()) or "it has no line"
-        raise ValueError(
-            f"{path} must be a table of lines with as many values as there are names in the first "
-            f"line, got one that is empty or damaged ({reason})."
-        ) from error
-
-
-def _decimal(frame: Any) -> str:
-    commas = frame.apply(lambda column: column.str.fullmatch(r"[+-]?\d+,\d+").any())
-    return "," if commas.any() else "."
-
-
-def _parsed(cells: Any, decimal: str, name: str, *, as_texts: bool) -> Array:
-    """The numbers of a column of texts, or its texts. Texts such as 007 are no numbers."""
-    present = cells.dropna()
-    if not len(present):
-        return np.full(len(cells), np.nan)
-    digits = present
-    if decimal == ",":  # 1.234 may be a thousand
-        digits = present.str.replace(".", "?", regex=False).str.replace(",", ".", regex=False)
-    numbers = _pandas().to_numeric(digits, errors="coerce")
-    others = present[numbers.isna()]
-    zeros = bool(digits.str.match(r"\s*[+-]?0\d").any())
-    if as_texts or zeros or len(others):
-        if not (as_texts or zeros):
-            _check_texts(others, numbers, name)
-        texts: Array = cells.astype(object).where(cells.notna(), None).to_numpy()
-        return texts
-    _check_integers(numbers[present.str.fullmatch(r"[+-]?\d+")], cells.name, name)
-    values = np.full(len(cells), np.nan)
-    # pandas reads 17 digits with an error in the last one, and Python exactly.
-    values[cells.notna().to_numpy()] = digits.to_numpy(object).astype(np.float64)
-    return values
-
-
-def _check_texts(texts: Any, numbers: Any, name: str) -> None:
-    """Raises ValueError if texts are probably numbers, or missing ones, in a column of numbers."""
-    where = f"{texts.iloc[0]!r} in column {texts.name!r}"
-    if texts.str.fullmatch(_OTHER_NUMBER).all():
-        raise ValueError(
-            f"{name} must write all numbers like 1234.5, or all like 1234,5 between semicolons or "
-            f"tabs, got {where}."
-        )
-    if numbers.nunique() > FEW:
-        raise ValueError(
-            f"{name} must have numbers alone or texts alone in a column, got numbers and {where}; "
-            "leave the cells of missing values empty."
-        )
-
-
 def _values(column: Any, name: str) -> Array:
     """The values of a column of a DataFrame."""
     kind = column.dtype.kind
     if kind in "iu":
-        _check_integers(column.dropna(), column.name, name)
+        check_integers(column.dropna(), column.name, name)
     if kind in "iuf":
         values: Array = column.to_numpy(np.float64, na_value=np.nan)
         return values
     texts = column.astype(object).where(column.notna(), None).to_numpy()
     truths = {str(each) for each in texts if isinstance(each, (bool, np.bool_))}
     if both := truths & {each for each in texts if isinstance(each, str)}:
-        raise ValueError(
+        raise Problem(
             f"{name} must hold {min(both)} as a text or as a truth value, got both in column "
-            f"{column.name!r}."
+            f"{column.name!r}; {leave_out(str(column.name))}, or make texts of it.",
+            column=str(column.name),
         )
     if kind == "b" or all(isinstance(each, (str, bool, type(None))) for each in texts):
         return np.array([each if each is None else _plain(each) for each in texts], dtype=object)
-    raise ValueError(
+    raise Problem(
         f"{name} must hold numbers, texts and truth values, got {column.dtype} in column "
-        f"{column.name!r}; make numbers or texts of it."
+        f"{column.name!r}; {leave_out(str(column.name))}, or make numbers or texts of it.",
+        column=str(column.name),
     )
-
-
-def _check_integers(numbers: Any, key: str, name: str) -> None:
-    if len(numbers) and max(int(numbers.max()), -int(numbers.min())) > 2**53:
-        raise ValueError(
-            f"{name} must have integers up to 2^53, got {numbers.abs().max()} in column {key!r}; "
-            "leave it out if it numbers the rows."
-        )
 
 
 def _plain(value: Any) -> str | bool:
@@ -447,12 +434,12 @@ def _check_names(cells: Cells, name: str) -> None:
     """Raises ValueError if what should be names is probably the first row, or all names in one."""
     numeric = [key for key, column in cells.items() if column.dtype.kind == "f"]
     digits = [key for key in numeric if _is_number(key)]
-    unnamed = digits and all(key in (*digits, *_MISSING) for key in numeric)
+    unnamed = digits and all(key in (*digits, *MISSING) for key in numeric)
     own = [key for key, column in cells.items() if column.dtype.kind == "O" and key in set(column)]
     if own or unnamed:
         raise ValueError(
             f"{name} must begin with a line of names, such as x,y; got {_list([*cells])} in its "
-            "first line. Write the names above it."
+            "first line. Write the names above it, or read it with --no-header (header=False)."
         )
     if len(cells) == 1 and not numeric:
         raise ValueError(
@@ -469,47 +456,51 @@ def _is_number(text: str) -> bool:
     return True
 
 
-def _index_in(cells: Cells, name: str) -> str | None:
-    """The name of a first column that numbers the rows; it has no name of its own."""
-    unnamed = [key for key in cells if not key or key.startswith(_UNNAMED)]
-    if not unnamed:
-        return None
-    first = next(iter(cells))
-    numbers = cells[first]
-    if unnamed != [first] or numbers.dtype.kind != "f" or not bool((np.diff(numbers) > 0).all()):
-        raise ValueError(
-            f"{name} must have a name for each column, got {_list(map(repr, unnamed))}; name these "
-            "columns, or leave them out."
-        )
-    return first
+def _complete(cells: Cells, name: str, drop_missing: bool, problems: Problems) -> Cells:
+    """The columns without the rows in which a value is missing: a problem unless it is asked for.
 
-
-def _complete(cells: Cells, name: str, drop_missing: bool) -> Cells:
-    """The columns without the rows in which a value is missing, or an error that names these."""
+    After a problem each column has its own values alone.
+    """
     missing = {
         key: np.isnan(column)
         if column.dtype.kind == "f"
         else np.array([each is None for each in column])
         for key, column in cells.items()
     }
-    if not any(column.any() for column in missing.values()):
-        return cells
-    if empty := [key for key, column in missing.items() if column.all()]:
-        raise ValueError(
-            f"{name} must have values in each column, got none in {_list(empty)}; leave these out."
+    for key in [key for key, column in missing.items() if column.all()]:
+        del missing[key]
+        problems.append(
+            Problem(
+                f"{name} must have values in each column, got none in {key!r}; {leave_out(key)}.",
+                column=key,
+            )
         )
+    if not any(column.any() for column in missing.values()):
+        return {key: cells[key] for key in missing}
     bad = np.logical_or.reduce([*missing.values()])
     if not drop_missing:
         columns = [key for key, column in missing.items() if column.any()]
         rows = [int(row) + 1 for row in np.flatnonzero(bad)]
-        raise ValueError(
-            f"{name} must have a value in each cell, got none in {len(rows)} rows ({_list(rows)}, "
-            f"counted from 1) in the columns {_list(columns)}; fill them in, or leave these rows "
-            "out with --drop-missing (drop_missing=True)."
+        problems.append(
+            Problem(
+                f"{name} must have a value in each cell, got none in {len(rows)} rows "
+                f"({_list(rows)}, counted from 1) in the columns {_list(columns)}; fill them in, "
+                "or leave these rows out with --drop-missing (drop_missing=True).",
+                "--drop-missing",
+            )
         )
+        return {key: cells[key][~column] for key, column in missing.items()}
     if bad.all():
-        raise ValueError(f"{name} must have rows without missing values, got none.")
-    return {key: column[~bad] for key, column in cells.items()}
+        most = max(missing, key=lambda key: int(missing[key].sum()))
+        problems.append(
+            Problem(
+                f"{name} must have rows without missing values, got none; most are missing in "
+                f"{most!r}: {leave_out(most)}.",
+                column=most,
+            )
+        )
+        return {key: cells[key][~column] for key, column in missing.items()}
+    return {key: cells[key][~bad] for key in missing}
 
 
 def _list(values: Iterable[object]) -> str:

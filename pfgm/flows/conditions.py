@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -15,17 +15,6 @@ Network = Callable[..., Any]
 """``net(x, level, **condition)``; the class of the flow says what it returns."""
 Condition = Mapping[str, Any]
 """Keyword arguments of a network, such as {"labels": labels}."""
-
-
-def with_inner_networks(net: Network) -> Iterator[nn.Module]:
-    """The network, if it is a module, and those inside it if it is a wrapper.
-
-    Wrappers are torch.compile, DistributedDataParallel and AveragedModel.
-    """
-    inner: Any = net
-    while isinstance(inner, nn.Module):
-        yield inner
-        inner = getattr(inner, "module", getattr(inner, "_orig_mod", None))
 
 
 def check_network(net: object, name: str = "net") -> None:

@@ -12,7 +12,6 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from itertools import pairwise
 from typing import NamedTuple
 
 import torch
@@ -22,15 +21,13 @@ from ..common.checks import check_choice, positive, whole
 from ..common.hints import with_hints
 from ..common.messages import progress_bar
 from ..common.tensors import common_device, evaluating, wide_dtype
-from ..functional import euler_step, heun_step, log_density
+from ..functional import log_density
 from ..solvers import (
     SOLVERS,
     Solver,
     SolverFunction,
     as_solver,
     dormand_prince,
-    euler,
-    heun,
     rk45,
 )
 from .conditions import Condition, Network
@@ -151,7 +148,7 @@ class Likelihood(Sampling):
             integral = wide.new_zeros(count)
             if count > 0:
                 chosen = as_solver(solver)
-                integrate = _INTEGRATORS.get(chosen.function) or _jointly(chosen)
+                integrate = _rk45 if chosen.function is rk45 else _jointly(chosen)
                 wide, integral = integrate(evaluate, wide, grid, rtol, atol)
                 _check_each("the latent or its density", wide.sum(1) + integral, torch.isfinite)
             latent = wide.to(x.dtype).view(x.shape)
@@ -224,34 +221,6 @@ def _rk45(
     return x + levels[-1] * state[:, :-1], state[:, -1]
 
 
-def _euler(
-    evaluate: MeanAndDivergence, x: Tensor, levels: Sequence[float], rtol: float, atol: float
-) -> tuple[Tensor, Tensor]:
-    """Euler steps for x, the trapezoidal rule for the density: n + 1 evaluations for n steps."""
-    mean, divergence = evaluate(x, levels[0])
-    integral = torch.zeros_like(divergence)
-    for level, following in pairwise(levels):
-        x = euler_step(x, mean, level, following)
-        earlier = divergence
-        mean, divergence = evaluate(x, following)
-        integral = integral + math.log(following / level) * (earlier + divergence) / 2
-    return x, integral
-
-
-def _heun(
-    evaluate: MeanAndDivergence, x: Tensor, levels: Sequence[float], rtol: float, atol: float
-) -> tuple[Tensor, Tensor]:
-    """Heun's steps for x and the density: 2n evaluations for n steps."""
-    integral = x.new_zeros(len(x))
-    for level, following in pairwise(levels):
-        mean, earlier = evaluate(x, level)
-        predicted = euler_step(x, mean, level, following)
-        mean, divergence = evaluate(predicted, following)
-        x = heun_step(x, predicted, mean, level, following)
-        integral = integral + math.log(following / level) * (earlier + divergence) / 2
-    return x, integral
-
-
 def _jointly(solver: Solver) -> Integrator:
     """The integral I as one more coordinate of the points, for any solver of the ODE.
 
@@ -269,10 +238,6 @@ def _jointly(solver: Solver) -> Integrator:
         return state[:, :-1].contiguous(), state[:, -1]
 
     return integrate
-
-
-# More accurate than _jointly, for these solvers.
-_INTEGRATORS: dict[SolverFunction, Integrator] = {euler: _euler, heun: _heun, rk45: _rk45}
 
 
 def _checked_prior(log_prob: Tensor, count: int) -> Tensor:

@@ -25,14 +25,15 @@ from ..common.checks import (
     whole,
 )
 from ..common.tensors import common_device, flat_rows, over_samples, per_row
+from ..common.wrappers import network_within
 from ..data.opening import Samples
 from ..functional import posterior_mean
 from ..functional.levels import Level
 from ..references import References, ReferenceSet
 from ..solvers import SAMPLERS, SCHEDULES, SolverFunction, as_solver, rho_grid
-from .conditions import Condition, Network, with_inner_networks
+from .conditions import Condition, Network
 from .flow import Flow
-from .targets import ExactNetwork, targets_by_label
+from .targets import ExactNetwork
 
 # Below this D, the noise σ g/√(χ²_D/D) is often many times larger than σ: above 3 σ in 2 % of draws
 # at D = 4 and in 26 % at D = 1.
@@ -207,6 +208,11 @@ class PoissonFlowPP(Flow):
         """
         references = data if isinstance(data, ReferenceSet) else ReferenceSet(data)
         warn_channels_last(references.shape[1:])
+        if references.rms == 0:
+            raise ValueError(
+                "data must have a value other than 0, got zeros alone, as the rows of a table are "
+                "that are all equal."
+            )
         rms = positive("the root mean square of data", references.rms)
         spread = references.measures.std
         if 0 < spread < rms / 10 and not {"sigma_min", "sigma_max"} & overrides.keys():
@@ -299,8 +305,8 @@ class PoissonFlowPP(Flow):
         >>> float(flow.loss(flow.empirical(data), data, references=data))
         0.0
         """
-        inner = with_inner_networks(net)
-        if self.D < _SMALL_D and any(isinstance(each, Preconditioned) for each in inner):
+        preconditioned = network_within(net, lambda each: isinstance(each, Preconditioned))
+        if self.D < _SMALL_D and preconditioned is not None:
             warnings.warn(
                 f"D is {self.D:g}; EDM's preconditioning expects noise of size sigma, "
                 f"but at D below {_SMALL_D} the noise is often many times larger, and samples get "
@@ -311,10 +317,14 @@ class PoissonFlowPP(Flow):
         x_perturbed, sigma = self.perturb(x, generator)
         target = x
         if references is not None:
-            labels = condition.get("labels")
             with torch.no_grad():
-                (target,) = targets_by_label(
-                    self._target, (x_perturbed, sigma), references, labels, reference_labels
+                target = posterior_mean(
+                    x_perturbed,
+                    references,
+                    sigma=sigma,
+                    D=self.D,
+                    labels=condition.get("labels"),
+                    reference_labels=reference_labels,
                 )
         mean = _evaluate(net, x_perturbed, sigma, condition, self.D)
         wide = torch.promote_types(mean.dtype, torch.float32)
@@ -322,9 +332,6 @@ class PoissonFlowPP(Flow):
         s = sigma.to(wide)
         weight = (s.square() + self.sigma_data**2) / (s * self.sigma_data).square()
         return (weight * squared).mean()
-
-    def _target(self, x: Tensor, sigma: Tensor, references: References) -> tuple[Tensor]:
-        return (posterior_mean(x, references, sigma=sigma, D=self.D),)
 
     def prior(
         self,
@@ -421,12 +428,12 @@ class PoissonFlowPP(Flow):
 
 def _evaluate(net: Network, x: Tensor, sigma: Tensor, condition: Condition, D: float) -> Tensor:
     """The network's mean at x and sigma, with its shape checked, and its D if it is exact."""
-    for inner in with_inner_networks(net):
-        if isinstance(inner, EmpiricalDenoiser) and inner.D != D:
-            raise ValueError(
-                f"net must have the D of the flow, {D:g}, got the exact network of D = "
-                f"{inner.D:g}; flow.empirical makes the network."
-            )
+    exact = network_within(net, lambda each: isinstance(each, EmpiricalDenoiser))
+    if isinstance(exact, EmpiricalDenoiser) and exact.D != D:
+        raise ValueError(
+            f"net must have the D of the flow, {D:g}, got the exact network of D = "
+            f"{exact.D:g}; flow.empirical makes the network."
+        )
     mean: Tensor = untouched(net, "net", ("x", "sigma"), x, sigma, **condition)
     if not isinstance(mean, Tensor) or mean.shape != x.shape:
         raise ValueError(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Sequence
 from typing import Any, Literal, get_args
 
@@ -24,13 +25,14 @@ from ..common.checks import (
 )
 from ..common.hints import with_hints
 from ..common.tensors import common_device, flat_rows, over_samples, per_row, wide_dtype
+from ..common.wrappers import hides_its_network, network_within
 from ..data.opening import Samples
 from ..functional import euler_step, field_fn, posterior_mean
 from ..functional.levels import Level
 from ..functional.steps import Field
 from ..references import References, ReferenceSet
 from ..solvers import SCHEDULES
-from .conditions import Condition, Network, as_condition, with_inner_networks
+from .conditions import Condition, Network, as_condition
 from .flow import Flow
 from .poisson_rules import (
     MEAN_NORMAL,
@@ -43,7 +45,7 @@ from .poisson_rules import (
     published_rules,
     spread_rules,
 )
-from .targets import ExactNetwork, targets_by_label
+from .targets import ExactNetwork
 
 Weighting = Literal["balanced", "published"]
 """Weights of the levels in the loss of :class:`PoissonFlow`."""
@@ -334,10 +336,12 @@ class PoissonFlow(Flow):
             condition: keyword arguments of the network. With "labels" (B,) in it, the target of
                 each point is the field of the references of its label. A label below 0 means no
                 label: the target is the field of all references.
-            reference_labels: (M,) labels of the references; not needed if references is None.
+            reference_labels: (M,) labels of the references; not needed if references is None or a
+                set that has labels. They need "labels" in the condition.
             weighting: "published" or "balanced". None means balanced for networks that predict the
-                posterior mean, such as :class:`pfgm.networks.UNet`, and published for all others,
-                because a field that is predicted directly has errors at all levels.
+                posterior mean, such as :class:`pfgm.networks.UNet`, also inside wrappers and
+                modules that hold one of them, and published for all others, because a field that
+                is predicted directly has errors at all levels.
 
         Returns:
             A scalar of float32 or wider.
@@ -346,6 +350,10 @@ class PoissonFlow(Flow):
             ValueError: x is empty, shapes do not fit, the network's results have wrong shapes, or
                 there is no such weighting.
 
+        Warns:
+            UserWarning: no weighting is given, and net is a function or a recorded graph, which
+                does not show its network.
+
         >>> import torch
         >>> flow = PoissonFlow((2,), data_norm=1.0)
         >>> data = torch.randn(64, 2)
@@ -353,16 +361,22 @@ class PoissonFlow(Flow):
         0.0
         """
         if weighting is None:
-            weighting = "published" if _mean_network(net) is None else "balanced"
+            weighting = _default_weighting(net)
         check_choice("weighting", weighting, get_args(Weighting))
         x, condition = self._checked_batch(x, condition)
         labels = condition.get("labels")
         if references is None:
-            references, reference_labels = x, labels
+            references = x
+            reference_labels = labels if reference_labels is None else reference_labels
         x_perturbed, z = self.perturb(x, generator)
         with torch.no_grad():
-            target_x, target_z = targets_by_label(
-                self._target, (x_perturbed, z), references, labels, reference_labels
+            target_x, target_z = field_fn(
+                x_perturbed,
+                z,
+                references,
+                gamma=self.gamma,
+                labels=labels,
+                reference_labels=reference_labels,
             )
         field_x, field_z = _evaluate(net, x_perturbed, z, condition, self.gamma)
         error_x = flat_rows(field_x.to(target_x.dtype) - target_x).square().sum(1)
@@ -378,9 +392,6 @@ class PoissonFlow(Flow):
         distance = torch.linalg.vector_norm(flat_rows(noise), dim=1).hypot(z)
         weight: Tensor = 1 + ((distance + self.gamma) / (math.sqrt(self.N) * self._unit)).square()
         return weight
-
-    def _target(self, x: Tensor, z: Tensor, references: References) -> tuple[Tensor, Tensor]:
-        return field_fn(x, z, references, gamma=self.gamma)
 
     def prior(
         self,
@@ -500,11 +511,25 @@ class PoissonFlow(Flow):
 
 
 def _mean_network(net: Network) -> nn.Module | None:
-    """The network inside net that is exact or predicts a mean; None if there is none."""
-    for inner in with_inner_networks(net):
-        if isinstance(inner, EmpiricalField) or hasattr(inner, "data_std"):
-            return inner
-    return None
+    """The network inside net that is exact or predicts a mean; None if there is no single one."""
+    return network_within(
+        net, lambda each: isinstance(each, EmpiricalField) or hasattr(each, "data_std")
+    )
+
+
+def _default_weighting(net: Network) -> Weighting:
+    """Balanced for a network that predicts the mean, else published; warns if net hides it."""
+    if _mean_network(net) is not None:
+        return "balanced"
+    if hides_its_network(net):
+        warnings.warn(
+            f"net is a {type(net).__name__}, which hides its network, so the loss takes the "
+            "published weighting; give the network itself, or weighting='balanced' for one that "
+            "predicts the posterior mean, as those of pfgm.networks do, else "
+            "weighting='published'.",
+            stacklevel=3,
+        )
+    return "published"
 
 
 def _evaluate(

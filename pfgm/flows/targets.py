@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
@@ -74,58 +73,3 @@ class ExactNetwork(nn.Module):
             self.register_buffer("references", references, persistent=False)
         else:
             self.references = references
-
-
-def targets_by_label(
-    target: Callable[..., tuple[Tensor, ...]],
-    arguments: tuple[Tensor, ...],
-    references: References,
-    labels: Tensor | None,
-    reference_labels: Tensor | None,
-) -> tuple[Tensor, ...]:
-    """``target(*arguments, references)``, where each point sees the references of its own label.
-
-    The arguments are the points (B, *S) and what else each of them has, such as levels (B,).
-
-    A point whose label is below 0 has no label and sees all references, as do all points where
-    labels is None.
-    """
-    x = arguments[0]
-    if labels is not None and not isinstance(labels, Tensor):
-        raise TypeError(
-            f"condition['labels'] must be a torch.Tensor of integers, of shape ({len(x)},), got "
-            f"{type(labels).__name__}."
-        )
-    if labels is None or len(labels) == 0:
-        return target(*arguments, references)
-    if isinstance(references, ReferenceSet):
-        if references.sharded:
-            raise ValueError(
-                "references must be whole in each process with labels in the condition, got "
-                f"{references!r}, whose rows are divided among processes."
-            )
-        reference_labels = references.labels if reference_labels is None else reference_labels
-    if reference_labels is None or reference_labels.shape != references.shape[:1]:
-        shape = None if reference_labels is None else tuple(reference_labels.shape)
-        raise ValueError(
-            f"reference_labels must have shape ({len(references)},) with labels in the condition, "
-            f"so that each point sees the references of its label, got {shape}."
-        )
-    results: tuple[Tensor, ...] | None = None
-    for label in labels.unique().tolist():
-        rows = labels == label
-        seen = references
-        if label >= 0:
-            same = (reference_labels == label).to(references.device)
-            seen = references[same].to(x.device)
-        if len(seen) == 0:
-            raise ValueError(
-                f"labels must be in reference_labels, or negative for no label, got {label}."
-            )
-        parts = target(*(each[rows] for each in arguments), seen)
-        if results is None:
-            results = tuple(each.new_empty(len(x), *each.shape[1:]) for each in parts)
-        for whole, part in zip(results, parts, strict=True):
-            whole[rows] = part
-    assert results is not None
-    return results

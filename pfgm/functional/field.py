@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable
-from typing import Any, Literal, NoReturn, overload
+from collections.abc import Callable
+from functools import partial
+from typing import Any, Literal, TypeVar, overload
 
 import torch
 from torch import Tensor
@@ -29,18 +30,10 @@ from ..ops import eager, normalised_field
 from ..ops import posterior_mean as mean_operator
 from ..references import References, ReferenceSet
 from ..references import posterior_mean as over_set
+from ..references.labels import targets_by_label
 from .levels import per_query
 
-
-def _refuse(function: str, arguments: Iterable[str]) -> NoReturn:
-    """Raise TypeError for arguments that a function no longer takes, or never did."""
-    name = next(iter(arguments))
-    if name != "precision":
-        raise TypeError(f"{function}() got an unexpected keyword argument {name!r}")
-    raise TypeError(
-        f"{function}() no longer takes precision (since 0.3.0): leave it out, every backend has "
-        "the accuracy of float32."
-    )
+R = TypeVar("R")
 
 
 def _check_tensors(x: Tensor, references: References) -> None:
@@ -128,6 +121,29 @@ def _flat_mean(
     return flat, *results
 
 
+def _by_label(
+    function: Callable[..., R],
+    x: Tensor,
+    references: References,
+    labels: tuple[Tensor | None, Tensor | None],
+    levels: dict[str, Tensor | float | None],
+    options: dict[str, Any],
+) -> R:
+    """The results of a function of this module, where points see the references of their label.
+
+    The labels are those of the points and of the references.
+    """
+    _check_tensors(x, references)
+    given = {n: per_query(n, level, x) for n, level in levels.items() if level is not None}
+
+    def target(x: Tensor, *rest: Any) -> R:
+        *rows, seen = rest
+        of_rows = {**levels, **dict(zip(given, rows, strict=True))}
+        return function(x=x, references=seen, **of_rows, **options)
+
+    return targets_by_label(target, (x, *given.values()), references, *labels)
+
+
 @overload
 def posterior_mean(
     x: Tensor,
@@ -137,6 +153,8 @@ def posterior_mean(
     sigma: Tensor | float | None = ...,
     D: float = ...,
     return_logsumexp: Literal[False] = ...,
+    labels: Tensor | None = ...,
+    reference_labels: Tensor | None = ...,
     backend: str | None = ...,
 ) -> Tensor: ...
 
@@ -150,6 +168,8 @@ def posterior_mean(
     sigma: Tensor | float | None = ...,
     D: float = ...,
     return_logsumexp: Literal[True],
+    labels: Tensor | None = ...,
+    reference_labels: Tensor | None = ...,
     backend: str | None = ...,
 ) -> tuple[Tensor, Tensor]: ...
 
@@ -162,8 +182,9 @@ def posterior_mean(
     sigma: Tensor | float | None = None,
     D: float = 1.0,
     return_logsumexp: bool = False,
+    labels: Tensor | None = None,
+    reference_labels: Tensor | None = None,
     backend: str | None = None,
-    **removed: NoReturn,
 ) -> Tensor | tuple[Tensor, Tensor]:
     """The average of the references, weighted by the posterior probability of each given x.
 
@@ -182,6 +203,10 @@ def posterior_mean(
     32 MiB on a GPU are kept for the backward pass. The CPU kernels leave out references whose total
     weight is below the rounding of the result.
 
+    Labels are computed one after the other, each with a copy of its references, which are kept for
+    the backward pass. A function with labels cannot be compiled with ``fullgraph=True``, and on a
+    GPU waits for the labels.
+
     The function is differentiable once in x, r or sigma, and references, in backward and forward
     mode and under the transforms of torch.func. On a reference at r = 0, and at sigma = 0 with
     D = ∞, the result is the limit: the average of the nearest references.
@@ -197,6 +222,11 @@ def posterior_mean(
         sigma: noise level, given instead of r: r = sigma · √D.
         D: number of augmented dimensions, any positive number; 1 is PFGM, infinity diffusion.
         return_logsumexp: return lse too.
+        labels: (B,) integers. With labels, the mean at each point is over the references of its
+            label, or over all where its label is below 0. Without them it is over all, also if
+            references is a set that has labels.
+        reference_labels: (M,) integers, needed with labels unless references is a set that has
+            labels.
         backend: "native", "triton", "torch" or "reference"; None lets :mod:`pfgm.backends` choose.
 
     Returns:
@@ -204,21 +234,29 @@ def posterior_mean(
 
     Raises:
         ValueError: shapes or devices differ; references is empty; both or neither of r and sigma
-            are given; D ≤ 0; D = ∞ with r. On the CPU also a value that is not finite; a negative
-            r; r above 1e130 √max(D, 1), or above 1e150; squared distances that overflow float64;
-            points at distances and an r below about 1e-146, of which the squares underflow float64;
-            or, with x in float32, references that count for a point and hold values beyond float32.
-        TypeError: a dtype is not allowed.
+            are given; D ≤ 0; D = ∞ with r; one kind of labels is missing; no reference has the
+            label of a point; references are divided among processes and labels are given. On the
+            CPU also a value that is not finite; a negative r; r above 1e130 √max(D, 1), or above
+            1e150; squared distances that overflow float64; points at distances and an r below about
+            1e-146, of which the squares underflow float64; or, with x in float32, references that
+            count for a point and hold values beyond float32.
+        TypeError: a dtype is not allowed, or labels are no tensor.
         RuntimeError: the requested backend cannot run; a derivative is differentiated again; the
             rows of a ReferenceSet were changed in place between the forward and backward passes.
 
     >>> import torch
     >>> references = torch.tensor([[0.0, 0.0], [1.0, 0.0]])
-    >>> posterior_mean(torch.tensor([[0.5, 2.0]]), references, r=1.0)
+    >>> x = torch.tensor([[0.5, 2.0]])
+    >>> posterior_mean(x, references, r=1.0)
     tensor([[0.5000, 0.0000]])
+    >>> both = {"labels": torch.tensor([1]), "reference_labels": torch.tensor([0, 1])}
+    >>> posterior_mean(x, references, r=1.0, **both)
+    tensor([[1., 0.]])
     """
-    if removed:
-        _refuse("posterior_mean", removed)
+    if labels is not None or reference_labels is not None:
+        both = labels, reference_labels
+        others = {"D": D, "return_logsumexp": return_logsumexp, "backend": backend}
+        return _by_label(posterior_mean, x, references, both, {"r": r, "sigma": sigma}, others)
     # First in one call, which answers None wherever it does not apply or an argument is wrong.
     if (
         (r is None) != (sigma is None)
@@ -246,8 +284,9 @@ def field_fn(
     references: References,
     *,
     gamma: float = 5.0,
+    labels: Tensor | None = None,
+    reference_labels: Tensor | None = None,
     backend: str | None = None,
-    **removed: NoReturn,
 ) -> tuple[Tensor, Tensor]:
     """The normalised Poisson field of the references: PFGM's training target.
 
@@ -267,6 +306,9 @@ def field_fn(
             data that contains the clean versions of x.
         gamma: softening of the normalisation, at least 0. The target of a flow has its gamma,
             ``flow.gamma``.
+        labels, reference_labels: as for :func:`posterior_mean`. With the labels of the points, the
+            target is the field of the references of each label, which a network with labels learns.
+            Without them it is the field of all references, which does not depend on the label.
         backend: as for :func:`posterior_mean`.
 
     Returns:
@@ -280,9 +322,15 @@ def field_fn(
     >>> field_x, field_z = field_fn(torch.tensor([[3.0, 3.0]]), 4.0, torch.zeros(1, 2))
     >>> field_x, field_z
     (tensor([[-0.3917, -0.3917]]), tensor([-0.5223]))
+    >>> references, seen = torch.tensor([[0.0, 0.0], [6.0, 6.0]]), torch.tensor([0, 1])
+    >>> x, labels = torch.tensor([[3.0, 3.0], [3.0, 3.0]]), torch.tensor([0, 1])
+    >>> field_fn(x, 4.0, references, labels=labels, reference_labels=seen)[0]
+    tensor([[-0.3917, -0.3917],
+            [ 0.3917,  0.3917]])
     """
-    if removed:
-        _refuse("field_fn", removed)
+    if labels is not None or reference_labels is not None:
+        both, others = (labels, reference_labels), {"gamma": gamma, "backend": backend}
+        return _by_label(field_fn, x, references, both, {"z": z}, others)
     # First in one call, as in posterior_mean.
     if type(gamma) in (float, int) and 0 <= gamma <= LARGEST:
         rows, sketch_of = _as_tensor(references)
@@ -300,15 +348,31 @@ def field_fn(
 
 
 def mean_from(
-    origin: Tensor, away: Tensor, x: Tensor, references: References, *, sigma: Tensor, D: float
+    origin: Tensor,
+    away: Tensor,
+    x: Tensor,
+    references: References,
+    *,
+    sigma: Tensor,
+    D: float,
+    labels: Tensor | None = None,
+    reference_labels: Tensor | None = None,
 ) -> Tensor:
     """mean − origin (B, *S), with the posterior mean at x = origin + away, all (B, *S).
 
     Where the origin is nearer to x than to 0 this is away − (x − mean), whose numbers are smaller
-    and so are rounded less.
+    and so are rounded less. Labels are as for :func:`posterior_mean`.
     """
     _check_tensors(x, references)
-    radius = _radius(x, None, sigma, D)
+
+    target = partial(_mean_from, D)
+    points = x, origin, away, _radius(x, None, sigma, D)
+    return targets_by_label(target, points, references, labels, reference_labels)
+
+
+def _mean_from(
+    D: float, x: Tensor, origin: Tensor, away: Tensor, radius: Tensor, references: References
+) -> Tensor:
     near = is_nearer(away, origin)
 
     def form(difference: bool, rows: Tensor | slice) -> Tensor:
@@ -341,8 +405,9 @@ def log_density(
     r: Tensor | float | None = None,
     sigma: Tensor | float | None = None,
     D: float = 1.0,
+    labels: Tensor | None = None,
+    reference_labels: Tensor | None = None,
     backend: str | None = None,
-    **removed: NoReturn,
 ) -> Tensor:
     """Log-density of the references with noise of level r, the exact marginal of the flow.
 
@@ -356,6 +421,8 @@ def log_density(
 
     Args:
         x, references, r, sigma, D, backend: as :func:`posterior_mean`.
+        labels, reference_labels: as for :func:`posterior_mean`. With them the density at a point is
+            that of its label, and M the number of references of that label.
 
     Returns:
         (B,) in nats, float64.
@@ -367,8 +434,9 @@ def log_density(
     >>> log_density(torch.zeros(1, 1), torch.zeros(1, 1), r=1.0)  # Cauchy: log(1/π)
     tensor([-1.1447], dtype=torch.float64)
     """
-    if removed:
-        _refuse("log_density", removed)
+    if labels is not None or reference_labels is not None:
+        both, others = (labels, reference_labels), {"D": D, "backend": backend}
+        return _by_label(log_density, x, references, both, {"r": r, "sigma": sigma}, others)
     _check_tensors(x, references)
     D = checked_dimensions(D, r is not None)
     radius = _radius(x, r, sigma, D)

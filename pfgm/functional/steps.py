@@ -116,7 +116,8 @@ def euler_step(
         z: level of x, above 0, in the units of x: a number or (B,). For a mean it may be sigma.
         z_next: level of the result, at least 0: a number or (B,).
         return_mean: return the mean too; a predicted mean is returned itself.
-        out: (B, *S) in the dtype of x, to which the result is written. It may be an input.
+        out: (B, *S) in the dtype of x, to which the result is written. It may be an input, except
+            for a predicted mean that is returned too.
         mean_out: as out, but for the mean of a field. It must not overlap out.
         backend: "native", "triton", "torch" or "reference"; None lets :mod:`pfgm.backends` choose.
 
@@ -125,8 +126,9 @@ def euler_step(
 
     Raises:
         ValueError: shapes or devices differ; a level, gamma, z_exp or substitution is not allowed
-            (levels in tensors are checked on the CPU and outside torch.compile); mean_out overlaps
-            out, or is given without return_mean, or with a predicted mean.
+            (levels in tensors are checked on the CPU and outside torch.compile); out overlaps
+            mean_out or a predicted mean that is returned; mean_out is given without return_mean, or
+            with a predicted mean.
         TypeError: an argument has a wrong type or dtype.
         RuntimeError: out is given and an input requires grad; the requested backend cannot run.
 
@@ -271,6 +273,11 @@ def _step(
         law = prediction.gamma, prediction.z_exp, prediction.substitution
     else:
         slope, field_z, with_mean, law = prediction, None, False, (0.0, 0.0, "exact")
+    returned = return_mean and isinstance(prediction, Tensor)
+    if returned and isinstance(out, Tensor) and ode_step.share_memory(out, slope):
+        raise ValueError(
+            "out must not overlap a predicted mean that is returned too; pass prediction.clone()."
+        )
     result: tuple[Tensor, Tensor | None] | None = None
     if mean_out is None or with_mean:
         operands = (x, slope, field_z, history, out, mean_out, *levels)
@@ -287,7 +294,7 @@ def _step(
             x_next, mean = ode_step.compute(step, with_mean, backend)
             mean = None if mean is None else mean.reshape(x.shape).to(x.dtype)
             result = x_next.reshape(x.shape).to(x.dtype), mean
-    return (result[0], prediction) if return_mean and isinstance(prediction, Tensor) else result
+    return (result[0], slope) if returned else result
 
 
 def _coefficients(

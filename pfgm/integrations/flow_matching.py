@@ -25,7 +25,6 @@ from ..common import draws
 from ..common.checks import check_dtype, checks_values, shape_or_type, untouched
 from ..common.tensors import common_device, dequantise, over_samples
 from ..flows.plusplus import PoissonFlowPP
-from ..flows.targets import targets_by_label
 from ..functional.field import checked_dimensions, mean_from
 from ..functional.levels import per_query
 from ..references import References
@@ -53,12 +52,12 @@ class PoissonFlowMatcher:
         references: None makes x1 − x0 the target. Data (M, *S) that contain the rows of x1 make the
             target the velocity of the whole flow: the average of x1 − x0 at x_t, which varies less
             (the stable target, arXiv 2302.00670).
-        reference_labels: labels (M,) of the references, for targets of one class; None takes those
-            of a :class:`pfgm.ReferenceSet`.
+        reference_labels: labels (M,) of the references, for targets of one class: labels must then
+            be given in each call. None takes those of a :class:`pfgm.ReferenceSet`.
 
     Raises:
         TypeError: D is not a number.
-        ValueError: D is not above 0.
+        ValueError: D is not above 0, or reference_labels is given without references.
 
     >>> import torch
     >>> data = torch.randn(100, 2)
@@ -76,6 +75,8 @@ class PoissonFlowMatcher:
         reference_labels: Tensor | None = None,
     ) -> None:
         self.D = checked_dimensions(D)
+        if reference_labels is not None and references is None:
+            raise ValueError("references must be given with reference_labels, got None.")
         self.references = references
         self.reference_labels = reference_labels
 
@@ -122,15 +123,16 @@ class PoissonFlowMatcher:
                 computed and returned in float32.
             t: times (B,) or a number, in [0, 1]; None draws them uniformly.
             labels: labels (B,) of x1. The velocity at a point is that of the references with its
-                label, or of all references where the label is below 0. Without references labels
-                have no effect.
+                label, or of all references where the label is below 0. None means all references,
+                and is refused if there are reference_labels. Without references labels have no
+                effect.
             generator: draws x0 and t, on the device of x1.
 
         Returns:
             t (B,), x_t (B, *S) and u_t (B, *S).
 
         Raises:
-            ValueError: shapes or devices do not match, or t is outside [0, 1].
+            ValueError: shapes or devices do not match, labels are missing, or t is outside [0, 1].
             TypeError: a dtype is not allowed.
 
         >>> import torch
@@ -178,7 +180,8 @@ class PoissonFlowMatcher:
             labels: labels (B,), as in :meth:`sample_location_and_conditional_flow`.
 
         Raises:
-            ValueError: there are no references, or shapes or devices do not match.
+            ValueError: there are no references, shapes or devices do not match, or labels are
+                missing.
             TypeError: a dtype is not allowed.
 
         >>> import torch
@@ -209,20 +212,18 @@ class PoissonFlowMatcher:
         labels: Tensor | None,
     ) -> Tensor:
         """The posterior mean at points x and times t, less an origin (B, *S)."""
-        if labels is not None and labels.shape != x.shape[:1]:
-            raise ValueError(f"labels must have shape ({len(x)},), got {tuple(labels.shape)}.")
         t = t.clamp(min=_MIN_T)
         points = x / over_samples(t, x)
-        arguments = (points, (1 - t) / t, origin, points - origin)
-        (ahead,) = targets_by_label(
-            self._target, arguments, references, labels, self.reference_labels
+        return mean_from(
+            origin,
+            points - origin,
+            points,
+            references,
+            sigma=(1 - t) / t,
+            D=self.D,
+            labels=labels,
+            reference_labels=self.reference_labels,
         )
-        return ahead
-
-    def _target(
-        self, x: Tensor, sigma: Tensor, origin: Tensor, away: Tensor, references: References
-    ) -> tuple[Tensor]:
-        return (mean_from(origin, away, x, references, sigma=sigma, D=self.D),)
 
 
 class _Denoiser(nn.Module):

@@ -1,7 +1,8 @@
 """How close samples are to real data, in the space of the samples or of their features.
 
-Everything is computed in float64 on the device of the arguments. Distances are computed from exact
-differences, because dot products lose accuracy near zero, where it matters most.
+Everything is computed in float64 on the device of the arguments. Distances that decide a result are
+computed from exact differences, because dot products lose accuracy near zero, where it matters
+most. Error bounds tell which they are.
 
 The argument ``features`` of a metric is a function from (n, *S) to (n, F). None compares the
 samples themselves. The function gets at most 64 samples at a time, without gradients. A module, or

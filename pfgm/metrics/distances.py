@@ -13,12 +13,20 @@ import torch
 from torch import Tensor
 
 from ..common.checks import check_finite, check_tensor, is_whole, positive_int
+from ..common.messages import progress_bar
 from ..common.tensors import evaluating
+from ..core.arithmetic import blocks
 
 Features = Callable[[Tensor], Tensor]
+Near = Callable[[slice, Tensor, Tensor], Tensor]
+"""Rows, squared distances (rows, m) and their errors → those that must be exact, as booleans."""
 
-_MAX_DISTANCES = 2**22  # distances in memory at once: 32 MiB
+_MAX_DISTANCES = 2**22  # distances, or values of a copy, in memory at once: 32 MiB
 _MAX_TERMS = 2**28  # terms summed in one call of torch, which cannot be interrupted
+_MAX_PRODUCTS = 2**34  # the same in a product of matrices: about as long
+_NEAR_VALUES = 2**16  # values of near pairs at a time: they stay in the caches of a processor
+_ORIGIN_ROWS = 64
+_UNDERFLOW = 1e-290  # far above what sums of squares lose by underflow
 _SAFE = 1e-100, 1e100  # squares of such values neither overflow nor underflow
 _FEATURES_BATCH = 64  # samples in one call of features
 
@@ -63,10 +71,11 @@ def frechet_distance(a: Tensor, b: Tensor, *, features: Features | None = None) 
     """
     rows_a, rows_b = _checked_rows("a", a, "b", b, features, at_least=(2, 2))
     shift = rows_a.mean(0) - rows_b.mean(0)
-    root_a, root_b = _covariance_root(rows_a), _covariance_root(rows_b)
+    root_a = _covariance_root(rows_a, len(rows_b))
+    root_b = _covariance_root(rows_b, len(rows_a))
     # Σ = RᵀR, so the eigenvalues of (Σ_a Σ_b)^½ are the singular values of R_a R_bᵀ. The usual
     # matrix square root takes roots of rounding errors if a covariance is singular.
-    cross = root_a @ root_b.T
+    cross = root_a @ root_b.T if len(root_a) > len(root_b) else root_b @ root_a.T  # tall: faster
     squares = sum(float(part.square().sum()) for part in (shift, root_a, root_b))
     if not (math.isfinite(squares) and bool(torch.isfinite(cross).all())):
         raise ValueError("a and b hold values so large that their Fréchet distance overflows.")
@@ -174,7 +183,8 @@ def precision_recall(
     radii, real_radii = _ball_radii(rows, k), _ball_radii(real_rows, k, neighbours)
     inside = 0
     covered = torch.zeros_like(real_radii, dtype=torch.bool)
-    for part, distances in _distances(rows, real_rows):
+    near = _beside((radii, True), (real_radii, False))
+    for part, distances in _distances(rows, real_rows, near):
         inside += int((distances <= real_radii).any(1).sum())
         covered |= (distances <= radii[part, None]).any(0)
     return PrecisionRecall(inside / len(rows), int(covered.sum()) / len(real_rows))
@@ -213,19 +223,22 @@ def density_coverage(
     radii = _ball_radii(real_rows, k, neighbours)
     inside = 0
     covered = torch.zeros_like(radii, dtype=torch.bool)
-    for _, distances in _distances(rows, real_rows):
+    for _, distances in _distances(rows, real_rows, _beside((radii, False))):
         within = distances <= radii
         inside += int(within.sum())
         covered |= within.any(0)
     return DensityCoverage(inside / (k * len(rows)), int(covered.sum()) / len(real_rows))
 
 
-def neighbour_distances(x: Tensor, k: int = 5, *, features: Features | None = None) -> Tensor:
+def neighbour_distances(
+    x: Tensor, k: int = 5, *, features: Features | None = None, progress: bool = False
+) -> Tensor:
     """The Euclidean distances of each sample to the k nearest other samples of the same set.
 
     Args:
         x: (n, *S), floating, n > k.
         k: the number of neighbours, k ≥ 1.
+        progress: show a progress bar.
 
     Returns:
         (n, k), float64, ascending.
@@ -237,7 +250,7 @@ def neighbour_distances(x: Tensor, k: int = 5, *, features: Features | None = No
     """
     positive_int("k", k)
     rows, _ = _checked_rows("x", x, "x", x[: k + 1], features, at_least=(k + 1, k + 1))
-    return _nearest_others(rows, k)
+    return _nearest_others(rows, k, progress=progress)
 
 
 def nearest_distance(a: Tensor, b: Tensor, *, features: Features | None = None) -> Tensor:
@@ -256,7 +269,7 @@ def nearest_distance(a: Tensor, b: Tensor, *, features: Features | None = None) 
     tensor([5.], dtype=torch.float64)
     """
     rows_a, rows_b = _checked_rows("a", a, "b", b, features, at_least=(1, 1))
-    return torch.cat([distances.amin(1) for _, distances in _distances(rows_a, rows_b)])
+    return _nearest(rows_a, rows_b, 1)[:, 0]
 
 
 def _checked_rows(
@@ -285,7 +298,7 @@ def _checked_rows(
         check_finite(name, x)
     if features is None:
         return a.detach().flatten(1).double(), b.detach().flatten(1).double()
-    with evaluating(getattr(features, "__self__", features)):
+    with evaluating(features):
         return _features(name_a, a, features), _features(name_b, b, features)
 
 
@@ -322,11 +335,15 @@ def _check_shape(name: str, x: Tensor, at_least: int) -> None:
         )
 
 
-def _covariance_root(rows: Tensor) -> Tensor:
-    """R (min(n, N), N) with RᵀR the unbiased covariance of the rows."""
-    centred = rows - rows.mean(0)
-    root: Tensor = torch.linalg.qr(centred / math.sqrt(len(rows) - 1), mode="r").R
-    return root
+def _covariance_root(rows: Tensor, others: int) -> Tensor:
+    """R (·, N) with RᵀR the unbiased covariance of the rows, to be multiplied with another root."""
+    count, N = rows.shape
+    root = (rows - rows.mean(0)) / math.sqrt(count - 1)
+    # R is shortened to N rows unless that costs more than longer products with few other rows.
+    if count <= N or others * (others + N) < N * N:
+        return root
+    short: Tensor = torch.linalg.qr(root, mode="r").R
+    return short
 
 
 def _draw_subset(rows: Tensor, size: int, generator: torch.Generator | None) -> Tensor:
@@ -338,43 +355,116 @@ def _draw_subset(rows: Tensor, size: int, generator: torch.Generator | None) -> 
 def _squared_mmd(a: Tensor, b: Tensor, degree: int) -> float:
     """The unbiased MMD² of rows (n, F) and (m, F) with the kernel (x·y/F + 1)^degree."""
     n, m = len(a), len(b)
-    within_a = _kernel_sum(a, a, degree) - float(_kernel(a.square().sum(1), a, degree).sum())
-    within_b = _kernel_sum(b, b, degree) - float(_kernel(b.square().sum(1), b, degree).sum())
-    across = _kernel_sum(a, b, degree) / (n * m)
-    distance = within_a / (n * (n - 1)) + within_b / (m * (m - 1)) - 2 * across
+    parts = blocks(n, _MAX_DISTANCES // m)
+    across = sum(float(_kernel(a[part], b, degree).sum()) for part in parts)
+    within = _kernel_within(a, degree) / (n * (n - 1)) + _kernel_within(b, degree) / (m * (m - 1))
+    distance = within - 2 * across / (n * m)
     if not math.isfinite(distance):
         raise ValueError("a and b hold values so large that their kernel distance overflows.")
     return distance
 
 
-def _kernel_sum(a: Tensor, b: Tensor, degree: int) -> float:
-    step = max(1, _MAX_DISTANCES // len(b))
-    return sum(float(_kernel(part @ b.T, a, degree).sum()) for part in a.split(step))
+def _kernel_within(a: Tensor, degree: int) -> float:
+    """The kernel of all pairs of different rows, summed."""
+    total = 0.0
+    for part in blocks(len(a), _MAX_DISTANCES // len(a)):
+        kernel = _kernel(a[part], a[part.start :], degree)
+        own = kernel[:, : len(kernel)]  # has pairs in both orders, and rows with themselves
+        total += float(2 * kernel.sum() - own.sum() - own.diagonal().sum())
+    return total
 
 
-def _kernel(products: Tensor, a: Tensor, degree: int) -> Tensor:
-    return (products / a.shape[1] + 1) ** degree
+def _kernel(a: Tensor, b: Tensor, degree: int) -> Tensor:
+    """(n, m)."""
+    return (a @ b.T).div_(a.shape[1]).add_(1).pow_(degree)
 
 
-def _distances(a: Tensor, b: Tensor) -> Iterator[tuple[slice, Tensor]]:
-    """Yields slices of the rows of a, and the distances (rows, m) of these rows to b."""
-    scale = _safe_scale(a, b)
-    scaled_b = b if scale == 1 else b * scale
-    step = max(1, min(_MAX_DISTANCES, _MAX_TERMS // max(b.shape[1], 1)) // len(b))
-    for start in range(0, len(a), step):
-        part = slice(start, start + step)
+def _distances(
+    a: Tensor, b: Tensor, near: Near, *, progress: bool = False
+) -> Iterator[tuple[slice, Tensor]]:
+    """Yields slices of the rows of a, and the distances (rows, m) of these rows to b.
+
+    Those of near pairs are exact: they come from differences, which keep their digits. The others
+    come from products of matrices, and lie on the right side of what they are compared with.
+    """
+    if (scale := _safe_scale(a, b)) != 1:
+        yield from _scaled_distances(a, b, scale)
+        return
+    origin = b[:: -(-len(b) // _ORIGIN_ROWS)].median(0).values  # few rows far away do not move it
+    squares_b = torch.cat([(b[part] - origin).square_().sum(1) for part in _blocks(b)])
+    rounding = (2 * a.shape[1] + 32) * torch.finfo(torch.float64).eps
+    step = min(_MAX_DISTANCES, _MAX_PRODUCTS // a.shape[1]) // len(b)
+    parts = list(blocks(len(a), step))
+    for part in progress_bar(parts, "distances", disable=not progress, leave=False):
+        placed = a[part] - origin
+        sums = placed.square().sum(1, keepdim=True) + squares_b
+        squared = torch.empty_like(sums)
+        for other in _blocks(b):
+            products = (b[other] - origin).T
+            squared[:, other] = torch.addmm(sums[:, other], placed, products, alpha=-2)
+        # A dot product of N terms is off by at most N u Σ|x_i y_i| in any order of summation, with
+        # u = eps/2 (Higham 2002, section 3.1), which makes N eps (‖x‖² + ‖y‖²) for the three here.
+        # Exact differences are off by as much, and the origin and single operations add 15 eps.
+        error = sums.mul_(rounding).add_(_UNDERFLOW)
+        i, j = near(part, squared, error).nonzero().unbind(1)
+        distances = squared.clamp_(min=0).sqrt_()
+        pairs = max(1, _NEAR_VALUES // a.shape[1])
+        for rows, others in zip(i.split(pairs), j.split(pairs), strict=True):
+            distances[rows, others] = _between(a[part][rows, None], b[others, None]).view(-1)
+        yield part, distances
+
+
+def _beside(*radii: tuple[Tensor, bool]) -> Near:
+    """Near are pairs whose distances cannot be told from a radius.
+
+    Each is (n,), of the rows of a, or (m,), of b, and whether it is of a.
+    """
+
+    def near(part: slice, squared: Tensor, error: Tensor) -> Tensor:
+        result = torch.zeros_like(squared, dtype=torch.bool)
+        for each, of_a in radii:
+            squares = (each[part, None] if of_a else each).square()
+            result |= (squared - squares).abs_() <= error
+        return result
+
+    return near
+
+
+def _among_least(k: int) -> Near:
+    """Near are pairs whose distances may be among the k least of a row."""
+
+    def near(part: slice, squared: Tensor, error: Tensor) -> Tensor:
+        least = squared.topk(k, largest=False)
+        most = (least.values + error.gather(1, least.indices)).amax(1, keepdim=True)
+        return squared - error <= most
+
+    return near
+
+
+def _scaled_distances(a: Tensor, b: Tensor, scale: float) -> Iterator[tuple[slice, Tensor]]:
+    """Yields exact distances, as :func:`_distances` does, of rows with huge or tiny values."""
+    scaled_b = b * scale
+    for part in blocks(len(a), min(_MAX_DISTANCES, _MAX_TERMS // b.shape[1]) // len(b)):
         distances = _between(a[part] * scale, scaled_b).div_(scale)
         if scale < 1:
             # Few rows may be that large; the distances of the others would underflow.
             unscaled = _between(a[part], b)
             distances = torch.where(unscaled < _SAFE[1], unscaled, distances)
-        if scale != 1 and not bool(distances.isfinite().all()):
+        if not bool(distances.isfinite().all()):
             raise ValueError("samples lie so far apart that their distances overflow float64.")
         yield part, distances
 
 
+def _blocks(rows: Tensor) -> Iterator[slice]:
+    """Slices of few rows, of which a copy takes little memory."""
+    return blocks(len(rows), _MAX_DISTANCES // rows.shape[1])
+
+
 def _between(a: Tensor, b: Tensor) -> Tensor:
-    """Distances (n, m) of the rows, from differences, which keep the digits of near rows."""
+    """Distances (*, n, m) of rows (*, n, N) and (*, m, N), from differences.
+
+    That of a pair does not depend on the rows beside it, so equal distances stay equal.
+    """
     return torch.cdist(a, b, compute_mode="donot_use_mm_for_euclid_dist")
 
 
@@ -399,8 +489,13 @@ def _ball_radii(rows: Tensor, k: int, neighbours: Tensor | None = None) -> Tenso
     return neighbours[:, k - 1].to(rows)
 
 
-def _nearest_others(rows: Tensor, k: int) -> Tensor:
+def _nearest_others(rows: Tensor, k: int, *, progress: bool = False) -> Tensor:
     """The distances (n, k) of each row to its nearest other rows, ascending."""
     # The first is the row itself, at a distance of exactly 0.
-    nearest = (part.topk(k + 1, largest=False).values for _, part in _distances(rows, rows))
-    return torch.cat([distances[:, 1:] for distances in nearest])
+    return _nearest(rows, rows, k + 1, progress=progress)[:, 1:]
+
+
+def _nearest(a: Tensor, b: Tensor, k: int, *, progress: bool = False) -> Tensor:
+    """The k least distances (n, k) of each row of a to rows of b, ascending."""
+    parts = _distances(a, b, _among_least(k), progress=progress)
+    return torch.cat([distances.topk(k, largest=False).values for _, distances in parts])

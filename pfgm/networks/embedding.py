@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from ..common.checks import checks_values
-from ..common.tensors import as_int64
+from ..common.tensors import as_labels
 
 _FLOOR = 1e-3  # logarithms level off here, as levels below z_min need not be told apart
 _SINES = 8
@@ -20,19 +20,9 @@ def checked_labels(labels: Tensor, batch: int, classes: int) -> Tensor:
 
     Raises an error unless they are a tensor of integers below classes, of shape (B,).
     """
-    if not isinstance(labels, Tensor):
-        raise TypeError(
-            f"labels must be a torch.Tensor of integers, of shape ({batch},), got "
-            f"{type(labels).__name__}."
-        )
     if not classes:
         raise ValueError("labels given to a network without classes; build it with classes=….")
-    if labels.shape != (batch,) or labels.is_floating_point():
-        raise ValueError(
-            f"labels must be integers of shape ({batch},), got {labels.dtype} of shape "
-            f"{tuple(labels.shape)}."
-        )
-    labels = as_int64("labels", labels)
+    labels = as_labels("labels", labels, batch)
     if checks_values(labels.device) and bool((labels >= classes).any()):
         raise ValueError(
             f"labels must be below {classes}, or negative for no label, got {int(labels.max())}."

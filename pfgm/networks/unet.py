@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ..common.checks import int_tuple, positive_int, whole
+from ..common.transforms import forward_mode
 from ..flows.poisson_rules import Center
 from .config import MAX_DEPTH, MAX_WIDTH, as_json
 from .embedding import NoiseEmbedding
@@ -118,7 +119,12 @@ class Attention(nn.Module):
         """(B, C, *L) to (B, C, *L)."""
         b, c = h.shape[:2]
         qkv = self.qkv(self.norm(h)).view(b, 3, self.heads, c // self.heads, math.prod(h.shape[2:]))
-        q, k, v = qkv.transpose(-1, -2).unbind(1)
+        qkv = qkv.transpose(-1, -2)
+        if not (torch.is_grad_enabled() or forward_mode()):
+            # torch has a kernel for this layout that is 2 to 5 times as fast on CPUs. It has
+            # neither second derivatives nor tangents.
+            qkv = qkv.contiguous()
+        q, k, v = qkv.unbind(1)
         mixed = F.scaled_dot_product_attention(q, k, v).transpose(-1, -2)
         projected: Tensor = self.projection(mixed.reshape(h.shape))
         return h + projected

@@ -188,9 +188,9 @@ def one_call(
 
 
 def _takes_native(gpu: torch.device) -> bool:
-    """Whether to ask the native kernels on a GPU: they compute there, or the environment names a
-    backend. The kernels then check whether that is native."""
-    return native_passed(gpu) or bool(os.environ.get("PFGM_BACKEND"))
+    """Whether to ask the native kernels on a GPU: they compute there, or the environment names
+    them. What it names otherwise must not load them."""
+    return native_passed(gpu) or os.environ.get("PFGM_BACKEND") == "native"
 
 
 def all_finite(values: Tensor) -> bool:

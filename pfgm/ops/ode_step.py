@@ -168,18 +168,27 @@ def _check_outputs(step: OdeStep, out: Tensor, mean_out: Tensor | None) -> None:
 
 
 def check_separate(out: Tensor, mean_out: Tensor) -> None:
-    """Raises ValueError if out and mean_out, of one shape and dtype, share memory.
+    """Raises ValueError if out and mean_out share memory, as far as :func:`share_memory` tells."""
+    if share_memory(out, mean_out):
+        raise ValueError("mean_out and out must not overlap in memory.")
 
-    Tensors without addresses, as in traces and transforms, are not checked.
+
+def share_memory(a: Tensor, b: Tensor) -> bool:
+    """Whether two tensors have a value in common.
+
+    Of tensors without addresses, as in traces and transforms, only the same tensor is seen.
     """
+    if a is b:
+        return a.numel() > 0
     if (
         torch.compiler.is_compiling()
         or transforms.in_torch_func()
-        or not all(type(value) is Tensor and not value.is_meta for value in (out, mean_out))
+        or not all(type(value) is Tensor and not value.is_meta for value in (a, b))
     ):
-        return
-    if out.numel() > 0 and _overlap(out, mean_out) and _share_values(out, mean_out):
-        raise ValueError("mean_out and out must not overlap in memory.")
+        return False
+    if a.numel() == 0 or b.numel() == 0 or not _overlap(a, b):
+        return False
+    return a.dtype != b.dtype or _share_values(a, b)
 
 
 def _share_values(a: Tensor, b: Tensor) -> bool:

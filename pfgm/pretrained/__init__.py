@@ -12,6 +12,7 @@ from typing import NamedTuple
 import torch
 
 from ..common.checks import check_choice
+from ..datasets import FASHION_MNIST_CLASSES
 from ..training.checkpoint import Loaded, load
 
 __all__ = ["PRETRAINED", "Pretrained", "load_pretrained", "pretrained_path"]
@@ -58,18 +59,7 @@ PRETRAINED = {
     "fashion-mnist": Pretrained(
         "60 000 images of clothes of 28 × 28 pixels (Fashion-MNIST, Zalando SE 2017, MIT licence)",
         "pfgm train --config recipes/fashion-mnist.json --out runs/fashion",
-        (
-            "T-shirt",
-            "trouser",
-            "pullover",
-            "dress",
-            "coat",
-            "sandal",
-            "shirt",
-            "sneaker",
-            "bag",
-            "ankle boot",
-        ),
+        FASHION_MNIST_CLASSES,
     ),
 }
 """The networks by name."""

@@ -109,7 +109,7 @@ def _sum_of_chunks(x: Tensor, radius: Tensor, settings: Settings) -> RunningMean
         posterior_mean_parts.add(problem, running)
         running = _mirror_sums(running, mirrored, settings)
     if settings.difference and x.dtype == torch.float32 and not torch.compiler.is_compiling():
-        again = _is_cancelled(radius, running)
+        again = is_cancelled(running.sums / running.total[:, None], radius, running.nearest)
         if again.any():
             exact = _sum_of_chunks(x[again].double(), radius[again], settings)
             for values, exact_values in zip(running[:3], exact[:3], strict=True):
@@ -117,11 +117,10 @@ def _sum_of_chunks(x: Tensor, radius: Tensor, settings: Settings) -> RunningMean
     return running
 
 
-def _is_cancelled(radius: Tensor, running: RunningMean) -> Tensor:
+def is_cancelled(difference: Tensor, radius: Tensor, nearest: Tensor) -> Tensor:
     """In which rows (B,) x − mean is small beside its terms (csrc/cpu/cancelled_rows.h)."""
-    difference = running.sums / running.total[:, None]
-    length = torch.hypot(difference.norm(dim=1), radius)
-    return length < 0.2 * running.nearest.sqrt()
+    length = torch.hypot(difference.norm(dim=1).to(radius.dtype), radius)
+    return length < 0.2 * nearest.sqrt()
 
 
 def _mirror_sums(running: R, mirrored: bool, settings: Settings) -> R:

@@ -23,7 +23,7 @@ from ..ops.differentiable import Differentiable, Inputs
 from ..ops.posterior_mean import OnceDifferentiable
 from . import continued, merged
 from .part import Part
-from .ranks import merge_over_ranks
+from .ranks import Ranks, merge_over_ranks
 from .settings import ChunkTotals, Saved, Settings
 
 
@@ -86,14 +86,13 @@ class _OverSet(NamedTuple):
         ranks, D = settings.ranks, settings.D
         if settings.continues and ranks is None:
             return continued.results(x, radius, settings)
-        all_x, all_radius = x, radius
-        if ranks is not None:
-            all_x, all_radius = ranks.gather(x), ranks.gather(radius)
-        state, chunk_totals = (continued if settings.continues else merged).state(
-            all_x, all_radius, settings
-        )
-        if ranks is not None:
-            state = merge_over_ranks(state, all_x, all_radius, D, ranks)
+        if ranks is None:
+            state, chunk_totals = merged.state(x, radius, settings)
+        else:
+            over_all, chunk_totals = _over_ranks(
+                ranks.gather(x), ranks.gather(radius), settings, ranks
+            )
+            state = State(*map(ranks.own, over_all))
             if checks_values(x.device):
                 # Sums that are continued are checked here, other results already in their chunk.
                 check_underflow(state.nearest, radius, x)
@@ -126,6 +125,27 @@ class _OverSet(NamedTuple):
             *inputs[::2], *tangents[::2], settings
         )
         return mean_tangent, lse_tangent
+
+
+def _over_ranks(
+    x: Tensor, radius: Tensor, settings: Settings, ranks: Ranks
+) -> tuple[State, ChunkTotals]:
+    """The state over the references of all processes, for the points of all.
+
+    And nearest and total of each chunk of this process.
+    """
+    own, chunk_totals = (continued if settings.continues else merged).state(x, radius, settings)
+    state = merge_over_ranks(own, x, radius, settings.D, ranks)
+    refined = settings.continues and settings.difference and x.dtype == torch.float32
+    if refined and not torch.compiler.is_compiling():
+        # Each process decides for its own points, so that all compute the same ones again.
+        cancelled = continued.is_cancelled(state.mean, radius, state.nearest)
+        again = ranks.gather(ranks.own(cancelled))
+        if again.any():
+            exact, _ = _over_ranks(x[again].double(), radius[again], settings, ranks)
+            for values, exact_values in zip(state, exact, strict=True):
+                values[again] = exact_values.to(values.dtype)
+    return state, chunk_totals
 
 
 class _Gradient(OnceDifferentiable):

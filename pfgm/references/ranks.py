@@ -78,13 +78,13 @@ class Ranks:
 
 
 def merge_over_ranks(state: State, x: Tensor, radius: Tensor, D: float, ranks: Ranks) -> State:
-    """The state over the references of all processes, for the points of this one.
+    """The state over the references of all processes, for the points x and radius of all.
 
-    The state that each process gives is over its own references, and x and radius are those of all.
+    The state that each process gives is over its own references.
     """
     least = ranks.least(state.nearest)
     weight = relative_weight(state.nearest, least, radius, D, x.shape[1]) * state.total
     total = ranks.sum(weight)
     # Sent in the dtype of x, which halves the bytes in float32.
     mean = ranks.sum(((weight / total)[:, None] * state.mean).to(x.dtype))
-    return State(*(ranks.own(values) for values in (mean, least, total)))
+    return State(mean, least, total)

@@ -13,10 +13,10 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from ..common.checks import check_tensor, is_whole, known_device
+from ..common.checks import is_whole, known_device
 from ..common.dtypes import REFERENCES
 from ..common.files import StrPath, write_atomic
-from ..common.tensors import as_int64, dequantise
+from ..common.tensors import as_labels, dequantise
 from ..data.opening import Samples, open_source
 from ..data.rows import InMemory
 from .measures import Measures, RowSums
@@ -40,11 +40,11 @@ class ReferenceSet:
     Rows that have changed get new sketches, and ``backward`` raises RuntimeError if they changed
     after the forward pass. torch does not count changes through a tensor's ``data``, its storage,
     NumPy, DLPack or ``torch.distributed.broadcast``, nor any of a tensor made under
-    ``torch.inference_mode``. They are noticed in contiguous rows in CPU memory, by the extension,
-    where they concern a tenth of the rows or more; a change of a few values is not. Nor is one of a
-    file within the resolution of its time stamp, or through a memory map that is not written to the
-    disk yet. After such a change call ``torch.autograd.graph.increment_version(tensor)``; for an
-    array make a new set.
+    ``torch.inference_mode``. The extension notices them in contiguous rows in CPU memory: all in up
+    to 16 KiB, and in more where they concern a tenth of the rows. Not noticed is a change of a few
+    values in more, nor one of a file within the resolution of its time stamp, or through a memory
+    map that is not written to the disk yet. After such a change call
+    ``torch.autograd.graph.increment_version(tensor)``; for an array make a new set.
 
     Args:
         data: a tensor or array (M, *S); a memory map; a ``.npy``, ``.npz`` or ``.safetensors``
@@ -55,7 +55,8 @@ class ReferenceSet:
             (n, C, H, W), which the command line uses too.
         flips: add the mirror image of each row (last axis reversed), as rows M to 2M − 1. It is
             for images (M, C, H, W) or (M, H, W); the columns of a table would change their order.
-        labels: (M,) integers, for data without labels.
+        labels: (M,) integers, for data without labels. Operations use the labels of a set where
+            they are given ``labels`` for their points.
         progress: show a progress bar while images or a dataset are read.
 
     Raises:
@@ -257,8 +258,13 @@ class ReferenceSet:
         for start, chunk in self.part.stored_chunks():
             converted = _converted(chunk, dtype)
             if converted is not chunk:
-                # Values may overflow in a narrower dtype.
-                check_finite(converted, self.part.begin + start)
+                check_finite(chunk, self.part.begin + start)
+                if not bool(converted.isfinite().all()):
+                    largest = float(chunk.abs().max())
+                    raise ValueError(
+                        f"dtype must be one that holds values up to {largest:.4g}, got {dtype}; "
+                        "torch.bfloat16 and torch.float32 hold more."
+                    )
             held[start : start + len(chunk)] = converted
         moved = copy.copy(self)
         moved.part = replace(self.part, source=InMemory(held), begin=0, end=len(held), finite=True)
@@ -361,15 +367,7 @@ class ReferenceSet:
         return self.part.chunks(device)
 
     def _checked_labels(self, labels: Tensor | None) -> Tensor | None:
-        if labels is None:
-            return None
-        check_tensor("labels", labels)
-        if labels.shape != (self._rows,) or labels.is_floating_point():
-            raise ValueError(
-                f"labels must be integers of shape ({self._rows},), got {labels.dtype} of shape "
-                f"{tuple(labels.shape)}."
-            )
-        return as_int64("labels", labels.cpu())
+        return None if labels is None else as_labels("labels", labels, self._rows).cpu()
 
 
 References = Tensor | ReferenceSet

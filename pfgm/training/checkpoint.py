@@ -28,7 +28,7 @@ from ..common.checksums import checksum_of
 from ..common.files import MALFORMED, StrPath, write_atomic
 from ..data.tables import Table
 from ..flows.flow import Flow
-from .compiled import load_plain_state
+from .network_state import load_plain_state
 from .weights_file import (
     flow_in,
     network_in,
@@ -91,8 +91,11 @@ def save(
         path: the file to write.
         flow: the flow of the network.
         network: a network. One that is not from :mod:`pfgm.networks` must be given to :func:`load`.
-            Its weights are saved, not its code. The file of a network in torch.compile loads into
-            the plain network too, and the other way round.
+            Its weights are saved, not its code. Wrappers of torch are left out (torch.compile,
+            DistributedDataParallel, DataParallel, AveragedModel, FSDP), and so is a module of your
+            own, such as a LightningModule, if all its weights are in one network of this package:
+            the file holds that network. Of a network that FSDP shards, all processes must save, and
+            the first one writes the file.
         step: training steps of the network.
         distilled: whether it is a few-step model (:mod:`pfgm.distillation`), which ``pfgm sample``
             needs for the solver consistency. None if unknown.
@@ -122,8 +125,9 @@ def load(
 
     Args:
         path: a ``.safetensors`` file, or the folder of a run or of :func:`pfgm.save_pretrained`.
-        network: takes the weights, in its own dtype; None builds the network that the file
-            describes, in the dtype of the weights, or in float32 if they are narrower.
+        network: takes the weights, in its own dtype, also inside the wrappers that :func:`save`
+            leaves out; None builds the network that the file describes, in the dtype of the
+            weights, or in float32 if they are narrower.
         device: device of the network.
 
     Raises:

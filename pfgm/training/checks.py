@@ -19,6 +19,7 @@ from ..flows.flow import Flow
 from ..flows.plusplus import PoissonFlowPP
 from ..references import References, ReferenceSet
 from .config import Schedule, TrainConfig
+from .network_state import is_sharded
 
 _COMPARED_ROWS = 1024  # for the range of the values and their spread
 _FEWEST_PIXELS = 64  # in images; data with fewer columns are tables
@@ -64,6 +65,11 @@ def check_trainable(network: object) -> None:
     if not isinstance(network, nn.Module):
         raise TypeError(
             f"network must be a torch.nn.Module with parameters, got {type(network).__name__}."
+        )
+    if is_sharded(network):
+        raise TypeError(
+            "network must be whole in each process, got one that FSDP shards; train it in a loop "
+            "of your own with flow.loss."
         )
     trained = [(name, p) for name, p in network.named_parameters() if p.requires_grad]
     if not trained:
@@ -128,11 +134,14 @@ def checked_labels(labels: Tensor | None, data: References, classes: int) -> Ten
             "are divided among processes."
         )
     one_a_row = labels.shape == data.shape[:1] and not labels.is_floating_point()
-    if not one_a_row or int((labels := as_int64("labels", labels)).min()) < 0:
+    if not one_a_row:
         raise ValueError(
             f"labels must be integers of at least 0, of shape ({len(data)},), got {labels.dtype} "
             f"of shape {tuple(labels.shape)}."
         )
+    labels = as_int64("labels", labels)
+    if (least := int(labels.min())) < 0:
+        raise ValueError(f"labels must be at least 0, got {least}; leave such rows out.")
     if classes and int(labels.max()) >= classes:
         raise ValueError(
             f"labels must be from 0 to {classes - 1} for a network of {classes} classes, got "

@@ -12,6 +12,7 @@ import warnings
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
+from typing import NamedTuple
 
 from ..common.files import (
     NO_LOCKS,
@@ -28,11 +29,20 @@ _LOCK_NAME = ".pfgm.lock"
 _TRIES = 10
 _PAUSE = 0.1  # seconds between tries, enough for a run to sign the lock that it has just taken
 
+
+class _Owner(NamedTuple):
+    """Who holds the lock of a folder."""
+
+    thread: int
+    file: int  # the open lock file
+    place: os.stat_result  # of the folder
+
+
 # A forked child holds its parent's lock until it closes the file. It closes the file at once, or a
 # worker that outlives the run would keep the lock.
 _mutex = threading.RLock()
 _open_files: set[int] = set()
-_owners: dict[str, int] = {}  # folder → thread that holds its lock
+_owners: dict[str, _Owner] = {}  # by folder
 
 
 class FolderInUse(OSError):
@@ -68,20 +78,53 @@ def locked(folder: StrPath) -> Iterator[Path]:
 
     Yields:
         The folder. A new folder is removed if the work fails and the folder is empty.
+
+    Raises:
+        FolderInUse: another run holds the lock.
+        FileNotFoundError: the folder that this thread had locked is no longer at its path. What is
+            there now is not touched; if nothing is, the block runs first.
     """
     path = folder_path(folder)
     key = os.path.realpath(path)
-    if _owners.get(key) == threading.get_ident():
-        yield path
+    owner = _owners.get(key)
+    if owner is not None and owner.thread == threading.get_ident():
+        unmoved = is_unmoved(path)
+        if unmoved or not path.exists():
+            yield path
+        if not unmoved:
+            raise _moved(path)
         return
     with remove_new_folders_on_failure(path):
         file = _take(path)
-        _owners[key] = threading.get_ident()
         try:
+            _owners[key] = _Owner(threading.get_ident(), file, os.stat(path))
             yield check_folder(path)
         finally:
             _owners.pop(key, None)
             _release(file, path / _LOCK_NAME)
+
+
+def is_unmoved(folder: Path) -> bool:
+    """Whether the folder that is locked here is still at its path, without another's lock."""
+    owner, lock = _owners.get(os.path.realpath(folder)), folder / _LOCK_NAME
+    if owner is None or not folder.is_dir():
+        return folder.is_dir()
+    return os.path.samestat(owner.place, os.stat(folder)) and (
+        is_open_at(owner.file, lock) or not lock.exists()
+    )
+
+
+def check_unmoved(folder: Path) -> None:
+    """Raises FileNotFoundError unless the folder that is locked here is still at its path."""
+    if not is_unmoved(folder):
+        raise _moved(folder)
+
+
+def _moved(folder: Path) -> FileNotFoundError:
+    return FileNotFoundError(
+        f"{folder}, the folder of the run, was moved or removed during training; move it after the "
+        "run."
+    )
 
 
 def _take(folder: Path) -> int:
@@ -133,8 +176,12 @@ def _try_lock(file: int, path: Path) -> bool:
         "host": socket.gethostname(),
         "since": time.strftime("%Y-%m-%d %H:%M:%S UTC", time.gmtime()),
     }
-    os.ftruncate(file, 0)
-    os.pwrite(file, json.dumps(name).encode(), 0)
+    try:
+        os.ftruncate(file, 0)
+        os.pwrite(file, json.dumps(name).encode(), 0)
+    except OSError:  # the disk is full
+        path.unlink(missing_ok=True)
+        raise
     return True
 
 

@@ -11,6 +11,7 @@ from types import TracebackType
 from typing import Any, Literal
 
 from ..common.files import csv_text, reserve_standard_descriptors, write_csv, write_errors
+from .locks import check_unmoved
 
 LogTo = Literal["csv", "tensorboard", "wandb"]
 
@@ -23,6 +24,12 @@ def check_log(to: LogTo, folder: Path | None) -> None:
         raise ImportError(f"log={to!r} needs {to}; in a checkout: pip install '.[{to}]'")
     if folder is None:
         raise ValueError(f"folder must be given with log={to!r}, which writes into it.")
+
+
+def is_evaluated(folder: Path, step: int) -> bool:
+    """Whether ``evaluations.csv`` in the folder of a run has the row of a step."""
+    path = folder / "evaluations.csv"
+    return path.exists() and any(int(row[0]) == step for row in _read_csv(path)[1])
 
 
 class Log:
@@ -151,11 +158,7 @@ class _Table:
 
     def add(self, row: Mapping[str, float]) -> None:
         rows: list[Sequence[object]] = []
-        if not self._path.parent.is_dir():
-            raise FileNotFoundError(
-                f"{self._path.parent}, the folder of the run, was removed during training; move it "
-                "after the run."
-            )
+        check_unmoved(self._path.parent)
         with write_errors(self._path), self._path.open("a", newline="") as file:
             if not self._fields or file.tell() == 0:  # also if the file was removed
                 self._fields = list(row)

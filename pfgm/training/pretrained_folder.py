@@ -80,14 +80,14 @@ def save_pretrained(
         "flow": flow.config,
         "network": describe_network(network),
     }
+    card = _card(place.resolve().name, flow, network, table, label_names)
     with output_folder(place):
         facts: dict[str, Any] = {"distilled": distilled, "table": table, "label_names": label_names}
         save(place / PRETRAINED_WEIGHTS, flow, network, **facts)
         write_json(place / _CONFIG, config)
         # diffusers says that it has no attribute of this name.
         if not (place / _CARD).exists():
-            text = _card(place.resolve().name, flow, network, table, label_names)
-            write_atomic(place / _CARD, lambda file: file.write(text.encode()))
+            write_atomic(place / _CARD, lambda file: file.write(card.encode()))
         hint = f"{type(flow).__name__}; pfgm.from_pretrained reads this folder"
         write_json(place / _PIPELINE, {"_class_name": hint})
 
@@ -103,7 +103,9 @@ def _card(
         samples = f"rows of a table ({', '.join(column.name for column in table.columns)})"
     kind = type(flow).__name__
     labels = f"torch.arange(16) % {classes}" if classes else ""
-    known = f"0 to {classes - 1}" + (f" ({', '.join(label_names)})" if label_names else "")
+    known = f"0 to {classes - 1}" + (
+        f" ({', '.join(map(str, label_names))})" if label_names else ""
+    )
     parameters = sum(parameter.numel() for parameter in network.parameters())
     return _CARD_TEXT.format(
         task=task,
@@ -117,7 +119,14 @@ def _card(
 
 
 def _check_place(folder: Path) -> None:
-    """Raises ValueError if writing would replace files that are not of :func:`save_pretrained`."""
+    """Raises ValueError if the place cannot be read again, or holds files of others."""
+    try:
+        str(folder.resolve()).encode()
+    except UnicodeEncodeError as error:
+        shown = str(folder).encode(errors="replace").decode()
+        raise ValueError(
+            f"folder must have a path in UTF-8, which safetensors reads, got {shown}."
+        ) from error
     for name in ("latest.json", _CONFIG, PRETRAINED_WEIGHTS, _PIPELINE):
         of_a_run = name == "latest.json"
         if (folder / name).exists() and (of_a_run or not is_pretrained(folder)):

@@ -67,6 +67,10 @@ class RunConfig:
     the one named labels, label or y. Without --labels all columns are learned."""
     drop_missing: bool = False
     """Leave out the rows of a table in which a value is missing."""
+    drop_columns: tuple[str, ...] = ()
+    """The names of columns of a table to leave out."""
+    header: bool = True
+    """Whether a .csv file begins with a line of names; without it the columns are x0, x1, ..."""
     method: Method = "auto"
     """The flow: pfgm has one augmented dimension, pfgm++ has D, edm infinitely many (diffusion).
     auto: pfgm for images and signals, pfgm++ for rows of numbers (tables and points). Settings of
@@ -134,6 +138,12 @@ class RunConfig:
             value, optional = getattr(self, name), name != "data"
             if not isinstance(value, (str, os.PathLike)) and not (optional and value is None):
                 raise ValueError(f"{name} must be a text, a name or a path, got {value!r}.")
+            if optional and value is not None and not os.fspath(value):
+                raise ValueError(f"{name} must name a file or a folder, got ''; leave it out.")
+        names: object = self.drop_columns  # from a recipe, anything
+        if not isinstance(names, (list, tuple)) or not all(isinstance(each, str) for each in names):
+            raise ValueError(f"drop_columns must be a list of names, got {names!r}.")
+        object.__setattr__(self, "drop_columns", tuple(self.drop_columns))
         if not isinstance(self.flow, dict):
             raise ValueError(
                 f"flow must be a dict of hyper-parameters and their values, got {self.flow!r}."
@@ -142,7 +152,7 @@ class RunConfig:
             raise ValueError(f"label_column must be a text, got {self.label_column!r}.")
         if self.label_column is not None:
             object.__setattr__(self, "labels", True)
-        for name in ("labels", "flips", "shared", "drop_missing"):
+        for name in ("labels", "flips", "shared", "drop_missing", "header"):
             check_bool(name, getattr(self, name))
         choices = {"method": Method, "network": Network, "layout": Layout, "hold": Place}
         for name, allowed in {**choices, "weighting": Weighting}.items():
@@ -189,6 +199,8 @@ class RunConfig:
             "resize": self.resize,
             "label_column": self.label_column if self.labels else "",
             "drop_missing": self.drop_missing,
+            "drop_columns": self.drop_columns,
+            "header": self.header,
         }
 
     @property

@@ -17,6 +17,7 @@ from .run_config import MIN_SAMPLES, RunConfig
 
 _MAX_COMPARED_ROWS = 10_000  # of the data
 _SAMPLE_BATCH = 1000
+_NEIGHBOURS = 3  # k of precision and recall
 _PICTURE_SAMPLES, _PICTURE_ROW = 100, 10  # in all, and in a row
 
 
@@ -24,7 +25,13 @@ class Evaluation:
     """Draws samples, compares them with held-out data and draws a picture of some."""
 
     def __init__(
-        self, config: RunConfig, flow: Flow, data: Data, folder: Path, device: torch.device
+        self,
+        config: RunConfig,
+        flow: Flow,
+        data: Data,
+        folder: Path,
+        device: torch.device,
+        progress: bool = False,
     ) -> None:
         self._flow, self._folder, self._device = flow, folder, device
         self._count, self._seed = config.samples, config.training.seed
@@ -41,6 +48,8 @@ class Evaluation:
             generator = torch.Generator().manual_seed(0)
             rows = against.draw(_MAX_COMPARED_ROWS, generator=generator)
         self._rows, self._against, self._table = rows, against, data.table
+        self._neighbours: Tensor | None = None  # of the data, found by the first evaluation
+        self._progress = progress
         if self._draws_pictures and config.training.evaluate_every:
             require_matplotlib()
 
@@ -58,7 +67,13 @@ class Evaluation:
         if self._table is not None:
             samples = self._table.nearest(samples)
         against = to_unit(self._against[self._rows].cpu())
-        precision, recall = metrics.precision_recall(samples, against)
+        if self._neighbours is None:
+            self._neighbours = metrics.neighbour_distances(
+                against, _NEIGHBOURS, progress=self._progress
+            )
+        precision, recall = metrics.precision_recall(
+            samples, against, _NEIGHBOURS, neighbours=self._neighbours
+        )
         return {
             "frechet_distance": metrics.frechet_distance(samples, against),
             "precision": precision,

@@ -16,6 +16,7 @@ from ..common.checks import usable_device
 from ..common.checksums import checksum_of_weights
 from ..common.files import StrPath, folder_path
 from ..common.messages import print_notice
+from ..data.table_files import is_table_file
 from ..datasets import Data, is_missing, open_data
 from ..distillation import Consistency
 from ..flows.flow import Flow
@@ -23,7 +24,7 @@ from ..flows.poisson import PoissonFlow
 from ..references import ReferenceSet
 from .checkpoint import Loaded, load
 from .checks import other_setting
-from .locks import locked_for_all
+from .locks import is_unmoved, locked_for_all
 from .pretrained_folder import is_pretrained
 from .processes import Processes, reports_process_lost
 from .run_config import CONFIG_FILE, RunConfig, teacher_checksum
@@ -137,7 +138,7 @@ def _run(
     source: StrPath | None = config.init or config.teacher
     if resume:  # the folder stands for its newest checkpoint
         source = folder if resume_from is None else folder / f"step-{resume_from:08d}.safetensors"
-    earlier, is_table = None, Path(config.data).suffix == ".csv"
+    earlier, is_table = None, is_table_file(config.data)
     if source is not None and (is_table or config.init or (config.teacher and not resume)):
         earlier = load(source)
     table = earlier.table if is_table and earlier is not None else None
@@ -176,7 +177,7 @@ def _run(
         labels=rows.labels if config.labels else None,
         label_names=data.names if config.labels else (),
         table=data.table,
-        evaluate=Evaluation(config, flow, data, folder, device) if processes.leads else None,
+        evaluate=Evaluation(config, flow, data, folder, device, shown) if processes.leads else None,
         loss=loss,
         distilled=config.teacher is not None,
     )
@@ -209,7 +210,8 @@ def _remove_failed_start(folder: Path) -> Iterator[None]:
     try:
         yield
     except BaseException:
-        if not any((folder / name).exists() for name in ("latest.json", "log.csv")):
+        started = any((folder / name).exists() for name in ("latest.json", "log.csv"))
+        if is_unmoved(folder) and not started:
             for path in {folder / CONFIG_FILE, *folder.glob("events.out.*")} - before:
                 path.unlink(missing_ok=True)
         raise
@@ -277,6 +279,8 @@ def _resume(trainer: Trainer, resume_from: int | None) -> str:
         )
     if step > steps:
         raise ValueError(f"steps must be at least {step}, the step of the run, got {steps}.")
+    if step == steps and trainer.lacks_evaluation:
+        return f"resuming at step {step} of {steps}, whose evaluation is left"
     if step == steps:
         return f"resuming at step {step}: nothing is left of {steps} steps; give more with --steps"
     return f"resuming at step {step}"

@@ -9,6 +9,7 @@ import signal
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
+from functools import partial
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -39,12 +40,12 @@ from .checks import (
     warn_of_scales,
     with_settings_of_run,
 )
-from .compiled import load_plain_state, plain_state
 from .config import TrainConfig
 from .locks import locked, locked_for_all
-from .logs import Log, check_log
+from .logs import Log, check_log, is_evaluated
+from .network_state import load_plain_state, plain_state
 from .processes import Processes, reports_process_lost
-from .signals import Terminated, record_signals
+from .signals import Signals, Terminated, record_signals
 from .weights_file import check_savable, flow_in
 
 
@@ -57,7 +58,9 @@ class Trainer:
 
     All randomness is a function of the seed and the step, so a resumed run continues as if it had
     not stopped (on the CPU to the bit). SIGINT, SIGTERM and SIGHUP end the run after the current
-    step and write a checkpoint. During training a lock keeps other runs out of the folder.
+    step, or at once in an evaluation, and write a checkpoint. A resumed run starts with the
+    evaluation that ``evaluations.csv`` lacks. During training a lock keeps other runs out of the
+    folder.
 
     Where torch.distributed is initialised (as by :func:`pfgm.training.processes.joined` under
     torchrun), its processes train together. Each takes its part of every batch, with its own noise;
@@ -261,7 +264,9 @@ class Trainer:
         ):
             total, since = torch.zeros((), device=self._device), self.step
             started = time.perf_counter() - log.seconds
-            stopped, last = False, self.step >= config.steps
+            # Without a folder no step is resumed.
+            stopped = self.folder is not None and self._evaluate(log, received, bar)
+            last = stopped or self.step >= config.steps
             while not last:
                 total += self._train_step()
                 self.step += 1
@@ -279,19 +284,47 @@ class Trainer:
                     total, since = torch.zeros_like(total), self.step
                 if due or last:
                     self.save()
-                every = config.evaluate_every
-                ends = last and not stopped
-                evaluates = every > 0 and (ends or self.step % every == 0) and processes.leads
-                if evaluates and self.evaluate is not None:
-                    bar.set_description("evaluation")  # which may take a minute
-                    with self._save_on_error():
-                        log.write(self.step, self.evaluate(self.step, self.averaged), "evaluations")
-                    bar.set_description("training")
+                if not stopped and self._evaluate(log, received, bar):
+                    stopped = last = True
         if received[:1] == [signal.SIGINT]:
             raise KeyboardInterrupt
         if received or stopped:
             raise Terminated(*received[:1])
         return self.averaged
+
+    @property
+    def _evaluation_due(self) -> bool:
+        every = self.config.evaluate_every
+        ends = self.step >= self.config.steps
+        return every > 0 and self.step > 0 and (ends or self.step % every == 0)
+
+    @property
+    def lacks_evaluation(self) -> bool:
+        """Whether this process has to make the evaluation of this step, which the run lacks."""
+        made = self.folder is not None and is_evaluated(self.folder, self.step)
+        evaluates = self.evaluate is not None and self._processes.leads
+        return evaluates and self._evaluation_due and not made
+
+    def _evaluate(self, log: Log, received: Signals, bar: Any) -> bool:
+        """Makes the evaluation of this step if it is due and the run lacks it.
+
+        Returns:
+            Whether a signal has ended the run, after a checkpoint of this step. A resumed run then
+            starts with the evaluation.
+        """
+        if not self._evaluation_due:
+            return False
+        if self.evaluate is not None and self.lacks_evaluation:
+            bar.set_description("evaluation")  # which may take a minute
+            with self._save_on_error():
+                metrics = received.call(partial(self.evaluate, self.step, self.averaged))
+                if metrics is not None:
+                    log.write(self.step, metrics, "evaluations")
+            bar.set_description("training")
+        stopped = self._processes.any(bool(received))
+        if stopped and self.saved_step != self.step:
+            self.save()
+        return stopped
 
     @contextmanager
     def _save_on_error(self) -> Iterator[None]:

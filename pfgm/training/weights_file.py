@@ -20,13 +20,20 @@ from torch import Tensor, nn
 from ..common.files import StrPath
 from ..common.old_names import with_present_names
 from ..common.tensor_files import read_tensors, write_tensors
+from ..common.wrappers import plain_name, without_wrappers
 from ..data.tables import Table
 from ..flows.flow import Flow
 from ..flows.plusplus import PoissonFlowPP
 from ..flows.poisson import PoissonFlow
-from ..networks import NETWORKS, build
+from ..networks import build
 from ..networks.registry import label_count
-from .compiled import plain_names, plain_state, without_compile
+from .network_state import (
+    is_sharded,
+    name_of,
+    network_to_save,
+    plain_names,
+    plain_state,
+)
 
 _FORMAT = 1
 _PROTOCOLS = (b"\x02", b"\x03", b"\x04", b"\x05")  # of pickle
@@ -42,14 +49,21 @@ def write_weights(
     table: Table | None,
     label_names: Sequence[str],
 ) -> None:
-    """Writes a weights file; `facts` are added to its description, such as the step."""
+    """Writes a weights file; `facts` are added to its description, such as the step.
+
+    Of a network that FSDP shards, all processes must write it, and the first one does.
+    """
     check_savable(flow, network)
+    network = network_to_save(network)
     if label_names and label_count(network) not in (0, len(label_names)):
         raise ValueError(
             f"label_names must be the names of the {label_count(network)} labels of the network, "
             f"got {len(label_names)}."
         )
-    _check_finite(network)
+    state = plain_state(network)
+    if not state and is_sharded(network):
+        return  # the first process writes
+    _check_finite(network, state)
     description = {
         "format": _FORMAT,
         "kind": type(flow).__name__,
@@ -65,7 +79,7 @@ def write_weights(
         description["table"] = table.to_dict()
     if label_names:
         description["label_names"] = [*label_names]
-    write_tensors(path, plain_state(network), description)
+    write_tensors(path, state, description)
 
 
 def check_savable(flow: Flow, network: nn.Module) -> None:
@@ -93,12 +107,13 @@ def check_savable(flow: Flow, network: nn.Module) -> None:
             )
 
 
-def _check_finite(network: nn.Module) -> None:
+def _check_finite(network: nn.Module, state: Mapping[str, Tensor]) -> None:
     """Raises ValueError if a weight is not finite; a buffer, such as a mask, may be infinite."""
-    for name, weight in network.named_parameters():
+    buffers = {plain_name(name) for name, _ in without_wrappers(network).named_buffers()}
+    for name, weight in state.items():
         values = weight.detach()
         values = values.float() if values.dtype.itemsize == 1 else values  # float8
-        if not bool(values.isfinite().all()):
+        if name not in buffers and not bool(values.isfinite().all()):
             raise ValueError(
                 f"the weights of network must be finite, got a value in {name} that is not."
             )
@@ -175,11 +190,9 @@ def _widen(network: nn.Module, tensors: Mapping[str, Tensor]) -> None:
 
 def describe_network(network: nn.Module) -> dict[str, Any] | None:
     """The name and the config of a network of :mod:`pfgm.networks`; None for any other."""
-    network = without_compile(network)
-    for name, kind in NETWORKS.items():
-        if type(network) is kind:
-            return {"name": name, "config": network.config}
-    return None
+    network = network_to_save(network)
+    name = name_of(network)
+    return None if name is None else {"name": name, "config": without_wrappers(network).config}
 
 
 @contextmanager

@@ -51,6 +51,6 @@ def gpus(monkeypatch, tmp_path):
 @pytest.fixture
 def proven(monkeypatch):
     """Native has passed on every GPU."""
-    monkeypatch.setattr(passes, "has", lambda kind, backend: True)
+    monkeypatch.setattr(passes, "has", lambda kind: True)
     monkeypatch.setattr(passes, "_known", {})
     monkeypatch.setattr(passes, "kind_of", lambda device: "Stand-in")

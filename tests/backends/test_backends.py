@@ -17,7 +17,7 @@ from torch import Tensor
 
 import pfgm
 from benchmarks.common.problems import radius_of
-from pfgm import backends, posterior_mean
+from pfgm import posterior_mean
 from pfgm.backends import (
     Availability,
     available,
@@ -70,7 +70,10 @@ def built_for(monkeypatch, architectures):
     extension = native._native
     info = {**extension.build_info(), "cuda_architectures": architectures}
     stand_in = SimpleNamespace(
-        build_info=lambda: info, cpu_isa=extension.cpu_isa, cuda_problem=lambda index: ""
+        build_info=lambda: info,
+        cpu_isa=extension.cpu_isa,
+        cuda_problem=lambda index: "",
+        cuda_versions=lambda: (13000, 13000),
     )
     monkeypatch.setattr(native, "_native", stand_in)
 
@@ -195,6 +198,26 @@ def test_a_gpu_for_which_the_driver_compiles_is_said_once(monkeypatch):
             assert native.supports(torch.device("cuda", 0), torch.float32) is None
         assert len(warned) == expected
         assert all("sm_120" in str(warning.message) for warning in warned)
+
+
+@native_only
+@pytest.mark.parametrize("capability", [(9, 0), (12, 0)])
+@pytest.mark.usefixtures("with_cuda")
+def test_a_driver_that_is_too_old_compiles_nothing(monkeypatch, capability):
+    """No warning says that it does, and the reason has the remedy. Code of the GPU's own needs no
+    compiler."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    monkeypatch.setattr(native, "_able", set())
+    native._native.cuda_versions = lambda: (13000, 12080)
+    native._native.cuda_problem = lambda index: "unsupported toolchain"
+    native._warn_of_compilation.cache_clear()
+    native._warn_of_unused_gpu.cache_clear()
+    with pytest.warns(RuntimeWarning, match="unsupported toolchain") as warned:
+        reason = native.supports(torch.device("cuda", 0), torch.float32)
+    assert len(warned) == 1
+    too_old = "the driver, for CUDA 12.8, cannot compile them: update it to one for CUDA 13.0 or"
+    assert (too_old in reason) == (capability == (12, 0))
 
 
 @native_only
@@ -348,13 +371,6 @@ def test_names_that_are_no_text_are_refused(name):
             call()
     with pytest.raises(ValueError, match="use_backend's name must"), pfgm.use_backend(name):
         pass
-
-
-@pytest.mark.parametrize("name", ["PFGM_CUDA_OVERLAP", "PFGM_CUDA_WARPGROUPS", "PFGM_TUNE"])
-def test_a_removed_switch_says_so(monkeypatch, name):
-    monkeypatch.setenv(name, "0")
-    with pytest.warns(RuntimeWarning, match=f"^{name} was removed in 0.3.0 and does nothing"):
-        backends._warn_of_removed()
 
 
 def test_unknown_names_are_refused(monkeypatch):
@@ -585,6 +601,7 @@ def test_the_extension_says_which_driver_its_runtime_needs():
     version, _ = native.extension().cuda_versions()
     info = native.extension().build_info()
     assert (version == 0) == (info["cuda_architectures"] is None) == (info["cuda_driver"] is None)
+    assert (version == 0) == (info["nvcc"] is None)
     if version // 1000 == 13:
         assert info["cuda_driver"] == "580"
     assert any(line.startswith("CUDA       ") for line in native.build_lines())

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from pfgm import backends
-from pfgm.backends import checking, passes, trials
+from pfgm.backends import checking, passes, timing, trials
 from pfgm.backends.trials import EXACT, TRIALS, Place
 from pfgm.backends.worker import Lost
 
@@ -45,7 +45,7 @@ native.posterior_mean = with_faults(native.posterior_mean, lambda problem: "cras
 @native_only
 def test_each_planted_fault_is_found(monkeypatch):
     few, ragged, tiles = (
-        f"{s}, float32" for s in ("3 × 2100 × 31", "5 × 70 × 37", "20 × 70 × 100")
+        f"{s}, float32" for s in ("3 × 2100 × 31", "13 × 70 × 37", "20 × 70 × 100")
     )
     names = [few, ragged, tiles, "ties and limits", "field", "steps, 37"]
     chosen = {name: TRIALS[name] for name in names}
@@ -101,23 +101,23 @@ def messages(kind, result="right", speed=2.0):
 )
 @native_only
 def test_only_passes_are_stored(gpus, monkeypatch, had, turn, then):
-    """None: what there was before. It is a pass of that kind of GPU, and of that backend, alone."""
+    """None: what there was before. It is a pass of that kind of GPU, and of native, alone."""
 
     def values(code, seconds):
-        own = "'native'" in code
         assert "'cuda:1'" in code
-        return messages(gpus.kinds[1], **(turn if own else {"result": "error"}))
+        if "'native'" in code:
+            return messages(gpus.kinds[1], **turn)
+        return messages(gpus.kinds[1], "right" if "'triton'" in code else "error")
 
     monkeypatch.setattr(checking, "values_of", values)
     monkeypatch.setattr(checking, "TRIALS", {})
     if had:
-        passes.store("A100", "native")
+        passes.store("A100")
     report = checking.check("cuda:1")
-    assert passes.has("A100", "native") == (had if then is None else then)
-    assert not passes.has("H100", "native")
-    assert not passes.has("A100", "triton")
-    assert len(report.stored) == 2
-    assert all("on A100" in sentence for sentence in report.stored)
+    assert passes.has("A100") == (had if then is None else then)
+    assert not passes.has("H100")
+    (sentence,) = report.stored  # nothing would read a pass of another backend
+    assert "native on A100" in sentence
 
 
 @native_only
@@ -125,9 +125,31 @@ def test_where_a_pass_cannot_be_stored_this_is_said(gpus, monkeypatch, tmp_path)
     (tmp_path / "file").write_text("no folder")
     monkeypatch.setattr(passes.platformdirs, "user_cache_dir", lambda _: tmp_path / "file" / "x")
     rows = [checking.Row("native", checking._DECIDES, seconds=1.0, speed=2.0)]
-    said = checking._decide("native", gpus.kinds[0], rows)
+    said = checking._decide(gpus.kinds[0], rows)
     assert "cannot be changed" in said
     assert "PFGM_BACKEND" in said
+
+
+def test_tf32_is_timed_in_a_process_of_its_own(monkeypatch):
+    """It would change what torch computes. Its speed is beside the time of torch in another one."""
+    monkeypatch.setattr(timing, "SIZES", {"small": (3, 5, 7)})
+    monkeypatch.setattr(timing, "_TIMING", 0.01)
+    monkeypatch.setattr(torch, "compile", lambda function: function)
+    monkeypatch.setattr(torch.backends, "cuda", SimpleNamespace(matmul=SimpleNamespace()))
+    products = timing.BACKENDS["torch"]
+    seen = []
+    real = products.posterior_mean
+    monkeypatch.setattr(products, "posterior_mean", lambda problem: seen.append(1) or real(problem))
+    assert len(timing.seconds_of("small", "plain torch", CPU)) == 2
+    assert seen
+    seen.clear()
+    assert len(timing.seconds_of("small", "compiled TF32", CPU)) == 1
+    assert not seen
+    beside = checking.Row("native", "small", seconds=2.0, speed=1.0)
+    alone = checking.Row("compiled TF32", "small", seconds=2.0)
+    assert checking._beside(alone, 6.0).speed == 3.0
+    assert checking._beside(beside, 6.0) == beside
+    assert checking._beside(alone, None) == alone
 
 
 @native_only

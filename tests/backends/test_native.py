@@ -664,6 +664,80 @@ def test_terms_that_repeat(isa, oracle, oracle_gradients, name, N, copies):
     assert_gradient(actual[0], wanted[0], 3e-5)
 
 
+@pytest.mark.parametrize("block", [(0.35, 0.65), (0.0, 0.5)])
+@pytest.mark.parametrize(("N", "tolerance"), [(300, 2e-5), (511, 2e-5), (784, 2e-5), (3072, 2e-5)])
+def test_terms_that_repeat_in_a_block_of_the_references(isa, oracle, N, tolerance, block):
+    """As in data sorted by class."""
+    begin, end = (int(share * 300) for share in block)
+    constant = torch.full((N,), 0.711)
+    references = torch.randn(300, N, generator=torch.Generator().manual_seed(N))
+    references *= constant.norm() / references.norm(dim=1, keepdim=True)
+    references[begin:end] = constant
+    x, radius = torch.zeros(2, N), torch.full((2,), 0.6, dtype=torch.float64)
+    mean, _ = oracle(x, references, radius, 1.0)
+    field = field_of(x.repeat(8, 1), radius.repeat(8), references)
+    assert field_error(field[:2], true_field(x, radius, mean)) <= tolerance
+
+
+@pytest.mark.parametrize("B", [2, 9])
+def test_two_groups_of_equal_references_with_few_features(isa, oracle, B):
+    """Where the score multiplies errors of distances by 255."""
+    N = 63
+    one = torch.full((2, N), 0.5671)
+    one[1] *= 1 + 2e-4
+    one[1, ::2] *= -1
+    radius = torch.full((B,), 0.5671 * math.sqrt(N / 510), dtype=torch.float64)
+    mean, _ = oracle(torch.zeros(B, N), one.repeat(12, 1), radius, math.inf)
+    actual, _ = forward(torch.zeros(B, N), one.repeat(12, 1), radius, math.inf)
+    assert row_error(actual, mean, mean.norm(dim=1)) <= 5e-6
+
+
+@pytest.mark.parametrize("difference", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("B", [1, 9])
+@pytest.mark.parametrize("D", [1.0, 0.5, 0.1, 0.01, 1e-6, 1e-20])
+def test_a_far_reference_counts_where_weights_fall_slowly(isa, oracle, D, B, dtype, difference):
+    near, far = torch.linspace(-1, 1, 50, dtype=dtype), torch.tensor([1e5, 1e9, 1e20, 1e30])
+    references = torch.cat([near, far.to(dtype)])[:, None]
+    x, radius = torch.linspace(-0.9, 1.1, B, dtype=dtype)[:, None], torch.full((B,), 0.3).double()
+    mean, _ = oracle(x, references, radius, D)
+    problem = PosteriorMean(x, references, radius, D, difference=difference)
+    expected = x.double() - mean if difference else mean
+    tolerance = 2e-6 if dtype == torch.float32 else 1e-9
+    torch.testing.assert_close(
+        native.posterior_mean(problem)[0].double(), expected, rtol=tolerance, atol=tolerance / 10
+    )
+
+
+@pytest.mark.parametrize("B", [1, 9])
+@pytest.mark.parametrize("D", [0.1, 1.0, math.pi, 100.0])
+def test_points_that_are_rounded_references(isa, oracle, D, B):
+    """Their distances in float32 are 0, but those in float64 decide."""
+    generator = torch.Generator().manual_seed(0)
+    references = torch.randn(200, 1, generator=generator, dtype=torch.float64)
+    references[:100] = 1.2345678901234 + 1e-7 * references[:100]
+    x, radius = references[:B].float(), torch.zeros(B, dtype=torch.float64)
+    mean, _ = oracle(x, references, radius, D)
+    difference = native.posterior_mean(PosteriorMean(x, references, radius, D, difference=True))[0]
+    torch.testing.assert_close(difference.double(), x.double() - mean, rtol=1e-6, atol=1e-12)
+
+
+@pytest.mark.parametrize("D", [1.0, math.inf])
+@pytest.mark.parametrize(("scale", "size"), [(1e15, 1e25), (1e-12, 1e-31), (1e3, 1e-33)])
+@pytest.mark.parametrize(("B", "N"), [(2, 2), (20, 2), (20, 64), (3, 600)])
+def test_upstream_gradients_of_any_size(isa, oracle_gradients, B, N, scale, size, D):
+    """Of which products with differences leave the range of float32."""
+    generator = torch.Generator().manual_seed(N)
+    references = scale * torch.randn(40, N, generator=generator)
+    x = references[:B] + scale * torch.randn(B, N, generator=generator)
+    radius = torch.full((B,), scale * math.sqrt(N), dtype=torch.float64)
+    radius *= 1 if math.isinf(D) else 10 * math.sqrt(N)
+    G, zero = size * torch.randn(B, N, generator=generator), torch.zeros(B, dtype=torch.float64)
+    wanted = oracle_gradients(x, references, radius, D, G, zero, needs_references=True)
+    for actual, correct in zip(backward(x, references, radius, D, G, zero), wanted, strict=True):
+        assert_gradient(actual.double() / size, correct / size, 2e-5)
+
+
 @pytest.mark.parametrize("B", [1, 9, 70])
 @pytest.mark.parametrize(("N", "pairs"), [(784, 16), (3072, 3), (300, 40), (2, 2), (2, 2000)])
 def test_the_field_midway_between_opposite_references(isa, N, pairs, B):

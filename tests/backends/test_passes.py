@@ -37,6 +37,19 @@ def test_without_a_pass_torch_computes_and_says_so_once():
     assert preferred(FIRST) == ("torch", "as native has not passed pfgm check here")
 
 
+@pytest.mark.parametrize("name", [None, "torch"])
+@pytest.mark.filterwarnings("ignore:the backend torch computes")
+def test_kernels_that_do_not_compute_are_not_loaded(gpus, monkeypatch, name):
+    """A driver that compiles them takes long."""
+    monkeypatch.setattr(native._native, "cuda_problem", lambda number: pytest.fail("loaded"))
+    if name:
+        monkeypatch.setenv("PFGM_BACKEND", name)
+    else:
+        assert preferred(FIRST)[0] == "torch"
+    assert chosen() is products
+    assert not eager._takes_native(FIRST)
+
+
 @pytest.mark.usefixtures("gpus", "silent")
 def test_what_is_named_computes_without_a_pass(monkeypatch):
     for name, module in (("native", native), ("triton", triton), ("reference", reference)):
@@ -48,7 +61,7 @@ def test_what_is_named_computes_without_a_pass(monkeypatch):
 
 @pytest.mark.usefixtures("silent")
 def test_a_pass_is_that_of_a_kind_of_gpu(gpus):
-    passes.store("H100", "native")
+    passes.store("H100")
     assert chosen(FIRST) is native
     assert eager._takes_native(FIRST)
     assert preferred(FIRST) == ("native", "which has passed pfgm check")
@@ -68,7 +81,7 @@ def test_ranks_agree_and_each_asks_for_its_own_gpu(gpus, monkeypatch, passed):
     """Processes of torchrun, whose current device is their own. None makes a context on another."""
     gpus.kinds[1] = gpus.kinds[0]
     if passed:
-        passes.store(gpus.kinds[0], "native")
+        passes.store(gpus.kinds[0])
     asked = []
     problem, name = native._native.cuda_problem, torch.cuda.get_device_name
 
@@ -86,15 +99,16 @@ def test_ranks_agree_and_each_asks_for_its_own_gpu(gpus, monkeypatch, passed):
         assert set(asked) == {rank}
 
 
-@pytest.mark.parametrize("change", ["torch", "driver", "build", "backend"])
-def test_a_pass_holds_for_one_driver_torch_build_and_backend(gpus, monkeypatch, change):
-    passes.store("H100", "triton" if change == "backend" else "native")
+@pytest.mark.parametrize("change", ["torch", "driver", "source_digest", "nvcc"])
+def test_a_pass_holds_for_one_driver_torch_and_build(gpus, monkeypatch, change):
+    passes.store("H100")
+    assert change in ("torch", "driver") or change in gpus.info
     if change == "torch":
         monkeypatch.setattr(torch, "__version__", "99.0")
     elif change == "driver":
         gpus.driver += 1
-    elif change == "build":
-        gpus.info["source_digest"] = "another"
+    else:
+        gpus.info[change] = "another"
     with pytest.warns(RuntimeWarning, match="pfgm check"):
         assert chosen() is products
 
@@ -102,31 +116,32 @@ def test_a_pass_holds_for_one_driver_torch_build_and_backend(gpus, monkeypatch, 
 @pytest.mark.usefixtures("gpus")
 @pytest.mark.parametrize("content", ["", "{", "[]", '{"backend": "native"}'])
 def test_a_damaged_file_is_no_pass(content):
-    passes.store("H100", "native")
-    (file,) = passes._path("H100", "native")[0].parent.iterdir()
+    passes.store("H100")
+    (file,) = passes._path("H100")[0].parent.iterdir()
     assert json.loads(file.read_text())["gpu"] == "H100"
     file.write_text(content)
-    assert not passes.has("H100", "native")
-    passes.store("H100", "native")
-    assert passes.has("H100", "native")
-    passes.take_away("H100", "native")
-    passes.take_away("H100", "native")
-    assert not passes.has("H100", "native")
+    assert not passes.has("H100")
+    passes.store("H100")
+    assert passes.has("H100")
+    passes.take_away("H100")
+    passes.take_away("H100")
+    assert not passes.has("H100")
 
 
 @pytest.mark.usefixtures("gpus", "silent")
 def test_amd_computes_with_torch(monkeypatch):
     monkeypatch.setattr(torch.version, "hip", "6.4")
-    passes.store("H100", "native")
+    passes.store("H100")
     assert chosen() is products
     assert preferred(FIRST) == ("torch", "the first that can run")
 
 
 def test_a_busy_gpu_is_asked_again(gpus):
-    passes.store("H100", "native")
+    passes.store("H100")
     gpus.problems[0] = "all devices are busy"
     with pytest.warns(RuntimeWarning, match="all devices are busy"):
         assert chosen() is products
+    assert preferred(FIRST) == ("torch", "as native cannot run")
     gpus.problems[0] = ""
     assert chosen() is native
 
@@ -161,7 +176,7 @@ def test_the_driver_is_known_where_proc_does_not_have_it(gpus, monkeypatch, foun
 
 @pytest.mark.usefixtures("gpus")
 def test_a_second_choice_reads_no_file_and_a_cpu_none(monkeypatch):
-    passes.store("H100", "native")
+    passes.store("H100")
     assert chosen() is native
     monkeypatch.setattr(passes, "has", None)
     assert chosen() is native

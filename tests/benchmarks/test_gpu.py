@@ -11,5 +11,7 @@ def test_each_path_computes_the_mean(path):
     case = subjects.perturbed(subjects.photograph_crops(300, 16), 24)
     mean = bench_gpu.call_of(path, case, compiled=lambda function: function)()
     assert mean.shape == case.x.shape
-    assert bench_gpu.error(case, mean) < 2e-5
+    # That of plain torch depends on the processor's matrix products: 2.2e-5 was seen.
+    most = 1e-4 if path in ("plain torch", "compiled TF32") else 2e-5
+    assert bench_gpu.error(case, mean) < most
     assert bench_gpu.error(case, mean + 1e-3) > 9e-4

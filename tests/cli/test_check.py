@@ -40,11 +40,6 @@ def test_commands_check_nothing(monkeypatch, tmp_path):
     assert cli.main([*arguments, "--out", str(tmp_path / "a.npy")]) == 0
 
 
-def test_quick_was_removed(capsys):
-    assert cli.main(["check", "--quick"]) == 2
-    assert "--quick was removed in 0.3.0" in capsys.readouterr().err
-
-
 def test_a_run_says_which_backend_computes(monkeypatch, tmp_path, capsys):
     arguments = ["train", "--data", "digits", "--network", "mlp", "--width", "16", *TRAIN]
     monkeypatch.delenv("PFGM_BACKEND", raising=False)

@@ -218,13 +218,17 @@ def test_a_table_comes_back_with_its_columns(tmp_path, refusal, capsys):
     for label in ("older", "2", "-1", "1.5"):
         message = refusal(*sample, "--checkpoint", tmp_path / "labels", f"--label={label}")
         assert "labels holds 2" in message or " or new, old, got " in message
+    # The names 1 to 4 are meant, not the numbers 0 to 3 of these labels.
+    message = refusal(*sample, "--checkpoint", tmp_path / "named", "--label=0")
+    assert "label must be one of the network's labels, 1, 2, 3, 4, got 0." in message
     assert "out must end in .csv" in refusal(*sample[:3], "--checkpoint", out, "--out", "x.npy")
     np.save(tmp_path / "x.npy", np.zeros((40, 3), np.float32))
     samples = ["--samples", tmp_path / "x.npy", "--data", table]
     assert "samples must be a .csv file" in refusal(*evaluate, *samples)
     assert "data must be a .csv file too" in refusal(*evaluate, "--samples", rows)
     assert "range and resize are not for tables" in refusal(*train, "--out", "x", "--range", 0, 1)
-    assert "are for .csv files" in refusal("train", "--out", "x", "--drop-missing")
+    for option in (["--drop-missing"], ["--drop-columns", "a"], ["--no-header"]):
+        assert "are for .csv files" in refusal("train", "--out", "x", *option)
 
 
 def test_a_checkpoint_is_read_once(tmp_path, monkeypatch):

@@ -246,8 +246,8 @@ def test_another_suffix_is_refused(tmp_path: Path) -> None:
         ValueError, match=r" must be a folder of images or end.*got the suffix '\.png'\."
     ):
         open_source(path)
-    table = path.rename(tmp_path / "a.tsv")
-    with pytest.raises(ValueError, match=r" must be a folder of.*got the suffix '\.tsv'; a table "):
+    table = path.rename(tmp_path / "a.xlsx")
+    with pytest.raises(ValueError, match=r" must be a folder of.*got the suffix '\.xlsx'; a ta"):
         open_source(table)
 
 

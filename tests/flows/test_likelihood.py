@@ -212,7 +212,7 @@ def test_bits_per_dimension():
 
 @pytest.mark.parametrize(
     ("kind", "solver", "evaluations"),
-    [("pfgm", "euler", 7), (16, "heun", 12), ("pfgm", "rk45", None), (16, "rk45", None)],
+    [("pfgm", "euler", 6), (16, "heun", 11), ("pfgm", "rk45", None), (16, "rk45", None)],
 )
 def test_evaluations_and_samples_with_shape(kind, solver, evaluations):
     data = torch.randn(30, 1, 2, 2, generator=seeded())

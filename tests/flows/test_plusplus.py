@@ -211,6 +211,8 @@ def test_labels_restrict_the_references(data):
         flow.loss(net, data, data, condition=condition)
     with pytest.raises(ValueError, match=r"labels must be in reference_labels,.*got 2\."):
         flow.loss(net, data, data, condition=condition, reference_labels=every % 2)
+    with pytest.raises(ValueError, match=r"labels must be given with reference_labels,.*got None"):
+        flow.loss(lambda x, sigma: x, data, data, reference_labels=every)
 
 
 @pytest.mark.parametrize("D", [1.0, 16.0, 2048.0, math.inf])
@@ -348,3 +350,11 @@ def test_a_step_is_at_most_three_kernels(monkeypatch, seeing_mode, kind, solver)
         counts.append(sum(not any(word in call for word in memory) for call in seeing_mode.seen))
     evaluations = GRID_SOLVERS[solver].evaluations
     assert (counts[1] - counts[0]) / 10 <= 3 * evaluations
+
+
+def test_data_of_zeros_alone_have_no_scale(refused):
+    data = torch.zeros(1, 3)  # as the only row of a table that is standardised
+    refused(
+        lambda: pfgm.PoissonFlowPP.from_data(data, D=128),
+        "data must have a value other than 0, got zeros alone, …all equal.",
+    )

@@ -822,7 +822,10 @@ GRIDS = [], [1.0], [1.0] * 2, [1.0, 2.0, 1.0], [1.0, 1.0, 0.0], [0.0, 1.0], [1.0
         (lambda: FLOW.sample(pfgm.networks.MLP, 2), "TypeError: net must be a…the class MLP."),
         (lambda: FLOW.sample(None, 2), "TypeError: net must be a…and the level, got a NoneType."),
         (lambda: FLOW.sample(NET, -2), "n must be an integer of at least 0, got -2."),
-        (lambda: FLOW.sample(NET, np.float64(2)), "n must be an integer of at least 0, got 2.0."),
+        (  # NumPy 2 writes np.float64(2.0)
+            lambda: FLOW.sample(NET, np.float64(2)),
+            f"n must be an integer of at least 0, got {np.float64(2)!r}.",
+        ),
         (lambda: FLOW.sample(NET, 4, x_init=DATA), "x_init must be floating…of shape (20, 2)."),
         (lambda: FLOW.sample(NET, 3, x_init=WHOLE), "x_init must be floating…of shape (3, 2)."),
         (lambda: FLOW.sample(NET, 2, guidance=3.0), "guidance is 3.0, but…labels}."),
@@ -840,7 +843,7 @@ GRIDS = [], [1.0], [1.0] * 2, [1.0, 2.0, 1.0], [1.0, 1.0, 0.0], [0.0, 1.0], [1.0
         (lambda: FLOW.decode(NET, WHOLE.byte()), "TypeError: latent must be…got torch.uint8."),
         (
             lambda: PLAIN.loss(LABELLED, DATA, condition={"labels": 1}),
-            "TypeError: condition['labels'] must be a torch.Tensor of integers,…got int.",
+            "TypeError: labels must be a torch.Tensor of integers,…got int.",
         ),
         (
             lambda: PLAIN.loss(LABELLED, DATA, condition=DATA),

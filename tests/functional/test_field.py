@@ -315,17 +315,6 @@ TYPE_ERRORS = [
 ]
 
 
-@pytest.mark.parametrize("function", [posterior_mean, field_fn, log_density])
-def test_precision_was_removed(function):
-    arguments = (x0, 1.0, references0) if function is field_fn else (x0, references0)
-    for given, message in (
-        ("precision", r"no longer takes precision .*: leave it out"),
-        ("k", r"got an unexpected keyword argument 'k'$"),
-    ):
-        with pytest.raises(TypeError, match=rf"^{function.__name__}\(\) {message}"):
-            function(*arguments, **{given: "high"})
-
-
 def test_integers_beyond_the_range_of_floats_and_texts_are_named():
     x, huge = torch.zeros(2, 3), 10**400
     flow = pfgm.PoissonFlowPP((3,), D=16)

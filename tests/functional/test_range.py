@@ -74,10 +74,6 @@ def test_gradients_with_a_reference_beyond_float32_that_counts_little(backend, B
     x, sigma = torch.zeros(B, 1, requires_grad=True), 1e39 / math.sqrt(40)
     mean = posterior_mean(x, references, sigma=sigma, D=math.inf, backend=backend)
     assert mean.isfinite().all()
-    if backend == "native" and B == 1:
-        with pytest.raises(ValueError, match=BEYOND):
-            mean.sum().backward()
-        return
     (gradient,) = torch.autograd.grad(mean.sum(), x)
     wanted = torch.full((B, 1), 40 * math.exp(-20))
     torch.testing.assert_close(gradient, wanted, rtol=1e-4, atol=0)

@@ -280,6 +280,23 @@ def test_out_may_be_any_input(backend, shape):
         assert torch.equal(mean_out, expected[1])
 
 
+def test_an_out_in_a_predicted_mean_that_is_returned_is_refused(backend):
+    memory = torch.randn(6, 37)
+    x, mean, previous = torch.randn(5, 37), memory[:5], torch.randn(5, 37)
+    kept = mean.clone()
+    for out in (mean, memory[1:], mean[:]):
+        for call in (
+            lambda out: pfgm.multistep_step(x, mean, 2.0, 1.0, previous, 3.0, out=out),
+            lambda out: pfgm.euler_step(x, mean, 2.0, 1.0, out=out, return_mean=True),
+        ):
+            with pytest.raises(ValueError, match=r"out must not overlap a predicted mean that is"):
+                call(out)
+    assert torch.equal(mean, kept)
+    expected = pfgm.euler_step(x, mean, 2.0, 1.0, backend=backend)
+    assert torch.equal(pfgm.euler_step(x, mean, 2.0, 1.0, out=mean, backend=backend), expected)
+    assert torch.equal(mean, expected)
+
+
 @pytest.mark.parametrize("overlapped", ["x", "field_x"])
 def test_an_overlapping_out_is_right(backend, overlapped):
     memory = torch.zeros(6 * 37 + 5)

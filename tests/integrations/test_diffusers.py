@@ -138,12 +138,16 @@ def test_a_scheduler_takes_the_steps_of_the_flow(
 
 
 def midpoint(denoise, x, grid, callback=None):
-    """A solver of a user: the slope in the middle of each step. It writes over its means."""
+    """A solver of a user: the slope in the middle of each step. It writes over its means.
+
+    In float64, as a step to level 0 leaves a small difference of large numbers.
+    """
     for z, next_z in pairwise(grid):
         middle = (z + next_z) / 2
         half = pfgm.euler_step(x, denoise(x, z), z, middle)
         prediction = denoise(half, middle)
-        x = x + 2 * (pfgm.euler_step(half, prediction, middle, next_z) - half)
+        step = pfgm.euler_step(half, prediction, middle, next_z).double() - half
+        x = (x + 2 * step).to(x.dtype)
         if isinstance(prediction, torch.Tensor):
             prediction.zero_()
     return x, 2 * (len(grid) - 1)
@@ -449,6 +453,32 @@ def test_the_target_of_a_field_is_the_field(schedulers):
     torch.testing.assert_close(target[:, 1].mean((1, 2)), field_z, rtol=1e-4, atol=1e-4)
     alone = scheduler.target(noisy, t, DATA[:8])
     assert torch.equal(alone, scheduler.target(noisy, t, DATA[:8], DATA[:8]))
+
+
+@pytest.mark.parametrize("flow", [FIELD, *DENOISERS.values()], ids=name)
+def test_targets_by_label(schedulers, flow):
+    """Each row is the target over the references of its label."""
+    scheduler = scheduler_of(schedulers, flow)
+    labels, seen = torch.tensor([1, -1, 0, 2, 1, 0]), torch.arange(len(DATA)) % 3
+    original = DATA[[1, 0, 3, 2, 4, 6]]
+    noisy, t = scheduler.perturb(original, seeded())
+    target = scheduler.target(noisy, t, original, DATA, labels=labels, reference_labels=seen)
+    for label in (-1, 0, 1, 2):
+        rows, own = labels == label, DATA if label < 0 else DATA[seen == label]
+        alone = scheduler.target(noisy[rows], t[rows], original[rows], own)
+        torch.testing.assert_close(target[rows], alone, rtol=1e-4, atol=1e-4)
+    labelled = pfgm.ReferenceSet(DATA, labels=seen)
+    by_set = scheduler.target(noisy, t, original, labelled, labels=labels)
+    torch.testing.assert_close(by_set, target, rtol=1e-4, atol=1e-4)
+    with pytest.raises(ValueError, match="labels must be given with reference_labels"):
+        scheduler.target(noisy, t, original, DATA, reference_labels=seen)
+    # Without references they are the original samples, which have these labels.
+    if flow is FIELD:
+        given = {"references": original, "reference_labels": labels}
+        torch.testing.assert_close(
+            scheduler.target(noisy, t, original, labels=labels),
+            scheduler.target(noisy, t, original, labels=labels, **given),
+        )
 
 
 def test_networks_of_diffusers_are_networks_of_the_flows(diffusers):
@@ -796,3 +826,30 @@ def test_a_missing_package_is_named(monkeypatch):
     message = r"needs diffusers; in a checkout: pip install '\.\[diffusers\]'"
     with pytest.raises(ImportError, match=message):
         importlib.import_module("pfgm.integrations.diffusers")
+
+
+def test_settings_may_change_after_creation_as_in_training_scripts(schedulers, refused):
+    flow = DENOISERS[math.inf]
+    scheduler, x = schedulers.plus.from_flow(flow, solver="euler"), torch.randn(2, *flow.shape)
+    output = torch.randn_like(x)
+    for kind in ("sample", "epsilon", "score"):
+        scheduler.register_to_config(prediction_type=kind)
+        created = schedulers.plus.from_flow(flow, solver="euler", prediction_type=kind)
+        moved = []
+        for each in (scheduler, created):
+            each.set_timesteps(5)
+            moved.append(each.step(output, each.timesteps[1], x).prev_sample)
+        assert torch.equal(*moved)
+        assert scheduler.config.prediction_type == kind
+    other = type(scheduler).from_config(scheduler.config)
+    assert other.config.prediction_type == "score"
+    refused(
+        lambda: scheduler.register_to_config(prediction_type="v_prediction"),
+        "prediction_type must be one of …got 'v_prediction'.",
+    )
+    refused(
+        lambda: scheduler.register_to_config(level="sigma"),
+        "level must stay 'timestep', got 'sigma'; …level=…).",
+    )
+    assert scheduler.config.prediction_type == "score"
+    assert scheduler.config.level == "timestep"

@@ -12,6 +12,7 @@ import pfgm
 from pfgm.integrations.flow_matching import PoissonFlowMatcher, as_denoiser
 
 DS = [1.0, 16.0, 128.0, math.inf]
+NEEDED = "needs the packages of pip install '.[peers]'"
 POINTS = torch.tensor([[1.0, 0.0], [-0.5, 0.9], [-0.5, -0.9], [0.2, 0.1]], dtype=torch.float64)
 
 
@@ -46,7 +47,7 @@ def spread_points(count=64, scale=1.0):
 
 
 def test_diffusion_without_references_is_torchcfms():
-    matching = pytest.importorskip("torchcfm.conditional_flow_matching")
+    matching = pytest.importorskip("torchcfm.conditional_flow_matching", reason=NEEDED)
     x0, x1 = torch.randn(2, 8, 3, 4, 4, generator=seeded())
     t = torch.rand(8, generator=seeded(1))
     theirs = matching.ConditionalFlowMatcher(sigma=0.0).sample_location_and_conditional_flow(
@@ -59,7 +60,7 @@ def test_diffusion_without_references_is_torchcfms():
 @pytest.mark.parametrize("D", DS)
 def test_flow_matchings_solver_takes_the_velocity(D):
     """Its samples, and its likelihood, which differentiates the velocity in x."""
-    solver = pytest.importorskip("flow_matching.solver")
+    solver = pytest.importorskip("flow_matching.solver", reason=NEEDED)
     matcher = PoissonFlowMatcher(D, POINTS)
     noise = matcher.noise((32, 2), generator=seeded(), dtype=torch.float64)
     samples = solver.ODESolver(matcher.velocity).sample(noise, step_size=0.01, method="midpoint")
@@ -245,6 +246,7 @@ def test_the_exact_velocity_as_a_denoiser_is_the_exact_denoiser(D):
 
 def test_wrong_calls(refused):
     matcher, alone = PoissonFlowMatcher(16, POINTS), PoissonFlowMatcher(16)
+    labelled = PoissonFlowMatcher(16, POINTS, reference_labels=torch.arange(4))
     sample, x1 = matcher.sample_location_and_conditional_flow, POINTS
     for call, sentence in (
         (lambda: PoissonFlowMatcher(0), "D must be a positive number or infinity, got 0."),
@@ -268,11 +270,23 @@ def test_wrong_calls(refused):
         (lambda: matcher.velocity(math.nan, POINTS), "r, sigma or z must be…got nan in row 0."),
         (
             lambda: matcher.velocity(0.5, POINTS, labels=torch.zeros(3)),
-            "labels must have shape (4,), got (3,).",
+            "labels must be integers of shape (4,), got torch.float32 of shape (3,).",
         ),
         (
-            lambda: matcher.velocity(0.5, POINTS, labels=torch.zeros(4)),
-            "reference_labels must have shape (4,) with labels in the condition,…got None.",
+            lambda: matcher.velocity(0.5, POINTS, labels=torch.zeros(4).long()),
+            "reference_labels must have shape (4,) with labels,…got None.",
+        ),
+        (
+            lambda: labelled.velocity(0.5, POINTS),
+            "labels must be given with reference_labels,…got None.",
+        ),
+        (
+            lambda: labelled.sample_location_and_conditional_flow(None, POINTS),
+            "labels must be given with reference_labels,…got None.",
+        ),
+        (
+            lambda: PoissonFlowMatcher(16, reference_labels=torch.arange(4)),
+            "references must be given with reference_labels, got None.",
         ),
         (lambda: matcher.noise(()), "shape must be (n, *S) with n of at least 0, got ()."),
         (lambda: matcher.noise((-1, 2)), "shape must be (n, *S) with n of…least 0, got (-1, 2)."),

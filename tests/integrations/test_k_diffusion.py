@@ -21,7 +21,7 @@ def label(flow):
 
 @pytest.fixture(scope="module")
 def sampling():
-    reason = "k-diffusion is not installed: pip install '.[k-diffusion]'"
+    reason = "k-diffusion is not installed: pip install '.[peers]'"
     return pytest.importorskip("k_diffusion.sampling", reason=reason)
 
 

@@ -75,6 +75,13 @@ def test_launches(folder):
     assert json.loads(done.stdout) == {name: [] for name in ("80", "86", "89", "90", "120")}
 
 
+@pytest.mark.slow
+def test_the_build_says_which_nvcc_made_it(folder):
+    """A pass of pfgm check is of that one."""
+    said = subprocess.run(["nvcc", "--version"], capture_output=True, text=True, check=True).stdout
+    assert f"V{executor._load(str(folder)).build_info()['nvcc']}\n" in said
+
+
 def test_one_ptx_is_the_proof_for_all_gpus():
     """Code for sm_80 runs on all of them, compiled by the driver: no kernel has other code for some
     of them."""

@@ -506,22 +506,98 @@ def test_torch_fidelity_itself_agrees_with_our_distance(
     assert figures.score_deviation == 0
 
 
-def test_distances_over_many_features_are_found_in_short_calls(
+def exact(a: Tensor, b: Tensor) -> Tensor:
+    return torch.cdist(a, b, compute_mode="donot_use_mm_for_euclid_dist")
+
+
+def hard_sets(kind: str, N: int) -> tuple[Tensor, Tensor]:
+    """Samples and real rows (·, N) whose distances a product of matrices gets wrong."""
+    a, b = normal(40, N), normal(60, N, seed=1)
+    if kind == "far from 0":
+        return a * 1e-6 + 1e6, b * 1e-6 + 1e6
+    if kind == "few levels":
+        return a.round(), b.round()
+    if kind == "near ties":
+        return torch.nextafter(b[:40], b[20:]), b
+    if kind == "constant":
+        return torch.ones(40, N).double(), torch.full((60, N), 3.0).double()
+    if kind == "clusters":
+        return a + 1e7 * (a[:, :1] > 0), b + 1e7 * (b[:, :1] > 0)
+    if kind == "rows far away":
+        a[0], b[3] = 1e50, -1e60
+        return a, b
+    scales = 10.0 ** torch.arange(-120, 60, 3, dtype=torch.float64)[:, None]
+    return a * scales[20:], b * scales
+
+
+HARD = ("far from 0", "few levels", "near ties", "constant", "clusters", "rows far away", "scales")
+
+
+@pytest.mark.parametrize("N", [1, 3, 300])
+@pytest.mark.parametrize("kind", HARD)
+def test_products_decide_as_exact_differences_do(kind: str, N: int) -> None:
+    """To the bit, also where a radius is the distance of a pair."""
+    a, b = hard_sets(kind, N)
+    across, within = exact(a, b), exact(b, b).sort(1).values[:, 1:4]
+    assert torch.equal(metrics.nearest_distance(a, b), across.amin(1))
+    assert torch.equal(metrics.neighbour_distances(b, 3), within)
+    radii = exact(a, a).sort(1).values[:, 3:4]
+    for real_radii in (within[:, 2], across[7]):
+        neighbours = real_radii[:, None].expand(-1, 5)
+        inside, covered = across <= real_radii, across <= radii
+        figures = metrics.precision_recall(a, b, neighbours=neighbours)
+        assert figures == (int(inside.any(1).sum()) / 40, int(covered.any(0).sum()) / 60)
+        figures = metrics.density_coverage(a, b, neighbours=neighbours)
+        assert figures == (int(inside.sum()) / 200, int(inside.any(0).sum()) / 60)
+
+
+def test_few_distances_are_computed_from_differences_in_short_calls(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     a, b = torch.rand(400, 3072), torch.rand(300, 3072)
-    sizes: list[int] = []
-    cdist = torch.cdist
+    terms: dict[str, list[int]] = {"cdist": [], "addmm": []}
+    cdist, addmm = torch.cdist, torch.addmm
 
-    def recorded(x: Tensor, y: Tensor, **options: Any) -> Tensor:
-        sizes.append(len(x) * len(y) * x.shape[1])
+    def differences(x: Tensor, y: Tensor, **options: Any) -> Tensor:
+        terms["cdist"].append(x.numel() * y.shape[-2])
         return cdist(x, y, **options)
 
-    monkeypatch.setattr(torch, "cdist", recorded)
-    nearest = metrics.nearest_distance(a, b)
-    assert max(sizes) <= 2**28
-    whole = cdist(a.double(), b.double(), compute_mode="donot_use_mm_for_euclid_dist")
-    torch.testing.assert_close(nearest.double(), whole.amin(1))
+    def products(sums: Tensor, x: Tensor, y: Tensor, **options: Any) -> Tensor:
+        terms["addmm"].append(x.numel() * y.shape[1])
+        return addmm(sums, x, y, **options)
+
+    whole = exact(a.double(), b.double()).amin(1)
+    monkeypatch.setattr(torch, "cdist", differences)
+    monkeypatch.setattr(torch, "addmm", products)
+    assert torch.equal(metrics.nearest_distance(a, b), whole)
+    assert sum(terms["addmm"]) == a.numel() * len(b)
+    assert sum(terms["cdist"]) <= 2 * a.numel()
+    assert max(terms["cdist"]) <= 2**28
+    tiny = torch.rand(400, 3072, dtype=torch.float64) * 1e-200  # all from differences
+    metrics.nearest_distance(tiny, tiny)
+    assert max(terms["cdist"]) <= 2**28
+
+
+def test_many_rows_beside_few_are_not_decomposed(monkeypatch: pytest.MonkeyPatch) -> None:
+    few, many = normal(5, 30), normal(80, 30, seed=1)
+    expected = frechet_by_scipy(few, many)
+    monkeypatch.setattr(torch.linalg, "qr", None)
+    assert metrics.frechet_distance(few, many) == pytest.approx(expected, rel=1e-6)
+    assert metrics.frechet_distance(many, few) == pytest.approx(expected, rel=1e-6)
+
+
+def test_progress_of_neighbours_counts_parts(monkeypatch: pytest.MonkeyPatch) -> None:
+    bars = []
+
+    def progress_bar(parts: list[slice], *arguments: Any, **options: Any) -> list[slice]:
+        bars.append((len(parts), options["disable"]))
+        return parts
+
+    monkeypatch.setattr(distances, "progress_bar", progress_bar)
+    monkeypatch.setattr(distances, "_MAX_DISTANCES", 40)
+    metrics.neighbour_distances(normal(20, 3), 3, progress=True)
+    metrics.neighbour_distances(normal(20, 3), 3)
+    assert bars == [(10, False), (10, True)]
 
 
 A, B = normal(8, 2), normal(10, 2)

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 import pfgm
 from pfgm.networks import (
@@ -23,6 +24,7 @@ from pfgm.networks import (
     embedding,
     field_from_mean,
 )
+from pfgm.networks.unet import Attention
 
 FIELD_NETWORKS = ("mlp", "unet")
 MLP_OPTIONS: dict[str, Any] = {"width": 24, "depth": 2}
@@ -414,6 +416,29 @@ def test_a_mean_that_the_field_would_ignore_is_refused() -> None:
     own = {"mean": MLP.mean, "forward": lambda self, x, z: self.mean(x, z)}
     heir = type("Heir", (type("Own", (MLP,), own),), {"mean": MLP.mean})  # whose forward calls it
     assert heir.forward is own["forward"]
+
+
+def test_attention_without_gradients_has_the_layout_of_the_fast_kernel(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    attention = Attention(2, 16, heads=2).requires_grad_(False)
+    torch.nn.init.ones_(attention.projection.weight)
+    h = torch.randn(3, 16, 4, 5, generator=torch.Generator().manual_seed(0)).requires_grad_()
+    fits, attend = [], torch.nn.functional.scaled_dot_product_attention
+
+    def recorded(*inputs: Tensor) -> Tensor:
+        fits.append(all(x.stride(-1) == 1 for x in inputs))
+        return attend(*inputs)
+
+    monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", recorded)
+    expected = attention(h)
+    with torch.no_grad():
+        torch.testing.assert_close(attention(h), expected)
+        with forward_ad.dual_level():
+            attention(h)
+    assert fits == [False, True, False]  # that kernel has neither tangents nor second derivatives
+    (gradient,) = torch.autograd.grad(expected.sum(), h, create_graph=True)
+    torch.autograd.grad(gradient.square().sum(), h)
 
 
 def test_unet_of_a_signal_is_that_of_an_image_constant_across() -> None:

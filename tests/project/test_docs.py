@@ -61,7 +61,7 @@ FIELDS_OF_FLOWS = [
 
 
 def test_fields_of_flows_are_found():
-    assert len(FIELDS_OF_FLOWS) == 5  # drop-in twice, three examples
+    assert len(FIELDS_OF_FLOWS) == 7  # drop-in three times, ecosystem, three examples
 
 
 @pytest.mark.parametrize("code", FIELDS_OF_FLOWS)

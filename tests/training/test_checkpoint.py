@@ -147,7 +147,7 @@ def test_compiled_and_plain_networks_share_files(
     with monkeypatch.context() as patch:
         if older:  # files had the names of the compiled network
             patch.setattr(weights_file, "plain_state", nn.Module.state_dict)
-            patch.setattr(weights_file, "without_compile", lambda network: network)
+            patch.setattr(weights_file, "network_to_save", lambda network: network)
         pfgm.save(path, flow, wrapped(network, saved))
     other = wrapped(pfgm.networks.MLP((3,), width=16, depth=2), loaded)
     assert pfgm.load(path, other).network is other

@@ -192,6 +192,20 @@ def test_a_file_system_without_locks_gets_a_warning(tmp_path, monkeypatch):
         pass
 
 
+def test_a_start_on_a_full_disk_leaves_nothing(tmp_path, monkeypatch):
+    def full(*arguments):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(os, "pwrite", full)
+    for folder in (tmp_path / "new", tmp_path):
+        with (
+            pytest.raises(OSError, match=r"cannot be used as the output.*No space"),
+            locked(folder),
+        ):
+            pass
+        assert names(tmp_path) == []
+
+
 @pytest.mark.parametrize("work", [locked, output_folder])
 def test_work_that_fails_leaves_no_empty_new_folder(tmp_path, work):
     (tmp_path / "old").mkdir()

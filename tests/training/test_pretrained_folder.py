@@ -1,4 +1,5 @@
 import json
+import os
 
 import pytest
 import torch
@@ -65,6 +66,27 @@ def test_the_hub_reads_the_card_and_its_code_samples(tmp_path, monkeypatch, shap
     (tmp_path / "my model/README.md").write_text("mine")
     pfgm.save_pretrained(tmp_path / "my model", flow, net)
     assert (tmp_path / "my model/README.md").read_text() == "mine"
+
+
+def test_names_of_labels_that_are_numbers(tmp_path, monkeypatch):
+    """The card shows them, and its code runs."""
+    flow = pfgm.PoissonFlow((2,), data_norm=1.0)
+    folder = tmp_path / "caf\u00e9"
+    pfgm.save_pretrained(folder, flow, flow.network("mlp", classes=3), label_names=range(3))
+    card = (folder / "README.md").read_text("utf-8")
+    assert "with the labels 0 to 2 (0, 1, 2)" in card
+    monkeypatch.chdir(tmp_path)
+    exec(card.partition("```python")[2].partition("```")[0], {})
+
+
+def test_a_folder_whose_name_is_not_utf_8_is_refused_before_the_first_file(tmp_path, refused):
+    flow = pfgm.PoissonFlow((2,), data_norm=1.0)
+    folder = tmp_path / os.fsdecode(b"caf\xe9")
+    refused(
+        lambda: pfgm.save_pretrained(folder, flow, flow.network("mlp")),
+        "folder must have a path in UTF-8, which safetensors reads, got …caf?.",
+    )
+    assert not folder.exists()
 
 
 def test_a_network_of_another_library(tmp_path):

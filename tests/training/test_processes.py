@@ -3,6 +3,7 @@
 import csv
 import math
 import os
+import re
 import shlex
 import signal
 import socket
@@ -97,7 +98,7 @@ def finished(tmp_path_factory):
     images = np.random.default_rng(0).integers(0, 256, (61, 3, 4, 5), dtype=np.uint8)
     np.save(folder / "images.npy", images)
     save_points(folder / "points.npy")
-    calls = [["shared_references.py", folder / "images.npy"]]
+    calls = [["shared_references.py", folder / "images.npy"], ["wrapped.py", folder]]
     for kind in ("whole", "shared"):
         calls.append(["training.py", folder / kind, folder / "points.npy", kind, 20])
     both = start_both("together.py", *(shlex.join(map(str, call)) for call in calls))
@@ -107,7 +108,12 @@ def finished(tmp_path_factory):
 
 
 def test_references_in_two_processes(finished):
-    assert finished[0].count("is content") == 2
+    assert len(re.findall(r"rank \d is content", finished[0])) == 2
+
+
+def test_wrapped_networks_of_two_processes_are_saved_and_loaded(finished):
+    for wrapper in ("ddp", "fsdp1", "fsdp1-names", "fsdp2", "held-fsdp1", "held-fsdp2"):
+        assert finished[0].count(f": {wrapper} is content") == 2
 
 
 @pytest.mark.parametrize("kind", ["whole", "shared"])

@@ -12,8 +12,9 @@ import pytest
 import torch
 
 import pfgm
-from pfgm import cli
+from pfgm import cli, metrics
 from pfgm.datasets import open_samples
+from pfgm.metrics import distances
 from pfgm.training import TrainConfig
 from pfgm.training.checks import warn_of_range, warn_of_scales
 from pfgm.training.runs import RunConfig, start
@@ -57,6 +58,8 @@ def test_a_configuration_is_stored_in_its_file(tmp_path):
         ('{"data": []}', r"data must be a text, a name or a path, got \[\]\."),
         ('{"init": {}}', r"init must be a text, a name or a path, got \{\}\."),
         ('{"teacher": 5}', r"teacher must be a text, a name or a path, got 5\."),
+        ('{"init": ""}', r"init must name a file or a folder, got ''; leave it out\."),
+        ('{"teacher": ""}', r"teacher must name a file or a folder, got ''; leave it out\."),
         ('{"flow": null}', r"flow must be a dict of hyper-parameters and.*got None\."),
         ('{"flow": {"nope": 1}}', r"names in flow must be among M, center,.*got 'nope'\."),
         ('{"method": "edm", "flow": {"M": 9}}', r"names in flow must be among.*got 'M'\."),
@@ -158,6 +161,8 @@ def test_a_run_from_before_there_were_layouts_reads_images(tmp_path):
         "resize": None,
         "label_column": "",
         "drop_missing": False,
+        "drop_columns": (),
+        "header": True,
     }
 
 
@@ -206,7 +211,23 @@ def test_the_single_sample_target(tmp_path):
     run(tmp_path, method="edm", network="mlp", training=changed(reference_batch=0))
 
 
-def test_evaluations_leave_figures_and_pictures_and_do_not_change_the_training(tmp_path, earlier):
+def test_evaluations_leave_figures_and_pictures_and_do_not_change_the_training(
+    tmp_path, earlier, monkeypatch
+):
+    found, compared = [], []
+
+    def neighbour_distances(real, *arguments, **options):
+        found.append(real)
+        return distances.neighbour_distances(real, *arguments, **options)
+
+    def precision_recall(*arguments, neighbours):
+        figures = distances.precision_recall(*arguments, neighbours=neighbours)
+        assert figures == distances.precision_recall(*arguments)
+        compared.append(figures)
+        return figures
+
+    monkeypatch.setattr(metrics, "neighbour_distances", neighbour_distances)
+    monkeypatch.setattr(metrics, "precision_recall", precision_recall)
     evaluated = run(tmp_path, training=changed(evaluate_every=4))
     plain = pfgm.load(earlier).network
     assert all(map(torch.equal, plain.parameters(), evaluated.parameters()))
@@ -214,6 +235,8 @@ def test_evaluations_leave_figures_and_pictures_and_do_not_change_the_training(t
         rows = list(csv.DictReader(file))
     assert [row["step"] for row in rows] == ["4", "6"]
     assert all(float(row["frechet_distance"]) > 0 for row in rows)
+    assert [(float(row["precision"]), float(row["recall"])) for row in rows] == compared
+    assert len(found) == 1  # once a run
     pictures = sorted(path.name for path in tmp_path.glob("samples-*.png"))
     assert pictures == ["samples-00000004.png", "samples-00000006.png"]
 
@@ -505,6 +528,16 @@ def test_a_run_with_nothing_left_to_do_says_so(started):
         "resuming at step 6: nothing is left of 6 steps; give more with --steps",
         f"checkpoint: {started}",
     ]
+
+
+def test_a_run_whose_last_evaluation_is_left_says_so_and_makes_it(started):
+    lines, config = [], RunConfig(width=16, samples=20, training=changed(evaluate_every=6))
+    for _ in range(2):
+        start(config, started, progress=False, report=lines.append, resume=True)
+    assert lines[0] == "resuming at step 6 of 6, whose evaluation is left"
+    assert lines[2].startswith("resuming at step 6: nothing is left")
+    with (started / "evaluations.csv").open() as file:
+        assert [row["step"] for row in csv.DictReader(file)] == ["6"]
 
 
 def test_a_resumed_run_refuses_fewer_steps_than_it_has_done(started):

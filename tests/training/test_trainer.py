@@ -1,6 +1,7 @@
 import copy
 import csv
 import dataclasses
+import functools
 import importlib.util
 import math
 import os
@@ -36,9 +37,12 @@ def config(**changes):
     return dataclasses.replace(SMALL, **changes)
 
 
+DATA = torch.randn(50, 2, generator=torch.Generator().manual_seed(0))
+
+
 @pytest.fixture
 def data():
-    return torch.randn(50, 2, generator=torch.Generator().manual_seed(0))
+    return DATA.clone()
 
 
 @pytest.fixture
@@ -48,7 +52,8 @@ def flow(data):
 
 def new_network(seed=0):
     torch.manual_seed(seed)
-    return Dropping(pfgm.networks.MLP((2,), width=16, depth=1))
+    gamma = pfgm.PoissonFlow.from_data(DATA).gamma
+    return Dropping(pfgm.networks.MLP((2,), width=16, depth=1, gamma=gamma))
 
 
 class Dropping(nn.Module):
@@ -151,11 +156,36 @@ def test_a_folder_that_is_removed_during_the_training_is_named(flow, data, tmp_p
     """The run ends with a checkpoint in a new folder of the same name."""
     net, folder = new_network(), tmp_path / "run"
     net.before = lambda call: shutil.rmtree(folder) if call == 12 else None
-    with pytest.raises(FileNotFoundError, match=r"run, the folder of the run, was removed"):
+    with pytest.raises(FileNotFoundError, match=r"run, the folder of the run, was moved or"):
         Trainer(flow, net, data, config(checkpoint_every=10), folder=folder, progress=False).train()
     assert sorted(path.name for path in folder.glob("*.safetensors")) == [
         "step-00000015.safetensors"
     ]
+
+
+def new_folder_with_a_file(moved, folder):
+    folder.mkdir()
+    (folder / "notes.txt").write_text("of another program")
+
+
+@pytest.mark.parametrize("replace", [shutil.copytree, new_folder_with_a_file])
+def test_a_folder_that_takes_the_place_of_the_run_is_not_touched(flow, data, tmp_path, replace):
+    net, folder, moved, there = new_network(), tmp_path / "run", tmp_path / "moved", {}
+
+    def content():
+        return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+    def move(call):
+        if call == 12:
+            folder.rename(moved)
+            replace(moved, folder)
+            there.update(content())
+
+    net.before = move
+    with pytest.raises(FileNotFoundError, match=r"run, the folder of the run, was moved or"):
+        Trainer(flow, net, data, config(checkpoint_every=10), folder=folder, progress=False).train()
+    assert content() == there
+    assert load_run(moved)[2]["step"] == 10
 
 
 def test_datasets_and_loaders_are_data(data):
@@ -361,6 +391,50 @@ def handled():
     yield handle
     for number, handler in before.items():
         signal.signal(number, handler)
+
+
+class Killed(BaseException):
+    """Ends a run at once, as a kill does."""
+
+
+@pytest.mark.parametrize("last", [8, 24])
+@pytest.mark.parametrize("end", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP, Killed])
+def test_an_evaluation_that_was_ended_is_made_first_when_the_run_is_resumed(
+    tmp_path, data, flow, end, last
+):
+    """Signals end it at once, also between checkpoints; its network is that of a whole run."""
+    evaluated = {}
+
+    def train(folder, evaluate):
+        settings = config(evaluate_every=8, checkpoint_every=8 if end is Killed else None)
+        options = {"folder": tmp_path / folder, "progress": False, "evaluate": evaluate}
+        trainer = Trainer(flow, new_network(), data, settings, **options)
+        resumed = trainer.resume() if (tmp_path / folder / "latest.json").exists() else 0
+        return resumed, trainer.train()
+
+    def ended(step, network):
+        if step == last:
+            if end is Killed:
+                raise Killed
+            signal.raise_signal(end)
+            raise AssertionError("the evaluation goes on")
+        return {"figure": 0.5}
+
+    def whole(step, network):
+        evaluated.setdefault(step, []).append(weights(network))
+        return {"figure": 0.5}
+
+    train("whole", whole)
+    error = {signal.SIGINT: KeyboardInterrupt, Killed: Killed}.get(end, Terminated)
+    with pytest.raises(error):
+        train("parts", ended)
+    assert not (tmp_path / "parts" / ".pfgm.lock").exists()
+    assert train("parts", whole)[0] == last
+    for step in range(last, 25, 8):
+        assert equal(*evaluated[step])
+    rows = [*csv.DictReader((tmp_path / "parts" / "evaluations.csv").open())]
+    assert [row["step"] for row in rows] == ["8", "16", "24"]
+    assert train("parts", ended)[0] == 24  # nothing is left
 
 
 def test_signals_that_are_ignored_stay_ignored(tmp_path, data, flow, handled):
@@ -712,11 +786,11 @@ def test_a_step_in_parts_has_the_gradient_of_the_whole(data, flow):
 
 
 def test_the_compiled_network_is_called(data, flow, monkeypatch):
-    compiled = []
+    compiled, compile_eagerly = [], functools.partial(torch.compile, backend="eager")
 
     def compile_(module):
         compiled.append(module)
-        return lambda *arguments, **options: module(*arguments, **options)
+        return compile_eagerly(module)
 
     monkeypatch.setattr(torch, "compile", compile_)
     network = new_network()
@@ -766,7 +840,10 @@ MLP = partial(pfgm.networks.MLP, (2,), width=16, depth=1)
         ({"labels": np.zeros(50, int)}, "TypeError: labels must be a…torch.as_tensor(labels)."),
         ({"labels": torch.zeros(3).long()}, "labels must be integers of at…of shape (3,)."),
         ({"labels": torch.zeros(50)}, "labels must be integers of at…of shape (50,)."),
-        ({"labels": torch.full((50,), -1)}, "labels must be integers of at…of shape (50,)."),
+        (
+            {"labels": torch.full((50,), -3)},
+            "labels must be at least 0, got -3; leave such rows out.",
+        ),
         (
             {"network": MLP(classes=4), "labels": torch.arange(50) % 5},
             "labels must be from 0 to 3 for a network of 4 classes, got 4.",

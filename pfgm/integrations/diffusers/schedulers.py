@@ -36,6 +36,7 @@ from .normal_noise import looks_normal
 from .solver_run import SolverRun
 
 _NAMES_OF_DIFFUSERS = {"epsilon": "noise", "sample": "mean"}
+_FIXED = frozenset({"flow", "level", "num_train_timesteps", "variance_preserving"})
 Scheduler = TypeVar("Scheduler", bound="FlowScheduler")
 
 
@@ -106,10 +107,46 @@ class FlowScheduler(SchedulerMixin, ConfigMixin):  # type: ignore[misc]
             prediction_type = "noise" if variance_preserving else self._predictions[0]
         if not callable(solver):
             check_choice("solver", solver, GRID_SOLVERS)
+        positive_int("num_train_timesteps", num_train_timesteps)
+        self._variance_preserving = variance_preserving
+        if level == "timestep":
+            self._encoding = TimestepEncoding(self._flow, num_train_timesteps)
+        else:
+            self._encoding = level_encoding(level, self._flow)
+        self.register_to_config(
+            solver=solver,
+            schedule=schedule or defaults.schedule,
+            prediction_type=prediction_type,
+        )
+        self.set_timesteps()
+
+    def register_to_config(self, **settings: Any) -> None:
+        """Changes settings, as training scripts of diffusers do with prediction_type.
+
+        A solver and a schedule hold from the next :meth:`set_timesteps` on.
+
+        Raises:
+            ValueError: the prediction_type is not allowed, or another setting would change, which
+                needs a new scheduler.
+        """
+        if "_wrapped" in vars(self):  # from_config would take their defaults again
+            defaults = self.config.get("_use_default_values", [])
+            settings["_use_default_values"] = [each for each in defaults if each not in settings]
+        if "_encoding" in vars(self):  # diffusers registers the arguments of __init__ before it
+            for name in sorted(_FIXED & settings.keys()):
+                if settings[name] != self.config[name]:
+                    raise ValueError(
+                        f"{name} must stay {self.config[name]!r}, got {settings[name]!r}; make a "
+                        f"new scheduler with from_config(scheduler.config, {name}=…)."
+                    )
+            if "prediction_type" in settings:
+                self._interpret_as(settings["prediction_type"])
+        super().register_to_config(**settings)
+
+    def _interpret_as(self, prediction_type: str) -> None:
         check_choice("prediction_type", prediction_type, self._predictions)
         predicts = _NAMES_OF_DIFFUSERS.get(prediction_type, prediction_type)
-        positive_int("num_train_timesteps", num_train_timesteps)
-        if variance_preserving and (
+        if self._variance_preserving and (
             math.isfinite(self._flow.D) or predicts not in ("noise", "mean")
         ):
             raise ValueError(
@@ -117,25 +154,14 @@ class FlowScheduler(SchedulerMixin, ConfigMixin):  # type: ignore[misc]
                 f"'noise' ('epsilon') or 'mean' ('sample'), got D = {self._flow.D:g} and "
                 f"prediction_type {prediction_type!r}."
             )
-        self._variance_preserving = variance_preserving
-        self.register_to_config(
-            solver=solver,
-            schedule=schedule or defaults.schedule,
-            prediction_type=prediction_type,
-        )
-        if level == "timestep":
-            self._encoding = TimestepEncoding(self._flow, num_train_timesteps)
-        else:
-            self._encoding = level_encoding(level, self._flow)
         # This module is never called. It scales the input of a network and interprets its output.
         self._wrapped = from_module(
             nn.Identity(),
             self._flow,
             predicts=predicts,
             level=self._encoding,
-            variance_preserving=variance_preserving,
+            variance_preserving=self._variance_preserving,
         )
-        self.set_timesteps()
 
     @classmethod
     def from_flow(cls: type[Scheduler], flow: Flow, **options: Any) -> Scheduler:
@@ -386,6 +412,9 @@ class FlowScheduler(SchedulerMixin, ConfigMixin):  # type: ignore[misc]
         timesteps: Tensor,
         original_samples: Tensor,
         references: References | None = None,
+        *,
+        labels: Tensor | None = None,
+        reference_labels: Tensor | None = None,
     ) -> Tensor:
         """The target of the network's output: a field, or the output that implies a mean.
 
@@ -403,13 +432,26 @@ class FlowScheduler(SchedulerMixin, ConfigMixin):  # type: ignore[misc]
             original_samples: the data (B, *S) that were perturbed.
             references: data (M, *S) that contain the original samples; with more of them the target
                 varies less (arXiv 2302.00670). None means the original samples.
+            labels: labels (B,) of the points, for a network with labels. The target of each point
+                is that of the references of its label, or of all where its label is below 0.
+            reference_labels: labels (M,) of the references, needed with labels unless references is
+                None or a :class:`pfgm.ReferenceSet` that has labels.
+
+        Raises:
+            TypeError, ValueError: as :func:`pfgm.posterior_mean`.
         """
         level = self._level(noisy_samples, timesteps)
         points = self._to_points(noisy_samples, level)
-        return self._target(points, level, original_samples, references)
+        return self._target(points, level, original_samples, references, labels, reference_labels)
 
     def _target(
-        self, x: Tensor, level: Tensor, original: Tensor, references: References | None
+        self,
+        x: Tensor,
+        level: Tensor,
+        original: Tensor,
+        references: References | None,
+        labels: Tensor | None,
+        reference_labels: Tensor | None,
     ) -> Tensor:
         raise NotImplementedError
 
@@ -459,11 +501,26 @@ class PoissonFlowScheduler(FlowScheduler):
     _predictions = ("field",)
 
     def _target(
-        self, x: Tensor, z: Tensor, original: Tensor, references: References | None
+        self,
+        x: Tensor,
+        z: Tensor,
+        original: Tensor,
+        references: References | None,
+        labels: Tensor | None,
+        reference_labels: Tensor | None,
     ) -> Tensor:
         """The field, (B, C + 1, *S[1:]), with field_z in the last channel at every pixel."""
-        charges = original if references is None else references
-        field_x, field_z = field_fn(x, z, charges, gamma=self._flow.gamma)
+        if references is None:
+            references = original
+            reference_labels = labels if reference_labels is None else reference_labels
+        field_x, field_z = field_fn(
+            x,
+            z,
+            references,
+            gamma=self._flow.gamma,
+            labels=labels,
+            reference_labels=reference_labels,
+        )
         return torch.cat([field_x, over_samples(field_z, field_x).expand_as(field_x[:, :1])], 1)
 
 
@@ -507,15 +564,30 @@ class PoissonFlowPPScheduler(FlowScheduler):
         return (1 / (1 + levels.square())).float()
 
     def _target(
-        self, x: Tensor, sigma: Tensor, original: Tensor, references: References | None
+        self,
+        x: Tensor,
+        sigma: Tensor,
+        original: Tensor,
+        references: References | None,
+        labels: Tensor | None,
+        reference_labels: Tensor | None,
     ) -> Tensor:
         """The output (B, *S) that implies the original samples, or the posterior mean."""
         x = x.to(torch.promote_types(x.dtype, torch.float32))
         kept, dropped, factor = self._wrapped.coefficients(over_samples(sigma.to(x.dtype), x))
         from_points, rest = kept * x, dropped * x
         if references is not None:
-            D = self._flow.D
-            return mean_from(from_points, rest, x, references, sigma=sigma, D=D) / factor
+            ahead = mean_from(
+                from_points,
+                rest,
+                x,
+                references,
+                sigma=sigma,
+                D=self._flow.D,
+                labels=labels,
+                reference_labels=reference_labels,
+            )
+            return ahead / factor
         mean = dequantise(original, x.dtype)
         near = over_samples(is_nearer(rest, from_points), x)
         return torch.where(near, rest - (x - mean), mean - from_points) / factor

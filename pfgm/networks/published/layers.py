@@ -38,6 +38,7 @@ def positional_features(z: Tensor, count: int) -> Tensor:
 
 def add_attention(h: Tensor, q: Tensor, k: Tensor, v: Tensor, projection: nn.Module) -> Tensor:
     """h (B, C, H, W) plus the projected attention of q, k and v, (B, H W, C) each."""
-    mixed = F.scaled_dot_product_attention(q, k, v).transpose(1, 2).reshape(h.shape)
+    q, k, v = q[:, None], k[:, None], v[:, None]  # one head, an axis that export to ONNX needs
+    mixed = F.scaled_dot_product_attention(q, k, v).transpose(-1, -2).reshape(h.shape)
     result: Tensor = (h + projection(mixed)) * HALF_SUM
     return result

@@ -135,3 +135,15 @@ def test_bad_arguments(refused):
         lambda: unlabelled(x, sigma, torch.tensor([0, 1])),
         "labels given to a network without classes; build it with classes=….",
     )
+
+
+def test_attention_has_four_axes_which_export_to_onnx_needs(monkeypatch):
+    axes, attend = [], torch.nn.functional.scaled_dot_product_attention
+
+    def recorded(q, k, v):
+        axes.append((q.ndim, k.ndim, v.ndim))
+        return attend(q, k, v)
+
+    monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", recorded)
+    EDMDenoiser(1, 8, **TINY)(torch.randn(2, 1, 8, 8), torch.ones(2))
+    assert {*axes} == {(4, 4, 4)}

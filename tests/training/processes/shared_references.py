@@ -71,6 +71,20 @@ def check_steep(path, rank):
                     assert float(error) <= 1e-5 * max(float(b.detach().abs().max()), 1.0)
 
 
+def check_cancelled(path, rank):
+    """x − mean keeps digits where it nearly vanishes only over the rows of both processes."""
+    generator = torch.Generator().manual_seed(2)
+    middle, arms = ((torch.rand(n, 600, generator=generator) * 256).round() / 256 for n in (1, 30))
+    rows = torch.cat([middle + 0.25 + arms, middle - 0.25 - arms])  # one half for each process
+    x, own = middle + torch.linspace(0, 1e-4, 5)[:, None], slice(0, 2) if rank == 0 else slice(2, 5)
+    z = torch.full((5,), 1e-4 * math.sqrt(600), dtype=torch.float64)
+    actual = pfgm.field_fn(x[own], z[own], pfgm.ReferenceSet(rows).shard())
+    expected = pfgm.field_fn(x.double(), z, rows.double())
+    of_x, of_z = (a.double() - b[own] for a, b in zip(actual, expected, strict=True))
+    length = torch.hypot(expected[0].norm(dim=1), expected[1])[own]
+    assert float((torch.hypot(of_x.norm(dim=1), of_z) / length).max()) <= 1e-5
+
+
 def check_different_needs(path, rank):
     """One process differentiates in x, the other in sigma."""
     part, whole = (pfgm.ReferenceSet(path) for _ in range(2))
@@ -103,6 +117,10 @@ def check_errors(path, rank):
     data = pfgm.data.to_unit(part[part.rows[:4]])
     with pytest.raises(ValueError, match="must be whole in each process"):
         flow.loss(flow.empirical(data), data, part, condition={"labels": torch.zeros(4).long()})
+    for count in (4, 4 * rank):  # one process has no points: both refuse, and none waits
+        labels = torch.zeros(count).long()
+        with pytest.raises(ValueError, match="must be whole in each process with labels"):
+            pfgm.field_fn(data[:count], 1.0, part, labels=labels)
     with pytest.raises(IndexError, match="the rows that this process holds, got"):
         part[0 : len(part)]
     x = queries(torch.float32 if rank == 0 else torch.float64)
@@ -116,6 +134,7 @@ if __name__ == "__main__":
     with joined(torch.device("cpu"), timeout=60):
         check(sys.argv[1], dist.get_rank())
         check_steep(sys.argv[1], dist.get_rank())
+        check_cancelled(sys.argv[1], dist.get_rank())
         check_different_needs(sys.argv[1], dist.get_rank())
         check_errors(sys.argv[1], dist.get_rank())
         print(f"rank {dist.get_rank()} is content")
