@@ -27,7 +27,8 @@ COMMANDS = {
     "features": "Train a small classifier of labelled images, for the features of pfgm evaluate.",
     "convert": "Make a checkpoint from a published file of PFGM, PFGM++ or EDM.",
     "check": "Compare the backends with exact results and time them.",
-    "info": "Show versions, backends and why the others cannot run, build flags and threads.",
+    "info": "Show versions, backends and why the others cannot run, build flags and threads, and "
+    "what the networks of the package were trained on.",
 }
 DESCRIPTION = (
     "Poisson flow generative models. pfgm COMMAND --help shows the options of a command, pfgm "

@@ -466,8 +466,8 @@ def _avatars(folder: Path | None) -> Data:
     train, held_out = (load_images(folder / part) for part in ("train", "held-out"))
     if train[2] != held_out[2]:
         raise ValueError(f"train and held-out in {folder} must have the same styles, got others.")
-    parts = [ReferenceSet(images, labels=labels) for images, labels, _ in (train, held_out)]
-    return Data(*parts, classes=len(train[2]), grey_levels=256, names=train[2])
+    rows, others = (ReferenceSet(images, labels=labels) for images, labels, _ in (train, held_out))
+    return Data(rows, others, classes=len(train[2]), grey_levels=256, names=train[2])
 
 
 def _cifar10(folder: Path | None) -> Data:

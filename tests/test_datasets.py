@@ -39,7 +39,7 @@ def test_digits() -> None:
 @pytest.mark.parametrize("name", ["", "mnist", "mnist:/tmp", "digits:", "npz:", "folder:", "cifar"])
 def test_other_names(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    with pytest.raises(ValueError, match=r"data must be one of digits,.*got '") as caught:
+    with pytest.raises(ValueError, match=r"data must be one of avatars.*digits,.*got '") as caught:
         open_data(name)
     assert repr(name) in str(caught.value)
 

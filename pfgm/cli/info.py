@@ -18,8 +18,8 @@ _SHOWN_PACKAGES = ("torch", "numpy", "triton", "torchdiffeq", "safetensors", "tq
 
 @dataclass
 class Info:
-    """Show versions, backends and why the others cannot run, build flags, threads, and the data of
-    the networks that come with the package."""
+    """Show versions, backends and why the others cannot run, build flags and threads, and what the
+    networks of the package were trained on."""
 
     def run(self) -> None:
         packages = ", ".join(f"{name} {_version(name)}" for name in _SHOWN_PACKAGES)

@@ -77,5 +77,5 @@ def test_evaluation_says_where_avatars_come_from(tmp_path, refusal, monkeypatch)
 
 
 def test_an_unknown_name_is_refused():
-    with pytest.raises(ValueError, match=r"name must be one of digits,.*got 'cifar10'\."):
+    with pytest.raises(ValueError, match=r"name must be one of avatars, digits,.*got 'cifar10'\."):
         load_pretrained("cifar10")
