@@ -46,7 +46,7 @@ struct QueryLimit {
   double s, within;   // of `base`; `within` is the excess that lowers a weight by a nat
   double smallest;    // error of values too small for float16, or of squares too small for float32
   double bound;       // of the error of a difference between distances
-  double near;        // no larger distance is refined
+  double near;        // only smaller distances are refined
 
   // `width` is √features. Without PRODUCTS distances are found from differences. `per_scale` is 1
   // over the scale of the centred references.
@@ -71,9 +71,9 @@ struct QueryLimit {
     return law.noise * (2 * root * square_root64(y_squared) + y_squared);
   }
 
-  // The largest distance that is refined, or −1 if errors do not change the result. `farthest` is
-  // the largest |y|² that may be refined, `close` the number of tiles with a weight within a nat of
-  // the largest.
+  // Below this distance they are refined: 0 if errors do not change the result. `farthest` is the
+  // largest |y|² that may be refined, `close` the number of tiles with a weight within a nat of the
+  // largest.
   template <bool PRODUCTS>
   __device__ double largest(const WeightLaw& law, double farthest, int close) const {
     const double error = smallest + noise<PRODUCTS>(law, farthest);
@@ -84,7 +84,7 @@ struct QueryLimit {
     const float score_limit = fmaxf(1, law.score_size(base, s)) * static_cast<float>(kDigits);
     const double most = one * fminf(square_root(averaged), score_limit);
     if (!(error > most || near == INFINITY))  // The smallest distance is a result itself.
-      return error > kTolerance * kDigits * base ? base + bound : -1;
+      return error > kTolerance * kDigits * base ? base + bound : 0;
     const float nats = law.others + logarithm_of_ratio(error, one * fminf(1, score_limit));
     if (near == INFINITY || !(nats < static_cast<float>(kNear))) return near;
     const float few = fmaxf(nats, 0);
@@ -112,7 +112,7 @@ struct LimitMemory {
   std::int64_t least[WARPS], farthest[WARPS];
   int close[WARPS];
   std::int64_t near, close_to;  // QueryLimit::near; the largest minimum of a close tile
-  std::int64_t limit;           // the largest finite distance that is refined, −1 if none is
+  std::int64_t limit;           // finite distances below it are refined
 
   // The minima and the norm bounds of all tiles follow.
   static std::size_t bytes(int tiles) {
@@ -154,18 +154,18 @@ struct SomeTiles {
     }
   }
 
-  // Marks the distances up to the limit and those that are not finite in `refined`, and finds the
+  // Marks the distances below the limit and those that are not finite in `refined`, and finds the
   // smallest of the others. Returns the number of marks.
   __device__ unsigned select(std::int64_t limit) {
-    // A distance stays if limit < bits < kInfiniteBits: one comparison of unsigned numbers.
-    const auto after = static_cast<std::uint64_t>(limit + 1), between = kInfiniteBits - after;
+    // A distance stays if limit ≤ bits < kInfiniteBits: one comparison of unsigned numbers.
+    const auto from = static_cast<std::uint64_t>(limit), between = kInfiniteBits - from;
     unsigned count = 0;
 #pragma unroll
     for (int i = 0; i < kTilesAtOnce; ++i) {
       least[i] = kInfiniteBits;
       for (int e = 0; e < 2; ++e) {
         const std::int64_t bits = bits_of(e == 0 ? distance[i].x : distance[i].y);
-        const bool stays = static_cast<std::uint64_t>(bits) - after < between;
+        const bool stays = static_cast<std::uint64_t>(bits) - from < between;
         refined[i][e] = __ballot_sync(kAll, left[i] > e && !stays);
         count += static_cast<unsigned>(__popc(refined[i][e]));
         if (left[i] > e && stays) least[i] = Least()(least[i], bits);
@@ -194,7 +194,7 @@ struct SomeTiles {
   }
 };
 
-// Lists the pairs of a query whose distance is not above the limit, or not finite. The minima of
+// Lists the pairs of a query whose distance is below the limit, or not finite. The minima of
 // their tiles, which are in `low`, become those of all other distances. All warps of a block call
 // this. The order of the list may differ between runs.
 template <int WARPS>
@@ -205,7 +205,7 @@ __device__ inline void list_pairs(const Pairs& pairs, Index query, int reference
 #pragma unroll 1
   for (int turn = 0; tile_of<WARPS>(turn, 0) < pairs.tiles; turn += 32) {
     const int tile = tile_of<WARPS>(turn + lane.lane, lane.warp);
-    unsigned candidates = __ballot_sync(kAll, tile < pairs.tiles && bits_of(low[tile]) <= limit);
+    unsigned candidates = __ballot_sync(kAll, tile < pairs.tiles && bits_of(low[tile]) < limit);
 #pragma unroll 1
     while (candidates != 0) {
       SomeTiles tiles;
@@ -281,8 +281,8 @@ __global__ void __launch_bounds__(32 * WARPS, 1)
     for (const int each : shared.close) close += each;
     const double largest = limit.largest<PRODUCTS>(law, double_of(farthest), close);
     if (lane.lane == 0) {
-      const std::int64_t most = kInfiniteBits - 1;
-      shared.limit = largest < 0 ? -1 : Least()(bits_of(largest), most);
+      const std::int64_t most = kInfiniteBits;
+      shared.limit = Least()(bits_of(largest), most);
       units[query] = limit.unit();
     }
   }

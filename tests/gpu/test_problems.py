@@ -359,9 +359,9 @@ CUDA_MISSED = {
     "> for ≥, pull, sm_80: setp.ge.s32 %p, %r, %r;": (
         "Where a piece has no references, a round of the loop that reads none."
     ),
-    "a store 16 bytes on, find_limits, sm_80: st.shared.v2.f64 "
-    "[_ZN4pfgm6memoryE+80], {%fd, %fd};": (
-        "No tile counts as close, so that more distances are computed again than must be."
+    "a store 16 bytes on, find_limits, sm_80: st.shared.u64 [_ZN4pfgm6memoryE+96], %rd;": (
+        "The limit of differences, of which none must be computed again in these problems. "
+        "test_refinement.py notices it."
     ),
 }
 TRITON_MISSED = {
