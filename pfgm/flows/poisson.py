@@ -521,7 +521,7 @@ def _default_weighting(net: Network) -> Weighting:
     """Balanced for a network that predicts the mean, else published; warns if net hides it."""
     if _mean_network(net) is not None:
         return "balanced"
-    if hides_its_network(net):
+    if hides_its_network(net) and not torch.compiler.is_compiling():  # a graph holds no warning
         warnings.warn(
             f"net is a {type(net).__name__}, which hides its network, so the loss takes the "
             "published weighting; give the network itself, or weighting='balanced' for one that "

@@ -158,3 +158,12 @@ def test_the_trainer_refuses_a_network_that_is_sharded(refused):
         lambda: pfgm.training.Trainer(FLOW, sharded, POINTS),
         "TypeError: network must be whole in each process, got one …with flow.loss.",
     )
+
+
+def test_the_loss_of_a_function_compiles_as_one_graph():
+    net = network()
+
+    def compute():
+        return FLOW.loss(lambda x, z: net(x, z), POINTS)
+
+    assert torch.compile(compute, fullgraph=True, backend="eager")().isfinite()
