@@ -159,6 +159,9 @@ def open_data(
                 header=header,
             )
             table = read if table is None else dataclasses.replace(table, label=read.label)
+        table = dataclasses.replace(
+            table, dropped=(*dict.fromkeys([*table.dropped, *drop_columns]),)
+        )
         return _from_table(Path(source), label_column, drop_missing, table)
     if label_column or drop_missing or drop_columns or not header:
         raise ValueError(

@@ -21,18 +21,9 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-STYLES = (
-    "adventurer",
-    "big-ears",
-    "big-smile",
-    "lorelei",
-    "micah",
-    "notionists",
-    "open-peeps",
-    "personas",
-    "pixel-art",
-    "toon-head",
-)
+from pfgm.pretrained import PRETRAINED
+
+STYLES = PRETRAINED["avatars"].classes
 SIZE, TRAIN, HELD_OUT = 32, 6000, 500
 _LARGEST_SHARE_OF_COPIES = 0.8  # of a style, or drawing would never end
 _AT_ONCE = 500

@@ -60,9 +60,9 @@ bool is_close(const T* x, Index features, double nearest) {
   return nearest < kCloseSquare * squared_norm(x, features);
 }
 
-// The positions of `count` of the first `total` values, all up to `most`, as which at least `count`
-// are. Positions come in a fixed order, which spreads any number of them over blocks and periods of
-// the data. Queries mostly share their samples, whose features so stay in cache.
+// The positions of `count` values up to `most` among the first `total`, which must hold at least so
+// many. They are tried in a fixed order that spreads over blocks and periods of the data. Queries
+// mostly share their samples, whose features then stay in cache.
 template <class V>
 void sample(const V* values, V most, Index total, Index count, Index* sampled) {
   Index size = 64;

@@ -52,11 +52,16 @@ def hides_its_network(net: object) -> bool:
     return module is None or isinstance(module, (fx.GraphModule, jit.ScriptModule))
 
 
-def without_wrappers(network: nn.Module) -> nn.Module:
-    """The network that torch's wrappers hold: of several processes, averages and torch.compile."""
-    wraps = any(kind.__name__ in _WRAPPERS for kind in type(network).__mro__)
-    inner = getattr(network, "module" if wraps else "_orig_mod", None)
-    return without_wrappers(inner) if isinstance(inner, nn.Module) else network
+def without_wrappers(network: nn.Module, *, up_to: str = "") -> nn.Module:
+    """The network that torch's wrappers hold: of several processes, averages and torch.compile.
+
+    With a name of a class, the outermost wrapper of this class if there is one.
+    """
+    kinds = {kind.__name__ for kind in type(network).__mro__}
+    inner = getattr(network, "module" if kinds & {*_WRAPPERS} else "_orig_mod", None)
+    if up_to in kinds or not isinstance(inner, nn.Module):
+        return network
+    return without_wrappers(inner, up_to=up_to)
 
 
 def plain_name(name: str) -> str:

@@ -98,12 +98,14 @@ def read_cells(
     *,
     header: bool = True,
     dropped: Collection[str] = (),
+    required: bool = True,
 ) -> CellsOfFile:
     """The columns of a file, without those that are dropped. Those in `texts` stay texts.
 
     Args:
         problems: gets those of columns, which are left out of the result.
         header: whether the first line has the names; without it they are x0, x1, …
+        required: whether the file must have the columns that are dropped.
 
     Raises:
         FileNotFoundError, ImportError, ValueError: as :meth:`pfgm.data.Table.read`.
@@ -113,7 +115,8 @@ def read_cells(
     """
     frame, separator = _read(path, header)
     every = named_apart([str(name) for name in frame.columns])
-    check_names_of_dropped(every, dropped)
+    if required:
+        check_names_of_dropped(every, dropped)
     frame = frame.set_axis(range(len(every)), axis=1)
     decimal = "." if separator == "," else _decimal(frame)
     names, columns = [], []

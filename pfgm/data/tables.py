@@ -132,10 +132,9 @@ class Table:
                 message, with the options that cure them.
 
         Warns:
-            UserWarning: a first column without a name is left out; a first column may number or
-                name the rows; or
-                numbers such as 1.234 between semicolons or tabs, which are decimal numbers here,
-                may be meant as thousands.
+            UserWarning: a first column without a name is left out; a first column may only number
+                or name the rows; or numbers such as 1.234 between semicolons or tabs, which are
+                decimal numbers here, may be meant as thousands.
         """
         _check_dropped(drop_columns)
         problems, known = Problems(), cls((), header=header, dropped=tuple(drop_columns))
@@ -333,6 +332,7 @@ def _cells(source: Any, known: Table, problems: Problems) -> tuple[str, Cells, s
             problems,
             header=known.header,
             dropped=known.dropped,
+            required=not known.columns,
         )
     if (not names and not problems) or (names and not len(columns[0])):
         rows = len(columns[0]) if columns else 0

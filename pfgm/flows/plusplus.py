@@ -210,8 +210,8 @@ class PoissonFlowPP(Flow):
         warn_channels_last(references.shape[1:])
         if references.rms == 0:
             raise ValueError(
-                "data must have a value other than 0, got zeros alone, as the rows of a table are "
-                "that are all equal."
+                "data must have a value other than 0, got zeros alone; a table whose rows are all "
+                "equal becomes zeros."
             )
         rms = positive("the root mean square of data", references.rms)
         spread = references.measures.std

@@ -17,6 +17,7 @@ from ..common.wrappers import network_within, plain_name, without_wrappers
 from ..networks import NETWORKS
 
 T = TypeVar("T")
+_FSDP1 = "FullyShardedDataParallel"
 
 
 def name_of(network: nn.Module) -> str | None:
@@ -57,7 +58,8 @@ def plain_state(network: nn.Module) -> Mapping[str, Tensor]:
         # FSDP1 loses parameters that are on the CPU already if they are offloaded to it.
         offload = any(not parameter.is_cpu for parameter in network.parameters())
         whole = StateDictOptions(full_state_dict=True, cpu_offload=offload)
-        state: dict[str, Any] = get_model_state_dict(_within_unsharded(network), options=whole)
+        sharded = without_wrappers(network, up_to=_FSDP1)
+        state: dict[str, Any] = get_model_state_dict(sharded, options=whole)
         return plain_names(state) if dist.get_rank() == 0 else {}
     return plain_names(without_wrappers(network).state_dict())
 
@@ -65,17 +67,7 @@ def plain_state(network: nn.Module) -> Mapping[str, Tensor]:
 def is_sharded(network: nn.Module) -> bool:
     """Whether FSDP has split the parameters among processes."""
     kinds = {kind.__name__ for part in network.modules() for kind in type(part).__mro__}
-    return bool(kinds & {"FullyShardedDataParallel", "FSDPModule"})
-
-
-def _within_unsharded(network: nn.Module) -> nn.Module:
-    """The network without the wrappers around FSDP's."""
-    while not any(kind.__name__ == "FullyShardedDataParallel" for kind in type(network).__mro__):
-        inner = getattr(network, "module", getattr(network, "_orig_mod", None))
-        if not isinstance(inner, nn.Module):
-            break
-        network = inner
-    return network
+    return bool(kinds & {_FSDP1, "FSDPModule"})
 
 
 def plain_names(state: Mapping[str, T]) -> Mapping[str, T]:
@@ -97,7 +89,7 @@ def load_plain_state(network: nn.Module, state: Mapping[str, Tensor]) -> None:
     if is_sharded(network):
         from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_state_dict
 
-        inner = _within_unsharded(network_to_save(network))
+        inner = without_wrappers(network_to_save(network), up_to=_FSDP1)
         whole = StateDictOptions(full_state_dict=True)
         set_model_state_dict(inner, dict(plain_names(state)), options=whole)
         return

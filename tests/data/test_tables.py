@@ -321,6 +321,21 @@ def test_all_problems_come_in_one_message_with_what_cures_them(tmp_path: Path) -
             Table.read(path, drop_columns=wrong)
 
 
+def test_columns_that_a_table_leaves_out_may_be_missing_elsewhere(tmp_path: Path) -> None:
+    """As in the samples of a network, which are then compared with the data."""
+    path = written(tmp_path / "t.csv", "id,a,b\nx,1.5,2\ny,2.5,4\n")
+    data = open_data(str(path), drop_columns=["id"])
+    table = Table.from_dict(json.loads(json.dumps(data.table.to_dict())))
+    table.write(tmp_path / "samples.csv", data.train[:])
+    for source in (path, tmp_path / "samples.csv", pandas.read_csv(tmp_path / "samples.csv")):
+        assert torch.equal(table.encode(source).rows, data.train[:])
+    more = written(tmp_path / "more.csv", "a,b,note\n1.5,2,p\n2.5,4,q\n")
+    with pytest.raises(ValueError, match="must have the columns a, b, got 'note' too"):
+        open_data(str(more), table=table)
+    again = open_data(str(more), table=table, drop_columns=["note"])
+    assert torch.equal(again.train[:], data.train[:])
+
+
 def test_a_file_without_names_comes_back_without_them(tmp_path: Path) -> None:
     path = written(tmp_path / "t.csv", "1.5,2\n2.5,4\n")
     with pytest.raises(ValueError, match=r"or read it with --no-header \(header=False\)\."):

@@ -34,6 +34,14 @@ def holding(network):
     return torch.nn.ModuleDict({"net": network})
 
 
+class Own(torch.nn.Module):
+    """A network of a user, whose parts have the names of torch's wrappers."""
+
+    def __init__(self):
+        super().__init__()
+        self.module, self.last = torch.nn.Linear(2, 4), torch.nn.Linear(4, 2)
+
+
 WRAPPERS = {
     "ddp": DistributedDataParallel,
     "fsdp1": fsdp1,
@@ -64,3 +72,10 @@ if __name__ == "__main__":
             for key, value in plain.state_dict().items():
                 assert torch.equal(again.state_dict()[key], value), (name, key)
             print(f"rank {dist.get_rank()}: {name} is content")
+        torch.manual_seed(0)
+        own = Own()
+        state = {key: value.clone() for key, value in own.state_dict().items()}
+        pfgm.save(folder / "own.safetensors", flow, fully_shard(own))
+        dist.barrier()
+        loaded = pfgm.load(folder / "own.safetensors", Own()).network.state_dict()
+        assert all(torch.equal(loaded[key], value) for key, value in state.items())
