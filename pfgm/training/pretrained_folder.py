@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import nn
 
 from ..common.files import StrPath, folder_path, output_folder, write_atomic, write_json
@@ -16,6 +17,7 @@ from ..data.tables import Table
 from ..flows.flow import Flow
 from ..networks.registry import label_count
 from .checkpoint import PRETRAINED_WEIGHTS, Loaded, load, save
+from .network_state import is_sharded
 from .weights_file import describe_network
 
 _CONFIG = "config.json"
@@ -64,7 +66,8 @@ def save_pretrained(
 
     Args:
         folder: a new folder, or one with other files. Those of an earlier call are replaced.
-        flow, network, distilled, table, label_names: as for :func:`pfgm.save`.
+        flow, network, distilled, table, label_names: as for :func:`pfgm.save`. Of a network that
+            FSDP shards, all processes must save, and the first one writes the folder.
 
     Raises:
         OSError, TypeError, ValueError: as for :func:`pfgm.save`.
@@ -81,8 +84,11 @@ def save_pretrained(
         "network": describe_network(network),
     }
     card = _card(place.resolve().name, flow, network, table, label_names)
+    facts: dict[str, Any] = {"distilled": distilled, "table": table, "label_names": label_names}
+    if is_sharded(network) and dist.get_rank() > 0:
+        save(place / PRETRAINED_WEIGHTS, flow, network, **facts)  # gives its part to the first one
+        return
     with output_folder(place):
-        facts: dict[str, Any] = {"distilled": distilled, "table": table, "label_names": label_names}
         save(place / PRETRAINED_WEIGHTS, flow, network, **facts)
         write_json(place / _CONFIG, config)
         # diffusers says that it has no attribute of this name.
