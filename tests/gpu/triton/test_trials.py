@@ -20,7 +20,7 @@ def test_a_trial_passes(device, name, trial_errors):
     ("module", "limit", "nats", "trial"),
     [
         (distances, "NEAR", 4.0, "shells of float32, 40, D = 1"),
-        (distances, "OTHERS", -4.0, "shells of float32, 40, D = 1"),
+        (distances, "OTHERS", -6.0, "shells of float32, 520, D = 1"),
         (posterior_mean, "WEIGHT_CUTOFF", 8.0, "shells of float32, 2, D = 0.5"),
     ],
 )
