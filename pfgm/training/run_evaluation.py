@@ -50,7 +50,7 @@ class Evaluation:
         self._rows, self._against, self._table = rows, against, data.table
         self._neighbours: Tensor | None = None  # of the data, found by the first evaluation
         self._progress = progress
-        if self._draws_pictures and config.training.evaluate_every:
+        if self._draws_pictures and config.training.evaluates:
             require_matplotlib()
 
     @property

@@ -20,7 +20,13 @@ from pfgm.training.checks import warn_of_range, warn_of_scales
 from pfgm.training.runs import RunConfig, start
 
 SMALL = TrainConfig(
-    steps=6, batch_size=16, reference_batch=32, warmup=2, learning_rate=1e-3, checkpoint_every=3
+    steps=6,
+    batch_size=16,
+    reference_batch=32,
+    warmup=2,
+    learning_rate=1e-3,
+    checkpoint_every=3,
+    precision="float32",
 )
 
 
@@ -201,7 +207,7 @@ def test_a_run_says_what_it_trains_on_what_and_what_it_writes(tmp_path):
         "flow PFGM, the default for images and signals (--method)",
         "UNet with 105,826 parameters on cpu",
         "2 steps of 16 samples against 32 references, learning rate 0.006 (warm-up 0 steps",
-        "decay cosine), weights averaged with decay 0 ",
+        "decay cosine), weights averaged with decay 0, in ",
         f"{tmp_path / 'run'}: config.json, a checkpoint every 100 steps and at the end, log.csv",
     ):
         assert part in shown

@@ -93,7 +93,7 @@ def test_published_settings_are_the_defaults_of_long_runs(steps):
     """PFGM, appendix B.1, and the configuration of its repository for CIFAR-10."""
     c = TrainConfig(steps=steps)
     assert c.schedule == (2e-4, 0.999, 5000, "none", 0.9999, 5000)
-    assert (c.batch_size, c.reference_batch, c.clip) == (128, 4096, 1.0)
+    assert (c.resolved().batch_size, c.reference_batch, c.clip) == (128, 4096, 1.0)
 
 
 def test_the_learning_rate_of_short_runs_is_the_one_of_the_page():
