@@ -12,7 +12,7 @@ from typing import NamedTuple
 import torch
 
 from ..common.checks import check_choice
-from ..datasets import FASHION_MNIST_CLASSES
+from ..data.named import FASHION_MNIST_CLASSES
 from ..training.checkpoint import Loaded, load
 
 __all__ = ["PRETRAINED", "Pretrained", "load_pretrained", "pretrained_path"]

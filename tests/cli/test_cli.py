@@ -226,9 +226,9 @@ def test_a_table_comes_back_with_its_columns(tmp_path, refusal, capsys):
     samples = ["--samples", tmp_path / "x.npy", "--data", table]
     assert "samples must be a .csv file" in refusal(*evaluate, *samples)
     assert "data must be a .csv file too" in refusal(*evaluate, "--samples", rows)
-    assert "range and resize are not for tables" in refusal(*train, "--out", "x", "--range", 0, 1)
+    assert "range is for arrays" in refusal(*train, "--out", "x", "--range", 0, 1)
     for option in (["--drop-missing"], ["--drop-columns", "a"], ["--no-header"]):
-        assert "are for .csv files" in refusal("train", "--out", "x", *option)
+        assert "is for tables" in refusal("train", "--out", "x", *option)
 
 
 def test_a_checkpoint_is_read_once(tmp_path, monkeypatch):
@@ -582,7 +582,7 @@ def test_samples_as_single_images(run, tmp_path, capsys, terminal, refusal, exis
     assert printed.out.strip() == str(folder)
     assert "images: 100%" in printed.err
     assert [path.name for path in sorted(folder.iterdir())] == [f"00000{i}.png" for i in range(5)]
-    images = pfgm.data.images.load_images(folder)[0]
+    images = pfgm.data.open(folder).samples[:]
     assert images.shape == (5, 1, 8, 8)
     correct = (np.load(tmp_path / "x.npy").clip(-1, 1) + 1) * 127.5
     assert abs(images.numpy() - correct).max() <= 0.51

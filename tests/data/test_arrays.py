@@ -23,7 +23,6 @@ from torch import Tensor
 
 import pfgm
 from pfgm import data
-from pfgm.data.opening import open_source
 from pfgm.data.rows import InMemory, OnDisk, Source
 
 Array = np.ndarray[Any, Any]
@@ -32,7 +31,7 @@ SUFFIXES = [".npy", ".npz", ".safetensors"]
 
 def open_rows(path: Path) -> Tensor:
     """All rows of a file that is opened, not loaded."""
-    source = open_source(path)
+    source = pfgm.data.open(path).samples
     return source.read(0, len(source))
 
 
@@ -99,7 +98,7 @@ def test_the_tensor_is_independent_of_the_file(tmp_path: Path) -> None:
 @pytest.mark.parametrize("dtype", [np.uint8, np.float16, np.float32, np.float64])
 def test_common_dtypes_are_read_in_place(tmp_path: Path, suffix: str, dtype: Any) -> None:
     array = ramp(7, 1, 3, 2, dtype=dtype)
-    source = open_source(str(save(tmp_path / f"a{suffix}", array)))
+    source = pfgm.data.open(str(save(tmp_path / f"a{suffix}", array))).samples
     assert isinstance(source, OnDisk)
     np.testing.assert_array_equal(contents(source), array, strict=True)
 
@@ -108,7 +107,7 @@ def test_common_dtypes_are_read_in_place(tmp_path: Path, suffix: str, dtype: Any
 def test_versions_of_the_numpy_format(tmp_path: Path, version: tuple[int, int]) -> None:
     with (tmp_path / "a.npy").open("wb") as file:
         npy.write_array(file, ramp(5, 2), version)
-    source = open_source(tmp_path / "a.npy")
+    source = pfgm.data.open(tmp_path / "a.npy").samples
     assert isinstance(source, OnDisk)
     np.testing.assert_array_equal(contents(source), ramp(5, 2))
 
@@ -128,7 +127,7 @@ def test_foreign_orders_and_widths_are_loaded(
     tmp_path: Path, suffix: str, array: Array, dtype: Any
 ) -> None:
     path = save(tmp_path / f"a{suffix}", array)
-    source = open_source(path)
+    source = pfgm.data.open(path).samples
     assert source.tensor is not None
     np.testing.assert_array_equal(contents(source), array.astype(dtype), strict=True)
     loaded = data.load_array(path)
@@ -141,7 +140,7 @@ def test_an_archive_behind_other_bytes(tmp_path: Path) -> None:
     """As in self-extracting archives: positions count from where the archive begins."""
     path = save(tmp_path / "a.npz", ramp(4, 3))
     path.write_bytes(b"#" * 1234 + path.read_bytes())
-    source = open_source(path)
+    source = pfgm.data.open(path).samples
     assert isinstance(source, OnDisk)
     np.testing.assert_array_equal(contents(source), ramp(4, 3))
 
@@ -155,7 +154,7 @@ def test_members_with_extra_fields(tmp_path: Path) -> None:
         archive.open(zipfile.ZipInfo("images.npy"), "w", force_zip64=True) as member,
     ):
         member.write(buffer.getvalue())
-    source = open_source(tmp_path / "a.npz")
+    source = pfgm.data.open(tmp_path / "a.npz").samples
     assert isinstance(source, OnDisk)
     np.testing.assert_array_equal(contents(source), ramp(4, 3))
 
@@ -164,7 +163,7 @@ def test_bfloat16_and_metadata_in_safetensors(tmp_path: Path) -> None:
     tensor = torch.arange(30).view(5, 2, 3).bfloat16()
     tensors = {"labels": torch.arange(5), "images": tensor, "z": torch.zeros(3)}
     save_file(tensors, tmp_path / "a.safetensors", metadata={"images": "of numbers"})
-    source = open_source(tmp_path / "a.safetensors")
+    source = pfgm.data.open(tmp_path / "a.safetensors").samples
     assert isinstance(source, OnDisk)
     assert source.dtype == torch.bfloat16
     assert torch.equal(source.take(torch.tensor([4, 0])), tensor[[4, 0]])
@@ -174,7 +173,7 @@ def test_bfloat16_and_metadata_in_safetensors(tmp_path: Path) -> None:
 def test_narrow_floats_in_safetensors_are_loaded(tmp_path: Path) -> None:
     tensor = torch.arange(6).view(3, 2).to(torch.float8_e4m3fn)
     save_file({"x": tensor}, tmp_path / "a.safetensors")
-    source = open_source(tmp_path / "a.safetensors")
+    source = pfgm.data.open(tmp_path / "a.safetensors").samples
     assert source.tensor is not None
     assert torch.equal(source.tensor, tensor.float())
 
@@ -182,7 +181,7 @@ def test_narrow_floats_in_safetensors_are_loaded(tmp_path: Path) -> None:
 @both_readers
 def test_compressed_archives_are_loaded(tmp_path: Path, read: Read) -> None:
     np.savez_compressed(tmp_path / "a.npz", labels=np.arange(50), images=ramp(50, 2, 3))
-    assert isinstance(open_source(tmp_path / "a.npz"), InMemory)
+    assert isinstance(pfgm.data.open(tmp_path / "a.npz").samples, InMemory)
     np.testing.assert_array_equal(read(tmp_path / "a.npz").numpy(), ramp(50, 2, 3), strict=True)
 
 
@@ -193,9 +192,9 @@ def test_of_several_arrays_the_preferred_name_is_read(
     tmp_path: Path, read: Read, suffix: str, present: tuple[str, ...]
 ) -> None:
     arrays = {name: ramp(3, 2) + 100 * i for i, name in enumerate(present)}
-    arrays = {"before": ramp(5, 5), **arrays, "y": ramp(2, 2)}
+    arrays = {"before": ramp(5, 5), **arrays, "z": ramp(2, 2)}
     path = save_all(tmp_path / f"a{suffix}", arrays)
-    assert isinstance(open_source(path), OnDisk)
+    assert isinstance(pfgm.data.open(path).samples, OnDisk)
     np.testing.assert_array_equal(read(path).numpy(), ramp(3, 2))
 
 
@@ -245,10 +244,10 @@ def test_another_suffix_is_refused(tmp_path: Path) -> None:
     with pytest.raises(
         ValueError, match=r" must be a folder of images or end.*got the suffix '\.png'\."
     ):
-        open_source(path)
+        pfgm.data.open(path)
     table = path.rename(tmp_path / "a.xlsx")
     with pytest.raises(ValueError, match=r" must be a folder of.*got the suffix '\.xlsx'; a ta"):
-        open_source(table)
+        pfgm.data.open(table)
 
 
 @both_readers
@@ -297,7 +296,7 @@ def test_object_arrays_are_refused_unread(tmp_path: Path, suffix: str) -> None:
     with pytest.raises(
         TypeError, match=r"must hold uint8 or floating-point numbers, got object; conv"
     ):
-        open_source(path)
+        pfgm.data.open(path)
 
 
 @both_readers
@@ -474,7 +473,7 @@ def test_memory_maps_are_read_from_their_file(tmp_path: Path, offset: int, part:
     path = tmp_path / "rows.bin"
     path.write_bytes(bytes(offset) + ramp(40, 6).tobytes() + b"more")
     mapped = np.memmap(path, np.float32, "r", offset, (40, 6))
-    source = open_source(part(mapped))
+    source = pfgm.data.open(part(mapped)).samples
     assert isinstance(source, OnDisk)
     assert source.path == path
     np.testing.assert_array_equal(contents(source), part(ramp(40, 6)), strict=True)
@@ -484,7 +483,7 @@ def test_memory_maps_are_read_from_their_file(tmp_path: Path, offset: int, part:
 def test_changes_through_a_map_are_seen(tmp_path: Path, mode: Any) -> None:
     mapped = np.load(save(tmp_path / "a.npy", ramp(4, 2)), mmap_mode=mode)
     mapped[1] = -1
-    np.testing.assert_array_equal(contents(open_source(mapped)), mapped)
+    np.testing.assert_array_equal(contents(pfgm.data.open(mapped).samples), mapped)
 
 
 @pytest.mark.parametrize(
@@ -501,7 +500,7 @@ def test_changes_through_a_map_are_seen(tmp_path: Path, mode: Any) -> None:
 )
 def test_maps_of_another_order_are_copied(tmp_path: Path, dtype: str, part: Any) -> None:
     mapped = np.load(save(tmp_path / "a.npy", ramp(8, 4, dtype=dtype)), mmap_mode="r")
-    source = open_source(part(mapped))
+    source = pfgm.data.open(part(mapped)).samples
     assert source.tensor is not None
     del mapped
     np.testing.assert_array_equal(contents(source), part(ramp(8, 4)), strict=True)
@@ -510,14 +509,14 @@ def test_maps_of_another_order_are_copied(tmp_path: Path, dtype: str, part: Any)
 def test_maps_of_other_dtypes_are_refused(tmp_path: Path) -> None:
     mapped = np.load(save(tmp_path / "a.npy", ramp(8, 2, dtype=np.int32)), mmap_mode="r")
     with pytest.raises(TypeError, match="must hold uint8 or floating-point numbers, got int32; co"):
-        open_source(mapped)
+        pfgm.data.open(mapped)
 
 
 def test_a_map_of_a_file_without_a_name(tmp_path: Path) -> None:
     with (tmp_path / "a").open("w+b", buffering=0) as file:
         file.write(ramp(4, 2).tobytes())
         mapped: Any = np.memmap(io.FileIO(file.fileno(), closefd=False), np.float32, shape=(4, 2))
-        source = open_source(mapped)
+        source = pfgm.data.open(mapped).samples
     np.testing.assert_array_equal(contents(source), ramp(4, 2))
 
 
@@ -528,14 +527,14 @@ def test_maps_that_are_no_samples_are_refused(tmp_path: Path, shape: tuple[int, 
     with pytest.raises(
         ValueError, match=rf"data must have shape \(n, .*got {re.escape(str(shape))}"
     ):
-        open_source(part)
+        pfgm.data.open(part)
 
 
 def test_maps_of_numbers_and_columns_of_maps(tmp_path: Path) -> None:
     numbers = np.load(save(tmp_path / "a.npy", ramp(8)), mmap_mode="r")
     column = np.load(save(tmp_path / "b.npy", ramp(8, 2)), mmap_mode="r")[:, 0]
     for mapped in (numbers, column):
-        np.testing.assert_array_equal(contents(open_source(mapped)), mapped)
+        np.testing.assert_array_equal(contents(pfgm.data.open(mapped).samples), mapped)
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", message="The given NumPy array is not writ")
             flow = pfgm.PoissonFlow.from_data(mapped)
@@ -547,7 +546,7 @@ def test_a_map_whose_file_is_gone_is_named(tmp_path: Path) -> None:
     mapped = np.load(path, mmap_mode="r")
     path.unlink()
     with pytest.raises(FileNotFoundError, match=re.escape(str(path))):
-        open_source(mapped)
+        pfgm.data.open(mapped)
 
 
 def test_to_unit_of_every_byte() -> None:
