@@ -1,6 +1,6 @@
 """Samples: in files, folders and memory, opened by one function; bytes to [-1, 1]."""
 
-from .arrays import load_array, save_array, to_unit
+from .arrays import save_array, to_unit
 from .handwritten import Digits, digits
 from .opened import Data
 from .opening import Layout, Range, open
@@ -14,7 +14,6 @@ __all__ = [
     "Range",
     "Table",
     "digits",
-    "load_array",
     "open",
     "save_array",
     "to_unit",

@@ -8,7 +8,6 @@ import pickle
 import re
 import warnings
 import zipfile
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -33,10 +32,6 @@ def open_rows(path: Path) -> Tensor:
     """All rows of a file that is opened, not loaded."""
     source = pfgm.data.open(path).samples
     return source.read(0, len(source))
-
-
-Read = Callable[[Path], Tensor]
-both_readers = pytest.mark.parametrize("read", [data.load_array, open_rows])
 
 
 class Malicious:
@@ -65,29 +60,13 @@ def ramp(*shape: int, dtype: Any = np.float32) -> Array:
     return np.arange(int(np.prod(shape))).reshape(shape).astype(dtype)
 
 
-def fractions(*shape: int) -> Array:
-    """float64 values in [-1, 1] that float32 has to round."""
-    return np.linspace(-1, 1, int(np.prod(shape))).reshape(shape)
-
-
 def contents(source: Source) -> Array:
     return source.read(0, len(source)).numpy()
 
 
-@pytest.mark.parametrize("suffix", SUFFIXES)
-@pytest.mark.parametrize("dtype", [np.uint8, np.float16, np.float32, np.float64])
-def test_floats_become_float32_and_bytes_stay_bytes(
-    tmp_path: Path, suffix: str, dtype: Any
-) -> None:
-    array = ramp(8, 32, dtype=dtype) if dtype == np.uint8 else fractions(4, 1, 3, 2).astype(dtype)
-    loaded = data.load_array(str(save(tmp_path / f"a{suffix}", array)))
-    expected = array if dtype == np.uint8 else array.astype(np.float32)
-    np.testing.assert_array_equal(loaded.numpy(), expected, strict=True)
-
-
 def test_the_tensor_is_independent_of_the_file(tmp_path: Path) -> None:
     path = save(tmp_path / "a.safetensors", np.ones((2, 2), dtype=np.float32))
-    loaded = data.load_array(path)
+    loaded = open_rows(path)
     with path.open("r+b") as file:
         file.seek(-16, io.SEEK_END)
         file.write(bytes(16))
@@ -130,10 +109,7 @@ def test_foreign_orders_and_widths_are_loaded(
     source = pfgm.data.open(path).samples
     assert source.tensor is not None
     np.testing.assert_array_equal(contents(source), array.astype(dtype), strict=True)
-    loaded = data.load_array(path)
-    np.testing.assert_array_equal(loaded.numpy(), array.astype(np.float32), strict=True)
     assert source.tensor.is_contiguous()
-    assert loaded.is_contiguous()
 
 
 def test_an_archive_behind_other_bytes(tmp_path: Path) -> None:
@@ -167,7 +143,7 @@ def test_bfloat16_and_metadata_in_safetensors(tmp_path: Path) -> None:
     assert isinstance(source, OnDisk)
     assert source.dtype == torch.bfloat16
     assert torch.equal(source.take(torch.tensor([4, 0])), tensor[[4, 0]])
-    assert torch.equal(data.load_array(tmp_path / "a.safetensors"), tensor.float())
+    assert torch.equal(open_rows(tmp_path / "a.safetensors"), tensor.float())
 
 
 def test_narrow_floats_in_safetensors_are_loaded(tmp_path: Path) -> None:
@@ -178,68 +154,55 @@ def test_narrow_floats_in_safetensors_are_loaded(tmp_path: Path) -> None:
     assert torch.equal(source.tensor, tensor.float())
 
 
-@both_readers
-def test_compressed_archives_are_loaded(tmp_path: Path, read: Read) -> None:
+def test_compressed_archives_are_loaded(tmp_path: Path) -> None:
     np.savez_compressed(tmp_path / "a.npz", labels=np.arange(50), images=ramp(50, 2, 3))
     assert isinstance(pfgm.data.open(tmp_path / "a.npz").samples, InMemory)
-    np.testing.assert_array_equal(read(tmp_path / "a.npz").numpy(), ramp(50, 2, 3), strict=True)
+    np.testing.assert_array_equal(
+        open_rows(tmp_path / "a.npz").numpy(), ramp(50, 2, 3), strict=True
+    )
 
 
-@both_readers
 @pytest.mark.parametrize("suffix", [".npz", ".safetensors"])
 @pytest.mark.parametrize("present", [("images", "data", "x"), ("data", "x"), ("x",)])
 def test_of_several_arrays_the_preferred_name_is_read(
-    tmp_path: Path, read: Read, suffix: str, present: tuple[str, ...]
+    tmp_path: Path, suffix: str, present: tuple[str, ...]
 ) -> None:
     arrays = {name: ramp(3, 2) + 100 * i for i, name in enumerate(present)}
     arrays = {"before": ramp(5, 5), **arrays, "z": ramp(2, 2)}
     path = save_all(tmp_path / f"a{suffix}", arrays)
     assert isinstance(pfgm.data.open(path).samples, OnDisk)
-    np.testing.assert_array_equal(read(path).numpy(), ramp(3, 2))
+    np.testing.assert_array_equal(open_rows(path).numpy(), ramp(3, 2))
 
 
-@both_readers
 @pytest.mark.parametrize("suffix", [".npz", ".safetensors"])
-def test_several_arrays_of_other_names_are_named_in_the_error(
-    tmp_path: Path, read: Read, suffix: str
-) -> None:
+def test_several_arrays_of_other_names_are_named_in_the_error(tmp_path: Path, suffix: str) -> None:
     path = save_all(tmp_path / f"a{suffix}", {"foo": ramp(2, 2), "bar": ramp(2, 2)})
     with pytest.raises(
         ValueError, match=r" must hold one array, or one.*got 2 arrays \(bar, foo\)\."
     ) as caught:
-        read(path)
+        open_rows(path)
     assert str(path) in str(caught.value)
 
 
-@both_readers
 @pytest.mark.parametrize("suffix", SUFFIXES)
-def test_a_missing_file_is_named(tmp_path: Path, read: Read, suffix: str) -> None:
+def test_a_missing_file_is_named(tmp_path: Path, suffix: str) -> None:
     path = tmp_path / f"missing{suffix}"
     with pytest.raises(FileNotFoundError, match=f"^{re.escape(str(path))} does not exist"):
-        read(path)
+        open_rows(path)
 
 
-@both_readers
 @pytest.mark.parametrize("suffix", SUFFIXES)
-def test_empty_files_and_devices_are_named(tmp_path: Path, read: Read, suffix: str) -> None:
+def test_empty_files_and_devices_are_named(tmp_path: Path, suffix: str) -> None:
     empty, device = tmp_path / f"a{suffix}", tmp_path / f"b{suffix}"
     empty.touch()
     device.symlink_to("/dev/zero")
     for path, problem in ((empty, "is empty"), (device, "must be a file or a folder")):
         with pytest.raises(ValueError, match=f"^{re.escape(str(path))} {problem}"):
-            read(path)
-    empty.unlink()
-    empty.mkdir()
-    with pytest.raises(
-        ValueError, match=r"must be a file or a folder, not a pipe, socket or device\."
-    ):
-        data.load_array(empty)
+            open_rows(path)
 
 
 def test_another_suffix_is_refused(tmp_path: Path) -> None:
     path = tmp_path / "a.png"
-    with pytest.raises(ValueError, match=r" must end in \.npy, \.npz or.*got the suffix '\.png'\."):
-        data.load_array(path)
     path.write_bytes(b"content")
     with pytest.raises(
         ValueError, match=r" must be a folder of images or end.*got the suffix '\.png'\."
@@ -250,9 +213,8 @@ def test_another_suffix_is_refused(tmp_path: Path) -> None:
         pfgm.data.open(table)
 
 
-@both_readers
 @pytest.mark.parametrize("suffix", SUFFIXES)
-def test_truncation_anywhere_is_refused(tmp_path: Path, read: Read, suffix: str) -> None:
+def test_truncation_anywhere_is_refused(tmp_path: Path, suffix: str) -> None:
     path = save(tmp_path / f"a{suffix}", ramp(4, 3))
     whole = path.read_bytes()
     for size in (*range(1, len(whole), 7), len(whole) - 1):
@@ -260,10 +222,9 @@ def test_truncation_anywhere_is_refused(tmp_path: Path, read: Read, suffix: str)
         with pytest.raises(
             ValueError, match=f"^{re.escape(str(path))} (must be a complete|is truncated)"
         ):
-            read(path)
+            open_rows(path)
 
 
-@both_readers
 @pytest.mark.filterwarnings("error")  # such as for a file left open
 @pytest.mark.parametrize("suffix", SUFFIXES)
 @pytest.mark.parametrize(
@@ -279,11 +240,11 @@ def test_truncation_anywhere_is_refused(tmp_path: Path, read: Read, suffix: str)
         (2).to_bytes(8, "little") + b"[]",
     ],
 )
-def test_foreign_files_are_refused(tmp_path: Path, read: Read, suffix: str, content: bytes) -> None:
+def test_foreign_files_are_refused(tmp_path: Path, suffix: str, content: bytes) -> None:
     path = tmp_path / f"a{suffix}"
     path.write_bytes(content)
     with pytest.raises(ValueError, match=f"^{re.escape(str(path))} must be a complete {suffix}"):
-        read(path)
+        open_rows(path)
 
 
 @pytest.mark.parametrize("suffix", [".npy", ".npz"])
@@ -291,17 +252,14 @@ def test_object_arrays_are_refused_unread(tmp_path: Path, suffix: str) -> None:
     array = np.empty((2, 2), dtype=object)
     array[:] = Malicious()
     path = save(tmp_path / f"a{suffix}", array)
-    with pytest.raises(ValueError, match="pickled"):
-        data.load_array(path)
     with pytest.raises(
         TypeError, match=r"must hold uint8 or floating-point numbers, got object; conv"
     ):
         pfgm.data.open(path)
 
 
-@both_readers
 @pytest.mark.parametrize("damage", ["another kind of file", "encrypted", "unknown version"])
-def test_damaged_headers_are_refused(tmp_path: Path, read: Read, damage: str) -> None:
+def test_damaged_headers_are_refused(tmp_path: Path, damage: str) -> None:
     path = save(tmp_path / ("a.npy" if damage == "unknown version" else "a.npz"), ramp(4, 3))
     content = bytearray(path.read_bytes())
     if damage == "another kind of file":
@@ -315,72 +273,67 @@ def test_damaged_headers_are_refused(tmp_path: Path, read: Read, damage: str) ->
         content[6] = 9
         path.write_bytes(content)
     with pytest.raises(ValueError, match=r"must be a complete \.np[yz] file of plain numbers: it "):
-        read(path)
+        open_rows(path)
 
 
-def test_damaged_numbers_in_an_archive_are_noticed_when_loaded(tmp_path: Path) -> None:
-    path = save(tmp_path / "a.npz", ramp(400, 5))
+def test_damaged_numbers_in_a_compressed_archive_are_noticed(tmp_path: Path) -> None:
+    path = tmp_path / "a.npz"
+    np.savez_compressed(path, np.random.default_rng(0).random((400, 5)))
     content = bytearray(path.read_bytes())
     content[5000] ^= 1  # a number: the checksum of the archive no longer agrees
     path.write_bytes(content)
     with pytest.raises(ValueError, match=r"must be a complete \.npz file of plain numbers: it is"):
-        data.load_array(path)
+        open_rows(path)
 
 
-@both_readers
 @pytest.mark.parametrize("suffix", SUFFIXES)
 @pytest.mark.parametrize("dtype", [np.int64, np.int8, np.bool_])
-def test_other_dtypes_are_refused(tmp_path: Path, read: Read, suffix: str, dtype: type) -> None:
+def test_other_dtypes_are_refused(tmp_path: Path, suffix: str, dtype: type) -> None:
     path = save(tmp_path / f"a{suffix}", np.ones((2, 2), dtype=dtype))
     remedy = r"; convert them, as by astype\('float32'\)\.$"
     message = rf"^{re.escape(str(path))} must hold uint8 or .*, got (torch\.)?{np.dtype(dtype)}"
     with pytest.raises(TypeError, match=message + remedy):
-        read(path)
+        open_rows(path)
 
 
-@both_readers
 @pytest.mark.parametrize("dtype", [complex, "U3", "f4,f4", "M8[s]"])
-def test_no_numbers_at_all_are_refused(tmp_path: Path, read: Read, dtype: Any) -> None:
+def test_no_numbers_at_all_are_refused(tmp_path: Path, dtype: Any) -> None:
     path = save(tmp_path / "a.npy", np.zeros((2, 2), dtype=dtype))
     with pytest.raises(TypeError, match="must hold uint8 or floating-point numbers, got"):
-        read(path)
+        open_rows(path)
 
 
-@both_readers
 @pytest.mark.parametrize("suffix", SUFFIXES)
 @pytest.mark.parametrize("shape", [(), (3,), (0, 3), (3, 0)])
 def test_shapes_that_are_no_samples_are_refused(
-    tmp_path: Path, read: Read, suffix: str, shape: tuple[int, ...]
+    tmp_path: Path, suffix: str, shape: tuple[int, ...]
 ) -> None:
     path = save(tmp_path / f"a{suffix}", np.zeros(shape))
     message = f"{path} must have shape (n, *S), n samples of shape S"
     with pytest.raises(ValueError, match=re.escape(message)):
-        read(path)
+        open_rows(path)
 
 
-@both_readers
 @pytest.mark.parametrize("shape", ["(-2, -3)", "(2, 3.0)", "(2, True)", "(2, 'x')"])
-def test_malformed_shapes_are_refused(tmp_path: Path, read: Read, shape: str) -> None:
+def test_malformed_shapes_are_refused(tmp_path: Path, shape: str) -> None:
     header = f"{{'descr': '<f4', 'fortran_order': False, 'shape': {shape}}}\n".encode()
     path = tmp_path / "a.npy"
     path.write_bytes(npy.magic(1, 0) + len(header).to_bytes(2, "little") + header + bytes(24))
     with pytest.raises(ValueError, match=r"must be a complete \.npy file of plain numbers: it is"):
-        read(path)
+        open_rows(path)
 
 
-@both_readers
-def test_a_huge_shape_takes_no_memory(tmp_path: Path, read: Read) -> None:
+def test_a_huge_shape_takes_no_memory(tmp_path: Path) -> None:
     header = b"{'descr': '>f4', 'fortran_order': True, 'shape': (10000000, 100000000)}\n"
     path = tmp_path / "a.npy"
     path.write_bytes(npy.magic(1, 0) + len(header).to_bytes(2, "little") + header + bytes(24))
     with pytest.raises(ValueError, match="4000000000000000 bytes of numbers, and 24 follow"):
-        read(path)
+        open_rows(path)
 
 
 ENTRY = {"dtype": "F32", "shape": [2, 3], "data_offsets": [0, 24]}
 
 
-@both_readers
 @pytest.mark.parametrize(
     "change",
     [
@@ -398,40 +351,26 @@ ENTRY = {"dtype": "F32", "shape": [2, 3], "data_offsets": [0, 24]}
         {"dtype": ["F32"]},
     ],
 )
-def test_damaged_safetensors_headers_are_refused(
-    tmp_path: Path, read: Read, change: dict[str, Any]
-) -> None:
+def test_damaged_safetensors_headers_are_refused(tmp_path: Path, change: dict[str, Any]) -> None:
     path = tmp_path / "a.safetensors"
     for changes in ({}, change):
         header = json.dumps({"x": ENTRY | changes}).encode()
         path.write_bytes(len(header).to_bytes(8, "little") + header + ramp(2, 3).tobytes())
         if not changes:
-            np.testing.assert_array_equal(read(path).numpy(), ramp(2, 3))
+            np.testing.assert_array_equal(open_rows(path).numpy(), ramp(2, 3))
     with pytest.raises(
         ValueError, match=f"^{re.escape(str(path))} (must be a complete|is truncated)"
     ):
-        read(path)
+        open_rows(path)
 
 
-@pytest.mark.filterwarnings("error")
-@pytest.mark.parametrize("suffix", SUFFIXES)
-@pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf, 1e300])
-def test_values_that_are_not_finite_are_refused(tmp_path: Path, suffix: str, value: float) -> None:
-    array = np.zeros((3, 2))
-    array[1, 1] = value
-    path = save(tmp_path / f"a{suffix}", array)
-    with pytest.raises(ValueError, match=f"^{re.escape(str(path))} must be finite as float32"):
-        data.load_array(path)
-
-
-def result_or_error(read: Read, path: Path) -> Tensor | ValueError | TypeError:
+def result_or_error(path: Path) -> Tensor | ValueError | TypeError:
     try:
-        return read(path)
+        return open_rows(path)
     except (ValueError, TypeError) as error:
         return error
 
 
-@both_readers
 @pytest.mark.parametrize("suffix", SUFFIXES)
 @given(position=st.floats(0, 1, exclude_max=True), byte=st.integers(0, 255))
 @settings(
@@ -441,17 +380,16 @@ def result_or_error(read: Read, path: Path) -> Tensor | ValueError | TypeError:
     derandomize=True,
 )
 def test_damage_raises_only_the_documented_errors(
-    tmp_path: Path, read: Read, suffix: str, position: float, byte: int
+    tmp_path: Path, suffix: str, position: float, byte: int
 ) -> None:
     path = save(tmp_path / f"a{suffix}", ramp(2, 3), "x")
     content = bytearray(path.read_bytes())
     content[int(position * len(content))] = byte
     path.write_bytes(content)
-    result = result_or_error(read, path)
+    result = result_or_error(path)
     if isinstance(result, Tensor):
         assert result.ndim >= 2
         assert result.numel() > 0
-        assert read is open_rows or torch.isfinite(result.float()).all()
     else:
         assert str(path) in str(result)
 

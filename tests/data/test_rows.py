@@ -290,7 +290,7 @@ def peak():
     unit = 1 if sys.platform == "darwin" else 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e6
 
-from pfgm.data import load_array
+import pfgm
 with open("source.pickle", "rb") as file:
     source = pickle.load(file)
 out = torch.empty(1000, 1000)
@@ -300,7 +300,7 @@ for start in range(0, 50_000, 1000):
     source.read(start, start + 1000, out)
     source.take(torch.arange(start, start + 1000, 10))
 chunks = peak()
-load_array(source.path)
+pfgm.data.open(source.path).samples[:]
 print(chunks - before, peak() - before)
 """
 
