@@ -292,20 +292,17 @@ class Evaluate:
 
     def _open_samples(self, data: Data) -> Data:
         assert self.samples is not None
-        table: Table | None = None
-        options: dict[str, Any] = {}
+        options: dict[str, Any] = {"resize": self.resize}
         if is_table_file(self.samples):
             columns = [f"x{place}" for place in range(data.samples[:1].numel())]
-            table = data.table or Table.numbers(columns)  # as pfgm sample writes them
+            options = {"table": data.table or Table.numbers(columns)}  # as pfgm sample writes them
         elif data.table is not None:
             raise ValueError(
                 f"samples must be a .csv file, as the data are a table, got {self.samples}."
             )
-        elif self.samples.is_dir() or self.samples.suffix == ".zip":
-            options = {"resize": self.resize}
         elif takes_layout(self.samples):
             options = {"layout": self.layout or "auto"}
-        return open_data(self.samples, **options, table=table, progress=self.progress)
+        return open_data(self.samples, **options, progress=self.progress)
 
     def _data_of_source(self) -> tuple[str, dict[str, Any]]:
         """The data that the network was trained on, and how to read them; digits if not known."""

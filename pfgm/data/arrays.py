@@ -73,8 +73,6 @@ def open_array(path: Path, name: str | None = None) -> Source:
         Fortran order, in another byte order or of another width than references have is loaded now,
         and its float64 becomes float32.
     """
-    if not path.exists():
-        raise FileNotFoundError(f"{path} does not exist.")
     if not path.is_file():
         raise ValueError(f"{path} must be a file or a folder, not a pipe, socket or device.")
     if path.suffix not in _OPENERS:

@@ -37,25 +37,16 @@ _16_BITS_A_CHANNEL = re.compile(r";16[BLNS]")
 
 
 def load_images(path: Path, *, resize: int | None = None, progress: bool | None = None) -> Data:
-    """Decodes all images in a folder and its subfolders, or in a zip archive.
+    """Decodes all images in a folder and its subfolders, or in a zip archive, as :func:`open` does.
 
     Their order is that of their relative paths. Links to files and folders are followed. Hidden
-    files are left out. Transparent images are composed on white. A rotation in the EXIF data is not
-    applied. Of an animated image the first frame is taken.
-
-    Args:
-        path: the folder or the archive.
-        resize: height and width to which the largest central square of each image is scaled. None
-            keeps the pixels, and all images must have one size.
-        progress: show a progress bar; None shows one for many images, in a terminal.
-
-    Returns:
-        The images, uint8 (n, C, H, W), where C = 1 if all images are grey, else 3, with
-        :meth:`ImageFiles.labels`.
+    files are left out. A rotation in the EXIF data is not applied. Of an animated image the first
+    frame is taken. The images are uint8 (n, C, H, W), where C = 1 if all images are grey, else 3.
     """
     _import_pillow()
     size = None if resize is None else (positive_int("resize", resize, _MAX_SIDE),) * 2
     with image_files(path) as files:
+        first, labels, names = files.labels()  # the first for training
         channels, (width, height) = _common_shape(files, size, progress)
         shape = (len(files.names), channels, height, width)
         with allocating(f"{path} holds {shape[0]} images of {width} × {height} pixels, which"):
@@ -66,15 +57,11 @@ def load_images(path: Path, *, resize: int | None = None, progress: bool | None 
         for row, name in enumerate(_bar(files, "images", progress)):
             with _opened(files, name) as image:
                 images[row] = pixels(image, channels, resize)
-        held_out, labels, names = files.labels()
-        others, train = (
-            Data(InMemory(images[part]), None if labels is None else labels[part], names)
-            if len(images[part])
-            else None
-            for part in (slice(held_out), slice(held_out, None))
-        )
-    assert train is not None
-    return replace(train, held_out=others)
+
+    def part(rows: slice) -> Data:
+        return Data(InMemory(images[rows]), None if labels is None else labels[rows], names)
+
+    return replace(part(slice(first, None)), held_out=part(slice(first)) if first else None)
 
 
 def _bar(files: ImageFiles, name: str, progress: bool | None) -> Iterable[str]:

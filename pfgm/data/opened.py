@@ -26,7 +26,7 @@ class Data:
     """The columns of a table, which encode and decode its rows."""
     held_out: Data | None = None
     """Samples that are not for training; None if there are none."""
-    levels: int | None = None
+    levels: int = 0
     """The number of grey levels, where it does not follow from the dtype."""
 
     def __repr__(self) -> str:
@@ -44,10 +44,5 @@ class Data:
 
     @property
     def grey_levels(self) -> int:
-        """The number of grey levels, for bits per dimension; 0 if unknown.
-
-        It is 17 for digits, and 256 for bytes.
-        """
-        if self.levels is not None:
-            return self.levels
-        return 256 if self.samples.dtype == torch.uint8 else 0
+        """For bits per dimension: 17 for digits, 256 for bytes, 0 (unknown) for others."""
+        return self.levels or 256 * (self.samples.dtype == torch.uint8)

@@ -135,22 +135,14 @@ Data((399, 1, 8, 8), torch.float32, 10 classes), 17)
     >>> open(torch.rand(5, 2)).samples[:2].shape
     torch.Size([2, 2])
     """
+    given, defaults = locals(), open.__kwdefaults__ or {}
     name, path = _name_and_path(source)
     kind = _kind(source, name, path)
     check_choice("layout", layout, get_args(Layout))
-    options: dict[str, Any] = {
-        "value_range": value_range,
-        "layout": layout,
-        "resize": resize,
-        "label_column": label_column or None,
-        "drop_missing": drop_missing,
-        "drop_columns": tuple(drop_columns),
-        "header": header,
-    }
-    for option, value in options.items():
-        if kind != _TAKERS[option] and value != (open.__kwdefaults__ or {})[option]:
+    for option, taker in _TAKERS.items():
+        if kind != taker and (given[option] or None) != (defaults[option] or None):
             raise ValueError(
-                f"{option.removeprefix('value_')} is for {_KINDS[_TAKERS[option]]}, got {value!r} "
+                f"{option.removeprefix('value_')} is for {_KINDS[taker]}, got {given[option]!r} "
                 f"for {name or path or type(source).__name__}; leave it out."
             )
     if isinstance(source, Data):
@@ -222,6 +214,8 @@ def _kind(source: object, name: str, path: Path | None) -> str:
             f"data must be one of {_ALLOWED}, got {str(source)!r}, which is neither a name nor an "
             "existing path."
         )
+    if not path.exists():
+        raise FileNotFoundError(f"{path} does not exist.")
     return "images" if images else "array"
 
 

@@ -291,8 +291,9 @@ class ReferenceSet:
     def save(self, path: StrPath) -> None:
         """Writes the rows, without mirror images, to a ``.npy`` file.
 
-        A reference set can read this file without loading it. If writing fails, an existing file
-        is left as it was.
+        A reference set can read this file without loading it; grey bytes (n, H, W) get a channel
+        then, unless it is opened with ``layout="as-is"``. If writing fails, an existing file is
+        left as it was.
 
         Raises:
             OSError: the file cannot be written.

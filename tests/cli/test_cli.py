@@ -591,6 +591,21 @@ def test_samples_as_single_images(run, tmp_path, capsys, terminal, refusal, exis
     assert f"the output folder must be new or empty, got {folder}, a folder that is not" in error
 
 
+def test_samples_are_compared_with_the_held_out_images_of_a_folder(tmp_path, capsys):
+    """As with those of named data; before, all images were the training data."""
+    images = pfgm.data.digits().train
+    for place, rows in (("data/train/all", images[:20]), ("data/test/all", images[20:30])):
+        (tmp_path / place).mkdir(parents=True)
+        for number, image in enumerate(rows):
+            cli.sample.save_image(tmp_path / place / f"{number}.png", image)
+    samples = ["--samples", tmp_path / "data" / "train", "--data", f"folder:{tmp_path}/data"]
+    assert cli.main([*map(str, ["evaluate", *samples, "--out", tmp_path / "e"])]) == 0
+    figures = json.loads((tmp_path / "e" / "metrics.json").read_text())
+    assert (figures["against"], figures["counts"]["against"]) == ("held_out", 10)
+    assert figures["median_distance_to_train"]["samples"] == 0
+    assert "against 10 held-out rows" in capsys.readouterr().out
+
+
 def test_a_folder_of_images_appears_whole_or_not_at_all(run, tmp_path, refusal, monkeypatch):
     arguments = ["sample", "--checkpoint", run, "--n", "6", "--steps", "2", "--batch-size", "2"]
     saved, save, errors = [], cli.sample.save_image, []
