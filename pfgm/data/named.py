@@ -9,13 +9,14 @@ import zlib
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from ..common.optional import optional
 from .arrays import from_numpy
-from .handwritten import digits
 from .images import load_images
 from .opened import Data
 from .rows import InMemory
@@ -32,6 +33,40 @@ _TRAIN_BATCHES = tuple(f"data_batch_{number}.bin" for number in range(1, 6))
 _TEST_BATCHES = ("test_batch.bin",)
 _PICKLED = ("cifar-10-batches-py", "data_batch_1")  # of CIFAR-10's Python version
 _RECORD_BYTES = 1 + 3 * 32 * 32  # a label, then red, green and blue
+
+
+class Digits(NamedTuple):
+    """8 × 8 grey images of handwritten digits in [-1, 1] with their labels, in two parts.
+
+    train (1398, 1, 8, 8) and held_out (399, 1, 8, 8) are float32. train_labels (1398,) and
+    held_out_labels (399,) are int64 from 0 to 9.
+    """
+
+    train: Tensor
+    train_labels: Tensor
+    held_out: Tensor
+    held_out_labels: Tensor
+
+
+def digits() -> Digits:
+    """The handwritten digits that come with scikit-learn, always in the same two parts.
+
+    A grey level from 0 to 16 becomes level/8 - 1. Image i is held out if i mod 9 is 4 or 8. Source:
+    the test part of the UCI "Optical Recognition of Handwritten Digits" (Alpaydin and Kaynak 1998).
+
+    Raises:
+        ImportError: scikit-learn is not installed.
+
+    >>> digits().train.shape, digits().held_out.shape
+    (torch.Size([1398, 1, 8, 8]), torch.Size([399, 1, 8, 8]))
+    """
+    datasets = optional("sklearn.datasets", "digits() needs scikit-learn", "demo")
+    levels, classes = datasets.load_digits(return_X_y=True)
+    images = torch.from_numpy(levels).float().view(-1, 1, 8, 8) / 8 - 1
+    labels = torch.from_numpy(classes).long()
+    remainder = torch.arange(len(images), device="cpu") % 9
+    held_out = (remainder == 4) | (remainder == 8)
+    return Digits(images[~held_out], labels[~held_out], images[held_out], labels[held_out])
 
 
 def _digits(folder: Path | None, progress: bool | None) -> Data:
