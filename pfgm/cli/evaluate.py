@@ -17,9 +17,11 @@ from .. import evaluation
 from ..common.checks import check_seed, usable_device, whole
 from ..common.files import output_folder, write_csv, write_json
 from ..common.versions import versions
-from ..data import Table, to_unit
+from ..data import Data, Layout, Range, Table, to_unit
+from ..data.opening import open as open_data
+from ..data.opening import takes_layout
+from ..data.rows import Source
 from ..data.table_files import is_table_file
-from ..datasets import Data, Layout, Range, open_data, open_samples, takes_layout
 from ..evaluation import Labels, Point
 from ..flows.sampling import check_steps
 from ..metrics import CLASSIFIERS, Classifier, inception_metrics, load_classifier
@@ -27,7 +29,7 @@ from ..metrics.inception import find_inception_weights
 from ..networks.registry import label_count
 from ..plotting.figures import require_matplotlib
 from ..pretrained import PRETRAINED
-from ..references import References, ReferenceSet
+from ..references import ReferenceSet
 from ..training.checks import warn_of_range
 from ..training.model_files import Loaded
 from ..training.run_config import RunConfig
@@ -59,9 +61,9 @@ class _Rows(NamedTuple):
     labels: Tensor | None
 
     @classmethod
-    def drawn(cls, source: ReferenceSet, count: int, seed: int) -> _Rows:
-        """At most ``count`` rows of a set, drawn with the seed."""
-        generator = torch.Generator().manual_seed(seed)
+    def drawn(cls, data: Data, count: int, seed: int) -> _Rows:
+        """At most ``count`` rows, drawn with the seed."""
+        generator, source = torch.Generator().manual_seed(seed), ReferenceSet(data)
         numbers = source.draw(min(count, len(source)), generator=generator)
         labels = source.labels
         return cls(to_unit(source[numbers]), None if labels is None else labels[numbers])
@@ -79,7 +81,7 @@ class _Real(NamedTuple):
     def of(cls, data: Data, count: int, seed: int, device: torch.device) -> _Real:
         """At most ``count`` rows of each part, on the device if it is a GPU, else on the CPU."""
         place = device if device.type == "cuda" else torch.device("cpu")
-        train = _Rows.drawn(data.train, count, seed)
+        train = _Rows.drawn(data, count, seed)
         if data.held_out is None:
             return cls(None, train.rows.to(place), None, train.labels)
         held_out = _Rows.drawn(data.held_out, count, seed)
@@ -183,13 +185,13 @@ class Evaluate:
             loaded = load_network(self.model, self.sampling.solver, device)
         table = None if loaded is None else loaded.table
         data = open_data(name, **reading, table=table, progress=self.progress)
-        source = loaded or self._open_samples(data.table)
-        warn_of_range(data.train)
-        if isinstance(source, Data):
-            warn_of_range(source.train)
+        source = loaded or self._open_samples(data)
+        for opened in (data, source):
+            if isinstance(opened, Data):
+                warn_of_range(ReferenceSet(opened))
         self._check_data(name, data, source)
         classifier = self._classifier(name, data, device)
-        if _are_images(data.train) or self.curve:
+        if _are_images(data.samples) or self.curve:
             require_matplotlib()
         with output_folder(self.out):
             self._measure(name, data, source, classifier, device)
@@ -214,7 +216,7 @@ class Evaluate:
                 samples = data.table.nearest(samples)
             samples = evaluation.clamp_images(samples.to(real.train.device), real.train)
         else:
-            samples, own = _Rows.drawn(source.train, self.n, self.seed)
+            samples, own = _Rows.drawn(source, self.n, self.seed)
             labels = real.labels(own, source.names, data.names)
             samples, described = samples.to(real.train.device), {"source": str(self.samples)}
         figures |= described
@@ -284,21 +286,19 @@ class Evaluate:
                     "have been drawn; leave it out, or give a model."
                 )
 
-    def _open_samples(self, table: Table | None) -> Data:
+    def _open_samples(self, data: Data) -> Data:
         assert self.samples is not None
-        if table is not None:
-            if not is_table_file(self.samples):
-                raise ValueError(
-                    f"samples must be a .csv file, as the data are a table, got {self.samples}."
-                )
-            return Data(ReferenceSet(table.encode(self.samples).rows), None, 0, 0)
-        images = self.samples.is_dir() or self.samples.suffix == ".zip"
-        return open_samples(
-            self.samples,
-            layout=self.layout or "auto",
-            resize=self.resize if images else None,
-            progress=self.progress,
-        )
+        options: dict[str, Any] = {"resize": self.resize}
+        if is_table_file(self.samples):
+            columns = [f"x{place}" for place in range(data.samples[:1].numel())]
+            options = {"table": data.table or Table.numbers(columns)}  # as pfgm sample writes them
+        elif data.table is not None:
+            raise ValueError(
+                f"samples must be a .csv file, as the data are a table, got {self.samples}."
+            )
+        elif takes_layout(self.samples):
+            options = {"layout": self.layout or "auto"}
+        return open_data(self.samples, **options, progress=self.progress)
 
     def _data_of_source(self) -> tuple[str, dict[str, Any]]:
         """The data that the network was trained on, and how to read them; digits if not known."""
@@ -316,8 +316,8 @@ class Evaluate:
             check_guidance(self.sampling.guidance, source.network)
             shape, classes = source.flow.shape, label_count(source.network)
         else:
-            shape, classes = tuple(source.train.shape[1:]), source.classes
-        expected = tuple(data.train.shape[1:])
+            shape, classes = source.samples.row_shape, source.classes
+        expected = data.samples.row_shape
         if shape != expected:
             remedy = "." if self.data is not None else "; give the data with --data."
             if shape == expected[1:]:
@@ -329,16 +329,16 @@ class Evaluate:
             raise ValueError(
                 f"samples must be images (C, H, W) with C = 1 or 3 for --fid, got shape {expected}."
             )
-        real = data.held_out or data.train
+        real = data.held_out or data
         if self.per_label and not (classes and data.classes):
             raise ValueError(
                 f"per-label needs labels of the samples and of the data {name}, got "
                 f"{'none of the data' if classes else 'samples without labels'}."
             )
-        if self.likelihood > len(real):
+        if self.likelihood > len(real.samples):
             raise ValueError(
-                f"likelihood must be at most {len(real)}, the {_part(data).replace('_', '-')} "
-                f"samples of {name}, got {self.likelihood}."
+                f"likelihood must be at most {len(real.samples)}, the "
+                f"{_part(data).replace('_', '-')} samples of {name}, got {self.likelihood}."
             )
 
     def _classifier(self, name: str, data: Data, device: torch.device) -> Classifier | None:
@@ -349,7 +349,7 @@ class Evaluate:
             return None
         place = device if device.type == "cuda" else torch.device("cpu")
         classifier = load_classifier(chosen, device=place)
-        if (shape := tuple(data.train.shape[1:])) != classifier.shape:
+        if (shape := data.samples.row_shape) != classifier.shape:
             raise ValueError(
                 f"features must be a classifier for the shape of the data {name}, {shape}, got "
                 f"{chosen}, for {classifier.shape}."
@@ -373,7 +373,7 @@ class Evaluate:
         return samples, {"source": self.model, "nfe": nfe, "sampling": sampling}
 
     def _likelihood(self, model: Loaded, data: Data, device: torch.device) -> dict[str, Any]:
-        rows = data.held_out or data.train
+        rows = ReferenceSet(data.held_out or data)
         numbers = rows.draw(self.likelihood, generator=torch.Generator().manual_seed(self.seed))
         known = rows.labels is not None and label_count(model.network) > 0
         labels = None
@@ -461,8 +461,8 @@ def _part(data: Data) -> str:
     return "train" if data.held_out is None else "held_out"
 
 
-def _are_images(samples: References) -> bool:
-    return samples.ndim == 4 and samples.shape[1] in (1, 3)
+def _are_images(samples: Tensor | Source) -> bool:
+    return len(samples.shape) == 4 and samples.shape[1] in (1, 3)
 
 
 def _draw_pictures(folder: Path, samples: Tensor, points: list[Point], train: float) -> None:
