@@ -38,6 +38,7 @@ from pfgm.evaluation import draw_samples
 from pfgm.flows.flow import Flow
 from pfgm.plotting import quality_curve
 from pfgm.training import TrainConfig, Trainer, budget
+from pfgm.training.config import Precision
 from pfgm.training.processes import Processes
 from pfgm.training.rehearsal import seconds_of
 from pfgm.training.run_config import Method
@@ -62,7 +63,7 @@ class Run(NamedTuple):
     size: Size
     minutes: float
     seed: int = 0
-    precision: str = "bfloat16"
+    precision: Precision = "bfloat16"
 
 
 def _runs() -> Iterator[Run]:
@@ -75,8 +76,8 @@ def _runs() -> Iterator[Run]:
         yield Run("fashion-mnist", "PFGM", size, 3.0)
     for size in (Size(32, (1, 2, 2), 2, 64), Size(48, (1, 2, 2), 2, 64)):
         yield Run("fashion-mnist", "PFGM", size, 9.0)
-    yield Run("fashion-mnist", "PFGM", Size(24, (1, 2, 2), 2, 64), 3.0)
-    yield Run("fashion-mnist", "PFGM++ 128", Size(32, (1, 2, 2), 2, 64), 3.0)
+    for minutes in (3.0, 9.0):
+        yield Run("fashion-mnist", "PFGM++ 128", Size(48, (1, 2, 2), 2, 32), minutes)
 
 
 RUNS = list(_runs())
@@ -106,7 +107,7 @@ def trained(row: Run, out: Path) -> tuple[Flow, nn.Module, Row]:
 def _trainer(flow: Flow, network: nn.Module, images: Any, config: TrainConfig, out: Any) -> Trainer:
     options = {"progress": False, "labels": images.labels, "folder": out}
     trainer = Trainer(flow, network, images.train, config, **options)
-    trainer._clock = time.process_time  # type: ignore[method-assign]
+    trainer._clock = time.process_time
     trainer._time._clock = time.process_time
     return trainer
 
@@ -123,12 +124,14 @@ def _reference_seconds(row: Run) -> float:
 def measure(options: argparse.Namespace, flow: str, data: str, **setting: Any) -> Row:
     """Trains a network and measures its samples."""
     if flow == TRAINING:
-        return of_training_images(data)["10"]
-    setting["size"] = Size(*(tuple(v) if isinstance(v, list) else v for v in setting["size"]))
+        floor: Row = of_training_images(data)["10"]
+        return floor
+    width, multipliers, patch, batch = setting["size"]
+    setting["size"] = Size(width, tuple(multipliers), patch, batch)
     process, network, row = trained(Run(data, flow, **setting), options.out)
     best: Row = {}
     for schedule in ("log", "rho"):
-        sampler = {"solver": "multistep", "schedule": schedule, "steps": 10}
+        sampler: dict[str, Any] = {"solver": "multistep", "schedule": schedule, "steps": 10}
         samples, _ = draw_samples(
             process, network, SAMPLES, seed=setting["seed"], batch_size=250, **sampler
         )

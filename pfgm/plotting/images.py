@@ -34,7 +34,9 @@ if TYPE_CHECKING:
 _PANEL = 72  # the size of an image that the default scale aims at
 _GAP = 4
 _HEADER = 12
+_SMALLEST_HEADER = 8
 
+_MOST_LABEL_COLUMNS = 32
 _EXCEEDING = 0.05  # the share of the values of noise that is clipped
 _MOST_FRAMES = 10_000
 
@@ -88,6 +90,22 @@ def image_grid(
         axes.text(-_GAP, middle, text, va="center", **style(_HEADER) | {"ha": "right"})
     save(figure, path)
     return figure
+
+
+def label_columns(labels: Sequence[int], names: Sequence[str], count: int) -> dict[str, Any]:
+    """The options of :func:`image_grid` for images whose labels repeat in this order.
+
+    Each label has a column, or several if there are few labels, with its name above it. Without
+    labels, or with more than fit into columns or into ``count`` images, there are no options.
+
+    >>> label_columns([0, 2], ["cat", "dog", "cow"], 16)
+    {'columns': 4, 'header': ['cat', 'cow', 'cat', 'cow']}
+    """
+    if not 1 < len(labels) <= min(count, _MOST_LABEL_COLUMNS):
+        return {}
+    names = names or [str(label) for label in range(max(labels) + 1)]
+    times = max(1, round(math.sqrt(count) / len(labels)))  # about square
+    return {"columns": times * len(labels), "header": times * [names[each] for each in labels]}
 
 
 def trajectory_grid(
@@ -255,7 +273,9 @@ def _draw(
 
 
 def _write_header(axes: Any, labels: Sequence[str], width: int) -> None:
-    """Writes a label above each column of this width."""
+    """Writes a label above each column of this width, in smaller letters or shortened to fit."""
+    most = max(int(width / text_width("m", _SMALLEST_HEADER)), 2)
+    labels = [label if len(label) <= most else label[: most - 1] + "…" for label in labels]
     longest = max(labels, key=len)
     size = _HEADER * min(1.0, width / text_width(longest, _HEADER))
     for i, label in enumerate(labels):

@@ -17,16 +17,17 @@ from ..common.checks import usable_device
 from ..common.checksums import checksum_of_weights
 from ..common.files import StrPath, folder_path
 from ..common.messages import print_notice
+from ..data import Data
+from ..data.opening import is_missing
+from ..data.opening import open as open_data
 from ..data.table_files import is_table_file
-from ..datasets import Data, is_missing, open_data
 from ..distillation import Consistency
 from ..flows.flow import Flow
 from ..flows.poisson import PoissonFlow
 from ..references import ReferenceSet
-from .checkpoint import Loaded, load
 from .checks import other_setting
 from .locks import is_unmoved, locked_for_all
-from .pretrained_folder import is_pretrained
+from .model_files import Loaded, holds_model, load
 from .processes import Processes, reports_process_lost
 from .run_budget import fitting_network
 from .run_config import CONFIG_FILE, RunConfig, teacher_checksum
@@ -102,8 +103,8 @@ def start(
                 f"out is {folder}, which holds a run already; add --resume to continue it, or "
                 "choose another folder."
             )
-        elif is_pretrained(folder):
-            raise ValueError(f"out must not be a folder of save_pretrained, got {folder}.")
+        elif holds_model(folder):
+            raise ValueError(f"out must not be a folder of pfgm.save, got {folder}.")
         return _run(config, folder, device, resume, resume_from, processes, progress, report, begun)
 
 
@@ -156,7 +157,8 @@ def _run(
             f"labels must be False for {config.data}, which has none. Images take theirs from two "
             "or more subfolders, tables from --label-column."
         )
-    rows = _place_rows(data.train, config, device)
+    train = ReferenceSet(data)
+    rows = _place_rows(train, config, device)
     chosen = config.method == "auto" and source is None
     if config.teacher is None:
         config = with_method(config, rows, earlier.flow if earlier and config.init else None)
@@ -173,7 +175,7 @@ def _run(
     network = network.to(device)
     if config.teacher is None and processes.leads and not resume:
         for steps in config.fit_levels:
-            flow.fit_levels(data.train, steps, solver="multistep", progress=progress)
+            flow.fit_levels(train, steps, solver="multistep", progress=progress)
     training, references = config.training, config.training.reference_batch
     loss: Callable[..., Tensor] | None = None
     if config.teacher is not None:
@@ -190,7 +192,6 @@ def _run(
         progress=progress,
         labels=rows.labels if config.labels else None,
         label_names=data.names if config.labels else (),
-        table=data.table,
         evaluate=Evaluation(config, flow, data, folder, device, shown) if processes.leads else None,
         loss=loss,
         distilled=config.teacher is not None,
@@ -218,8 +219,19 @@ def _run(
             settled_config = dataclasses.replace(config.absolute, training=settled)
             settled_config.save(folder / CONFIG_FILE, teacher_checksum=teacher_checksum)
         averaged = trainer.train()
-    report(f"checkpoint: {folder}")
+    report(f"checkpoint: {folder}\n{_next_commands(folder, data)}")
     return averaged
+
+
+def _next_commands(folder: Path, data: Data) -> str:
+    """The commands that draw samples and compare them with the data."""
+    shape, run = data.samples.shape[1:], shlex.quote(str(folder))
+    images = len(shape) == 3 and shape[0] in (1, 3)
+    out = "samples.png" if images else "samples.npy" if len(shape) > 1 else "samples.csv"
+    return (
+        f"next: pfgm sample {run} --n 100 --out {out}\n"
+        f"      pfgm evaluate {run} --out {shlex.quote(str(folder / 'evaluation'))}"
+    )
 
 
 @contextmanager
