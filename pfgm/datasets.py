@@ -16,8 +16,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .common.checks import channels_last, check_choice
+from .common.checks import check_choice
 from .common.files import StrPath, absolute_path
+from .common.images import channels_last
 from .data import digits
 from .data.arrays import array_names, from_numpy, open_array, read_integers
 from .data.images import load_images

@@ -14,8 +14,10 @@ import torch
 from torch import Tensor
 
 from .. import evaluation
-from ..common.checks import check_seed, usable_device, whole
+from ..common.devices import usable_device
 from ..common.files import output_folder, write_csv, write_json
+from ..common.images import is_image
+from ..common.numbers import check_seed, whole
 from ..common.versions import versions
 from ..data import Table, to_unit
 from ..data.table_files import is_table_file
@@ -26,7 +28,7 @@ from ..metrics import CLASSIFIERS, Classifier, inception_metrics, load_classifie
 from ..metrics.inception import find_inception_weights
 from ..networks.registry import label_count
 from ..plotting.figures import require_matplotlib
-from ..references import References, ReferenceSet
+from ..references import ReferenceSet
 from ..training.checkpoint import Loaded
 from ..training.checks import warn_of_range
 from ..training.run_config import RunConfig
@@ -190,7 +192,7 @@ class Evaluate:
             warn_of_range(source.train)
         self._check_data(name, data, source)
         classifier = self._classifier(name, data, device)
-        if _are_images(data.train) or self.curve:
+        if is_image(data.train.shape[1:]) or self.curve:
             require_matplotlib()
         with output_folder(self.out):
             self._measure(name, data, source, classifier, device)
@@ -466,14 +468,10 @@ def _part(data: Data) -> str:
     return "train" if data.held_out is None else "held_out"
 
 
-def _are_images(samples: References) -> bool:
-    return samples.ndim == 4 and samples.shape[1] in (1, 3)
-
-
 def _draw_pictures(folder: Path, samples: Tensor, points: list[Point], train: float) -> None:
     from ..plotting import image_grid, quality_curve
 
-    if _are_images(samples):
+    if is_image(samples.shape[1:]):
         image_grid(samples[:_PICTURE_SAMPLES], folder / "samples.png")
     if points:
         curves = evaluation.as_curves(points)

@@ -16,9 +16,10 @@ import torch
 from torch import Tensor, nn
 
 from .. import data
-from ..common.checks import check_seed, positive_int, usable_device
+from ..common.devices import usable_device
 from ..common.files import check_new_folder, new_folder, output_folder
 from ..common.messages import progress_bar
+from ..common.numbers import check_seed, whole
 from ..data.images import save_image
 from ..evaluation import noise_generator
 from ..flows.batched_sampling import draw_prior, sample_batches
@@ -128,8 +129,8 @@ class Sample:
                 f"animate must end in .gif, with at most {batch_size} samples, the batch size, got "
                 f"{self.animate} with {self.n} samples."
             )
-        positive_int("n", self.n)
-        positive_int("batch-size", batch_size)
+        whole("n", self.n)
+        whole("batch-size", batch_size)
         check_seed(self.seed)
 
     def _draw(

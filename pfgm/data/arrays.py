@@ -22,6 +22,7 @@ from ..common.checks import check_dtype
 from ..common.dtypes import REFERENCES
 from ..common.files import StrPath, write_atomic
 from ..common.tensors import as_int64, dequantise
+from ..common.values import check_finite
 from .rows import InMemory, OnDisk, Source, check_samples
 
 _PREFERRED_NAMES = ("images", "data", "x")
@@ -65,8 +66,7 @@ def load_array(path: StrPath) -> Tensor:
     if samples.dtype == torch.uint8:
         return samples
     samples = samples.float()
-    if not bool(torch.isfinite(samples).all()):
-        raise ValueError(f"{path} must be finite as float32, got NaN or infinity.")
+    check_finite(f"{path}, as float32,", samples)
     return samples
 
 

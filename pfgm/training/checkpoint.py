@@ -14,7 +14,6 @@ from __future__ import annotations
 import io
 import json
 import re
-import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -23,9 +22,10 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from ..common.checks import usable_device, whole
 from ..common.checksums import checksum_of
+from ..common.devices import usable_device
 from ..common.files import MALFORMED, StrPath, write_atomic
+from ..common.numbers import whole
 from ..data.tables import Table
 from ..flows.flow import Flow
 from .network_state import load_plain_state
@@ -214,7 +214,8 @@ def save_run(
     names = _names_at(step)
     content = io.BytesIO()
     torch.save(state, content)
-    checksum = f"{zlib.crc32(content.getbuffer()):08x}"
+    content.seek(0)
+    checksum = checksum_of(content)
     write_atomic(folder / names["state"], lambda file: file.write(content.getbuffer()))
     content.close()  # frees three times the memory of the weights
     facts: dict[str, Any] = {"step": step, "state_checksum": checksum}

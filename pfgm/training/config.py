@@ -7,8 +7,9 @@ import math
 import reprlib
 from typing import Literal, NamedTuple, get_args
 
-from ..common.checks import LARGEST, as_number, check_bool, check_choice, check_seed
+from ..common.checks import check_bool, check_choice
 from ..common.hints import with_hints
+from ..common.numbers import LARGEST, as_number, check_seed, whole
 from .logs import LogTo
 
 _PUBLISHED_STEPS = 100_000  # from this number of steps on, the published settings are the defaults
@@ -108,12 +109,14 @@ class TrainConfig:
     """Seed of batches, perturbation and dropout."""
 
     def __post_init__(self) -> None:
-        _check_integer("steps", self.steps, 1)
+        object.__setattr__(self, "steps", whole("steps", self.steps))
         values = vars(self) | self.schedule._asdict()
         smallest = {"batch_size": 1, "reference_batch": 0, "warmup": 0, "accumulate": 1}
         smallest |= {"checkpoint_every": 1, "evaluate_every": 0, "log_every": 1}
         for name, least in smallest.items():
-            _check_integer(name, values[name], least)
+            number = whole(name, values[name], least)
+            if getattr(self, name) is not None:
+                object.__setattr__(self, name, number)
         check_seed(self.seed)
         check_bool("compile", self.compile)
         for name, finite, most in (("learning_rate", "finite ", LARGEST), ("clip", "", math.inf)):
@@ -172,10 +175,3 @@ class TrainConfig:
 
 
 TrainConfig.__init__ = with_hints(TrainConfig.__init__)  # type: ignore[method-assign]
-
-
-def _check_integer(name: str, value: object, least: int) -> None:
-    if not isinstance(value, int) or isinstance(value, bool) or not least <= value < 2**63:
-        raise ValueError(
-            f"{name} must be an integer of at least {least} and below 2^63, got {value!r}."
-        )

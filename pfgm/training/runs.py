@@ -12,8 +12,8 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from ..common.checks import usable_device
 from ..common.checksums import checksum_of_weights
+from ..common.devices import usable_device
 from ..common.files import StrPath, folder_path
 from ..common.messages import print_notice
 from ..data.table_files import is_table_file

@@ -421,7 +421,7 @@ def test_values_that_are_not_finite_are_refused(tmp_path: Path, suffix: str, val
     array = np.zeros((3, 2))
     array[1, 1] = value
     path = save(tmp_path / f"a{suffix}", array)
-    with pytest.raises(ValueError, match=f"^{re.escape(str(path))} must be finite as float32"):
+    with pytest.raises(ValueError, match=f"^{re.escape(str(path))}, as float32, must be finite"):
         data.load_array(path)
 
 

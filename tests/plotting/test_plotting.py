@@ -513,8 +513,8 @@ SHAPES: list[tuple[Callable[[Tensor], object], str, list[tuple[int, ...]]]] = [
             for name, draw in (("z", plotting.field_lines), ("sigma", plotting.equipotentials))
             for levels, what in (
                 ([], "hold at least one value, got none"),
-                ([0.1, -1.0], "be finite and above 0, got -1.0"),
-                ([math.inf], "be finite and above 0, got inf"),
+                ([0.1, -1.0], "be a number above 0 that…got -1.0"),
+                ([math.inf], "be a number above 0 that…got inf"),
             )
         ),
         (lambda: plotting.equipotentials(RING, D=-1.0), "D must be a positive…got -1.0."),
