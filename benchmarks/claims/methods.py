@@ -29,7 +29,7 @@ from pfgm.flows.flow import Flow
 from pfgm.flows.plusplus import Preconditioned
 from pfgm.networks import Denoiser, UNet
 from pfgm.training import Trainer
-from pfgm.training.checkpoint import Loaded
+from pfgm.training.model_files import Loaded
 
 SCORE_METHODS = ("VE", "VP")
 """The methods that are not flows of the library."""

@@ -56,7 +56,7 @@ def complete(network: str, rounds: int | None) -> tuple[Tensor, int]:
     images, labels, _ = known(network)
     if rounds is None:
         return images, 0
-    flow, net = pfgm.load_pretrained(network)
+    flow, net = pfgm.load(network)
     mask = torch.zeros(images.shape[1:], dtype=torch.bool)
     mask[..., : mask.shape[-2] // 2, :] = True
     completed, evaluations = flow.inpaint(

@@ -107,8 +107,7 @@ def likeness(images: Tensor, labels: Tensor, name: str) -> Row:
 
 def drawn(options: argparse.Namespace, name: str, run: str, seed: int) -> tuple[Tensor, int]:
     """Samples of a run, and the evaluations of the network."""
-    model = pfgm.load(options.flows / FLOWS[run]) if run in FLOWS else pfgm.load_pretrained(name)
-    flow, network = model
+    flow, network = pfgm.load(options.flows / FLOWS[run] if run in FLOWS else name)
     labels = None if run.startswith("no label") else LABELS
     samples, evaluations = sample_in_batches(
         flow,
@@ -143,7 +142,7 @@ def measure(options: argparse.Namespace, network: str, run: str) -> Row:
 
 def draw(rows: list[Row], options: argparse.Namespace) -> None:
     """Draws avatars beside held-out ones, and the histograms of their distances."""
-    flow, network = pfgm.load_pretrained("avatars")
+    flow, network = pfgm.load("avatars")
     labels, names = LABELS[:50], PRETRAINED["avatars"].classes
     prior = draw_prior(flow, len(labels), seed=1)
     samples, _ = sample_in_batches(

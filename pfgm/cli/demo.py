@@ -20,8 +20,9 @@ from ..flows.batched_sampling import draw_prior, sample_in_batches
 from ..flows.poisson import PoissonFlow
 from ..plotting.figures import require_matplotlib
 from ..solvers import StepInfo
-from ..training import Terminated, TrainConfig, Trainer, checkpoint
+from ..training import Terminated, TrainConfig, Trainer
 from ..training.locks import locked
+from ..training.model_files import save
 from ..training.threads import training_threads
 from .options import Output, Progress
 
@@ -165,10 +166,10 @@ def _train(trainer: Trainer, flow: PoissonFlow, path: Path, report: Callable[[st
     try:
         trainer.train()
     except (KeyboardInterrupt, Terminated):
-        checkpoint.save(path, flow, trainer.averaged, step=trainer.step)
+        save(path, flow, trainer.averaged, step=trainer.step)
         report(f"stopped at step {trainer.step}; the weights are in {path}")
         raise
-    checkpoint.save(path, flow, trainer.averaged, step=trainer.step)
+    save(path, flow, trainer.averaged, step=trainer.step)
 
 
 class _Recorder:

@@ -1,4 +1,4 @@
-"""``pfgm evaluate``: measures samples of a checkpoint, a file or a folder, and draws pictures."""
+"""``pfgm evaluate``: measures samples of a model, a file or a folder, and draws pictures."""
 
 from __future__ import annotations
 
@@ -28,14 +28,15 @@ from ..metrics import CLASSIFIERS, Classifier, inception_metrics, load_classifie
 from ..metrics.inception import find_inception_weights
 from ..networks.registry import label_count
 from ..plotting.figures import require_matplotlib
+from ..pretrained import PRETRAINED
 from ..references import ReferenceSet
-from ..training.checkpoint import Loaded
 from ..training.checks import warn_of_range
+from ..training.model_files import Loaded
 from ..training.run_config import RunConfig
 from .options import (
     Count,
+    Model,
     Output,
-    PretrainedName,
     Progress,
     SamplingOptions,
     check_guidance,
@@ -99,19 +100,17 @@ class _Real(NamedTuple):
 
 @dataclass
 class Evaluate:
-    """Measure samples, of a checkpoint or those in a file or folder, against held-out data."""
+    """Measure samples, of a model or those in a file or folder, against held-out data."""
 
     out: Output
     """Folder for metrics.json, samples.png of images and, with --curve, curve.csv and curve.png."""
-    checkpoint: Path | None = None
-    """A .safetensors file, or the folder of a run. Give this, --pretrained or --samples."""
-    pretrained: PretrainedName | None = None
-    """A network that comes with the package, in place of a checkpoint."""
+    model: Model[str | None] = None
+    """A model, as for sample. Give either this or --samples."""
     samples: Path | None = None
     """A .csv, .npy, .npz or .safetensors file of samples, or a folder of images."""
     data: str | None = None
     """Data to compare with: avatars, digits, fashion-mnist, cifar10 or a path, as for train. The
-    default is the data of the checkpoint's training run, those of the network that comes with the
+    default is the data of the model's training run, those of the network that comes with the
     package, or else digits."""
     range: Range | None = None
     """The values LOW HIGH of floating-point data that stand for black and white, as for train. The
@@ -182,8 +181,8 @@ class Evaluate:
         if self.samples is not None and not takes_layout(name):
             reading.pop("layout", None)  # it is for the samples
         loaded = None
-        if self.samples is None:
-            loaded = load_network(self.checkpoint, self.pretrained, self.sampling.solver, device)
+        if self.model is not None:
+            loaded = load_network(self.model, self.sampling.solver, device)
         table = None if loaded is None else loaded.table
         data = open_data(name, **reading, table=table, progress=self.progress)
         source = loaded or self._open_samples(data.table)
@@ -247,12 +246,9 @@ class Evaluate:
         _draw_pictures(self.out, samples, points, figures["frechet_distance"]["train"])
 
     def _check(self) -> None:
-        sources = (self.checkpoint, self.pretrained, self.samples)
-        if (number := sum(source is not None for source in sources)) != 1:
-            raise ValueError(
-                "exactly one of checkpoint, pretrained and samples must be given, got "
-                f"{number or 'none'}."
-            )
+        if (self.model is None) == (self.samples is None):
+            given = "neither" if self.model is None else "both"
+            raise ValueError(f"one of a model and --samples must be given, got {given}.")
         if self.fid_weights is not None and not self.fid:
             raise ValueError("fid-weights needs --fid.")
         if self.samples is not None:
@@ -274,20 +270,20 @@ class Evaluate:
                 check_steps(name, count)
 
     def _check_options_of_samples(self) -> None:
-        """Raises ValueError for an option that has a meaning only with a checkpoint."""
+        """Raises ValueError for an option that has a meaning only with a model."""
         assert self.samples is not None
         if is_table_file(self.samples) and self.data is None:
             raise ValueError(
                 f"data must be a .csv file too for {self.samples}, as --data FILE.csv."
             )
         if self.likelihood or self.curve:
-            raise ValueError("samples alone have no likelihood and no curve; give a checkpoint.")
+            raise ValueError("samples alone have no likelihood and no curve; give a model.")
         unused = SamplingOptions(device=self.sampling.device)  # metrics use the device too
         for name, value in asdict(self.sampling).items():
             if value != getattr(unused, name):
                 raise ValueError(
                     f"{name.replace('_', '-')} is {value}, but {self.samples} holds samples that "
-                    "have been drawn; leave it out, or give a checkpoint."
+                    "have been drawn; leave it out, or give a model."
                 )
 
     def _open_samples(self, table: Table | None) -> Data:
@@ -308,12 +304,12 @@ class Evaluate:
 
     def _data_of_source(self) -> tuple[str, dict[str, Any]]:
         """The data that the network was trained on, and how to read them; digits if not known."""
-        if self.pretrained is not None:
-            return self.pretrained, {}  # the networks have the names of their data
-        if self.checkpoint is not None:
-            folder = self.checkpoint if self.checkpoint.is_dir() else self.checkpoint.parent
+        if self.model in PRETRAINED:
+            return self.model, {}  # the networks have the names of their data
+        if self.model is not None:
+            place = Path(self.model)
             with suppress(FileNotFoundError):
-                config = RunConfig.load(folder)
+                config = RunConfig.load(place if place.is_dir() else place.parent)
                 return config.data, config.reading
         return "digits", {}
 
@@ -376,8 +372,7 @@ class Evaluate:
         classes = label_count(model.network)
         labels = f"i mod {classes}" if classes else None
         sampling = {**solving, "labels": labels, "batch_size": self.sampling.batch_size}
-        source = str(self.checkpoint or self.pretrained)
-        return samples, {"source": source, "nfe": nfe, "sampling": sampling}
+        return samples, {"source": self.model, "nfe": nfe, "sampling": sampling}
 
     def _likelihood(self, model: Loaded, data: Data, device: torch.device) -> dict[str, Any]:
         rows = data.held_out or data.train

@@ -1,4 +1,4 @@
-"""``pfgm sample``: draws samples from a checkpoint, or from a network that comes with the package.
+"""``pfgm sample``: draws samples from a model.
 
 It writes an array, a table, a picture or single images.
 """
@@ -27,11 +27,11 @@ from ..flows.flow import Flow
 from ..networks.registry import label_count
 from ..plotting.figures import require_matplotlib
 from ..solvers import StepInfo
-from ..training.checkpoint import Loaded
+from ..training.model_files import Loaded
 from .options import (
     Count,
+    Model,
     Output,
-    PretrainedName,
     Progress,
     SamplingOptions,
     check_guidance,
@@ -48,16 +48,14 @@ _DIGITS = 6  # the fewest digits in the names of single images
 
 @dataclass
 class Sample:
-    """Draw samples from a checkpoint, or from a network that comes with the package."""
+    """Draw samples from a trained model, yours or one that comes with the package."""
 
+    model: Model[str]
+    """The folder of a run, for its newest checkpoint, a .safetensors file or a folder of pfgm.save,
+    or the name of a network that comes with the package: avatars, digits or fashion-mnist."""
     out: Output
     """A .npy file (float32, n first), a .csv file of the rows of a table, a .png picture of all
     images, or a new folder for single images, 000000.png and so on."""
-    checkpoint: Path | None = None
-    """A .safetensors file of a run, of pfgm.save or of pfgm convert, or the folder of a run for its
-    newest checkpoint. Give either this or --pretrained."""
-    pretrained: PretrainedName | None = None
-    """A network that comes with the package, in place of a checkpoint."""
     n: Count = 64
     """Number of samples."""
     sampling: SamplingOptions = field(default_factory=SamplingOptions)
@@ -75,7 +73,7 @@ class Sample:
     def run(self) -> None:
         self._check()
         device = usable_device(self.sampling.device)
-        loaded = load_network(self.checkpoint, self.pretrained, self.sampling.solver, device)
+        loaded = load_network(self.model, self.sampling.solver, device)
         flow, network, table = *loaded, loaded.table
         images = len(flow.shape) == 3 and flow.shape[0] in (1, 3)
         files = (".csv", ".npy") if len(flow.shape) == 1 else (".npy",)
@@ -109,11 +107,6 @@ class Sample:
         return self.out.suffix not in _FILES
 
     def _check(self) -> None:
-        if (self.checkpoint is None) == (self.pretrained is None):
-            count = "neither" if self.pretrained is None else "both"
-            raise ValueError(
-                f"one of --checkpoint PATH and --pretrained NAME must be given, got {count}."
-            )
         if self._is_folder():
             if self.out.suffix and not self.out.is_dir():
                 raise ValueError(

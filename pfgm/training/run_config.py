@@ -22,6 +22,7 @@ from ..flows.fitting import check_fitted_steps
 from ..flows.plusplus import PoissonFlowPP
 from ..flows.poisson import PoissonFlow
 from ..flows.sampling import MOST_STEPS
+from ..pretrained import PRETRAINED
 from .config import TrainConfig
 
 CONFIG_FILE = "config.json"
@@ -103,12 +104,12 @@ class RunConfig:
     samples: int = 1000
     """Number of samples of an evaluation."""
     init: str | None = None
-    """A .safetensors file or the folder of a run whose weights a new run starts with. The network
-    keeps its size; the flow must be of the same kind, and follows the new data."""
+    """A model, as pfgm.load reads it, whose weights a new run starts with. The network keeps its
+    size; the flow must be of the same kind, and follows the new data."""
     teacher: str | None = None
-    """A .safetensors file or the folder of a run to distill into a few-step model. Its flow and
-    network are used, and other settings of them are ignored. About a third of the teacher's
-    training steps suffice; each takes about four times as long."""
+    """A model, as pfgm.load reads it, to distill into a few-step model. Its flow and network are
+    used, and other settings of them are ignored. About a third of the teacher's training steps
+    suffice; each takes about four times as long."""
     student_levels: int = 10
     """Noise levels at which the few-step model is made consistent."""
     training: TrainConfig = dataclasses.field(default_factory=TrainConfig)
@@ -200,7 +201,8 @@ class RunConfig:
     def absolute(self) -> RunConfig:
         """The configuration with absolute paths in place of those from the current folder."""
         init, teacher = (
-            None if path is None else str(absolute_path(path)) for path in (self.init, self.teacher)
+            model if model is None or model in PRETRAINED else str(absolute_path(model))
+            for model in (self.init, self.teacher)
         )
         return dataclasses.replace(
             self, data=absolute_source(self.data), init=init, teacher=teacher
@@ -223,7 +225,7 @@ class RunConfig:
 
         Raises:
             FileNotFoundError: there is no configuration, or only that of a model of
-                :func:`pfgm.save_pretrained`.
+                :func:`pfgm.save`.
             ValueError: the file is no configuration, or names settings that do not exist.
 
         Warns:

@@ -22,10 +22,9 @@ from ..distillation import Consistency
 from ..flows.flow import Flow
 from ..flows.poisson import PoissonFlow
 from ..references import ReferenceSet
-from .checkpoint import Loaded, load
 from .checks import other_setting
 from .locks import is_unmoved, locked_for_all
-from .pretrained_folder import is_pretrained
+from .model_files import Loaded, holds_model, load
 from .processes import Processes, reports_process_lost
 from .run_config import CONFIG_FILE, RunConfig, teacher_checksum
 from .run_evaluation import Evaluation
@@ -99,8 +98,8 @@ def start(
                 f"out is {folder}, which holds a run already; add --resume to continue it, or "
                 "choose another folder."
             )
-        elif is_pretrained(folder):
-            raise ValueError(f"out must not be a folder of save_pretrained, got {folder}.")
+        elif holds_model(folder):
+            raise ValueError(f"out must not be a folder of pfgm.save, got {folder}.")
         return _run(config, folder, device, resume, resume_from, processes, progress, report)
 
 

@@ -54,7 +54,6 @@ def write_weights(
 
     Of a network that FSDP shards, all processes must write it, and the first one does.
     """
-    check_savable(flow, network)
     network = network_to_save(network)
     if label_names and label_count(network) not in (0, len(label_names)):
         raise ValueError(

@@ -231,7 +231,7 @@ def test_peers_draw_the_data_of_an_exact_network(name):
     images = pfgm.data.digits().train[:4]
     flow = flow_of(method)
     network = Counted(flow, images)
-    loaded = pfgm.training.checkpoint.Loaded(flow, network)
+    loaded = pfgm.training.model_files.Loaded(flow, network)
     samples, nfe = peers.draw(sampler, loaded, 24, 100, seed=0, batch=24)
     assert network.calls == nfe
     distance = pfgm.metrics.nearest_distance(samples, images)

@@ -395,7 +395,7 @@ def test_a_range_is_kept_by_resumed_runs_and_evaluations(tmp_path, refusal, recw
         pfgm.load(tmp_path / "run").network.parameters(), plain.parameters(), strict=True
     ):
         torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-4)
-    evaluate = ["evaluate", "--checkpoint", str(tmp_path / "run"), "--n", "20", "--steps", "2"]
+    evaluate = ["evaluate", str(tmp_path / "run"), "--n", "20", "--steps", "2"]
     assert cli.main([*evaluate, "--out", str(tmp_path / "figures")]) == 0
     figures = json.loads((tmp_path / "figures" / "metrics.json").read_text())
     assert figures["median_distance_to_train"]["samples"] < 50  # in bytes it would be thousands
@@ -417,7 +417,7 @@ def test_a_run_finds_its_data_from_any_folder(tmp_path, monkeypatch):
     run("../run", data="../images.npy", resume=True)
     with pytest.raises(ValueError, match=r"data is 'images.npy'; the run in .* has '/"):
         run("../run", data="images.npy", resume=True)
-    evaluate = ["evaluate", "--checkpoint", "../run", "--n", "20", "--steps", "2", "--out", "x"]
+    evaluate = ["evaluate", "../run", "--n", "20", "--steps", "2", "--out", "x"]
     assert cli.main(evaluate) == 0
     assert json.loads(Path("x/metrics.json").read_text())["counts"]["searched"] == 40
     (tmp_path / "images.npy").rename("moved.npy")
@@ -435,6 +435,22 @@ def test_a_relative_path_in_the_configuration_of_an_earlier_version(tmp_path, mo
         RunConfig(data=data).save(tmp_path / "config.json")
         assert RunConfig.load(tmp_path).absolute.data == data
     assert not recwarn
+
+
+@pytest.mark.parametrize("option", ["init", "teacher"])
+def test_a_run_starts_from_a_network_of_the_package(tmp_path, monkeypatch, option):
+    """config.json keeps the name, which is no path."""
+    monkeypatch.chdir(tmp_path)
+    settings = changed(steps=1, learning_rate=1e-9, ema=0.0, batch_size=2, reference_batch=2)
+    plain, config = pfgm.load("digits").network, {option: "digits", "labels": True}
+    for steps in (1, 2):
+        training = dataclasses.replace(settings, steps=steps)
+        network = run("run", **config, width=None, training=training, resume=steps == 2)
+        for ours, theirs in zip(network.parameters(), plain.parameters(), strict=True):
+            torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-6)
+        assert getattr(RunConfig.load("run"), option) == "digits"
+    path = RunConfig(**{option: "./digits"}).absolute
+    assert getattr(path, option) == str(tmp_path / "digits")
 
 
 def test_a_run_starts_from_the_weights_of_another(tmp_path, capsys):
