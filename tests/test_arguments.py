@@ -222,7 +222,11 @@ TABLE = [
     (UNET, {"multipliers": sizes(MAX_WIDTH)}),
     (
         partial(EDMDenoiser, 3, 32),
-        {"num_blocks": DEPTH, "model_channels": WIDTH, "classes": FROM_0, "sigma_data": ABOVE_0},
+        {"num_blocks": DEPTH, "model_channels": WIDTH, "classes": FROM_0},
+    ),
+    (
+        partial(EDMDenoiser, 1, 8, model_channels=8, channel_mult=[1], num_blocks=1),
+        {"sigma_data": ABOVE_0},
     ),
     (partial(DDPMpp, 3, 32), {"nf": WIDTH, "num_res_blocks": DEPTH, "ch_mult": sizes(MAX_WIDTH)}),
     (partial(metrics.precision_recall, DATA, DATA), {"k": COUNT}),
