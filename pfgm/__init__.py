@@ -37,7 +37,6 @@ from .references import ReferenceSet
 
 if TYPE_CHECKING:
     from . import (
-        datasets,
         distillation,
         evaluation,
         metrics,
@@ -74,7 +73,6 @@ __all__ = [
     "as_k_diffusion",
     "backends",
     "data",
-    "datasets",
     "debug_checks",
     "distillation",
     "euler_step",

@@ -19,9 +19,10 @@ from ..common.files import output_folder, write_csv, write_json
 from ..common.images import is_image
 from ..common.numbers import check_seed, whole
 from ..common.versions import versions
-from ..data import Table, to_unit
+from ..data import Data, Layout, Range, Table, to_unit
+from ..data.opening import open as open_data
+from ..data.opening import takes_layout
 from ..data.table_files import is_table_file
-from ..datasets import Data, Layout, Range, open_data, open_samples, takes_layout
 from ..evaluation import Labels, Point
 from ..flows.sampling import check_steps
 from ..metrics import CLASSIFIERS, Classifier, inception_metrics, load_classifier
@@ -61,9 +62,9 @@ class _Rows(NamedTuple):
     labels: Tensor | None
 
     @classmethod
-    def drawn(cls, source: ReferenceSet, count: int, seed: int) -> _Rows:
-        """At most ``count`` rows of a set, drawn with the seed."""
-        generator = torch.Generator().manual_seed(seed)
+    def drawn(cls, data: Data, count: int, seed: int) -> _Rows:
+        """At most ``count`` rows, drawn with the seed."""
+        generator, source = torch.Generator().manual_seed(seed), ReferenceSet(data)
         numbers = source.draw(min(count, len(source)), generator=generator)
         labels = source.labels
         return cls(to_unit(source[numbers]), None if labels is None else labels[numbers])
@@ -81,7 +82,7 @@ class _Real(NamedTuple):
     def of(cls, data: Data, count: int, seed: int, device: torch.device) -> _Real:
         """At most ``count`` rows of each part, on the device if it is a GPU, else on the CPU."""
         place = device if device.type == "cuda" else torch.device("cpu")
-        train = _Rows.drawn(data.train, count, seed)
+        train = _Rows.drawn(data, count, seed)
         if data.held_out is None:
             return cls(None, train.rows.to(place), None, train.labels)
         held_out = _Rows.drawn(data.held_out, count, seed)
@@ -185,13 +186,13 @@ class Evaluate:
             loaded = load_network(self.model, self.sampling.solver, device)
         table = None if loaded is None else loaded.table
         data = open_data(name, **reading, table=table, progress=self.progress)
-        source = loaded or self._open_samples(data.table)
-        warn_of_range(data.train)
-        if isinstance(source, Data):
-            warn_of_range(source.train)
+        source = loaded or self._open_samples(data)
+        for opened in (data, source):
+            if isinstance(opened, Data):
+                warn_of_range(ReferenceSet(opened))
         self._check_data(name, data, source)
         classifier = self._classifier(name, data, device)
-        if is_image(data.train.shape[1:]) or self.curve:
+        if is_image(data.samples.shape[1:]) or self.curve:
             require_matplotlib()
         with output_folder(self.out):
             self._measure(name, data, source, classifier, device)
@@ -216,7 +217,7 @@ class Evaluate:
                 samples = data.table.nearest(samples)
             samples = evaluation.clamp_images(samples.to(real.train.device), real.train)
         else:
-            samples, own = _Rows.drawn(source.train, self.n, self.seed)
+            samples, own = _Rows.drawn(source, self.n, self.seed)
             labels = real.labels(own, source.names, data.names)
             samples, described = samples.to(real.train.device), {"source": str(self.samples)}
         figures |= described
@@ -286,21 +287,19 @@ class Evaluate:
                     "have been drawn; leave it out, or give a model."
                 )
 
-    def _open_samples(self, table: Table | None) -> Data:
+    def _open_samples(self, data: Data) -> Data:
         assert self.samples is not None
-        if table is not None:
-            if not is_table_file(self.samples):
-                raise ValueError(
-                    f"samples must be a .csv file, as the data are a table, got {self.samples}."
-                )
-            return Data(ReferenceSet(table.encode(self.samples).rows), None, 0, 0)
-        images = self.samples.is_dir() or self.samples.suffix == ".zip"
-        return open_samples(
-            self.samples,
-            layout=self.layout or "auto",
-            resize=self.resize if images else None,
-            progress=self.progress,
-        )
+        options: dict[str, Any] = {"resize": self.resize}
+        if is_table_file(self.samples):
+            columns = [f"x{place}" for place in range(data.samples[:1].numel())]
+            options = {"table": data.table or Table.numbers(columns)}  # as pfgm sample writes them
+        elif data.table is not None:
+            raise ValueError(
+                f"samples must be a .csv file, as the data are a table, got {self.samples}."
+            )
+        elif takes_layout(self.samples):
+            options = {"layout": self.layout or "auto"}
+        return open_data(self.samples, **options, progress=self.progress)
 
     def _data_of_source(self) -> tuple[str, dict[str, Any]]:
         """The data that the network was trained on, and how to read them; digits if not known."""
@@ -318,8 +317,8 @@ class Evaluate:
             check_guidance(self.sampling.guidance, source.network)
             shape, classes = source.flow.shape, label_count(source.network)
         else:
-            shape, classes = tuple(source.train.shape[1:]), source.classes
-        expected = tuple(data.train.shape[1:])
+            shape, classes = source.samples.row_shape, source.classes
+        expected = data.samples.row_shape
         if shape != expected:
             remedy = "." if self.data is not None else "; give the data with --data."
             if shape == expected[1:]:
@@ -331,16 +330,16 @@ class Evaluate:
             raise ValueError(
                 f"samples must be images (C, H, W) with C = 1 or 3 for --fid, got shape {expected}."
             )
-        real = data.held_out or data.train
+        real = data.held_out or data
         if self.per_label and not (classes and data.classes):
             raise ValueError(
                 f"per-label needs labels of the samples and of the data {name}, got "
                 f"{'none of the data' if classes else 'samples without labels'}."
             )
-        if self.likelihood > len(real):
+        if self.likelihood > len(real.samples):
             raise ValueError(
-                f"likelihood must be at most {len(real)}, the {_part(data).replace('_', '-')} "
-                f"samples of {name}, got {self.likelihood}."
+                f"likelihood must be at most {len(real.samples)}, the "
+                f"{_part(data).replace('_', '-')} samples of {name}, got {self.likelihood}."
             )
 
     def _classifier(self, name: str, data: Data, device: torch.device) -> Classifier | None:
@@ -351,7 +350,7 @@ class Evaluate:
             return None
         place = device if device.type == "cuda" else torch.device("cpu")
         classifier = load_classifier(chosen, device=place)
-        if (shape := tuple(data.train.shape[1:])) != classifier.shape:
+        if (shape := data.samples.row_shape) != classifier.shape:
             raise ValueError(
                 f"features must be a classifier for the shape of the data {name}, {shape}, got "
                 f"{chosen}, for {classifier.shape}."
@@ -375,7 +374,7 @@ class Evaluate:
         return samples, {"source": self.model, "nfe": nfe, "sampling": sampling}
 
     def _likelihood(self, model: Loaded, data: Data, device: torch.device) -> dict[str, Any]:
-        rows = data.held_out or data.train
+        rows = ReferenceSet(data.held_out or data)
         numbers = rows.draw(self.likelihood, generator=torch.Generator().manual_seed(self.seed))
         known = rows.labels is not None and label_count(model.network) > 0
         labels = None

@@ -28,7 +28,7 @@ def warn_channels_last(shape: Sequence[int]) -> None:
     if channels_last(shape):
         warnings.warn(
             f"data has samples of shape {tuple(shape)}, as images with channels last; networks "
-            "take (n, C, H, W): data.movedim(-1, 1), or pfgm.datasets.open_data for a file.",
+            'take (n, C, H, W): data.movedim(-1, 1), or pfgm.data.open(data, layout="images").',
             stacklevel=3,
         )
 

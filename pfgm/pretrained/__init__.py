@@ -9,7 +9,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import NamedTuple
 
-from ..datasets import FASHION_MNIST_CLASSES
+from ..data.named import FASHION_MNIST_CLASSES
 
 __all__ = ["PRETRAINED", "Pretrained"]
 

@@ -80,7 +80,7 @@ class Part:
     @property
     def shape(self) -> tuple[int, ...]:
         """The shape of a row, *S."""
-        return self.source.shape
+        return self.source.row_shape
 
     @property
     def device(self) -> torch.device:

@@ -17,7 +17,7 @@ from ..common.hints import hint
 from ..common.numbers import as_number, int_tuple, is_number, whole
 from ..common.old_names import with_present_names
 from ..common.versions import versions
-from ..datasets import Layout, Range, absolute_source, takes_layout
+from ..data.opening import Layout, Range, absolute_source, takes_layout
 from ..flows.fitting import check_fitted_steps
 from ..flows.plusplus import PoissonFlowPP
 from ..flows.poisson import PoissonFlow
@@ -186,7 +186,7 @@ class RunConfig:
 
     @property
     def reading(self) -> dict[str, Any]:
-        """How :func:`pfgm.datasets.open_data` reads the data, as keyword arguments."""
+        """How :func:`pfgm.data.open` reads the data, as keyword arguments."""
         return {
             "value_range": self.range,
             "layout": self.layout,

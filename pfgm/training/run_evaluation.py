@@ -8,11 +8,11 @@ import torch
 from torch import Tensor, nn
 
 from .. import metrics
-from ..data import to_unit
-from ..datasets import Data
+from ..data import Data, to_unit
 from ..flows.batched_sampling import draw_prior, sample_in_batches
 from ..flows.flow import Flow
 from ..plotting.figures import require_matplotlib
+from ..references import ReferenceSet
 from .run_config import MIN_SAMPLES, RunConfig
 
 _MAX_COMPARED_ROWS = 10_000  # of the data
@@ -37,7 +37,7 @@ class Evaluation:
         self._count, self._seed = config.samples, config.training.seed
         self._classes = data.classes if config.labels else 0
         self._few_step = config.teacher is not None
-        against = data.held_out or data.train
+        against = ReferenceSet(data.held_out or data)
         rows = torch.arange(len(against), device="cpu")
         if len(rows) < MIN_SAMPLES:
             raise ValueError(

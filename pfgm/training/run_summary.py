@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from ..backends import preferred, requested
-from ..datasets import Data
+from ..data.opened import Data
 from ..flows.flow import Flow
 from ..flows.plusplus import PoissonFlowPP
 from ..references import ReferenceSet

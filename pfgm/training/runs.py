@@ -16,8 +16,10 @@ from ..common.checksums import checksum_of_weights
 from ..common.devices import usable_device
 from ..common.files import StrPath, folder_path
 from ..common.messages import print_notice
+from ..data import Data
+from ..data.opening import is_missing
+from ..data.opening import open as open_data
 from ..data.table_files import is_table_file
-from ..datasets import Data, is_missing, open_data
 from ..distillation import Consistency
 from ..flows.flow import Flow
 from ..flows.poisson import PoissonFlow
@@ -147,7 +149,8 @@ def _run(
             f"labels must be False for {config.data}, which has none. Images take theirs from two "
             "or more subfolders, tables from --label-column."
         )
-    rows = _place_rows(data.train, config, device)
+    train = ReferenceSet(data)
+    rows = _place_rows(train, config, device)
     chosen = config.method == "auto" and source is None
     if config.teacher is None:
         config = with_method(config, rows, earlier.flow if earlier and config.init else None)
@@ -158,7 +161,7 @@ def _run(
     network = network.to(device)
     if config.teacher is None and processes.leads and not resume:
         for steps in config.fit_levels:
-            flow.fit_levels(data.train, steps, solver="multistep", progress=progress)
+            flow.fit_levels(train, steps, solver="multistep", progress=progress)
     training = config.training
     loss: Callable[..., Tensor] | None = None
     if config.teacher is not None:
@@ -175,7 +178,6 @@ def _run(
         progress=progress,
         labels=rows.labels if config.labels else None,
         label_names=data.names if config.labels else (),
-        table=data.table,
         evaluate=Evaluation(config, flow, data, folder, device, shown) if processes.leads else None,
         loss=loss,
         distilled=config.teacher is not None,

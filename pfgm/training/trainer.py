@@ -23,7 +23,6 @@ from ..common.hints import with_hints
 from ..common.messages import progress_bar
 from ..common.old_names import with_present_names
 from ..data.opening import Samples
-from ..data.tables import Table
 from ..flows.conditions import check_network
 from ..flows.flow import Flow
 from ..networks.registry import label_count
@@ -71,9 +70,9 @@ class Trainer:
     Args:
         flow: :class:`pfgm.PoissonFlow` or :class:`pfgm.PoissonFlowPP`; its loss is minimised.
         network: the network to train; its parameters stay on their device.
-        data: samples (n, *S), all that :class:`pfgm.ReferenceSet` takes: a tensor, floating point
-            or uint8 (u/127.5 − 1), on any device; a set; a torch Dataset or its DataLoader, which
-            is loaded once.
+        data: samples (n, *S), all that :class:`pfgm.ReferenceSet` takes, or a set: a tensor,
+            floating point or uint8 (u/127.5 − 1), on any device; what :func:`pfgm.data.open`
+            returns; a torch Dataset or its DataLoader, which is loaded once.
         config: how to train. Settings that are None follow from the steps; :meth:`resume` takes
             them from the checkpoint.
         folder: folder for checkpoints and ``log.csv``; None writes nothing.
@@ -84,8 +83,8 @@ class Trainer:
         labels: integers (n,) from 0. They go to the network as its argument ``labels``, and the
             target of a point is the field of the references with its label. By default those of
             the data, if they have some and the network takes labels.
-        label_names: the names of the labels 0, 1, …, which checkpoints record.
-        table: the table whose rows the data are; checkpoints record its columns.
+        label_names: the names of the labels 0, 1, …, which checkpoints record. By default those of
+            the data, if their labels are used.
         loss: replaces the loss of the flow and takes the same arguments, such as
             :meth:`pfgm.distillation.Consistency.loss`.
         distilled: whether this loss makes a few-step model; checkpoints record it.
@@ -125,7 +124,6 @@ class Trainer:
         progress: bool = True,
         labels: Tensor | None = None,
         label_names: Sequence[str] = (),
-        table: Table | None = None,
         evaluate: Callable[[int, nn.Module], Mapping[str, float]] | None = None,
         loss: Callable[..., Tensor] | None = None,
         distilled: bool | None = None,
@@ -137,7 +135,7 @@ class Trainer:
         self.config = config = self._partial_config.resolved()
         self.folder = None if folder is None else folder_path(folder)
         self.progress = progress
-        self.label_names, self.table = tuple(label_names), table
+        self.table = data.table if isinstance(data, ReferenceSet) else None
         self.evaluate = evaluate
         self.loss, self.distilled = loss, distilled
         self.step = 0
@@ -155,6 +153,9 @@ class Trainer:
         classes = label_count(network)
         if labels is None and classes and isinstance(data, ReferenceSet) and not data.sharded:
             labels = data.labels
+            if not label_names and len(data.names) == classes:
+                label_names = data.names
+        self.label_names = tuple(label_names)
         if labels is None and classes:
             raise ValueError(
                 f"labels must be given for a network of {classes} classes, as data have none that "

@@ -248,9 +248,9 @@ def test_a_table_comes_back_with_its_columns(tmp_path, refusal, capsys):
     samples = ["--samples", tmp_path / "x.npy", "--data", table]
     assert "samples must be a .csv file" in refusal(*evaluate, *samples)
     assert "data must be a .csv file too" in refusal(*evaluate, "--samples", rows)
-    assert "range and resize are not for tables" in refusal(*train, "--out", "x", "--range", 0, 1)
+    assert "range is for arrays" in refusal(*train, "--out", "x", "--range", 0, 1)
     for option in (["--drop-missing"], ["--drop-columns", "a"], ["--no-header"]):
-        assert "are for .csv files" in refusal("train", "--out", "x", *option)
+        assert "is for tables" in refusal("train", "--out", "x", *option)
 
 
 def test_a_checkpoint_is_read_once(tmp_path, monkeypatch):
@@ -604,13 +604,28 @@ def test_samples_as_single_images(run, tmp_path, capsys, terminal, refusal, exis
     assert printed.out.strip() == str(folder)
     assert "images: 100%" in printed.err
     assert [path.name for path in sorted(folder.iterdir())] == [f"00000{i}.png" for i in range(5)]
-    images = pfgm.data.images.load_images(folder)[0]
+    images = pfgm.data.open(folder).samples[:]
     assert images.shape == (5, 1, 8, 8)
     correct = (np.load(tmp_path / "x.npy").clip(-1, 1) + 1) * 127.5
     assert abs(images.numpy() - correct).max() <= 0.51
     assert not list(tmp_path.rglob(".pfgm-*"))
     error = refusal(*arguments, "--out", folder)
     assert f"the output folder must be new or empty, got {folder}, a folder that is not" in error
+
+
+def test_samples_are_compared_with_the_held_out_images_of_a_folder(tmp_path, capsys):
+    """As with those of named data; before, all images were the training data."""
+    images = pfgm.data.digits().train
+    for place, rows in (("data/train/all", images[:20]), ("data/test/all", images[20:30])):
+        (tmp_path / place).mkdir(parents=True)
+        for number, image in enumerate(rows):
+            cli.sample.save_image(tmp_path / place / f"{number}.png", image)
+    samples = ["--samples", tmp_path / "data" / "train", "--data", f"folder:{tmp_path}/data"]
+    assert cli.main([*map(str, ["evaluate", *samples, "--out", tmp_path / "e"])]) == 0
+    figures = json.loads((tmp_path / "e" / "metrics.json").read_text())
+    assert (figures["against"], figures["counts"]["against"]) == ("held_out", 10)
+    assert figures["median_distance_to_train"]["samples"] == 0
+    assert "against 10 held-out rows" in capsys.readouterr().out
 
 
 def test_a_folder_of_images_appears_whole_or_not_at_all(run, tmp_path, refusal, monkeypatch):

@@ -9,7 +9,6 @@ import torch
 
 import pfgm
 from pfgm import cli
-from pfgm.datasets import open_data
 from pfgm.metrics import (
     CLASSIFIERS,
     Classifier,
@@ -98,9 +97,9 @@ def test_the_command_trains_a_classifier_that_evaluates(tmp_path, capsys):
     own = figures[str(path)]["features"]
     assert own["frechet_distance"] != figures[None]["features"]["frechet_distance"]
     assert own["against"] == "held_out"
-    data = open_data("digits")
+    held_out = pfgm.ReferenceSet(pfgm.data.open("digits").held_out)
     draw = torch.Generator().manual_seed(0)
-    real = data.held_out[data.held_out.draw(300, generator=draw)]
+    real = held_out[held_out.draw(300, generator=draw)]
     flow, net = pfgm.load("digits")
     samples, _ = pfgm.evaluation.draw_samples(flow, net, 60, steps=2)
     features = load_classifier(path).features

@@ -8,7 +8,6 @@ import pytest
 import torch
 
 import pfgm
-from pfgm.datasets import open_data
 from pfgm.references import ReferenceSet
 from pfgm.references import part as module
 from pfgm.training import TrainConfig, Trainer
@@ -702,7 +701,7 @@ def test_labels_that_int64_cannot_hold_are_refused(tmp_path):
     items = [(torch.zeros(3), label) for label in large]
     for read in (
         lambda: ReferenceSet(torch.zeros(20, 3), labels=torch.from_numpy(large)),
-        lambda: open_data(str(tmp_path / "a.npz")),
+        lambda: pfgm.data.open(str(tmp_path / "a.npz")),
         lambda: ReferenceSet(items),
         lambda: pfgm.metrics.train_classifier(torch.zeros(20, 1, 8, 8), torch.from_numpy(large)),
     ):

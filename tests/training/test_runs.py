@@ -13,7 +13,6 @@ import torch
 
 import pfgm
 from pfgm import cli, metrics
-from pfgm.datasets import open_samples
 from pfgm.metrics import distances
 from pfgm.training import TrainConfig
 from pfgm.training.checks import warn_of_range, warn_of_scales
@@ -623,14 +622,14 @@ def test_settings_that_the_data_or_the_network_do_not_have(tmp_path):
         ({"network": "ddpmpp", "patch": 2}, "patch is 2, but the network is 'ddpmpp', which has n"),
         ({"training": changed(reference_batch=0)}, "reference_batch is 0.*PoissonFlowPP alone"),
         *(
-            ({"data": path, "layout": "images"}, "layout is for files .*, got 'images' for")
+            ({"data": path, "layout": "images"}, "layout is for arrays .*, got 'images' for")
             for path in ("digits", str(tmp_path / "t.csv"), f"folder:{tmp_path}")
         ),
     ):
         with pytest.raises(ValueError, match=message):
             run(tmp_path / "run", **settings)
-    with pytest.raises(ValueError, match="layout is for files"):
-        open_samples(tmp_path / "t.csv", layout="as-is")
+    with pytest.raises(ValueError, match="layout is for arrays"):
+        pfgm.data.open(tmp_path / "t.csv", layout="as-is")
     assert not (tmp_path / "run").exists()
     (tmp_path / "config.json").write_text('{"data": "digits", "layout": "images"}')
     assert RunConfig.load(tmp_path).layout == "auto"  # of a run that ignored it
