@@ -17,7 +17,7 @@ if find_spec(f"{__name__}.kernels") is None:
 
 from . import backends, data, solvers
 from .backends import use_backend
-from .common.checks import debug_checks
+from .common.values import debug_checks
 from .flows.flow import Flow
 from .flows.interpolation import interpolate
 from .flows.likelihood import LogLikelihood

@@ -15,9 +15,9 @@ from typing import Annotated, Any, get_type_hints
 import tyro
 
 from ..backends import Unavailable
-from ..common.checks import out_of_memory
 from ..common.files import reserve_standard_descriptors
 from ..common.hints import instead_of
+from ..common.memory import out_of_memory
 from ..common.messages import print_result, unfailing_streams
 from ..pretrained import PRETRAINED
 from ..training import Diverged

@@ -13,9 +13,9 @@ import torch
 from torch import Tensor
 
 from .. import data, metrics
-from ..common.checks import check_seed
 from ..common.files import StrPath, write_json
 from ..common.messages import print_notice
+from ..common.numbers import check_seed
 from ..flows.batched_sampling import draw_prior, sample_in_batches
 from ..flows.poisson import PoissonFlow
 from ..plotting.figures import require_matplotlib

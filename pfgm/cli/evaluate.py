@@ -14,13 +14,14 @@ import torch
 from torch import Tensor
 
 from .. import evaluation
-from ..common.checks import check_seed, usable_device, whole
+from ..common.devices import usable_device
 from ..common.files import output_folder, write_csv, write_json
+from ..common.images import is_image
+from ..common.numbers import check_seed, whole
 from ..common.versions import versions
 from ..data import Data, Layout, Range, Table, to_unit
 from ..data.opening import open as open_data
 from ..data.opening import takes_layout
-from ..data.rows import Source
 from ..data.table_files import is_table_file
 from ..evaluation import Labels, Point
 from ..flows.sampling import check_steps
@@ -192,7 +193,7 @@ class Evaluate:
                 warn_of_range(ReferenceSet(opened))
         self._check_data(name, data, source)
         classifier = self._classifier(name, data, device)
-        if _are_images(data.samples) or self.curve:
+        if is_image(data.samples.shape[1:]) or self.curve:
             require_matplotlib()
         with output_folder(self.out):
             self._measure(name, data, source, classifier, device)
@@ -467,16 +468,12 @@ def _part(data: Data) -> str:
     return "train" if data.held_out is None else "held_out"
 
 
-def _are_images(samples: Tensor | Source) -> bool:
-    return len(samples.shape) == 4 and samples.shape[1] in (1, 3)
-
-
 def _draw_pictures(
     folder: Path, samples: Tensor, columns: dict[str, Any], points: list[Point], train: float
 ) -> None:
     from ..plotting import image_grid, quality_curve
 
-    if _are_images(samples):
+    if is_image(samples.shape[1:]):
         shown = min(len(samples), _PICTURE_SAMPLES)
         each = columns.get("columns", 1)  # whole rows
         image_grid(samples[: shown // each * each], folder / "samples.png", **columns)

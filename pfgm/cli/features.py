@@ -6,9 +6,10 @@ from dataclasses import dataclass
 
 import torch
 
-from ..common.checks import check_seed, usable_device
+from ..common.devices import usable_device
 from ..common.files import output_folder
 from ..common.messages import print_result
+from ..common.numbers import check_seed
 from ..data import Data, to_unit
 from ..data.opening import open as open_data
 from ..metrics import save_classifier, train_classifier

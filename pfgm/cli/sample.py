@@ -14,9 +14,11 @@ import torch
 from torch import Tensor, nn
 
 from .. import data
-from ..common.checks import check_seed, positive_int, usable_device
+from ..common.devices import usable_device
 from ..common.files import check_new_folder, new_folder, output_folder
+from ..common.images import is_image
 from ..common.messages import progress_bar
+from ..common.numbers import check_seed, whole
 from ..data.images import save_image
 from ..evaluation import noise_generator
 from ..flows.batched_sampling import draw_prior, sample_batches
@@ -71,7 +73,7 @@ class Sample:
         device = usable_device(self.sampling.device)
         loaded = load_network(self.model, self.sampling.solver, device)
         flow, network, table = *loaded, loaded.table
-        images = len(flow.shape) == 3 and flow.shape[0] in (1, 3)
+        images = is_image(flow.shape)
         files = (".csv", ".npy") if len(flow.shape) == 1 else (".npy",)
         if table is not None and not table.plain:
             files = (".csv",)  # an array has neither the texts nor the units of the table
@@ -118,8 +120,8 @@ class Sample:
                 f"animate must end in .gif, with at most {batch_size} samples, the batch size, got "
                 f"{self.animate} with {self.n} samples."
             )
-        positive_int("n", self.n)
-        positive_int("batch-size", batch_size)
+        whole("n", self.n)
+        whole("batch-size", batch_size)
         check_seed(self.seed)
 
     def _draw(

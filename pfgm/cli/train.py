@@ -7,7 +7,7 @@ import dataclasses
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from ..common.checks import usable_device
+from ..common.devices import usable_device
 from ..training import runs
 from ..training.processes import joined
 from ..training.run_config import RunConfig

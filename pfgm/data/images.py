@@ -14,9 +14,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..common.checks import allocating, memory_bytes, positive_int
+from ..common.images import is_image
+from ..common.memory import allocating, memory_bytes
 from ..common.messages import reading_bar
+from ..common.numbers import whole
 from ..common.optional import optional
+from ..common.values import check_finite
 from .image_files import ImageFiles, image_files
 from .opened import Data
 from .rows import InMemory
@@ -44,7 +47,7 @@ def load_images(path: Path, *, resize: int | None = None, progress: bool | None 
     frame is taken. The images are uint8 (n, C, H, W), where C = 1 if all images are grey, else 3.
     """
     _import_pillow()
-    size = None if resize is None else (positive_int("resize", resize, _MAX_SIDE),) * 2
+    size = None if resize is None else (whole("resize", resize, 1, _MAX_SIDE),) * 2
     with image_files(path) as files:
         first, labels, names = files.labels()  # the first for training
         channels, (width, height) = _common_shape(files, size, progress)
@@ -80,13 +83,12 @@ def save_image(path: Path, image: Tensor) -> None:
     tensor([  0, 128, 255], dtype=torch.uint8)
     """
     pillow = _import_pillow()
-    if image.ndim != 3 or image.shape[0] not in (1, 3):
+    if not is_image(image.shape):
         raise ValueError(
             f"image must have shape (C, H, W) with C = 1 or 3, got {tuple(image.shape)}."
         )
     if image.is_floating_point():
-        if not bool(image.isfinite().all()):
-            raise ValueError("image must be finite, got NaN or infinity.")
+        check_finite("image", image.flatten())
         image = image.float().clamp(-1, 1).add(1).mul(127.5).round().to(torch.uint8)
     values = image.permute(1, 2, 0).cpu().numpy()
     pillow.fromarray(values[:, :, 0] if len(image) == 1 else values).save(path, format="PNG")

@@ -14,8 +14,9 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from ..common.checks import channels_last, check_choice
+from ..common.checks import check_choice
 from ..common.files import StrPath, absolute_path
+from ..common.images import channels_last
 from .arrays import array_names, from_numpy, open_array, open_mapped, read_integers
 from .images import load_images
 from .named import NAMED

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ..common.checks import finite_values, positive
+from ..common.numbers import finite_values, positive
 
 MEAN_NORMAL = math.sqrt(2 / math.pi)  # the average of |g|, g ~ N(0, 1)
 _SPREAD_RANGE = 1e-15, 1e12

@@ -10,7 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..common.checks import check_choice, positive
+from ..common.checks import check_choice
+from ..common.numbers import positive
 from ..common.tensors import over_samples, per_row
 from ..flows.flow import Flow
 from ..flows.plusplus import PoissonFlowPP, Preconditioned

@@ -12,8 +12,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..common.checks import check_finite, check_tensor, positive, positive_int, whole
+from ..common.checks import check_tensor
 from ..common.files import StrPath, write_atomic
+from ..common.images import is_image
+from ..common.numbers import positive, whole
+from ..common.values import check_finite
 from ..data import to_unit
 from .figures import (
     MARGIN,
@@ -67,7 +70,7 @@ def image_grid(
     """
     images = _checked(images, "(n, C, H, W) or (n, H, W)", (3, 4))
     columns = math.ceil(math.sqrt(len(images))) if columns is None else columns
-    positive_int("columns", columns)
+    whole("columns", columns)
     columns = min(columns, len(images))
     if header and len(header) != columns:
         raise ValueError(
@@ -227,7 +230,7 @@ def _checked(images: Tensor, form: str, ndims: tuple[int, int]) -> Tensor:
     images = to_unit(images.detach()).cpu()
     if images.ndim == ndims[0]:
         images = images.unsqueeze(-3)
-    if images.ndim != ndims[1] or images.shape[-3] not in (1, 3) or images.numel() == 0:
+    if images.ndim != ndims[1] or not is_image(images.shape[-3:]) or images.numel() == 0:
         raise ValueError(f"images must have shape {form}, not empty, with C = 1 or 3, got {shape}.")
     check_finite("images", images)
     return images
@@ -236,7 +239,7 @@ def _checked(images: Tensor, form: str, ndims: tuple[int, int]) -> Tensor:
 def _scale(images: Tensor, scale: int | None) -> int:
     if scale is None:
         return max(1, round(_PANEL / max(images.shape[-2:])))
-    positive_int("scale", scale)
+    whole("scale", scale)
     return scale
 
 

@@ -13,16 +13,18 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from ..common.checks import is_whole, known_device
+from ..common.devices import known_device
 from ..common.dtypes import REFERENCES
 from ..common.files import StrPath, write_atomic
+from ..common.numbers import whole
 from ..common.tensors import as_labels, dequantise
+from ..common.values import check_finite
 from ..data.opened import Data
 from ..data.opening import Samples
 from ..data.opening import open as open_data
 from ..data.rows import InMemory
 from .measures import Measures, RowSums
-from .part import Part, check_finite
+from .part import Part
 
 
 class ReferenceSet:
@@ -220,12 +222,7 @@ class ReferenceSet:
             containing = torch.empty(0, dtype=torch.long, device="cpu")
         chosen = _row_numbers("containing", containing)
         held = len(self.part)
-        if not (whole := is_whole(count)) or not len(chosen) <= count <= held * self._sides:
-            kind = "from " if whole else "an integer from "
-            raise ValueError(
-                f"count must be {kind}{len(chosen)} (the rows in containing) to "
-                f"{held * self._sides} (the rows held), got {count}."
-            )
+        whole("count", count, len(chosen), held * self._sides)
         numbers, times = chosen.unique(return_counts=True)
         if bool((times > 1).any()):
             raise ValueError(
@@ -270,7 +267,7 @@ class ReferenceSet:
         for start, chunk in self.part.stored_chunks():
             converted = _converted(chunk, dtype)
             if converted is not chunk:
-                check_finite(chunk, self.part.begin + start)
+                check_finite("data", chunk, self.part.begin + start)
                 if not bool(converted.isfinite().all()):
                     largest = float(chunk.abs().max())
                     raise ValueError(

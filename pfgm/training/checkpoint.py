@@ -14,7 +14,6 @@ from __future__ import annotations
 import io
 import json
 import re
-import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -81,7 +80,8 @@ def save_run(
     names = _names_at(step)
     content = io.BytesIO()
     torch.save(state, content)
-    checksum = f"{zlib.crc32(content.getbuffer()):08x}"
+    content.seek(0)
+    checksum = checksum_of(content)
     write_atomic(folder / names["state"], lambda file: file.write(content.getbuffer()))
     content.close()  # frees three times the memory of the weights
     facts: dict[str, Any] = {"step": step, "state_checksum": checksum}

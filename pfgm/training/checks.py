@@ -12,7 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..common.checks import are_float_images, check_dtype, check_tensor, warn_image_range
+from ..common.checks import check_dtype, check_tensor
+from ..common.images import is_image, warn_image_range
 from ..common.tensors import as_int64
 from ..data import to_unit
 from ..flows.flow import Flow
@@ -129,7 +130,7 @@ def warn_of_scales(data: References) -> None:
 
 def warn_of_range(data: References) -> None:
     """Warns the caller of Trainer(…) of images (n, C, H, W) that do not look like [−1, 1]."""
-    if are_float_images(data.shape, data.dtype):
+    if is_image(data.shape[1:]) and data.dtype != torch.uint8:
         warn_image_range(*value_range(data), stacklevel=5)
 
 

@@ -7,8 +7,9 @@ import math
 import reprlib
 from typing import Any, Literal, NamedTuple, get_args
 
-from ..common.checks import LARGEST, as_number, check_bool, check_choice, check_seed
+from ..common.checks import check_bool, check_choice
 from ..common.hints import with_hints
+from ..common.numbers import LARGEST, as_number, check_seed, whole
 from .logs import LogTo
 
 _PUBLISHED_STEPS = 100_000  # from this number of steps on, the published settings are the defaults
@@ -123,7 +124,8 @@ class TrainConfig:
                 f"only one of steps and minutes may be given, got {self.steps!r} and "
                 f"{self.minutes!r}."
             )
-        _check_integer("steps", self._steps, 1)
+        if self.steps is not None:
+            object.__setattr__(self, "steps", whole("steps", self.steps))
         if self.minutes is not None and not 0 < as_number(self.minutes) <= _MOST_MINUTES:
             raise ValueError(
                 f"minutes must be a number above 0 and at most {_MOST_MINUTES:g}, got "
@@ -135,7 +137,9 @@ class TrainConfig:
         smallest |= {"checkpoint_every": 1, "log_every": 1}
         smallest |= {} if self.evaluate_every is None else {"evaluate_every": 0}
         for name, least in smallest.items():
-            _check_integer(name, values[name], least)
+            number = whole(name, values[name], least)
+            if getattr(self, name) is not None:
+                object.__setattr__(self, name, number)
         check_seed(self.seed)
         check_bool("compile", self.compile)
         for name, finite, most in (("learning_rate", "finite ", LARGEST), ("clip", "", math.inf)):
@@ -238,10 +242,3 @@ class TrainConfig:
 
 
 TrainConfig.__init__ = with_hints(TrainConfig.__init__)  # type: ignore[method-assign]
-
-
-def _check_integer(name: str, value: object, least: int) -> None:
-    if not isinstance(value, int) or isinstance(value, bool) or not least <= value < 2**63:
-        raise ValueError(
-            f"{name} must be an integer of at least {least} and below 2^63, got {value!r}."
-        )

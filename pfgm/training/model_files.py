@@ -15,8 +15,10 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from ..common.checks import usable_device, whole
+from ..common.devices import usable_device
 from ..common.files import MALFORMED, StrPath, folder_path, output_folder, write_atomic, write_json
+from ..common.images import is_image
+from ..common.numbers import whole
 from ..common.versions import versions
 from ..data.tables import Table
 from ..flows.flow import Flow
@@ -282,7 +284,7 @@ def _card(
     name: str, flow: Flow, network: nn.Module, table: Table | None, label_names: Sequence[str]
 ) -> str:
     """The model card: a header in YAML, what the model is, and how to sample it."""
-    images, classes = len(flow.shape) == 3 and flow.shape[0] in (1, 3), label_count(network)
+    images, classes = is_image(flow.shape), label_count(network)
     task = "pipeline_tag: unconditional-image-generation\n" if images and not classes else ""
     samples = f"{'images' if images else 'samples'} of shape {flow.shape}"
     if table is not None:

@@ -11,17 +11,10 @@ import warnings
 from pathlib import Path
 from typing import Any, Literal, get_args
 
-from ..common.checks import (
-    as_number,
-    check_bool,
-    check_choice,
-    int_tuple,
-    is_number,
-    positive_int,
-    whole,
-)
+from ..common.checks import check_bool, check_choice
 from ..common.files import StrPath, absolute_path, write_json
 from ..common.hints import hint
+from ..common.numbers import as_number, int_tuple, is_number, whole
 from ..common.old_names import with_present_names
 from ..common.versions import versions
 from ..data.opening import Layout, Range, absolute_source, takes_layout
@@ -128,7 +121,7 @@ class RunConfig:
             object.__setattr__(self, "range", tuple(self.range))  # JSON has lists
         for name in ("width", "multipliers", "blocks", "patch", "resize"):
             if (value := getattr(self, name)) is not None:
-                checked = int_tuple if name == "multipliers" else positive_int
+                checked = int_tuple if name == "multipliers" else whole
                 object.__setattr__(self, name, checked(name, value))
         if not isinstance(self.fit_levels, (list, tuple)):
             raise ValueError(

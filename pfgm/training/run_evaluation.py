@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from .. import metrics
+from ..common.images import is_image
 from ..data import Data, to_unit
 from ..flows.batched_sampling import draw_prior, sample_in_batches
 from ..flows.flow import Flow
@@ -55,7 +56,7 @@ class Evaluation:
 
     @property
     def _draws_pictures(self) -> bool:
-        return len(self._flow.shape) == 3 and self._flow.shape[0] in (1, 3)
+        return is_image(self._flow.shape)
 
     def __call__(self, step: int, network: nn.Module) -> dict[str, float]:
         samples = self._samples(network)

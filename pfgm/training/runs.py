@@ -13,9 +13,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..common.checks import usable_device
 from ..common.checksums import checksum_of_weights
+from ..common.devices import usable_device
 from ..common.files import StrPath, folder_path
+from ..common.images import is_image
 from ..common.messages import print_notice
 from ..data import Data
 from ..data.opening import is_missing
@@ -226,7 +227,7 @@ def _run(
 def _next_commands(folder: Path, data: Data) -> str:
     """The commands that draw samples and compare them with the data."""
     shape, run = data.samples.shape[1:], shlex.quote(str(folder))
-    images = len(shape) == 3 and shape[0] in (1, 3)
+    images = is_image(shape)
     out = "samples.png" if images else "samples.npy" if len(shape) > 1 else "samples.csv"
     return (
         f"next: pfgm sample {run} --n 100 --out {out}\n"
