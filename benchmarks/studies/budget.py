@@ -76,8 +76,15 @@ def _runs() -> Iterator[Run]:
         yield Run("fashion-mnist", "PFGM", size, 3.0)
     for size in (Size(32, (1, 2, 2), 2, 64), Size(48, (1, 2, 2), 2, 64)):
         yield Run("fashion-mnist", "PFGM", size, 9.0)
+    best = Size(48, (1, 2, 2), 2, 32)
     for minutes in (3.0, 9.0):
-        yield Run("fashion-mnist", "PFGM++ 128", Size(48, (1, 2, 2), 2, 32), minutes)
+        yield Run("fashion-mnist", "PFGM++ 128", best, minutes)
+    for flow in ("PFGM", "PFGM++ 128"):
+        yield Run("digits", flow, Size(24, (1, 2), 1, 64), 1.0, precision="float32")
+        yield Run("mnist-5k", flow, best, 3.0)
+    yield Run("fashion-mnist", "EDM", best, 3.0)
+    yield Run("fashion-mnist", "PFGM++ 128", Size(64, (1, 2, 2), 2, 32), 3.0)
+    yield Run("fashion-mnist", "PFGM++ 128", best, 3.0, seed=1)
 
 
 RUNS = list(_runs())

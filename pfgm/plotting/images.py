@@ -61,7 +61,7 @@ def image_grid(
             [-1, 1], clipped for display, or uint8.
         columns: images per row; by default the grid is about square.
         scale: picture pixels per image pixel; by default an image is about 72 pixels wide.
-        header: texts above the columns, one for each.
+        header: texts above the columns, one for each; long ones are shortened.
         side: texts beside the rows, one for each.
 
     >>> figure = image_grid(torch.rand(10, 1, 8, 8) * 2 - 1, columns=5, title="noise")
@@ -87,7 +87,8 @@ def image_grid(
         side=max((text_width(text, _HEADER) for text in side), default=0),
     )
     if header:
-        _write_header(axes, header, width=images.shape[-1] * scale)
+        width = images.shape[-1] * scale
+        _write_header(axes, [_shortened(text, width) for text in header], width)
     for i, text in enumerate(side):
         middle = i * (images.shape[-2] * scale + _GAP) + images.shape[-2] * scale / 2
         axes.text(-_GAP, middle, text, va="center", **style(_HEADER) | {"ha": "right"})
@@ -275,10 +276,14 @@ def _draw(
     return figure, axes
 
 
-def _write_header(axes: Any, labels: Sequence[str], width: int) -> None:
-    """Writes a label above each column of this width, in smaller letters or shortened to fit."""
+def _shortened(label: str, width: int) -> str:
+    """The label, cut where it would not fit above a column of this width in small letters."""
     most = max(int(width / text_width("m", _SMALLEST_HEADER)), 2)
-    labels = [label if len(label) <= most else label[: most - 1] + "…" for label in labels]
+    return label if len(label) <= most else label[: most - 1] + "…"
+
+
+def _write_header(axes: Any, labels: Sequence[str], width: int) -> None:
+    """Writes a label above each column of this width."""
     longest = max(labels, key=len)
     size = _HEADER * min(1.0, width / text_width(longest, _HEADER))
     for i, label in enumerate(labels):

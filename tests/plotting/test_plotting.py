@@ -549,3 +549,12 @@ SHAPES: list[tuple[Callable[[Tensor], object], str, list[tuple[int, ...]]]] = [
 )
 def test_refusals(refused: Refused, call: Callable[[], object], sentence: str) -> None:
     refused(call, sentence)
+
+
+def test_long_names_above_columns_are_shortened_and_stay_apart(tmp_path: Path) -> None:
+    names = ["big-ears", "the longest name of a label that anyone would think of", "x"]
+    figure = plotting.image_grid(uniform(3, 32, 32), tmp_path / "a.png", columns=3, header=names)
+    texts = figure.axes[0].texts
+    assert texts[0].get_text() == "big-ears"
+    assert texts[1].get_text().endswith("…")
+    assert all(left.x1 < right.x0 for left, right in pairwise(boxes(figure, texts)))

@@ -177,7 +177,7 @@ def test_no_name_and_weights_that_are_not_finite_are_refused(tmp_path, monkeypat
     pfgm.save("masked.safetensors", flow, net)
     net.bias.data[1] = torch.nan
     for path in ("model", "model.safetensors"):
-        with pytest.raises(ValueError, match=r"weights of network must be finite, got .* in bias"):
+        with pytest.raises(ValueError, match="bias of network must be finite, got NaN"):
             pfgm.save(path, flow, net)
     assert [path.name for path in tmp_path.iterdir()] == ["masked.safetensors"]
 
