@@ -33,7 +33,7 @@ def require_matplotlib() -> None:
 
 
 def _shown_figure() -> Any:
-    optional("matplotlib", "plotting needs matplotlib", "demo")
+    optional("matplotlib.figure", "plotting needs matplotlib", "demo")
     from .shown_figure import ShownFigure
 
     return ShownFigure

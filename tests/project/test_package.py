@@ -82,7 +82,7 @@ def test_importing_takes_a_fraction_of_torch_and_no_optional_package():
 BY_STRING = {
     "__init__.py": ["f'{__name__}.{_FUNCTIONS[name]}'", "f'{__name__}.{name}'"],
     "backends/native.py": ["'pfgm._native'"],
-    "backends/triton.py": ["f'..kernels.{name}'", "'triton'"],
+    "backends/triton.py": ["'triton'", "f'..kernels.{name}'"],
     "common/optional.py": ["module"],
 }
 IMPORTERS = {"import_module", "__import__", "run_module", "exec", "optional"}
