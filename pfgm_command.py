@@ -20,9 +20,9 @@ COMMANDS = {
     "train": (
         "Train a network on the field of your data. Under torchrun its processes train together."
     ),
-    "sample": "Draw samples from a checkpoint, or from a network that comes with the package.",
+    "sample": "Draw samples from a trained model, yours or one that comes with the package.",
     "evaluate": (
-        "Measure samples, of a checkpoint or those in a file or folder, against held-out data."
+        "Measure samples, of a model or those in a file or folder, against held-out data."
     ),
     "features": "Train a small classifier of labelled images, for the features of pfgm evaluate.",
     "convert": "Make a checkpoint from a published file of PFGM, PFGM++ or EDM.",

@@ -1,8 +1,8 @@
 """Interpolates digits, changes their temperature and completes them from their upper half.
 
-    python examples/editing.py --out editing [--checkpoint runs/demo/model.safetensors]
+    python examples/editing.py [runs/demo] --out editing
 
-Without a checkpoint the network is the exact field of the training digits. Its results are then
+Without a model the network is the exact field of the training digits. Its results are then
 training digits, and interpolations jump from one to the next.
 """
 
@@ -60,13 +60,13 @@ def completions(flow: Flow, net: Network, path: Path, rows: int, count: int) -> 
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("model", nargs="?", help="of digits, a path or name for pfgm.load")
     parser.add_argument("--out", required=True, help="folder for the pictures")
-    parser.add_argument("--checkpoint", help="a .safetensors file or the folder of a run")
     parser.add_argument("--quick", action="store_true", help="few digits, a few seconds")
     options = parser.parse_args()
     folder = check_folder(options.out)
-    if options.checkpoint:
-        flow, net = pfgm.load(options.checkpoint)
+    if options.model:
+        flow, net = pfgm.load(options.model)
     else:
         flow = pfgm.PoissonFlow.from_data(pfgm.data.digits().train)
         net = flow.empirical(pfgm.data.digits().train)

@@ -2,8 +2,8 @@
 
 The operations are :func:`posterior_mean`, :func:`field_fn`, :func:`log_density` and the steps of
 the ODE, :func:`euler_step`, :func:`heun_step` and :func:`multistep_step`; the flows that train and
-sample are :class:`PoissonFlow` and :class:`PoissonFlowPP`; :func:`load` reads what was trained, and
-:func:`load_pretrained` what comes with the package.
+sample are :class:`PoissonFlow` and :class:`PoissonFlowPP`; :func:`load` reads what was trained, or
+comes with the package, and :func:`save` writes it.
 """
 
 import importlib
@@ -17,7 +17,7 @@ if find_spec(f"{__name__}.kernels") is None:
 
 from . import backends, data, solvers
 from .backends import use_backend
-from .common.checks import debug_checks
+from .common.values import debug_checks
 from .flows.flow import Flow
 from .flows.interpolation import interpolate
 from .flows.likelihood import LogLikelihood
@@ -37,7 +37,6 @@ from .references import ReferenceSet
 
 if TYPE_CHECKING:
     from . import (
-        datasets,
         distillation,
         evaluation,
         metrics,
@@ -46,22 +45,14 @@ if TYPE_CHECKING:
         pretrained,
         training,
     )
-    from .pretrained import load_pretrained
-    from .training.checkpoint import load, save
-    from .training.pretrained_folder import from_pretrained, save_pretrained
+    from .training.model_files import from_pretrained, load, save, save_pretrained
 else:
-    _FUNCTIONS = {
-        "from_pretrained": "training.pretrained_folder",
-        "load": "training.checkpoint",
-        "load_pretrained": "pretrained",
-        "save": "training.checkpoint",
-        "save_pretrained": "training.pretrained_folder",
-    }
+    _FUNCTIONS = ("from_pretrained", "load", "save", "save_pretrained")
 
     def __getattr__(name: str) -> Any:
         """What the operations and flows do not need is imported when it is asked for."""
         if name in _FUNCTIONS:
-            return getattr(importlib.import_module(f"{__name__}.{_FUNCTIONS[name]}"), name)
+            return getattr(importlib.import_module(f"{__name__}.training.model_files"), name)
         if name in __all__:
             return importlib.import_module(f"{__name__}.{name}")
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
@@ -82,7 +73,6 @@ __all__ = [
     "as_k_diffusion",
     "backends",
     "data",
-    "datasets",
     "debug_checks",
     "distillation",
     "euler_step",
@@ -92,7 +82,6 @@ __all__ = [
     "heun_step",
     "interpolate",
     "load",
-    "load_pretrained",
     "log_density",
     "metrics",
     "multistep_step",

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from .common import draws
+from .common.numbers import whole
 from .common.tensors import flat_rows
 from .flows import Condition, Flow, Network
 from .flows.conditions import map_tensors
@@ -83,9 +84,7 @@ class Consistency:
         if isinstance(teacher, nn.Module):
             self.teacher = copy.deepcopy(teacher).eval().requires_grad_(False)
         self.levels = flow.grid(steps, schedule or "rho", last)
-        if ahead is not None and (not isinstance(ahead, int) or not 1 <= ahead <= steps):
-            raise ValueError(f"ahead must be an integer from 1 to steps, {steps}, got {ahead}.")
-        self.ahead = steps if ahead is None else ahead
+        self.ahead = steps if ahead is None else whole("ahead", ahead, 1, steps)
 
     def loss(
         self,

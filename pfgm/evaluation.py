@@ -14,8 +14,9 @@ import torch
 from torch import Tensor
 
 from . import metrics
-from .common.checks import check_seed, known_device, positive_int
+from .common.devices import known_device
 from .common.messages import progress_bar
+from .common.numbers import check_seed, whole
 from .common.tensors import network_device
 from .data import to_unit
 from .flows import Flow, Network
@@ -118,8 +119,8 @@ def draw_samples(
     >>> samples.shape, nfe
     (torch.Size([5, 2]), 40)
     """
-    positive_int("n", n)
-    positive_int("batch_size", batch_size)
+    whole("n", n)
+    whole("batch_size", batch_size)
     check_seed(seed)
     schedule = options.get("schedule")
     if schedule is not None and not isinstance(schedule, str):

@@ -31,7 +31,9 @@ import torch
 from torch import Tensor
 
 from .common import transforms
-from .common.checks import check_choice, checks_values, is_whole, non_negative, untouched
+from .common.checks import check_choice, untouched
+from .common.numbers import is_whole, non_negative
+from .common.values import checks_values
 from .functional.steps import Field, euler_step, heun_step, implied_mean, multistep_step
 from .ops.eager import all_finite
 

@@ -306,7 +306,7 @@ def fails(refusal: Callable[..., str], tmp_path: Path) -> Callable[..., str]:
 
 
 def test_a_checkpoint(model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    options = ["--checkpoint", model, "--n", 30, "--steps", 3, "--likelihood", 2]
+    options = [model, "--n", 30, "--steps", 3, "--likelihood", 2]
     options += ["--curve", "--curve-steps", 2, 3]
     figures = evaluate(tmp_path / "a", *options)
     flow, net = pfgm.load(model)
@@ -338,7 +338,7 @@ def test_a_checkpoint(model: Path, tmp_path: Path, capsys: pytest.CaptureFixture
     for part in ("against 399 held-out rows", "frechet distance", "bits per dimension of 2"):
         assert part in shown
 
-    again = evaluate(tmp_path / "b", *options[:8])  # the same seed, the same figures
+    again = evaluate(tmp_path / "b", *options[:7])  # the same seed, the same figures
     assert again == figures
     assert not (tmp_path / "b" / "curve.csv").exists()
 
@@ -381,7 +381,7 @@ def test_a_run_on_own_data(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -
     pfgm.save(run / "net.safetensors", flow, net)
     (run / "latest.json").write_text('{"weights": "net.safetensors", "state": "none"}')
     RunConfig(data=str(tmp_path / "points.npy")).save(run / "config.json")
-    figures = evaluate(tmp_path / "out", "--checkpoint", run, "--n", 25, "--likelihood", 1)
+    figures = evaluate(tmp_path / "out", run, "--n", 25, "--likelihood", 1)
     assert figures["data"] == str(tmp_path / "points.npy")  # what the run was trained on
     assert figures["against"] == "train"
     assert figures["counts"] == {"samples": 25, "against": 30, "train": 25, "searched": 60}
@@ -400,7 +400,7 @@ def test_a_network_with_labels(tmp_path: Path) -> None:
     torch.manual_seed(0)
     net = pfgm.networks.MLP(flow.shape, width=16, depth=1, classes=10)
     pfgm.save(tmp_path / "net.safetensors", flow, net)
-    options = ["--checkpoint", tmp_path / "net.safetensors", "--n", 20, "--likelihood", 2]
+    options = [tmp_path / "net.safetensors", "--n", 20, "--likelihood", 2]
     figures = evaluate(tmp_path / "out", *options, "--guidance", 2)
     assert figures["sampling"]["labels"] == "i mod 10"
     assert figures["sampling"]["guidance"] == 2
@@ -411,12 +411,12 @@ def test_a_network_with_labels(tmp_path: Path) -> None:
 def test_figures_of_each_label(
     tmp_path: Path, fails: Callable[..., str], capsys: pytest.CaptureFixture[str]
 ) -> None:
-    options = ["--pretrained", "digits", "--n", 100, "--steps", 2, "--per-label"]
+    options = ["digits", "--n", 100, "--steps", 2, "--per-label"]
     figures = evaluate(tmp_path / "a", *options)
     shown = capsys.readouterr().out.splitlines()
     assert shown[0].startswith("100 samples and 399 held-out rows are few")
     digits, classifier = pfgm.data.digits(), metrics.load_classifier("digits")
-    flow, net = pfgm.load_pretrained("digits")
+    flow, net = pfgm.load("digits")
     samples = draw_samples(flow, net, 100, steps=2)[0].clamp(-1, 1)
     sevens = digits.held_out_labels == 7
     distance = metrics.frechet_distance(
@@ -459,7 +459,7 @@ def test_labels_with_names_are_compared_by_their_names(
     figures = evaluate(tmp_path / "a", "--samples", tmp_path / "some", *data)["labels"]
     assert figures["cat"] is None
     assert [figures[name]["median_distance_to_train"]["samples"] for name in classes[1:]] == [0, 0]
-    model = ["--checkpoint", tmp_path / "net.safetensors", "--n", 24]
+    model = [tmp_path / "net.safetensors", "--n", 24]
     figures = evaluate(tmp_path / "a", *model, *data)
     assert [figures["labels"][name] is None for name in classes] == [True, False, False]
     less = fails("--samples", tmp_path / "data", "--data", f"folder:{tmp_path / 'some'}")
@@ -486,7 +486,7 @@ def test_fid(
     model: Path, tmp_path: Path, fails: Callable[..., str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The samples and the training rows reach torch-fidelity, with weights that were checked."""
-    options = ["--checkpoint", model, "--n", 12, "--steps", 2, "--against", 20]
+    options = [model, "--n", 12, "--steps", 2, "--against", 20]
     monkeypatch.setitem(sys.modules, "torch_fidelity", None)
     assert "need torch-fidelity; in a checkout: pip install" in fails(*options, "--fid")
     fake, seen = types.ModuleType("torch_fidelity"), {}
@@ -528,25 +528,20 @@ def test_fid(
 
 
 def test_one_sentence_for_bad_input(model: Path, tmp_path: Path, fails: Callable[..., str]) -> None:
-    checkpoint = ["--checkpoint", model]
     np.save(tmp_path / "wide.npy", np.zeros((9, 4, 4), np.float32))
     np.save(tmp_path / "few.npy", np.zeros((5, 8, 8), np.float32))
-    assert "checkpoint, pretrained and samples must be given, got none" in fails()
-    assert "checkpoint, pretrained and samples must be given, got 2" in fails(
-        *checkpoint, "--samples", tmp_path
-    )
     least_1 = "must be an integer of at least 1"
-    assert "n must be an integer of at least 6" in fails(*checkpoint, "--n", 5)
-    assert f"curve-steps {least_1} and at" in fails(*checkpoint, "--curve-steps", 0)
-    assert f"number of curve-steps {least_1}, got 0." in fails(*checkpoint, "--curve-steps")
+    assert "n must be an integer of at least 6" in fails(model, "--n", 5)
+    assert f"curve-steps {least_1} and at" in fails(model, "--curve-steps", 0)
+    assert f"number of curve-steps {least_1}, got 0." in fails(model, "--curve-steps")
     assert "samples alone have no likelihood" in fails("--samples", tmp_path, "--likelihood", 1)
     for option, value in (("guidance", 2.0), ("solver", "heun"), ("batch-size", 7)):
         message = fails("--samples", tmp_path, f"--{option}", value)
         assert f"{option} is {value}, but {tmp_path} holds samples that" in message
-    assert "grey-levels needs --likelihood N" in fails(*checkpoint, "--grey-levels", 17)
-    assert "likelihood must be at most 399" in fails(*checkpoint, "--likelihood", 400)
+    assert "grey-levels needs --likelihood N" in fails(model, "--grey-levels", 17)
+    assert "likelihood must be at most 399" in fails(model, "--likelihood", 400)
     grey = ["--n", 10, "--steps", 1, "--likelihood", 1, "--grey-levels", 1]
-    assert "levels must be at least 2" in fails(*checkpoint, *grey)
+    assert "levels must be at least 2" in fails(model, *grey)
     assert "no.npy does not exist" in fails("--samples", tmp_path / "no.npy")
     shape = fails("--samples", tmp_path / "wide.npy")
     assert (

@@ -163,9 +163,6 @@ def test_a_mean_of_another_shape_is_refused(solver):
 @pytest.mark.parametrize(
     ("tolerances", "message"),
     [
-        ({"rtol": -1.0}, r"rtol must be a number of at least 0 that float32.*got -1\.0\."),
-        ({"atol": math.inf}, r"atol must be a number of at least 0 that.*got inf\."),
-        ({"rtol": True}, r"rtol must be a number of at least 0 that float32.*got True\."),
         ({"rtol": 0.0, "atol": 0.0}, r"rtol or atol must be above 0, got 0 for both\."),
     ],
 )

@@ -13,10 +13,10 @@ from typing import NamedTuple
 
 from torch import Tensor
 
+import pfgm
 from benchmarks.claims.presets import Preset
 from pfgm import metrics
 from pfgm.data import to_unit
-from pfgm.datasets import open_data
 from pfgm.evaluation import evenly_spaced
 
 _SPACES = ("pixels", "features")
@@ -41,18 +41,13 @@ class Data(NamedTuple):
 @lru_cache
 def data_of(preset: Preset) -> Data:
     """The preset's data, in memory."""
-    opened = open_data(preset.data)
-    if opened.held_out is None or opened.train.labels is None or opened.held_out.labels is None:
+    opened = pfgm.data.open(preset.data)
+    others = opened.held_out
+    if others is None or opened.labels is None or others.labels is None:
         raise ValueError(f"data must have labels and a held-out part, got {preset.data!r}.")
-    train, held_out = (to_unit(part[:]) for part in (opened.train, opened.held_out))
-    return Data(
-        train,
-        opened.train.labels.long(),
-        held_out,
-        opened.held_out.labels.long(),
-        opened.grey_levels,
-        float(train.square().mean().sqrt()),
-    )
+    train, held_out = (to_unit(part.samples[:]) for part in (opened, others))
+    rms = float(train.square().mean().sqrt())
+    return Data(train, opened.labels, held_out, others.labels, opened.grey_levels, rms)
 
 
 def classifier_path(folder: Path) -> Path:

@@ -28,7 +28,7 @@ from pfgm.evaluation import draw_samples
 from pfgm.flows.flow import Flow
 from pfgm.networks import Denoiser, Preconditioned, UNet
 from pfgm.training import Trainer
-from pfgm.training.checkpoint import Loaded
+from pfgm.training.model_files import Loaded
 
 SCORE_METHODS = ("VE", "VP")
 """The methods that are not flows of the library."""

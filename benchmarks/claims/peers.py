@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from pfgm.flows import Flow, Network
-from pfgm.training.checkpoint import Loaded
+from pfgm.training.model_files import Loaded
 
 Sampler = Callable[[Flow, Network, int, int, torch.Generator], tuple[Tensor, int]]
 """(flow, network, number of samples, steps, generator) → samples (n, *S) and evaluations."""

@@ -14,7 +14,7 @@ class Preset:
     """Data, network, training, and the measurements of each claim. Defaults: ``quick``."""
 
     data: str = "digits"
-    """A name for :func:`pfgm.datasets.open_data`. The classifier needs labels."""
+    """A name for :func:`pfgm.data.open`. The classifier needs labels."""
     width: int = 16
     """Channels of the U-Net's finest level."""
     multipliers: tuple[int, ...] = (1, 2)

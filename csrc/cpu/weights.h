@@ -16,7 +16,7 @@ constexpr double kSmallestDouble = std::numeric_limits<double>::min();
 
 // The largest allowed radius. With a larger one, places that hold no reference, at the squared
 // distance kSkipped, would get a weight that counts. With more dimensions weights fall faster. The
-// same limits as in pfgm/common/checks.py.
+// same limits as in pfgm/common/values.py.
 inline double largest_radius(double dimensions) {
   return std::fmin(1e150, 1e130 * std::sqrt(std::fmax(1, dimensions)));
 }

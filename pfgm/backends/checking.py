@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from ..common.checks import known_device
+from ..common.devices import known_device
 from . import passes, triton
 from .backend import BACKENDS
 from .timing import seconds_of

@@ -12,7 +12,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from ..common.checks import (
+from ..common.values import (
     check_radius,
     check_range,
     check_underflow,

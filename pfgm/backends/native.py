@@ -22,7 +22,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..common.checks import (
+from ..common.dtypes import GPU_REFERENCES, REFERENCES
+from ..common.tensors import contiguous, contiguous_features, unfilled
+from ..common.values import (
     check_distances,
     check_radius,
     checks_values,
@@ -31,8 +33,6 @@ from ..common.checks import (
     range_message,
     underflow_message,
 )
-from ..common.dtypes import GPU_REFERENCES, REFERENCES
-from ..common.tensors import contiguous, contiguous_features, unfilled
 from ..core import formulas
 from ..core.problems import Needs, OdeStep, PosteriorMean, State, Upstream
 from ..core.weights import check_singular, law, singular_message

@@ -16,8 +16,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..common.checks import as_float
 from ..common.dtypes import HALF, REFERENCES
+from ..common.numbers import as_float
 from ..common.tensors import contiguous_features, flat_rows, mark_written, unfilled
 from . import native
 

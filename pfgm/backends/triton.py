@@ -17,9 +17,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..common.checks import check_distances, check_radius, checks_values
 from ..common.dtypes import GPU_REFERENCES
 from ..common.tensors import contiguous_features
+from ..common.values import check_distances, check_radius, checks_values
 from ..core import formulas
 from ..core.problems import Needs, OdeStep, PosteriorMean, State, Upstream
 from ..core.weights import check_singular, law

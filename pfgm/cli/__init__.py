@@ -6,6 +6,7 @@ import dataclasses
 import functools
 import importlib.metadata
 import operator
+import shlex
 import sys
 import warnings
 from itertools import pairwise
@@ -14,10 +15,11 @@ from typing import Annotated, Any, get_type_hints
 import tyro
 
 from ..backends import Unavailable
-from ..common.checks import out_of_memory
 from ..common.files import reserve_standard_descriptors
 from ..common.hints import instead_of
+from ..common.memory import out_of_memory
 from ..common.messages import print_result, unfailing_streams
+from ..pretrained import PRETRAINED
 from ..training import Diverged
 from ..training.processes import ProcessLost
 from .check import Check
@@ -45,6 +47,7 @@ _COMMANDS: tuple[type, ...] = (
     Info,
 )
 _LONG_NAMES = {"-n": "--n", "-o": "--out"}
+_MODEL_OPTIONS = ("--checkpoint", "--pretrained")  # of version 0.2
 _EXPECTED_ERRORS = (
     ValueError,
     TypeError,
@@ -119,7 +122,7 @@ def _check_values(arguments: list[str]) -> None:
     an option that was removed or has another name here."""
     for kind in _COMMANDS:
         if arguments[:1] == [_name(kind)]:
-            _check_names(arguments[1:], _options(kind))
+            _check_names(arguments, _options(kind))
     for before, argument in pairwise(["", *arguments]):
         name, _, value = argument.partition("=") if "=" in argument else (before, "", argument)
         name = _LONG_NAMES.get(name, name)
@@ -130,9 +133,24 @@ def _check_values(arguments: list[str]) -> None:
 def _check_names(arguments: list[str], known: set[str]) -> None:
     for argument in arguments:
         name = argument.partition("=")[0]
+        if name in _MODEL_OPTIONS and "model" in known:
+            raise ValueError(f"there is no option {name}; type: {_with_model(arguments)}")
         instead = instead_of(name[2:].replace("-", "_"), known) if name[:2] == "--" else None
         if instead is not None:
             raise ValueError(f"there is no option {name}; use --{instead.replace('_', '-')}.")
+
+
+def _with_model(arguments: list[str]) -> str:
+    """The line to type in place of one with the options of version 0.2 that name a model."""
+    models, others, rest = [], [], iter(arguments)
+    for argument in rest:
+        name, equals, value = argument.partition("=")
+        if name not in _MODEL_OPTIONS:
+            others.append(argument)
+            continue
+        model = (value if equals else next(rest, "")) or "MODEL"
+        models.append(f"./{model}" if name == "--checkpoint" and model in PRETRAINED else model)
+    return shlex.join(["pfgm", others[0], *models, *others[1:]])
 
 
 def _options(kind: type) -> set[str]:

@@ -14,7 +14,7 @@ from ..flows.flow import Flow
 from ..flows.plusplus import PoissonFlowPP
 from ..flows.poisson import PoissonFlow
 from ..networks import EDMDenoiser, Published, load_published
-from ..training import checkpoint
+from ..training.model_files import save
 from .options import Output
 
 _CIFAR10 = (3, 32, 32)
@@ -46,7 +46,7 @@ class Convert:
         network = load_published(self.published, ema=self.ema, resolution=self.resolution)
         flow = self._flow_of(network)
         with output_folder(self.out.parent):
-            checkpoint.save(self.out, flow, network, distilled=False)
+            save(self.out, flow, network, distilled=False)
         classes = network.classes if isinstance(network, EDMDenoiser) else 0
         labels = f"{classes} labels" if classes else "no labels"
         print(f"{self.out}: {type(network).__name__}, samples {network.shape}, {labels}, {flow}")

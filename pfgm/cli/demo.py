@@ -13,15 +13,16 @@ import torch
 from torch import Tensor
 
 from .. import data, metrics
-from ..common.checks import check_seed
 from ..common.files import StrPath, write_json
 from ..common.messages import print_notice
+from ..common.numbers import check_seed
 from ..flows.batched_sampling import draw_prior, sample_in_batches
 from ..flows.poisson import PoissonFlow
 from ..plotting.figures import require_matplotlib
 from ..solvers import StepInfo
-from ..training import Terminated, TrainConfig, Trainer, checkpoint
+from ..training import Terminated, TrainConfig, Trainer
 from ..training.locks import locked
+from ..training.model_files import save
 from ..training.threads import training_threads
 from .options import Output, Progress
 
@@ -32,8 +33,9 @@ _PICTURE_ROW = 10  # samples in a row of samples.png
 _PICTURE_PATHS = 8  # samples in trajectory.png
 _PICTURE_LEVELS = 8  # noise levels in trajectory.png
 
+STEPS = 4000
 TRAINING = TrainConfig(
-    steps=4000,
+    steps=STEPS,
     batch_size=64,
     reference_batch=1398,
     learning_rate=2e-3,
@@ -41,6 +43,7 @@ TRAINING = TrainConfig(
     warmup=100,
     decay="cosine",
     ema=0.99,
+    precision="float32",  # the same seed gives the same result
 )
 
 
@@ -50,7 +53,7 @@ class Demo:
 
     out: Output = Path("runs/demo")
     """Folder for samples.npy, samples.png, trajectory.png, metrics.json and model.safetensors."""
-    steps: int = TRAINING.steps
+    steps: int = STEPS
     """Training steps."""
     seed: int = 0
     """Seed of training and sampling: the same seed gives the same result."""
@@ -65,7 +68,7 @@ class Demo:
 def run(
     out: StrPath,
     *,
-    steps: int = TRAINING.steps,
+    steps: int = STEPS,
     seed: int = 0,
     conditional: bool = False,
     report: Callable[[str], None] = print_notice,
@@ -165,10 +168,10 @@ def _train(trainer: Trainer, flow: PoissonFlow, path: Path, report: Callable[[st
     try:
         trainer.train()
     except (KeyboardInterrupt, Terminated):
-        checkpoint.save(path, flow, trainer.averaged, step=trainer.step)
+        save(path, flow, trainer.averaged, step=trainer.step)
         report(f"stopped at step {trainer.step}; the weights are in {path}")
         raise
-    checkpoint.save(path, flow, trainer.averaged, step=trainer.step)
+    save(path, flow, trainer.averaged, step=trainer.step)
 
 
 class _Recorder:

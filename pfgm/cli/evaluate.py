@@ -1,4 +1,4 @@
-"""``pfgm evaluate``: measures samples of a checkpoint, a file or a folder, and draws pictures."""
+"""``pfgm evaluate``: measures samples of a model, a file or a folder, and draws pictures."""
 
 from __future__ import annotations
 
@@ -14,26 +14,31 @@ import torch
 from torch import Tensor
 
 from .. import evaluation
-from ..common.checks import check_seed, usable_device, whole
+from ..common.devices import usable_device
 from ..common.files import output_folder, write_csv, write_json
+from ..common.images import is_image
+from ..common.numbers import check_seed, whole
 from ..common.versions import versions
-from ..data import Table, to_unit
+from ..data import Data, Layout, Range, Table, to_unit
+from ..data.opening import open as open_data
+from ..data.opening import takes_layout
 from ..data.table_files import is_table_file
-from ..datasets import Data, Layout, Range, open_data, open_samples, takes_layout
 from ..evaluation import Labels, Point
 from ..flows.sampling import check_steps
 from ..metrics import CLASSIFIERS, Classifier, inception_metrics, load_classifier
 from ..metrics.inception import find_inception_weights
 from ..networks.registry import label_count
 from ..plotting.figures import require_matplotlib
-from ..references import References, ReferenceSet
-from ..training.checkpoint import Loaded
+from ..plotting.images import label_columns
+from ..pretrained import PRETRAINED
+from ..references import ReferenceSet
 from ..training.checks import warn_of_range
+from ..training.model_files import Loaded
 from ..training.run_config import RunConfig
 from .options import (
     Count,
+    Model,
     Output,
-    PretrainedName,
     Progress,
     SamplingOptions,
     check_guidance,
@@ -58,9 +63,9 @@ class _Rows(NamedTuple):
     labels: Tensor | None
 
     @classmethod
-    def drawn(cls, source: ReferenceSet, count: int, seed: int) -> _Rows:
-        """At most ``count`` rows of a set, drawn with the seed."""
-        generator = torch.Generator().manual_seed(seed)
+    def drawn(cls, data: Data, count: int, seed: int) -> _Rows:
+        """At most ``count`` rows, drawn with the seed."""
+        generator, source = torch.Generator().manual_seed(seed), ReferenceSet(data)
         numbers = source.draw(min(count, len(source)), generator=generator)
         labels = source.labels
         return cls(to_unit(source[numbers]), None if labels is None else labels[numbers])
@@ -78,7 +83,7 @@ class _Real(NamedTuple):
     def of(cls, data: Data, count: int, seed: int, device: torch.device) -> _Real:
         """At most ``count`` rows of each part, on the device if it is a GPU, else on the CPU."""
         place = device if device.type == "cuda" else torch.device("cpu")
-        train = _Rows.drawn(data.train, count, seed)
+        train = _Rows.drawn(data, count, seed)
         if data.held_out is None:
             return cls(None, train.rows.to(place), None, train.labels)
         held_out = _Rows.drawn(data.held_out, count, seed)
@@ -97,19 +102,17 @@ class _Real(NamedTuple):
 
 @dataclass
 class Evaluate:
-    """Measure samples, of a checkpoint or those in a file or folder, against held-out data."""
+    """Measure samples, of a model or those in a file or folder, against held-out data."""
 
     out: Output
     """Folder for metrics.json, samples.png of images and, with --curve, curve.csv and curve.png."""
-    checkpoint: Path | None = None
-    """A .safetensors file, or the folder of a run. Give this, --pretrained or --samples."""
-    pretrained: PretrainedName | None = None
-    """A network that comes with the package, in place of a checkpoint."""
+    model: Model[str | None] = None
+    """A model, as for sample. Give either this or --samples."""
     samples: Path | None = None
     """A .csv, .npy, .npz or .safetensors file of samples, or a folder of images."""
     data: str | None = None
     """Data to compare with: avatars, digits, fashion-mnist, cifar10 or a path, as for train. The
-    default is the data of the checkpoint's training run, those of the network that comes with the
+    default is the data of the model's training run, those of the network that comes with the
     package, or else digits."""
     range: Range | None = None
     """The values LOW HIGH of floating-point data that stand for black and white, as for train. The
@@ -180,17 +183,17 @@ class Evaluate:
         if self.samples is not None and not takes_layout(name):
             reading.pop("layout", None)  # it is for the samples
         loaded = None
-        if self.samples is None:
-            loaded = load_network(self.checkpoint, self.pretrained, self.sampling.solver, device)
+        if self.model is not None:
+            loaded = load_network(self.model, self.sampling.solver, device)
         table = None if loaded is None else loaded.table
         data = open_data(name, **reading, table=table, progress=self.progress)
-        source = loaded or self._open_samples(data.table)
-        warn_of_range(data.train)
-        if isinstance(source, Data):
-            warn_of_range(source.train)
+        source = loaded or self._open_samples(data)
+        for opened in (data, source):
+            if isinstance(opened, Data):
+                warn_of_range(ReferenceSet(opened))
         self._check_data(name, data, source)
         classifier = self._classifier(name, data, device)
-        if _are_images(data.train) or self.curve:
+        if is_image(data.samples.shape[1:]) or self.curve:
             require_matplotlib()
         with output_folder(self.out):
             self._measure(name, data, source, classifier, device)
@@ -215,7 +218,7 @@ class Evaluate:
                 samples = data.table.nearest(samples)
             samples = evaluation.clamp_images(samples.to(real.train.device), real.train)
         else:
-            samples, own = _Rows.drawn(source.train, self.n, self.seed)
+            samples, own = _Rows.drawn(source, self.n, self.seed)
             labels = real.labels(own, source.names, data.names)
             samples, described = samples.to(real.train.device), {"source": str(self.samples)}
         figures |= described
@@ -242,15 +245,17 @@ class Evaluate:
         if isinstance(source, Loaded) and self.curve:
             points = self._curve(source, real, device)
             write_csv(self.out / "curve.csv", [Point._fields, *points])
-        _draw_pictures(self.out, samples, points, figures["frechet_distance"]["train"])
+        columns: dict[str, Any] = {}
+        if isinstance(source, Loaded):
+            classes, count = label_count(source.network), min(self.n, _PICTURE_SAMPLES)
+            columns = label_columns(range(classes), source.label_names, count)
+        train = figures["frechet_distance"]["train"]
+        _draw_pictures(self.out, samples, columns, points, train)
 
     def _check(self) -> None:
-        sources = (self.checkpoint, self.pretrained, self.samples)
-        if (number := sum(source is not None for source in sources)) != 1:
-            raise ValueError(
-                "exactly one of checkpoint, pretrained and samples must be given, got "
-                f"{number or 'none'}."
-            )
+        if (self.model is None) == (self.samples is None):
+            given = "neither" if self.model is None else "both"
+            raise ValueError(f"one of a model and --samples must be given, got {given}.")
         if self.fid_weights is not None and not self.fid:
             raise ValueError("fid-weights needs --fid.")
         if self.samples is not None:
@@ -272,46 +277,44 @@ class Evaluate:
                 check_steps(name, count)
 
     def _check_options_of_samples(self) -> None:
-        """Raises ValueError for an option that has a meaning only with a checkpoint."""
+        """Raises ValueError for an option that has a meaning only with a model."""
         assert self.samples is not None
         if is_table_file(self.samples) and self.data is None:
             raise ValueError(
                 f"data must be a .csv file too for {self.samples}, as --data FILE.csv."
             )
         if self.likelihood or self.curve:
-            raise ValueError("samples alone have no likelihood and no curve; give a checkpoint.")
+            raise ValueError("samples alone have no likelihood and no curve; give a model.")
         unused = SamplingOptions(device=self.sampling.device)  # metrics use the device too
         for name, value in asdict(self.sampling).items():
             if value != getattr(unused, name):
                 raise ValueError(
                     f"{name.replace('_', '-')} is {value}, but {self.samples} holds samples that "
-                    "have been drawn; leave it out, or give a checkpoint."
+                    "have been drawn; leave it out, or give a model."
                 )
 
-    def _open_samples(self, table: Table | None) -> Data:
+    def _open_samples(self, data: Data) -> Data:
         assert self.samples is not None
-        if table is not None:
-            if not is_table_file(self.samples):
-                raise ValueError(
-                    f"samples must be a .csv file, as the data are a table, got {self.samples}."
-                )
-            return Data(ReferenceSet(table.encode(self.samples).rows), None, 0, 0)
-        images = self.samples.is_dir() or self.samples.suffix == ".zip"
-        return open_samples(
-            self.samples,
-            layout=self.layout or "auto",
-            resize=self.resize if images else None,
-            progress=self.progress,
-        )
+        options: dict[str, Any] = {"resize": self.resize}
+        if is_table_file(self.samples):
+            columns = [f"x{place}" for place in range(data.samples[:1].numel())]
+            options = {"table": data.table or Table.numbers(columns)}  # as pfgm sample writes them
+        elif data.table is not None:
+            raise ValueError(
+                f"samples must be a .csv file, as the data are a table, got {self.samples}."
+            )
+        elif takes_layout(self.samples):
+            options = {"layout": self.layout or "auto"}
+        return open_data(self.samples, **options, progress=self.progress)
 
     def _data_of_source(self) -> tuple[str, dict[str, Any]]:
         """The data that the network was trained on, and how to read them; digits if not known."""
-        if self.pretrained is not None:
-            return self.pretrained, {}  # the networks have the names of their data
-        if self.checkpoint is not None:
-            folder = self.checkpoint if self.checkpoint.is_dir() else self.checkpoint.parent
+        if self.model in PRETRAINED:
+            return self.model, {}  # the networks have the names of their data
+        if self.model is not None:
+            place = Path(self.model)
             with suppress(FileNotFoundError):
-                config = RunConfig.load(folder)
+                config = RunConfig.load(place if place.is_dir() else place.parent)
                 return config.data, config.reading
         return "digits", {}
 
@@ -320,8 +323,8 @@ class Evaluate:
             check_guidance(self.sampling.guidance, source.network)
             shape, classes = source.flow.shape, label_count(source.network)
         else:
-            shape, classes = tuple(source.train.shape[1:]), source.classes
-        expected = tuple(data.train.shape[1:])
+            shape, classes = source.samples.row_shape, source.classes
+        expected = data.samples.row_shape
         if shape != expected:
             remedy = "." if self.data is not None else "; give the data with --data."
             if shape == expected[1:]:
@@ -333,16 +336,16 @@ class Evaluate:
             raise ValueError(
                 f"samples must be images (C, H, W) with C = 1 or 3 for --fid, got shape {expected}."
             )
-        real = data.held_out or data.train
+        real = data.held_out or data
         if self.per_label and not (classes and data.classes):
             raise ValueError(
                 f"per-label needs labels of the samples and of the data {name}, got "
                 f"{'none of the data' if classes else 'samples without labels'}."
             )
-        if self.likelihood > len(real):
+        if self.likelihood > len(real.samples):
             raise ValueError(
-                f"likelihood must be at most {len(real)}, the {_part(data).replace('_', '-')} "
-                f"samples of {name}, got {self.likelihood}."
+                f"likelihood must be at most {len(real.samples)}, the "
+                f"{_part(data).replace('_', '-')} samples of {name}, got {self.likelihood}."
             )
 
     def _classifier(self, name: str, data: Data, device: torch.device) -> Classifier | None:
@@ -353,7 +356,7 @@ class Evaluate:
             return None
         place = device if device.type == "cuda" else torch.device("cpu")
         classifier = load_classifier(chosen, device=place)
-        if (shape := tuple(data.train.shape[1:])) != classifier.shape:
+        if (shape := data.samples.row_shape) != classifier.shape:
             raise ValueError(
                 f"features must be a classifier for the shape of the data {name}, {shape}, got "
                 f"{chosen}, for {classifier.shape}."
@@ -374,11 +377,10 @@ class Evaluate:
         classes = label_count(model.network)
         labels = f"i mod {classes}" if classes else None
         sampling = {**solving, "labels": labels, "batch_size": self.sampling.batch_size}
-        source = str(self.checkpoint or self.pretrained)
-        return samples, {"source": source, "nfe": nfe, "sampling": sampling}
+        return samples, {"source": self.model, "nfe": nfe, "sampling": sampling}
 
     def _likelihood(self, model: Loaded, data: Data, device: torch.device) -> dict[str, Any]:
-        rows = data.held_out or data.train
+        rows = ReferenceSet(data.held_out or data)
         numbers = rows.draw(self.likelihood, generator=torch.Generator().manual_seed(self.seed))
         known = rows.labels is not None and label_count(model.network) > 0
         labels = None
@@ -466,15 +468,15 @@ def _part(data: Data) -> str:
     return "train" if data.held_out is None else "held_out"
 
 
-def _are_images(samples: References) -> bool:
-    return samples.ndim == 4 and samples.shape[1] in (1, 3)
-
-
-def _draw_pictures(folder: Path, samples: Tensor, points: list[Point], train: float) -> None:
+def _draw_pictures(
+    folder: Path, samples: Tensor, columns: dict[str, Any], points: list[Point], train: float
+) -> None:
     from ..plotting import image_grid, quality_curve
 
-    if _are_images(samples):
-        image_grid(samples[:_PICTURE_SAMPLES], folder / "samples.png")
+    if is_image(samples.shape[1:]):
+        shown = min(len(samples), _PICTURE_SAMPLES)
+        each = columns.get("columns", 1)  # whole rows
+        image_grid(samples[: shown // each * each], folder / "samples.png", **columns)
     if points:
         curves = evaluation.as_curves(points)
         nfe = [point.nfe for point in points]

@@ -6,11 +6,12 @@ from dataclasses import dataclass
 
 import torch
 
-from ..common.checks import check_seed, usable_device
+from ..common.devices import usable_device
 from ..common.files import output_folder
 from ..common.messages import print_result
-from ..data import to_unit
-from ..datasets import Data, open_data
+from ..common.numbers import check_seed
+from ..data import Data, to_unit
+from ..data.opening import open as open_data
 from ..metrics import save_classifier, train_classifier
 from .options import Output, Progress
 
@@ -39,17 +40,17 @@ class Features:
         check_seed(self.seed)
         device = usable_device(self.device)
         data = open_data(self.data, progress=self.progress)
-        if data.train.labels is None or data.train.ndim != 4:
+        if data.labels is None or len(data.samples.shape) != 4:
             raise ValueError(f"data must be images with labels, got {self.data}.")
         with output_folder(self.out.parent):
             print_result(self._train(data, device))
 
     def _train(self, data: Data, device: torch.device) -> str:
         """Trains and writes the classifier; returns the line that tells of it."""
-        assert data.train.labels is not None
+        assert data.labels is not None
         classifier = train_classifier(
-            to_unit(data.train[:]),
-            data.train.labels,
+            to_unit(data.samples[:]),
+            data.labels,
             epochs=self.epochs,
             seed=self.seed,
             device=device,
@@ -58,7 +59,7 @@ class Features:
         facts: dict[str, str | float] = {"data": self.data}
         shown = str(self.out)
         if data.held_out is not None and data.held_out.labels is not None:
-            accuracy = classifier.accuracy(to_unit(data.held_out[:]), data.held_out.labels)
+            accuracy = classifier.accuracy(to_unit(data.held_out.samples[:]), data.held_out.labels)
             facts["accuracy"] = accuracy
             shown += f": right on {accuracy:.1%} of the held-out images".replace("%", " %")
         save_classifier(self.out, classifier, **facts)

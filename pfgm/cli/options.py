@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, TypeVar
 
 import torch
 import tyro
@@ -13,9 +13,8 @@ from torch import nn
 
 from ..flows.flow import Flow
 from ..networks.registry import label_count
-from ..pretrained import load_pretrained
 from ..solvers import SolverName, as_solver
-from ..training.checkpoint import Loaded, load
+from ..training.model_files import Loaded, load
 
 Output = Annotated[Path, tyro.conf.arg(aliases=("-o",))]
 """The option --out, -o."""
@@ -25,8 +24,9 @@ Progress = Annotated[
     bool,
     tyro.conf.arg(help="Show progress: a bar in a terminal, a line a minute in a file or pipe."),
 ]
-PretrainedName = Literal["avatars", "digits", "fashion-mnist"]
-"""The networks that come with the package."""
+T = TypeVar("T")
+Model = Annotated[T, tyro.conf.Positional, tyro.conf.arg(metavar="MODEL")]
+"""The argument of a model, which :func:`pfgm.load` reads."""
 
 
 @dataclass
@@ -63,27 +63,17 @@ class SamplingOptions:
         }
 
 
-def load_network(
-    checkpoint: Path | None,
-    pretrained: PretrainedName | None,
-    solver: SolverName,
-    device: torch.device,
-) -> Loaded:
-    """The network of a checkpoint, or one that comes with the package, to sample with a solver."""
-    if checkpoint is None:
-        assert pretrained is not None
-        loaded = load_pretrained(pretrained, device=device)
-    else:
-        loaded = load(checkpoint, device=device)
-    source = checkpoint or pretrained
+def load_network(model: str, solver: SolverName, device: torch.device) -> Loaded:
+    """A model to sample with a solver."""
+    loaded = load(model, device=device)
     if as_solver(solver).few_step and loaded.distilled is False:
         raise ValueError(
-            f"solver must not be {solver} for the network in {source}, which is not a few-step "
+            f"solver must not be {solver} for the network of {model}, which is not a few-step "
             "model (pfgm train --teacher makes one)."
         )
     if as_solver(solver).few_step and loaded.distilled is None:
         print(
-            f"pfgm: {source} does not say whether its network is a few-step model; from other "
+            f"pfgm: {model} does not say whether its network is a few-step model; from other "
             f"networks the solver {solver} gives averages of data.",
             file=sys.stderr,
         )

@@ -1,4 +1,4 @@
-"""``pfgm sample``: draws samples from a checkpoint, or from a network that comes with the package.
+"""``pfgm sample``: draws samples from a model.
 
 It writes an array, a table, a picture or single images.
 """
@@ -6,19 +6,19 @@ It writes an array, a table, a picture or single images.
 from __future__ import annotations
 
 import functools
-import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from .. import data
-from ..common.checks import check_seed, positive_int, usable_device
+from ..common.devices import usable_device
 from ..common.files import check_new_folder, new_folder, output_folder
+from ..common.images import is_image
 from ..common.messages import progress_bar
+from ..common.numbers import check_seed, whole
 from ..data.images import save_image
 from ..evaluation import noise_generator
 from ..flows.batched_sampling import draw_prior, sample_batches
@@ -26,11 +26,11 @@ from ..flows.flow import Flow
 from ..networks.registry import label_count
 from ..plotting.figures import require_matplotlib
 from ..solvers import StepInfo
-from ..training.checkpoint import Loaded
+from ..training.model_files import Loaded
 from .options import (
     Count,
+    Model,
     Output,
-    PretrainedName,
     Progress,
     SamplingOptions,
     check_guidance,
@@ -40,23 +40,20 @@ from .options import (
 _SHOWN_NAMES = 20  # the most labels that an error names
 _NO_LABEL = "none"
 _FRAMES = 24  # the most frames of an animation
-_COLUMNS = 32  # the most columns of a picture that stand for labels
 _FILES = (".csv", ".npy", ".png")
 _DIGITS = 6  # the fewest digits in the names of single images
 
 
 @dataclass
 class Sample:
-    """Draw samples from a checkpoint, or from a network that comes with the package."""
+    """Draw samples from a trained model, yours or one that comes with the package."""
 
+    model: Model[str]
+    """The folder of a run, for its newest checkpoint, a .safetensors file or a folder of pfgm.save,
+    or the name of a network that comes with the package: avatars, digits or fashion-mnist."""
     out: Output
     """A .npy file (float32, n first), a .csv file of the rows of a table, a .png picture of all
     images, or a new folder for single images, 000000.png and so on."""
-    checkpoint: Path | None = None
-    """A .safetensors file of a run, of pfgm.save or of pfgm convert, or the folder of a run for its
-    newest checkpoint. Give either this or --pretrained."""
-    pretrained: PretrainedName | None = None
-    """A network that comes with the package, in place of a checkpoint."""
     n: Count = 64
     """Number of samples."""
     sampling: SamplingOptions = field(default_factory=SamplingOptions)
@@ -74,9 +71,9 @@ class Sample:
     def run(self) -> None:
         self._check()
         device = usable_device(self.sampling.device)
-        loaded = load_network(self.checkpoint, self.pretrained, self.sampling.solver, device)
+        loaded = load_network(self.model, self.sampling.solver, device)
         flow, network, table = *loaded, loaded.table
-        images = len(flow.shape) == 3 and flow.shape[0] in (1, 3)
+        images = is_image(flow.shape)
         files = (".csv", ".npy") if len(flow.shape) == 1 else (".npy",)
         if table is not None and not table.plain:
             files = (".csv",)  # an array has neither the texts nor the units of the table
@@ -108,11 +105,6 @@ class Sample:
         return self.out.suffix not in _FILES
 
     def _check(self) -> None:
-        if (self.checkpoint is None) == (self.pretrained is None):
-            count = "neither" if self.pretrained is None else "both"
-            raise ValueError(
-                f"one of --checkpoint PATH and --pretrained NAME must be given, got {count}."
-            )
         if self._is_folder():
             if self.out.suffix and not self.out.is_dir():
                 raise ValueError(
@@ -128,8 +120,8 @@ class Sample:
                 f"animate must end in .gif, with at most {batch_size} samples, the batch size, got "
                 f"{self.animate} with {self.n} samples."
             )
-        positive_int("n", self.n)
-        positive_int("batch-size", batch_size)
+        whole("n", self.n)
+        whole("batch-size", batch_size)
         check_seed(self.seed)
 
     def _draw(
@@ -196,21 +188,15 @@ class Sample:
             table.write(self.out, samples, each[places] if labels else None)
             return
         from ..plotting import image_grid
+        from ..plotting.images import label_columns
 
-        image_grid(samples, self.out, **self._columns(labels, loaded))
-
-    def _columns(self, labels: Sequence[int], loaded: Loaded) -> dict[str, Any]:
-        """The options of a picture with a column for each label, or several for few labels."""
-        if not 1 < len(labels) <= min(self.n, _COLUMNS):
-            return {}
-        names = loaded.label_names or [str(label) for label in range(max(labels) + 1)]
-        times = max(1, round(math.sqrt(self.n) / len(labels)))  # about square
-        return {"columns": times * len(labels), "header": times * [names[each] for each in labels]}
+        image_grid(samples, self.out, **label_columns(labels, loaded.label_names, self.n))
 
     def _animate(
         self, out: Path, path: list[tuple[float, Tensor]], labels: Sequence[int], loaded: Loaded
     ) -> None:
         from ..plotting import animation
+        from ..plotting.images import label_columns
 
         symbol = "z" if loaded.flow.D == 1 else "σ"
         titles = [*(f"{symbol} = {level:.2g}" for level, _ in path[:-1]), "samples"]
@@ -220,7 +206,7 @@ class Sample:
                 titles,
                 out,
                 frames=_FRAMES,
-                **self._columns(labels, loaded),
+                **label_columns(labels, loaded.label_names, self.n),
             )
 
     def _write_images(self, batches: Iterator[Tensor]) -> None:

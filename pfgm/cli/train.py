@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import argparse
+import dataclasses
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from ..common.checks import usable_device
+from ..common.devices import usable_device
 from ..training import runs
 from ..training.processes import joined
 from ..training.run_config import RunConfig
@@ -50,13 +51,20 @@ class Train:
 def starting_config(arguments: list[str]) -> RunConfig:
     """The configuration that the options of ``pfgm train`` start from.
 
-    It comes from the recipe, else from the run to resume, else it is the default.
+    It comes from the recipe, else from the run to resume, else it is the default. Its steps or
+    minutes make way for those that are given.
     """
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     parser.add_argument("--config", type=Path)
     parser.add_argument("--out", "-o", type=Path)
     parser.add_argument("--resume", action="store_true")
     parser.add_argument("--resume-from", "--resume_from")
+    parser.add_argument("--steps", "--training.steps")
+    parser.add_argument("--minutes", "--training.minutes")
     known, _ = parser.parse_known_args(arguments)
     source = known.config or (known.out if known.resume or known.resume_from else None)
-    return RunConfig() if source is None else RunConfig.load(source)
+    config = RunConfig() if source is None else RunConfig.load(source)
+    if known.steps is None and known.minutes is None:
+        return config
+    training = dataclasses.replace(config.training, steps=None, minutes=None)
+    return dataclasses.replace(config, training=training)

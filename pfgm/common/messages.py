@@ -6,11 +6,14 @@ import io
 import os
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, redirect_stderr, redirect_stdout
-from typing import Any
+from typing import Any, TypeVar
+
+T = TypeVar("T")
 
 _MINUTE = 60.0  # seconds
+_MANY = 2000  # files or items, whose reading shows a bar unasked
 
 
 class Unfailing:
@@ -137,3 +140,13 @@ def progress_bar(*arguments: Any, **options: Any) -> Any:
         return tqdm(*arguments, file=_LineAMinute(stream), **options)
     # tqdm asks this stream for its width only with dynamic_ncols.
     return tqdm(*arguments, file=stream, dynamic_ncols=True, **options)
+
+
+def reading_bar(
+    items: Iterable[T], total: int, progress: bool | None, **options: Any
+) -> Iterable[T]:
+    """A progress bar over items that are read: None shows it for many items, in a terminal."""
+    if progress is None:
+        progress = total > _MANY and Unfailing(sys.stderr).isatty()
+    bar: Iterable[T] = progress_bar(items, total=total, disable=not progress, **options)
+    return bar

@@ -9,7 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .checks import check_floating, is_number, is_symbolic, known_device
+from .checks import check_floating
+from .devices import known_device
+from .numbers import is_number, is_symbolic
 from .wrappers import module_of
 
 

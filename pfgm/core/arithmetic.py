@@ -13,8 +13,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ..common.checks import checks_values, least_square, underflow_message
 from ..common.tensors import dequantise, wide_dtype
+from ..common.values import checks_values, least_square, underflow_message
 from .problems import PosteriorMean
 from .weights import law
 

@@ -8,7 +8,8 @@ from abc import ABC, abstractmethod
 import torch
 from torch import Tensor
 
-from ..common.checks import LARGEST, checks_values
+from ..common.numbers import LARGEST
+from ..common.values import checks_values
 
 
 class Law(ABC):

@@ -31,45 +31,6 @@ _TABLES = (".feather", ".ods", ".txt", ".xls", ".xlsx")  # what pandas reads, or
 _MAX_SAFETENSORS_HEADER = 100_000_000  # bytes, the limit of the safetensors library itself
 
 
-def load_array(path: StrPath) -> Tensor:
-    """Reads samples from a ``.npy``, ``.npz`` or ``.safetensors`` file. Nothing is unpickled.
-
-    If a file holds several arrays, the samples must be named images, data or x; the first of these
-    names that it has is read. Floating numbers of any width become float32. uint8 stays uint8 to
-    save memory; a byte u means u/127.5 - 1, as in :func:`to_unit`.
-
-    Returns:
-        A contiguous tensor (n, *S) on the CPU, float32 or uint8, with at least one number in it.
-
-    Raises:
-        FileNotFoundError: there is no such file.
-        TypeError: the numbers are neither floating nor uint8.
-        ValueError: the suffix is not allowed; the file is empty, truncated, damaged or pickled;
-            none of several arrays has one of these names; there are fewer than two dimensions, no
-            numbers, NaN or infinity.
-
-    >>> import tempfile
-    >>> with tempfile.TemporaryDirectory() as folder:
-    ...     np.save(f"{folder}/images.npy", np.zeros((5, 1, 8, 8)))
-    ...     images = load_array(f"{folder}/images.npy")
-    >>> images.shape, images.dtype
-    (torch.Size([5, 1, 8, 8]), torch.float32)
-    """
-    path = Path(path)
-    if path.suffix not in _OPENERS:
-        raise ValueError(
-            f"{path} must end in .npy, .npz or .safetensors, got the suffix {path.suffix!r}."
-        )
-    source = open_array(path, in_place=False)
-    samples = source.read(0, len(source))
-    if samples.dtype == torch.uint8:
-        return samples
-    samples = samples.float()
-    if not bool(torch.isfinite(samples).all()):
-        raise ValueError(f"{path} must be finite as float32, got NaN or infinity.")
-    return samples
-
-
 def save_array(path: StrPath, samples: Tensor) -> None:
     """Writes samples to a ``.npy`` file. If writing fails, an existing file is left as it was.
 
@@ -79,8 +40,8 @@ def save_array(path: StrPath, samples: Tensor) -> None:
     >>> import tempfile
     >>> with tempfile.TemporaryDirectory() as folder:
     ...     save_array(f"{folder}/samples.npy", torch.zeros(5, 2))
-    ...     load_array(f"{folder}/samples.npy").shape
-    torch.Size([5, 2])
+    ...     np.load(f"{folder}/samples.npy").shape
+    (5, 2)
     """
     array = samples.detach().cpu().numpy()
     write_atomic(path, lambda file: np.save(file, array, allow_pickle=False))
@@ -99,21 +60,19 @@ def to_unit(images: Tensor) -> Tensor:
     return dequantise(images, torch.float32)
 
 
-def open_array(path: Path, name: str | None = None, *, in_place: bool = True) -> Source:
+def open_array(path: Path, name: str | None = None) -> Source:
     """Opens the samples of an array file.
 
     Args:
         path: the file.
-        name: the array, one of :func:`array_names`; None chooses as :func:`load_array` does.
-        in_place: read the rows from the file when they are needed. False loads the array now.
+        name: the array, one of :func:`array_names`; None takes a single one, or else the first of
+            images, data and x.
 
     Returns:
-        The rows. An array that cannot be read in place is loaded now, and float64 becomes float32:
-        an array that is compressed, in Fortran order, in another byte order or of a width that is
-        not one of references.
+        The rows, which are read from the file when they are needed. An array that is compressed, in
+        Fortran order, in another byte order or of another width than references have is loaded now,
+        and its float64 becomes float32.
     """
-    if not path.exists():
-        raise FileNotFoundError(f"{path} does not exist.")
     if not path.is_file():
         raise ValueError(f"{path} must be a file or a folder, not a pipe, socket or device.")
     if path.suffix not in _OPENERS:
@@ -124,7 +83,7 @@ def open_array(path: Path, name: str | None = None, *, in_place: bool = True) ->
         )
     if path.stat().st_size == 0:
         raise ValueError(f"{path} is empty, 0 bytes long.")
-    return _OPENERS[path.suffix](path, name, in_place)
+    return _OPENERS[path.suffix](path, name)
 
 
 def array_names(path: Path) -> list[str]:
@@ -191,12 +150,12 @@ def _choose_name(names: Sequence[str], path: Path) -> str:
     )
 
 
-def _open_npy(path: Path, name: str | None, in_place: bool) -> Source:
+def _open_npy(path: Path, name: str | None) -> Source:
     with open(path, "rb") as file:
-        return _open_stream(file, 0, path.stat().st_size, path, in_place)
+        return _open_stream(file, 0, path.stat().st_size, path)
 
 
-def _open_npz(path: Path, name: str | None, in_place: bool) -> Source:
+def _open_npz(path: Path, name: str | None) -> Source:
     with _parsing(path):
         archive = ZipFile(path)
     with archive:
@@ -206,7 +165,7 @@ def _open_npz(path: Path, name: str | None, in_place: bool) -> Source:
             start = _member_start(member, path)
             stream = archive.open(member)
         with stream:
-            return _open_stream(stream, start, member.file_size, path, in_place)
+            return _open_stream(stream, start, member.file_size, path)
 
 
 def _member_start(member: ZipInfo, path: Path) -> int | None:
@@ -222,20 +181,18 @@ def _member_start(member: ZipInfo, path: Path) -> int | None:
     return member.header_offset + len(header) + name + extra
 
 
-def _open_stream(
-    stream: IO[bytes], start: int | None, size: int, path: Path, in_place: bool
-) -> Source:
+def _open_stream(stream: IO[bytes], start: int | None, size: int, path: Path) -> Source:
     """Opens the array of a stream of this size in bytes, which begins in the .npy format.
 
     It begins at the position ``start`` of the file; None if it is compressed.
     """
     with _parsing(path):
         shape, fortran, dtype = _read_npy_header(stream)
-    if in_place and not _is_allowed(dtype):
+    if not _is_allowed(dtype):
         raise _dtype_error(dtype, str(path))
     check_samples(shape, str(path))
     _check_length(path, math.prod(shape) * dtype.itemsize, size - stream.tell())
-    if in_place and start is not None and not fortran and dtype in _NUMPY_DTYPES:
+    if start is not None and not fortran and dtype in _NUMPY_DTYPES:
         return OnDisk(path, start + stream.tell(), _NUMPY_DTYPES[dtype], shape[1:], shape[0])
     with _parsing(path):
         stream.seek(0)
@@ -256,7 +213,7 @@ def _read_npy_header(stream: IO[bytes]) -> tuple[tuple[int, ...], bool, np.dtype
     return _natural_numbers(shape), fortran, dtype
 
 
-def _open_safetensors(path: Path, name: str | None, in_place: bool) -> Source:
+def _open_safetensors(path: Path, name: str | None) -> Source:
     size = path.stat().st_size
     with open(path, "rb") as file, _parsing(path):
         length = int.from_bytes(file.read(8), "little")
@@ -274,7 +231,7 @@ def _open_safetensors(path: Path, name: str | None, in_place: bool) -> Source:
             raise ValueError("the shape and the number of bytes differ")
     check_samples(shape, str(path))
     _check_length(path, end, size - 8 - length)
-    if dtype is None or not in_place:
+    if dtype is None:
         return InMemory(_read_safetensors(path, name))
     return OnDisk(path, 8 + length + begin, dtype, shape[1:], shape[0])
 
@@ -303,7 +260,7 @@ def _check_length(path: Path, needed: int, size: int) -> None:
         )
 
 
-_OPENERS: dict[str, Callable[[Path, str | None, bool], Source]] = {
+_OPENERS: dict[str, Callable[[Path, str | None], Source]] = {
     ".npy": _open_npy,
     ".npz": _open_npz,
     ".safetensors": _open_safetensors,

@@ -1,7 +1,8 @@
 """The image files in a folder or in a zip archive, and their labels.
 
 Labels come from ``dataset.json``, as in the data sets of EDM and StyleGAN, or else from class
-folders. Nothing is unpacked to the disk, and a name in an archive is never used as a path.
+folders. Folders train and test, or held-out, hold the two parts of a data set. Nothing is unpacked
+to the disk, and a name in an archive is never used as a path.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ import os
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from contextlib import contextmanager
+from itertools import takewhile
 from pathlib import Path, PurePosixPath
 from typing import IO, Any
 from zipfile import BadZipFile, ZipFile, ZipInfo
@@ -21,6 +23,7 @@ from torch import Tensor
 IMAGE_SUFFIXES = (".bmp", ".jpeg", ".jpg", ".png", ".webp")
 
 _DESCRIPTION = "dataset.json"
+_TRAIN, _HELD_OUT = ("train",), {("held-out",), ("held_out",), ("test",)}
 _MAX_MEMBER_BYTES = 1 << 28  # of a file in an archive, unpacked
 _FOREIGN_FOLDERS = ("__MACOSX",)  # in archives that macOS makes
 
@@ -52,21 +55,37 @@ class ImageFiles(ABC):
     def close(self) -> None:
         """Closes the archive."""
 
-    def labels(self) -> tuple[Tensor | None, tuple[str, ...]]:
-        """The labels (n,) of the images, or None; the names of the classes, if they have names."""
+    def labels(self) -> tuple[int, Tensor | None, tuple[str, ...]]:
+        """The number of images that are held out, which come first; labels (n,) and their names.
+
+        Images are held out if all lie in two folders, one of them train and the other held-out,
+        held_out or test.
+        """
+        folders = _below([PurePosixPath(name).parent.parts for name in self.names])
+        tops = {folder[:1] for folder in folders}
+        held_out = 0
+        if _TRAIN in tops and tops & _HELD_OUT:
+            if len(tops) > 2:
+                names = sorted("".join(top) or "images" for top in tops - {_TRAIN})
+                raise ValueError(
+                    f"{self.path} must have one folder beside train, held-out, held_out or test, "
+                    f"got {' and '.join(names)}."
+                )
+            held_out = sum(folder[:1] != _TRAIN for folder in folders)
+            folders = _below([folder[1:] for folder in folders])
         if self.has(_DESCRIPTION):
-            return self._described_labels(), ()
-        folders = [PurePosixPath(name).parent.parts for name in self.names]
-        level = 0  # below the folders that all images have in common
-        while (
-            level < len(folders[0]) and len({folder[level : level + 1] for folder in folders}) == 1
-        ):
-            level += 1
-        if any(len(folder) <= level for folder in folders):
-            return None, ()  # some images lie in no class folder
-        classes = {name: i for i, name in enumerate(sorted({folder[level] for folder in folders}))}
-        labels = torch.tensor([classes[folder[level]] for folder in folders], device="cpu")
-        return labels, tuple(classes)
+            return held_out, self._described_labels(), ()
+        if not all(folders):
+            return held_out, None, ()  # some images lie in no class folder
+        names = [folder[0] for folder in folders]
+        if unknown := {*names[:held_out]} - {*names[held_out:]}:
+            raise ValueError(
+                f"held-out images in {self.path} must be of the classes in train, got "
+                f"{min(unknown)}."
+            )
+        classes = {name: i for i, name in enumerate(sorted({*names}))}
+        labels = torch.tensor([classes[name] for name in names], device="cpu")
+        return held_out, labels, tuple(classes)
 
     def _described_labels(self) -> Tensor | None:
         """The labels in dataset.json: {"labels": [[name, label], …]}, or null for none."""
@@ -201,6 +220,13 @@ def _files_below(folder: Path, above: tuple[str, ...] = ()) -> Iterator[Path]:
 def _images(names: Iterator[str]) -> list[str]:
     """The names of images among relative paths, sorted."""
     return sorted(name for name in names if _is_image(PurePosixPath(name)))
+
+
+def _below(folders: list[tuple[str, ...]]) -> list[tuple[str, ...]]:
+    """Folders of images, without those that all images have in common."""
+    alike = takewhile(lambda names: len({*names}) == 1, zip(*folders, strict=False))
+    common = len([*alike])
+    return [folder[common:] for folder in folders]
 
 
 def _is_image(name: PurePosixPath) -> bool:

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -13,10 +14,15 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..common.checks import allocating, memory_bytes, positive_int
-from ..common.messages import progress_bar
+from ..common.images import is_image
+from ..common.memory import allocating, memory_bytes
+from ..common.messages import reading_bar
+from ..common.numbers import whole
 from ..common.optional import optional
+from ..common.values import check_finite
 from .image_files import ImageFiles, image_files
+from .opened import Data
+from .rows import InMemory
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -33,40 +39,36 @@ _MAX_SIDE = 1 << 16  # pixels
 _16_BITS_A_CHANNEL = re.compile(r";16[BLNS]")
 
 
-def load_images(
-    path: Path, *, resize: int | None = None, progress: bool = False
-) -> tuple[Tensor, Tensor | None, tuple[str, ...]]:
-    """Decodes all images in a folder and its subfolders, or in a zip archive.
+def load_images(path: Path, *, resize: int | None = None, progress: bool | None = None) -> Data:
+    """Decodes all images in a folder and its subfolders, or in a zip archive, as :func:`open` does.
 
     Their order is that of their relative paths. Links to files and folders are followed. Hidden
-    files are left out. Transparent images are composed on white. A rotation in the EXIF data is not
-    applied. Of an animated image the first frame is taken.
-
-    Args:
-        path: the folder or the archive.
-        resize: height and width to which the largest central square of each image is scaled. None
-            keeps the pixels, and all images must have one size.
-        progress: show a progress bar.
-
-    Returns:
-        The images, uint8 (n, C, H, W), where C = 1 if all images are grey, else 3, and
-        :meth:`ImageFiles.labels`.
+    files are left out. A rotation in the EXIF data is not applied. Of an animated image the first
+    frame is taken. The images are uint8 (n, C, H, W), where C = 1 if all images are grey, else 3.
     """
     _import_pillow()
-    size = None if resize is None else (positive_int("resize", resize, _MAX_SIDE),) * 2
+    size = None if resize is None else (whole("resize", resize, 1, _MAX_SIDE),) * 2
     with image_files(path) as files:
-        channels, (width, height) = _common_shape(files, size)
+        first, labels, names = files.labels()  # the first for training
+        channels, (width, height) = _common_shape(files, size, progress)
         shape = (len(files.names), channels, height, width)
         with allocating(f"{path} holds {shape[0]} images of {width} × {height} pixels, which"):
             # A small file may announce many pixels, and a system promise more memory than it has.
             if math.prod(shape) > memory_bytes():
                 raise MemoryError
             images = torch.empty(shape, dtype=torch.uint8, device="cpu")
-        bar = progress_bar(files.names, "images", unit="image", disable=not progress)
-        for row, name in enumerate(bar):
+        for row, name in enumerate(_bar(files, "images", progress)):
             with _opened(files, name) as image:
                 images[row] = pixels(image, channels, resize)
-        return images, *files.labels()
+
+    def part(rows: slice) -> Data:
+        return Data(InMemory(images[rows]), None if labels is None else labels[rows], names)
+
+    return replace(part(slice(first, None)), held_out=part(slice(first)) if first else None)
+
+
+def _bar(files: ImageFiles, name: str, progress: bool | None) -> Iterable[str]:
+    return reading_bar(files.names, len(files.names), progress, desc=name, unit="image")
 
 
 def save_image(path: Path, image: Tensor) -> None:
@@ -77,17 +79,16 @@ def save_image(path: Path, image: Tensor) -> None:
     >>> import tempfile
     >>> with tempfile.TemporaryDirectory() as folder:
     ...     save_image(Path(folder) / "0.png", torch.tensor([[[-1.0, 0.0, 1.0]]]))
-    ...     load_images(Path(folder))[0].flatten()
+    ...     load_images(Path(folder)).samples[:].flatten()
     tensor([  0, 128, 255], dtype=torch.uint8)
     """
     pillow = _import_pillow()
-    if image.ndim != 3 or image.shape[0] not in (1, 3):
+    if not is_image(image.shape):
         raise ValueError(
             f"image must have shape (C, H, W) with C = 1 or 3, got {tuple(image.shape)}."
         )
     if image.is_floating_point():
-        if not bool(image.isfinite().all()):
-            raise ValueError("image must be finite, got NaN or infinity.")
+        check_finite("image", image.flatten())
         image = image.float().clamp(-1, 1).add(1).mul(127.5).round().to(torch.uint8)
     values = image.permute(1, 2, 0).cpu().numpy()
     pillow.fromarray(values[:, :, 0] if len(image) == 1 else values).save(path, format="PNG")
@@ -175,11 +176,11 @@ def _opened(files: ImageFiles, name: str) -> Iterator[Image]:
 
 
 def _common_shape(
-    files: ImageFiles, resized: tuple[int, int] | None
+    files: ImageFiles, resized: tuple[int, int] | None, progress: bool | None
 ) -> tuple[int, tuple[int, int]]:
     """The channels and (width, height) of all images, which are resized. Only headers are read."""
     channels, expected = 1, resized
-    for name in files.names:
+    for name in _bar(files, "sizes of images", progress):
         with _opened(files, name) as image:
             size, place = image.size, files.place(name)
         channels = max(channels, channel_count(image, place))
@@ -188,7 +189,7 @@ def _common_shape(
             raise ValueError(
                 f"{place} must have the size of {files.place(files.names[0])}, {expected[0]} × "
                 f"{expected[1]} pixels, got {size[0]} × {size[1]}; --resize N, in Python "
-                "open_data(…, resize=N), scales all images to one size."
+                "open(…, resize=N), scales all images to one size."
             )
     assert expected is not None  # there is an image
     return channels, expected

@@ -28,20 +28,30 @@ class Source(ABC):
     """n rows of shape S.
 
     Attributes:
-        shape: S.
+        row_shape: S.
         dtype: the dtype in which the rows are stored, one of :data:`pfgm.common.dtypes.REFERENCES`.
-        labels: (n,) int64; None where there are none.
-        label_names: the names of the classes, by label; empty where they have none.
     """
 
-    shape: tuple[int, ...]
+    row_shape: tuple[int, ...]
     dtype: torch.dtype
-    labels: Tensor | None = None
-    label_names: tuple[str, ...] = ()
 
     @abstractmethod
     def __len__(self) -> int:
         """n."""
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """(n, *S)."""
+        return len(self), *self.row_shape
+
+    def __getitem__(self, rows: Tensor | slice | int) -> Tensor:
+        """Rows by a slice, a mask or their numbers, as a new tensor (k, *S); one row by its number.
+
+        Raises:
+            IndexError: a number is out of range.
+        """
+        numbers = torch.arange(len(self), device="cpu")[rows]
+        return self.take(numbers) if numbers.ndim else self.take(numbers[None])[0]
 
     @property
     def tensor(self) -> Tensor | None:
@@ -78,20 +88,13 @@ class Source(ABC):
 class InMemory(Source):
     """The rows of a tensor on any device. The tensor is neither copied nor changed."""
 
-    def __init__(
-        self,
-        tensor: Tensor,
-        labels: Tensor | None = None,
-        label_names: tuple[str, ...] = (),
-    ) -> None:
+    def __init__(self, tensor: Tensor) -> None:
         check_dense("data", tensor)
         _check_dtype(tensor.dtype, "data")
         check_samples(tensor.shape, "data", in_file=False)
         self._tensor = tensor
-        self.shape = tuple(tensor.shape[1:])
+        self.row_shape = tuple(tensor.shape[1:])
         self.dtype = tensor.dtype
-        self.labels = labels
-        self.label_names = label_names
 
     def __len__(self) -> int:
         return len(self._tensor)
@@ -126,7 +129,7 @@ class OnDisk(Source):
         check_samples((count, *shape), str(self.path))
         self.offset = offset
         self.dtype = dtype
-        self.shape = tuple(shape)
+        self.row_shape = tuple(shape)
         self._count = count
         self._row_bytes = math.prod(shape) * dtype.itemsize
         self._descriptor = os.open(self.path, os.O_RDONLY)
@@ -139,7 +142,7 @@ class OnDisk(Source):
             )
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return OnDisk, (self.path, self.offset, self.dtype, self.shape, self._count)
+        return OnDisk, (self.path, self.offset, self.dtype, self.row_shape, self._count)
 
     def __len__(self) -> int:
         return self._count
@@ -166,7 +169,7 @@ class OnDisk(Source):
         return values if torch.equal(numbers, rows) else values.index_select(0, places)
 
     def _empty(self, count: int) -> Tensor:
-        return torch.empty(count, *self.shape, dtype=self.dtype, device="cpu")
+        return torch.empty(count, *self.row_shape, dtype=self.dtype, device="cpu")
 
     def _fill(self, memory: memoryview, row: int) -> None:
         """Fills the memory with bytes of the file, from the beginning of the row on."""
@@ -197,8 +200,7 @@ class Scaled(Source):
                 "leave it out."
             )
         self._source, self._low, self._high = source, low, high
-        self.shape, self.dtype = source.shape, torch.float32
-        self.labels, self.label_names = source.labels, source.label_names
+        self.row_shape, self.dtype = source.row_shape, torch.float32
 
     def __len__(self) -> int:
         return len(self._source)

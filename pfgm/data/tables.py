@@ -288,18 +288,6 @@ def is_series(value: object) -> bool:
     return pandas is not None and isinstance(value, pandas.Series)
 
 
-def load_table(source: Any) -> Tensor:
-    """The numbers of a DataFrame or of a ``.csv`` file, as they are, (n, columns)."""
-    table = Table.read(source, label_column="")
-    for column in table.columns:
-        if isinstance(column, Texts):
-            raise ValueError(
-                f"column {column.name!r} must hold numbers, got texts such as "
-                f"{column.values[0]!r}; pfgm.data.Table encodes them."
-            )
-    return Table.numbers([column.name for column in table.columns]).encode(source).rows
-
-
 def _cells(source: Any, known: Table, problems: Problems) -> tuple[str, Cells, str, str]:
     """The name of a table for messages, its columns, its separator and its decimal point.
 

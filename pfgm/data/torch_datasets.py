@@ -21,16 +21,18 @@ from torch.utils.data import (
 )
 
 from ..common.dtypes import REFERENCES
-from ..common.messages import progress_bar
+from ..common.messages import reading_bar
 from .arrays import from_numpy
 from .images import channel_count, pixels
+from .opened import Data
+from .rows import InMemory, check_samples
 
 _SAMPLE_KEYS = ("image", "images", "x", "data")
 _LABEL_KEYS = ("label", "labels")
 _KEPT_DTYPES = REFERENCES.keys() - {torch.float64}
 
 
-def load_dataset(dataset: Any, *, progress: bool = False) -> tuple[Tensor, Tensor | None]:
+def load_dataset(dataset: Any, *, progress: bool | None = None) -> Data:
     """Loads every item of a map-style dataset once, or of the dataset of a DataLoader.
 
     Order and batches of a DataLoader are left out, as those of training are drawn by its own seed.
@@ -53,9 +55,7 @@ def load_dataset(dataset: Any, *, progress: bool = False) -> tuple[Tensor, Tenso
     rows = torch.empty(count, *row.shape, dtype=row.dtype, device="cpu")
     labels = None if label is None else torch.empty(count, dtype=torch.int64, device="cpu")
     rest = (_split(dataset[index]) for index in range(1, count))
-    items = progress_bar(
-        chain([(first, label)], rest), "dataset", count, unit="item", disable=not progress
-    )
+    items = reading_bar(chain([(first, label)], rest), count, progress, desc="dataset", unit="item")
     for index, (value, label) in enumerate(items):
         row = _row(value, index, channels)
         if (row.shape, row.dtype) != (rows.shape[1:], rows.dtype):
@@ -74,7 +74,8 @@ def load_dataset(dataset: Any, *, progress: bool = False) -> tuple[Tensor, Tenso
             if label >= 2**63:
                 raise ValueError(f"{_name(index)} must have a label below 2^63, got {label}.")
             labels[index] = label
-    return rows, labels
+    check_samples(rows.shape, "data")
+    return Data(InMemory(rows), labels)
 
 
 def _loaded_by(loader: DataLoader[Any]) -> Any:

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..common.checks import allocating
+from ..common.memory import allocating
 from .conditions import Network
 from .flow import Flow
 

@@ -13,8 +13,8 @@ import torch
 from torch import Tensor
 
 from ..common import draws
-from ..common.checks import checks_values
 from ..common.tensors import flat_rows, wide_dtype
+from ..common.values import checks_values
 from ..functional import Field, euler_step
 from ..solvers import DenoiseFunction
 

@@ -12,7 +12,7 @@ from typing import Any, Literal, overload
 import torch
 from torch import Tensor
 
-from ..common.checks import LARGEST, is_number, whole
+from ..common.numbers import LARGEST, is_number, whole
 from ..common.tensors import over_samples
 from ..solvers import SolverFunction, as_solver
 from .conditions import Condition, Network, as_condition, map_tensors

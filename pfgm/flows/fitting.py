@@ -10,9 +10,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..common.checks import check_choice, check_seed, positive_int
+from ..common.checks import check_choice
 from ..common.hints import with_hints
 from ..common.messages import progress_bar
+from ..common.numbers import check_seed, whole
 from ..common.tensors import dequantise, flat_rows
 from ..references import References, ReferenceSet
 from ..solvers import GRID_SOLVERS, SolverFunction
@@ -88,7 +89,7 @@ class Fitting(Sampling, Targets):
         if not callable(solver):
             check_choice("solver", solver, GRID_SOLVERS)
         check_fitted_steps("steps", steps)
-        points = positive_int("points", points)
+        points = whole("points", points)
         check_seed(seed)
         self._check_references(references)
         rows = _drawn(references, seed)

@@ -8,7 +8,8 @@ from typing import Any
 
 from torch import nn
 
-from ..common.checks import check_choice, positive
+from ..common.checks import check_choice
+from ..common.numbers import positive
 from ..networks.fields import FieldNetwork
 from ..networks.level_encodings import LevelFunction, level_encoding
 from ..networks.published.pfgm_unets import Published

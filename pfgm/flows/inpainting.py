@@ -8,7 +8,7 @@ from typing import Any, Literal, overload
 import torch
 from torch import Tensor
 
-from ..common.checks import is_number, whole
+from ..common.numbers import is_number, whole
 from ..solvers import Callback
 from .conditions import Network
 from .sampling import Projection, Sampling

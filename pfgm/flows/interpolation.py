@@ -8,7 +8,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from ..common.checks import check_floating, finite_values
+from ..common.checks import check_floating
+from ..common.numbers import finite_values
 from ..common.tensors import wide_dtype
 
 

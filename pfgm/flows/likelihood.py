@@ -17,9 +17,10 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ..common.checks import check_choice, positive, whole
+from ..common.checks import check_choice
 from ..common.hints import with_hints
 from ..common.messages import progress_bar
+from ..common.numbers import positive, whole
 from ..common.tensors import common_device, evaluating, wide_dtype
 from ..functional import log_density
 from ..solvers import (

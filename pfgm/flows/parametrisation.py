@@ -16,16 +16,8 @@ import torch
 from torch import Tensor
 
 from ..common import draws
-from ..common.checks import (
-    LARGEST,
-    check_dimensions,
-    check_dtype,
-    check_floating,
-    check_tensor,
-    is_whole,
-    layout_hint,
-    non_negative,
-)
+from ..common.checks import check_dimensions, check_dtype, check_floating, check_tensor, layout_hint
+from ..common.numbers import LARGEST, non_negative, whole
 from ..common.tensors import dequantise, over_samples
 from ..functional.levels import Level
 from ..functional.steps import Field, implied_mean
@@ -62,9 +54,7 @@ class Parametrisation(ABC):
             raise TypeError(f"shape must be a tuple, such as (2,) or (3, 32, 32), got {shape!r}.")
         sizes = tuple(shape)
         check_dimensions(sizes)
-        if not all(is_whole(n) and n > 0 for n in sizes):
-            raise ValueError(f"shape must hold positive integers, got {sizes}.")
-        self.shape = tuple(map(int, sizes))
+        self.shape = tuple(whole(f"shape[{i}]", n) for i, n in enumerate(sizes))
         self.N = math.prod(self.shape)
         self.fitted_levels = {}
 

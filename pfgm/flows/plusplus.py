@@ -12,19 +12,9 @@ import torch
 from torch import Tensor, nn
 
 from ..common import draws
-from ..common.checks import (
-    LARGEST,
-    are_float_images,
-    as_number,
-    check_choice,
-    non_negative,
-    positive,
-    shape_or_type,
-    untouched,
-    warn_channels_last,
-    warn_image_range,
-    whole,
-)
+from ..common.checks import check_choice, shape_or_type, untouched
+from ..common.images import is_image, warn_channels_last, warn_image_range
+from ..common.numbers import LARGEST, as_number, non_negative, positive, whole
 from ..common.tensors import common_device, flat_rows, per_row
 from ..common.wrappers import network_within
 from ..data.opening import Samples
@@ -180,7 +170,7 @@ class PoissonFlowPP(Flow):
             "P_mean": -1.2 + math.log(scale),
         }
         flow = cls(references.shape[1:], D=D, **{**scaled, **overrides})
-        if are_float_images(references.shape, references.dtype):
+        if is_image(references.shape[1:]) and references.dtype != torch.uint8:
             flow._warned_of_range = warn_image_range(*references.measures.range)
         return flow
 

@@ -11,16 +11,10 @@ import torch
 from torch import Tensor, nn
 
 from ..common import draws, transforms
-from ..common.checks import (
-    are_float_images,
-    check_choice,
-    non_negative,
-    positive,
-    warn_channels_last,
-    warn_image_range,
-    whole,
-)
+from ..common.checks import check_choice
 from ..common.hints import with_hints
+from ..common.images import is_image, warn_channels_last, warn_image_range
+from ..common.numbers import non_negative, positive, whole
 from ..common.tensors import common_device, flat_rows, over_samples, per_row, wide_dtype
 from ..data.opening import Samples
 from ..functional import euler_step, field_fn
@@ -209,7 +203,7 @@ class PoissonFlow(Flow):
             # Some rows lie far from all others; the field looks like that of one charge only
             # farther out.
             flow = cls(data.shape[1:], **{**defaults, **overrides, "upper_norm": least})
-        if are_float_images(data.shape, data.dtype):
+        if is_image(data.shape[1:]) and data.dtype != torch.uint8:
             flow._warned_of_range = warn_image_range(*measured.range)
         return flow
 

@@ -8,7 +8,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ..common.checks import finite_values, positive
+from ..common.numbers import finite_values, positive
 from ..networks.fields import Center
 
 MEAN_NORMAL = math.sqrt(2 / math.pi)  # the average of |g|, g ~ N(0, 1)

@@ -15,18 +15,12 @@ from typing import TYPE_CHECKING, Any, Literal, TypedDict, overload
 import torch
 from torch import Tensor
 
-from ..common.checks import (
-    LARGEST,
-    allocating,
-    as_number,
-    check_choice,
-    check_tensor,
-    is_number,
-    known_device,
-    whole,
-)
+from ..common.checks import check_choice, check_tensor
+from ..common.devices import known_device
 from ..common.hints import hint, with_hints
+from ..common.memory import allocating
 from ..common.messages import progress_bar
+from ..common.numbers import LARGEST, as_number, is_number, whole
 from ..common.tensors import evaluating, network_device
 from ..functional.steps import Field, euler_step, implied_mean
 from ..solvers import (

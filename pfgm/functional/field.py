@@ -10,20 +10,12 @@ from typing import Any, Literal, TypeVar, overload
 import torch
 from torch import Tensor
 
-from ..common.checks import (
-    LARGEST,
-    as_float,
-    check_at_least_0,
-    check_dense,
-    check_tensor,
-    checks_values,
-    is_number,
-    is_symbolic,
-    layout_hint,
-)
+from ..common.checks import check_dense, check_tensor, layout_hint
 from ..common.dtypes import HALF, POINTS
+from ..common.numbers import LARGEST, as_float, check_at_least_0, is_number, is_symbolic
 from ..common.tensors import flat_rows, over_samples
 from ..common.transforms import in_torch_func
+from ..common.values import checks_values
 from ..core.problems import PosteriorMean
 from ..core.weights import unit_radius
 from ..ops import eager, normalised_field

@@ -9,9 +9,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..common.checks import LARGEST, as_float, checks_values, is_number, is_symbolic
+from ..common.numbers import LARGEST, as_float, is_number, is_symbolic
 from ..common.tensors import wide_dtype
 from ..common.transforms import batched
+from ..common.values import checks_values
 
 _LARGEST_FLOAT = torch.finfo(torch.float32).max
 

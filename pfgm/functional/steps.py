@@ -28,8 +28,9 @@ from typing import Any, Literal, NamedTuple, overload
 import torch
 from torch import Tensor
 
-from ..common.checks import check_at_least_0, check_choice, check_dense, check_tensor
+from ..common.checks import check_choice, check_dense, check_tensor
 from ..common.dtypes import HALF, POINTS
+from ..common.numbers import check_at_least_0
 from ..common.tensors import flat_rows
 from ..core.problems import OdeStep
 from ..ops import eager, ode_step

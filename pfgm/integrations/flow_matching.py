@@ -22,8 +22,9 @@ import torch
 from torch import Tensor, nn
 
 from ..common import draws
-from ..common.checks import check_dtype, checks_values, shape_or_type, untouched
+from ..common.checks import check_dtype, shape_or_type, untouched
 from ..common.tensors import common_device, dequantise, over_samples
+from ..common.values import checks_values
 from ..flows.plusplus import PoissonFlowPP
 from ..functional.field import checked_dimensions, mean_from
 from ..functional.levels import per_query

@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..common.checks import known_device
+from ..common.devices import known_device
 from ..common.tensors import per_row
 from ..flows import Flow, Network
 

@@ -10,16 +10,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ..common.checks import (
-    check_floating,
-    check_sample_shape,
-    check_seed,
-    int_tuple,
-    known_device,
-    positive_int,
-)
+from ..common.checks import check_floating, check_sample_shape
+from ..common.devices import known_device
 from ..common.files import MALFORMED, StrPath
 from ..common.messages import progress_bar
+from ..common.numbers import check_seed, int_tuple, whole
 from ..common.tensor_files import read_tensors, write_tensors
 from ..common.tensors import as_int64, evaluating
 
@@ -56,8 +51,8 @@ class Classifier(nn.Module):
         self.shape = int_tuple("shape", shape, _MOST)
         if len(self.shape) != 3:
             raise ValueError(f"shape must be (C, H, W) of images, got {self.shape}.")
-        self.classes = positive_int("classes", classes, _MOST)
-        self.width = positive_int("width", width, _MOST)
+        self.classes = whole("classes", classes, 1, _MOST)
+        self.width = whole("width", width, 1, _MOST)
         self.convolutions = nn.Sequential(
             nn.Conv2d(self.shape[0], 32, 3, padding=1),
             nn.ReLU(),
@@ -146,7 +141,7 @@ def train_classifier(
         classes = int(labels.max()) + 1
     if epochs is None:
         epochs = min(20, max(3, 3000 // math.ceil(len(images) / _BATCH)))
-    positive_int("epochs", epochs)
+    whole("epochs", epochs)
     check_seed(seed)
     device = known_device(device)
     with torch.random.fork_rng(devices=[]):

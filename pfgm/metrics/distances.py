@@ -12,9 +12,11 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ..common.checks import check_finite, check_tensor, is_whole, positive_int
+from ..common.checks import check_tensor
 from ..common.messages import progress_bar
+from ..common.numbers import whole
 from ..common.tensors import evaluating
+from ..common.values import check_finite
 from ..core.arithmetic import blocks
 
 Features = Callable[[Tensor], Tensor]
@@ -122,18 +124,14 @@ def kernel_distance(
     >>> kernel_distance(torch.zeros(9, 2), torch.ones(9, 2), subsets=3, generator=draw)
     KernelDistance(mean=7.0, deviation=0.0)
     """
-    positive_int("degree", degree)
+    whole("degree", degree)
     rows_a, rows_b = _checked_rows("a", a, "b", b, features, at_least=(2, 2))
     smaller = min(len(rows_a), len(rows_b))
     if subsets is None:
         return KernelDistance(_squared_mmd(rows_a, rows_b, degree), math.nan)
-    positive_int("subsets", subsets)
+    whole("subsets", subsets)
     size = max(2, min(1000, smaller // 2)) if subset_size is None else subset_size
-    if not is_whole(size) or not 2 <= size <= smaller:
-        raise ValueError(
-            f"subset_size must be an integer from 2 to {smaller}, the size of the smaller set, got "
-            f"{subset_size}."
-        )
+    whole("subset_size", size, 2, smaller)
     distances = torch.tensor(
         [
             _squared_mmd(
@@ -176,7 +174,7 @@ def precision_recall(
     >>> precision_recall(torch.tensor([[0.1], [0.2], [0.3], [-9.0]]), real, k=1)
     PrecisionRecall(precision=0.75, recall=0.2)
     """
-    positive_int("k", k)
+    whole("k", k)
     rows, real_rows = _checked_rows(
         "samples", samples, "real", real, features, at_least=(k + 1, k + 1)
     )
@@ -218,7 +216,7 @@ def density_coverage(
     >>> density_coverage(torch.tensor([[0.1], [0.2], [0.3], [-9.0]]), real, k=1)
     DensityCoverage(density=1.5, coverage=0.4)
     """
-    positive_int("k", k)
+    whole("k", k)
     rows, real_rows = _checked_rows("samples", samples, "real", real, features, at_least=(1, k + 1))
     radii = _ball_radii(real_rows, k, neighbours)
     inside = 0
@@ -248,7 +246,7 @@ def neighbour_distances(
             [1., 2.],
             [2., 3.]], dtype=torch.float64)
     """
-    positive_int("k", k)
+    whole("k", k)
     rows, _ = _checked_rows("x", x, "x", x[: k + 1], features, at_least=(k + 1, k + 1))
     return _nearest_others(rows, k, progress=progress)
 

@@ -10,9 +10,12 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from ..common.checks import check_dtype, check_finite, positive_int
+from ..common.checks import check_dtype
 from ..common.files import StrPath
+from ..common.images import is_image
+from ..common.numbers import whole
 from ..common.optional import optional
+from ..common.values import check_finite
 
 _CHECKSUM = "6726825d"
 _WEIGHTS = f"weights-inception-2015-12-05-{_CHECKSUM}.pth"
@@ -66,8 +69,8 @@ def inception_metrics(
     >>> inception_metrics(images, images, splits=1).fid < 1e-3  # doctest: +SKIP
     True
     """
-    positive_int("splits", splits)
-    positive_int("batch_size", batch_size)
+    whole("splits", splits)
+    whole("batch_size", batch_size)
     _check_images("samples", samples)
     _check_images("real", real)
     if splits > len(samples):
@@ -155,8 +158,7 @@ class _Bytes(Dataset[Tensor]):
 
 def _check_images(name: str, x: Tensor) -> None:
     check_dtype(name, x)
-    channels = x.shape[1] if x.ndim == 4 else 1
-    if x.ndim not in (3, 4) or channels not in (1, 3) or x.numel() == 0 or len(x) < 2:
+    if not (x.ndim == 3 or is_image(x.shape[1:])) or x.numel() == 0 or len(x) < 2:
         raise ValueError(
             f"{name} must have shape (n, C, H, W) or (n, H, W), with C = 1 or 3 and n at least 2, "
             f"got {tuple(x.shape)}."

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from ..common.checks import checks_values
+from ..common.values import checks_values
 
 
 class EDMInterface:

@@ -7,8 +7,8 @@ import math
 import torch
 from torch import Tensor, nn
 
-from ..common.checks import checks_values
 from ..common.tensors import as_labels
+from ..common.values import checks_values
 
 _FLOOR = 1e-3  # logarithms level off here, as levels below z_min need not be told apart
 _SINES = 8

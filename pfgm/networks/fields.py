@@ -9,7 +9,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from ..common.checks import check_sample_shape, finite_values, int_tuple, positive
+from ..common.checks import check_sample_shape
+from ..common.numbers import finite_values, int_tuple, positive
 from ..common.tensors import is_wider, over_samples, per_row
 
 Center = float | Sequence[Any] | Tensor

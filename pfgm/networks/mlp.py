@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ..common.checks import positive_int, whole
+from ..common.numbers import whole
 from .config import MAX_DEPTH, MAX_WIDTH, as_json
 from .embedding import NoiseEmbedding
 from .fields import Center, FieldNetwork
@@ -67,8 +67,8 @@ class MLP(FieldNetwork):
     ) -> None:
         super().__init__(shape, data_std=data_std, gamma=gamma, center=center, scale=scale)
         n = math.prod(self.shape)
-        width = positive_int("width", width, MAX_WIDTH)
-        depth = positive_int("depth", depth, MAX_DEPTH)
+        width = whole("width", width, 1, MAX_WIDTH)
+        depth = whole("depth", depth, 1, MAX_DEPTH)
         self.config = as_json(
             {
                 "shape": self.shape,

@@ -6,7 +6,8 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from ..common.checks import positive, shape_or_type
+from ..common.checks import shape_or_type
+from ..common.numbers import positive
 from ..common.tensors import over_samples, per_row
 
 INSTEAD = (

@@ -8,7 +8,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..common.checks import allocating, check_choice, memory_bytes
+from ..common.checks import check_choice
+from ..common.memory import allocating, memory_bytes
 from .denoiser import Denoiser
 from .embedding import NoiseEmbedding
 from .fields import FieldNetwork

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ..common.checks import int_tuple, positive_int, whole
+from ..common.numbers import int_tuple, whole
 from ..common.transforms import forward_mode
 from .config import MAX_DEPTH, MAX_WIDTH, as_json
 from .embedding import NoiseEmbedding
@@ -64,7 +64,7 @@ def _zeroed(layer: nn.Conv1d | nn.Conv2d | nn.Conv3d) -> nn.Module:
 def _check_heads(heads: int, channels: int) -> int:
     if heads == 0:
         return 0
-    heads = positive_int("heads", heads)
+    heads = whole("heads", heads)
     if channels % heads:
         raise ValueError(
             f"heads must be 0 or a divisor of the {channels} coarsest channels, got {heads}."
@@ -194,10 +194,10 @@ class UNet(FieldNetwork):
         scale: float = 1.0,
     ) -> None:
         super().__init__(shape, data_std=data_std, gamma=gamma, center=center, scale=scale)
-        self.patch = positive_int("patch", patch)
+        self.patch = whole("patch", patch)
         self._check_axes()
-        width = positive_int("width", width, MAX_WIDTH)
-        blocks = positive_int("blocks", blocks, MAX_DEPTH)
+        width = whole("width", width, 1, MAX_WIDTH)
+        blocks = whole("blocks", blocks, 1, MAX_DEPTH)
         sizes = [width * m for m in int_tuple("multipliers", multipliers, MAX_WIDTH)]
         heads = _check_heads(heads, sizes[-1])
         self.config = as_json(

@@ -24,7 +24,7 @@ from torch.autograd import forward_ad
 
 from ..backends import choose_for, native, native_calls, requested
 from ..backends.passes import known as native_passed
-from ..common.checks import debugging
+from ..common.values import debugging
 from ..core.problems import PosteriorMean, State, Upstream
 from . import posterior_mean as mean_operator
 from .differentiable import Differentiable

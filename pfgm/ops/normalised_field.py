@@ -14,7 +14,7 @@ from torch import Tensor
 
 from ..backends import choose_for, requested
 from ..common import transforms
-from ..common.checks import is_symbolic
+from ..common.numbers import is_symbolic
 from ..common.tensors import wide_dtype
 from ..core import formulas
 from .library import Operator, check_like, no_gradient

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from ..backends import choose_for, requested
 from ..common import transforms
-from ..common.checks import is_symbolic
+from ..common.numbers import is_symbolic
 from ..common.tensors import mark_written, wide_dtype
 from ..core import formulas
 from ..core.problems import OdeStep

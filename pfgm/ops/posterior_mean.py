@@ -25,8 +25,8 @@ from torch._subclasses import FakeTensor
 
 from ..backends import choose_for, requested
 from ..common import transforms
-from ..common.checks import is_symbolic
 from ..common.dtypes import REFERENCES
+from ..common.numbers import is_symbolic
 from ..common.tensors import flat_rows, wide_dtype
 from ..core import formulas
 from ..core.problems import PosteriorMean, State, Tangents, Upstream

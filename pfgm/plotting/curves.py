@@ -7,7 +7,10 @@ from collections.abc import Mapping, Sequence
 from itertools import pairwise
 from typing import TYPE_CHECKING, Any
 
+import torch
+
 from ..common.files import StrPath
+from ..common.values import check_finite
 from .figures import (
     DPI,
     INK,
@@ -102,8 +105,7 @@ def _checked(name: str, curve: Curve, log_y: bool) -> tuple[list[float], ...]:
             f"the curve {name!r} must be 2 or 3 sequences of one length, not empty, got "
             f"{len(columns)} of lengths {[len(column) for column in columns]}."
         )
-    if not all(math.isfinite(value) for column in columns for value in column):
-        raise ValueError(f"the curve {name!r} must be finite, got NaN or infinity.")
+    check_finite(f"the curve {name!r}", torch.tensor(columns, device="cpu").flatten())
     x, y, spread = columns if len(columns) == 3 else (*columns, [])
     if min(x) <= 0 or (log_y and min(y) <= 0):
         raise ValueError(f"the curve {name!r} has values of at most 0 on a logarithmic axis.")

@@ -12,8 +12,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..common.checks import check_finite, check_tensor, positive, positive_int, whole
+from ..common.checks import check_tensor
 from ..common.files import StrPath, write_atomic
+from ..common.images import is_image
+from ..common.numbers import positive, whole
+from ..common.values import check_finite
 from ..data import to_unit
 from .figures import (
     MARGIN,
@@ -34,7 +37,9 @@ if TYPE_CHECKING:
 _PANEL = 72  # the size of an image that the default scale aims at
 _GAP = 4
 _HEADER = 12
+_SMALLEST_HEADER = 8
 
+_MOST_LABEL_COLUMNS = 32
 _EXCEEDING = 0.05  # the share of the values of noise that is clipped
 _MOST_FRAMES = 10_000
 
@@ -56,7 +61,7 @@ def image_grid(
             [-1, 1], clipped for display, or uint8.
         columns: images per row; by default the grid is about square.
         scale: picture pixels per image pixel; by default an image is about 72 pixels wide.
-        header: texts above the columns, one for each.
+        header: texts above the columns, one for each; long ones are shortened.
         side: texts beside the rows, one for each.
 
     >>> figure = image_grid(torch.rand(10, 1, 8, 8) * 2 - 1, columns=5, title="noise")
@@ -65,7 +70,7 @@ def image_grid(
     """
     images = _checked(images, "(n, C, H, W) or (n, H, W)", (3, 4))
     columns = math.ceil(math.sqrt(len(images))) if columns is None else columns
-    positive_int("columns", columns)
+    whole("columns", columns)
     columns = min(columns, len(images))
     if header and len(header) != columns:
         raise ValueError(
@@ -82,12 +87,29 @@ def image_grid(
         side=max((text_width(text, _HEADER) for text in side), default=0),
     )
     if header:
-        _write_header(axes, header, width=images.shape[-1] * scale)
+        width = images.shape[-1] * scale
+        _write_header(axes, [_shortened(text, width) for text in header], width)
     for i, text in enumerate(side):
         middle = i * (images.shape[-2] * scale + _GAP) + images.shape[-2] * scale / 2
         axes.text(-_GAP, middle, text, va="center", **style(_HEADER) | {"ha": "right"})
     save(figure, path)
     return figure
+
+
+def label_columns(labels: Sequence[int], names: Sequence[str], count: int) -> dict[str, Any]:
+    """The options of :func:`image_grid` for images whose labels repeat in this order.
+
+    Each label has a column, or several if there are few labels, with its name above it. Without
+    labels, or with more than fit into columns or into ``count`` images, there are no options.
+
+    >>> label_columns([0, 2], ["cat", "dog", "cow"], 16)
+    {'columns': 4, 'header': ['cat', 'cow', 'cat', 'cow']}
+    """
+    if not 1 < len(labels) <= min(count, _MOST_LABEL_COLUMNS):
+        return {}
+    names = names or [str(label) for label in range(max(labels) + 1)]
+    times = max(1, round(math.sqrt(count) / len(labels)))  # about square
+    return {"columns": times * len(labels), "header": times * [names[each] for each in labels]}
 
 
 def trajectory_grid(
@@ -209,7 +231,7 @@ def _checked(images: Tensor, form: str, ndims: tuple[int, int]) -> Tensor:
     images = to_unit(images.detach()).cpu()
     if images.ndim == ndims[0]:
         images = images.unsqueeze(-3)
-    if images.ndim != ndims[1] or images.shape[-3] not in (1, 3) or images.numel() == 0:
+    if images.ndim != ndims[1] or not is_image(images.shape[-3:]) or images.numel() == 0:
         raise ValueError(f"images must have shape {form}, not empty, with C = 1 or 3, got {shape}.")
     check_finite("images", images)
     return images
@@ -218,7 +240,7 @@ def _checked(images: Tensor, form: str, ndims: tuple[int, int]) -> Tensor:
 def _scale(images: Tensor, scale: int | None) -> int:
     if scale is None:
         return max(1, round(_PANEL / max(images.shape[-2:])))
-    positive_int("scale", scale)
+    whole("scale", scale)
     return scale
 
 
@@ -252,6 +274,12 @@ def _draw(
     axes.set_axis_off()
     add_title(figure, title)
     return figure, axes
+
+
+def _shortened(label: str, width: int) -> str:
+    """The label, cut where it would not fit above a column of this width in small letters."""
+    most = max(int(width / text_width("m", _SMALLEST_HEADER)), 2)
+    return label if len(label) <= most else label[: most - 1] + "…"
 
 
 def _write_header(axes: Any, labels: Sequence[str], width: int) -> None:

@@ -10,8 +10,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from ..common.checks import check_floating, positive_int
+from ..common.checks import check_floating
 from ..common.files import StrPath
+from ..common.numbers import whole
 from ..flows import Network, PoissonFlow
 from .figures import (
     DPI,
@@ -142,7 +143,7 @@ def flow_lines(
     """
     if tuple(flow.shape) != (2,):
         raise ValueError(f"flow must have sample shape (2,), got {tuple(flow.shape)}.")
-    positive_int("n", n)
+    whole("n", n)
     if z_top is not None and not flow.z_min < z_top <= flow.z_max:
         raise ValueError(f"z_top must be from {flow.z_min} to {flow.z_max}, got {z_top}.")
     known = None if data is None else checked_points(data)

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-import math
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from ..common.checks import check_finite, check_floating
+from ..common.checks import check_floating
+from ..common.numbers import positive
+from ..common.values import check_finite
 
 GRID = 160  # points along each side of a window where a field is computed
 DATA_COLOUR = "#D55E00"
@@ -61,12 +62,11 @@ def checked_finite(name: str, values: Tensor) -> Tensor:
 
 
 def check_levels(name: str, levels: list[float]) -> None:
-    """Raises ValueError unless levels are finite values above 0, at least one of them."""
+    """Raises ValueError unless levels are numbers above 0, at least one of them."""
     if not levels:
         raise ValueError(f"{name} must hold at least one value, got none.")
     for level in levels:
-        if not (level > 0 and math.isfinite(level)):
-            raise ValueError(f"{name} must be finite and above 0, got {level}.")
+        positive(name, level)
 
 
 def mark_size(data: Tensor) -> float:

@@ -1,4 +1,4 @@
-"""Small networks that come with the package, to start from at once.
+"""Small networks that come with the package: :func:`pfgm.load` reads them by name.
 
 Each is a weights file beside this module, with the licence of its data and the command that trained
 it in :data:`PRETRAINED`. ``CREDITS.md`` beside it names the authors of all data.
@@ -9,15 +9,11 @@ from __future__ import annotations
 from pathlib import Path
 from typing import NamedTuple
 
-import torch
+from ..data.named import FASHION_MNIST_CLASSES
 
-from ..common.checks import check_choice
-from ..datasets import FASHION_MNIST_CLASSES
-from ..training.checkpoint import Loaded, load
+__all__ = ["PRETRAINED", "Pretrained"]
 
-__all__ = ["PRETRAINED", "Pretrained", "load_pretrained", "pretrained_path"]
-
-_FOLDER = Path(__file__).resolve().parent
+FOLDER = Path(__file__).resolve().parent  # of the weights files
 
 
 class Pretrained(NamedTuple):
@@ -63,33 +59,3 @@ PRETRAINED = {
     ),
 }
 """The networks by name."""
-
-
-def load_pretrained(name: str, *, device: torch.device | str = "cpu") -> Loaded:
-    """The flow and the network (in evaluation mode) of a small trained model.
-
-    All models have labels: ``flow.sample(net, n)`` draws from all labels, and
-    ``condition={"labels": labels}`` from these, also with ``guidance``.
-
-    Args:
-        name: "avatars", PFGM++ (D = 128) of 32 × 32 pixels in colour; "digits", PFGM of 8 × 8; or
-            "fashion-mnist", PFGM++ (D = 128) of 28 × 28. Images are (C, H, W) in [-1, 1].
-            :data:`PRETRAINED` has data, licence and training of each.
-        device: device of the network.
-
-    Raises:
-        ValueError: there is no such model.
-
-    >>> flow, net = load_pretrained("digits")
-    >>> flow.sample(net, 4, condition={"labels": torch.tensor([1, 9, 9, 8])}).shape
-    torch.Size([4, 1, 8, 8])
-    """
-    loaded = load(pretrained_path(name), device=device)
-    loaded.label_names = PRETRAINED[name].classes
-    return loaded
-
-
-def pretrained_path(name: str) -> Path:
-    """The weights file of a model."""
-    check_choice("name", name, PRETRAINED)
-    return _FOLDER / f"{name}.safetensors"

@@ -12,8 +12,8 @@ import torch.distributed as dist
 from torch import Tensor
 
 from ..backends import native_calls, native_parts
-from ..common.checks import first_bad_row
 from ..common.tensors import flat_rows
+from ..common.values import check_finite
 from ..data.rows import Source
 from ..ops import posterior_mean
 from .ranks import Ranks
@@ -70,7 +70,7 @@ class Part:
         if not self.source.dtype.is_floating_point:
             self.finite = True
         if self.source.tensor is not None and not self.finite:
-            check_finite(self.source.tensor, 0)
+            check_finite("data", self.source.tensor)
             self.finite = True
 
     def __len__(self) -> int:
@@ -80,7 +80,7 @@ class Part:
     @property
     def shape(self) -> tuple[int, ...]:
         """The shape of a row, *S."""
-        return self.source.shape
+        return self.source.row_shape
 
     @property
     def device(self) -> torch.device:
@@ -168,7 +168,7 @@ class Part:
             read = self._read_ahead(starts)
         for start, chunk in zip(starts, read, strict=True):
             if not self.finite:
-                check_finite(chunk, start)
+                check_finite("data", chunk, start)
             yield start - self.begin, chunk
         self.finite = True
 
@@ -195,9 +195,3 @@ class Part:
                     coming = reader.submit(read, index + 1)
                 yield chunk
         self._buffers.append(buffers)
-
-
-def check_finite(rows: Tensor, start: int) -> None:
-    """Raises ValueError if a row is not finite. start is the number of the first row."""
-    if (bad := first_bad_row(rows)) is not None:
-        raise ValueError(f"data must be finite, got NaN or infinity (first in row {start + bad}).")

@@ -15,8 +15,8 @@ import torch
 from torch import Tensor
 
 from ..backends import native_parts, requested
-from ..common.checks import check_range, check_underflow, checks_values
 from ..common.transforms import forward_mode, in_torch_func
+from ..common.values import check_range, check_underflow, checks_values
 from ..core.problems import State, Upstream
 from ..core.weights import check_singular, law
 from ..ops.differentiable import Differentiable, Inputs

@@ -13,14 +13,18 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from ..common.checks import is_whole, known_device
+from ..common.devices import known_device
 from ..common.dtypes import REFERENCES
 from ..common.files import StrPath, write_atomic
+from ..common.numbers import whole
 from ..common.tensors import as_labels, dequantise
-from ..data.opening import Samples, open_source
+from ..common.values import check_finite
+from ..data.opened import Data
+from ..data.opening import Samples
+from ..data.opening import open as open_data
 from ..data.rows import InMemory
 from .measures import Measures, RowSums
-from .part import Part, check_finite
+from .part import Part
 
 
 class ReferenceSet:
@@ -47,17 +51,20 @@ class ReferenceSet:
     ``torch.autograd.graph.increment_version(tensor)``; for an array make a new set.
 
     Args:
-        data: a tensor or array (M, *S); a memory map; a ``.npy``, ``.npz`` or ``.safetensors``
-            file, which is not loaded unless it is compressed; a folder of images of one size; a
-            :class:`torch.utils.data.Dataset` of samples or of (sample, label) pairs; or its
-            DataLoader. uint8 means u/127.5 − 1. Rows keep their shape. For a file of images
-            (n, H, W, C) or (n, H, W) take ``pfgm.datasets.open_data(path).train``: a set of
-            (n, C, H, W), which the command line uses too.
+        data: all that :func:`pfgm.data.open` opens, or what it returns: a tensor or array
+            (M, *S), a memory map, a file that is read in place, a folder of images, a dataset of
+            torch, a name. uint8 means u/127.5 − 1. A table must be opened, as samples are decoded
+            with it.
         flips: add the mirror image of each row (last axis reversed), as rows M to 2M − 1. It is
             for images (M, C, H, W) or (M, H, W); the columns of a table would change their order.
         labels: (M,) integers, for data without labels. Operations use the labels of a set where
             they are given ``labels`` for their points.
-        progress: show a progress bar while images or a dataset are read.
+        progress: whether to show a progress bar while images or a dataset are read. None shows one
+            for more than 2000, in a terminal.
+
+    Attributes:
+        names: the names of the labels, by label; empty where they have none.
+        table: the columns of a table that was opened; None for other data.
 
     Raises:
         FileNotFoundError, OSError: a file is missing or cannot be read.
@@ -80,13 +87,20 @@ class ReferenceSet:
         *,
         flips: bool = False,
         labels: Tensor | None = None,
-        progress: bool = False,
+        progress: bool | None = None,
     ) -> None:
-        opened = open_source(data, progress=progress)
-        self._rows = len(opened)
+        opened = open_data(data, progress=progress)
+        if opened.table is not None and not isinstance(data, Data):
+            raise ValueError(
+                "data must not be a table, whose columns are standardised; give what "
+                "pfgm.data.open makes of it, whose table decodes samples, or an array of its "
+                "numbers, as pandas.read_csv(…).to_numpy()."
+            )
+        self._rows = len(opened.samples)
         self._offset = 0  # number of the first row in part
-        self.part = Part(opened, flips=bool(flips))
+        self.part = Part(opened.samples, flips=bool(flips))
         self._labels = self._checked_labels(opened.labels if labels is None else labels)
+        self.names, self.table = opened.names if labels is None else (), opened.table
         self._measured: tuple[object, Measures] | None = None
 
     def __len__(self) -> int:
@@ -208,12 +222,7 @@ class ReferenceSet:
             containing = torch.empty(0, dtype=torch.long, device="cpu")
         chosen = _row_numbers("containing", containing)
         held = len(self.part)
-        if not (whole := is_whole(count)) or not len(chosen) <= count <= held * self._sides:
-            kind = "from " if whole else "an integer from "
-            raise ValueError(
-                f"count must be {kind}{len(chosen)} (the rows in containing) to "
-                f"{held * self._sides} (the rows held), got {count}."
-            )
+        whole("count", count, len(chosen), held * self._sides)
         numbers, times = chosen.unique(return_counts=True)
         if bool((times > 1).any()):
             raise ValueError(
@@ -258,7 +267,7 @@ class ReferenceSet:
         for start, chunk in self.part.stored_chunks():
             converted = _converted(chunk, dtype)
             if converted is not chunk:
-                check_finite(chunk, self.part.begin + start)
+                check_finite("data", chunk, self.part.begin + start)
                 if not bool(converted.isfinite().all()):
                     largest = float(chunk.abs().max())
                     raise ValueError(
@@ -279,8 +288,9 @@ class ReferenceSet:
     def save(self, path: StrPath) -> None:
         """Writes the rows, without mirror images, to a ``.npy`` file.
 
-        A reference set can read this file without loading it. If writing fails, an existing file
-        is left as it was.
+        A reference set can read this file without loading it; grey bytes (n, H, W) get a channel
+        then, unless it is opened with ``layout="as-is"``. If writing fails, an existing file is
+        left as it was.
 
         Raises:
             OSError: the file cannot be written.
@@ -374,7 +384,7 @@ References = Tensor | ReferenceSet
 """The types that every operation accepts as references."""
 
 
-def as_references(data: Samples | ReferenceSet, *, progress: bool = False) -> References:
+def as_references(data: Samples | ReferenceSet, *, progress: bool | None = None) -> References:
     """Data (n, *S): a tensor or a set as it is, anything else as a set."""
     if isinstance(data, (Tensor, ReferenceSet)):
         return data

@@ -1,4 +1,4 @@
-"""Checkpoints: weights files, and the checkpoints of a run.
+"""The checkpoints of a run.
 
 The folder of a run holds ``step-XXXXXXXX.safetensors`` (the averaged weights),
 ``step-XXXXXXXX.state.pt`` (what else resuming needs) and ``latest.json``, which names the newest
@@ -14,7 +14,6 @@ from __future__ import annotations
 import io
 import json
 import re
-import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -23,22 +22,12 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from ..common.checks import usable_device, whole
 from ..common.checksums import checksum_of
-from ..common.files import MALFORMED, StrPath, write_atomic
+from ..common.files import write_atomic
 from ..data.tables import Table
 from ..flows.flow import Flow
-from .network_state import load_plain_state
-from .weights_file import (
-    flow_in,
-    network_in,
-    read_weights,
-    warn_without_checksum,
-    write_weights,
-)
+from .weights_file import read_weights, warn_without_checksum, write_weights
 
-PRETRAINED_WEIGHTS = "model.safetensors"
-"""The weights file in a folder of :func:`pfgm.save_pretrained`."""
 STATE_FORMAT = 1
 """The version of the format of a training state. Older states, without a version, have this one."""
 
@@ -46,22 +35,6 @@ _KEPT_CHECKPOINTS = 2  # of a run
 _WEIGHTS_NAME = re.compile(r"step-(\d{8,18})\.safetensors")
 _STATE_NAME = re.compile(r"step-(\d{8,18})\.state\.pt")
 _MAX_REASON = 300  # characters of another library's message, which may repeat content of a file
-
-
-class _FlowAndNetwork(NamedTuple):
-    flow: Flow
-    network: nn.Module
-
-
-class Loaded(_FlowAndNetwork):
-    """The content of a weights file. It unpacks into the flow and the network."""
-
-    label_names: tuple[str, ...] = ()
-    """The names of the labels 0, 1, …; empty if they have none."""
-    table: Table | None = None
-    """The columns of the table whose rows the network has learned."""
-    distilled: bool | None = None
-    """Whether the network is a few-step model; None if the file does not say."""
 
 
 class RunCheckpoint(NamedTuple):
@@ -75,115 +48,8 @@ class RunCheckpoint(NamedTuple):
     """The training state."""
 
 
-def save(
-    path: StrPath,
-    flow: Flow,
-    network: nn.Module,
-    *,
-    step: int = 0,
-    distilled: bool | None = None,
-    table: Table | None = None,
-    label_names: Sequence[str] = (),
-) -> None:
-    """Writes the network's weights and all that :func:`load` needs to use them.
-
-    Args:
-        path: the file to write.
-        flow: the flow of the network.
-        network: a network. One that is not from :mod:`pfgm.networks` must be given to :func:`load`.
-            Its weights are saved, not its code. Wrappers of torch are left out (torch.compile,
-            DistributedDataParallel, DataParallel, AveragedModel, FSDP), and so is a module of your
-            own, such as a LightningModule, if all its weights are in one network of this package:
-            the file holds that network. Of a network that FSDP shards, all processes must save, and
-            the first one writes the file.
-        step: training steps of the network.
-        distilled: whether it is a few-step model (:mod:`pfgm.distillation`), which ``pfgm sample``
-            needs for the solver consistency. None if unknown.
-        table: the columns of the table whose rows the network has learned.
-        label_names: the names of the labels 0, 1, …, by which ``pfgm sample --label`` takes them.
-
-    Raises:
-        OSError: the file cannot be written; an existing one is left as it was.
-        TypeError: the flow is of a subclass, the network is not a module, or its state
-            holds something other than tensors.
-        ValueError: the step is no integer of at least 0, a tensor is on the device "meta", a
-            weight is not finite, or label_names are more or fewer than the labels of the network.
-    """
-    facts = {"step": whole("step", step, 0)}
-    write_weights(path, flow, network, facts, distilled, table, label_names)
-
-
-def load(
-    path: StrPath,
-    network: nn.Module | None = None,
-    *,
-    device: torch.device | str = "cpu",
-) -> Loaded:
-    """The flow and the network (in evaluation mode) of a weights file, or of a run's newest one.
-
-    The result unpacks into these two, and has ``label_names``, ``table`` and ``distilled`` besides.
-
-    Args:
-        path: a ``.safetensors`` file, or the folder of a run or of :func:`pfgm.save_pretrained`.
-        network: takes the weights, in its own dtype, also inside the wrappers that :func:`save`
-            leaves out; None builds the network that the file describes, in the dtype of the
-            weights, or in float32 if they are narrower.
-        device: device of the network.
-
-    Raises:
-        FileNotFoundError: there is no such file, or no checkpoint in the folder.
-        TypeError: the network is not a module.
-        ValueError: the device cannot be used here; the file is truncated, damaged, not from this
-            library, or does not fit the network. Where an older checkpoint of the run is intact,
-            the message names it.
-
-    Warns:
-        UserWarning: the file is old and has no checksum, so damage may go unnoticed.
-
-    >>> import pfgm, tempfile
-    >>> flow = pfgm.PoissonFlow((2,), data_norm=1.0)
-    >>> with tempfile.TemporaryDirectory() as folder:
-    ...     save(f"{folder}/net.safetensors", flow, flow.network("mlp"))
-    ...     flow, net = load(f"{folder}/net.safetensors")
-    >>> flow.sample(net, 5).shape
-    torch.Size([5, 2])
-    """
-    device = usable_device(str(device))
-    if network is not None and not isinstance(network, nn.Module):
-        raise TypeError(
-            "network must be a torch.nn.Module, which takes the weights, got "
-            f"{type(network).__name__}."
-        )
-    into = "" if network is None else f" into network, a {type(network).__name__}"
-    path, tensors, description = _read_newest(path)
-    warn_without_checksum(path, description)
-    try:
-        flow = flow_in(description)
-        if network is None:
-            network = network_in(description, tensors)
-        load_plain_state(network, tensors)
-        loaded = Loaded(flow, network.to(device).eval())
-        loaded.label_names = tuple(map(str, description.get("label_names", ())))
-        loaded.table = _table_in(description)
-        loaded.distilled = description.get("distilled")
-    except MALFORMED as error:
-        raise ValueError(f"{path} cannot be loaded{into}: {_reason(error)}") from error
-    return loaded
-
-
-def _table_in(description: Mapping[str, Any]) -> Table | None:
-    if "table" in description:
-        return Table.from_dict(description["table"])
-    names = description.get("column_names")  # of version 0.2, which learnt plain numbers
-    return Table.numbers([str(name) for name in names]) if names else None
-
-
-def _read_newest(path: StrPath) -> tuple[Path, dict[str, Tensor], dict[str, Any]]:
-    """The path, tensors and description of a weights file, or of that of a folder."""
-    path = Path(path)
-    if path.is_dir() and not (path / "latest.json").exists():
-        model = path / PRETRAINED_WEIGHTS
-        path = model if model.is_file() else path
+def read_newest(path: Path) -> tuple[Path, dict[str, Tensor], dict[str, Any]]:
+    """The path, tensors and description of a weights file, or of the newest one of a run."""
     if path.is_dir():
         with _suggest_older(path, _check_weights):
             path = path / _newest_names(path)["weights"]
@@ -214,7 +80,8 @@ def save_run(
     names = _names_at(step)
     content = io.BytesIO()
     torch.save(state, content)
-    checksum = f"{zlib.crc32(content.getbuffer()):08x}"
+    content.seek(0)
+    checksum = checksum_of(content)
     write_atomic(folder / names["state"], lambda file: file.write(content.getbuffer()))
     content.close()  # frees three times the memory of the weights
     facts: dict[str, Any] = {"step": step, "state_checksum": checksum}
@@ -243,7 +110,7 @@ def _by_step(folder: Path, pattern: re.Pattern[str]) -> dict[int, Path]:
 
 
 def load_run(folder: Path, step: int | None = None) -> RunCheckpoint:
-    """The checkpoint of a step of a run, for None the newest. Raises errors as :func:`load`."""
+    """The checkpoint of a step of a run, for None the newest. Errors are those of pfgm.load."""
     with _suggest_older(folder, _check_checkpoint):
         names = _newest_names(folder) if step is None else _names_at(step)
     with _suggest_older(folder / names["weights"], _check_checkpoint):
@@ -297,7 +164,7 @@ def _newest_names(folder: Path) -> dict[str, str]:
         if (numbered or "step" in latest) and names != _names_at(latest["step"]):
             raise ValueError("its step and its files do not belong together")
     except (ValueError, KeyError, TypeError, RecursionError) as error:
-        raise ValueError(f"{path} does not name a checkpoint ({_reason(error)}).") from error
+        raise ValueError(f"{path} does not name a checkpoint ({reason(error)}).") from error
     return names
 
 
@@ -349,7 +216,7 @@ def _check_checkpoint(path: Path) -> str:
     )
 
 
-def _reason(error: BaseException) -> str:
+def reason(error: BaseException) -> str:
     """The message of an error on one line of limited length."""
     text = " ".join(str(error).split())
     return text if len(text) <= _MAX_REASON else f"{text[:_MAX_REASON]} …"

@@ -12,7 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..common.checks import are_float_images, check_dtype, check_tensor, warn_image_range
+from ..common.checks import check_dtype, check_tensor
+from ..common.images import is_image, warn_image_range
 from ..common.tensors import as_int64
 from ..data import to_unit
 from ..flows.flow import Flow
@@ -26,7 +27,15 @@ _FEWEST_PIXELS = 64  # in images; data with fewer columns are tables
 _SCALES = 100.0  # ratio of spreads at which the smaller one is lost (PoissonFlow.from_data)
 
 # Settings that may differ between a resumed run and the run that it continues.
-_MAY_DIFFER = ("steps", "checkpoint_every", "evaluate_every", "log_every", "log", "compile")
+_MAY_DIFFER = (
+    "steps",
+    "minutes",
+    "checkpoint_every",
+    "evaluate_every",
+    "log_every",
+    "log",
+    "compile",
+)
 
 
 def check_config(config: object) -> None:
@@ -38,7 +47,9 @@ def check_config(config: object) -> None:
         )
 
 
-def check_data(flow: Flow, data: References, config: TrainConfig, *, other_loss: bool) -> None:
+def check_data(
+    flow: Flow, data: References, config: TrainConfig, batch_size: int, *, other_loss: bool
+) -> None:
     """Raises an error unless the flow, or another loss, can train on the data."""
     single_sample = config.reference_batch == 0 and not other_loss
     if single_sample and not isinstance(flow, PoissonFlowPP):
@@ -52,10 +63,10 @@ def check_data(flow: Flow, data: References, config: TrainConfig, *, other_loss:
         )
     if isinstance(data, Tensor):
         check_dtype("data", data)
-    if len(data) < config.batch_size:
+    if len(data) < batch_size:
         hint = f" Give a batch_size of 1 to {len(data)} (--batch-size on the command line)."
         raise ValueError(
-            f"data must have at least batch_size rows, {config.batch_size}, got {len(data)}."
+            f"data must have at least batch_size rows, {batch_size}, got {len(data)}."
             + (hint if len(data) else "")
         )
 
@@ -119,7 +130,7 @@ def warn_of_scales(data: References) -> None:
 
 def warn_of_range(data: References) -> None:
     """Warns the caller of Trainer(…) of images (n, C, H, W) that do not look like [−1, 1]."""
-    if are_float_images(data.shape, data.dtype):
+    if is_image(data.shape[1:]) and data.dtype != torch.uint8:
         warn_image_range(*value_range(data), stacklevel=5)
 
 
@@ -173,9 +184,11 @@ def with_settings_of_run(
     config: TrainConfig, saved: Mapping[str, Any], folder: Path
 ) -> TrainConfig:
     """The configuration, with the settings that it leaves open taken from a run."""
-    settled: dict[str, Any] = {
-        name: saved.get(name) for name in Schedule._fields if getattr(config, name) is None
-    }
+    open_settings = [name for name in Schedule._fields if getattr(config, name) is None]
+    open_settings += ["precision"] if config.precision == "auto" else []
+    open_settings += ["batch_size"] if config.batch_size is None else []
+    open_settings += ["steps", "minutes"] if config.steps is config.minutes is None else []
+    settled: dict[str, Any] = {name: saved.get(name) for name in open_settings}
     config = dataclasses.replace(config, **settled)
     for name, value in dataclasses.asdict(config).items():
         if name not in _MAY_DIFFER and saved.get(name) != value:

@@ -92,6 +92,10 @@ class Processes:
         """The smallest value of the processes."""
         return self._reduce(value, dist.ReduceOp.MIN)
 
+    def of_leader(self, value: float) -> float:
+        """The value of the first process, by which all decide alike."""
+        return self._reduce(value if self.leads else 0.0, dist.ReduceOp.SUM)
+
     def _reduce(self, value: float, operation: dist.ReduceOp.RedOpType) -> float:
         if self.size == 1:
             return value

@@ -11,24 +11,18 @@ import warnings
 from pathlib import Path
 from typing import Any, Literal, get_args
 
-from ..common.checks import (
-    as_number,
-    check_bool,
-    check_choice,
-    int_tuple,
-    is_number,
-    positive_int,
-    whole,
-)
+from ..common.checks import check_bool, check_choice
 from ..common.files import StrPath, absolute_path, write_json
 from ..common.hints import hint
+from ..common.numbers import as_number, int_tuple, is_number, whole
 from ..common.old_names import with_present_names
 from ..common.versions import versions
-from ..datasets import Layout, Range, absolute_source, takes_layout
+from ..data.opening import Layout, Range, absolute_source, takes_layout
 from ..flows.fitting import check_fitted_steps
 from ..flows.plusplus import PoissonFlowPP
 from ..flows.poisson import PoissonFlow
 from ..flows.sampling import MOST_STEPS
+from ..pretrained import PRETRAINED
 from .config import TrainConfig
 
 CONFIG_FILE = "config.json"
@@ -110,12 +104,12 @@ class RunConfig:
     samples: int = 1000
     """Number of samples of an evaluation."""
     init: str | None = None
-    """A .safetensors file or the folder of a run whose weights a new run starts with. The network
-    keeps its size; the flow must be of the same kind, and follows the new data."""
+    """A model, as pfgm.load reads it, whose weights a new run starts with. The network keeps its
+    size; the flow must be of the same kind, and follows the new data."""
     teacher: str | None = None
-    """A .safetensors file or the folder of a run to distill into a few-step model. Its flow and
-    network are used, and other settings of them are ignored. About a third of the teacher's
-    training steps suffice; each takes about four times as long."""
+    """A model, as pfgm.load reads it, to distill into a few-step model. Its flow and network are
+    used, and other settings of them are ignored. About a third of the teacher's training steps
+    suffice; each takes about four times as long."""
     student_levels: int = 10
     """Noise levels at which the few-step model is made consistent."""
     training: TrainConfig = dataclasses.field(default_factory=TrainConfig)
@@ -127,7 +121,7 @@ class RunConfig:
             object.__setattr__(self, "range", tuple(self.range))  # JSON has lists
         for name in ("width", "multipliers", "blocks", "patch", "resize"):
             if (value := getattr(self, name)) is not None:
-                checked = int_tuple if name == "multipliers" else positive_int
+                checked = int_tuple if name == "multipliers" else whole
                 object.__setattr__(self, name, checked(name, value))
         if not isinstance(self.fit_levels, (list, tuple)):
             raise ValueError(
@@ -192,7 +186,7 @@ class RunConfig:
 
     @property
     def reading(self) -> dict[str, Any]:
-        """How :func:`pfgm.datasets.open_data` reads the data, as keyword arguments."""
+        """How :func:`pfgm.data.open` reads the data, as keyword arguments."""
         return {
             "value_range": self.range,
             "layout": self.layout,
@@ -207,7 +201,8 @@ class RunConfig:
     def absolute(self) -> RunConfig:
         """The configuration with absolute paths in place of those from the current folder."""
         init, teacher = (
-            None if path is None else str(absolute_path(path)) for path in (self.init, self.teacher)
+            model if model is None or model in PRETRAINED else str(absolute_path(model))
+            for model in (self.init, self.teacher)
         )
         return dataclasses.replace(
             self, data=absolute_source(self.data), init=init, teacher=teacher
@@ -230,7 +225,7 @@ class RunConfig:
 
         Raises:
             FileNotFoundError: there is no configuration, or only that of a model of
-                :func:`pfgm.save_pretrained`.
+                :func:`pfgm.save`.
             ValueError: the file is no configuration, or names settings that do not exist.
 
         Warns:

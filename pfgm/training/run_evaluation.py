@@ -8,17 +8,18 @@ import torch
 from torch import Tensor, nn
 
 from .. import metrics
-from ..data import to_unit
-from ..datasets import Data
+from ..common.images import is_image
+from ..data import Data, to_unit
 from ..flows.batched_sampling import draw_prior, sample_in_batches
 from ..flows.flow import Flow
 from ..plotting.figures import require_matplotlib
+from ..references import ReferenceSet
 from .run_config import MIN_SAMPLES, RunConfig
 
 _MAX_COMPARED_ROWS = 10_000  # of the data
 _SAMPLE_BATCH = 1000
 _NEIGHBOURS = 3  # k of precision and recall
-_PICTURE_SAMPLES, _PICTURE_ROW = 100, 10  # in all, and in a row
+_PICTURE_SAMPLES = 100
 
 
 class Evaluation:
@@ -35,9 +36,9 @@ class Evaluation:
     ) -> None:
         self._flow, self._folder, self._device = flow, folder, device
         self._count, self._seed = config.samples, config.training.seed
-        self._classes = data.classes if config.labels else 0
+        self._classes, self._names = (data.classes if config.labels else 0), data.names
         self._few_step = config.teacher is not None
-        against = data.held_out or data.train
+        against = ReferenceSet(data.held_out or data)
         rows = torch.arange(len(against), device="cpu")
         if len(rows) < MIN_SAMPLES:
             raise ValueError(
@@ -50,19 +51,23 @@ class Evaluation:
         self._rows, self._against, self._table = rows, against, data.table
         self._neighbours: Tensor | None = None  # of the data, found by the first evaluation
         self._progress = progress
-        if self._draws_pictures and config.training.evaluate_every:
+        if self._draws_pictures and config.training.evaluates:
             require_matplotlib()
 
     @property
     def _draws_pictures(self) -> bool:
-        return len(self._flow.shape) == 3 and self._flow.shape[0] in (1, 3)
+        return is_image(self._flow.shape)
 
     def __call__(self, step: int, network: nn.Module) -> dict[str, float]:
         samples = self._samples(network)
         if self._draws_pictures:
             from ..plotting import image_grid
+            from ..plotting.images import label_columns
 
-            image_grid(samples[:_PICTURE_SAMPLES], self._folder / f"samples-{step:08d}.png")
+            shown = samples[: max(_PICTURE_SAMPLES, self._classes)]
+            columns = label_columns(range(self._classes), self._names, len(shown))
+            shown = shown[: len(shown) // (each := columns.get("columns", 1)) * each]  # whole rows
+            image_grid(shown, self._folder / f"samples-{step:08d}.png", **columns)
             samples = samples.clamp(-1, 1)
         if self._table is not None:
             samples = self._table.nearest(samples)
@@ -88,6 +93,6 @@ class Evaluation:
             draw_prior(self._flow, self._count, self._seed),
             batch_size=_SAMPLE_BATCH,
             device=self._device,
-            labels=numbers // _PICTURE_ROW % self._classes if self._classes else None,
+            labels=numbers % self._classes if self._classes else None,
             solver="consistency" if self._few_step else None,
         )[0]

@@ -12,7 +12,7 @@ from ..flows.plusplus import PoissonFlowPP
 from ..flows.poisson import PoissonFlow
 from ..networks.registry import NETWORKS, label_count
 from ..references import ReferenceSet
-from .checkpoint import Loaded
+from .model_files import Loaded
 from .run_config import RunConfig
 from .run_models import SIZE_NAMES, SIZES, build_flow, method_of
 

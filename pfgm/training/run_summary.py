@@ -8,11 +8,12 @@ import torch
 from torch import nn
 
 from ..backends import preferred, requested
-from ..datasets import Data
+from ..data.opened import Data
 from ..flows.flow import Flow
 from ..flows.plusplus import PoissonFlowPP
 from ..references import ReferenceSet
 from .checks import value_range
+from .run_budget import FittingNetwork
 from .run_config import RunConfig
 from .trainer import Trainer
 
@@ -20,17 +21,24 @@ _SHOWN_NAMES = 5  # of labels
 
 
 def summary(
-    config: RunConfig, data: Data, rows: ReferenceSet, trainer: Trainer, chosen: bool
+    config: RunConfig,
+    data: Data,
+    rows: ReferenceSet,
+    trainer: Trainer,
+    chosen: bool,
+    sized: FittingNetwork | None = None,
 ) -> str:
     """What a run trains, on what, how, and what it writes.
 
-    ``chosen`` tells whether the flow has been chosen by the data.
+    ``chosen`` tells whether the flow has been chosen by the data; ``sized`` is the network that
+    has been chosen by minutes.
     """
     return "\n".join(
         f"{name:10} {text}"
         for name, text in (
             ("data", _data(config, data, rows)),
             ("flow", _flow(trainer.flow, chosen)),
+            *([("budget", sized.reason)] if sized else []),
             ("network", _network(trainer.network)),
             ("training", _training(trainer)),
             ("backend", _backend(trainer)),
@@ -76,11 +84,16 @@ def _training(trainer: Trainer) -> str:
     config = trainer.config
     references = min(config.reference_batch, len(trainer.data))
     schedule = config.schedule
+    length, reason = f"{config.steps} steps", trainer._chosen_precision
+    if config.steps is None:
+        length = f"{config.minutes:g} minutes"
+        length += f", about {n} steps," if (n := trainer._expected_steps) else ""
     return (
-        f"{config.steps} steps of {config.batch_size} samples"
+        f"{length} of {config.batch_size} samples"
         + (f" against {references} references" if references else "")
         + f", learning rate {schedule.learning_rate:.4g} (warm-up {schedule.warmup} steps, decay "
-        f"{schedule.decay}), weights averaged with decay {schedule.ema:.6g}"
+        f"{schedule.decay}), weights averaged with decay {schedule.ema:.6g}, in {config.precision}"
+        + (f" ({reason})" if reason else "")
     )
 
 

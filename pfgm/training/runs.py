@@ -8,28 +8,32 @@ import shlex
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from ..common.checks import usable_device
 from ..common.checksums import checksum_of_weights
+from ..common.devices import usable_device
 from ..common.files import StrPath, folder_path
+from ..common.images import is_image
 from ..common.messages import print_notice
+from ..data import Data
+from ..data.opening import is_missing
+from ..data.opening import open as open_data
 from ..data.table_files import is_table_file
-from ..datasets import Data, is_missing, open_data
 from ..distillation import Consistency
 from ..flows.flow import Flow
 from ..flows.poisson import PoissonFlow
 from ..references import ReferenceSet
-from .checkpoint import Loaded, load
 from .checks import other_setting
 from .locks import is_unmoved, locked_for_all
-from .pretrained_folder import is_pretrained
+from .model_files import Loaded, holds_model, load
 from .processes import Processes, reports_process_lost
+from .run_budget import fitting_network
 from .run_config import CONFIG_FILE, RunConfig, teacher_checksum
 from .run_evaluation import Evaluation
-from .run_models import build_flow, build_network, with_method
+from .run_models import SIZES, build_flow, build_network, with_method
 from .run_start import start_from
 from .run_summary import summary
 from .signals import Terminated
@@ -80,6 +84,7 @@ def start(
         Diverged, ProcessLost, KeyboardInterrupt, Terminated: as for
             :meth:`pfgm.training.Trainer.train`.
     """
+    begun = Trainer._clock()
     device = usable_device(str(device))
     folder = folder_path(folder)
     processes = Processes()
@@ -99,9 +104,9 @@ def start(
                 f"out is {folder}, which holds a run already; add --resume to continue it, or "
                 "choose another folder."
             )
-        elif is_pretrained(folder):
-            raise ValueError(f"out must not be a folder of save_pretrained, got {folder}.")
-        return _run(config, folder, device, resume, resume_from, processes, progress, report)
+        elif holds_model(folder):
+            raise ValueError(f"out must not be a folder of pfgm.save, got {folder}.")
+        return _run(config, folder, device, resume, resume_from, processes, progress, report, begun)
 
 
 def _check_settings(config: RunConfig, folder: Path) -> RunConfig:
@@ -109,6 +114,10 @@ def _check_settings(config: RunConfig, folder: Path) -> RunConfig:
     saved = RunConfig.load(folder)
     if config.method == "auto":
         config = dataclasses.replace(config, method=saved.method)
+    sizes: dict[str, Any] = {
+        name: getattr(saved, name) for name in SIZES if getattr(config, name) is None
+    }
+    config = dataclasses.replace(config, **sizes)  # which may have been chosen by minutes
     current_paths, saved_paths = config.absolute, saved.absolute
     changeable = {*_CHANGEABLE_SETTINGS}
     if is_missing(saved_paths.data):  # the data have moved
@@ -132,6 +141,7 @@ def _run(
     processes: Processes,
     progress: bool,
     report: Callable[[str], None],
+    begun: float,
 ) -> nn.Module:
     report = report if processes.leads else lambda line: None
     shown = progress and processes.leads
@@ -148,19 +158,26 @@ def _run(
             f"labels must be False for {config.data}, which has none. Images take theirs from two "
             "or more subfolders, tables from --label-column."
         )
-    rows = _place_rows(data.train, config, device)
+    train = ReferenceSet(data)
+    rows = _place_rows(train, config, device)
     chosen = config.method == "auto" and source is None
     if config.teacher is None:
         config = with_method(config, rows, earlier.flow if earlier and config.init else None)
     flow, network, notes = _model(config, rows, data, earlier, resume)
+    sized = None
+    if config.training.minutes is not None and earlier is None and not resume:
+        left = 60 * config.training.minutes - processes.of_leader(Trainer._clock() - begun)
+        sized = fitting_network(config, flow, rows, data.classes, device, left)
+    if sized is not None:
+        config, network = sized.config, sized.network
     teacher_checksum = None if config.teacher is None else checksum_of_weights(network.state_dict())
     if resume and teacher_checksum is not None:
         _check_teacher(config, teacher_checksum, folder)
     network = network.to(device)
     if config.teacher is None and processes.leads and not resume:
         for steps in config.fit_levels:
-            flow.fit_levels(data.train, steps, solver="multistep", progress=progress)
-    training = config.training
+            flow.fit_levels(train, steps, solver="multistep", progress=progress)
+    training, references = config.training, config.training.reference_batch
     loss: Callable[..., Tensor] | None = None
     if config.teacher is not None:
         loss = Consistency(flow, network, steps=config.student_levels).loss
@@ -176,31 +193,46 @@ def _run(
         progress=progress,
         labels=rows.labels if config.labels else None,
         label_names=data.names if config.labels else (),
-        table=data.table,
         evaluate=Evaluation(config, flow, data, folder, device, shown) if processes.leads else None,
         loss=loss,
         distilled=config.teacher is not None,
     )
     if resume:
         notes.append(_resume(trainer, resume_from))
+    if trainer.config.minutes is not None:
+        trainer._time.start(since=begun)
     start_removed = _remove_failed_start(folder) if processes.leads else nullcontext()
     with (
         training_threads(trainer, resumed=resume),
         start_removed,
         _tells_how_to_continue(trainer, folder, report),
     ):
-        if trainer.step < trainer.config.steps:
-            notes.append(summary(config, data, rows, trainer, chosen))
+        trainer._settle()
+        if not trainer.finished:
+            notes.append(summary(config, data, rows, trainer, chosen, sized))
+        if config.training.steps is config.training.minutes is None and device.type == "cpu":
+            notes.append(_long_training(trainer))
         report("\n".join(notes))
         if processes.leads:
-            # The schedule is written in full, so that more steps do not change it later.
-            settled = dataclasses.replace(config.training, **trainer.config.schedule._asdict())
+            # What was open is written in full, so that a resumed run does not choose again.
+            settled = dataclasses.replace(trainer.config, reference_batch=references)
             # With absolute paths, as the run may be used from another folder.
             settled_config = dataclasses.replace(config.absolute, training=settled)
             settled_config.save(folder / CONFIG_FILE, teacher_checksum=teacher_checksum)
         averaged = trainer.train()
-    report(f"checkpoint: {folder}")
+    report(f"checkpoint: {folder}\n{_next_commands(folder, data)}")
     return averaged
+
+
+def _next_commands(folder: Path, data: Data) -> str:
+    """The commands that draw samples and compare them with the data."""
+    shape, run = data.samples.shape[1:], shlex.quote(str(folder))
+    images = is_image(shape)
+    out = "samples.png" if images else "samples.npy" if len(shape) > 1 else "samples.csv"
+    return (
+        f"next: pfgm sample {run} --n 100 --out {out}\n"
+        f"      pfgm evaluate {run} --out {shlex.quote(str(folder / 'evaluation'))}"
+    )
 
 
 @contextmanager
@@ -273,6 +305,16 @@ def _check_teacher(config: RunConfig, checksum: str, folder: Path) -> None:
 def _resume(trainer: Trainer, resume_from: int | None) -> str:
     """Loads the checkpoint to continue from; returns a line of text."""
     step, steps = trainer.resume(resume_from), trainer.config.steps
+    if steps is None:
+        left = trainer._time.left / 60
+        if trainer.finished:
+            return (
+                f"resuming at step {step}: nothing is left of {trainer.config.minutes:g} minutes; "
+                "give more with --minutes"
+            )
+        return (
+            f"resuming at step {step}, with {left:.1f} of {trainer.config.minutes:g} minutes left"
+        )
     if resume_from is not None and step >= steps:
         raise ValueError(
             f"steps must be above {step}, the step of the checkpoint to continue from, got {steps}."
@@ -284,6 +326,18 @@ def _resume(trainer: Trainer, resume_from: int | None) -> str:
     if step == steps:
         return f"resuming at step {step}: nothing is left of {steps} steps; give more with --steps"
     return f"resuming at step {step}"
+
+
+def _long_training(trainer: Trainer) -> str:
+    """How long a run will take whose length nobody chose."""
+    seconds = trainer._seconds_of_step()
+    steps = trainer.config.steps
+    assert steps is not None
+    hours = seconds * steps / 3600
+    return (
+        f"{steps} steps of {seconds:.2g} s take about {hours:.2g} hours; "
+        "--minutes 20 trains a network that fits into this time"
+    )
 
 
 def _place_rows(rows: ReferenceSet, config: RunConfig, device: torch.device) -> ReferenceSet:

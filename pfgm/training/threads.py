@@ -22,14 +22,16 @@ _BUDGET = 3.0  # seconds after which no further turn begins
 def training_threads(trainer: Trainer, *, resumed: bool = False) -> Iterator[int]:
     """Sets the number of threads that trains the network fastest, and restores it afterwards.
 
-    A few steps on a copy of the network are timed, see :func:`fastest_count`. The run itself is not
-    changed by this, but results depend on the number of threads in their last digits. So a resumed
-    run takes the number of its checkpoint. ``OMP_NUM_THREADS`` decides if it is set. Training in
-    several processes, compiled or on a GPU keeps the present number.
+    The precision is chosen first, if it is open. Then a few steps on a copy of the network are
+    timed, see :func:`fastest_count`. The run itself is not changed by this, but results depend on
+    the number of threads in their last digits. So a resumed run takes the number of its checkpoint.
+    ``OMP_NUM_THREADS`` decides if it is set. Training in several processes, compiled or on a GPU
+    keeps the present number.
 
     Yields:
         The number of threads.
     """
+    trainer._settle_precision()
     before = torch.get_num_threads()
     count = before
     if "OMP_NUM_THREADS" not in os.environ and trainer._computes_alone_on_cpu:

@@ -7,6 +7,7 @@ import dataclasses
 import math
 import signal
 import time
+import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from functools import partial
@@ -23,7 +24,6 @@ from ..common.hints import with_hints
 from ..common.messages import progress_bar
 from ..common.old_names import with_present_names
 from ..data.opening import Samples
-from ..data.tables import Table
 from ..flows.conditions import check_network
 from ..flows.flow import Flow
 from ..networks.registry import label_count
@@ -40,13 +40,18 @@ from .checks import (
     warn_of_scales,
     with_settings_of_run,
 )
-from .config import TrainConfig
+from .config import Precision, TrainConfig
 from .locks import locked, locked_for_all
 from .logs import Log, check_log, is_evaluated
 from .network_state import load_plain_state, plain_state
 from .processes import Processes, reports_process_lost
+from .rehearsal import bfloat16_pays, seconds_of
 from .signals import Signals, Terminated, record_signals
+from .time_used import TimeUsed
 from .weights_file import check_savable, flow_in
+
+_BFLOAT16_CAPABILITY = (8, 0)  # of GPUs with fast bfloat16
+_TIME_BAR = "{desc}: {percentage:3.0f}%|{bar}| {elapsed}<{remaining}{postfix}"
 
 
 class Diverged(RuntimeError):
@@ -71,21 +76,21 @@ class Trainer:
     Args:
         flow: :class:`pfgm.PoissonFlow` or :class:`pfgm.PoissonFlowPP`; its loss is minimised.
         network: the network to train; its parameters stay on their device.
-        data: samples (n, *S), all that :class:`pfgm.ReferenceSet` takes: a tensor, floating point
-            or uint8 (u/127.5 − 1), on any device; a set; a torch Dataset or its DataLoader, which
-            is loaded once.
+        data: samples (n, *S), all that :class:`pfgm.ReferenceSet` takes, or a set: a tensor,
+            floating point or uint8 (u/127.5 − 1), on any device; what :func:`pfgm.data.open`
+            returns; a torch Dataset or its DataLoader, which is loaded once.
         config: how to train. Settings that are None follow from the steps; :meth:`resume` takes
             them from the checkpoint.
         folder: folder for checkpoints and ``log.csv``; None writes nothing.
         progress: whether to show a progress bar.
-        evaluate: called by the first process with the step and the averaged network, every
-            ``evaluate_every`` steps and at the end. The metrics that it returns go to
-            ``evaluations.csv``. It must not use torch's global generator.
+        evaluate: called by the first process with the step and the averaged network when the
+            configuration says so. The metrics that it returns go to ``evaluations.csv``. It must
+            not use torch's global generator.
         labels: integers (n,) from 0. They go to the network as its argument ``labels``, and the
             target of a point is the field of the references with its label. By default those of
             the data, if they have some and the network takes labels.
-        label_names: the names of the labels 0, 1, …, which checkpoints record.
-        table: the table whose rows the data are; checkpoints record its columns.
+        label_names: the names of the labels 0, 1, …, which checkpoints record. By default those of
+            the data, if their labels are used.
         loss: replaces the loss of the flow and takes the same arguments, such as
             :meth:`pfgm.distillation.Consistency.loss`.
         distilled: whether this loss makes a few-step model; checkpoints record it.
@@ -113,6 +118,8 @@ class Trainer:
     torch.Size([4, 2])
     """
 
+    _clock = staticmethod(time.perf_counter)
+
     @with_hints
     def __init__(
         self,
@@ -125,7 +132,6 @@ class Trainer:
         progress: bool = True,
         labels: Tensor | None = None,
         label_names: Sequence[str] = (),
-        table: Table | None = None,
         evaluate: Callable[[int, nn.Module], Mapping[str, float]] | None = None,
         loss: Callable[..., Tensor] | None = None,
         distilled: bool | None = None,
@@ -134,10 +140,10 @@ class Trainer:
         self.flow, self.network, self.data = flow, network, data
         check_config(config)
         self._partial_config = config or TrainConfig()  # may leave settings open
-        self.config = config = self._partial_config.resolved()
+        self.config = config = self._resolved(self._partial_config)
         self.folder = None if folder is None else folder_path(folder)
         self.progress = progress
-        self.label_names, self.table = tuple(label_names), table
+        self.table = data.table if isinstance(data, ReferenceSet) else None
         self.evaluate = evaluate
         self.loss, self.distilled = loss, distilled
         self.step = 0
@@ -151,10 +157,14 @@ class Trainer:
             check_network(network, "network")
         if self.folder is not None:
             check_savable(flow, network)
-        check_data(flow, data, config, other_loss=loss is not None)
+        assert config.batch_size is not None  # it is resolved
+        check_data(flow, data, config, config.batch_size, other_loss=loss is not None)
         classes = label_count(network)
         if labels is None and classes and isinstance(data, ReferenceSet) and not data.sharded:
             labels = data.labels
+            if not label_names and len(data.names) == classes:
+                label_names = data.names
+        self.label_names = tuple(label_names)
         if labels is None and classes:
             raise ValueError(
                 f"labels must be given for a network of {classes} classes, as data have none that "
@@ -195,24 +205,81 @@ class Trainer:
         self.averaged = copy.deepcopy(network).eval()
         """The network with the moving average of its weights, in evaluation mode: the one to sample
         with."""
+        self._time = TimeUsed(config.minutes, processes, self._clock)
+        self._chosen_precision = ""  # why, in words
+        self._expected_steps: int | None = None  # in the minutes
         # The first step with a loss that is not finite; 0 means none.
         self._diverged_step = torch.zeros((), dtype=torch.long, device=self._device)
+
+    def _resolved(self, config: TrainConfig) -> TrainConfig:
+        batch = config.batch_for(len(self.data), Processes().size)
+        return dataclasses.replace(config, batch_size=batch).resolved()
 
     @property
     def _computes_alone_on_cpu(self) -> bool:
         """Whether one process trains on the CPU, without compilation."""
         return self._device.type == "cpu" and self._processes.size == 1 and not self.config.compile
 
-    def _rehearsal(self) -> Callable[[], Tensor]:
+    def _rehearsal(self, precision: Precision | None = None) -> Callable[[], float]:
         """A function that computes the gradients of the next step for a copy of the network.
 
-        The run, its network and the random numbers stay as they are.
+        The run, its network and the random numbers stay as they are. It waits for a GPU.
         """
         network = copy.deepcopy(self.network).train()
-        return lambda: self._gradients(network)
+        return lambda: float(self._gradients(network, precision))
+
+    def _seconds_of_step(self) -> float:
+        return seconds_of([self._rehearsal()], self._processes, self._clock)[0]
+
+    def _settle_precision(self) -> float | None:
+        """Chooses the precision, unless it is given or that of a resumed run.
+
+        Returns:
+            The seconds of a step, if steps had to be timed.
+        """
+        if self.config.precision != "auto":
+            return None
+        precision: Precision = "float32"
+        least = None
+        if self._may_use_bfloat16:
+            steps = [self._rehearsal("float32"), self._rehearsal("bfloat16")]
+            seconds = seconds_of(steps, self._processes, self._clock)
+            precision = "bfloat16" if bfloat16_pays(seconds) else "float32"
+            least = seconds[precision == "bfloat16"]
+            self._chosen_precision = (
+                f"bfloat16 {seconds[0] / seconds[1]:.1f} times as fast as float32"
+            )
+        self.config = dataclasses.replace(self.config, precision=precision)
+        return least
+
+    @property
+    def _may_use_bfloat16(self) -> bool:
+        """Whether bfloat16 may be chosen: not for rows of numbers, whose last digits may matter."""
+        if self._device.type == "cuda":
+            capable = torch.cuda.get_device_capability(self._device) >= _BFLOAT16_CAPABILITY
+        else:
+            capable = self._device.type == "cpu"
+        return capable and len(self.flow.shape) > 1
+
+    def _settle(self) -> None:
+        """Chooses the precision, and the schedule of a run of some minutes, if they are open."""
+        self._settle_precision()
+        if self.config.minutes is None or self.step:
+            return
+        seconds = self._seconds_of_step()
+        self._expected_steps = max(int(self._time.left / max(seconds, 1e-9)), 1)
+        self.config = self.config.resolved(self._expected_steps)
+        for group in self._optimizer.param_groups:
+            group["betas"] = (0.9, self.config.schedule.beta2)
+
+    @property
+    def finished(self) -> bool:
+        """Whether all steps are done, or the minutes are used up."""
+        steps = self.config.steps
+        return self._time.share >= 1 if steps is None else self.step >= steps
 
     def train(self) -> nn.Module:
-        """Trains up to the configured number of steps.
+        """Trains up to the configured number of steps, or until the minutes are used up.
 
         Returns:
             The network with averaged weights, in evaluation mode.
@@ -230,7 +297,12 @@ class Trainer:
             if self.folder is not None and self._processes.leads:
                 self._check_folder(self.folder)
                 remove_leftovers(self.folder)
-            return self._train()
+            self._time.start()
+            try:
+                self._settle()
+                return self._train()
+            finally:
+                self._time.stop()
 
     def _check_folder(self, folder: Path) -> None:
         """Raises ValueError if the folder has a checkpoint that this run did not read or write."""
@@ -248,39 +320,36 @@ class Trainer:
 
     def _train(self) -> nn.Module:
         self.network.train()
-        config, processes = self.config, self._processes
+        config, processes, clock = self.config, self._processes, self._time
         checkpoint_every = config.schedule.checkpoint_every
         folder = self.folder if processes.leads else None
         with (
             record_signals() as received,
             Log(folder, self.step, config.log, dataclasses.asdict(config)) as log,
-            progress_bar(
-                total=config.steps,
-                initial=self.step,
-                desc="training",
-                unit="step",
-                disable=not (self.progress and processes.leads),
-            ) as bar,
+            self._progress_bar() as bar,
         ):
             total, since = torch.zeros((), device=self._device), self.step
-            started = time.perf_counter() - log.seconds
+            clock.before = max(clock.before, log.seconds)  # in older checkpoints it is missing
             # Without a folder no step is resumed.
             stopped = self.folder is not None and self._evaluate(log, received, bar)
-            last = stopped or self.step >= config.steps
+            last = stopped or self.finished
+            clock.begin_steps()
             while not last:
                 total += self._train_step()
                 self.step += 1
-                bar.update()
+                clock.end_step()
+                bar.update(1 if config.steps else clock.seconds - bar.n)
                 due = self.step % checkpoint_every == 0
                 # Read once a step. A signal after this line ends the run after the next step.
                 stopped = processes.any(bool(received))
-                last = self.step >= config.steps or stopped
+                last = self.finished or stopped
                 if due or last or self.step % config.log_every == 0:
                     loss = self._check_loss(processes.mean(float(total) / (self.step - since)))
-                    bar.set_postfix(loss=f"{loss:.4g}")
-                    values = {"loss": loss, "lr": config.learning_rate_at(self.step - 1)}
+                    steps = {} if config.steps else {"step": self.step}
+                    bar.set_postfix(steps | {"loss": f"{loss:.4g}"})
+                    values = {"loss": loss, "lr": self._optimizer.param_groups[0]["lr"]}
                     with self._save_on_error():
-                        log.write(self.step, values | {"seconds": time.perf_counter() - started})
+                        log.write(self.step, values | {"seconds": clock.seconds})
                     total, since = torch.zeros_like(total), self.step
                 if due or last:
                     self.save()
@@ -295,8 +364,12 @@ class Trainer:
     @property
     def _evaluation_due(self) -> bool:
         every = self.config.evaluate_every
-        ends = self.step >= self.config.steps
-        return every > 0 and self.step > 0 and (ends or self.step % every == 0)
+        if not self.config.evaluates or self.step == 0:
+            return False
+        due = every is not None and self.step % every == 0
+        if self.config.minutes is None:
+            return due or self.finished
+        return self._time.evaluates(due=due, last=self.finished)
 
     @property
     def lacks_evaluation(self) -> bool:
@@ -313,10 +386,12 @@ class Trainer:
             starts with the evaluation.
         """
         if not self._evaluation_due:
+            if self.finished and self.config.minutes is not None:
+                self._warn_of_evaluation_left_out()
             return False
         if self.evaluate is not None and self.lacks_evaluation:
             bar.set_description("evaluation")  # which may take a minute
-            with self._save_on_error():
+            with self._save_on_error(), self._time.evaluating():
                 metrics = received.call(partial(self.evaluate, self.step, self.averaged))
                 if metrics is not None:
                     log.write(self.step, metrics, "evaluations")
@@ -325,6 +400,25 @@ class Trainer:
         if stopped and self.saved_step != self.step:
             self.save()
         return stopped
+
+    def _warn_of_evaluation_left_out(self) -> None:
+        asked = self.config.evaluates and self.evaluate is not None and self._processes.leads
+        if asked and (self.folder is None or not is_evaluated(self.folder, self.step)):
+            warnings.warn(
+                f"the last evaluation is left out, as {self.config.minutes:g} minutes leave no "
+                "time for it; pfgm evaluate measures the network.",
+                stacklevel=2,
+            )
+
+    def _progress_bar(self) -> Any:
+        """A bar over the steps or the seconds. The time left is from the average of the run."""
+        config, disabled = self.config, not (self.progress and self._processes.leads)
+        if config.steps is None:
+            length: dict[str, Any] = {"total": self._time.budget, "initial": self._time.seconds}
+            length["bar_format"] = _TIME_BAR
+        else:
+            length = {"total": config.steps, "initial": self.step, "unit": "step"}
+        return progress_bar(**length, desc="training", smoothing=0, disable=disabled)
 
     @contextmanager
     def _save_on_error(self) -> Iterator[None]:
@@ -354,6 +448,7 @@ class Trainer:
             "network": plain_state(self.network),
             "optimizer": self._optimizer.state_dict(),
             "threads": torch.get_num_threads(),
+            "time": self._time.state(),
         }
         with locked(self.folder):
             try:
@@ -416,6 +511,9 @@ class Trainer:
             raise ValueError(f"{self.folder} holds a run of another network: {reason}") from error
         self.config = config
         self.step = self.saved_step = state["step"]
+        self._time = TimeUsed(config.minutes, self._processes, self._clock)
+        if "time" in state:
+            self._time.load(state["time"], settings.get("minutes"))
         self._saved_threads = state.get("threads")
         self._known_latest = latest
         return self.step
@@ -423,7 +521,7 @@ class Trainer:
     def _train_step(self) -> Tensor:
         config, step = self.config, self.step
         for group in self._optimizer.param_groups:
-            group["lr"] = config.learning_rate_at(step)
+            group["lr"] = config.learning_rate_at(step, self._time.share)
         loss = self._gradients(self._wrapped)
         nn.utils.clip_grad_norm_(self.network.parameters(), config.clip)
         with self._device:  # Adam counts its steps in tensors on the default device
@@ -434,8 +532,9 @@ class Trainer:
         self._diverged_step = torch.where(first_bad, step + 1, self._diverged_step)
         return loss
 
-    def _gradients(self, network: Callable[..., Any]) -> Tensor:
+    def _gradients(self, network: Callable[..., Any], precision: Precision | None = None) -> Tensor:
         """Adds the gradients of the next step to those of the network, and returns its loss."""
+        bfloat16 = (precision or self.config.precision) == "bfloat16"
         step, rank = self.step, self._processes.rank
         batch = self._batches.at(step)
         generator = torch.Generator(self._device).manual_seed(self._noise_seed(step))
@@ -445,7 +544,7 @@ class Trainer:
         with torch.random.fork_rng(devices, device_type=kind):
             # Dropout takes no generator, so it uses the global one.
             torch.manual_seed(seed_of(self.config.seed, step, 1, *([rank] if rank else [])))
-            return self._backward(network, batch, generator)
+            return self._backward(network, batch, generator, bfloat16)
 
     @torch.no_grad()
     def _update_average(self) -> None:
@@ -474,7 +573,11 @@ class Trainer:
         return seed_of(self.config.seed, step, 0, *([rank] if rank else []))
 
     def _backward(
-        self, network: Callable[..., Any], batch: Batch, generator: torch.Generator
+        self,
+        network: Callable[..., Any],
+        batch: Batch,
+        generator: torch.Generator,
+        bfloat16: bool = False,
     ) -> Tensor:
         """Accumulates the gradients of a batch, part by part, and returns its loss."""
         parts, total = self.config.accumulate, torch.zeros((), device=self._device)
@@ -484,7 +587,6 @@ class Trainer:
             rows = slice(k * size, (k + 1) * size)
             # The processes average their gradients once, after the last part.
             sync = nullcontext() if shared is None or k + 1 == parts else shared.no_sync()
-            bfloat16 = self.config.precision == "bfloat16"
             autocast = torch.autocast(self._device.type, dtype=torch.bfloat16, enabled=bfloat16)
             with sync, autocast:
                 labels = None if batch.labels is None else batch.labels[rows]

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from ..common.files import StrPath
 from ..common.old_names import with_present_names
 from ..common.tensor_files import read_tensors, write_tensors
+from ..common.values import check_finite
 from ..common.wrappers import plain_name, without_wrappers
 from ..data.tables import Table
 from ..flows.flow import Flow
@@ -53,7 +54,6 @@ def write_weights(
 
     Of a network that FSDP shards, all processes must write it, and the first one does.
     """
-    check_savable(flow, network)
     network = network_to_save(network)
     if label_names and label_count(network) not in (0, len(label_names)):
         raise ValueError(
@@ -113,10 +113,8 @@ def _check_finite(network: nn.Module, state: Mapping[str, Tensor]) -> None:
     for name, weight in state.items():
         values = weight.detach()
         values = values.float() if values.dtype.itemsize == 1 else values  # float8
-        if name not in buffers and not bool(values.isfinite().all()):
-            raise ValueError(
-                f"the weights of network must be finite, got a value in {name} that is not."
-            )
+        if name not in buffers:
+            check_finite(f"{name} of network", values.flatten())
 
 
 def read_weights(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:

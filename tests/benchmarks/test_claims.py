@@ -132,74 +132,55 @@ class Predicts(torch.nn.Module):
 
 
 @pytest.mark.parametrize("method", ["VE", "VP"])
-def test_a_score_model_that_knows_the_noise_finds_the_data(method):
-    flow = flow_of(method)
-    network = methods.Score(method, Predicts(method))
-    x = torch.randn(3, 1, 8, 8)
-    sigma = torch.tensor([0.05, 1.0, 10.0])
+def test_score_models(method):
+    """One that knows the noise finds the data; returned points err by the noise, by N = 64."""
+    flow, network = flow_of(method), methods.Score(method, Predicts(method))
+    x, sigma = torch.randn(3, 1, 8, 8), torch.tensor([0.05, 1.0, 10.0])
     mean = network(sigma.view(-1, 1, 1, 1) * x, sigma)
     torch.testing.assert_close(mean, torch.zeros_like(mean), atol=1e-5, rtol=0)
-    loss = methods.loss_of(method, flow)
+    loss, zeros = methods.loss_of(method, flow), torch.zeros(4096, 1, 8, 8)
     generator = torch.Generator().manual_seed(0)
-    assert float(loss(network, torch.zeros(64, 1, 8, 8), None, generator)) < 1e-6
+    assert float(loss(network, zeros, None, generator)) < 1e-6
+    assert float(loss(lambda x, sigma: x, zeros, None, generator)) == pytest.approx(64, rel=0.01)
 
 
-@pytest.mark.parametrize("method", ["VE", "VP"])
-def test_the_loss_of_a_score_model_is_the_squared_error_in_units_of_noise(method):
-    """A denoiser that returns its points errs by the noise: N = 64 on average."""
-    loss = methods.loss_of(method, flow_of(method))
-    generator = torch.Generator().manual_seed(0)
-    value = float(loss(lambda x, sigma: x, torch.zeros(4096, 1, 8, 8), None, generator))
-    assert value == pytest.approx(64, rel=0.01)
-
-
-def test_levels_of_vp_are_those_of_the_chain():
-    diffusers = pytest.importorskip("diffusers")
-    kept = diffusers.DDPMScheduler(1000).alphas_cumprod.double()
-    chain = (1 / kept - 1).sqrt()
-    t = torch.arange(1, 1001, dtype=torch.float64) / 1000
-    torch.testing.assert_close(methods.vp_sigma(t)[9:], chain[9:], rtol=0.05, atol=0)
-    flow = flow_of("VP")
-    assert flow.first_level == pytest.approx(152, rel=0.01)  # EDM, section C.3.1
-    assert flow.last_level == pytest.approx(float(chain[0]), rel=0.06)
-
-
-def test_ve_starts_where_data_are_far_apart():
-    flat = pfgm.data.digits().train.flatten(1)
-    farthest = max(float((flat - row).norm(dim=1).max()) for row in flat)
-    assert flow_of("VE").first_level == pytest.approx(farthest, rel=1e-5)
-
-
-def test_levels_of_training():
+def test_levels():
     """VE's are uniform in log σ from the last level to the first, VP's those of a uniform t."""
     flow, u = flow_of("VE"), torch.tensor([0.0, 0.5, 1.0], dtype=torch.float64)
+    flat = pfgm.data.digits().train.flatten(1)
+    farthest = max(float((flat - row).norm(dim=1).max()) for row in flat)
+    assert flow.first_level == pytest.approx(farthest, rel=1e-5)
     levels = methods.trained_level("VE", flow, u)
     middle = math.sqrt(flow.first_level * flow.last_level)
     assert levels.tolist() == pytest.approx([flow.last_level, middle, flow.first_level])
-    levels = methods.trained_level("VP", flow_of("VP"), u)
+    flow = flow_of("VP")
+    levels = methods.trained_level("VP", flow, u)
     # ∫ β dt up to t = ½ of β = 0.1 + 19.9 t.
     middle = math.sqrt(math.expm1(0.1 * 0.5 + 19.9 * 0.5**2 / 2))
-    assert levels[1:].tolist() == pytest.approx([middle, flow_of("VP").first_level], rel=1e-4)
+    assert levels[1:].tolist() == pytest.approx([middle, flow.first_level], rel=1e-4)
     assert float(levels[0]) == pytest.approx(1e-3, rel=0.01)  # √(β_min ε) at ε = 1e-5
-
-
-def test_pfgmpp_may_start_where_pfgm_does():
+    assert flow.first_level == pytest.approx(152, rel=0.01)  # EDM, section C.3.1
+    t = torch.arange(1, 1001, dtype=torch.float64) / 1000
+    beta = torch.linspace(1e-4, 0.02, 1000, dtype=torch.float64)  # DDPM's chain
+    chain = (1 / (1 - beta).cumprod(0) - 1).sqrt()
+    torch.testing.assert_close(methods.vp_sigma(t)[9:], chain[9:], rtol=0.05, atol=0)
+    assert flow.last_level == pytest.approx(float(chain[0]), rel=0.06)
     flow = methods.from_pfgm_level(flow_of("PFGM++ 128"), MINIATURE)
     assert flow.first_level == flow_of("PFGM").first_level < flow_of("PFGM++ 128").first_level
     assert flow.D == 128
 
 
-def test_methods_differ_in_all_but_the_backbone():
-    networks = []
-    for method in MINIATURE.methods:
-        spec = methods.spec_of(MINIATURE, method, 0)
-        network = methods.network_of(spec, MINIATURE, flow_of(method))
-        networks.append(list(network.parameters()))
-    for parameters in networks[1:]:
-        assert all(torch.equal(a, b) for a, b in zip(parameters, networks[0], strict=True))
-
-
 def test_training_runs_once_and_continues_after_a_stop(tmp_path):
+    first, *others = (
+        [
+            *methods.network_of(
+                methods.spec_of(MINIATURE, name, 0), MINIATURE, flow_of(name)
+            ).parameters()
+        ]
+        for name in MINIATURE.methods
+    )  # which share the backbone
+    for parameters in others:
+        assert all(torch.equal(a, b) for a, b in zip(parameters, first, strict=True))
     spec = methods.spec_of(MINIATURE, "EDM", 0)
     methods.train(spec, MINIATURE, tmp_path / "whole")
     run = methods.run_of(tmp_path / "whole", spec)
@@ -250,7 +231,7 @@ def test_peers_draw_the_data_of_an_exact_network(name):
     images = pfgm.data.digits().train[:4]
     flow = flow_of(method)
     network = Counted(flow, images)
-    loaded = pfgm.training.checkpoint.Loaded(flow, network)
+    loaded = pfgm.training.model_files.Loaded(flow, network)
     samples, nfe = peers.draw(sampler, loaded, 24, 100, seed=0, batch=24)
     assert network.calls == nfe
     distance = pfgm.metrics.nearest_distance(samples, images)
@@ -276,20 +257,17 @@ def test_uniform_levels(method, steps):
     assert step_size.levels(flow, "rho", steps) == flow.grid(steps, "rho")
 
 
-@pytest.mark.parametrize("bits", [8, 3])
-def test_quantised_weights(bits):
-    layer = torch.nn.Sequential(torch.nn.Conv2d(3, 5, 3), torch.nn.Linear(50, 4))
-    before = [part.weight.detach().clone() for part in layer]
-    dimensions.quantise(layer, bits)
-    for part, exact in zip(layer, before, strict=True):
-        for row, old in zip(part.weight.detach().flatten(1), exact.flatten(1), strict=True):
-            scale = float(old.abs().max()) / (2 ** (bits - 1) - 1)
-            assert float((row - old).abs().max()) <= 0.5001 * scale
-            assert len(row.unique()) <= 2**bits - 1
-            torch.testing.assert_close(row.abs().max(), old.abs().max())
-
-
-def test_noise_on_the_output():
+def test_quantised_weights_and_noise_on_the_output():
+    for bits in (8, 3):
+        layer = torch.nn.Sequential(torch.nn.Conv2d(3, 5, 3), torch.nn.Linear(50, 4))
+        before = [part.weight.detach().clone() for part in layer]
+        dimensions.quantise(layer, bits)
+        for part, exact in zip(layer, before, strict=True):
+            for row, old in zip(part.weight.detach().flatten(1), exact.flatten(1), strict=True):
+                scale = float(old.abs().max()) / (2 ** (bits - 1) - 1)
+                assert float((row - old).abs().max()) <= 0.5001 * scale
+                assert len(row.unique()) <= 2**bits - 1
+                torch.testing.assert_close(row.abs().max(), old.abs().max())
     noisy = dimensions.Noisy(lambda x, noise: x, 0.3, torch.Generator().manual_seed(0))
     output = noisy(torch.full((100, 1, 8, 8), 2.0), torch.zeros(100))
     assert float(output.mean()) == pytest.approx(2, abs=0.01)
@@ -327,16 +305,15 @@ def test_bits_of_a_gaussian_are_its_entropy_on_its_own_data(folder):
     assert row["bits_per_dim"] == pytest.approx(nats / (N * math.log(2)) + math.log2(17 / 2))
 
 
-def test_means_and_ratios(tmp_path):
-    figures = {(1, 0): 2.0, (1, 1): 4.0, (2, 0): 1.0, (2, 1): 1.0}
-    rows = [{"D": D, "seed": seed, "f": f} for (D, seed), f in figures.items()]
+def test_ratios(tmp_path):
+    rows = [
+        {"D": D, "seed": n, "f": f}
+        for D, n, f in ((1, 0, 2.0), (1, 1, 4.0), (2, 0, 1.0), (2, 1, 1.0))
+    ]
     ratios = row_tools.relative(rows, ["f"], ["seed"], lambda row: row["D"] == 2)
-    assert [row["f"] for row in ratios] == [2, 4, 1, 1]
     means = row_tools.over_seeds(ratios, ["D"], ["f"])
-    assert means[0] == {"D": 1, "f": 3, "f_spread": pytest.approx(math.sqrt(2))}
     row_tools.write_csv(tmp_path / "f.csv", means)
-    expected = "D,f,f_spread\n1,3,1.41421\n2,1,0\n"
-    assert (tmp_path / "f.csv").read_text() == expected
+    assert (tmp_path / "f.csv").read_text() == "D,f,f_spread\n1,3,1.41421\n2,1,0\n"
 
 
 def test_needed_evaluations():
@@ -385,48 +362,6 @@ def test_pictures_are_saved_with_their_data(tmp_path):
     pictures.bars(values, "method", "network", "f", tmp_path / "b.png", "f", "t")
     assert [row["value"] for row in rows_of(tmp_path / "b.csv")] == ["1", "2", "1.5"]
     assert (tmp_path / "b.png").exists()
-
-
-def counted(preset, folder, spec, value):
-    with (folder / "calls").open("a") as file:
-        file.write(f"{value}\n")
-    if value == "bad" and not (folder / "mended").exists():
-        raise RuntimeError("it is bad")
-    return {}
-
-
-def test_stored_measurements_are_not_repeated(tmp_path):
-    chosen = [
-        jobs.Job("table", counted, {"value": "a"}, cost=3),
-        jobs.Job("table", counted, {"value": "bad"}, cost=2),
-        jobs.Job("times", counted, {"value": "b"}, alone=True),
-    ]
-    with pytest.raises(RuntimeError, match="it is bad"):
-        jobs.measured_tables(chosen, MINIATURE, tmp_path, title="t", workers=1)
-    (tmp_path / "mended").touch()
-    for _ in range(2):
-        tables = jobs.measured_tables(chosen, MINIATURE, tmp_path, title="t", workers=1)
-    assert tables == {"table": [{"value": "a"}, {"value": "bad"}], "times": [{"value": "b"}]}
-    calls = (tmp_path / "calls").read_text().split()
-    assert (calls.count("a"), calls.count("bad"), calls.count("b")) == (1, 2, 2)
-
-
-def test_a_folder_refuses_other_settings(tmp_path):
-    examine.keep_preset(MINIATURE, tmp_path)
-    examine.keep_preset(MINIATURE, tmp_path)
-    with pytest.raises(ValueError, match="other settings"):
-        examine.keep_preset(dataclasses.replace(MINIATURE, steps=5), tmp_path)
-
-
-def test_figures_tell_good_samples_from_bad(folder):
-    data = measures.data_of(MINIATURE)
-    preset = dataclasses.replace(MINIATURE, samples=300)
-    good = measures.figures_of(data.train[:300], preset, folder)
-    bad = measures.figures_of(0.7 * data.train[:300], preset, folder)
-    assert set(good) == set(measures.FIGURES)
-    for space in ("pixels", "features"):
-        assert good[f"frechet_{space}"] < bad[f"frechet_{space}"]
-        assert good[f"precision_{space}"] > bad[f"precision_{space}"]
 
 
 def test_the_classifier_learns_once(tmp_path):
@@ -495,33 +430,56 @@ def test_a_run_that_is_stopped_leaves_checkpoints_and_no_processes(tmp_path):
     pytest.fail("a process was left")
 
 
-@pytest.mark.parametrize(
-    ("arguments", "status", "said"),
-    [
-        (["--help"], 0, "usage: python -m benchmarks.claims"),
-        (["--only", "fid"], 2, "invalid choice: 'fid'"),
-        (["--workers", "0"], 2, "--workers must be at least 1, got 0."),
-        (["--data", "no-such.npz"], 2, "error: no-such.npz does not exist."),
-    ],
-)
-def test_the_command_says_what_it_allows(tmp_path, capsys, arguments, status, said):
-    try:
-        code = command_line.main(["--out", str(tmp_path), *arguments])
-    except SystemExit as ended:  # of argparse
-        code = ended.code
-    assert code == status
-    shown = capsys.readouterr()
-    assert said in shown.out + shown.err
+def test_the_command_says_what_it_allows(tmp_path, capsys, monkeypatch):
+    def says(status, said, *arguments, out=tmp_path / "out"):
+        try:
+            code = command_line.main(["--out", str(out), *arguments])
+        except SystemExit as ended:  # of argparse
+            code = ended.code
+        assert code == status
+        shown = capsys.readouterr()
+        assert said in shown.out + shown.err
 
-
-def test_missing_packages_are_reported_before_training(tmp_path, monkeypatch, capsys):
-    find_spec = importlib.util.find_spec
-    monkeypatch.setattr(
-        importlib.util, "find_spec", lambda name: None if name == "diffusers" else find_spec(name)
-    )
-    assert command_line.main(["--out", str(tmp_path / "out")]) == 2
-    assert "error: diffusers is not installed" in capsys.readouterr().err
+    says(0, "usage: python -m benchmarks.claims", "--help")
+    says(2, "invalid choice: 'fid'", "--only", "fid")
+    says(2, "--workers must be at least 1, got 0.", "--workers", "0")
+    says(2, "error: no-such.npz does not exist.", "--data", "no-such.npz")
+    for _ in range(2):
+        examine.keep_preset(MINIATURE, tmp_path)
+    says(2, "other settings", out=tmp_path)
+    find = importlib.util.find_spec
+    absent = lambda name: None if name == "diffusers" else find(name)  # noqa: E731
+    monkeypatch.setattr(importlib.util, "find_spec", absent)
+    says(2, "error: diffusers is not installed")
     assert not (tmp_path / "out").exists()
+    monkeypatch.setattr(command_line, "prepare", lambda *_: sys.exit())
+    for chosen, expected in (("", "native"), ("torch", "torch")):  # a named backend is kept
+        monkeypatch.setenv("PFGM_BACKEND", chosen)
+        with pytest.raises(SystemExit):
+            command_line.run(SimpleNamespace(workers=1), MINIATURE, tmp_path)
+        assert os.environ["PFGM_BACKEND"] == expected
+
+
+def test_stored_measurements_are_not_repeated(tmp_path):
+    calls = []
+
+    def measure(preset, folder, spec, value):
+        calls.append(value)
+        if value == "bad" and calls.count("bad") == 1:
+            raise RuntimeError("it is bad")
+        return {}
+
+    chosen = [
+        jobs.Job("table", measure, {"value": "a"}, cost=3),
+        jobs.Job("table", measure, {"value": "bad"}, cost=2),
+        jobs.Job("times", measure, {"value": "b"}, alone=True),
+    ]
+    with pytest.raises(RuntimeError, match="it is bad"):
+        jobs.measured_tables(chosen, MINIATURE, tmp_path, title="t", workers=1)
+    for _ in range(2):
+        tables = jobs.measured_tables(chosen, MINIATURE, tmp_path, title="t", workers=1)
+    assert tables == {"table": [{"value": "a"}, {"value": "bad"}], "times": [{"value": "b"}]}
+    assert calls == ["a", "bad", "bad", "b", "b"]
 
 
 def test_figures_are_reproducible(folder, tmp_path):
@@ -559,10 +517,14 @@ def test_bytes_are_data_too(tmp_path):
     assert torch.equal(levels, rows["images"].float())
 
 
-def test_samples_that_are_not_finite_have_no_figures(folder):
-    samples = measures.data_of(MINIATURE).train[:32].clone()
-    samples[3, 0, 0, 0] = math.inf
-    assert all(math.isnan(v) for v in measures.figures_of(samples, MINIATURE, folder).values())
+def test_figures_tell_good_samples_from_bad(folder):
+    preset, samples = dataclasses.replace(MINIATURE, samples=300), measures.data_of(MINIATURE).train
+    good, bad = (measures.figures_of(s * samples[:300], preset, folder) for s in (1, 0.7))
+    for space in ("pixels", "features"):
+        assert good[f"frechet_{space}"] < bad[f"frechet_{space}"]
+        assert good[f"precision_{space}"] > bad[f"precision_{space}"]
+    lost = measures.figures_of(samples[:300] / 0, preset, folder)
+    assert [*map(math.isnan, lost.values())] == [True] * 6
 
 
 @pytest.mark.parametrize(
@@ -586,13 +548,3 @@ def test_published_figures_are_complete(place, preset, seeds, name):
         assert rows_of(path.with_suffix(".csv"))
     numbers = {row["seed"] for row in rows_of(folder / f"{name}-seeds.csv")}
     assert numbers == {str(seed) for seed in range(seeds)}
-
-
-@pytest.mark.parametrize(("chosen", "expected"), [("", "native"), ("torch", "torch")])
-def test_claims_name_their_backend(monkeypatch, tmp_path, chosen, expected):
-    """As studies do; a backend that is named is kept."""
-    monkeypatch.setenv("PFGM_BACKEND", chosen)
-    monkeypatch.setattr(command_line, "prepare", lambda *_: sys.exit())
-    with pytest.raises(SystemExit):
-        command_line.run(SimpleNamespace(workers=1), MINIATURE, tmp_path)
-    assert os.environ["PFGM_BACKEND"] == expected

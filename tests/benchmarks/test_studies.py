@@ -25,28 +25,21 @@ def results(monkeypatch, tmp_path):
     return tmp_path
 
 
-@pytest.mark.parametrize("name", STUDIES)
-def test_a_study_names_its_backend_and_has_rows_of_its_settings(monkeypatch, name):
-    monkeypatch.setenv("PFGM_BACKEND", "")
-    monkeypatch.setattr(sys, "argv", [name, "--help"])
-    module = importlib.import_module(f"benchmarks.studies.{name}")
-    with pytest.raises(SystemExit):
-        study.run(module.STUDY, module.__doc__)
-    assert os.environ["PFGM_BACKEND"] == "native"
-    assert module.STUDY.name == name
-
-
 OPTIONS = {"fitted_levels": ["digits-pfgm", "--model", "none", "--steps", "5"]}
 
 
-@pytest.mark.parametrize("name", sorted(set(STUDIES) - {"flows"}))
+@pytest.mark.parametrize("name", STUDIES)
 def test_stored_rows_are_those_of_the_settings(monkeypatch, capsys, name):
-    """So that nothing is measured, and all are shown."""
+    """So that nothing is measured, and all are shown; "flows" also has rates that were not best."""
     module = importlib.import_module(f"benchmarks.studies.{name}")
     monkeypatch.setattr(sys, "argv", [name, *OPTIONS.get(name, [])])
+    monkeypatch.setenv("PFGM_BACKEND", "")
     monkeypatch.setattr(machine, "RESULTS", None)
+    threads = torch.get_num_threads()
     study.run(module.STUDY, module.__doc__)
+    torch.set_num_threads(threads)
     assert capsys.readouterr().out.startswith("| ")
+    assert (os.environ["PFGM_BACKEND"], module.STUDY.name) == ("native", name)
 
 
 def test_rows_are_measured_once_and_survive_a_failure(results):

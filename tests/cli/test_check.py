@@ -36,7 +36,7 @@ def test_check_prints_a_table_and_fails_if_a_row_did(monkeypatch, capsys, tmp_pa
 def test_commands_check_nothing(monkeypatch, tmp_path):
     """Whatever computes there."""
     monkeypatch.setattr(backends, "check", None)
-    arguments = ["sample", "--pretrained", "digits", "--n", "2", "--steps", "2"]
+    arguments = ["sample", "digits", "--n", "2", "--steps", "2"]
     assert cli.main([*arguments, "--out", str(tmp_path / "a.npy")]) == 0
 
 

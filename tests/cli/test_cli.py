@@ -1,12 +1,14 @@
 import json
 import os
 import re
+import shlex
 import shutil
 import signal
 import socket
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -45,7 +47,7 @@ def command(*arguments, **options):
 def test_samples_as_an_array_and_as_a_picture(run, tmp_path, capsys):
     weights = run / "step-00000012.safetensors"
     for out in ("a.npy", "b.npy", "c.png"):
-        arguments = ["sample", "--checkpoint", str(weights), "--n", "5", "--steps", "3"]
+        arguments = ["sample", str(weights), "--n", "5", "--steps", "3"]
         assert cli.main([*arguments, "--out", str(tmp_path / "new" / out)]) == 0
         assert capsys.readouterr().out.strip() == str(tmp_path / "new" / out)
     a, b = (np.load(tmp_path / "new" / name) for name in ("a.npy", "b.npy"))
@@ -55,12 +57,32 @@ def test_samples_as_an_array_and_as_a_picture(run, tmp_path, capsys):
     assert (tmp_path / "new" / "c.png").read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
 
 
-def test_one_network_is_asked_for(run, tmp_path, refusal):
-    sample = ["sample", "--n", "4", "--out", tmp_path / "none.npy"]
-    for extra in ([], ["--pretrained", "digits", "--checkpoint", run]):
-        message = "one of --checkpoint PATH and --pretrained NAME must be given, got"
-        assert message in refusal(*sample, *extra)
-    assert not (tmp_path / "none.npy").exists()
+def test_the_error_for_an_option_of_a_model_shows_the_line_to_type(tmp_path, monkeypatch, refusal):
+    monkeypatch.chdir(tmp_path)
+    for line, instead in (
+        ("sample --checkpoint runs/a --n 4 -o x.npy", "sample runs/a --n 4 -o x.npy"),
+        ("sample -o 'my x.npy' --checkpoint=runs/a", "sample runs/a -o 'my x.npy'"),
+        ("sample -o x.npy --pretrained digits", "sample digits -o x.npy"),
+        ("sample -o x.npy --checkpoint digits", "sample ./digits -o x.npy"),
+        ("evaluate --label 1 2 --pretrained", "evaluate MODEL --label 1 2"),
+        ("evaluate --checkpoint '' -o e", "evaluate MODEL -o e"),
+    ):
+        old = "--checkpoint" if "--checkpoint" in line else "--pretrained"
+        message = f"there is no option {old}; type: pfgm {instead}"
+        assert refusal(*shlex.split(line)) == f"pfgm: error: {message}"
+    assert not list(tmp_path.iterdir())
+
+
+def test_one_model_is_asked_for(run, tmp_path, monkeypatch, refusal):
+    monkeypatch.chdir(tmp_path)
+    Path("digits").symlink_to(run)
+    for arguments in (["sample", "digits"], ["train", "--init", "digits"], ["evaluate", "digits"]):
+        assert "write ./digits for the path, or rename it." in refusal(*arguments, "-o", "x.npy")
+    assert cli.main(["sample", "./digits", "-n", "3", "--steps", "2", "-o", "x.npy"]) == 0
+    assert np.load("x.npy").shape == (3, *pfgm.load(run).flow.shape)
+    for given, extra in (("neither", []), ("both", ["./digits", "--samples", "x.npy"])):
+        message = f"one of a model and --samples must be given, got {given}."
+        assert message in refusal("evaluate", "-o", "e", *extra)
 
 
 @pytest.mark.parametrize(
@@ -76,9 +98,9 @@ def test_one_network_is_asked_for(run, tmp_path, refusal):
 )
 def test_the_labels_of_samples(tmp_path, name, option, labels):
     out = tmp_path / "x.npy"
-    arguments = ["sample", "--pretrained", name, "--n", "12", "--steps", "2", *option]
+    arguments = ["sample", name, "--n", "12", "--steps", "2", *option]
     assert cli.main([*arguments, "--out", str(out)]) == 0
-    flow, net = pfgm.load_pretrained(name)
+    flow, net = pfgm.load(name)
     start = flow.prior(12, generator=torch.Generator().manual_seed(0))
     condition = None if labels is None else {"labels": torch.tensor(labels)}
     samples = flow.sample(net, 12, steps=2, x_init=start, condition=condition)
@@ -90,7 +112,7 @@ def test_a_picture_has_columns_for_each_label(tmp_path, monkeypatch):
     drawn = []
     monkeypatch.setattr(pfgm.plotting, "image_grid", lambda *_, **options: drawn.append(options))
     for options in ([], ["--label", "bag", "1"], ["--label", "7"], ["--label", "none"]):
-        arguments = ["sample", "--pretrained", "fashion-mnist", "--n", "12", "--steps", "1"]
+        arguments = ["sample", "fashion-mnist", "--n", "12", "--steps", "1"]
         assert cli.main([*arguments, *options, "--out", str(tmp_path / "x.png")]) == 0
     classes = list(pfgm.pretrained.PRETRAINED["fashion-mnist"].classes)
     two = {"columns": 4, "header": ["bag", "trouser", "bag", "trouser"]}
@@ -101,10 +123,10 @@ def test_an_animation_of_samples(tmp_path, monkeypatch, refusal):
     drawn = []
     monkeypatch.setattr(pfgm.plotting, "animation", lambda *values, **_: drawn.append(values))
     gif, out = tmp_path / "a" / "x.gif", tmp_path / "x.npy"
-    sample = ["sample", "--pretrained", "digits", "--steps", "3", "--out", out, "--animate"]
+    sample = ["sample", "digits", "--steps", "3", "--out", out, "--animate"]
     assert cli.main([*map(str, sample), str(gif), "--n", "4"]) == 0
     ((frames, titles, path),) = drawn
-    flow = pfgm.load_pretrained("digits").flow
+    flow = pfgm.load("digits").flow
     start = flow.prior(4, generator=torch.Generator().manual_seed(0))
     assert path == gif
     assert torch.equal(frames[0], start)
@@ -140,7 +162,7 @@ def test_the_command_samples_as_python_does(tmp_path):
 def test_the_batch_size_and_the_seed_of_sampling(run, tmp_path):
     def sample(name, *options):
         out = tmp_path / name
-        arguments = ["sample", "--checkpoint", str(run), "--n", "6", "--steps", "2"]
+        arguments = ["sample", str(run), "--n", "6", "--steps", "2"]
         assert cli.main([*arguments, "--out", str(out), *options]) == 0
         return np.load(out)
 
@@ -166,11 +188,11 @@ def test_signals_from_a_file_to_samples(tmp_path):
     _, network = pfgm.load(out)
     assert any(isinstance(part, torch.nn.Conv1d) for part in network.modules())
     path = tmp_path / "samples.npy"
-    assert cli.main(["sample", "--checkpoint", out, "--n", "5", "--out", str(path)]) == 0
+    assert cli.main(["sample", out, "--n", "5", "--out", str(path)]) == 0
     samples = np.load(path)
     assert samples.shape == (5, 2, 16)
     assert np.isfinite(samples).all()
-    evaluate = ["evaluate", "--checkpoint", out, "--n", "20", "--out", str(tmp_path / "e")]
+    evaluate = ["evaluate", out, "--n", "20", "--out", str(tmp_path / "e")]
     assert cli.main(evaluate) == 0
 
 
@@ -197,7 +219,7 @@ def test_a_table_comes_back_with_its_columns(tmp_path, refusal, capsys):
         run = str(tmp_path / name)
         assert cli.main([*train, *options, "--samples", "20", "--out", run]) == 0
         assert " after standardising the columns, " in "".join(capsys.readouterr())
-        assert cli.main([*sample, "--checkpoint", run, *label]) == 0
+        assert cli.main([*sample, run, *label]) == 0
         drawn = pandas.read_csv(rows)
         assert list(drawn) == list(frame)
         assert set(drawn["label"]) <= {"old", "new"}
@@ -206,7 +228,7 @@ def test_a_table_comes_back_with_its_columns(tmp_path, refusal, capsys):
         if label:
             assert set(map(str, drawn["label" if name == "labels" else "rooms"])) == {label[1]}
         evaluate = ["evaluate", "--n", "40", "--out", str(tmp_path / "e")]
-        assert cli.main([*evaluate, "--checkpoint", run]) == 0
+        assert cli.main([*evaluate, run]) == 0
     assert cli.main([*evaluate, "--samples", str(rows), "--data", str(table)]) == 0
     assert cli.main(["train", "--out", out, "--resume", "--steps", "14"]) == 0
     # The columns of the checkpoint, not those of other data, decide what is inside.
@@ -216,19 +238,19 @@ def test_a_table_comes_back_with_its_columns(tmp_path, refusal, capsys):
     tables = [pfgm.load(each).table for each in (out, tmp_path / "more")]
     assert tables[0] == tables[1]
     for label in ("older", "2", "-1", "1.5"):
-        message = refusal(*sample, "--checkpoint", tmp_path / "labels", f"--label={label}")
+        message = refusal(*sample, tmp_path / "labels", f"--label={label}")
         assert "labels holds 2" in message or " or new, old, got " in message
     # The names 1 to 4 are meant, not the numbers 0 to 3 of these labels.
-    message = refusal(*sample, "--checkpoint", tmp_path / "named", "--label=0")
+    message = refusal(*sample, tmp_path / "named", "--label=0")
     assert "label must be one of the network's labels, 1, 2, 3, 4, got 0." in message
-    assert "out must end in .csv" in refusal(*sample[:3], "--checkpoint", out, "--out", "x.npy")
+    assert "out must end in .csv" in refusal(*sample[:3], out, "--out", "x.npy")
     np.save(tmp_path / "x.npy", np.zeros((40, 3), np.float32))
     samples = ["--samples", tmp_path / "x.npy", "--data", table]
     assert "samples must be a .csv file" in refusal(*evaluate, *samples)
     assert "data must be a .csv file too" in refusal(*evaluate, "--samples", rows)
-    assert "range and resize are not for tables" in refusal(*train, "--out", "x", "--range", 0, 1)
+    assert "range is for arrays" in refusal(*train, "--out", "x", "--range", 0, 1)
     for option in (["--drop-missing"], ["--drop-columns", "a"], ["--no-header"]):
-        assert "are for .csv files" in refusal("train", "--out", "x", *option)
+        assert "is for tables" in refusal("train", "--out", "x", *option)
 
 
 def test_a_checkpoint_is_read_once(tmp_path, monkeypatch):
@@ -246,12 +268,12 @@ def test_a_checkpoint_is_read_once(tmp_path, monkeypatch):
     monkeypatch.setattr(
         tensor_files, "verify_checksum", lambda *each: verified.append(1) or verify(*each)
     )
-    sample = ["sample", "--n", "6", "--checkpoint", run, "--out"]
+    sample = ["sample", "--n", "6", run, "--out"]
     for command in (
         [*sample, str(tmp_path / "rows.csv")],
         [*sample, str(tmp_path / "rows.csv"), "--label", "y", "--solver", "heun"],
-        ["sample", "--n", "6", "--pretrained", "digits", "--out", str(tmp_path / "x.npy")],
-        ["evaluate", "--n", "20", "--checkpoint", run, "--out", str(tmp_path / "e")],
+        ["sample", "--n", "6", "digits", "--out", str(tmp_path / "x.npy")],
+        ["evaluate", "--n", "20", run, "--out", str(tmp_path / "e")],
         [*train, "--init", run, "--out", str(tmp_path / "more")],
     ):
         opened.clear()
@@ -274,7 +296,7 @@ def test_photographs_of_many_sizes(tmp_path):
     train = ["--steps", "2", "--batch-size", "4", "--reference-batch", "8"]
     assert cli.main([*arguments, "--out", out, *train]) == 0
     assert pfgm.load(out)[0].shape == (1, 6, 6)
-    evaluate = ["evaluate", "--checkpoint", out, "--n", "12", "--out", str(tmp_path / "e")]
+    evaluate = ["evaluate", out, "--n", "12", "--out", str(tmp_path / "e")]
     assert cli.main(evaluate) == 0
 
 
@@ -301,7 +323,7 @@ def test_one_sentence_for_bad_input(run, tmp_path, refusal, monkeypatch):
     blocked.write_text("a file, not a folder")
     folder.mkdir()
     pfgm.save(vectors, pfgm.PoissonFlow((3,), data_norm=2.0), pfgm.networks.MLP((3,), width=16))
-    sample, digits = ["sample", "--checkpoint", weights], ["sample", "--pretrained", "digits"]
+    sample, digits = ["sample", weights], ["sample", "digits"]
     train = ["train", "--data", "digits", *TRAIN]
     monkeypatch.setenv("PFGM_BACKEND", "abacus")
     backend = "PFGM_BACKEND must be one of native, reference, torch, triton, got 'abacus'"
@@ -315,15 +337,15 @@ def test_one_sentence_for_bad_input(run, tmp_path, refusal, monkeypatch):
         ([*sample, "--out", out, "--steps", 0], "steps must be an integer of at least 1"),
         ([*sample, "--out", out, "--label", 7], "label is 7, but the network was trained without"),
         ([*sample, "--out", out, "--guidance", 2], "guidance is 2.0, but the network was trained"),
-        ([*sample, "--out", out, "--checkpoint", ""], "checkpoint must not be empty"),
+        (["sample", "--out", out, ""], "model must be a path or a name, got an empty text"),
         ([*digits, "--label", "none", "--guidance", 2, "--out", out], "2.0, but label is none"),
         ([*digits, "--out", tmp_path / "x.csv"], "out must be a folder or end in .npy or .png for"),
         (
-            ["sample", "--checkpoint", vectors, "--out", tmp_path / "y.png"],
+            ["sample", vectors, "--out", tmp_path / "y.png"],
             "out must end in .csv or .npy, without --animate",
         ),
-        (["evaluate", "--checkpoint", weights, "--guidance", 2, "--out", out], "guidance is 2.0"),
-        (["sample", "--checkpoint", blocked, "--out", out], "not a complete safetensors file"),
+        (["evaluate", weights, "--guidance", 2, "--out", out], "guidance is 2.0"),
+        (["sample", blocked, "--out", out], "not a complete safetensors file"),
         (["train", "--out", tmp_path / "run", "--data", tmp_path / "no.npy"], "no.npy"),
         ([*train, "--out", blocked / "run"], "output folder"),
         (["demo", "--out", blocked / "demo"], "output folder"),
@@ -351,10 +373,10 @@ def test_rejected_settings_leave_no_folder(run, tmp_path, refusal):
         ([*train, "--batch-size", 5000, "--reference-batch", 5000], "least batch_size rows, 5000"),
         ([*train, "--flow", "zmax", 3], "'zmax'"),
         ([*train, "--shared"], "shared is True"),
-        ([*train, "--teacher", tmp_path / "no"], "no checkpoint"),
+        ([*train, "--teacher", tmp_path / "no"], "there is no file or folder"),
         (["demo", *out, "--steps", 0], "steps must be an integer of at least 1"),
-        (["evaluate", *out, "--checkpoint", run, "--steps", 0], "steps must be an integer"),
-        (["sample", "--out", tmp_path / "new" / "x.npy", "--checkpoint", run, "--steps", 0], "0"),
+        (["evaluate", *out, run, "--steps", 0], "steps must be an integer"),
+        (["sample", "--out", tmp_path / "new" / "x.npy", run, "--steps", 0], "0"),
     ):
         assert message in refusal(*arguments)
         assert not list(tmp_path.iterdir())
@@ -368,8 +390,8 @@ def test_pictures_without_matplotlib_are_refused_before_the_work(
     monkeypatch.setattr(pfgm.networks.UNet, "forward", None)  # a call of it is a TypeError
     out = ["--out", tmp_path / "new"]
     for arguments in (
-        ["sample", "--pretrained", "digits", "--out", tmp_path / "x.png"],
-        ["evaluate", *out, "--checkpoint", run],
+        ["sample", "digits", "--out", tmp_path / "x.png"],
+        ["evaluate", *out, run],
         ["demo", *out],
         ["train", *out, *TRAIN, "--evaluate-every", 3],
     ):
@@ -378,13 +400,13 @@ def test_pictures_without_matplotlib_are_refused_before_the_work(
 
 
 def test_one_sentence_for_impossible_amounts(run, tmp_path, refusal):
-    sample = ["sample", "--checkpoint", run, "--out", tmp_path / "x.npy"]
+    sample = ["sample", run, "--out", tmp_path / "x.npy"]
     huge = 10**30
     for n in (999_999_999_999, huge):
         assert f"{n}" in refusal(*sample, "--n", n)
     for steps in (10**12, huge):
         assert re.search(f"steps must be .*, got {steps}", refusal(*sample, "--steps", steps))
-        evaluate = ["evaluate", "--checkpoint", run, "--out", tmp_path / "e", "--curve"]
+        evaluate = ["evaluate", run, "--out", tmp_path / "e", "--curve"]
         assert "curve-steps" in refusal(*evaluate, "--curve-steps", steps)
     for seed in (huge, -huge):
         assert re.search(f"seed must be .*, got {seed}", refusal(*sample, "--seed", seed))
@@ -397,7 +419,7 @@ def test_one_sentence_for_impossible_amounts(run, tmp_path, refusal):
 
 
 def test_a_missing_gpu_is_one_calm_sentence(run, tmp_path, refusal):
-    sample = ["sample", "--checkpoint", run, "--out", tmp_path / "x.npy"]
+    sample = ["sample", run, "--out", tmp_path / "x.npy"]
     train = ["train", "--data", "digits", "--out", tmp_path / "run", *TRAIN]
     for device, usable, message in (
         ("mps", torch.backends.mps.is_available(), "torch finds no GPU of Apple"),
@@ -420,9 +442,9 @@ def test_the_help_names_values_as_a_user_types_them(capsys):
 @pytest.mark.parametrize("wrong", ["mnist", "None"])
 def test_none_is_no_choice(capsys, wrong):
     with pytest.raises(SystemExit, match="2"):
-        cli.main(["sample", "--out", "x.npy", "--pretrained", wrong])
+        cli.main(["sample", "digits", "--out", "x.npy", "--schedule", wrong])
     shown = " ".join(capsys.readouterr().err.replace("│", " ").split())
-    assert f"invalid choice '{wrong}' for argument '--pretrained'. Expected one of" in shown
+    assert f"invalid choice '{wrong}' for argument '--schedule'. Expected one of" in shown
     assert "'None'" not in shown.replace(f"choice '{wrong}'", "")
 
 
@@ -455,7 +477,7 @@ def test_the_help_shows_the_other_defaults(tmp_path, capsys):
     for part in ("Number of samples. (default: 64)", "(default: multistep)", "(default: auto)"):
         assert part in shown
     assert "By default all labels of the network. --animate" in shown
-    for part in ("(required)", "from a checkpoint, or from a network that comes", "pfgm convert"):
+    for part in ("(required)", "MODEL The folder of a run, for its newest checkpoint"):
         assert part in shown
     assert "(default: 0.9)" not in shown_help(capsys, "train")
     RunConfig(training=TrainConfig(ema=0.9)).save(tmp_path / "recipe.json")
@@ -514,7 +536,7 @@ def test_exhausted_memory_is_one_sentence(run, tmp_path, refusal, monkeypatch):
         raise raised.pop()
 
     monkeypatch.setattr(pfgm.PoissonFlow, "sample", exhausted)
-    sample = ["sample", "--checkpoint", run, "--out", tmp_path / "x.npy"]
+    sample = ["sample", run, "--out", tmp_path / "x.npy"]
     while raised:
         assert "there is not enough memory" in refusal(*sample)
     raised.append(RuntimeError("another one"))
@@ -531,7 +553,7 @@ def test_a_damaged_checkpoint_is_one_sentence_that_offers_an_older_one(tmp_path,
         content[len(content) // 2] ^= 16
         path.write_bytes(content)
         assert "continue from it with --resume-from 8" in refusal(*train, "--resume")
-    sample = ["sample", "--checkpoint", tmp_path / "run", "--out", tmp_path / "x.npy"]
+    sample = ["sample", tmp_path / "run", "--out", tmp_path / "x.npy"]
     older = weights.with_name("step-00000008.safetensors")
     assert f"The checkpoint {older} is intact" in refusal(*sample, "--steps", 2)
     consistency = [*sample, "--solver", "consistency"]
@@ -541,7 +563,7 @@ def test_a_damaged_checkpoint_is_one_sentence_that_offers_an_older_one(tmp_path,
     assert "steps must be above 8" in refusal(*train, "--resume-from", "8")
     assert (tmp_path / "run" / "log.csv").read_bytes() == log
     assert RunConfig.load(tmp_path / "run").training.steps == 12
-    sample[2] = older
+    sample[1] = older
     assert cli.main([str(argument) for argument in [*sample, "--steps", 2]]) == 0
     train[train.index("--steps") + 1] = "16"
     assert cli.main([*map(str, train), "--resume-from", "8"]) == 0
@@ -553,12 +575,12 @@ def test_a_damaged_checkpoint_is_one_sentence_that_offers_an_older_one(tmp_path,
 
 
 def test_short_options_and_no_progress(run, tmp_path, capsys, terminal, refusal):
-    sample = ["sample", "--checkpoint", str(run), "-n", "3", "-o", str(tmp_path / "x.npy")]
+    sample = ["sample", str(run), "-n", "3", "-o", str(tmp_path / "x.npy")]
     for options, bars in (([], True), (["--no-progress"], False)):
         assert cli.main([*sample, *options]) == 0
         assert len(np.load(tmp_path / "x.npy")) == 3
         assert ("sampling:" in capsys.readouterr().err) == bars
-    figures = ["evaluate", "--checkpoint", str(run), "-n", "8", "--against", "8"]
+    figures = ["evaluate", str(run), "-n", "8", "--against", "8"]
     figures += ["-o", str(tmp_path / "figures"), "--curve", "--curve-steps", "1", "--no-progress"]
     assert cli.main(figures) == 0
     shutil.copytree(run, tmp_path / "run")
@@ -571,7 +593,7 @@ def test_short_options_and_no_progress(run, tmp_path, capsys, terminal, refusal)
 @pytest.mark.parametrize("exists", [False, True])
 def test_samples_as_single_images(run, tmp_path, capsys, terminal, refusal, exists):
     """They are the array, in bytes; evaluate reads them."""
-    arguments = ["sample", "--checkpoint", str(run), "--n", "5", "--steps", "2"]
+    arguments = ["sample", str(run), "--n", "5", "--steps", "2"]
     assert cli.main([*arguments, "--out", str(tmp_path / "x.npy")]) == 0
     folder = tmp_path / ("images" if exists else "new/images")
     if exists:
@@ -582,7 +604,7 @@ def test_samples_as_single_images(run, tmp_path, capsys, terminal, refusal, exis
     assert printed.out.strip() == str(folder)
     assert "images: 100%" in printed.err
     assert [path.name for path in sorted(folder.iterdir())] == [f"00000{i}.png" for i in range(5)]
-    images = pfgm.data.images.load_images(folder)[0]
+    images = pfgm.data.open(folder).samples[:]
     assert images.shape == (5, 1, 8, 8)
     correct = (np.load(tmp_path / "x.npy").clip(-1, 1) + 1) * 127.5
     assert abs(images.numpy() - correct).max() <= 0.51
@@ -591,8 +613,23 @@ def test_samples_as_single_images(run, tmp_path, capsys, terminal, refusal, exis
     assert f"the output folder must be new or empty, got {folder}, a folder that is not" in error
 
 
+def test_samples_are_compared_with_the_held_out_images_of_a_folder(tmp_path, capsys):
+    """As with those of named data; before, all images were the training data."""
+    images = pfgm.data.digits().train
+    for place, rows in (("data/train/all", images[:20]), ("data/test/all", images[20:30])):
+        (tmp_path / place).mkdir(parents=True)
+        for number, image in enumerate(rows):
+            cli.sample.save_image(tmp_path / place / f"{number}.png", image)
+    samples = ["--samples", tmp_path / "data" / "train", "--data", f"folder:{tmp_path}/data"]
+    assert cli.main([*map(str, ["evaluate", *samples, "--out", tmp_path / "e"])]) == 0
+    figures = json.loads((tmp_path / "e" / "metrics.json").read_text())
+    assert (figures["against"], figures["counts"]["against"]) == ("held_out", 10)
+    assert figures["median_distance_to_train"]["samples"] == 0
+    assert "against 10 held-out rows" in capsys.readouterr().out
+
+
 def test_a_folder_of_images_appears_whole_or_not_at_all(run, tmp_path, refusal, monkeypatch):
-    arguments = ["sample", "--checkpoint", run, "--n", "6", "--steps", "2", "--batch-size", "2"]
+    arguments = ["sample", run, "--n", "6", "--steps", "2", "--batch-size", "2"]
     saved, save, errors = [], cli.sample.save_image, []
 
     def interrupted(path, image):
@@ -689,7 +726,7 @@ def test_samples_are_written_whatever_becomes_of_stdout(run, tmp_path, monkeypat
         for replaced in ("stdout", "stderr", "__stdout__", "__stderr__"):
             monkeypatch.setattr(sys, replaced, stream)
         out = tmp_path / f"{name}.npy"
-        arguments = ["sample", "--checkpoint", str(run), "--n", "2", "--steps", "2"]
+        arguments = ["sample", str(run), "--n", "2", "--steps", "2"]
         assert cli.main([*arguments, "--out", str(out)]) == 0
         assert np.load(out).shape == (2, 1, 8, 8)
         assert name != "pipe" or cli.main(["info"]) == 0  # its reader has seen enough
@@ -724,7 +761,7 @@ def the_folder_is_in_use(process, run, refusal):
         assert f"which process {process.pid} on {socket.gethostname()} (since " in message
     assert (run / "config.json").read_bytes() == config
     out = run.parent / "x.npy"
-    assert cli.main(["sample", "--checkpoint", str(run), "--n", "2", "--out", str(out)]) == 0
+    assert cli.main(["sample", str(run), "--n", "2", "--out", str(out)]) == 0
 
 
 @pytest.fixture
@@ -770,7 +807,7 @@ def test_the_demo_of_each_digit(tmp_path, capsys, terminal):
     assert 0 <= agreement["samples"] <= 1
     assert agreement["held_out"] > 0.97
     assert "a classifier agrees with the label of" in capsys.readouterr().out
-    model = ["sample", "--checkpoint", str(out / "model.safetensors"), "--n", "4"]
+    model = ["sample", str(out / "model.safetensors"), "--n", "4"]
     picture = ["--out", str(out / "threes.png"), "--label", "3", "--guidance", "2"]
     assert cli.main([*model, *picture]) == 0
     capsys.readouterr()
@@ -799,11 +836,11 @@ def test_an_interrupted_demo_leaves_its_model(tmp_path, monkeypatch, capsys):
 
 def test_consistency_needs_a_few_step_model(run, tmp_path, capsys, refusal):
     options = ["--solver", "consistency", "--steps", "1", "--out", str(tmp_path / "x.npy")]
-    sample = ["sample", "--n", "4", *options, "--checkpoint"]
+    sample = ["sample", "--n", "4", *options]
     for path in (run, run / "step-00000012.safetensors"):
         assert "is not a few-step model" in refusal(*sample, path)
     evaluate = ["evaluate", "--n", 8, "--solver", "consistency", "--out", tmp_path / "figures"]
-    assert "is not a few-step model" in refusal(*evaluate, "--checkpoint", run)
+    assert "is not a few-step model" in refusal(*evaluate, run)
     student = tmp_path / "student"
     train = ["train", "--data", "digits", "--teacher", str(run), "--out", str(student), *TRAIN]
     assert cli.main(train) == 0

@@ -106,7 +106,7 @@ def test_a_network_of_ones_own_predicts_the_field_and_does_not_warn():
 @pytest.mark.parametrize("name", ["model.safetensors", "folder"])
 def test_a_wrapped_network_is_saved_as_the_plain_one(tmp_path, wrap, name):
     net, path = network(), tmp_path / name
-    (pfgm.save_pretrained if name == "folder" else pfgm.save)(path, FLOW, wrap(net))
+    pfgm.save(path, FLOW, wrap(net))
     for loaded in (pfgm.load(path).network, pfgm.load(path, other := wrap(network(1))).network):
         assert loaded is other or type(loaded) is type(net)
         for ours, theirs in zip(loaded.parameters(), net.parameters(), strict=True):

@@ -8,7 +8,6 @@ import pickle
 import re
 import warnings
 import zipfile
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +22,6 @@ from torch import Tensor
 
 import pfgm
 from pfgm import data
-from pfgm.data.opening import open_source
 from pfgm.data.rows import InMemory, OnDisk, Source
 
 Array = np.ndarray[Any, Any]
@@ -32,12 +30,8 @@ SUFFIXES = [".npy", ".npz", ".safetensors"]
 
 def open_rows(path: Path) -> Tensor:
     """All rows of a file that is opened, not loaded."""
-    source = open_source(path)
+    source = pfgm.data.open(path).samples
     return source.read(0, len(source))
-
-
-Read = Callable[[Path], Tensor]
-both_readers = pytest.mark.parametrize("read", [data.load_array, open_rows])
 
 
 class Malicious:
@@ -66,29 +60,13 @@ def ramp(*shape: int, dtype: Any = np.float32) -> Array:
     return np.arange(int(np.prod(shape))).reshape(shape).astype(dtype)
 
 
-def fractions(*shape: int) -> Array:
-    """float64 values in [-1, 1] that float32 has to round."""
-    return np.linspace(-1, 1, int(np.prod(shape))).reshape(shape)
-
-
 def contents(source: Source) -> Array:
     return source.read(0, len(source)).numpy()
 
 
-@pytest.mark.parametrize("suffix", SUFFIXES)
-@pytest.mark.parametrize("dtype", [np.uint8, np.float16, np.float32, np.float64])
-def test_floats_become_float32_and_bytes_stay_bytes(
-    tmp_path: Path, suffix: str, dtype: Any
-) -> None:
-    array = ramp(8, 32, dtype=dtype) if dtype == np.uint8 else fractions(4, 1, 3, 2).astype(dtype)
-    loaded = data.load_array(str(save(tmp_path / f"a{suffix}", array)))
-    expected = array if dtype == np.uint8 else array.astype(np.float32)
-    np.testing.assert_array_equal(loaded.numpy(), expected, strict=True)
-
-
 def test_the_tensor_is_independent_of_the_file(tmp_path: Path) -> None:
     path = save(tmp_path / "a.safetensors", np.ones((2, 2), dtype=np.float32))
-    loaded = data.load_array(path)
+    loaded = open_rows(path)
     with path.open("r+b") as file:
         file.seek(-16, io.SEEK_END)
         file.write(bytes(16))
@@ -99,7 +77,7 @@ def test_the_tensor_is_independent_of_the_file(tmp_path: Path) -> None:
 @pytest.mark.parametrize("dtype", [np.uint8, np.float16, np.float32, np.float64])
 def test_common_dtypes_are_read_in_place(tmp_path: Path, suffix: str, dtype: Any) -> None:
     array = ramp(7, 1, 3, 2, dtype=dtype)
-    source = open_source(str(save(tmp_path / f"a{suffix}", array)))
+    source = pfgm.data.open(str(save(tmp_path / f"a{suffix}", array))).samples
     assert isinstance(source, OnDisk)
     np.testing.assert_array_equal(contents(source), array, strict=True)
 
@@ -108,7 +86,7 @@ def test_common_dtypes_are_read_in_place(tmp_path: Path, suffix: str, dtype: Any
 def test_versions_of_the_numpy_format(tmp_path: Path, version: tuple[int, int]) -> None:
     with (tmp_path / "a.npy").open("wb") as file:
         npy.write_array(file, ramp(5, 2), version)
-    source = open_source(tmp_path / "a.npy")
+    source = pfgm.data.open(tmp_path / "a.npy").samples
     assert isinstance(source, OnDisk)
     np.testing.assert_array_equal(contents(source), ramp(5, 2))
 
@@ -128,20 +106,17 @@ def test_foreign_orders_and_widths_are_loaded(
     tmp_path: Path, suffix: str, array: Array, dtype: Any
 ) -> None:
     path = save(tmp_path / f"a{suffix}", array)
-    source = open_source(path)
+    source = pfgm.data.open(path).samples
     assert source.tensor is not None
     np.testing.assert_array_equal(contents(source), array.astype(dtype), strict=True)
-    loaded = data.load_array(path)
-    np.testing.assert_array_equal(loaded.numpy(), array.astype(np.float32), strict=True)
     assert source.tensor.is_contiguous()
-    assert loaded.is_contiguous()
 
 
 def test_an_archive_behind_other_bytes(tmp_path: Path) -> None:
     """As in self-extracting archives: positions count from where the archive begins."""
     path = save(tmp_path / "a.npz", ramp(4, 3))
     path.write_bytes(b"#" * 1234 + path.read_bytes())
-    source = open_source(path)
+    source = pfgm.data.open(path).samples
     assert isinstance(source, OnDisk)
     np.testing.assert_array_equal(contents(source), ramp(4, 3))
 
@@ -155,7 +130,7 @@ def test_members_with_extra_fields(tmp_path: Path) -> None:
         archive.open(zipfile.ZipInfo("images.npy"), "w", force_zip64=True) as member,
     ):
         member.write(buffer.getvalue())
-    source = open_source(tmp_path / "a.npz")
+    source = pfgm.data.open(tmp_path / "a.npz").samples
     assert isinstance(source, OnDisk)
     np.testing.assert_array_equal(contents(source), ramp(4, 3))
 
@@ -164,96 +139,82 @@ def test_bfloat16_and_metadata_in_safetensors(tmp_path: Path) -> None:
     tensor = torch.arange(30).view(5, 2, 3).bfloat16()
     tensors = {"labels": torch.arange(5), "images": tensor, "z": torch.zeros(3)}
     save_file(tensors, tmp_path / "a.safetensors", metadata={"images": "of numbers"})
-    source = open_source(tmp_path / "a.safetensors")
+    source = pfgm.data.open(tmp_path / "a.safetensors").samples
     assert isinstance(source, OnDisk)
     assert source.dtype == torch.bfloat16
     assert torch.equal(source.take(torch.tensor([4, 0])), tensor[[4, 0]])
-    assert torch.equal(data.load_array(tmp_path / "a.safetensors"), tensor.float())
+    assert torch.equal(open_rows(tmp_path / "a.safetensors"), tensor.float())
 
 
 def test_narrow_floats_in_safetensors_are_loaded(tmp_path: Path) -> None:
     tensor = torch.arange(6).view(3, 2).to(torch.float8_e4m3fn)
     save_file({"x": tensor}, tmp_path / "a.safetensors")
-    source = open_source(tmp_path / "a.safetensors")
+    source = pfgm.data.open(tmp_path / "a.safetensors").samples
     assert source.tensor is not None
     assert torch.equal(source.tensor, tensor.float())
 
 
-@both_readers
-def test_compressed_archives_are_loaded(tmp_path: Path, read: Read) -> None:
+def test_compressed_archives_are_loaded(tmp_path: Path) -> None:
     np.savez_compressed(tmp_path / "a.npz", labels=np.arange(50), images=ramp(50, 2, 3))
-    assert isinstance(open_source(tmp_path / "a.npz"), InMemory)
-    np.testing.assert_array_equal(read(tmp_path / "a.npz").numpy(), ramp(50, 2, 3), strict=True)
+    assert isinstance(pfgm.data.open(tmp_path / "a.npz").samples, InMemory)
+    np.testing.assert_array_equal(
+        open_rows(tmp_path / "a.npz").numpy(), ramp(50, 2, 3), strict=True
+    )
 
 
-@both_readers
 @pytest.mark.parametrize("suffix", [".npz", ".safetensors"])
 @pytest.mark.parametrize("present", [("images", "data", "x"), ("data", "x"), ("x",)])
 def test_of_several_arrays_the_preferred_name_is_read(
-    tmp_path: Path, read: Read, suffix: str, present: tuple[str, ...]
+    tmp_path: Path, suffix: str, present: tuple[str, ...]
 ) -> None:
     arrays = {name: ramp(3, 2) + 100 * i for i, name in enumerate(present)}
-    arrays = {"before": ramp(5, 5), **arrays, "y": ramp(2, 2)}
+    arrays = {"before": ramp(5, 5), **arrays, "z": ramp(2, 2)}
     path = save_all(tmp_path / f"a{suffix}", arrays)
-    assert isinstance(open_source(path), OnDisk)
-    np.testing.assert_array_equal(read(path).numpy(), ramp(3, 2))
+    assert isinstance(pfgm.data.open(path).samples, OnDisk)
+    np.testing.assert_array_equal(open_rows(path).numpy(), ramp(3, 2))
 
 
-@both_readers
 @pytest.mark.parametrize("suffix", [".npz", ".safetensors"])
-def test_several_arrays_of_other_names_are_named_in_the_error(
-    tmp_path: Path, read: Read, suffix: str
-) -> None:
+def test_several_arrays_of_other_names_are_named_in_the_error(tmp_path: Path, suffix: str) -> None:
     path = save_all(tmp_path / f"a{suffix}", {"foo": ramp(2, 2), "bar": ramp(2, 2)})
     with pytest.raises(
         ValueError, match=r" must hold one array, or one.*got 2 arrays \(bar, foo\)\."
     ) as caught:
-        read(path)
+        open_rows(path)
     assert str(path) in str(caught.value)
 
 
-@both_readers
 @pytest.mark.parametrize("suffix", SUFFIXES)
-def test_a_missing_file_is_named(tmp_path: Path, read: Read, suffix: str) -> None:
+def test_a_missing_file_is_named(tmp_path: Path, suffix: str) -> None:
     path = tmp_path / f"missing{suffix}"
     with pytest.raises(FileNotFoundError, match=f"^{re.escape(str(path))} does not exist"):
-        read(path)
+        open_rows(path)
 
 
-@both_readers
 @pytest.mark.parametrize("suffix", SUFFIXES)
-def test_empty_files_and_devices_are_named(tmp_path: Path, read: Read, suffix: str) -> None:
+def test_empty_files_and_devices_are_named(tmp_path: Path, suffix: str) -> None:
     empty, device = tmp_path / f"a{suffix}", tmp_path / f"b{suffix}"
     empty.touch()
     device.symlink_to("/dev/zero")
     for path, problem in ((empty, "is empty"), (device, "must be a file or a folder")):
         with pytest.raises(ValueError, match=f"^{re.escape(str(path))} {problem}"):
-            read(path)
-    empty.unlink()
-    empty.mkdir()
-    with pytest.raises(
-        ValueError, match=r"must be a file or a folder, not a pipe, socket or device\."
-    ):
-        data.load_array(empty)
+            open_rows(path)
 
 
 def test_another_suffix_is_refused(tmp_path: Path) -> None:
     path = tmp_path / "a.png"
-    with pytest.raises(ValueError, match=r" must end in \.npy, \.npz or.*got the suffix '\.png'\."):
-        data.load_array(path)
     path.write_bytes(b"content")
     with pytest.raises(
         ValueError, match=r" must be a folder of images or end.*got the suffix '\.png'\."
     ):
-        open_source(path)
+        pfgm.data.open(path)
     table = path.rename(tmp_path / "a.xlsx")
     with pytest.raises(ValueError, match=r" must be a folder of.*got the suffix '\.xlsx'; a ta"):
-        open_source(table)
+        pfgm.data.open(table)
 
 
-@both_readers
 @pytest.mark.parametrize("suffix", SUFFIXES)
-def test_truncation_anywhere_is_refused(tmp_path: Path, read: Read, suffix: str) -> None:
+def test_truncation_anywhere_is_refused(tmp_path: Path, suffix: str) -> None:
     path = save(tmp_path / f"a{suffix}", ramp(4, 3))
     whole = path.read_bytes()
     for size in (*range(1, len(whole), 7), len(whole) - 1):
@@ -261,10 +222,9 @@ def test_truncation_anywhere_is_refused(tmp_path: Path, read: Read, suffix: str)
         with pytest.raises(
             ValueError, match=f"^{re.escape(str(path))} (must be a complete|is truncated)"
         ):
-            read(path)
+            open_rows(path)
 
 
-@both_readers
 @pytest.mark.filterwarnings("error")  # such as for a file left open
 @pytest.mark.parametrize("suffix", SUFFIXES)
 @pytest.mark.parametrize(
@@ -280,11 +240,11 @@ def test_truncation_anywhere_is_refused(tmp_path: Path, read: Read, suffix: str)
         (2).to_bytes(8, "little") + b"[]",
     ],
 )
-def test_foreign_files_are_refused(tmp_path: Path, read: Read, suffix: str, content: bytes) -> None:
+def test_foreign_files_are_refused(tmp_path: Path, suffix: str, content: bytes) -> None:
     path = tmp_path / f"a{suffix}"
     path.write_bytes(content)
     with pytest.raises(ValueError, match=f"^{re.escape(str(path))} must be a complete {suffix}"):
-        read(path)
+        open_rows(path)
 
 
 @pytest.mark.parametrize("suffix", [".npy", ".npz"])
@@ -292,17 +252,14 @@ def test_object_arrays_are_refused_unread(tmp_path: Path, suffix: str) -> None:
     array = np.empty((2, 2), dtype=object)
     array[:] = Malicious()
     path = save(tmp_path / f"a{suffix}", array)
-    with pytest.raises(ValueError, match="pickled"):
-        data.load_array(path)
     with pytest.raises(
         TypeError, match=r"must hold uint8 or floating-point numbers, got object; conv"
     ):
-        open_source(path)
+        pfgm.data.open(path)
 
 
-@both_readers
 @pytest.mark.parametrize("damage", ["another kind of file", "encrypted", "unknown version"])
-def test_damaged_headers_are_refused(tmp_path: Path, read: Read, damage: str) -> None:
+def test_damaged_headers_are_refused(tmp_path: Path, damage: str) -> None:
     path = save(tmp_path / ("a.npy" if damage == "unknown version" else "a.npz"), ramp(4, 3))
     content = bytearray(path.read_bytes())
     if damage == "another kind of file":
@@ -316,72 +273,67 @@ def test_damaged_headers_are_refused(tmp_path: Path, read: Read, damage: str) ->
         content[6] = 9
         path.write_bytes(content)
     with pytest.raises(ValueError, match=r"must be a complete \.np[yz] file of plain numbers: it "):
-        read(path)
+        open_rows(path)
 
 
-def test_damaged_numbers_in_an_archive_are_noticed_when_loaded(tmp_path: Path) -> None:
-    path = save(tmp_path / "a.npz", ramp(400, 5))
+def test_damaged_numbers_in_a_compressed_archive_are_noticed(tmp_path: Path) -> None:
+    path = tmp_path / "a.npz"
+    np.savez_compressed(path, np.random.default_rng(0).random((400, 5)))
     content = bytearray(path.read_bytes())
     content[5000] ^= 1  # a number: the checksum of the archive no longer agrees
     path.write_bytes(content)
     with pytest.raises(ValueError, match=r"must be a complete \.npz file of plain numbers: it is"):
-        data.load_array(path)
+        open_rows(path)
 
 
-@both_readers
 @pytest.mark.parametrize("suffix", SUFFIXES)
 @pytest.mark.parametrize("dtype", [np.int64, np.int8, np.bool_])
-def test_other_dtypes_are_refused(tmp_path: Path, read: Read, suffix: str, dtype: type) -> None:
+def test_other_dtypes_are_refused(tmp_path: Path, suffix: str, dtype: type) -> None:
     path = save(tmp_path / f"a{suffix}", np.ones((2, 2), dtype=dtype))
     remedy = r"; convert them, as by astype\('float32'\)\.$"
     message = rf"^{re.escape(str(path))} must hold uint8 or .*, got (torch\.)?{np.dtype(dtype)}"
     with pytest.raises(TypeError, match=message + remedy):
-        read(path)
+        open_rows(path)
 
 
-@both_readers
 @pytest.mark.parametrize("dtype", [complex, "U3", "f4,f4", "M8[s]"])
-def test_no_numbers_at_all_are_refused(tmp_path: Path, read: Read, dtype: Any) -> None:
+def test_no_numbers_at_all_are_refused(tmp_path: Path, dtype: Any) -> None:
     path = save(tmp_path / "a.npy", np.zeros((2, 2), dtype=dtype))
     with pytest.raises(TypeError, match="must hold uint8 or floating-point numbers, got"):
-        read(path)
+        open_rows(path)
 
 
-@both_readers
 @pytest.mark.parametrize("suffix", SUFFIXES)
 @pytest.mark.parametrize("shape", [(), (3,), (0, 3), (3, 0)])
 def test_shapes_that_are_no_samples_are_refused(
-    tmp_path: Path, read: Read, suffix: str, shape: tuple[int, ...]
+    tmp_path: Path, suffix: str, shape: tuple[int, ...]
 ) -> None:
     path = save(tmp_path / f"a{suffix}", np.zeros(shape))
     message = f"{path} must have shape (n, *S), n samples of shape S"
     with pytest.raises(ValueError, match=re.escape(message)):
-        read(path)
+        open_rows(path)
 
 
-@both_readers
 @pytest.mark.parametrize("shape", ["(-2, -3)", "(2, 3.0)", "(2, True)", "(2, 'x')"])
-def test_malformed_shapes_are_refused(tmp_path: Path, read: Read, shape: str) -> None:
+def test_malformed_shapes_are_refused(tmp_path: Path, shape: str) -> None:
     header = f"{{'descr': '<f4', 'fortran_order': False, 'shape': {shape}}}\n".encode()
     path = tmp_path / "a.npy"
     path.write_bytes(npy.magic(1, 0) + len(header).to_bytes(2, "little") + header + bytes(24))
     with pytest.raises(ValueError, match=r"must be a complete \.npy file of plain numbers: it is"):
-        read(path)
+        open_rows(path)
 
 
-@both_readers
-def test_a_huge_shape_takes_no_memory(tmp_path: Path, read: Read) -> None:
+def test_a_huge_shape_takes_no_memory(tmp_path: Path) -> None:
     header = b"{'descr': '>f4', 'fortran_order': True, 'shape': (10000000, 100000000)}\n"
     path = tmp_path / "a.npy"
     path.write_bytes(npy.magic(1, 0) + len(header).to_bytes(2, "little") + header + bytes(24))
     with pytest.raises(ValueError, match="4000000000000000 bytes of numbers, and 24 follow"):
-        read(path)
+        open_rows(path)
 
 
 ENTRY = {"dtype": "F32", "shape": [2, 3], "data_offsets": [0, 24]}
 
 
-@both_readers
 @pytest.mark.parametrize(
     "change",
     [
@@ -399,40 +351,26 @@ ENTRY = {"dtype": "F32", "shape": [2, 3], "data_offsets": [0, 24]}
         {"dtype": ["F32"]},
     ],
 )
-def test_damaged_safetensors_headers_are_refused(
-    tmp_path: Path, read: Read, change: dict[str, Any]
-) -> None:
+def test_damaged_safetensors_headers_are_refused(tmp_path: Path, change: dict[str, Any]) -> None:
     path = tmp_path / "a.safetensors"
     for changes in ({}, change):
         header = json.dumps({"x": ENTRY | changes}).encode()
         path.write_bytes(len(header).to_bytes(8, "little") + header + ramp(2, 3).tobytes())
         if not changes:
-            np.testing.assert_array_equal(read(path).numpy(), ramp(2, 3))
+            np.testing.assert_array_equal(open_rows(path).numpy(), ramp(2, 3))
     with pytest.raises(
         ValueError, match=f"^{re.escape(str(path))} (must be a complete|is truncated)"
     ):
-        read(path)
+        open_rows(path)
 
 
-@pytest.mark.filterwarnings("error")
-@pytest.mark.parametrize("suffix", SUFFIXES)
-@pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf, 1e300])
-def test_values_that_are_not_finite_are_refused(tmp_path: Path, suffix: str, value: float) -> None:
-    array = np.zeros((3, 2))
-    array[1, 1] = value
-    path = save(tmp_path / f"a{suffix}", array)
-    with pytest.raises(ValueError, match=f"^{re.escape(str(path))} must be finite as float32"):
-        data.load_array(path)
-
-
-def result_or_error(read: Read, path: Path) -> Tensor | ValueError | TypeError:
+def result_or_error(path: Path) -> Tensor | ValueError | TypeError:
     try:
-        return read(path)
+        return open_rows(path)
     except (ValueError, TypeError) as error:
         return error
 
 
-@both_readers
 @pytest.mark.parametrize("suffix", SUFFIXES)
 @given(position=st.floats(0, 1, exclude_max=True), byte=st.integers(0, 255))
 @settings(
@@ -442,17 +380,16 @@ def result_or_error(read: Read, path: Path) -> Tensor | ValueError | TypeError:
     derandomize=True,
 )
 def test_damage_raises_only_the_documented_errors(
-    tmp_path: Path, read: Read, suffix: str, position: float, byte: int
+    tmp_path: Path, suffix: str, position: float, byte: int
 ) -> None:
     path = save(tmp_path / f"a{suffix}", ramp(2, 3), "x")
     content = bytearray(path.read_bytes())
     content[int(position * len(content))] = byte
     path.write_bytes(content)
-    result = result_or_error(read, path)
+    result = result_or_error(path)
     if isinstance(result, Tensor):
         assert result.ndim >= 2
         assert result.numel() > 0
-        assert read is open_rows or torch.isfinite(result.float()).all()
     else:
         assert str(path) in str(result)
 
@@ -474,7 +411,7 @@ def test_memory_maps_are_read_from_their_file(tmp_path: Path, offset: int, part:
     path = tmp_path / "rows.bin"
     path.write_bytes(bytes(offset) + ramp(40, 6).tobytes() + b"more")
     mapped = np.memmap(path, np.float32, "r", offset, (40, 6))
-    source = open_source(part(mapped))
+    source = pfgm.data.open(part(mapped)).samples
     assert isinstance(source, OnDisk)
     assert source.path == path
     np.testing.assert_array_equal(contents(source), part(ramp(40, 6)), strict=True)
@@ -484,7 +421,7 @@ def test_memory_maps_are_read_from_their_file(tmp_path: Path, offset: int, part:
 def test_changes_through_a_map_are_seen(tmp_path: Path, mode: Any) -> None:
     mapped = np.load(save(tmp_path / "a.npy", ramp(4, 2)), mmap_mode=mode)
     mapped[1] = -1
-    np.testing.assert_array_equal(contents(open_source(mapped)), mapped)
+    np.testing.assert_array_equal(contents(pfgm.data.open(mapped).samples), mapped)
 
 
 @pytest.mark.parametrize(
@@ -501,7 +438,7 @@ def test_changes_through_a_map_are_seen(tmp_path: Path, mode: Any) -> None:
 )
 def test_maps_of_another_order_are_copied(tmp_path: Path, dtype: str, part: Any) -> None:
     mapped = np.load(save(tmp_path / "a.npy", ramp(8, 4, dtype=dtype)), mmap_mode="r")
-    source = open_source(part(mapped))
+    source = pfgm.data.open(part(mapped)).samples
     assert source.tensor is not None
     del mapped
     np.testing.assert_array_equal(contents(source), part(ramp(8, 4)), strict=True)
@@ -510,14 +447,14 @@ def test_maps_of_another_order_are_copied(tmp_path: Path, dtype: str, part: Any)
 def test_maps_of_other_dtypes_are_refused(tmp_path: Path) -> None:
     mapped = np.load(save(tmp_path / "a.npy", ramp(8, 2, dtype=np.int32)), mmap_mode="r")
     with pytest.raises(TypeError, match="must hold uint8 or floating-point numbers, got int32; co"):
-        open_source(mapped)
+        pfgm.data.open(mapped)
 
 
 def test_a_map_of_a_file_without_a_name(tmp_path: Path) -> None:
     with (tmp_path / "a").open("w+b", buffering=0) as file:
         file.write(ramp(4, 2).tobytes())
         mapped: Any = np.memmap(io.FileIO(file.fileno(), closefd=False), np.float32, shape=(4, 2))
-        source = open_source(mapped)
+        source = pfgm.data.open(mapped).samples
     np.testing.assert_array_equal(contents(source), ramp(4, 2))
 
 
@@ -528,14 +465,14 @@ def test_maps_that_are_no_samples_are_refused(tmp_path: Path, shape: tuple[int, 
     with pytest.raises(
         ValueError, match=rf"data must have shape \(n, .*got {re.escape(str(shape))}"
     ):
-        open_source(part)
+        pfgm.data.open(part)
 
 
 def test_maps_of_numbers_and_columns_of_maps(tmp_path: Path) -> None:
     numbers = np.load(save(tmp_path / "a.npy", ramp(8)), mmap_mode="r")
     column = np.load(save(tmp_path / "b.npy", ramp(8, 2)), mmap_mode="r")[:, 0]
     for mapped in (numbers, column):
-        np.testing.assert_array_equal(contents(open_source(mapped)), mapped)
+        np.testing.assert_array_equal(contents(pfgm.data.open(mapped).samples), mapped)
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", message="The given NumPy array is not writ")
             flow = pfgm.PoissonFlow.from_data(mapped)
@@ -547,7 +484,7 @@ def test_a_map_whose_file_is_gone_is_named(tmp_path: Path) -> None:
     mapped = np.load(path, mmap_mode="r")
     path.unlink()
     with pytest.raises(FileNotFoundError, match=re.escape(str(path))):
-        open_source(mapped)
+        pfgm.data.open(mapped)
 
 
 def test_to_unit_of_every_byte() -> None:

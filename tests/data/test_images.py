@@ -25,9 +25,9 @@ from torch.utils.data import (
     TensorDataset,
 )
 
-from pfgm.data.images import load_images
-from pfgm.data.opening import open_source
-from pfgm.data.rows import InMemory, Source
+import pfgm
+from pfgm.data import Data
+from pfgm.data.rows import InMemory
 
 Image = pytest.importorskip("PIL.Image")
 Array = np.ndarray[Any, Any]
@@ -43,7 +43,7 @@ def write(path: Path, array: Array) -> None:
 
 
 def loaded(folder: Path) -> Array:
-    source = open_source(folder)
+    source = pfgm.data.open(folder).samples
     assert isinstance(source, InMemory)
     return source.tensor.numpy()
 
@@ -115,7 +115,7 @@ def zipped(folder: Path, path: Path, **options: Any) -> Path:
     return path
 
 
-def labels(source: Source) -> list[int] | None:
+def labels(source: Data) -> list[int] | None:
     return None if source.labels is None else source.labels.tolist()
 
 
@@ -136,11 +136,11 @@ def test_class_folders_give_labels(tmp_path: Path, place: str, packed: bool) -> 
     write(tmp_path / "own" / "__MACOSX" / "._b.png", pixels(1, 1))
     write(tmp_path / "own" / ".thumbnails" / "b.png", pixels(1, 1))
     path = zipped(tmp_path / "own", tmp_path / "own.zip") if packed else tmp_path / "own"
-    source = open_source(path)
-    assert source.label_names == ("ant", "cat", "dog")
+    source = pfgm.data.open(path)
+    assert source.names == ("ant", "cat", "dog")
     assert labels(source) == [0, 1, 2, 2]
     order = ["ant/z.png", "cat/deep/1.jpg.png", "dog/a.png", "dog/b.png"]
-    np.testing.assert_array_equal(source.tensor[:, 0], np.stack([images[n] for n in order]))
+    np.testing.assert_array_equal(source.samples.tensor[:, 0], np.stack([images[n] for n in order]))
 
 
 @pytest.mark.parametrize(
@@ -149,8 +149,8 @@ def test_class_folders_give_labels(tmp_path: Path, place: str, packed: bool) -> 
 def test_images_outside_of_class_folders_have_no_labels(tmp_path: Path, names: list[str]) -> None:
     for name in names:
         write(tmp_path / name, pixels(4, 3))
-    assert labels(open_source(tmp_path)) is None
-    assert open_source(tmp_path).label_names == ()
+    assert labels(pfgm.data.open(tmp_path)) is None
+    assert pfgm.data.open(tmp_path).names == ()
 
 
 def edm(folder: Path, content: Any) -> None:
@@ -171,13 +171,13 @@ def test_data_sets_of_edm(tmp_path: Path, packed: bool, method: int) -> None:
     folder = tmp_path / "set"
     edm(folder, {"labels": PAIRS[::-1]})
     path = zipped(folder, tmp_path / "set.zip", compression=method) if packed else folder
-    source = open_source(path)
+    source = pfgm.data.open(path)
     assert labels(source) == [5, 5, 0]
-    assert source.label_names == ()
-    np.testing.assert_array_equal(source.tensor[1, 0], pixels(4, 3, seed=2))
+    assert source.names == ()
+    np.testing.assert_array_equal(source.samples.tensor[1, 0], pixels(4, 3, seed=2))
     edm(folder, {"labels": None})
     path = zipped(folder, tmp_path / "set.zip", compression=method) if packed else folder
-    assert labels(open_source(path)) is None
+    assert labels(pfgm.data.open(path)) is None
 
 
 @pytest.mark.parametrize(
@@ -202,7 +202,7 @@ def test_damaged_labels_are_refused(tmp_path: Path, content: Any) -> None:
     with pytest.raises(
         ValueError, match=r"dataset\.json must be (JSON of the form|an integer of at least 0)"
     ):
-        open_source(tmp_path)
+        pfgm.data.open(tmp_path)
 
 
 def test_damaged_archives_are_one_sentence(tmp_path: Path) -> None:
@@ -212,20 +212,20 @@ def test_damaged_archives_are_one_sentence(tmp_path: Path) -> None:
     for content in (b"", whole[:40], whole[:-30], b"no archive"):
         path.write_bytes(content)
         with pytest.raises(ValueError, match=r"own\.zip"):
-            open_source(path)
+            pfgm.data.open(path)
     start = whole.index(b"IDAT")
     path.write_bytes(whole[:start] + b"xxxxxxxxxx" + whole[start + 10 :])
     with pytest.raises(
         ValueError, match=r"ant/z\.png in .* must be a complete image in one of the"
     ):
-        open_source(path)
+        pfgm.data.open(path)
     (tmp_path / "notes.txt").write_text("no image")
     with zipfile.ZipFile(path, "w") as archive:
         archive.write(tmp_path / "notes.txt")
     with pytest.raises(
         ValueError, match=r" must hold at least one.*got an archive without images\."
     ):
-        open_source(path)
+        pfgm.data.open(path)
 
 
 def test_archives_that_ask_for_too_much_are_refused(tmp_path: Path) -> None:
@@ -246,7 +246,7 @@ def test_archives_that_ask_for_too_much_are_refused(tmp_path: Path) -> None:
         changed[central + offset : central + offset + len(value)] = value
         path.write_bytes(changed)
         with pytest.raises(ValueError, match=message):
-            open_source(path)
+            pfgm.data.open(path)
 
 
 def test_images_that_announce_more_pixels_than_fit_are_refused_before_they_are_decoded(
@@ -258,7 +258,7 @@ def test_images_that_announce_more_pixels_than_fit_are_refused_before_they_are_d
     path = zipped(tmp_path / "own", tmp_path / "own.zip")
     monkeypatch.setattr("pfgm.data.images.pixels", None)
     with pytest.raises(MemoryError, match=r"own\.zip holds 2 images of 2000 × 1000 pixels, which"):
-        open_source(path)
+        pfgm.data.open(path)
 
 
 def test_an_image_with_more_pixels_than_pillow_decodes_is_no_damaged_one(
@@ -268,7 +268,7 @@ def test_an_image_with_more_pixels_than_pillow_decodes_is_no_damaged_one(
     write(tmp_path / "own" / "a.png", pixels(20, 20))
     for source in (tmp_path / "own", zipped(tmp_path / "own", tmp_path / "own.zip")):
         with pytest.raises(ValueError, match="must have at most 200 pixels, twice"):
-            open_source(source)
+            pfgm.data.open(source)
 
 
 def test_two_files_of_one_name_in_an_archive_are_refused(tmp_path: Path) -> None:
@@ -278,7 +278,7 @@ def test_two_files_of_one_name_in_an_archive_are_refused(tmp_path: Path) -> None
         with pytest.warns(UserWarning, match="Duplicate name"):
             archive.write(tmp_path / "a.png")
     with pytest.raises(ValueError, match=r"must hold one file of each name, got .* twice"):
-        open_source(tmp_path / "own.zip")
+        pfgm.data.open(tmp_path / "own.zip")
 
 
 def test_a_pipe_of_the_name_of_an_archive_is_refused(tmp_path: Path) -> None:
@@ -286,7 +286,7 @@ def test_a_pipe_of_the_name_of_an_archive_is_refused(tmp_path: Path) -> None:
     with pytest.raises(
         ValueError, match=r"must be a file or a folder, not a pipe, socket or device\."
     ):
-        open_source(tmp_path / "a.zip")
+        pfgm.data.open(tmp_path / "a.zip")
 
 
 @pytest.mark.parametrize("name", ["/etc/a.png", "../../a.png", "c:/a.png"])
@@ -295,8 +295,8 @@ def test_names_in_archives_are_no_paths(tmp_path: Path, name: str) -> None:
     with zipfile.ZipFile(tmp_path / "own.zip", "w") as archive:
         archive.write(tmp_path / "a.png", name)
     before = sorted(tmp_path.rglob("*"))
-    source = open_source(tmp_path / "own.zip")
-    np.testing.assert_array_equal(source.tensor[0, 0], pixels(4, 3))
+    source = pfgm.data.open(tmp_path / "own.zip")
+    np.testing.assert_array_equal(source.samples.tensor[0, 0], pixels(4, 3))
     assert sorted(tmp_path.rglob("*")) == before
 
 
@@ -322,7 +322,7 @@ def test_images_of_several_sizes_are_named(tmp_path: Path) -> None:
     first, other = tmp_path / "a.png", tmp_path / "c.png"
     message = f"{other} must have the size of {first}, 5 × 3 pixels, got 3 × 5; --resize N"
     with pytest.raises(ValueError, match=re.escape(message)):
-        open_source(tmp_path)
+        pfgm.data.open(tmp_path)
 
 
 def test_broken_images_are_named(tmp_path: Path) -> None:
@@ -333,14 +333,14 @@ def test_broken_images_are_named(tmp_path: Path) -> None:
     for size in (0, 5, 20, 100, len(whole) - 100):
         path.write_bytes(whole[:size])
         with pytest.raises(ValueError, match="must be a complete image in one of the formats PNG,"):
-            open_source(tmp_path)
+            pfgm.data.open(tmp_path)
 
 
 def test_other_formats_under_a_false_name_are_refused(tmp_path: Path) -> None:
     """For some of them, such as PostScript, Pillow would run a program."""
     Image.fromarray(pixels(3, 5)).save(tmp_path / "a.png", format="GIF")
     with pytest.raises(ValueError, match="must be a complete image in one of the formats PNG,"):
-        open_source(tmp_path)
+        pfgm.data.open(tmp_path)
 
 
 def test_links_are_followed(tmp_path: Path) -> None:
@@ -349,8 +349,8 @@ def test_links_are_followed(tmp_path: Path) -> None:
     write(tmp_path / "elsewhere" / "2.png", pixels(3, 5, seed=1))
     (folder / "dog").symlink_to(tmp_path / "elsewhere")
     (folder / "dog" / "up").symlink_to(folder)  # a loop
-    source = open_source(folder)
-    assert source.label_names == ("cat", "dog")
+    source = pfgm.data.open(folder)
+    assert source.names == ("cat", "dog")
     assert labels(source) == [0, 1]
     np.testing.assert_array_equal(loaded(folder)[1, 0], pixels(3, 5, seed=1))
 
@@ -360,7 +360,7 @@ def test_links_to_nothing_are_no_images_to_leave_out(tmp_path: Path) -> None:
     (tmp_path / "b.png").symlink_to(tmp_path / "missing.png")
     (tmp_path / "c.txt").symlink_to(tmp_path / "missing.txt")
     with pytest.raises(FileNotFoundError, match=re.escape(str(tmp_path / "b.png"))):
-        open_source(tmp_path)
+        pfgm.data.open(tmp_path)
 
 
 def test_deep_images_are_refused(tmp_path: Path) -> None:
@@ -368,30 +368,86 @@ def test_deep_images_are_refused(tmp_path: Path) -> None:
     with pytest.raises(
         ValueError, match=r"must have 8 bits a channel, got pixels of the mode I;16\."
     ):
-        open_source(tmp_path)
+        pfgm.data.open(tmp_path)
 
 
 def test_a_folder_without_images_is_named(tmp_path: Path) -> None:
     message = rf"{re.escape(str(tmp_path))} must hold .*, got a folder without images"
     with pytest.raises(ValueError, match=message):
-        open_source(str(tmp_path))
+        pfgm.data.open(str(tmp_path))
 
 
 def test_without_pillow_the_extra_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "PIL.Image", None)
     with pytest.raises(ImportError, match=r"Pillow.*pip install '\.\[demo\]'"):
-        open_source(tmp_path)
+        pfgm.data.open(tmp_path)
 
 
-@pytest.mark.parametrize("progress", [False, True])
+@pytest.mark.parametrize("progress", [False, True, None])
 def test_progress_is_shown_where_asked(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str], terminal: None, progress: bool
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    terminal: None,
+    monkeypatch: pytest.MonkeyPatch,
+    progress: bool | None,
 ) -> None:
+    """Unasked, of many images or items in a terminal."""
     write(tmp_path / "a.png", pixels(3, 5))
-    open_source(tmp_path, progress=progress)
-    assert ("images: 100%" in capsys.readouterr().err) == progress
-    open_source(TensorDataset(torch.zeros(3, 2)), progress=progress)
-    assert ("dataset: 100%" in capsys.readouterr().err) == progress
+    for many in (2000, 0):
+        monkeypatch.setattr("pfgm.common.messages._MANY", many)
+        shown = bool(progress) or (progress is None and not many)
+        pfgm.data.open(tmp_path, progress=progress)
+        errors = capsys.readouterr().err
+        assert ("sizes of images: 100%" in errors, "\rimages: 100%" in errors) == (shown, shown)
+        pfgm.data.open(TensorDataset(torch.zeros(3, 2)), progress=progress)
+        assert ("dataset: 100%" in capsys.readouterr().err) == shown
+        pfgm.ReferenceSet(tmp_path, progress=progress)
+        assert ("images: 100%" in capsys.readouterr().err) == shown
+
+
+def test_outside_of_a_terminal_progress_is_shown_only_where_asked(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("pfgm.common.messages._MANY", 0)
+    monkeypatch.setattr("pfgm.common.messages._MINUTE", 0.0)
+    write(tmp_path / "a.png", pixels(3, 5))
+    pfgm.data.open(tmp_path)
+    assert capsys.readouterr().err == ""
+    pfgm.data.open(tmp_path, progress=True)
+    assert "images" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("other", ["held-out", "held_out", "test"])
+@pytest.mark.parametrize("classes", [False, True])
+@pytest.mark.parametrize("packed", [False, True])
+def test_a_folder_of_two_parts_has_held_out_images(
+    tmp_path: Path, other: str, classes: bool, packed: bool
+) -> None:
+    """Labels count as in training, where the held-out images lack a class too."""
+    folder, below = tmp_path / "pets", ("cat", "dog") if classes else ("", "")
+    for i, name in enumerate(below):
+        write(folder / "train" / name / f"{i}.png", pixels(3, 4, 3, seed=i))
+    write(folder / other / below[1] / "2.png", pixels(3, 4, seed=2))
+    (folder / "credits.txt").write_text("by nobody")
+    data = pfgm.data.open(zipped(folder, tmp_path / "a.zip") if packed else folder)
+    expected = [pixels(3, 4, 3, seed=i).transpose(2, 0, 1) for i in (0, 1)]
+    np.testing.assert_array_equal(data.samples[:].numpy(), expected)
+    grey = np.stack([pixels(3, 4, seed=2)] * 3)  # with the channels of the others
+    np.testing.assert_array_equal(data.held_out.samples[:].numpy(), [grey])
+    assert labels(data) == ([0, 1] if classes else None)
+    assert labels(data.held_out) == ([1] if classes else None)
+    assert (data.names, data.classes) == ((("cat", "dog"), 2) if classes else ((), 0))
+    assert torch.equal(pfgm.ReferenceSet(folder)[:], data.samples[:])
+
+
+def test_folders_of_more_parts_or_other_classes_are_refused(tmp_path: Path, refused: Any) -> None:
+    for name in ("train/cat/1.png", "train/dog/2.png", "test/cat/3.png", "test/cow/4.png"):
+        write(tmp_path / name, pixels(3, 4))
+    refused(lambda: pfgm.data.open(tmp_path), "held-out images …the classes in train, got cow.")
+    (tmp_path / "test" / "cow").rename(tmp_path / "val")
+    refused(lambda: pfgm.data.open(tmp_path), "…one folder beside train, …got test and val.")
+    (tmp_path / "train").rename(tmp_path / "bus")
+    assert pfgm.data.open(tmp_path).names == ("bus", "test", "val")  # classes
 
 
 class Items(Dataset[Any]):
@@ -421,15 +477,15 @@ class Items(Dataset[Any]):
 )
 def test_dtypes_of_items(dtype: torch.dtype, kept: torch.dtype) -> None:
     rows = torch.arange(12).view(3, 2, 2).to(dtype)
-    source = open_source(TensorDataset(rows))
+    source = pfgm.data.open(TensorDataset(rows))
     assert source.labels is None
-    assert source.dtype == kept
-    assert torch.equal(source.tensor, rows.to(kept))
+    assert source.samples.dtype == kept
+    assert torch.equal(source.samples.tensor, rows.to(kept))
 
 
 def test_each_item_is_fetched_once() -> None:
     items = Items(*torch.zeros(5, 2))
-    open_source(items)
+    pfgm.data.open(items)
     assert items.fetched == [1] * 5
 
 
@@ -456,51 +512,51 @@ Pair = namedtuple("Pair", "sample target")
 def test_labelled_items(item: Any, convert: Any) -> None:
     rows, labels = torch.arange(12.0).view(3, 4), torch.tensor([7, 0, -1])
     pairs = zip(rows, labels.tolist(), strict=True)
-    source = open_source(Items(*(item(convert(row), label) for row, label in pairs)))
-    assert torch.equal(source.tensor, rows)
+    source = pfgm.data.open(Items(*(item(convert(row), label) for row, label in pairs)))
+    assert torch.equal(source.samples.tensor, rows)
     assert source.labels.dtype == torch.int64
     assert torch.equal(source.labels, labels)
 
 
 @pytest.mark.parametrize("second", ["a name", 1.5, None, True, torch.zeros(2), torch.tensor(0.5)])
 def test_only_integers_are_labels(second: Any) -> None:
-    assert open_source(Items((torch.zeros(2), second), (torch.ones(2), second))).labels is None
+    assert pfgm.data.open(Items((torch.zeros(2), second), (torch.ones(2), second))).labels is None
     items = [{"x": torch.zeros(2), "label": second}] * 2
-    assert open_source(Items(*items)).labels is None
+    assert pfgm.data.open(Items(*items)).labels is None
 
 
 def test_labels_in_some_items_only_are_refused() -> None:
     message = "Item 1 of the dataset has no integer label, but item 0"
     with pytest.raises(ValueError, match=message):
-        open_source(Items((torch.zeros(2), 1), (torch.zeros(2), "b")))
+        pfgm.data.open(Items((torch.zeros(2), 1), (torch.zeros(2), "b")))
     message = "Item 1 of the dataset has an integer label, but item 0"
     with pytest.raises(ValueError, match=message):
-        open_source(Items((torch.zeros(2), None), (torch.zeros(2), 1)))
+        pfgm.data.open(Items((torch.zeros(2), None), (torch.zeros(2), 1)))
 
 
 def test_pillow_images_as_items() -> None:
     colours = [pixels(4, 3, 3, seed=i) for i in range(2)]
     grey = pixels(4, 3)
     images = [Image.fromarray(image) for image in [*colours, grey]]
-    source = open_source(Items(*((image, i) for i, image in enumerate(images))))
+    source = pfgm.data.open(Items(*((image, i) for i, image in enumerate(images))))
     assert source.labels.tolist() == [0, 1, 2]
     expected = np.stack([*colours, np.stack([grey] * 3, -1)]).transpose(0, 3, 1, 2)
-    np.testing.assert_array_equal(source.tensor.numpy(), expected, strict=True)
-    assert open_source(Items(images[2])).shape == (1, 4, 3)
+    np.testing.assert_array_equal(source.samples.tensor.numpy(), expected, strict=True)
+    assert pfgm.data.open(Items(images[2])).samples.row_shape == (1, 4, 3)
 
 
 def test_a_coloured_image_after_a_grey_one_is_refused() -> None:
     images = [Image.fromarray(pixels(4, 3)), Image.fromarray(pixels(4, 3, 3))]
     message = r"Item 1 of the dataset must.*got \(3, 4, 3\) and torch\.uint8\."
     with pytest.raises(ValueError, match=message):
-        open_source(Items(*images))
+        pfgm.data.open(Items(*images))
 
 
 @pytest.mark.parametrize("other", [torch.zeros(3), torch.zeros(1, 2), torch.zeros(2).half()])
 def test_items_that_differ_are_named(other: Any) -> None:
     message = r"Item 2 of the dataset must have the shape and dtype.*got \("
     with pytest.raises(ValueError, match=message):
-        open_source(Items(torch.zeros(2), torch.zeros(2), other))
+        pfgm.data.open(Items(torch.zeros(2), torch.zeros(2), other))
 
 
 OTHERS = ["text", 3, None, [], {}, [[1.0, 2.0]], {"x": 1.0}]
@@ -528,7 +584,7 @@ INTEGERS = [torch.zeros(2, dtype=torch.int64), np.zeros(2, dtype=np.int16)]
 )
 def test_items_that_are_refused(items: list[Any], error: type[Exception], message: str) -> None:
     with pytest.raises(error, match=message):
-        open_source(Items(*items))
+        pfgm.data.open(Items(*items))
 
 
 class NoLength(Dataset[Any]):
@@ -549,16 +605,16 @@ def test_datasets_without_length_or_numbers_are_refused(dataset: Any) -> None:
     with pytest.raises(
         TypeError, match=r"without a length or without numbered items; .* give list\(dataset\)\."
     ):
-        open_source(dataset)
+        pfgm.data.open(dataset)
     if isinstance(dataset, Stream):
-        assert open_source(list(dataset)).shape == (2,)
+        assert pfgm.data.open(list(dataset)).samples.row_shape == (2,)
 
 
 def test_items_are_copied() -> None:
     rows = torch.zeros(3, 2)
-    source = open_source(TensorDataset(rows))
+    source = pfgm.data.open(TensorDataset(rows))
     rows += 1
-    assert (source.tensor == 0).all()
+    assert (source.samples.tensor == 0).all()
 
 
 def test_loaders_stand_for_their_datasets() -> None:
@@ -569,8 +625,8 @@ def test_loaders_stand_for_their_datasets() -> None:
         {"shuffle": True, "batch_size": 2, "drop_last": True},
         {"batch_size": None},
     ):
-        source = open_source(DataLoader(dataset, **options))
-        assert torch.equal(source.tensor, dataset.tensors[0])
+        source = pfgm.data.open(DataLoader(dataset, **options))
+        assert torch.equal(source.samples.tensor, dataset.tensors[0])
         assert source.labels.tolist() == [0, 1, 2, 3, 4]
 
 
@@ -590,7 +646,7 @@ FIVE = TensorDataset(torch.zeros(5, 2))
 )
 def test_loaders_that_are_refused(loader: Any, error: type[Exception], message: str) -> None:
     with pytest.raises(error, match=rf"^data .*{message}"):
-        open_source(loader)
+        pfgm.data.open(loader)
 
 
 def png(colour: int, depth: int, channels: int) -> bytes:
@@ -613,7 +669,7 @@ def test_16_bits_a_channel_are_refused(colour: int, channels: int, tmp_path: Pat
     assert loaded(tmp_path).shape == (1, 1 if channels == 2 else 3, 2, 3)
     path.write_bytes(png(colour, 16, channels))
     with pytest.raises(ValueError, match=r"must have 8 bits a channel, got 16\."):
-        open_source(tmp_path)
+        pfgm.data.open(tmp_path)
 
 
 @pytest.mark.parametrize(
@@ -624,7 +680,7 @@ def test_16_bits_a_channel_in_a_dataset_are_refused(content: bytes) -> None:
     with pytest.raises(
         ValueError, match=r"Item 0 of the dataset must have 8 bits a channel, got 16\."
     ):
-        open_source(Items([image]))
+        pfgm.data.open(Items([image]))
 
 
 def test_images_of_many_sizes_become_squares_of_one(tmp_path: Path) -> None:
@@ -635,23 +691,23 @@ def test_images_of_many_sizes_become_squares_of_one(tmp_path: Path) -> None:
     with pytest.raises(
         ValueError, match=r" must have the size of .*,.*got 48 × 32; --resize N, in Pyt"
     ):
-        load_images(tmp_path)
-    tall, wide = load_images(tmp_path, resize=8)[0]
+        pfgm.data.open(tmp_path)
+    tall, wide = pfgm.data.open(tmp_path, resize=8).samples[:]
     assert tall.shape == (1, 8, 8)
     square = slope[8:40].reshape(8, 4, 8, 4).mean((1, 3))
     inner = tall[0, 1:-1, 1:-1].numpy().astype(float)
     np.testing.assert_allclose(inner, square[1:-1, 1:-1], atol=1)
     assert (tall[0].int() - wide[0].T.int()).abs().max() <= 1
-    same = load_images(tmp_path, resize=32)[0]
+    same = pfgm.data.open(tmp_path, resize=32).samples[:]
     np.testing.assert_array_equal(same[0, 0].numpy(), slope[8:40])
-    assert load_images(tmp_path, resize=50)[0].shape == (2, 1, 50, 50)
+    assert pfgm.data.open(tmp_path, resize=50).samples[:].shape == (2, 1, 50, 50)
     with pytest.raises(
         ValueError, match=r"resize must be an integer of at least 1 and at most.*got 0\."
     ):
-        load_images(tmp_path, resize=0)
+        pfgm.data.open(tmp_path, resize=0)
 
 
 def test_transparent_images_are_composed_before_they_are_scaled(tmp_path: Path) -> None:
     hidden = np.zeros((6, 6, 4), np.uint8)  # black, and invisible
     write(tmp_path / "a.png", hidden)
-    assert load_images(tmp_path, resize=3)[0].unique().tolist() == [255]
+    assert pfgm.data.open(tmp_path, resize=3).samples[:].unique().tolist() == [255]

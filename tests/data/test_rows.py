@@ -18,8 +18,8 @@ from numpy.lib import format as npy
 from torch import Tensor
 from torch.utils.data import TensorDataset
 
+import pfgm
 from pfgm.data import rows as sources
-from pfgm.data.opening import open_source
 from pfgm.data.rows import InMemory, OnDisk, Source
 
 SHAPE = (11, 2, 3)
@@ -84,11 +84,6 @@ def test_rows_in_memory_are_views_and_out_is_untouched() -> None:
     assert out.isnan().all()
 
 
-def test_labels_are_kept() -> None:
-    labels = torch.arange(11)
-    assert InMemory(numbers(*SHAPE), labels).labels is labels
-
-
 def test_out_is_filled_as_far_as_asked(tmp_path: Path) -> None:
     source, out = on_disk(tmp_path, numbers(*SHAPE)), torch.full((5, 2, 3), torch.nan)
     rows = source.read(4, 7, out)
@@ -101,7 +96,7 @@ def test_out_is_filled_as_far_as_asked(tmp_path: Path) -> None:
 @pytest.mark.parametrize("dtype", [torch.int64, torch.bool, torch.complex64])
 def test_other_dtypes_are_refused(tmp_path: Path, dtype: torch.dtype) -> None:
     with pytest.raises(TypeError, match=rf"data must be one of torch\.float32,.*got {dtype}; conv"):
-        open_source(torch.zeros(2, 2, dtype=dtype))
+        pfgm.data.open(torch.zeros(2, 2, dtype=dtype))
     with pytest.raises(
         TypeError, match=rf" must be one of torch\.float32, torch\.float64,.*got {dtype}; conv"
     ):
@@ -114,7 +109,7 @@ def test_shapes_that_are_no_samples_are_refused(shape: tuple[int, ...]) -> None:
     for source in (torch.zeros(shape), np.zeros(shape)):
         # NumPy's conversion to contiguous memory makes (1,) of ()
         with pytest.raises(ValueError, match=message.replace(r"\(\)", r"\((1,)?\)")):
-            open_source(source)
+            pfgm.data.open(source)
 
 
 @pytest.mark.parametrize(
@@ -124,12 +119,12 @@ def test_other_sources_are_refused(source: Any) -> None:
     with pytest.raises(
         TypeError, match=rf"data must be a tensor, a.*got {type(source).__name__}\."
     ):
-        open_source(source)
+        pfgm.data.open(source)
 
 
 def test_arrays_share_their_memory() -> None:
     array = np.ones((4, 2))
-    held = open_source(array).tensor
+    held = pfgm.data.open(array).samples.tensor
     assert held.dtype == torch.float64
     array[1, 1] = 5
     assert held[1, 1] == 5
@@ -148,7 +143,7 @@ def test_arrays_share_their_memory() -> None:
 )
 def test_arrays_in_any_order(change: Any) -> None:
     array = change(np.arange(12, dtype=np.float32).reshape(3, 4))
-    source = open_source(array)
+    source = pfgm.data.open(array).samples
     assert source.dtype == torch.float32
     np.testing.assert_array_equal(source.read(0, 3).numpy(), array.astype(np.float32))
 
@@ -156,7 +151,7 @@ def test_arrays_in_any_order(change: Any) -> None:
 @pytest.mark.parametrize("dtype", ["i8", "i1", "?", "U3", "f4,f4", complex, object])
 def test_arrays_of_other_dtypes_are_refused(dtype: Any) -> None:
     with pytest.raises(TypeError, match="data must hold uint8 or floating-point numbers, got"):
-        open_source(np.zeros((2, 2), dtype))
+        pfgm.data.open(np.zeros((2, 2), dtype))
 
 
 def test_short_reads_are_continued(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -295,7 +290,7 @@ def peak():
     unit = 1 if sys.platform == "darwin" else 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e6
 
-from pfgm.data import load_array
+import pfgm
 with open("source.pickle", "rb") as file:
     source = pickle.load(file)
 out = torch.empty(1000, 1000)
@@ -305,7 +300,7 @@ for start in range(0, 50_000, 1000):
     source.read(start, start + 1000, out)
     source.take(torch.arange(start, start + 1000, 10))
 chunks = peak()
-load_array(source.path)
+pfgm.data.open(source.path).samples[:]
 print(chunks - before, peak() - before)
 """
 
@@ -318,7 +313,7 @@ def test_a_large_file_takes_no_memory_in_another_process(
     folder.mkdir()
     write_sparse(tmp_path / "large.npy", (50_000, 1000))
     monkeypatch.chdir(tmp_path)
-    (folder / "source.pickle").write_bytes(pickle.dumps(open_source("large.npy")))
+    (folder / "source.pickle").write_bytes(pickle.dumps(pfgm.data.open("large.npy").samples))
     shown = subprocess.run(
         [sys.executable, "-c", IN_ANOTHER_PROCESS],
         cwd=folder,

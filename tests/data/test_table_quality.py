@@ -78,7 +78,7 @@ def test_samples_of_a_table(tmp_path: Path, table: str) -> None:
     run, out = str(tmp_path / "run"), str(tmp_path / "rows.csv")
     train = ["train", "--data", str(tmp_path / "t.csv"), "--steps", "1000"]
     assert cli.main([*train, "--out", run]) == 0
-    assert cli.main(["sample", "--checkpoint", run, "--n", "10000", "--out", out]) == 0
+    assert cli.main(["sample", run, "--n", "10000", "--out", out]) == 0
     drawn = pandas.read_csv(out)
     found = figures(real, drawn)
     assert list(drawn) == list(real)
@@ -104,7 +104,7 @@ def test_samples_of_points(tmp_path: Path) -> None:
     run, out = str(tmp_path / "run"), str(tmp_path / "points.npy")
     train = ["train", "--data", str(tmp_path / "moons.npy"), "--steps", "1000"]
     assert cli.main([*train, "--out", run]) == 0
-    assert cli.main(["sample", "--checkpoint", run, "--n", "10000", "--out", out]) == 0
+    assert cli.main(["sample", run, "--n", "10000", "--out", out]) == 0
 
     def distances(points: torch.Tensor) -> torch.Tensor:
         return torch.cat([torch.cdist(part, fresh).amin(1) for part in points.split(500)])

@@ -14,8 +14,7 @@ from hypothesis import given, settings
 from hypothesis.strategies import characters, lists, one_of, sampled_from, text
 
 import pfgm
-from pfgm.data.tables import Table, load_table
-from pfgm.datasets import open_data
+from pfgm.data.tables import Table
 
 pandas = pytest.importorskip("pandas")
 
@@ -99,25 +98,20 @@ def test_labels_are_texts_or_integers(tmp_path: Path) -> None:
         ("y", ("3", "7"), [1, 0, 1]),
         (None, ("3", "7"), [1, 0, 1]),
     ):
-        data = open_data(str(path), label_column=column)
-        assert data.train.labels.tolist() == expected
+        data = pfgm.data.open(str(path), label_column=column)
+        assert data.labels.tolist() == expected
         assert (data.classes, data.names, data.grey_levels) == (2, names, 0)
-        data.table.write(tmp_path / "again.csv", data.train[:], data.train.labels)
+        data.table.write(tmp_path / "again.csv", data.samples[:], data.labels)
         again = (tmp_path / "again.csv").read_text()
         assert again == re.sub("(oak|elm)", r'"\1"', path.read_text())
-        without = data.table.decode(data.train[:])
+        without = data.table.decode(data.samples[:])
         assert len(without) == 2
-    assert open_data(str(path), label_column="").train.labels is None
-    for y in ([0.25, 7.0], [3, 7]):  # labels only where they are asked for
-        points = pandas.DataFrame({"x": [1.5, 2.5], "y": y})
-        assert load_table(points).shape == (2, 2)
-        assert pfgm.ReferenceSet(points).labels is None
-        assert pfgm.PoissonFlow.from_data(points).shape == (2,)
+    assert pfgm.data.open(str(path), label_column="").labels is None
     zero = written(tmp_path / "z.csv", "a,label\n1,0\n2,1\n")
-    assert open_data(str(zero)).names == ()
+    assert pfgm.data.open(str(zero)).names == ()
     for wrong, message in (("b", "must be one of a, kind, y"), ("a", "texts or integers up to")):
         with pytest.raises(ValueError, match=message):
-            open_data(str(path), label_column=wrong)
+            pfgm.data.open(str(path), label_column=wrong)
 
 
 @pytest.mark.parametrize(
@@ -207,11 +201,19 @@ def test_what_is_no_table_is_refused(tmp_path: Path, text: str, message: str) ->
         Table.read(written(tmp_path / "t.csv", text))
 
 
-def test_a_file_in_place_of_a_set_is_refused_with_the_way_to_read_it(tmp_path, refused) -> None:
-    path = written(tmp_path / "t.csv", "x,y\n1,2\n3,4\n")
-    for call in (pfgm.ReferenceSet, pfgm.PoissonFlow.from_data):
-        refused(lambda call=call: call(path), "data must not be the file of a table, …as they are.")
-    assert open_data(str(path), label_column="").train.shape == (2, 2)
+def test_a_table_is_opened_before_it_is_data(tmp_path, refused) -> None:
+    """As its columns are standardised, and samples decoded with what was learned of them."""
+    path = written(tmp_path / "t.csv", "x,y\n1,2\n3,5\n4,5\n")
+    frame = pandas.read_csv(path)
+    for source, call in ((path, pfgm.ReferenceSet), (frame, pfgm.PoissonFlow.from_data)):
+        message = "data must not be a table, … give what pfgm.data.open makes of it, …"
+        refused(lambda call=call, source=source: call(source), message)
+    of_file, of_frame = pfgm.data.open(path), pfgm.data.open(frame, label_column="")
+    assert of_file.labels.tolist() == [0, 1, 1]
+    assert (of_file.samples.shape, of_frame.samples.shape) == ((3, 1), (3, 2))
+    references = pfgm.ReferenceSet(of_frame)
+    assert references.flipped().table is of_frame.table
+    assert of_frame.table.decode(references[:]) == {"x": [1, 3, 4], "y": [2, 5, 5]}
 
 
 TEXTS = [
@@ -324,16 +326,16 @@ def test_all_problems_come_in_one_message_with_what_cures_them(tmp_path: Path) -
 def test_columns_that_a_table_leaves_out_may_be_missing_elsewhere(tmp_path: Path) -> None:
     """As in the samples of a network, which are then compared with the data."""
     path = written(tmp_path / "t.csv", "id,a,b\nx,1.5,2\ny,2.5,4\n")
-    data = open_data(str(path), drop_columns=["id"])
+    data = pfgm.data.open(str(path), drop_columns=["id"])
     table = Table.from_dict(json.loads(json.dumps(data.table.to_dict())))
-    table.write(tmp_path / "samples.csv", data.train[:])
+    table.write(tmp_path / "samples.csv", data.samples[:])
     for source in (path, tmp_path / "samples.csv", pandas.read_csv(tmp_path / "samples.csv")):
-        assert torch.equal(table.encode(source).rows, data.train[:])
+        assert torch.equal(table.encode(source).rows, data.samples[:])
     more = written(tmp_path / "more.csv", "a,b,note\n1.5,2,p\n2.5,4,q\n")
     with pytest.raises(ValueError, match="must have the columns a, b, got 'note' too"):
-        open_data(str(more), table=table)
-    again = open_data(str(more), table=table, drop_columns=["note"])
-    assert torch.equal(again.train[:], data.train[:])
+        pfgm.data.open(str(more), table=table)
+    again = pfgm.data.open(str(more), table=table, drop_columns=["note"])
+    assert torch.equal(again.samples[:], data.samples[:])
 
 
 def test_a_file_without_names_comes_back_without_them(tmp_path: Path) -> None:
@@ -357,18 +359,18 @@ def test_other_files_of_tables_are_read_as_a_csv_file_is(tmp_path: Path) -> None
     frame.loc[1, "b"] = ""  # pandas writes None in quotes as it writes an empty text
     expected = Table.read(frame).encode(frame).rows
     for name in ("t.CSV", "t.tsv", "t.csv.gz"):
-        data = open_data(str(tmp_path / name))
-        assert torch.equal(data.train[:], expected)
-        assert data.train.labels.tolist() == [0, 1, 1]
+        data = pfgm.data.open(str(tmp_path / name))
+        assert torch.equal(data.samples[:], expected)
+        assert data.labels.tolist() == [0, 1, 1]
     with pytest.raises(ValueError, match=r"got none in 1 rows \(2, .*in the columns b;"):
-        open_data(str(tmp_path / "t.parquet"))
-    data = open_data(str(tmp_path / "t.parquet"), drop_missing=True)
-    assert data.table.decode(data.train[:])["b"] == ["x", "NA"]
+        pfgm.data.open(str(tmp_path / "t.parquet"))
+    data = pfgm.data.open(str(tmp_path / "t.parquet"), drop_missing=True)
+    assert data.table.decode(data.samples[:])["b"] == ["x", "NA"]
     for name in ("t.csv.gz", "t.parquet"):
         content = (tmp_path / name).read_bytes()
         (tmp_path / name).write_bytes(content[: len(content) // 2])
         with pytest.raises(ValueError, match=f"{name} must be a "):
-            open_data(str(tmp_path / name))
+            pfgm.data.open(str(tmp_path / name))
 
 
 @pytest.mark.parametrize("name", ["number", "text", "later", "real"])
@@ -418,8 +420,8 @@ def test_numbers_of_any_size_keep_seven_digits(scale: float) -> None:
 
 def test_rows_with_missing_values_are_left_out_where_that_is_asked_for(tmp_path: Path) -> None:
     path = written(tmp_path / "t.csv", "a,b,y\n1,x,0\n,y,0\n3,,1\n4,x,\n5,z,1\n")
-    data = open_data(str(path), drop_missing=True)
-    assert data.table.decode(data.train[:], data.train.labels) == {
+    data = pfgm.data.open(str(path), drop_missing=True)
+    assert data.table.decode(data.samples[:], data.labels) == {
         "a": [1, 5],
         "b": ["x", "z"],
         "y": [0, 1],
@@ -487,26 +489,24 @@ def test_plain_numbers_are_the_same_inside_and_outside(tmp_path: Path) -> None:
     rows, names = torch.from_numpy(values).float(), ("a, b", '"c"\nd', "e")
     table = Table.numbers(names)
     table.write(tmp_path / "t.csv", rows, torch.arange(50) % 2)
-    read = load_table(tmp_path / "t.csv")
-    assert torch.equal(read[:, :3], rows)
-    assert read[:, 3].tolist() == [0, 1] * 25
+    data = pfgm.data.open(tmp_path / "t.csv", table=table, label_column="labels")
+    assert torch.equal(data.samples[:], rows)
+    assert data.labels.tolist() == [0, 1] * 25
 
 
-def test_a_frame_is_taken_where_arrays_are() -> None:
-    values = np.random.default_rng(0).normal(size=(50, 3))
-    frame = pandas.DataFrame(values, columns=["a", "b", "c"], index=range(7, 57))
-    expected = torch.from_numpy(values.astype(np.float32))
-    assert torch.equal(load_table(frame), expected)
-    assert torch.equal(pfgm.ReferenceSet(frame)[torch.arange(50)], expected)
-    flow = pfgm.PoissonFlow.from_data(frame)
-    assert flow.shape == (3,)
-    assert flow.spread == pfgm.PoissonFlow.from_data(expected).spread
+def test_a_frame_means_what_its_file_does(tmp_path: Path) -> None:
+    values = np.random.default_rng(0).normal(size=(50, 3)).round(3)
+    frame = pandas.DataFrame(values, columns=["a", "b", "c"], index=range(7, 57)).assign(d="x")
+    frame.to_csv(tmp_path / "t.csv", index=False)
+    of_file, of_frame = pfgm.data.open(tmp_path / "t.csv"), pfgm.data.open(frame)
+    assert torch.equal(of_file.samples[:], of_frame.samples[:])
+    assert of_file.table.columns == of_frame.table.columns
+    flow = pfgm.PoissonFlow.from_data(of_frame)
+    assert flow.spread == pfgm.PoissonFlow.from_data(of_file.samples[:]).spread
     with pytest.raises(
         TypeError, match=r"data must be an array or.*got a Series of pandas; use series"
     ):
         pfgm.ReferenceSet(frame["a"])
-    with pytest.raises(ValueError, match=r"got texts such as 'x'; pfgm\.data\.Table encodes"):
-        pfgm.ReferenceSet(frame.assign(d="x"))
 
 
 @pytest.mark.parametrize(

@@ -133,9 +133,7 @@ POINTS = torch.zeros(4, 2)
     [
         (torch.zeros(4, 3), {}, "…must have shape (B, *S) with…got (4, 3)."),
         (POINTS.long(), {}, "TypeError: …must be…got torch.int64…"),
-        (POINTS, {"solver": "rk4"}, "solver must be one of…got 'rk4'."),
         (POINTS[:0], {"solver": "rk4"}, "solver must be one of…got 'rk4'."),
-        (POINTS, {"steps": 0}, "steps must be an integer…got 0."),
         (POINTS, {"steps": 1}, "steps or schedule must leave two or more levels…."),
         (POINTS, {"schedule": [1.0, 0.0]}, "steps or schedule must leave…above 0, got [1.0]."),
         (POINTS, {"condition": {"a": 1}}, "condition has 'a'…."),

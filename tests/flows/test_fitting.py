@@ -180,12 +180,8 @@ def test_levels_of_another_flow_are_refused(refused, described, sentence):
 @pytest.mark.parametrize(
     ("options", "sentence"),
     [
-        ({"steps": 0}, "steps must be an integer of at least 1 and at most…got 0."),
         ({"steps": 101}, "steps must be at most 100,…got 101: with more, the schedul…."),
-        ({"steps": 2.0}, "steps must be an integer of at least 1 and at most…got 2.0."),
         ({"solver": "rk45"}, "solver must be one of euler, heun, multistep, got 'rk45'."),
-        ({"points": 0}, "points must be an integer of at least 1, got 0."),
-        ({"seed": "a"}, "seed must be an integer from -2^63 to below 2^64, got 'a'."),
         ({"references": torch.zeros(3, 3)}, "references must have shape (M, *S)…got (3, 3)."),
         ({"references": torch.zeros(0, 2)}, "references must have shape (M, *S)…got (0, 2)."),
         ({"references": torch.full((3, 2), math.nan)}, "…NaN or infinity…."),

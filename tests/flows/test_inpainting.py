@@ -181,13 +181,8 @@ def test_bad_projections():
             {"mask": torch.ones(4, dtype=torch.bool, device="meta")},
             "mask and known must be on one device, got meta and cpu.",
         ),
-        ({"resample": -1}, "resample must be an integer of at least…at most 1000000, got -1."),
-        ({"resample": True}, "resample must be an integer of at…and at most 1000000, got True."),
-        ({"resample": 10**9}, "resample must be an integer of at…most 1000000, got 1000000000."),
         ({"resample": 1, "resample_from": 1e9}, "resample_from must be a…got 1000000000.0."),
         ({"resample": 1, "resample_from": 0}, "resample_from must be a…5.322669453647371, got 0."),
-        ({"solver": "rk4"}, "solver must be one of euler, heun,…rk45, consistency, got 'rk4'."),
-        ({"schedule": "cosine"}, "schedule must be one of log, rho, fitted, got 'cosine'."),
     ],
 )
 def test_bad_inpainting(refused, arguments, sentence):

@@ -330,14 +330,6 @@ def test_exact_networks_have_no_second_derivative():
 @pytest.mark.parametrize(
     ("arguments", "sentence"),
     [
-        ({"estimator": "trace"}, "estimator must be one of rademacher,…got 'trace'."),
-        ({"solver": "consistency"}, "solver must be one of euler,…got 'consistency'."),
-        ({"steps": 0}, "steps must be an integer of at least 1 and at most…got 0."),
-        ({"steps": None}, "steps must be an integer of at least 1 and at…got None."),
-        ({"grey_levels": 1}, "grey_levels must be an integer of at least 2, got 1."),
-        ({"grey_levels": 2.5}, "grey_levels must be an integer of at least 2, got 2.5."),
-        ({"rtol": 0.0}, "rtol must be a number above 0 that float32 can…got 0.0."),
-        ({"atol": math.nan}, "atol must be a number above 0 that float32 can…got nan."),
         ({"x": torch.zeros(2, 4)}, "x must have shape (B, *S) with S = (3,), got (2, 4)."),
         ({"x": torch.full((2, 3), math.nan)}, "the network returned NaN or infinity…."),
         ({"condition": {"colour": 1}}, "condition has 'colour'…."),

@@ -65,10 +65,6 @@ def test_levels_are_the_same_at_every_D():
         ({"D": None}, "D must be a positive number or infinity, got None. For a published file…."),
         ({"D": 2, "sigma_min": 9.0, "sigma_max": 8.0}, "sigma_min must be…got 9.0."),
         *(
-            ({"D": 2, name: bad}, f"{name} must be a number above 0 that float32…got {bad}.")
-            for name, bad in (("sigma_min", 0.0), ("sigma_data", 1e308), ("rho", -1.0))
-        ),
-        *(
             ({"D": 2, "P_mean": bad}, f"P_mean must be a finite number, got {bad!r}.")
             for bad in (math.inf, "0.5", True)
         ),
@@ -286,15 +282,11 @@ def test_guidance_extrapolates_the_means(generator):
 @pytest.mark.parametrize(
     ("options", "sentence"),
     [
-        ({"solver": "rk4"}, "solver must be one of euler, heun, multistep,…got 'rk4'."),
         ({"solver": ["euler"]}, "solver must be one of euler, heun,…got ['euler']."),
-        ({"schedule": "cosine"}, "schedule must be one of log, rho, fitted, got 'cosine'."),
         ({"schedule": 5}, "schedule must be one of log, rho, fitted, or levels, got 5."),
         ({"schedule": [1.0]}, "schedule must be two or more finite levels…."),
         ({"schedule": ["a", 0]}, "schedule must be two or more finite…got [nan, 0.0]."),
         ({"schedule": [3.0, 4.0, 1.0]}, "schedule is not decreasing: 4.0 at index 1 follows 3.0."),
-        ({"steps": 0}, "steps must be an integer of at least 1 and at most…got 0."),
-        ({"steps": [1]}, "steps must be an integer of at least 1 and at most…got [1]."),
         ({"condition": {"colour": 1}}, "condition has 'colour'; the conditions of this network…."),
         (
             {"condition": {"labels": torch.zeros(3).long()}},

@@ -122,32 +122,12 @@ def test_config_is_the_whole_flow():
     [
         ({}, "one of M, data_norm and spread must be given,…chooses them from data."),
         ({"data_norm": 1.0, "spread": 1.0}, "only one of data_norm and…may be given, got both."),
-        *(
-            ({name: bad}, f"{name} must be a number above 0 that float32 can hold,…got {bad}.")
-            for name, bad in (("spread", 0.0), ("spread", math.inf), ("M", -1), ("M", 1e308))
-        ),
-        *(
-            ({"data_norm": bad}, f"data_norm must be a number above 0 that…got {bad}.")
-            for bad in (0.0, math.nan)
-        ),
         ({"spread": 1.0, "noise_std": 100.0}, "noise_std must be below 1.25…got 100.0."),
         ({"spread": 1.0, "center": [1.0, 2.0, 3.0]}, "center must have shape…or (), got (3,)."),
-        ({"spread": 1.0, "center": [1.0, math.nan]}, "center must be finite, got NaN or infinity."),
         ({"M": 200, "center": 1.0}, "center is given without spread;…rules centre data at 0."),
         ({"data_norm": 1e-3}, "data_norm is 0.001, too small for…the data up or noise_std down."),
-        ({"M": 200, "noise_std": 0.0}, "noise_std must be a number above…to 3.4e+38, got 0.0."),
-        ({"M": 200, "noise_std": 1e308}, "noise_std must be a number…to 3.4e+38, got 1e+308."),
-        ({"M": 200, "noise_std": 5e-324}, "noise_std must be a number…to 3.4e+38, got 5e-324."),
-        ({"M": 200, "tau": -0.1}, "tau must be a number above 0 that…to 3.4e+38, got -0.1."),
-        ({"M": 200, "tau": True}, "tau must be a number above 0 that…to 3.4e+38, got True."),
-        ({"M": 200, "tau": 1e-308}, "tau must be a number above 0 that…to 3.4e+38, got 1e-308."),
-        ({"M": 200, "gamma": -1.0}, "gamma must be a number of at least…to 3.4e+38, got -1.0."),
-        ({"M": 200, "gamma": True}, "gamma must be a number of at least…to 3.4e+38, got True."),
         ({"M": 200, "z_min": 1e6}, "z_min must be below z_max, 2.947033024032773, got 1000000.0."),
-        ({"M": 200, "z_max": math.inf}, "z_max must be a number above 0…to 3.4e+38, got inf."),
-        ({"M": 200, "upper_norm": 0.0}, "upper_norm must be a number…to 3.4e+38, got 0.0."),
         ({"M": 100_000}, "M must keep noise_std (1 + tau)^M at or…noise_std 0.01 and tau 0.03."),
-        ({"M": 200, "substitution": "none"}, "substitution must be one of exact…got 'none'."),
         ({"M": 200, "restrict_M": "False"}, "restrict_M must be True, False or None, got 'False'."),
     ],
 )
@@ -764,14 +744,6 @@ def test_tensors_and_arrays_of_one_value_are_numbers():
     assert torch.equal(FLOW.sample(NET, 3, x_init=DATA[:3], guidance=1.0), without)
 
 
-@pytest.mark.parametrize("wrong", [torch.ones(2), torch.tensor(True), np.array("2"), np.nan, "a"])
-def test_other_tensors_and_arrays_are_no_numbers(wrong):
-    with pytest.raises(ValueError, match="guidance must be a finite number, got"):
-        FLOW.sample(NET, 3, guidance=wrong)
-    with pytest.raises(ValueError, match="M must be a number above 0"):
-        PoissonFlow((2,), M=wrong)
-
-
 PLAIN, LABELLED = PoissonFlow((2,), data_norm=1.0), pfgm.networks.MLP((2,), width=8, classes=2)
 WHOLE = torch.ones(3, 2, dtype=torch.int64)
 GRIDS = [], [1.0], [1.0] * 2, [1.0, 2.0, 1.0], [1.0, 1.0, 0.0], [0.0, 1.0], [1.0, 0.0, 0.0]
@@ -783,11 +755,8 @@ GRIDS = [], [1.0], [1.0] * 2, [1.0, 2.0, 1.0], [1.0, 1.0, 0.0], [0.0, 1.0], [1.0
         (lambda: FLOW.empirical(torch.ones(3, 3)), "references must have…S = (2,), got (3, 3)."),
         (lambda: FLOW.empirical(torch.ones(0, 2)), "references must have…S = (2,), got (0, 2)."),
         (lambda: FLOW.empirical(WHOLE), "TypeError: references must be…use references.float()."),
-        (lambda: PoissonFlow((0, 2), M=200), "shape must hold positive integers, got (0, 2)."),
         (lambda: PoissonFlow((2,), spread=1e-20), "spread must be from 1e-15…square, got 1e-20."),
         (lambda: PoissonFlow((2,), spread=1e20), "spread must be from 1e-15…square, got 1e+20."),
-        (lambda: PoissonFlow((2,), spread=1.0, center="x"), "TypeError: center…got 'x'."),
-        (lambda: PoissonFlow((2,), spread=1.0, center=10**400), "TypeError: center…000000000000."),
         (lambda: PoissonFlow.from_data({"x": DATA}), "TypeError: data must be…got dict."),
         (lambda: PoissonFlow.from_data(DATA.tolist()), "TypeError: Item 0 of…lists of numbers."),
         (lambda: PoissonFlow.from_data(1e200 * DATA.double()), "data must have…large for that."),
@@ -802,8 +771,6 @@ GRIDS = [], [1.0], [1.0] * 2, [1.0, 2.0, 1.0], [1.0, 1.0, 0.0], [0.0, 1.0], [1.0
         (lambda: PoissonFlow.from_data(WHOLE), "TypeError: data must be one…it, as by .float()."),
         (lambda: FLOW.perturb(DATA[:, :1]), "x must have shape (B, *S)…S = (2,), got (20, 1)."),
         (lambda: FLOW.perturb(WHOLE), "TypeError: x must be uint8 or…use x.float()."),
-        (lambda: FLOW.prior(-1), "n must be an integer of at least 0, got -1."),
-        (lambda: FLOW.prior(NET), "n must be an integer of…, got EmpiricalField."),
         (
             lambda: FLOW.prior(2, generator=seeded(), device="meta"),
             "device must be that of generator, cpu, got meta.",
@@ -821,11 +788,6 @@ GRIDS = [], [1.0], [1.0] * 2, [1.0, 2.0, 1.0], [1.0, 1.0, 0.0], [0.0, 1.0], [1.0
         (lambda: FLOW.sample(lambda x: x, 2), "TypeError: net must take x…one that takes (x)."),
         (lambda: FLOW.sample(pfgm.networks.MLP, 2), "TypeError: net must be a…the class MLP."),
         (lambda: FLOW.sample(None, 2), "TypeError: net must be a…and the level, got a NoneType."),
-        (lambda: FLOW.sample(NET, -2), "n must be an integer of at least 0, got -2."),
-        (  # NumPy 2 writes np.float64(2.0)
-            lambda: FLOW.sample(NET, np.float64(2)),
-            f"n must be an integer of at least 0, got {np.float64(2)!r}.",
-        ),
         (lambda: FLOW.sample(NET, 4, x_init=DATA), "x_init must be floating…of shape (20, 2)."),
         (lambda: FLOW.sample(NET, 3, x_init=WHOLE), "x_init must be floating…of shape (3, 2)."),
         (lambda: FLOW.sample(NET, 2, guidance=3.0), "guidance is 3.0, but…labels}."),

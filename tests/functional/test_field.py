@@ -327,15 +327,11 @@ def test_integers_beyond_the_range_of_floats_and_texts_are_named():
         (lambda: posterior_mean(x, x, r=1.0, D=huge), "sigma must be given in place"),
         (lambda: posterior_mean(x, x, r=1.0, D=-huge), "D must be a.*got -100000000000"),
         (lambda: field_fn(x, huge, x), "got inf in row 0"),
-        (lambda: field_fn(x, 1.0, x, gamma="5"), r"gamma must be a finite number.*got 5\."),
-        (lambda: field_fn(x, 1.0, x, gamma=huge), "gamma must be a.*got 100000000000000"),
-        (lambda: pfgm.PoissonFlow((3,), noise_std=huge), "noise_std must be a.*got 100000000"),
         (
             lambda: pfgm.PoissonFlow.from_data(x + 1).rescale(x, huge),
             "temperature must be a finite number",
         ),
         (lambda: flow.empirical(x)(x, huge), r"r, sigma or z must be.*got inf in row 0\."),
-        (lambda: flow.prior(huge), "n must be an integer.*got 10000000000000000000000"),
     ):
         with pytest.raises(ValueError, match=message):
             call()
@@ -360,11 +356,6 @@ def test_a_wrong_argument_is_named(function, error, message, change):
 @pytest.mark.parametrize(
     ("error", "message", "change"),
     [
-        (ValueError, "gamma must be a finite number of at", {"gamma": -1.0}),
-        (ValueError, "gamma must be a finite number of", {"gamma": math.nan}),
-        (ValueError, "gamma must be a finite number of", {"gamma": math.inf}),
-        (ValueError, "gamma must be a finite number of at", {"gamma": True}),
-        (ValueError, "got a tensor of torch", {"gamma": torch.ones(2)}),
         (ValueError, "z must be a number or a", {"z": torch.ones(3)}),
         (ValueError, "r, sigma or z must be finite and", {"z": -1.0}),
         (TypeError, "z must be a number or a tensor of", {"z": None}),
@@ -396,7 +387,7 @@ def test_values_are_checked_only_on_the_cpu_by_default():
     x, references = (t.to("meta") for t in problem())
     mean, lse = posterior_mean(x, references, r=-1.0, return_logsumexp=True)
     assert (mean.device.type, mean.shape, lse.shape) == ("meta", (4, 5), (4,))
-    from pfgm.common.checks import checks_values
+    from pfgm.common.values import checks_values
 
     assert not checks_values(torch.device("meta"))
     with debug_checks():

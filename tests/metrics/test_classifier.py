@@ -9,7 +9,6 @@ import torch
 
 import pfgm
 from pfgm import cli
-from pfgm.datasets import open_data
 from pfgm.metrics import (
     CLASSIFIERS,
     Classifier,
@@ -88,7 +87,7 @@ def test_the_command_trains_a_classifier_that_evaluates(tmp_path, capsys):
     for features in (str(path), "none", None):
         out = tmp_path / "evaluation"
         options = [] if features is None else ["--features", features]
-        sampling = ["--pretrained", "digits", "--n", "60", "--steps", "2", "--against", "300"]
+        sampling = ["digits", "--n", "60", "--steps", "2", "--against", "300"]
         assert cli.main(["evaluate", *sampling, *options, "--out", str(out)]) == 0
         figures[features] = json.loads((out / "metrics.json").read_text())
         shown = capsys.readouterr().out
@@ -98,10 +97,10 @@ def test_the_command_trains_a_classifier_that_evaluates(tmp_path, capsys):
     own = figures[str(path)]["features"]
     assert own["frechet_distance"] != figures[None]["features"]["frechet_distance"]
     assert own["against"] == "held_out"
-    data = open_data("digits")
+    held_out = pfgm.ReferenceSet(pfgm.data.open("digits").held_out)
     draw = torch.Generator().manual_seed(0)
-    real = data.held_out[data.held_out.draw(300, generator=draw)]
-    flow, net = pfgm.load_pretrained("digits")
+    real = held_out[held_out.draw(300, generator=draw)]
+    flow, net = pfgm.load("digits")
     samples, _ = pfgm.evaluation.draw_samples(flow, net, 60, steps=2)
     features = load_classifier(path).features
     distance = frechet_distance(samples.clamp(-1, 1), real, features=features)
@@ -122,7 +121,7 @@ def test_one_sentence_for_bad_input(tmp_path, refusal):
     out, unlabelled, pickled = (tmp_path / f"x.{end}" for end in ("safetensors", "npy", "pt"))
     pfgm.data.save_array(unlabelled, torch.zeros(9, 1, 8, 8))
     torch.save({}, pickled)
-    evaluate = ["evaluate", "--pretrained", "digits", "--out", tmp_path / "e", "--features"]
+    evaluate = ["evaluate", "digits", "--out", tmp_path / "e", "--features"]
     train = ["features", "--out", out, "--data"]
     for arguments, sentence in (
         ([*evaluate, out], "there is no classifier at"),
@@ -130,7 +129,7 @@ def test_one_sentence_for_bad_input(tmp_path, refusal):
             [*evaluate, "fashion-mnist"],
             "features must be a classifier for the shape of the data digits",
         ),
-        ([*evaluate, pfgm.pretrained.pretrained_path("digits")], "must be a classifier"),
+        ([*evaluate, pfgm.pretrained.FOLDER / "digits.safetensors"], "must be a classifier"),
         ([*evaluate, pickled], "not a complete safetensors file"),
         (["features", "--data", "digits", "--out", "x.pt"], "out must end in .safetensors"),
         ([*train, "digits", "--epochs", 0], "epochs must be at least 1"),

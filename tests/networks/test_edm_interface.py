@@ -212,5 +212,5 @@ def test_images_with_channels_last(tmp_path):
         denoiser("edm")(last, torch.ones(20))
     np.save(tmp_path / "nhwc.npy", last.numpy())
     assert pfgm.ReferenceSet(tmp_path / "nhwc.npy").shape[1:] == (8, 8, 3)
-    opened = pfgm.datasets.open_data(str(tmp_path / "nhwc.npy"), layout="images").train
+    opened = pfgm.data.open(str(tmp_path / "nhwc.npy"), layout="images").samples
     assert torch.equal(opened[:], DATA)

@@ -1,6 +1,7 @@
 """The networks that come with the package."""
 
 import re
+from pathlib import Path
 
 import pytest
 import torch
@@ -8,7 +9,7 @@ from sklearn.svm import SVC
 
 import pfgm
 from benchmarks.avatars import render
-from pfgm.pretrained import PRETRAINED, load_pretrained, pretrained_path
+from pfgm.pretrained import FOLDER, PRETRAINED
 
 MAX_BYTES = 12_000_000
 SHAPES = {"avatars": (3, 32, 32), "digits": (1, 8, 8), "fashion-mnist": (1, 28, 28)}
@@ -16,12 +17,14 @@ SHAPES = {"avatars": (3, 32, 32), "digits": (1, 8, 8), "fashion-mnist": (1, 28, 
 
 @pytest.mark.parametrize("name", PRETRAINED)
 def test_each_is_small(name):
-    assert pretrained_path(name).stat().st_size <= MAX_BYTES
+    assert (FOLDER / f"{name}.safetensors").stat().st_size <= MAX_BYTES
 
 
 @pytest.mark.parametrize("name", PRETRAINED)
 def test_each_samples_images_of_its_labels(name):
-    flow, net = load_pretrained(name)
+    loaded = pfgm.load(name)
+    flow, net = loaded
+    assert (loaded.label_names, loaded.card) == (PRETRAINED[name].classes, PRETRAINED[name].data)
     assert flow.shape == SHAPES[name]
     assert not net.training
     assert len(PRETRAINED[name].classes) == 10
@@ -37,7 +40,7 @@ def test_each_samples_images_of_its_labels(name):
 def test_digits_are_those_asked_for():
     digits = pfgm.data.digits()
     classifier = SVC().fit(digits.train.flatten(1).numpy(), digits.train_labels.numpy())
-    flow, net = load_pretrained("digits")
+    flow, net = pfgm.load("digits")
     labels = torch.arange(200) % 10
     generator = torch.Generator().manual_seed(0)
     samples = flow.sample(net, 200, condition={"labels": labels}, generator=generator)
@@ -49,13 +52,13 @@ def test_digits_are_those_asked_for():
 
 
 def test_weights_in_half_the_bytes_compute_in_float32():
-    _, net = load_pretrained("avatars")
+    _, net = pfgm.load("avatars")
     assert {weight.dtype for weight in net.parameters()} == {torch.float32}
 
 
 def test_all_authors_are_credited():
     """In a file that the wheel holds, and in one line by `pfgm info`."""
-    credits = pretrained_path("avatars").with_name("CREDITS.md").read_text()
+    credits = (FOLDER / "CREDITS.md").read_text()
     assert re.findall(r"^## (.*)$", credits, flags=re.MULTILINE) == list(PRETRAINED)
     avatars = PRETRAINED["avatars"]
     rows = re.findall(
@@ -71,11 +74,29 @@ def test_all_authors_are_credited():
 def test_evaluation_says_where_avatars_come_from(tmp_path, refusal, monkeypatch):
     """Their data do not come with the package."""
     monkeypatch.delenv("PFGM_DATA", raising=False)
-    message = refusal("evaluate", "--pretrained", "avatars", "--out", tmp_path / "e")
+    message = refusal("evaluate", "avatars", "--out", tmp_path / "e")
     assert "`python -m benchmarks.avatars.render FOLDER`" in message
     assert "as in avatars:FOLDER" in message
 
 
 def test_an_unknown_name_is_refused():
-    with pytest.raises(ValueError, match=r"name must be one of avatars, digits,.*got 'cifar10'\."):
-        load_pretrained("cifar10")
+    with pytest.raises(FileNotFoundError, match=r"no file or folder cifar10; .* \(avatars, digits"):
+        pfgm.load("cifar10")
+
+
+def test_a_name_that_is_also_a_path_is_refused(tmp_path, monkeypatch):
+    """A Path, and ./ before the name, mean the path."""
+    monkeypatch.chdir(tmp_path)
+    flow = pfgm.PoissonFlow((2,), data_norm=1.0)
+    pfgm.save("./digits", flow, flow.network("mlp", width=4))
+    with pytest.raises(ValueError, match=r"got 'digits', which is both; write \./digits for the p"):
+        pfgm.load("digits")
+    for path in ("./digits", Path("digits"), tmp_path / "digits"):
+        assert pfgm.load(path).flow == flow
+    card = pfgm.load("./digits").card
+    assert 'pfgm.load("./digits")' in card
+    assert card == Path("digits/README.md").read_text()
+    Path("avatars").symlink_to("nowhere")
+    with pytest.raises(ValueError, match="which is both"):
+        pfgm.load("avatars")
+    assert pfgm.load("fashion-mnist").flow.shape == (1, 28, 28)

@@ -126,7 +126,7 @@ def measuring(folder):
 
 def test_what_is_loaded_lies_on_its_device(tmp_path):
     with torch.device("meta"):
-        flow, net = pfgm.load_pretrained("digits")
+        flow, net = pfgm.load("digits")
         labels = torch.arange(3, device="cpu")
         samples = flow.sample(net, 3, condition={"labels": labels}, steps=2)
     assert {each.device.type for each in (*net.parameters(), *net.buffers(), samples)} == {"cpu"}

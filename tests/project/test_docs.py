@@ -355,7 +355,8 @@ def test_the_published_losses_of_the_page_are_stored():
 
 def drawing_command(page, written):
     """The command of a page that writes a picture from a network of the package."""
-    pattern = rf"pfgm (sample --pretrained .*{re.escape(written)})$"
+    names = "|".join(pfgm.pretrained.PRETRAINED)
+    pattern = rf"pfgm (sample (?:{names}) .*{re.escape(written)})$"
     (command,) = re.findall(pattern, page.read_text(), flags=re.MULTILINE)
     return command
 

@@ -80,7 +80,7 @@ def test_importing_takes_a_fraction_of_torch_and_no_optional_package():
 
 # The names that the package gives to its lazy modules, the extension and the kernels.
 BY_STRING = {
-    "__init__.py": ["f'{__name__}.{_FUNCTIONS[name]}'", "f'{__name__}.{name}'"],
+    "__init__.py": ["f'{__name__}.training.model_files'", "f'{__name__}.{name}'"],
     "backends/native.py": ["'pfgm._native'"],
     "backends/triton.py": ["'triton'", "f'..kernels.{name}'"],
     "common/optional.py": ["module"],
@@ -210,7 +210,7 @@ def test_readme_commands_are_those_that_are_tested():
     text = (ROOT / "README.md").read_text()
     install = "    python3 -m venv .venv && .venv/bin/pip install "
     sample = (
-        ".venv/bin/pfgm sample --pretrained avatars --n 100"
+        ".venv/bin/pfgm sample avatars --n 100"
         " --guidance 1.5 --schedule log --last 0.3 --out samples.png"
     )
     assert f"{install}'.[demo]' && {sample}\n" in text

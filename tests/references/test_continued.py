@@ -61,7 +61,8 @@ def chunks_of(monkeypatch):
 
 def in_file(rows, folder, **options):
     np.save(folder / "rows.npy", rows.numpy())
-    return ReferenceSet(folder / "rows.npy", **options)
+    data = pfgm.data.open(folder / "rows.npy", layout="as-is")
+    return ReferenceSet(data, **options)
 
 
 @pytest.mark.parametrize(

@@ -68,7 +68,7 @@ def test_an_old_run_resumes_and_the_command_line_samples_and_evaluates_it(name, 
     assert cli.main(["train", "--out", str(run), "--resume", "--steps", str(before + 2)]) == 0
     assert json.loads((run / "latest.json").read_text())["step"] == before + 2
     solver = ["--solver", "consistency"] if name == "student" else []
-    source = ["--checkpoint", str(run), "--n", "16", *solver]
+    source = [str(run), "--n", "16", *solver]
     samples = tmp_path / ("samples.csv" if name == "table" else "samples.npy")
     assert cli.main(["sample", *source, "--out", str(samples)]) == 0
     assert samples.stat().st_size > 0

@@ -128,7 +128,8 @@ def test_the_number_of_threads_stays_if_something_else_decides(
 ):
     if variable is not None:
         two_is_fastest.setenv("OMP_NUM_THREADS", variable)
-    with training_threads(SimpleNamespace(_computes_alone_on_cpu=alone_on_cpu)) as count:
+    trainer = SimpleNamespace(_computes_alone_on_cpu=alone_on_cpu, _settle_precision=lambda: None)
+    with training_threads(trainer) as count:
         assert count == 3
 
 

@@ -12,7 +12,8 @@ from diffusers.models.modeling_utils import ModelMixin
 from diffusers.pipelines.pipeline_utils import DiffusionPipeline, ImagePipelineOutput
 from torch import Tensor
 
-from ...common.checks import check_choice, positive_int
+from ...common.checks import check_choice
+from ...common.numbers import whole
 from .schedulers import FlowScheduler
 
 _OUTPUT_TYPES = ("pil", "np", "pt")
@@ -119,7 +120,7 @@ class PoissonFlowPipeline(DiffusionPipeline):  # type: ignore[misc]
             ValueError: an argument is not allowed.
         """
         check_choice("output_type", output_type, _OUTPUT_TYPES)
-        positive_int("batch_size", batch_size)
+        whole("batch_size", batch_size)
         device = self._execution_device
         x = self._prior(batch_size, generator, device)
         condition = {}

@@ -14,7 +14,8 @@ from diffusers.schedulers.scheduling_utils import SchedulerMixin
 from diffusers.utils.outputs import BaseOutput
 from torch import Tensor, nn
 
-from ...common.checks import check_choice, positive_int
+from ...common.checks import check_choice
+from ...common.numbers import whole
 from ...common.old_names import with_present_names
 from ...common.tensors import dequantise, over_samples, per_row, wide_dtype
 from ...flows.flow import Flow
@@ -107,7 +108,7 @@ class FlowScheduler(SchedulerMixin, ConfigMixin):  # type: ignore[misc]
             prediction_type = "noise" if variance_preserving else self._predictions[0]
         if not callable(solver):
             check_choice("solver", solver, GRID_SOLVERS)
-        positive_int("num_train_timesteps", num_train_timesteps)
+        whole("num_train_timesteps", num_train_timesteps)
         self._variance_preserving = variance_preserving
         ends = self._flow.first_level, self._flow.last_level
         if level == "timestep":

@@ -15,7 +15,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ...common.checks import check_choice, check_sample_shape, int_tuple, positive_int, whole
+from ...common.checks import check_choice, check_sample_shape
+from ...common.numbers import int_tuple, whole
 from ...common.tensors import per_row
 from ..config import MAX_DEPTH, MAX_WIDTH, as_json
 from ..edm_interface import EDMInterface, label_numbers
@@ -221,19 +222,17 @@ class SongUNet(nn.Module):
         resolution = checked_resolution(resolution, len(levels))
         self.config = as_json(
             {
-                "channels": positive_int("channels", channels),
+                "channels": whole("channels", channels),
                 "resolution": resolution,
                 "classes": whole("classes", classes, 0),
                 "augment_dim": whole("augment_dim", augment_dim, 0),
-                "model_channels": positive_int("model_channels", model_channels, MAX_WIDTH),
+                "model_channels": whole("model_channels", model_channels, 1, MAX_WIDTH),
                 "channel_mult": levels,
-                "channel_mult_emb": positive_int("channel_mult_emb", channel_mult_emb, MAX_WIDTH),
-                "channel_mult_noise": positive_int(
-                    "channel_mult_noise", channel_mult_noise, MAX_WIDTH
-                ),
-                "num_blocks": positive_int("num_blocks", num_blocks, MAX_DEPTH),
+                "channel_mult_emb": whole("channel_mult_emb", channel_mult_emb, 1, MAX_WIDTH),
+                "channel_mult_noise": whole("channel_mult_noise", channel_mult_noise, 1, MAX_WIDTH),
+                "num_blocks": whole("num_blocks", num_blocks, 1, MAX_DEPTH),
                 "attn_resolutions": tuple(
-                    positive_int("attn_resolutions", width) for width in attn_resolutions
+                    whole("attn_resolutions", width) for width in attn_resolutions
                 ),
                 "dropout": float(dropout),
                 "embedding_type": embedding_type,

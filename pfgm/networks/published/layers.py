@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ...common.checks import positive_int
+from ...common.numbers import whole
 
 HALF_SUM = math.sqrt(0.5)
 """Factor of a sum of two branches, which keeps their variance."""
@@ -19,7 +19,7 @@ _LONGEST_PERIOD = 10_000.0  # of the positional sines, in units of 2π
 
 def checked_resolution(resolution: int, levels: int) -> int:
     """The resolution, if a U-Net of these levels, each half of the one above, takes it."""
-    coarsest, resolution = 2 ** (levels - 1), positive_int("resolution", resolution)
+    coarsest, resolution = 2 ** (levels - 1), whole("resolution", resolution)
     if resolution % coarsest:
         raise ValueError(
             f"resolution must be a multiple of {coarsest}, as {levels} levels halve it, got "

@@ -15,7 +15,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ...common.checks import check_choice, check_sample_shape, int_tuple, positive_int
+from ...common.checks import check_choice, check_sample_shape
+from ...common.numbers import int_tuple, whole
 from ...common.tensors import is_wider, per_row
 from ..config import MAX_DEPTH, MAX_WIDTH, as_json
 from .layers import FOURIER_STD, HALF_SUM, add_attention, checked_resolution, positional_features
@@ -214,12 +215,12 @@ class Published(nn.Module):
         progressive_input: str = "none",
     ) -> None:
         super().__init__()
-        channels = positive_int("channels", channels)
+        channels = whole("channels", channels)
         levels = int_tuple("ch_mult", ch_mult, MAX_WIDTH)
-        attention = tuple(positive_int("attn_resolutions", width) for width in attn_resolutions)
+        attention = tuple(whole("attn_resolutions", width) for width in attn_resolutions)
         check_choice("embedding", embedding, ("positional", "fourier"))
         check_choice("progressive_input", progressive_input, ("none", "residual"))
-        if positive_int("nf", nf, MAX_WIDTH) % 4:
+        if whole("nf", nf, 1, MAX_WIDTH) % 4:
             raise ValueError(f"nf must be a multiple of 4, got {nf}.")
         resolution = checked_resolution(resolution, len(levels))
         self.shape = (channels, resolution, resolution)
@@ -229,7 +230,7 @@ class Published(nn.Module):
                 "resolution": resolution,
                 "nf": nf,
                 "ch_mult": levels,
-                "num_res_blocks": positive_int("num_res_blocks", num_res_blocks, MAX_DEPTH),
+                "num_res_blocks": whole("num_res_blocks", num_res_blocks, 1, MAX_DEPTH),
                 "attn_resolutions": attention,
                 "dropout": float(dropout),
                 "embedding": embedding,

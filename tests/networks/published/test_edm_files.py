@@ -217,7 +217,7 @@ def test_convert_makes_a_checkpoint(tmp_path, capsys, refusal, file, state, opti
     assert flow == pfgm.PoissonFlowPP((1, 8, 8), D=math.inf if option else 2048, sigma_data=0.5)
     for key, tensor in written.state_dict().items():
         assert torch.equal(loaded.state_dict()[key], tensor)
-    sample = ["sample", "--checkpoint", str(out), "--n", "2", "--steps", "2", "--label", "1"]
+    sample = ["sample", str(out), "--n", "2", "--steps", "2", "--label", "1"]
     assert cli.main([*sample, "--out", str(tmp_path / "x.npy"), "--device", "cpu"]) == 0
     labels = {"labels": torch.full((2,), 1)}
     prior = flow.prior(2, generator=torch.Generator().manual_seed(0))
@@ -235,9 +235,9 @@ def test_convert_makes_a_checkpoint(tmp_path, capsys, refusal, file, state, opti
 def test_a_published_file_as_a_checkpoint_names_convert(tmp_path, refusal, file):
     path = published_file(tmp_path / file, EDMDenoiser(1, 8, **TINY), write=WRITERS[file])
     sentence = f"`pfgm convert {path} --out NAME.safetensors` makes one from a published file"
-    sample = ["sample", "--checkpoint", path, "--out", tmp_path / "x.npy"]
+    sample = ["sample", path, "--out", tmp_path / "x.npy"]
     assert sentence in refusal(*sample)
-    assert sentence in refusal("evaluate", *sample[1:3], "--out", tmp_path / "new")
+    assert sentence in refusal("evaluate", path, "--out", tmp_path / "new")
     assert sorted(each.name for each in tmp_path.iterdir()) == [file]
 
 

@@ -70,7 +70,7 @@ def test_convert_makes_a_checkpoint(tmp_path, capsys):
     assert flow == pfgm.PoissonFlow.cifar10()
     for key, tensor in averaged.state_dict().items():
         assert torch.equal(loaded.state_dict()[key], tensor)
-    sample = ["sample", "--checkpoint", str(out), "--n", "1", "--steps", "2", "--device", "cpu"]
+    sample = ["sample", str(out), "--n", "1", "--steps", "2", "--device", "cpu"]
     assert cli.main([*sample, "--out", str(tmp_path / "x.npy")]) == 0
     prior = flow.prior(1, generator=torch.Generator().manual_seed(0))
     drawn = torch.from_numpy(np.load(tmp_path / "x.npy"))

@@ -27,7 +27,7 @@ def results(x, held, sigma, D):
 
 
 def check(path, rank):
-    whole = pfgm.data.load_array(path)
+    whole = pfgm.data.open(path).samples[:]
     whole = torch.cat([whole, whole.flip(-1)])
     # Three queries here and four there.
     own = slice(0, 3) if rank == 0 else slice(3, 7)
@@ -55,7 +55,7 @@ def check(path, rank):
 
 def check_steep(path, rank):
     """At small sigma, gradients at float32 points between rows of both processes keep digits."""
-    rows = pfgm.data.load_array(path)
+    rows = pfgm.data.open(path).samples[:]
     x = (pfgm.data.to_unit(rows[:7]) + pfgm.data.to_unit(rows[-7:])) / 2
     own = slice(0, 3) if rank == 0 else slice(3, 7)
     for flips in (False, True):

@@ -57,10 +57,10 @@ if __name__ == "__main__":
         flow, plain = flow_and_network()
         for name, wrap in WRAPPERS.items():
             path = folder / f"{name}.safetensors"
-            for save, to in ((pfgm.save, path), (pfgm.save_pretrained, folder / name)):
+            for to in (path, folder / name):
                 network = wrap(flow_and_network()[1])
                 if "fsdp" in name or dist.get_rank() == 0:
-                    save(to, flow, network)
+                    pfgm.save(to, flow, network)
             dist.barrier()
             for source in (path, folder / name):
                 loaded = pfgm.load(source).network

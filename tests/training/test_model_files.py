@@ -1,5 +1,6 @@
 import json
 import os
+from pathlib import Path
 
 import pytest
 import torch
@@ -15,7 +16,7 @@ def test_a_folder_in_the_layout_of_hugging_face(tmp_path):
     flow = pfgm.PoissonFlow.from_data(torch.randn(50, 2, 16))
     net = flow.network("unet", width=16)
     torch.nn.init.normal_(net.head.weight)
-    pfgm.save_pretrained(tmp_path / "model", flow, net)
+    pfgm.save(tmp_path / "model", flow, net)
     assert {path.name for path in (tmp_path / "model").iterdir()} == {
         "README.md",
         "config.json",
@@ -28,7 +29,9 @@ def test_a_folder_in_the_layout_of_hugging_face(tmp_path):
     assert pfgm.networks.build(**config["network"]).config == net.config
     with safe_open(tmp_path / "model/model.safetensors", framework="pt") as file:
         assert set(file.keys()) == set(net.state_dict())
-    loaded_flow, loaded = pfgm.from_pretrained(str(tmp_path / "model"))
+    loaded_flow, loaded = model = pfgm.load(str(tmp_path / "model"))
+    assert model.card == (tmp_path / "model/README.md").read_text()
+    assert pfgm.load(tmp_path / "model/model.safetensors").card == model.card
     assert loaded_flow == flow
     assert not loaded.training
     x, z = torch.randn(3, 2, 16), torch.rand(3)
@@ -46,7 +49,7 @@ def test_the_hub_reads_the_card_and_its_code_samples(tmp_path, monkeypatch, shap
     kind, width = ("unet", 16) if len(shape) == 3 else ("mlp", 16)
     net = flow.network(kind, width=width, classes=classes)
     names = ("cat", "dog", "eel") if classes else ()
-    pfgm.save_pretrained(tmp_path / "my model", flow, net, label_names=names)
+    pfgm.save(tmp_path / "my model", flow, net, label_names=names)
     card = hub.ModelCard.load(tmp_path / "my model/README.md")
     assert (card.data.library_name, card.data.pipeline_tag) == ("pfgm", task)
     assert "poisson-flow" in card.data.tags
@@ -64,7 +67,7 @@ def test_the_hub_reads_the_card_and_its_code_samples(tmp_path, monkeypatch, shap
     exec(card.text.split("```python")[1].split("```")[0], names)
     assert names["samples"].shape == (16, *shape)
     (tmp_path / "my model/README.md").write_text("mine")
-    pfgm.save_pretrained(tmp_path / "my model", flow, net)
+    pfgm.save(tmp_path / "my model", flow, net)
     assert (tmp_path / "my model/README.md").read_text() == "mine"
 
 
@@ -72,30 +75,30 @@ def test_names_of_labels_that_are_numbers(tmp_path, monkeypatch):
     """The card shows them, and its code runs."""
     flow = pfgm.PoissonFlow((2,), data_norm=1.0)
     folder = tmp_path / "caf\u00e9"
-    pfgm.save_pretrained(folder, flow, flow.network("mlp", classes=3), label_names=range(3))
+    pfgm.save(folder, flow, flow.network("mlp", classes=3), label_names=range(3))
     card = (folder / "README.md").read_text("utf-8")
     assert "with the labels 0 to 2 (0, 1, 2)" in card
     monkeypatch.chdir(tmp_path)
     exec(card.partition("```python")[2].partition("```")[0], {})
 
 
-def test_a_folder_whose_name_is_not_utf_8_is_refused_before_the_first_file(tmp_path, refused):
+@pytest.mark.parametrize("suffix", ["", ".safetensors"])
+def test_a_path_that_is_not_utf_8_is_refused_before_the_first_file(tmp_path, refused, suffix):
     flow = pfgm.PoissonFlow((2,), data_norm=1.0)
-    folder = tmp_path / os.fsdecode(b"caf\xe9")
     refused(
-        lambda: pfgm.save_pretrained(folder, flow, flow.network("mlp")),
-        "folder must have a path in UTF-8, which safetensors reads, got …caf?.",
+        lambda: pfgm.save(tmp_path / (os.fsdecode(b"caf\xe9") + suffix), flow, flow.network("mlp")),
+        f"path must be UTF-8, which safetensors reads, got …caf?{suffix}.",
     )
-    assert not folder.exists()
+    assert not list(tmp_path.iterdir())
 
 
 def test_a_network_of_another_library(tmp_path):
     flow = pfgm.PoissonFlowPP((3,), D=16)
-    pfgm.save_pretrained(tmp_path, flow, torch.nn.Linear(3, 3))
+    pfgm.save(tmp_path, flow, torch.nn.Linear(3, 3))
     assert json.loads((tmp_path / "config.json").read_text())["network"] is None
     with pytest.raises(ValueError, match="give the network to load them into"):
-        pfgm.from_pretrained(tmp_path)
-    flow_again, net = pfgm.from_pretrained(tmp_path, torch.nn.Linear(3, 3))
+        pfgm.load(tmp_path)
+    flow_again, net = pfgm.load(tmp_path, torch.nn.Linear(3, 3))
     assert flow_again == flow
     assert isinstance(net, torch.nn.Linear)
 
@@ -103,30 +106,28 @@ def test_a_network_of_another_library(tmp_path):
 def test_diffusers_says_what_to_call(tmp_path):
     diffusers = pytest.importorskip("diffusers")
     flow = pfgm.PoissonFlow((2,), data_norm=1.0)
-    pfgm.save_pretrained(tmp_path, flow, flow.network("mlp"))
-    with pytest.raises(
-        AttributeError, match=r"PoissonFlow; pfgm\.from_pretrained reads this folder"
-    ):
+    pfgm.save(tmp_path, flow, flow.network("mlp"))
+    with pytest.raises(AttributeError, match=r"PoissonFlow; pfgm\.load reads this folder"):
         diffusers.DiffusionPipeline.from_pretrained(tmp_path)
-    assert pfgm.from_pretrained(tmp_path)[0] == flow
+    assert pfgm.load(tmp_path)[0] == flow
 
 
-def test_what_is_no_such_folder_is_refused(tmp_path):
-    with pytest.raises(FileNotFoundError, match=r"there is no folder .*snapshot_download"):
-        pfgm.from_pretrained(tmp_path / "user/model")
-    with pytest.raises(FileNotFoundError, match="there is no checkpoint at"):
-        pfgm.from_pretrained(tmp_path)
+def test_what_is_no_model_is_refused(tmp_path):
+    with pytest.raises(FileNotFoundError, match=r"there is no file or folder .*snapshot_download"):
+        pfgm.load(tmp_path / "user/model")
+    with pytest.raises(FileNotFoundError, match="there is no checkpoint in"):
+        pfgm.load(tmp_path)
     (tmp_path / "model_index.json").write_text("{}")
     with pytest.raises(ValueError, match=r"PoissonFlowPipeline\.from_pretrained reads it"):
-        pfgm.from_pretrained(tmp_path)
+        pfgm.load(tmp_path)
 
 
 @pytest.mark.parametrize("name", ["latest.json", "config.json", "model_index.json"])
 def test_a_folder_of_something_else_is_kept(tmp_path, name):
     flow, net = pfgm.PoissonFlowPP((3,), D=16), torch.nn.Linear(3, 3)
     (tmp_path / name).write_text('{"library_name": "diffusers"}')
-    with pytest.raises(ValueError, match=f"folder must be new, or hold neither .* with {name}"):
-        pfgm.save_pretrained(tmp_path, flow, net)
+    with pytest.raises(ValueError, match=f"path must be a new folder, or .* with {name}"):
+        pfgm.save(tmp_path, flow, net)
     assert [path.name for path in tmp_path.iterdir()] == [name]
 
 
@@ -134,25 +135,50 @@ def test_a_model_is_replaced_by_a_model_and_by_no_run(tmp_path):
     flow, net = pfgm.PoissonFlowPP((3,), D=16), torch.nn.Linear(3, 3)
     (tmp_path / "README.md").write_text("of a hub")
     for _ in range(2):
-        pfgm.save_pretrained(tmp_path, flow, net)
+        pfgm.save(tmp_path, flow, net)
     before = (tmp_path / "config.json").read_bytes()
-    with pytest.raises(ValueError, match="out must not be a folder of save_pretrained"):
+    with pytest.raises(ValueError, match=r"out must not be a folder of pfgm\.save"):
         start(RunConfig(training=TrainConfig(steps=1)), tmp_path, progress=False)
     assert (tmp_path / "config.json").read_bytes() == before
+
+
+def test_the_suffix_says_whether_it_is_a_file_or_a_folder(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    flow, net = pfgm.PoissonFlowPP((3,), D=16), torch.nn.Linear(3, 3)
+    for path in ("model.pt", Path("model.ckpt"), "a/model.SAFETENSORS", "model.safetensors.zip/"):
+        with pytest.raises(ValueError, match=r"path must end in \.safetensors, or be a folder"):
+            pfgm.save(path, flow, net)
+    assert not list(tmp_path.iterdir())
+    Path("models.d").mkdir()
+    for path in ("file.safetensors", "model", "model-1.5", "Model-3.1-8B/", "models.d"):
+        pfgm.save(path, flow, net, step=7)
+        assert Path(path).is_file() == (path == "file.safetensors")
+        assert pfgm.load(path, torch.nn.Linear(3, 3)).flow == flow
+    (tmp_path / "folder.safetensors").mkdir()
+    with pytest.raises(OSError, match="it exists and is not a regular file"):
+        pfgm.save("folder.safetensors", flow, net)
+    for name in ("file.safetensors", "model/model.safetensors"):
+        with safe_open(name, framework="pt") as file:
+            assert json.loads(file.metadata()["pfgm"])["step"] == 7
+
+
+def test_the_names_of_hubs_are_the_same_functions():
+    assert (pfgm.from_pretrained, pfgm.save_pretrained) == (pfgm.load, pfgm.save)
 
 
 def test_no_name_and_weights_that_are_not_finite_are_refused(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     flow, net = pfgm.PoissonFlowPP((3,), D=16), torch.nn.Linear(3, 3)
     net.register_buffer("mask", torch.full((3,), -torch.inf))
-    for call in (lambda: pfgm.save_pretrained("", flow, net), lambda: pfgm.from_pretrained("")):
-        with pytest.raises(ValueError, match=r"the name of the folder must not be empty\."):
-            call()
+    with pytest.raises(ValueError, match=r"the name of the folder must not be empty\."):
+        pfgm.save("", flow, net)
+    with pytest.raises(ValueError, match=r"model must be a path or a name, got an empty text\."):
+        pfgm.load("")
     pfgm.save("masked.safetensors", flow, net)
     net.bias.data[1] = torch.nan
-    for save in (pfgm.save, pfgm.save_pretrained):
-        with pytest.raises(ValueError, match=r"weights of network must be finite, got .* in bias"):
-            save("model", flow, net)
+    for path in ("model", "model.safetensors"):
+        with pytest.raises(ValueError, match="bias of network must be finite, got NaN"):
+            pfgm.save(path, flow, net)
     assert [path.name for path in tmp_path.iterdir()] == ["masked.safetensors"]
 
 
@@ -161,13 +187,13 @@ def test_commands_take_the_folder(tmp_path, refusal):
     torch.manual_seed(0)
     net = flow.network("mlp", width=16)
     model, data, out = tmp_path / "model", tmp_path / "x.npy", tmp_path / "run"
-    pfgm.save_pretrained(model, flow, net)
+    pfgm.save(model, flow, net)
     assert torch.equal(pfgm.load(model).network.state_dict()["head.weight"], net.head.weight)
-    assert cli.main(["sample", "--checkpoint", str(model), "--n", "20", "--out", str(data)]) == 0
+    assert cli.main(["sample", str(model), "--n", "20", "--out", str(data)]) == 0
     train = ["train", "--data", str(data), "--init", str(model), "--steps", "1"]
     assert cli.main([*train, "--batch-size", "8", "--out", str(out)]) == 0
     for checkpoint in (model, model / "model.safetensors"):
-        evaluate = ["evaluate", "--checkpoint", str(checkpoint), "--n", "10", "--data", str(data)]
+        evaluate = ["evaluate", str(checkpoint), "--n", "10", "--data", str(data)]
         assert cli.main([*evaluate, "--out", str(tmp_path / "e")]) == 0
         assert "give the data with --data" in refusal(*evaluate[:-2], "--out", tmp_path / "e")
     assert "describes a model and not a run" in refusal("train", "--config", model, "--out", out)

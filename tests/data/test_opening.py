@@ -14,22 +14,23 @@ import torch
 from safetensors.torch import save_file
 
 import pfgm
-from pfgm import datasets
+from pfgm.data import named
 from pfgm.data.images import save_image
-from pfgm.datasets import open_data, open_samples
+from pfgm.data.rows import Source
+from pfgm.training import TrainConfig, Trainer
 
 FASHION = Path("/usr/share/datasets/fashion-mnist")
 
 
-def in_file(rows: pfgm.ReferenceSet) -> bool:
-    return "file" in repr(rows)
+def in_file(rows: Source) -> bool:
+    return rows.tensor is None
 
 
 def test_digits() -> None:
-    digits, data = pfgm.data.digits(), open_data("digits")
-    assert torch.equal(data.train[:], digits.train)
-    assert torch.equal(data.held_out[:], digits.held_out)
-    assert data.train.labels.tolist() == digits.train_labels.tolist()
+    digits, data = pfgm.data.digits(), pfgm.data.open("digits")
+    assert torch.equal(data.samples[:], digits.train)
+    assert torch.equal(data.held_out.samples[:], digits.held_out)
+    assert data.labels.tolist() == digits.train_labels.tolist()
     assert data.held_out.labels.tolist() == digits.held_out_labels.tolist()
     assert (data.classes, data.grey_levels) == (10, 17)
     grey = (digits.train + 1) / 2 * (data.grey_levels - 1)
@@ -40,21 +41,21 @@ def test_digits() -> None:
 def test_other_names(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     with pytest.raises(ValueError, match=r"data must be one of avatars.*digits,.*got '") as caught:
-        open_data(name)
+        pfgm.data.open(name)
     assert repr(name) in str(caught.value)
 
 
 def test_bytes_and_named_data_take_no_range_and_no_folder(tmp_path: Path) -> None:
     np.save(tmp_path / "a.npy", ramp(4, 2, 2))
     with pytest.raises(ValueError, match=r"data must be digits,.*got digits:/tmp\."):
-        open_data("digits:/tmp")
+        pfgm.data.open("digits:/tmp")
     with pytest.raises(TypeError, match=r"range is 0\.0 255\.0, but the data are bytes"):
-        open_data(str(tmp_path / "a.npy"), value_range=(0.0, 255.0))
-    with pytest.raises(ValueError, match="range is 0 255, but data is digits, whose values"):
-        open_data("digits", value_range=(0.0, 255.0))
+        pfgm.data.open(str(tmp_path / "a.npy"), value_range=(0.0, 255.0))
+    with pytest.raises(ValueError, match=r"range is for arrays.*0\) for digits; leave it out"):
+        pfgm.data.open("digits", value_range=(0.0, 255.0))
     for source in ("digits", str(tmp_path / "a.npy")):
-        with pytest.raises(ValueError, match="resize is 8, but"):
-            open_data(source, resize=8)
+        with pytest.raises(ValueError, match=r"resize is for folders.* images, got 8 for"):
+            pfgm.data.open(source, resize=8)
 
 
 def idx(values: np.ndarray[Any, Any]) -> bytes:
@@ -86,14 +87,14 @@ def fashion(folder: Path, suffix: str = "") -> dict[str, np.ndarray[Any, Any]]:
 @pytest.mark.parametrize("suffix", ["", ".gz"])
 def test_fashion_mnist_in_a_folder(tmp_path: Path, suffix: str) -> None:
     arrays = fashion(tmp_path, suffix)
-    data = open_data(f"fashion-mnist:{tmp_path}")
-    assert data.train.shape == (5, 1, 4, 6)
-    assert data.train.dtype == torch.uint8
-    images = data.train[:][:, 0].numpy()
+    data = pfgm.data.open(f"fashion-mnist:{tmp_path}")
+    assert data.samples.shape == (5, 1, 4, 6)
+    assert data.samples.dtype == torch.uint8
+    images = data.samples[:][:, 0].numpy()
     np.testing.assert_array_equal(images, arrays["train-images-idx3-ubyte"])
-    held_out = data.held_out[:][:, 0].numpy()
+    held_out = data.held_out.samples[:][:, 0].numpy()
     np.testing.assert_array_equal(held_out, arrays["t10k-images-idx3-ubyte"])
-    assert data.train.labels.tolist() == [9, 0, 3, 3, 1]
+    assert data.labels.tolist() == [9, 0, 3, 3, 1]
     assert data.held_out.labels.tolist() == [2, 7, 2]
     assert (data.classes, data.grey_levels) == (10, 256)
 
@@ -101,25 +102,25 @@ def test_fashion_mnist_in_a_folder(tmp_path: Path, suffix: str) -> None:
 def test_fashion_mnist_in_the_data_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PFGM_DATA", str(tmp_path))
     fashion(tmp_path / "fashion-mnist")
-    assert open_data("fashion-mnist").train.shape == (5, 1, 4, 6)
+    assert pfgm.data.open("fashion-mnist").samples.shape == (5, 1, 4, 6)
     # Label 5 by Xiao et al., arXiv 1708.07747, table 2.
-    assert open_data("fashion-mnist").names[5] == "sandal"
-    monkeypatch.setattr(datasets, "_DEBIAN_FOLDER", tmp_path / "debian")
+    assert pfgm.data.open("fashion-mnist").names[5] == "sandal"
+    monkeypatch.setattr(named, "_DEBIAN_FOLDER", tmp_path / "debian")
     fashion(tmp_path / "debian", ".gz")
     monkeypatch.setenv("PFGM_DATA", str(tmp_path / "elsewhere"))
-    assert open_data("fashion-mnist").train.shape == (5, 1, 4, 6)
-    monkeypatch.setattr(datasets, "_DEBIAN_FOLDER", tmp_path / "nowhere")
+    assert pfgm.data.open("fashion-mnist").samples.shape == (5, 1, 4, 6)
+    monkeypatch.setattr(named, "_DEBIAN_FOLDER", tmp_path / "nowhere")
     with pytest.raises(FileNotFoundError, match=r"elsewhere/fashion-mnist nor at .*nowhere"):
-        open_data("fashion-mnist")
+        pfgm.data.open("fashion-mnist")
     monkeypatch.delenv("PFGM_DATA")
     with pytest.raises(FileNotFoundError, match=r"\$PFGM_DATA/fashion-mnist.*fashion-mnist:FOLDER"):
-        open_data("fashion-mnist")
+        pfgm.data.open("fashion-mnist")
 
 
 def test_avatars_in_the_data_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PFGM_DATA", str(tmp_path))
     with pytest.raises(FileNotFoundError, match=r"benchmarks\.avatars\.render.*avatars:FOLDER"):
-        open_data("avatars")
+        pfgm.data.open("avatars")
     for place, count in (("train", 3), ("held-out", 2)):
         for label, style in enumerate(("micah", "personas")):
             folder = tmp_path / "avatars" / place / style
@@ -128,15 +129,15 @@ def test_avatars_in_the_data_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPa
                 image = torch.full((3, 4, 4), 100 * label + number, dtype=torch.uint8)
                 save_image(folder / f"{number}.png", image)
     for source in ("avatars", f"avatars:{tmp_path / 'avatars'}"):
-        data = open_data(source)
-        assert data.train[:][:, 0, 0, 0].tolist() == [0, 1, 2, 100, 101, 102]
-        assert data.train.labels.tolist() == [0, 0, 0, 1, 1, 1]
-        assert data.held_out[:][:, 2, 3, 3].tolist() == [0, 1, 100, 101]
+        data = pfgm.data.open(source)
+        assert data.samples[:][:, 0, 0, 0].tolist() == [0, 1, 2, 100, 101, 102]
+        assert data.labels.tolist() == [0, 0, 0, 1, 1, 1]
+        assert data.held_out.samples[:][:, 2, 3, 3].tolist() == [0, 1, 100, 101]
         assert data.held_out.labels.tolist() == [0, 0, 1, 1]
         assert (data.classes, data.grey_levels, data.names) == (2, 256, ("micah", "personas"))
     (tmp_path / "avatars" / "held-out" / "micah").rename(tmp_path / "avatars/held-out/others")
-    with pytest.raises(ValueError, match=r"must have the same styles"):
-        open_data("avatars")
+    with pytest.raises(ValueError, match=r"must be of the classes in train, got others"):
+        pfgm.data.open("avatars")
 
 
 IMAGES = idx(np.zeros((5, 4, 6)))
@@ -162,7 +163,7 @@ def test_damaged_idx_files(tmp_path: Path, suffix: str, content: bytes) -> None:
     path = tmp_path / f"train-images-idx3-ubyte{suffix}"
     write(path, content)
     with pytest.raises(ValueError, match="must be an original file of") as e:
-        open_data(f"fashion-mnist:{tmp_path}")
+        pfgm.data.open(f"fashion-mnist:{tmp_path}")
     assert str(path) in str(e.value)
 
 
@@ -175,7 +176,7 @@ def test_damaged_compression(tmp_path: Path, damage: str) -> None:
     whole = path.read_bytes()
     path.write_bytes({"cut": whole[:-9], "changed": bytes(content), "foreign": IMAGES}[damage])
     with pytest.raises(ValueError, match="must be an original file of Fashion-MNIST,"):
-        open_data(f"fashion-mnist:{tmp_path}")
+        pfgm.data.open(f"fashion-mnist:{tmp_path}")
 
 
 @pytest.mark.parametrize(
@@ -192,28 +193,28 @@ def test_idx_files_that_do_not_fit_together(
     fashion(tmp_path)
     write(tmp_path / name, idx(values))
     with pytest.raises(ValueError, match=message):
-        open_data(f"fashion-mnist:{tmp_path}")
+        pfgm.data.open(f"fashion-mnist:{tmp_path}")
 
 
 def test_a_missing_idx_file(tmp_path: Path) -> None:
     fashion(tmp_path)
     (tmp_path / "t10k-labels-idx1-ubyte").unlink()
     with pytest.raises(FileNotFoundError, match="neither t10k-labels-idx1-ubyte nor t10k-labels"):
-        open_data(f"fashion-mnist:{tmp_path}")
+        pfgm.data.open(f"fashion-mnist:{tmp_path}")
 
 
 @pytest.mark.skipif(not FASHION.is_dir(), reason="dataset-fashion-mnist is not installed")
 def test_the_real_fashion_mnist(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("PFGM_DATA", raising=False)
-    data = open_data("fashion-mnist")
-    assert data.train.shape == (60_000, 1, 28, 28)
-    assert data.held_out.shape == (10_000, 1, 28, 28)
+    data = pfgm.data.open("fashion-mnist")
+    assert data.samples.shape == (60_000, 1, 28, 28)
+    assert data.held_out.samples.shape == (10_000, 1, 28, 28)
     # Its paper: ten classes of equal numbers (Xiao et al., arXiv 1708.07747).
-    for rows in (data.train, data.held_out):
-        assert torch.bincount(rows.labels).tolist() == [len(rows) // 10] * 10
-    assert data.train.labels.tolist()[:4] == [9, 0, 0, 3]
+    for part in (data, data.held_out):
+        assert torch.bincount(part.labels).tolist() == [len(part.samples) // 10] * 10
+    assert data.labels.tolist()[:4] == [9, 0, 0, 3]
     # The mean and deviation that everyone normalises it by.
-    values = [data.train[start : start + 1000].double() / 255 for start in (0, 20_000, 59_000)]
+    values = [data.samples[start : start + 1000].double() / 255 for start in (0, 20_000, 59_000)]
     assert float(torch.cat(values).mean()) == pytest.approx(0.2860, abs=5e-3)
     assert float(torch.cat(values).std()) == pytest.approx(0.3530, abs=5e-3)
 
@@ -235,16 +236,16 @@ def test_cifar10(tmp_path: Path, inner: str, monkeypatch: pytest.MonkeyPatch) ->
     records = cifar(tmp_path / "cifar10" / inner)
     monkeypatch.setenv("PFGM_DATA", str(tmp_path))
     for source in ("cifar10", f"cifar10:{tmp_path / 'cifar10'}"):
-        data = open_data(source)
-        images = data.train[:].numpy()
+        data = pfgm.data.open(source)
+        images = data.samples[:].numpy()
         assert images.shape == (10, 3, 32, 32)
-        assert data.train.labels.tolist() == [0, 9, 1, 8, 2, 7, 3, 6, 4, 5]
+        assert data.labels.tolist() == [0, 9, 1, 8, 2, 7, 3, 6, 4, 5]
         third = records["data_batch_3.bin"][1]
         # "the first 1024 bytes are the red channel values … stored in row-major order"
         assert images[5, 0, 1, 2] == third[1 + 32 + 2]
         assert images[5, 2, 31, 31] == third[-1]
         np.testing.assert_array_equal(
-            data.held_out[:].numpy().reshape(2, -1), records["test_batch.bin"][:, 1:]
+            data.held_out.samples[:].numpy().reshape(2, -1), records["test_batch.bin"][:, 1:]
         )
         assert data.held_out.labels.tolist() == [5, 4]
         assert (data.classes, data.grey_levels) == (10, 256)
@@ -254,14 +255,14 @@ def test_missing_cifar10_is_explained(tmp_path: Path, monkeypatch: pytest.Monkey
     monkeypatch.delenv("PFGM_DATA", raising=False)
     archive = "https://www.cs.toronto.edu/~kriz/cifar-10-binary.tar.gz"
     with pytest.raises(FileNotFoundError, match=f"download {archive}, unpack it, .*cifar10:FOLDER"):
-        open_data("cifar10")
+        pfgm.data.open("cifar10")
     there = f"download {archive} and unpack it in {tmp_path}"
     with pytest.raises(FileNotFoundError, match=there):
-        open_data(f"cifar10:{tmp_path}")
+        pfgm.data.open(f"cifar10:{tmp_path}")
     cifar(tmp_path)
     (tmp_path / "data_batch_4.bin").unlink()
     with pytest.raises(FileNotFoundError, match=f"no data_batch_4.bin.*{there}"):
-        open_data(f"cifar10:{tmp_path}")
+        pfgm.data.open(f"cifar10:{tmp_path}")
 
 
 @pytest.mark.parametrize("inner", ["", "cifar-10-batches-py"])
@@ -272,7 +273,7 @@ def test_the_python_version_of_cifar10_is_not_read(tmp_path: Path, inner: str) -
     with pytest.raises(
         FileNotFoundError, match=r"pickled, and not read\); download https:.*binary"
     ):
-        open_data(f"cifar10:{tmp_path}")
+        pfgm.data.open(f"cifar10:{tmp_path}")
 
 
 @pytest.mark.parametrize("damage", ["cut", "empty", "label"])
@@ -283,7 +284,7 @@ def test_damaged_cifar10(tmp_path: Path, damage: str) -> None:
     path.write_bytes({"cut": content[:-1], "empty": b"", "label": b"\x0a" + content[1:]}[damage])
     message = "must be from 0 to 9, got 10" if damage == "label" else "records of 3073 bytes"
     with pytest.raises(ValueError, match=message):
-        open_data(f"cifar10:{tmp_path}")
+        pfgm.data.open(f"cifar10:{tmp_path}")
 
 
 def save(path: Path, **arrays: np.ndarray[Any, Any]) -> Path:
@@ -301,23 +302,24 @@ def ramp(*shape: int, dtype: Any = np.uint8) -> np.ndarray[Any, Any]:
 @pytest.mark.parametrize("prefix", ["", "npz:"])
 def test_a_file_stays_where_it_is(tmp_path: Path, prefix: str) -> None:
     np.save(tmp_path / "a.npy", ramp(4, 3, 2, 2))
-    data = open_data(f"{prefix}{tmp_path / 'a.npy'}")
-    assert in_file(data.train)
-    np.testing.assert_array_equal(data.train[:].numpy(), ramp(4, 3, 2, 2))
-    assert data[1:] == (None, 0, 256, (), None)
+    data = pfgm.data.open(f"{prefix}{tmp_path / 'a.npy'}")
+    assert in_file(data.samples)
+    np.testing.assert_array_equal(data.samples[:].numpy(), ramp(4, 3, 2, 2))
+    assert (data.labels, data.held_out, data.table, data.names) == (None, None, None, ())
+    assert (data.classes, data.grey_levels) == (0, 256)
 
 
 @pytest.mark.parametrize("dtype", [torch.uint8, torch.float32, torch.bfloat16])
 def test_grey_images_get_a_channel_in_place(tmp_path: Path, dtype: torch.dtype) -> None:
     images = torch.arange(60).view(5, 3, 4).to(dtype)
     save_file({"images": images}, tmp_path / "grey.safetensors")
-    data = open_data(str(tmp_path / "grey.safetensors"), layout="images")
-    assert data.train.shape == (5, 1, 3, 4)
-    assert in_file(data.train)
-    assert torch.equal(data.train[:][:, 0], images)
+    data = pfgm.data.open(str(tmp_path / "grey.safetensors"), layout="images")
+    assert data.samples.shape == (5, 1, 3, 4)
+    assert in_file(data.samples)
+    assert torch.equal(data.samples[:][:, 0], images)
     assert data.grey_levels == (256 if dtype == torch.uint8 else 0)
     np.savez_compressed(tmp_path / "grey.npz", images.float().numpy())
-    compressed = open_samples(tmp_path / "grey.npz", layout="images").train
+    compressed = pfgm.data.open(tmp_path / "grey.npz", layout="images").samples
     assert not in_file(compressed)
     assert torch.equal(compressed[:][:, 0], images.float())
 
@@ -337,7 +339,7 @@ def test_channels_come_first(
 ) -> None:
     array = ramp(*shape, dtype=np.float32)
     np.save(tmp_path / "a.npy", array)
-    rows = open_data(str(tmp_path / "a.npy"), layout="images").train
+    rows = pfgm.data.open(str(tmp_path / "a.npy"), layout="images").samples
     assert rows.shape == becomes
     assert in_file(rows) == (shape == becomes)
     expected = array if shape == becomes else np.moveaxis(array, -1, 1)
@@ -357,17 +359,17 @@ def test_labels_and_held_out_samples(
         f"{held_out}_labels": np.array([5, 0], dtype=np.uint8),
     }
     path = save(tmp_path / f"set{suffix}", **arrays)
-    data = open_data(str(path))
-    np.testing.assert_array_equal(data.train[:][:, 0].numpy(), arrays["images"])
-    np.testing.assert_array_equal(data.held_out[:][:, 0].numpy(), arrays[held_out])
-    assert data.train.labels.tolist() == [2, 0, 0, 1]
+    data = pfgm.data.open(str(path))
+    np.testing.assert_array_equal(data.samples[:][:, 0].numpy(), arrays["images"])
+    np.testing.assert_array_equal(data.held_out.samples[:][:, 0].numpy(), arrays[held_out])
+    assert data.labels.tolist() == [2, 0, 0, 1]
     assert data.held_out.labels.tolist() == [5, 0]
     assert (data.classes, data.grey_levels) == (6, 256)
 
 
 def test_a_single_array_is_the_samples_whatever_its_name(tmp_path: Path) -> None:
-    data = open_data(str(save(tmp_path / "a.npz", held_out=ramp(4, 3))))
-    assert data.train.shape == (4, 3)
+    data = pfgm.data.open(str(save(tmp_path / "a.npz", held_out=ramp(4, 3))))
+    assert data.samples.shape == (4, 3)
     assert data.held_out is None
 
 
@@ -387,7 +389,7 @@ def test_arrays_that_do_not_fit_together(
 ) -> None:
     path = save(tmp_path / f"set{suffix}", x=ramp(4, 3), **arrays)
     with pytest.raises((ValueError, TypeError), match=message) as caught:
-        open_data(str(path))
+        pfgm.data.open(str(path))
     assert str(path) in str(caught.value)
 
 
@@ -398,18 +400,18 @@ def test_pickled_labels_are_not_read(tmp_path: Path) -> None:
 
     np.savez(tmp_path / "a.npz", x=ramp(4, 3), labels=np.array([Malicious()] * 4, dtype=object))
     with pytest.raises(ValueError, match="pickled"):
-        open_data(str(tmp_path / "a.npz"))
+        pfgm.data.open(str(tmp_path / "a.npz"))
 
 
 def test_a_missing_file_or_folder(tmp_path: Path) -> None:
     for name in ("no.npy", "npz:no.npz", "npz:no"):
         with pytest.raises(FileNotFoundError, match=r"no.* does not exist"):
-            open_data(name)
+            pfgm.data.open(name)
     with pytest.raises(FileNotFoundError, match="is neither an existing folder nor"):
-        open_data(f"folder:{tmp_path / 'no'}")
+        pfgm.data.open(f"folder:{tmp_path / 'no'}")
     (tmp_path / "notes.txt").write_text("no array")
     with pytest.raises(ValueError, match=r"suffix .\.txt."):
-        open_data(str(tmp_path / "notes.txt"))
+        pfgm.data.open(str(tmp_path / "notes.txt"))
 
 
 def test_a_folder_of_images(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -421,10 +423,11 @@ def test_a_folder_of_images(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("HOME", str(tmp_path))
     for source in (f"folder:{folder}", str(folder), "./digits", "folder:~/digits"):
-        data = open_data(source)
-        assert data.train.shape == (3, 1, 4, 5)
-        np.testing.assert_array_equal(data.train[:][2, 0].numpy(), ramp(4, 5) + 2)
-        assert data[1:] == (None, 0, 256, (), None)
+        data = pfgm.data.open(source)
+        assert data.samples.shape == (3, 1, 4, 5)
+        np.testing.assert_array_equal(data.samples[:][2, 0].numpy(), ramp(4, 5) + 2)
+        assert (data.labels, data.held_out, data.table, data.names) == (None, None, None, ())
+    assert (data.classes, data.grey_levels) == (0, 256)
 
 
 def test_an_archive_of_images_by_class(tmp_path: Path) -> None:
@@ -434,24 +437,24 @@ def test_an_archive_of_images_by_class(tmp_path: Path) -> None:
             image.fromarray(ramp(4, 5) + number).save(tmp_path / "a.png")
             archive.write(tmp_path / "a.png", f"pets/{name}/{number}.png")
     for source in (str(tmp_path / "pets.zip"), f"folder:{tmp_path / 'pets.zip'}"):
-        data = open_data(source)
-        assert data.train.labels.tolist() == [0, 1, 1]
+        data = pfgm.data.open(source)
+        assert data.labels.tolist() == [0, 1, 1]
         assert (data.classes, data.names) == (2, ("cat", "dog"))
-        np.testing.assert_array_equal(data.train[:][2, 0].numpy(), ramp(4, 5) + 2)
-    assert open_samples(tmp_path / "pets.zip").train.shape == (3, 1, 4, 5)
+        np.testing.assert_array_equal(data.samples[:][2, 0].numpy(), ramp(4, 5) + 2)
+    assert pfgm.data.open(tmp_path / "pets.zip").samples.shape == (3, 1, 4, 5)
 
 
 def test_signals_keep_their_shape(tmp_path: Path) -> None:
     """No axis is added to floating-point samples, and none moves; bytes are images."""
     for shape in ((2, 64), (5, 6), (64, 1), (3, 4, 5), (64, 64, 4)):
         np.save(tmp_path / "a.npy", ramp(3, *shape, dtype=np.float32))
-        assert open_data(str(tmp_path / "a.npy")).train.shape == (3, *shape)
-        assert open_samples(tmp_path / "a.npy").train.shape == (3, *shape)
+        assert pfgm.data.open(str(tmp_path / "a.npy")).samples.shape == (3, *shape)
+        assert pfgm.data.open(tmp_path / "a.npy").samples.shape == (3, *shape)
     np.save(tmp_path / "a.npy", np.zeros((3, 2, 64), np.uint8))
-    assert open_data(str(tmp_path / "a.npy")).train.shape == (3, 1, 2, 64)
-    assert open_data(str(tmp_path / "a.npy"), layout="as-is").train.shape == (3, 2, 64)
+    assert pfgm.data.open(str(tmp_path / "a.npy")).samples.shape == (3, 1, 2, 64)
+    assert pfgm.data.open(str(tmp_path / "a.npy"), layout="as-is").samples.shape == (3, 2, 64)
     np.save(tmp_path / "a.npy", np.zeros((3, 6, 5, 3), np.uint8))
-    assert open_data(str(tmp_path / "a.npy")).train.shape == (3, 3, 6, 5)
+    assert pfgm.data.open(str(tmp_path / "a.npy")).samples.shape == (3, 3, 6, 5)
 
 
 @pytest.mark.parametrize(("shape", "images"), [((12, 9), (1, 12, 9)), ((12, 9, 3), (3, 12, 9))])
@@ -462,16 +465,16 @@ def test_floats_that_look_like_images_are_asked_about(
     np.save(tmp_path / "a.npy", array)
     path = str(tmp_path / "a.npy")
     with pytest.warns(UserWarning, match="stay as they are; if they are images"):
-        assert open_data(path).train.shape == (4, *shape)
+        assert pfgm.data.open(path).samples.shape == (4, *shape)
     moved = torch.from_numpy(array).reshape(4, 12, 9, -1).permute(0, 3, 1, 2)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        assert torch.equal(open_data(path, layout="images").train[:], moved)
-        assert torch.equal(open_samples(path, layout="images").train[:], moved)
-        assert open_data(path, layout="as-is").train.shape == (4, *shape)
+        assert torch.equal(pfgm.data.open(path, layout="images").samples[:], moved)
+        assert torch.equal(pfgm.data.open(path, layout="images").samples[:], moved)
+        assert pfgm.data.open(path, layout="as-is").samples.shape == (4, *shape)
     assert moved.shape[1:] == images
     with pytest.raises(ValueError, match=r"layout must be one of auto,.*got 'hwc'\."):
-        open_data(path, layout="hwc")  # type: ignore[arg-type]
+        pfgm.data.open(path, layout="hwc")  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("dtype", [np.float16, np.float32, np.float64])
@@ -479,14 +482,18 @@ def test_floats_that_look_like_images_are_asked_about(
 def test_values_of_a_range_become_minus_one_to_one(tmp_path: Path, dtype: Any, suffix: str) -> None:
     path, images = tmp_path / f"a{suffix}", ramp(16, 4, 4, dtype=dtype)
     np.save(path, images) if suffix == ".npy" else np.savez_compressed(path, images)
-    train = open_data(str(path), value_range=(0.0, 255.0), layout="images").train
+    train = pfgm.data.open(str(path), value_range=(0.0, 255.0), layout="images").samples
     assert in_file(train) == (suffix == ".npy")
     assert train.dtype == torch.float32
     expected = torch.from_numpy(images.astype(np.float32)).unsqueeze(1) / 127.5 - 1
     torch.testing.assert_close(train[:], expected, rtol=0, atol=2e-7)
     torch.testing.assert_close(train[torch.tensor([3, 0])], expected[[3, 0]], rtol=0, atol=2e-7)
-    torch.testing.assert_close(torch.cat([*train.chunks()]), expected, rtol=0, atol=2e-7)
-    assert train.rms == pytest.approx(float(expected.square().mean().sqrt()), rel=1e-6)
+    torch.testing.assert_close(
+        torch.cat([*pfgm.ReferenceSet(train).chunks()]), expected, rtol=0, atol=2e-7
+    )
+    assert pfgm.ReferenceSet(train).rms == pytest.approx(
+        float(expected.square().mean().sqrt()), rel=1e-6
+    )
 
 
 @pytest.mark.parametrize(
@@ -495,21 +502,23 @@ def test_values_of_a_range_become_minus_one_to_one(tmp_path: Path, dtype: Any, s
 def test_ranges_that_are_none(tmp_path: Path, value_range: tuple[float, float]) -> None:
     np.save(tmp_path / "a.npy", ramp(4, 2, 2, dtype=np.float32))
     with pytest.raises(ValueError, match="range must be two numbers, the lower first, got"):
-        open_data(str(tmp_path / "a.npy"), value_range=value_range)
+        pfgm.data.open(str(tmp_path / "a.npy"), value_range=value_range)
 
 
 def test_labels_of_two_names_or_twice_are_refused(tmp_path, refused):
     x, labels = np.zeros((3, 2), np.float32), np.arange(3)
     path = tmp_path / "two.npz"
     np.savez(path, x=x, label=labels, labels=labels)
-    refused(lambda: open_data(str(path)), f"{path} must have one array of labels, got labels and …")
+    refused(
+        lambda: pfgm.data.open(str(path)), f"{path} must have one array of labels, got labels and …"
+    )
     with zipfile.ZipFile(path, "w") as archive, warnings.catch_warnings():
         warnings.simplefilter("ignore")  # zipfile warns of the second
         for name, array in (("x", x), ("label", labels), ("label", labels)):
             content = io.BytesIO()
             np.save(content, array)
             archive.writestr(f"{name}.npy", content.getvalue())
-    refused(lambda: open_data(str(path)), "…different names of arrays, got 'label' twice.")
+    refused(lambda: pfgm.data.open(str(path)), "…different names of arrays, got 'label' twice.")
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float8_e5m2, torch.bool])
@@ -517,4 +526,67 @@ def test_labels_in_safetensors_must_be_integers(tmp_path, dtype, refused):
     path = tmp_path / "x.safetensors"
     save_file({"x": torch.zeros(3, 2), "y": torch.ones(3).to(dtype)}, path)
     name = str(dtype).removeprefix("torch.")
-    refused(lambda: open_data(str(path)), f"TypeError: y in …must be integers, …got {name}.")
+    refused(lambda: pfgm.data.open(str(path)), f"TypeError: y in …must be integers, …got {name}.")
+
+
+def test_a_source_means_the_same_everywhere(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """For what is opened, for references and for flows; and a Path is never a name."""
+    np.save(tmp_path / "grey.npy", ramp(5, 8, 9))
+    np.savez(tmp_path / "set.npz", x=ramp(4, 3), labels=np.arange(4), test=ramp(2, 3))
+    (tmp_path / "digits").mkdir()
+    save_image(tmp_path / "digits" / "1.png", torch.zeros(1, 4, 6))
+    monkeypatch.chdir(tmp_path)
+    items = [(torch.ones(2), 3), (torch.zeros(2), 1)]
+    sources = ("digits", Path("digits"), "grey.npy", "set.npz", torch.rand(5, 8, 9), items)
+    shapes = (1398, 1, 8, 8), (1, 1, 4, 6), (5, 1, 8, 9), (4, 3), (5, 8, 9), (2, 2)
+    for source, shape in zip(sources, shapes, strict=True):
+        data, references = pfgm.data.open(source), pfgm.ReferenceSet(source)
+        assert data.samples.shape == tuple(references.shape) == shape
+        assert torch.equal(data.samples[:], references[:])
+        assert torch.equal(pfgm.ReferenceSet(data)[:], references[:])
+        assert pfgm.PoissonFlow.from_data(source).config == (
+            pfgm.PoissonFlow.from_data(data).config
+        )
+        assert (data.labels is None) == (references.labels is None)
+        assert pfgm.data.open(data) is data
+    with pytest.raises(ValueError, match="layout is for arrays"):
+        pfgm.data.open(data, layout="images")
+
+
+def test_samples_are_indexed_as_tensors_are(tmp_path: Path) -> None:
+    rows = torch.arange(12.0).view(6, 2)
+    np.save(tmp_path / "a.npy", rows.numpy())
+    mask = torch.tensor([True, False, False, True, True, False])
+    for source in (rows, tmp_path / "a.npy"):
+        samples = pfgm.data.open(source).samples
+        for index in (slice(None), slice(1, -1, 2), mask, torch.tensor([-1, 2, 2]), 3, -1):
+            assert torch.equal(samples[index], rows[index])
+        for wrong in (6, torch.tensor([6]), mask[:5]):
+            with pytest.raises(IndexError):
+                samples[wrong]
+        assert len([*samples]) == 6
+    samples[:].zero_()
+    assert torch.equal(samples[:], rows)  # a copy
+
+
+def test_arrays_in_memory_take_the_options_of_array_files() -> None:
+    images = np.arange(2 * 4 * 5 * 3, dtype=np.float32).reshape(2, 4, 5, 3)
+    data = pfgm.data.open(images, layout="images", value_range=(0.0, 255.0))
+    expected = torch.from_numpy(images).permute(0, 3, 1, 2) / 127.5 - 1
+    torch.testing.assert_close(data.samples[:], expected)
+
+
+def test_a_trainer_records_what_was_opened(tmp_path: Path) -> None:
+    pytest.importorskip("pandas")
+    (tmp_path / "t.csv").write_text("a,b,label\n" + "1.5,x,old\n2.5,y,new\n" * 8)
+    data = pfgm.data.open(tmp_path / "t.csv")
+    flow = pfgm.PoissonFlow.from_data(data)
+    for classes, names in ((2, ("new", "old")), (0, ())):
+        net = flow.network("mlp", width=8, depth=1, classes=classes)
+        config = TrainConfig(steps=2, batch_size=4, warmup=1)
+        run = tmp_path / str(classes)
+        Trainer(flow, net, data, config, folder=run, progress=False).train()
+        assert pfgm.load(run).label_names == names
+        assert pfgm.load(run).table == data.table

@@ -1,0 +1,217 @@
+"""Which network and batch for which training time, on one thread: the rows of ``budget.json``.
+
+    python -m benchmarks.studies.budget [--data fashion-mnist] [--minutes 3] [--store]
+
+Each run trains with labels for some minutes of processor time, with the learning rate, warm-up and
+average that follow from the minutes, as ``pfgm train --minutes`` does. So other work on the machine
+hardly matters. ``minutes`` are those of one thread. The figures are those of 1000 samples, 100 of
+each label, with 10 evaluations: the Fréchet distance to the held-out images in the features of a
+small classifier, and the share of samples to which it gives the label that was asked for.
+``cost`` is the time of a step in that of the default network with batches of 32.
+
+A run that was stopped continues from its checkpoint in ``--out``.
+"""
+
+from __future__ import annotations
+
+import argparse
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from torch import nn
+
+from benchmarks.common.folders import DOCS
+from benchmarks.common.models import model
+from benchmarks.common.rows import Row, grouped, select
+from benchmarks.common.study import Study, known_rows, run
+from benchmarks.studies.flows import (
+    CLASSES,
+    SAMPLES,
+    TRAINING,
+    figures,
+    images_of,
+    of_training_images,
+)
+from pfgm.evaluation import draw_samples
+from pfgm.flows.flow import Flow
+from pfgm.plotting import quality_curve
+from pfgm.training import TrainConfig, Trainer, budget
+from pfgm.training.config import Precision
+from pfgm.training.processes import Processes
+from pfgm.training.rehearsal import seconds_of
+from pfgm.training.run_config import Method
+
+_METHODS: dict[str, Method] = {"PFGM": "pfgm", "PFGM++ 128": "pfgm++", "EDM": "edm"}
+
+
+class Size(NamedTuple):
+    """The sizes of a network, and of its batches."""
+
+    width: int
+    multipliers: tuple[int, ...]
+    patch: int
+    batch: int
+
+
+class Run(NamedTuple):
+    """A training of some minutes of one thread."""
+
+    data: str
+    flow: str
+    size: Size
+    minutes: float
+    seed: int = 0
+    precision: Precision = "bfloat16"
+
+
+def _runs() -> Iterator[Run]:
+    """Sizes on the same data for the same time, then the best of them for longer."""
+    short = [
+        *(Size(64, (1, 2, 2), 2, 64), Size(32, (1, 2, 2), 2, 64), Size(64, (1, 2, 2), 2, 32)),
+        *(Size(64, (1, 2, 2), 4, 64), Size(48, (1, 2, 2), 2, 32)),
+    ]
+    for size in short:
+        yield Run("fashion-mnist", "PFGM", size, 3.0)
+    for size in (Size(32, (1, 2, 2), 2, 64), Size(48, (1, 2, 2), 2, 64)):
+        yield Run("fashion-mnist", "PFGM", size, 9.0)
+    best = Size(48, (1, 2, 2), 2, 32)
+    for minutes in (3.0, 9.0):
+        yield Run("fashion-mnist", "PFGM++ 128", best, minutes)
+    for flow in ("PFGM", "PFGM++ 128"):
+        yield Run("digits", flow, Size(24, (1, 2), 1, 64), 1.0, precision="float32")
+        yield Run("mnist-5k", flow, best, 3.0)
+    yield Run("fashion-mnist", "EDM", best, 3.0)
+    yield Run("fashion-mnist", "PFGM++ 128", Size(64, (1, 2, 2), 2, 32), 3.0)
+    yield Run("fashion-mnist", "PFGM++ 128", best, 3.0, seed=1)
+
+
+RUNS = list(_runs())
+
+
+def trained(row: Run, out: Path) -> tuple[Flow, nn.Module, Row]:
+    """The flow and the network of a run, and how long its steps took."""
+    images = images_of(row.data)
+    width, multipliers, patch, batch = row.size
+    sizes: dict[str, Any] = {"width": width, "multipliers": multipliers, "patch": patch}
+    options: dict[str, Any] = {"seed": row.seed, "classes": CLASSES}
+    flow, network = model(_METHODS[row.flow], images.train, **options, **sizes)
+    unit = _reference_seconds(row)
+    name = f"{row.data}-{row.flow}-{width}-{len(multipliers)}-{patch}-{batch}-{row.minutes:g}"
+    folder = out / f"{name}-{row.seed}-{row.precision}".replace(" ", "-")
+    config = TrainConfig(
+        minutes=row.minutes, batch_size=batch, precision=row.precision, seed=row.seed
+    )
+    trainer = _trainer(flow, network, images, config, folder)
+    if (folder / "latest.json").exists():
+        trainer.resume()
+    network = trainer.train()
+    seconds = 60 * row.minutes / trainer.step
+    return flow, network, {"steps": trainer.step, "cost": round(seconds / unit, 4)}
+
+
+def _trainer(flow: Flow, network: nn.Module, images: Any, config: TrainConfig, out: Any) -> Trainer:
+    options = {"progress": False, "labels": images.labels, "folder": out}
+    trainer = Trainer(flow, network, images.train, config, **options)
+    trainer._clock = time.process_time
+    trainer._time._clock = time.process_time
+    return trainer
+
+
+def _reference_seconds(row: Run) -> float:
+    """Seconds of a step of the default network with batches of 32."""
+    images = images_of(row.data)
+    flow, network = model("pfgm", images.train, classes=CLASSES)
+    config = TrainConfig(steps=1, batch_size=budget.REFERENCE_BATCH, precision=row.precision)
+    step = _trainer(flow, network, images, config, None)._rehearsal()
+    return seconds_of([step], Processes(), time.process_time)[0]
+
+
+def measure(options: argparse.Namespace, flow: str, data: str, **setting: Any) -> Row:
+    """Trains a network and measures its samples."""
+    if flow == TRAINING:
+        floor: Row = of_training_images(data)["10"]
+        return floor
+    width, multipliers, patch, batch = setting["size"]
+    setting["size"] = Size(width, tuple(multipliers), patch, batch)
+    process, network, row = trained(Run(data, flow, **setting), options.out)
+    best: Row = {}
+    for schedule in ("log", "rho"):
+        sampler: dict[str, Any] = {"solver": "multistep", "schedule": schedule, "steps": 10}
+        samples, _ = draw_samples(
+            process, network, SAMPLES, seed=setting["seed"], batch_size=250, **sampler
+        )
+        measured = figures(samples.clamp(-1, 1), data) | {"schedule": schedule}
+        if not best or measured["features"] < best["features"]:
+            best = measured
+    return row | best
+
+
+def settings(options: argparse.Namespace) -> Iterator[Row]:
+    """The runs that the options choose."""
+    for data in dict.fromkeys(each.data for each in RUNS):
+        if data in options.data:
+            yield {"data": data, "flow": TRAINING, "size": [], "minutes": 0, "seed": 0}
+    for each in RUNS:
+        if each.data in options.data and each.minutes in (options.minutes or [each.minutes]):
+            row = each._asdict()
+            yield row | {"size": [list(v) if isinstance(v, tuple) else v for v in each.size]}
+
+
+def rows_of_the_fit(rows: list[Row]) -> list[budget.Row]:
+    """What ``budget.json`` holds of these rows."""
+    return [
+        budget.Row(
+            data=row["data"],
+            shape=tuple(images_of(row["data"]).train.shape[1:]),
+            width=row["size"][0],
+            multipliers=tuple(row["size"][1]),
+            patch=row["size"][2],
+            batch=row["size"][3],
+            cost=row["cost"],
+            steps=row["steps"],
+            quality=round(row["features"], 3),
+        )
+        for row in rows
+        if row["flow"] == "PFGM"
+    ]
+
+
+def draw(rows: list[Row], options: argparse.Namespace) -> None:
+    """Draws the distance in features against the minutes, a curve for each size."""
+    for data in options.data:
+        rows = [r for r in select(known_rows("budget"), data=data) if r["flow"] != TRAINING]
+        curves = {}
+        for (flow, size), part in grouped(
+            [r | {"size": _named(r)} for r in rows], ["flow", "size"]
+        ).items():
+            part.sort(key=lambda row: float(row["minutes"]))
+            points = [row["minutes"] for row in part], [row["features"] for row in part]
+            curves[f"{flow}, {size}"] = (*points, [0.0] * len(part))
+        quality_curve(
+            curves,
+            DOCS / "images" / f"budget-{data}.png",
+            xlabel="minutes of one thread",
+            ylabel="Fréchet distance, features",
+            title=f"{data}, 10 evaluations",
+            log_y=True,
+        )
+
+
+def _named(row: Row) -> str:
+    width, multipliers, patch, batch = row["size"]
+    return f"width {width} {tuple(multipliers)}, patch {patch}, batch {batch}"
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    names = list(dict.fromkeys(each.data for each in RUNS))
+    parser.add_argument("--data", nargs="+", choices=names, default=names)
+    parser.add_argument("--minutes", nargs="+", type=float, help="these times alone")
+    parser.add_argument("--out", type=Path, default=Path("runs/budget"), help="checkpoints")
+
+
+STUDY = Study("budget", settings, measure, draw=draw, add_arguments=add_arguments, threads=1)
+
+if __name__ == "__main__":
+    run(STUDY, __doc__)
