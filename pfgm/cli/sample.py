@@ -24,7 +24,7 @@ from ..evaluation import noise_generator
 from ..flows.batched_sampling import draw_prior, sample_batches
 from ..flows.flow import Flow
 from ..networks.registry import label_count
-from ..plotting.figures import require_matplotlib
+from ..plotting.figures import PICTURES, require_matplotlib
 from ..solvers import StepInfo
 from ..training.model_files import Loaded
 from .options import (
@@ -40,7 +40,7 @@ from .options import (
 _SHOWN_NAMES = 20  # the most labels that an error names
 _NO_LABEL = "none"
 _FRAMES = 24  # the most frames of an animation
-_FILES = (".csv", ".npy", ".png")
+_FILES = (".csv", ".npy", *PICTURES)
 _DIGITS = 6  # the fewest digits in the names of single images
 
 
@@ -52,8 +52,8 @@ class Sample:
     """The folder of a run, for its newest checkpoint, a .safetensors file or a folder of pfgm.save,
     or the name of a network that comes with the package: avatars, digits or fashion-mnist."""
     out: Output
-    """A .npy file (float32, n first), a .csv file of the rows of a table, a .png picture of all
-    images, or a new folder for single images, 000000.png and so on."""
+    """A .npy file (float32, n first), a .csv file of the rows of a table, a .png or .jpg
+    picture of all images, or a new folder for single images, 000000.png and so on."""
     n: Count = 64
     """Number of samples."""
     sampling: SamplingOptions = field(default_factory=SamplingOptions)
@@ -84,10 +84,10 @@ class Sample:
             )
         if images and self.out.suffix == ".csv":
             raise ValueError(
-                f"out must be a folder or end in .npy or .png for images of shape {flow.shape}, "
-                f"got {self.out}."
+                "out must be a folder or end in .npy, .png or .jpg for images of shape "
+                f"{flow.shape}, got {self.out}."
             )
-        if self.out.suffix == ".png" or self.animate:
+        if self.out.suffix.lower() in PICTURES or self.animate:
             require_matplotlib()
         with output_folder(self.out.parent):
             labels = self._labels(loaded)
@@ -102,14 +102,14 @@ class Sample:
         print(self.out)
 
     def _is_folder(self) -> bool:
-        return self.out.suffix not in _FILES
+        return self.out.suffix.lower() not in _FILES
 
     def _check(self) -> None:
         if self._is_folder():
             if self.out.suffix and not self.out.is_dir():
                 raise ValueError(
-                    "out must end in .csv, .npy or .png, or be a folder, whose name has no dot "
-                    f"unless it exists, got {self.out}."
+                    "out must end in .csv, .npy, .png or .jpg, or be a folder, whose name has no "
+                    f"dot unless it exists, got {self.out}."
                 )
             check_new_folder(self.out)
         elif self.out.is_dir():

@@ -2,8 +2,8 @@
 
 Every function returns a matplotlib Figure of 100 dots per inch, which belongs to no pyplot window
 and which notebooks show. Each has the arguments ``path``, where to save the picture (a name ending
-in .png; None saves nothing), and ``title``, a line above it. Only :func:`animation` just writes a
-file, a GIF.
+in .png or .jpg; None saves nothing), and ``title``, a line above it. Only :func:`animation` just
+writes a file, a GIF.
 
 All raise ImportError without matplotlib, OSError if a picture cannot be written, TypeError for a
 tensor of another dtype, and ValueError for another shape, NaN or infinity, or another argument out

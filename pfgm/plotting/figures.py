@@ -17,6 +17,9 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 # All lengths are in pixels of the saved picture.
+PICTURES = (".png", ".jpg", ".jpeg")
+"""How the names of pictures may end."""
+
 DPI = 100
 MARGIN = 10
 TITLE = 15
@@ -73,14 +76,15 @@ def text_width(text: str, size: float) -> int:
 
 
 def save(figure: Figure, path: StrPath | None) -> None:
-    """Writes the figure to a .png file, or nothing if path is None."""
+    """Writes the figure to a .png, .jpg or .jpeg file, or nothing if path is None."""
     if path is None:
         return
-    if Path(path).suffix.lower() != ".png":
-        raise ValueError(f"path must end in .png, got {path}.")
+    suffix = Path(path).suffix.lower()
+    if suffix not in PICTURES:
+        raise ValueError(f"path must end in .png or .jpg, got {path}.")
     write_atomic(
         path,
-        lambda file: figure.savefig(file, format="png", dpi=DPI, facecolor="white"),
+        lambda file: figure.savefig(file, format=suffix[1:], dpi=DPI, facecolor="white"),
     )
 
 

@@ -67,8 +67,9 @@ class RunConfig:
     """Whether a .csv file begins with a line of names; without it the columns are x0, x1, ..."""
     method: Method = "auto"
     """The flow: pfgm has one augmented dimension, pfgm++ has D, edm infinitely many (diffusion).
-    auto: pfgm for images and signals, pfgm++ for rows of numbers (tables and points). Settings of
-    one flow alone choose that flow: D takes pfgm++, flow and weighting take pfgm."""
+    auto: pfgm++ for rows of numbers (tables and points) and for 20 000 images and more, pfgm for
+    fewer images and for signals. Settings of one flow alone choose that flow: D takes pfgm++, flow
+    and weighting take pfgm."""
     D: float = _DEFAULT_D
     """Augmented dimensions of pfgm++."""
     flow: dict[str, float] = dataclasses.field(default_factory=dict)

@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 from ..backends import preferred, requested
+from ..common.images import is_image
 from ..data.opened import Data
 from ..flows.flow import Flow
 from ..flows.plusplus import PoissonFlowPP
@@ -15,6 +16,7 @@ from ..references import ReferenceSet
 from .checks import value_range
 from .run_budget import FittingNetwork
 from .run_config import RunConfig
+from .run_models import MANY_IMAGES
 from .trainer import Trainer
 
 _SHOWN_NAMES = 5  # of labels
@@ -37,7 +39,7 @@ def summary(
         f"{name:10} {text}"
         for name, text in (
             ("data", _data(config, data, rows)),
-            ("flow", _flow(trainer.flow, chosen)),
+            ("flow", _flow(trainer.flow, rows, chosen)),
             *([("budget", sized.reason)] if sized else []),
             ("network", _network(trainer.network)),
             ("training", _training(trainer)),
@@ -66,9 +68,11 @@ def _data(config: RunConfig, data: Data, rows: ReferenceSet) -> str:
     )
 
 
-def _flow(flow: Flow, chosen: bool) -> str:
+def _flow(flow: Flow, rows: ReferenceSet, chosen: bool) -> str:
     name = f"PFGM++ with D = {flow.D:g}" if isinstance(flow, PoissonFlowPP) else "PFGM"
-    kind = "rows of numbers" if len(flow.shape) == 1 else "images and signals"
+    many = is_image(flow.shape) and len(rows) >= MANY_IMAGES
+    kind = "images and signals" if not many else f"{MANY_IMAGES} images and more"
+    kind = "rows of numbers" if len(flow.shape) == 1 else kind
     return f"{name}, the default for {kind} (--method)" if chosen else name
 
 

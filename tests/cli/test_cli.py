@@ -330,7 +330,7 @@ def test_one_sentence_for_bad_input(run, tmp_path, refusal, monkeypatch):
     assert backend in refusal(*train, "--out", tmp_path / "run")
     monkeypatch.undo()
     for arguments, message in (
-        ([*sample, "--out", tmp_path / "x.jpg"], "end in .csv, .npy or .png"),
+        ([*sample, "--out", tmp_path / "x.bmp"], "end in .csv, .npy, .png or .jpg"),
         ([*sample, "--out", blocked / "x.npy"], "output folder"),
         ([*sample, "--out", folder], "x.png, a folder."),
         ([*sample, "--out", out, "--n", 0], "n must be an integer of at least 1, got 0."),
@@ -339,7 +339,10 @@ def test_one_sentence_for_bad_input(run, tmp_path, refusal, monkeypatch):
         ([*sample, "--out", out, "--guidance", 2], "guidance is 2.0, but the network was trained"),
         (["sample", "--out", out, ""], "model must be a path or a name, got an empty text"),
         ([*digits, "--label", "none", "--guidance", 2, "--out", out], "2.0, but label is none"),
-        ([*digits, "--out", tmp_path / "x.csv"], "out must be a folder or end in .npy or .png for"),
+        (
+            [*digits, "--out", tmp_path / "x.csv"],
+            "out must be a folder or end in .npy, .png or .jpg for",
+        ),
         (
             ["sample", vectors, "--out", tmp_path / "y.png"],
             "out must end in .csv or .npy, without --animate",

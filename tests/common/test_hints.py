@@ -60,6 +60,9 @@ def test_functions_say_what_to_give_instead(call, hint):
     ("arguments", "hint"),
     [
         (["train", "--lr", "3"], "there is no option --lr; use --learning-rate"),
+        (["train", "--image-size", "32"], "there is no option --image-size; use --resize"),
+        (["train", "--train_batch_size", "32"], "use --batch-size"),
+        (["train", "--output_dir=x"], "use --out"),
         (["train", "--references=3"], "--references; use --reference-batch"),
         (["train", "--levels", "3"], "--levels; use --student-levels"),
         (["sample", "--num-steps", "3"], "--num-steps; use --steps"),

@@ -249,7 +249,7 @@ def test_figures_are_saved_as_they_measure_with_all_text_inside(
     assert picture[:8] == b"\x89PNG\r\n\x1a\n"
     assert pickle.loads(pickle.dumps(figure))._repr_png_() == picture
     draw(torch.tensor([[3.0, -2.0]]))
-    refused(lambda: draw(data, tmp_path / "a.svg"), "path must end in .png, got ….")
+    refused(lambda: draw(data, tmp_path / "a.svg"), "path must end in .png or .jpg, got ….")
     refused(lambda: draw(data, tmp_path / "no" / "a.png"), "OSError: …is not an existing folder.")
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
     monkeypatch.delitem(sys.modules, "pfgm.plotting.shown_figure", raising=False)
@@ -558,3 +558,12 @@ def test_long_names_above_columns_are_shortened_and_stay_apart(tmp_path: Path) -
     assert texts[0].get_text() == "big-ears"
     assert texts[1].get_text().endswith("…")
     assert all(left.x1 < right.x0 for left, right in pairwise(boxes(figure, texts)))
+
+
+def test_a_picture_may_be_a_jpeg(tmp_path: Path) -> None:
+    from PIL import Image
+
+    for name in ("a.jpg", "a.JPEG"):
+        plotting.image_grid(uniform(3, 8, 8), tmp_path / name)
+        with Image.open(tmp_path / name) as picture:
+            assert picture.format == "JPEG"

@@ -248,6 +248,18 @@ def test_data_in_files_with_mirror_images(tmp_path, hold):
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-6)
 
 
+@pytest.mark.parametrize(
+    ("count", "flow"),
+    [(19_999, "PFGM, the default for images and signals"), (20_000, "PFGM++ with D = 128, the")],
+)
+def test_the_number_of_images_chooses_the_flow(tmp_path, count, flow):
+    np.save(tmp_path / "images.npy", np.arange(count * 16, dtype=np.uint8).reshape(-1, 4, 4))
+    lines, training = [], changed(steps=1, reference_batch=16)
+    config = RunConfig(data=str(tmp_path / "images.npy"), width=16, samples=4, training=training)
+    start(config, tmp_path / "run", progress=False, report=lines.append)
+    assert flow in " ".join(lines[0].split())
+
+
 def test_points_have_evaluations_and_no_pictures(tmp_path):
     np.save(tmp_path / "points.npy", np.random.default_rng(0).normal(size=(60, 2)))
     run(tmp_path / "run", data=str(tmp_path / "points.npy"), training=changed(evaluate_every=6))
