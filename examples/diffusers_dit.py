@@ -30,7 +30,7 @@ if __name__ == "__main__":
         sample_size=8,
         num_embeds_ada_norm=10,
     )
-    net = pfgm.networks.from_module(dit, flow, conditions={"labels": "class_labels"}, no_label=10)
+    net = flow.network(dit, conditions={"labels": "class_labels"}, no_label=10)
 
     def batch_loss() -> Tensor:
         rows = torch.randint(len(data), (64,))

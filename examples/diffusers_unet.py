@@ -2,7 +2,7 @@
 
     python examples/diffusers_unet.py --out unet [--quick]
 
-pfgm.networks.from_module puts the preconditioning of the flow around the network.
+flow.network puts the preconditioning of the flow around the network.
 The training loop is that of plain_trainer.py.
 """
 
@@ -30,7 +30,7 @@ if __name__ == "__main__":
         up_block_types=("AttnUpBlock2D", "UpBlock2D"),
         norm_num_groups=8,
     )
-    net = pfgm.networks.from_module(unet, flow)
+    net = flow.network(unet)
 
     def batch_loss() -> Tensor:
         return flow.loss(net, data[torch.randint(len(data), (64,))], references=data)

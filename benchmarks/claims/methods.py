@@ -26,8 +26,7 @@ from benchmarks.claims.presets import Preset
 from pfgm.common.tensors import over_samples
 from pfgm.evaluation import draw_samples
 from pfgm.flows.flow import Flow
-from pfgm.flows.plusplus import Preconditioned
-from pfgm.networks import Denoiser, UNet
+from pfgm.networks import Denoiser, Preconditioned, UNet
 from pfgm.training import Trainer
 from pfgm.training.model_files import Loaded
 

@@ -32,7 +32,7 @@ from benchmarks.common.rows import Row, over_seeds, select
 from benchmarks.common.study import Study, run
 from pfgm.evaluation import draw_samples
 from pfgm.flows.flow import Flow
-from pfgm.flows.poisson import Weighting
+from pfgm.flows.poisson_networks import Weighting
 from pfgm.training import TrainConfig, Trainer
 from pfgm.training.run_config import Method
 

@@ -12,14 +12,19 @@ import torch
 from torch import Tensor, nn
 
 from ..common import draws
-from ..common.checks import shape_or_type, untouched
+from ..common.checks import check_choice, shape_or_type, untouched
 from ..common.images import is_image, warn_channels_last, warn_image_range
 from ..common.numbers import LARGEST, as_number, non_negative, positive, whole
-from ..common.tensors import common_device, flat_rows, over_samples, per_row
+from ..common.tensors import common_device, flat_rows, per_row
 from ..common.wrappers import network_within
 from ..data.opening import Samples
 from ..functional import posterior_mean
 from ..functional.levels import Level
+from ..networks.fields import FieldNetwork
+from ..networks.level_encodings import LevelFunction
+from ..networks.preconditioned import INSTEAD, Preconditioned
+from ..networks.registry import KINDS, build, size_of
+from ..networks.wrapped import WrappedDenoiser, WrappedModule
 from ..references import References, ReferenceSet
 from ..solvers import SAMPLERS, SCHEDULES, SolverFunction, as_solver, rho_grid
 from .conditions import Condition, Network
@@ -30,10 +35,6 @@ from .targets import ExactNetwork
 # at D = 4 and in 26 % at D = 1.
 _SMALL_D = 4
 _LARGEST_CHURN = math.sqrt(2) - 1  # relative rise of the level in one step (EDM, algorithm 2)
-_INSTEAD = (
-    " Networks of the field, such as pfgm.networks.UNet, are for PoissonFlow; flow.network makes a "
-    "denoiser of their kind."
-)
 
 
 class EmpiricalDenoiser(ExactNetwork):
@@ -48,60 +49,6 @@ class EmpiricalDenoiser(ExactNetwork):
 
     def forward(self, x: Tensor, sigma: Tensor) -> Tensor:
         return posterior_mean(x, self.references, sigma=sigma, D=self.D)
-
-
-class Preconditioned(nn.Module):
-    """A denoiser net(x, sigma, **cond) from any backbone F(x, c_noise, **cond) (EDM, section 5).
-
-        mean = c_skip(σ) x + c_out(σ) F(c_in(σ) x, c_noise(σ))
-        c_skip = σ_d²/(σ² + σ_d²),  c_out = σ σ_d/√(σ² + σ_d²)
-        c_in = 1/√(σ² + σ_d²),      c_noise = ln(σ)/4
-
-    sigma is (B,), or (B, 1, …, 1) as in code for EDM. The backbone maps (B, *S) and (B,) to
-    (B, *S). Its input and its target have unit variance.
-    """
-
-    def __init__(self, backbone: nn.Module, sigma_data: float = 0.5) -> None:
-        super().__init__()
-        if hasattr(backbone, "sigma_data"):
-            raise ValueError(
-                f"backbone must not be a {type(backbone).__name__}, which is a denoiser with EDM's "
-                "preconditioning already; use it as it is."
-            )
-        self.backbone = backbone
-        self.sigma_data = positive("sigma_data", sigma_data)
-
-    def forward(self, x: Tensor, sigma: Tensor, **condition: Any) -> Tensor:
-        sigma = per_row(sigma, x, "sigma")
-        noise = sigma.log() / 4
-        predicted = self.backbone(self.scaled(x, sigma), noise, **condition)
-        if not isinstance(predicted, Tensor) or predicted.shape != x.shape:
-            raise ValueError(
-                f"backbone must return a tensor of the shape of x, {tuple(x.shape)}, got "
-                f"{shape_or_type(predicted)}.{_INSTEAD}"
-            )
-        return self.mean(x, sigma, predicted.to(x.dtype))
-
-    def scaled(self, x: Tensor, sigma: Tensor) -> Tensor:
-        """c_in(σ) x, the input of the backbone for x (B, *S) at sigma (B,)."""
-        return x * self._total(over_samples(sigma, x).to(x.dtype)).rsqrt()
-
-    def mean(self, x: Tensor, sigma: Tensor, predicted: Tensor) -> Tensor:
-        """c_skip(σ) x + c_out(σ) F, where F (B, *S) is the output of the backbone."""
-        kept, _, factor = self.coefficients(over_samples(sigma, x).to(x.dtype))
-        return kept * x + factor * predicted
-
-    def coefficients(self, sigma: Tensor) -> tuple[Tensor | float, Tensor | float, Tensor | float]:
-        """c_skip(σ), 1 − c_skip(σ) and c_out(σ).
-
-        Near the mean, compute x − mean as (1 − c_skip) x − c_out F, which does not cancel.
-        """
-        total = self._total(sigma)
-        factor = sigma * self.sigma_data * total.rsqrt()
-        return self.sigma_data**2 / total, sigma.square() / total, factor
-
-    def _total(self, sigma: Tensor) -> Tensor:
-        return sigma.square() + self.sigma_data**2
 
 
 class PoissonFlowPP(Flow):
@@ -140,6 +87,8 @@ class PoissonFlowPP(Flow):
     True
     """
 
+    _predictions = ("residual", "mean", "noise", "score")
+    _preserving = ("mean", "noise")
     _settings = ("D", "sigma_min", "sigma_max", "sigma_data", "rho", "P_mean", "P_std")
 
     def __init__(
@@ -405,6 +354,29 @@ class PoissonFlowPP(Flow):
         self._check_references(references)
         return EmpiricalDenoiser(references, self.D)
 
+    def _build(self, net: str | type[FieldNetwork], settings: dict[str, Any]) -> nn.Module:
+        if isinstance(net, type):
+            raise TypeError(
+                f"net must be a name or a module for a PoissonFlowPP, got the class {net.__name__}."
+            )
+        check_choice("net", net, (*KINDS, "edm"))
+        settings = {**size_of(net, self.shape), **settings}
+        if net == "edm":
+            return build(net, {"sigma_data": self.sigma_data, **settings})
+        inner = {"network": net, "config": settings}
+        return build("denoiser", {**inner, "sigma_data": self.sigma_data})
+
+    def _wrap(
+        self,
+        module: WrappedModule,
+        encode: LevelFunction,
+        predicts: str,
+        data_std: float | None,
+        variance_preserving: bool,
+    ) -> WrappedDenoiser:
+        data_std = self.sigma_data if data_std is None else data_std
+        return WrappedDenoiser(module, encode, predicts, data_std, variance_preserving)
+
     def _predict(self, net: Network, x: Tensor, level: Level, condition: Condition) -> Tensor:
         return _evaluate(net, x, per_row(level, x), condition, self.D)
 
@@ -429,6 +401,6 @@ def _evaluate(net: Network, x: Tensor, sigma: Tensor, condition: Condition, D: f
     if not isinstance(mean, Tensor) or mean.shape != x.shape:
         raise ValueError(
             f"net must return a denoiser's mean of the shape of x, {tuple(x.shape)}, got "
-            f"{shape_or_type(mean)}.{_INSTEAD}"
+            f"{shape_or_type(mean)}.{INSTEAD}"
         )
     return mean

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import warnings
 from collections.abc import Sequence
 from typing import Any, Literal, get_args
 
@@ -12,35 +11,35 @@ import torch
 from torch import Tensor, nn
 
 from ..common import draws, transforms
-from ..common.checks import check_choice, shape_or_type, untouched
+from ..common.checks import check_choice
 from ..common.hints import with_hints
 from ..common.images import is_image, warn_channels_last, warn_image_range
 from ..common.numbers import non_negative, positive, whole
 from ..common.tensors import common_device, flat_rows, over_samples, per_row, wide_dtype
-from ..common.wrappers import hides_its_network, network_within
 from ..data.opening import Samples
-from ..functional import euler_step, field_fn, posterior_mean
+from ..functional import euler_step, field_fn
 from ..functional.levels import Level
 from ..functional.steps import Field
+from ..networks.fields import Center, FieldNetwork
+from ..networks.level_encodings import LevelFunction
+from ..networks.registry import KINDS, PUBLISHED, build, size_of
+from ..networks.wrapped import Wrapped, WrappedField, WrappedMeanField, WrappedModule
 from ..references import References, ReferenceSet
 from ..solvers import SCHEDULES
 from .conditions import Condition, Network, as_condition
 from .flow import Flow
+from .poisson_networks import EmpiricalField, Weighting, default_weighting, evaluate
 from .poisson_rules import (
     MEAN_NORMAL,
-    Center,
     checked_center,
     checked_spread,
+    data_std_from_exponent,
     exponent_from_norm,
     exponent_from_z_max,
     largest_scale,
     published_rules,
     spread_rules,
 )
-from .targets import ExactNetwork
-
-Weighting = Literal["balanced", "published"]
-"""Weights of the levels in the loss of :class:`PoissonFlow`."""
 
 # restrict_M multiplies m by _RESTRICTED_FRACTION where |ε_z|/σ is below _RESTRICT_BELOW (PFGM,
 # appendix B.1.1).
@@ -49,25 +48,6 @@ _SMALLEST_Z = 1e-8  # in units of σ
 _SMALLEST_NORMAL = 1e-6  # lower bound of |g₁| in the prior; 8e-7 of all draws are smaller
 _FEWEST_IMAGE_VALUES = 64  # samples with fewer values take the rules with spread
 _LEAST_NORM = 4.0  # of upper_norm, in units of the largest distance of the data from center
-_SAME_GAMMA = 1e-6  # relative; the same data in float32 and float64 differ by less
-
-
-class EmpiricalField(ExactNetwork):
-    """The exact field of references as a network, which needs no training.
-
-    ``forward`` takes x (B, *S) and z (B,) and returns (field_x, field_z) of :func:`pfgm.field_fn`.
-    """
-
-    def __init__(self, references: References, gamma: float = 5.0) -> None:
-        super().__init__(references)
-        self.gamma = gamma
-
-    def forward(self, x: Tensor, z: Tensor) -> tuple[Tensor, Tensor]:
-        return field_fn(x, z, self.references, gamma=self.gamma)
-
-    def mean(self, x: Tensor, z: Tensor) -> Tensor:
-        """The posterior mean (B, *S) at x (B, *S) and z (B,), in the dtype of x."""
-        return posterior_mean(x, self.references, r=z).to(x.dtype)
 
 
 class PoissonFlow(Flow):
@@ -123,6 +103,7 @@ class PoissonFlow(Flow):
     """
 
     D = 1.0
+    _predictions = ("residual", "mean", "noise", "score", "field")
     _settings = (
         *("M", "noise_std", "tau", "gamma", "z_max", "z_min", "upper_norm", "restrict_M"),
         *("z_exp", "substitution"),
@@ -353,7 +334,7 @@ class PoissonFlow(Flow):
         0.0
         """
         if weighting is None:
-            weighting = _default_weighting(net)
+            weighting = default_weighting(net)
         check_choice("weighting", weighting, get_args(Weighting))
         x, condition = self._checked_batch(x, condition)
         labels = condition.get("labels")
@@ -370,7 +351,7 @@ class PoissonFlow(Flow):
                 labels=labels,
                 reference_labels=reference_labels,
             )
-        field_x, field_z = _evaluate(net, x_perturbed, z, condition, self.gamma)
+        field_x, field_z = evaluate(net, x_perturbed, z, condition, self.gamma)
         error_x = flat_rows(field_x.to(target_x.dtype) - target_x).square().sum(1)
         error_z = (field_z.to(target_z.dtype) - target_z).square()
         squared = error_x + error_z
@@ -445,6 +426,41 @@ class PoissonFlow(Flow):
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_centers": {}}
 
+    def _build(self, net: str | type[FieldNetwork], settings: dict[str, Any]) -> nn.Module:
+        scaling: dict[str, Any] = {"gamma": self.gamma, "data_std": self._data_std}
+        if self.spread is not None:
+            scaling |= {"center": self.center.tolist(), "scale": self.spread}
+        if isinstance(net, type) and issubclass(net, FieldNetwork):
+            return net(self.shape, **{**scaling, **settings})
+        check_choice("net", net, KINDS)
+        scaling = {} if net in PUBLISHED else scaling
+        return build(net, {**size_of(net, self.shape), **scaling, **settings})
+
+    def _wrap(
+        self,
+        module: WrappedModule,
+        encode: LevelFunction,
+        predicts: str,
+        data_std: float | None,
+        variance_preserving: bool,
+    ) -> Wrapped:
+        if predicts == "field":
+            return WrappedField(module, encode)
+        # A network with any other prediction was trained on samples that were not centred.
+        center = self.center if predicts == "residual" else torch.zeros(())
+        if data_std is None:
+            offset = self.center - center
+            data_std = math.hypot(self._data_std, float(offset.square().mean().sqrt()))
+        scaling: dict[str, Any] = {"gamma": self.gamma, "center": center, "data_std": data_std}
+        return WrappedMeanField(module, encode, predicts, self.shape, **scaling)
+
+    @property
+    def _data_std(self) -> float:
+        """Root mean square of the data's values around center."""
+        if self.spread is not None:
+            return self.spread
+        return data_std_from_exponent(self.M, self.N, self.noise_std, self.tau)
+
     def _predict(
         self, net: Network, x: Tensor, level: Level, condition: Condition
     ) -> Field | Tensor:
@@ -463,7 +479,7 @@ class PoissonFlow(Flow):
     ) -> Field:
         """The field that the network predicts at points x (B, *S) and z, (B,) or (B, 1, …, 1)."""
         condition, z = as_condition("condition", condition), per_row(z, x, "z")
-        field_x, field_z = _evaluate(net, x, z, condition, self.gamma)
+        field_x, field_z = evaluate(net, x, z, condition, self.gamma)
         return Field(field_x, field_z, self.gamma, self.z_exp, self.substitution)
 
     def _move_inside(self, x: Tensor, z: Tensor) -> tuple[Tensor, Tensor]:
@@ -500,50 +516,3 @@ class PoissonFlow(Flow):
         """
         self._check_references(references)
         return EmpiricalField(references, self.gamma)
-
-
-def _mean_network(net: Network) -> nn.Module | None:
-    """The network inside net that is exact or predicts a mean; None if there is no single one."""
-    return network_within(
-        net, lambda each: isinstance(each, EmpiricalField) or hasattr(each, "data_std")
-    )
-
-
-def _default_weighting(net: Network) -> Weighting:
-    """Balanced for a network that predicts the mean, else published; warns if net hides it."""
-    if _mean_network(net) is not None:
-        return "balanced"
-    if hides_its_network(net) and not torch.compiler.is_compiling():  # a graph holds no warning
-        warnings.warn(
-            f"net is a {type(net).__name__}, which hides its network, so the loss takes the "
-            "published weighting; give the network itself, or weighting='balanced' for one that "
-            "predicts the posterior mean, as those of pfgm.networks do, else "
-            "weighting='published'.",
-            stacklevel=3,
-        )
-    return "published"
-
-
-def _evaluate(
-    net: Network, x: Tensor, z: Tensor, condition: Condition, gamma: float
-) -> tuple[Tensor, Tensor]:
-    """The network's field at x and z, with its shapes checked."""
-    own = getattr(_mean_network(net), "gamma", None)
-    if own is not None and abs(own - gamma) > _SAME_GAMMA * gamma:
-        raise ValueError(
-            f"net must have the gamma of the flow, {gamma}, got {own}; flow.network makes a "
-            "network that fits."
-        )
-    prediction = untouched(net, "net", ("x", "z"), x, z, **condition)
-    if not isinstance(prediction, (tuple, list)) or len(prediction) != 2:
-        raise ValueError(
-            "net must return (field_x, field_z), the field at x and z, got "
-            f"{type(prediction).__name__}; a denoiser is a network of PoissonFlowPP."
-        )
-    field_x, field_z = prediction
-    if [getattr(each, "shape", None) for each in prediction] != [x.shape, z.shape]:
-        raise ValueError(
-            f"net must return tensors of the shapes of x and z, {tuple(x.shape)} and "
-            f"{tuple(z.shape)}, got {' and '.join(map(shape_or_type, prediction))}."
-        )
-    return field_x, field_z

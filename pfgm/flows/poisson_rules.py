@@ -3,19 +3,16 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from ..common.numbers import finite_values, positive
+from ..networks.fields import Center
 
 MEAN_NORMAL = math.sqrt(2 / math.pi)  # the average of |g|, g ~ N(0, 1)
 _SPREAD_RANGE = 1e-15, 1e12
-
-Center = float | Sequence[Any] | Tensor
-"""The average sample, (*S), or one number for all values."""
 
 
 class Rules(NamedTuple):
@@ -66,6 +63,11 @@ def exponent_from_norm(data_norm: float | None, N: int, noise_std: float, tau: f
             "or noise_std down."
         )
     return exponent
+
+
+def data_std_from_exponent(M: float, N: int, noise_std: float, tau: float) -> float:
+    """Root mean square ‖x‖/√N of data for which the rule of :func:`exponent_from_norm` gives M."""
+    return noise_std * math.sqrt(2 * math.exp((M - 0.5) / 0.75 * math.log1p(tau)) / math.sqrt(N))
 
 
 def exponent_from_z_max(z_max: float, noise_std: float, tau: float) -> float:

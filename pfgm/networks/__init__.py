@@ -4,12 +4,12 @@ from .denoiser import Denoiser
 from .embedding import NoiseEmbedding
 from .fields import FieldNetwork, field_from_mean
 from .mlp import MLP
+from .preconditioned import Preconditioned
 from .published.edm_unets import EDMDenoiser, SongUNet
 from .published.load import load_published
 from .published.pfgm_unets import DDPMpp, NCSNpp, Published
 from .registry import NETWORKS, build
 from .unet import UNet
-from .wrapped import from_module
 
 __all__ = [
     "MLP",
@@ -20,11 +20,11 @@ __all__ = [
     "FieldNetwork",
     "NCSNpp",
     "NoiseEmbedding",
+    "Preconditioned",
     "Published",
     "SongUNet",
     "UNet",
     "build",
     "field_from_mean",
-    "from_module",
     "load_published",
 ]

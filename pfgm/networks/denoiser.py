@@ -9,11 +9,11 @@ from torch import Tensor, nn
 
 from ..common.checks import check_choice
 from ..common.tensors import parameter_dtype
-from ..flows.plusplus import Preconditioned
 from .config import as_json
 from .edm_interface import EDMInterface, label_numbers
 from .fields import FieldNetwork, root_mean_square
 from .mlp import MLP
+from .preconditioned import Preconditioned
 from .published.pfgm_unets import DDPMpp, NCSNpp, Published
 from .unet import UNet
 
@@ -60,7 +60,7 @@ class _Backbone(nn.Module):
 class Denoiser(EDMInterface, Preconditioned):
     """A denoiser net(x, sigma, labels=None) for :class:`pfgm.PoissonFlowPP` with any D.
 
-    It puts EDM's preconditioning (:class:`pfgm.flows.plusplus.Preconditioned`) around a network of
+    It puts EDM's preconditioning (:class:`pfgm.networks.Preconditioned`) around a network of
     this package. The samplers of EDM take it as it is
     (:class:`pfgm.networks.edm_interface.EDMInterface`).
 

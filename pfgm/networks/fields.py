@@ -12,7 +12,9 @@ from torch import Tensor, nn
 from ..common.checks import check_sample_shape
 from ..common.numbers import finite_values, int_tuple, positive
 from ..common.tensors import is_wider, over_samples, per_row
-from ..flows.poisson_rules import Center
+
+Center = float | Sequence[Any] | Tensor
+"""The average sample, (*S), or one number for all values."""
 
 _TAIL = 10.0  # at D = 1 the noise is z/|g|, g ~ N(0, 1): above 10 z in 8 % of all draws
 

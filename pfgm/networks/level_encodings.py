@@ -8,23 +8,22 @@ from collections.abc import Callable
 from torch import Tensor
 
 from ..common.checks import check_choice
-from ..flows.flow import Flow
 
 LevelFunction = Callable[[Tensor], Tensor]
 """From levels (B,), z or sigma, to the network's argument (B,)."""
 
 
 class TimestepEncoding:
-    """t = T ln(σ/σ_last)/ln(σ_first/σ_last): 0 at a flow's last level, T at its first.
+    """t = T ln(σ/σ_last)/ln(σ_first/σ_last): 0 at the last level, T at the first.
 
     T = 1000 is the range of DDPM's timesteps (arXiv 2006.11239). The sinusoidal embeddings of
     diffusers and others are made for it: their frequencies are 1 to 1e-4. Levels below the last one
     give 0.
     """
 
-    def __init__(self, flow: Flow, timesteps: int = 1000) -> None:
-        self._last = flow.last_level
-        self._scale = timesteps / math.log(flow.first_level / flow.last_level)
+    def __init__(self, first: float, last: float, timesteps: int = 1000) -> None:
+        self._last = last
+        self._scale = timesteps / math.log(first / last)
 
     def __call__(self, level: Tensor) -> Tensor:
         return self._scale * (level.clamp_min(self._last) / self._last).log()
@@ -54,9 +53,11 @@ class IdentityEncoding:
         return encoded
 
 
-def level_encoding(name: str, flow: Flow) -> TimestepEncoding | LogEncoding | IdentityEncoding:
-    """The encoding of a name, "timestep", "log" or "sigma". Raises ValueError for another."""
+def level_encoding(
+    name: str, first: float, last: float
+) -> TimestepEncoding | LogEncoding | IdentityEncoding:
+    """The encoding "timestep", "log" or "sigma" of levels from the first to the last."""
     check_choice("level", name, ("timestep", "log", "sigma"))
     if name == "timestep":
-        return TimestepEncoding(flow)
+        return TimestepEncoding(first, last)
     return LogEncoding() if name == "log" else IdentityEncoding()

@@ -9,10 +9,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ..common.numbers import whole
-from ..flows.poisson_rules import Center
 from .config import MAX_DEPTH, MAX_WIDTH, as_json
 from .embedding import NoiseEmbedding
-from .fields import FieldNetwork
+from .fields import Center, FieldNetwork
 
 
 class MLPBlock(nn.Module):

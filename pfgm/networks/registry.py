@@ -27,6 +27,11 @@ NETWORKS: dict[str, type[FieldNetwork] | type[Denoiser] | type[EDMDenoiser] | ty
     "unet": UNet,
 }
 
+PUBLISHED = ("ddpmpp", "ncsnpp")
+"""The networks of PFGM, for square images."""
+KINDS = ("auto", "unet", "mlp", *PUBLISHED)
+"""The names that :meth:`pfgm.Flow.network` of every flow takes."""
+
 
 def build(
     name: str, config: Mapping[str, Any]
@@ -53,6 +58,17 @@ def build(
             if sum(each.nbytes for each in parameters) > memory_bytes():
                 raise MemoryError
         return kind(**config)
+
+
+def size_of(name: str, shape: tuple[int, ...]) -> dict[str, Any]:
+    """The arguments of a network that tell the shape of a sample."""
+    if name not in (*PUBLISHED, "edm"):
+        return {"shape": shape}
+    if len(shape) != 3 or shape[1] != shape[2]:
+        raise ValueError(
+            f"the network {name!r} takes square images (C, H, H), got samples of shape {shape}."
+        )
+    return {"channels": shape[0], "resolution": shape[1]}
 
 
 def label_count(network: object) -> int:

@@ -12,10 +12,9 @@ from torch.nn import functional as F
 
 from ..common.numbers import int_tuple, whole
 from ..common.transforms import forward_mode
-from ..flows.poisson_rules import Center
 from .config import MAX_DEPTH, MAX_WIDTH, as_json
 from .embedding import NoiseEmbedding
-from .fields import FieldNetwork
+from .fields import Center, FieldNetwork
 
 _CONVOLUTIONS: dict[int, type[nn.Conv1d | nn.Conv2d | nn.Conv3d]] = {
     1: nn.Conv1d,

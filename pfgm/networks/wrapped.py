@@ -3,28 +3,17 @@
 from __future__ import annotations
 
 import inspect
-import math
 from collections.abc import Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from ..common.checks import check_choice
-from ..common.numbers import positive
 from ..common.tensors import over_samples, per_row
-from ..flows.flow import Flow
-from ..flows.plusplus import PoissonFlowPP, Preconditioned
-from ..flows.poisson import PoissonFlow
-from .fields import FieldNetwork, MeanParts, root_mean_square
-from .for_flow import data_std_of
-from .level_encodings import LevelFunction, level_encoding
-from .published.pfgm_unets import Published
+from .fields import Center, FieldNetwork, MeanParts, root_mean_square
+from .level_encodings import LevelFunction
+from .preconditioned import Preconditioned
 
-_PREDICTIONS: dict[type[Flow], tuple[str, ...]] = {
-    PoissonFlow: ("residual", "mean", "noise", "score", "field"),
-    PoissonFlowPP: ("residual", "mean", "noise", "score"),
-}
 _VARIADIC = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
 
 
@@ -159,12 +148,13 @@ class WrappedMeanField(FieldNetwork):
         net: WrappedModule,
         encode: LevelFunction,
         predicts: str,
-        flow: PoissonFlow,
+        shape: tuple[int, ...],
+        *,
         data_std: float,
+        gamma: float,
+        center: Center,
     ) -> None:
-        # A network with any other prediction was trained on samples that were not centred.
-        center = flow.center if predicts == "residual" else 0.0
-        super().__init__(flow.shape, data_std=data_std, gamma=flow.gamma, center=center)
+        super().__init__(shape, data_std=data_std, gamma=gamma, center=center)
         self.net, self.told, self._predicts = net, encode, predicts
 
     def inputs(self, x: Tensor, z: Tensor) -> tuple[Tensor, Tensor]:
@@ -235,112 +225,4 @@ class WrappedField(nn.Module):
 
 
 Wrapped = WrappedDenoiser | WrappedMeanField | WrappedField
-"""What :func:`from_module` returns."""
-
-
-def from_module(
-    net: nn.Module,
-    flow: Flow,
-    *,
-    predicts: str = "residual",
-    level: str | LevelFunction = "timestep",
-    data_std: float | None = None,
-    conditions: Mapping[str, str] | None = None,
-    no_label: int | None = None,
-    variance_preserving: bool = False,
-) -> Wrapped:
-    """Makes a network of a flow from a network of any library, such as diffusers' U-Net or DiT.
-
-    The network is called ``net(x, level, **condition)`` with x (B, *S) and an encoded noise level
-    (B,). It returns a tensor, a tuple or list that begins with one, or an object whose ``sample``
-    is one. The tensor is (B, *S), or has twice the channels, of which the first half is used.
-
-    With predicts="residual" the network sees x scaled to order one, and the posterior mean is
-    c_skip x + c_out F. For PFGM++ and diffusion the factors are those of EDM
-    (:class:`pfgm.flows.plusplus.Preconditioned`). For PFGM they are those of
-    :class:`pfgm.networks.FieldNetwork`, at a level that is above z where the norm of x shows more
-    noise. With any other prediction the network sees x itself.
-
-    Args:
-        net: the network; it becomes a submodule of the result.
-        flow: :class:`pfgm.PoissonFlow` or :class:`pfgm.PoissonFlowPP`.
-        predicts: the meaning of the network's output F. For a network that is to be trained:
-            "residual". For one that was trained elsewhere, on data with normal noise of level σ:
-            "mean", a denoiser; "noise", mean = x − σ F; "score", mean = x + σ² F. Noise and score
-            are exact at D = ∞; at other D the noise is not normal, and they hold on average.
-            With PoissonFlow also "field": one channel more than x, first field_x, then field_z as
-            the mean over the pixels of the last channel, as published with PFGM.
-        level: how a level, σ or z, is encoded for the network. "timestep":
-            1000 ln(σ/σ_last)/ln(σ_first/σ_last), for networks with sinusoidal embeddings of
-            timesteps from 0 to 1000, as in diffusers. "log": ln(σ)/4, as in EDM. "sigma": the level
-            itself. Or a function of levels (B,).
-        data_std: root mean square of the data's values. "residual" uses it, and with PoissonFlow
-            the apparent level. None takes sigma_data of a PoissonFlowPP. For a PoissonFlow with a
-            spread it takes the spread, around 0 unless predicts is "residual". For a PoissonFlow
-            without one it takes the norm of data for which the published rule gives this M (PFGM,
-            arXiv 2209.11178, appendix B.1.1).
-        conditions: the network's own names of conditions, such as {"labels": "class_labels"} for
-            diffusers; other conditions keep their names.
-        no_label: the network's label for "no label". It replaces labels below 0, and is given
-            where the condition has no "labels".
-        variance_preserving: whether the network sees x/√(1 + σ²), the points of DDPM
-            (arXiv 2006.11239), in place of x. With PoissonFlowPP and "mean" or "noise" only.
-
-    Returns:
-        For PoissonFlowPP a denoiser ``(x, sigma, **condition) -> mean``, for PoissonFlow
-        ``(x, z, **condition) -> (field_x, field_z)``. It is not one of ``NETWORKS``, so
-        :func:`pfgm.load` needs a network of the same structure to load it into.
-
-    Raises:
-        TypeError: flow is of another type, or net is a network of the field of this library.
-        ValueError: predicts, level, data_std or variance_preserving is not allowed, or conditions
-            has a name that net does not take. When called: a condition has such a name, or the
-            output has a wrong shape.
-
-    >>> import pfgm
-    >>> class Net(nn.Module):
-    ...     def __init__(self):
-    ...         super().__init__()
-    ...         self.layer = nn.Linear(3, 2)
-    ...     def forward(self, x, time):
-    ...         return self.layer(torch.cat([x, time[:, None]], 1))
-    >>> data = torch.randn(64, 2)
-    >>> flow = pfgm.PoissonFlowPP.from_data(data, D=128)
-    >>> net = from_module(Net(), flow)
-    >>> flow.loss(net, data[:16], references=data).isfinite()
-    tensor(True)
-    """
-    if not isinstance(flow, (PoissonFlow, PoissonFlowPP)):
-        raise TypeError(
-            f"flow must be a PoissonFlow or a PoissonFlowPP, got {type(flow).__name__}."
-        )
-    if isinstance(net, (FieldNetwork, Published)):
-        raise TypeError(
-            f"net must be a denoiser for PoissonFlowPP, got {type(net).__name__}, a network of "
-            "PoissonFlow; flow.network makes a denoiser of its kind."
-        )
-    check_choice("predicts", predicts, _PREDICTIONS[type(flow)])
-    allowed_scaled = isinstance(flow, PoissonFlowPP) and predicts in ("mean", "noise")
-    if variance_preserving and not allowed_scaled:
-        raise ValueError(
-            "variance_preserving must be False unless flow is a PoissonFlowPP and predicts is "
-            f"'mean' or 'noise', got {type(flow).__name__} and {predicts!r}."
-        )
-    encode = level_encoding(level, flow) if isinstance(level, str) else level
-    module = WrappedModule(net, conditions, no_label)
-    if predicts == "field":
-        return WrappedField(module, encode)
-    if data_std is None:
-        data_std = flow.sigma_data if isinstance(flow, PoissonFlowPP) else _data_std(flow, predicts)
-    positive("data_std", data_std)
-    if isinstance(flow, PoissonFlowPP):
-        return WrappedDenoiser(module, encode, predicts, data_std, variance_preserving)
-    return WrappedMeanField(module, encode, predicts, flow, data_std)
-
-
-def _data_std(flow: PoissonFlow, predicts: str) -> float:
-    """Root mean square of the data's values, around center for "residual"."""
-    if flow.spread is None:
-        return data_std_of(flow)
-    square = 0.0 if predicts == "residual" else float(flow.center.square().mean())
-    return math.sqrt(flow.spread**2 + square)
+"""What :meth:`pfgm.Flow.network` makes of a module."""

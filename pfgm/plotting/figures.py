@@ -36,7 +36,10 @@ def require_matplotlib() -> None:
 
 
 def _shown_figure() -> Any:
-    return optional(f"{__package__}.shown_figure", "plotting needs matplotlib", "demo").ShownFigure
+    optional("matplotlib.figure", "plotting needs matplotlib", "demo")
+    from .shown_figure import ShownFigure
+
+    return ShownFigure
 
 
 def new_figure(width: int, height: int) -> Figure:

@@ -8,7 +8,7 @@ import torch
 
 import pfgm
 from pfgm import PoissonFlowPP
-from pfgm.flows.plusplus import Preconditioned
+from pfgm.networks import Preconditioned
 from pfgm.solvers import GRID_SOLVERS, SOLVERS
 
 DS = [1.0, 16.0, math.inf]
@@ -318,8 +318,8 @@ def test_backbones_of_another_kind():
     for made in (denoiser, Preconditioned(torch.nn.Identity())):
         with pytest.raises(ValueError, match="which is a denoiser with EDM's preconditioning"):
             Preconditioned(made)
-    with pytest.raises(TypeError, match="net must be a denoiser for PoissonFlowPP, got UNet"):
-        pfgm.networks.from_module(unet, flow)
+    with pytest.raises(TypeError, match="net must be a name or a module of your own, got a UNet"):
+        flow.network(unet)
 
 
 @pytest.mark.parametrize("kind", ["PoissonFlow", "PoissonFlowPP"])

@@ -12,7 +12,6 @@ import torch
 
 import pfgm
 from pfgm import solvers
-from pfgm.networks import from_module
 
 DATA = pfgm.data.digits().train[:100]
 FIELD = pfgm.PoissonFlow.from_data(DATA)
@@ -122,7 +121,7 @@ def test_a_scheduler_takes_the_steps_of_the_flow(
 
     steps = []
     correct = flow.sample(
-        from_module(unet, flow, predicts=predicts, level=level),
+        flow.network(unet, predicts=predicts, level=level),
         3,
         x_init=x,
         steps=5,
@@ -181,7 +180,7 @@ def test_a_solver_may_be_a_function(schedulers, unets, flow, predicts, solver, s
         x = scheduler.prior(3, seeded())
         end, points, _ = diffusers_loop(scheduler, unet, x)
         assert torch.equal(points[0], scheduler.prior(3, seeded()))
-        net = from_module(unet, flow, predicts=predicts)
+        net = flow.network(unet, predicts=predicts)
         start = x.clone()
         same(end, flow.sample(net, 3, x_init=start, steps=steps, solver=solver), 1e-5)
 
@@ -334,7 +333,7 @@ def test_a_run_may_start_at_a_later_timestep(schedulers, unets, solver, same):
     later = scheduler.timesteps[begin:]
     x = scheduler.add_noise(DATA[:2], torch.randn(2, 1, 8, 8, generator=seeded()), later[:1])
     grid = flow.grid(6)[4:]
-    correct = flow.sample(from_module(unet, flow), 2, x_init=x, schedule=grid, solver=solver)
+    correct = flow.sample(flow.network(unet), 2, x_init=x, schedule=grid, solver=solver)
     for index in (None, begin):
         scheduler.set_timesteps(6)
         if index is not None:
@@ -407,7 +406,7 @@ def test_squared_error_of_the_residual_is_the_loss(schedulers, unets, D, referen
     with torch.no_grad():
         output = unet(scheduler.scale_model_input(noisy, t), t).sample
         error = output - scheduler.target(noisy, t, DATA[:16], references)
-        correct = flow.loss(from_module(unet, flow), DATA[:16], references, seeded())
+        correct = flow.loss(flow.network(unet), DATA[:16], references, seeded())
     assert float(error.square().sum((1, 2, 3)).mean()) == pytest.approx(float(correct), rel=1e-4)
 
 
@@ -490,7 +489,7 @@ def test_networks_of_diffusers_are_networks_of_the_flows(diffusers):
         sample_size=8, num_embeds_ada_norm=10, norm_num_groups=1,
     )  # fmt: skip
     for flow in (FIELD, DENOISERS[128.0]):
-        net = from_module(dit, flow, conditions={"labels": "class_labels"}, no_label=10)
+        net = flow.network(dit, conditions={"labels": "class_labels"}, no_label=10)
         labels = torch.tensor([3, -1, 5, 1])
         references = {"references": data.train, "reference_labels": data.train_labels}
         loss = flow.loss(net, data.train[:4], condition={"labels": labels}, **references)
@@ -500,7 +499,7 @@ def test_networks_of_diffusers_are_networks_of_the_flows(diffusers):
         samples = flow.sample(net, 4, steps=2, condition={"labels": labels})
         assert samples.shape == (4, 1, 8, 8)
         with pytest.raises(ValueError, match="has 'labels', which DiTTransformer2DModel"):
-            flow.sample(from_module(dit, flow), 4, steps=2, condition={"labels": labels})
+            flow.sample(flow.network(dit), 4, steps=2, condition={"labels": labels})
 
 
 @pytest.mark.parametrize("predicts", ["noise", "mean"])
@@ -518,7 +517,7 @@ def test_variance_preserving_samples_are_the_points_scaled(
     same(x * math.hypot(1, flow.first_level), flow.prior(3, generator=seeded()), 1e-5)
     assert scheduler.init_noise_sigma == 1
     end, points, _ = diffusers_loop(scheduler, unet, x)
-    net = from_module(unet, flow, predicts=predicts, variance_preserving=True)
+    net = flow.network(unet, predicts=predicts, variance_preserving=True)
     steps = []
     start = flow.prior(3, generator=seeded())
     correct = flow.sample(net, 3, x_init=start, steps=9, solver=solver, callback=steps.append)
@@ -614,7 +613,7 @@ def test_the_training_script_of_diffusers_runs_at_infinite_D(
     # The stock pipeline ends where flow.sample ends, from the same noise.
     noise = torch.randn(3, 1, 8, 8, generator=seeded())
     predicts = {"epsilon": "noise", "sample": "mean"}[predicts]
-    net = from_module(unet, flow, predicts=predicts, variance_preserving=True)
+    net = flow.network(unet, predicts=predicts, variance_preserving=True)
     start = noise * math.hypot(1, flow.first_level)
     correct = flow.sample(net, 3, x_init=start, steps=4, solver="multistep")
     correct = (correct / 2 + 0.5).clamp(0, 1).permute(0, 2, 3, 1)
@@ -678,7 +677,7 @@ def test_the_pipeline_draws_the_samples_of_the_flow(
     options = {"batch_size": 3, "num_inference_steps": 5}
     images = pipeline(generator=seeded(), output_type="pt", **options).images
     start = flow.prior(3, generator=seeded())
-    net = from_module(unet, flow, predicts=predicts)
+    net = flow.network(unet, predicts=predicts)
     correct = flow.sample(net, 3, x_init=start, steps=5, solver="multistep")
     same(images, (correct / 2 + 0.5).clamp(0, 1), 1e-5)
     pipeline.save_pretrained(tmp_path)
@@ -809,7 +808,7 @@ def test_wrong_options_of_a_scheduler(schedulers, refused):
             "AttributeError: 'PoissonFlowPPScheduler' object has no attribute 'gamma'",
         ),
         (
-            lambda: from_module(torch.nn.Identity(), FIELD, **preserving),
+            lambda: FIELD.network(torch.nn.Identity(), **preserving),
             "variance_preserving must be False unless flow is a…got PoissonFlow and 'residual'.",
         ),
     ):

@@ -8,7 +8,6 @@ from torch import nn
 
 import pfgm
 from pfgm.integrations.k_diffusion import as_k_diffusion
-from pfgm.networks import from_module
 
 DATA = pfgm.data.digits().train[:100]
 FIELD = pfgm.PoissonFlow.from_data(DATA)
@@ -108,7 +107,7 @@ def test_denoisers_of_k_diffusion_are_networks_of_the_flow(sampling, same):
 
     flow = DENOISERS[128.0]
     theirs = Denoiser(Inner(), sigma_data=flow.sigma_data)
-    ours = from_module(Inner(), flow, level="sigma")
+    ours = flow.network(Inner(), level="sigma")
     x, sigma = flow.perturb(DATA[:8].double(), torch.Generator().manual_seed(0))
     torch.testing.assert_close(theirs(x, sigma), ours(x, sigma))
     samples, correct = (

@@ -7,8 +7,7 @@ import pytest
 import torch
 
 import pfgm
-from pfgm.flows.plusplus import Preconditioned
-from pfgm.networks import UNet, build, from_module
+from pfgm.networks import Preconditioned, UNet, build
 from pfgm.networks.edm_interface import label_numbers
 
 SHAPE = (3, 8, 8)
@@ -98,8 +97,8 @@ NETWORKS = {
         pfgm.networks.DDPMpp(3, 8, nf=8, ch_mult=(1,), num_res_blocks=1, attn_resolutions=())
     ),
     "preconditioned": lambda: Preconditioned(Scaled()),
-    "wrapped denoiser": lambda: from_module(Scaled(), pfgm.PoissonFlowPP(SHAPE, D=64)),
-    "wrapped field": lambda: from_module(Scaled(), FIELD),
+    "wrapped denoiser": lambda: pfgm.PoissonFlowPP(SHAPE, D=64).network(Scaled()),
+    "wrapped field": lambda: FIELD.network(Scaled()),
     "k-diffusion": lambda: pfgm.as_k_diffusion(FIELD.empirical(DATA), FIELD),
 }  # fmt: skip
 

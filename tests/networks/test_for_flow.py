@@ -64,12 +64,18 @@ def test_the_scale_follows_from_the_published_rule_unless_it_is_given():
 @pytest.mark.parametrize(
     ("error", "message", "D", "kind", "settings"),
     [
-        (ValueError, r"kind must be one of auto, .*, got 'vit'\.", 1, "vit", {}),
-        (ValueError, r"kind must be one of auto, .*, got 'edm'\.", 1, "edm", {}),
+        (ValueError, r"net must be one of auto, .*, got 'vit'\.", 1, "vit", {}),
+        (ValueError, r"net must be one of auto, .*, got 'edm'\.", 1, "edm", {}),
         (ValueError, r"takes square images .* got samples of shape \(3,\)", 1, "ddpmpp", {}),
         (ValueError, r"takes square images .* got samples of shape \(3,\)", 64, "edm", {}),
         (TypeError, "unexpected keyword argument 'layers'", 1, "mlp", {"layers": 2}),
-        (TypeError, "kind must be a name for a PoissonFlowPP, got the class Own", 64, Own, {}),
+        (
+            TypeError,
+            "net must be a name or a module for a PoissonFlowPP, got the class Own",
+            64,
+            Own,
+            {},
+        ),
     ],
 )
 def test_what_no_network_fits(error, message, D, kind, settings):

@@ -8,10 +8,9 @@ from torch import nn
 from torch.nn.parallel import replicate
 
 import pfgm
-from pfgm.flows.plusplus import Preconditioned
 from pfgm.integrations.flow_matching import as_denoiser
 from pfgm.integrations.k_diffusion import as_k_diffusion
-from pfgm.networks import MLP, DDPMpp, Denoiser, EDMDenoiser, NCSNpp, UNet, from_module
+from pfgm.networks import MLP, DDPMpp, Denoiser, EDMDenoiser, NCSNpp, Preconditioned, UNet
 
 S = (1, 8, 8)
 FIELD, PLUS = pfgm.PoissonFlow(S, data_norm=4.0), pfgm.PoissonFlowPP(S, D=64)
@@ -43,10 +42,10 @@ NETWORKS = {
     "denoiser": (lambda: Denoiser("unet", {"shape": S, "width": 8, "blocks": 1, **LABELS}), True),
     "denoiser-ncsnpp": (lambda: Denoiser("ncsnpp", PFGM), False),
     "preconditioned": (lambda: Preconditioned(Foreign()), False),
-    "wrapped-denoiser": (lambda: from_module(Foreign(2), PLUS, no_label=3), False),
-    "wrapped-noise": (lambda: from_module(Foreign(), PLUS, predicts="noise"), False),
-    "wrapped-mean-field": (lambda: from_module(Foreign(), FIELD), False),
-    "wrapped-field": (lambda: from_module(Foreign(2), FIELD, predicts="field"), False),
+    "wrapped-denoiser": (lambda: PLUS.network(Foreign(2), no_label=3), False),
+    "wrapped-noise": (lambda: PLUS.network(Foreign(), predicts="noise"), False),
+    "wrapped-mean-field": (lambda: FIELD.network(Foreign()), False),
+    "wrapped-field": (lambda: FIELD.network(Foreign(2), predicts="field"), False),
     "k-diffusion": (lambda: as_k_diffusion(MLP(S, width=8, depth=1), FIELD), False),
     "velocities": (lambda: as_denoiser(lambda t, x: x * t.view(-1, 1, 1, 1)), False),
     "exact": (lambda: FIELD.empirical(torch.randn(9, *S)), False),

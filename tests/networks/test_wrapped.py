@@ -1,4 +1,4 @@
-"""Networks of other libraries as networks of the flows: from_module."""
+"""Networks of other libraries as networks of the flows: flow.network(module)."""
 
 import copy
 import math
@@ -11,8 +11,7 @@ import torch
 from torch import nn
 
 import pfgm
-from pfgm.flows.plusplus import Preconditioned
-from pfgm.networks import field_from_mean, from_module
+from pfgm.networks import Preconditioned, field_from_mean
 from pfgm.networks.level_encodings import level_encoding
 from pfgm.training import TrainConfig, Trainer
 
@@ -65,7 +64,7 @@ def test_residual_is_edms_preconditioning(generator):
     """EDM, table 1, in plain numbers."""
     x, sigma = points(generator)
     probe = Probe().double()
-    mean = from_module(probe, PLUSPLUS, level="log")(x, sigma)
+    mean = PLUSPLUS.network(probe, level="log")(x, sigma)
     for row, s in enumerate(sigma.tolist()):
         total, d = s**2 + 0.6**2, 0.6
         assert float(probe.time[row]) == pytest.approx(math.log(s) / 4)
@@ -82,7 +81,7 @@ def test_residual_of_the_field_is_at_the_apparent_level(generator):
     """c_skip x + c_out F at the apparent level ν, in plain numbers."""
     x, z = points(generator)
     probe = Probe().double()
-    net = from_module(probe, IMAGES, level="sigma", data_std=0.6)
+    net = IMAGES.network(probe, level="sigma", data_std=0.6)
     mean, field = net.mean(x, z), net(x, z)
     apparent = []
     for row, level in enumerate(z.tolist()):
@@ -105,7 +104,7 @@ def test_the_field_has_the_digits_of_x_minus_mean(generator, predicts):
     center = 1e4 if predicts == "residual" else 0.0
     data = center + torch.randn(50, 1, 4, 4, generator=generator)
     flow = pfgm.PoissonFlow((1, 4, 4), spread=1.0, center=center)
-    net = from_module(Sines(), flow, predicts=predicts, level="log", data_std=1.0)
+    net = flow.network(Sines(), predicts=predicts, level="log", data_std=1.0)
     z = torch.logspace(-4, 0, 50)
     result = net(data, z)[0].double()
     net.double()
@@ -134,7 +133,7 @@ def test_trained_networks_are_read_as_what_they_predict(generator, predicts, out
             return output(x, mean, sigma.view(-1, 1, 1, 1))
 
     x, sigma = flow.perturb(data, generator)
-    net = from_module(Trained(), flow, predicts=predicts, level="sigma")
+    net = flow.network(Trained(), predicts=predicts, level="sigma")
     torch.testing.assert_close(net(x, sigma), flow.empirical(data)(x, sigma), rtol=0, atol=1e-9)
 
 
@@ -153,7 +152,7 @@ def test_trained_networks_give_the_field(generator, predicts):
             ]
 
     x, z = points(generator)
-    net = from_module(Trained(), IMAGES, predicts=predicts, level="sigma", data_std=0.6)
+    net = IMAGES.network(Trained(), predicts=predicts, level="sigma", data_std=0.6)
     correct = pfgm.field_fn(x[1:], z[1:], charge, gamma=IMAGES.gamma)
     torch.testing.assert_close(net(x[1:], z[1:]), correct, rtol=1e-9, atol=1e-9)
     excess = (x[1:].square().flatten(1).mean(1) - 4 * 0.36).clamp(min=0)
@@ -165,37 +164,37 @@ def test_the_field_itself_as_published(generator):
     x, z = points(generator)
     output = torch.randn(5, 2, 8, 8, generator=generator, dtype=torch.float64)
     probe = Probe(output)
-    field_x, field_z = from_module(probe, IMAGES, predicts="field", level="sigma")(x, z)
+    field_x, field_z = IMAGES.network(probe, predicts="field", level="sigma")(x, z)
     assert torch.equal(field_x, output[:, :1])
     torch.testing.assert_close(field_z, output[:, 1].mean((1, 2)))
     assert probe.x is x
     assert torch.equal(probe.time, z)
-    flat = from_module(Probe(torch.randn(5, 65)), pfgm.PoissonFlow((64,), M=200), predicts="field")
+    flat = pfgm.PoissonFlow((64,), M=200).network(Probe(torch.randn(5, 65)), predicts="field")
     assert [part.shape for part in flat(x.flatten(1), z)] == [(5, 64), (5,)]
 
 
 def test_data_std_comes_from_the_flow():
     data = pfgm.data.digits().train
     flow = pfgm.PoissonFlow.from_data(data)
-    result = from_module(Probe(), flow).data_std
+    result = flow.network(Probe()).data_std
     assert result == pytest.approx(float(data.square().mean().sqrt()), rel=0.02)
     norm = 10 * float(data.flatten(1).norm(dim=1).mean())
     scaled = pfgm.PoissonFlow((1, 8, 8), data_norm=norm, noise_std=0.1, tau=0.05)
-    assert from_module(Probe(), scaled).data_std == pytest.approx(10 * result, rel=0.04)
+    assert scaled.network(Probe()).data_std == pytest.approx(10 * result, rel=0.04)
     moved = 10 * data + 3
     flow = pfgm.PoissonFlow.from_data(moved)
-    assert from_module(Probe(), flow).data_std == flow.spread
-    noise = from_module(Probe(), flow, predicts="noise")
+    assert flow.network(Probe()).data_std == flow.spread
+    noise = flow.network(Probe(), predicts="noise")
     assert noise.data_std == pytest.approx(float(moved.double().square().mean().sqrt()))
     assert float(noise.center) == 0
-    assert from_module(Probe(), PLUSPLUS).sigma_data == 0.6
-    assert from_module(Probe(), PLUSPLUS, data_std=0.9).sigma_data == 0.9
+    assert PLUSPLUS.network(Probe()).sigma_data == 0.6
+    assert PLUSPLUS.network(Probe(), data_std=0.9).sigma_data == 0.9
 
 
 @pytest.mark.parametrize("flow", [IMAGES, PLUSPLUS], ids=["field", "denoiser"])
 @pytest.mark.parametrize("name", ["timestep", "log", "sigma"])
 def test_levels_are_encoded_and_decoded(flow, name):
-    encoding = level_encoding(name, flow)
+    encoding = level_encoding(name, flow.first_level, flow.last_level)
     levels = torch.logspace(
         math.log10(flow.last_level), math.log10(flow.first_level), 50, dtype=torch.float64
     )
@@ -214,16 +213,16 @@ def test_levels_are_encoded_and_decoded(flow, name):
 def test_a_level_may_be_any_function(generator):
     x, sigma = points(generator)
     probe = Probe().double()
-    from_module(probe, PLUSPLUS, level=lambda level: 7 * level)(x, sigma)
+    PLUSPLUS.network(probe, level=lambda level: 7 * level)(x, sigma)
     assert torch.equal(probe.time, 7 * sigma)
 
 
 def test_every_form_of_result(generator):
     x, sigma = points(generator)
-    correct = from_module(Probe(x), PLUSPLUS)(x, sigma)
+    correct = PLUSPLUS.network(Probe(x))(x, sigma)
     twice = torch.cat([x, torch.full_like(x, math.nan)], 1)  # with a learned variance
     for output in ((x, "more"), [x], SimpleNamespace(sample=x), twice, (twice,)):
-        assert torch.equal(from_module(Probe(output), PLUSPLUS)(x, sigma), correct)
+        assert torch.equal(PLUSPLUS.network(Probe(output))(x, sigma), correct)
 
 
 @pytest.mark.parametrize(
@@ -243,14 +242,13 @@ def test_every_form_of_result(generator):
     ],
 )
 def test_wrong_results(generator, refused, flow, options, output, sentence):
-    net = from_module(Probe(output), flow, **options)
+    net = flow.network(Probe(output), **options)
     refused(lambda: net(*points(generator)), sentence)
 
 
 @pytest.mark.parametrize(
     ("flow", "options", "sentence"),
     [
-        (nn.Identity(), {}, "TypeError: flow must be a PoissonFlow…PoissonFlowPP, got Identity."),
         (
             PLUSPLUS,
             {"predicts": "field"},
@@ -272,18 +270,18 @@ def test_wrong_results(generator, refused, flow, options, output, sentence):
     ],
 )
 def test_bad_arguments(refused, flow, options, sentence):
-    refused(lambda: from_module(Probe(), flow, **options), sentence)
+    refused(lambda: flow.network(Probe(), **options), sentence)
 
 
 def test_conditions_by_their_own_names_and_others(generator):
     x, sigma = points(generator)
     labels = torch.tensor([3, -1, 0, 2, -1])
     probe = Probe().double()
-    from_module(probe, PLUSPLUS)(x, sigma, y=labels)
+    PLUSPLUS.network(probe)(x, sigma, y=labels)
     assert probe.y is labels
-    from_module(probe, PLUSPLUS, conditions={"labels": "y"})(x, sigma, labels=labels)
+    PLUSPLUS.network(probe, conditions={"labels": "y"})(x, sigma, labels=labels)
     assert probe.y is labels
-    renamed = from_module(probe, IMAGES, conditions={"labels": "y"}, no_label=10)
+    renamed = IMAGES.network(probe, conditions={"labels": "y"}, no_label=10)
     renamed(x, sigma, labels=labels)
     assert probe.y.tolist() == [3, 10, 0, 2, 10]
     with pytest.raises(ValueError, match="has 'text', which Probe does not take"):
@@ -297,7 +295,7 @@ def test_conditions_by_their_own_names_and_others(generator):
 def test_it_trains_in_three_lines(flow, predicts, losses_in_training):
     torch.manual_seed(0)
     data = pfgm.data.digits().train[:64]
-    net = from_module(Sines(outputs=2 if predicts == "field" else 1), flow, predicts=predicts)
+    net = flow.network(Sines(outputs=2 if predicts == "field" else 1), predicts=predicts)
     losses = losses_in_training(
         net, partial(flow.loss, net, data, data), steps=40, learning_rate=1e-2, seeds=4
     )
@@ -321,7 +319,7 @@ class Labelled(nn.Module):
 @pytest.mark.parametrize("flow", [IMAGES, PLUSPLUS], ids=["field", "denoiser"])
 def test_the_trainer_and_guidance_give_labels(flow):
     data = pfgm.data.digits()
-    net = from_module(Labelled(), flow, conditions={"labels": "class_labels"}, no_label=10)
+    net = flow.network(Labelled(), conditions={"labels": "class_labels"}, no_label=10)
     config = TrainConfig(steps=3, warmup=1, batch_size=16, reference_batch=200, label_dropout=0.5)
     trained = Trainer(
         flow, net, data.train, config, labels=data.train_labels, progress=False
@@ -343,7 +341,7 @@ def test_the_trainer_and_guidance_give_labels(flow):
 
 @pytest.mark.parametrize("flow", [IMAGES, PLUSPLUS], ids=["field", "denoiser"])
 def test_copies_are_the_same(flow, generator):
-    net = from_module(Sines(), flow)
+    net = flow.network(Sines())
     x, level = points(generator, torch.float32)
     for again in (copy.deepcopy(net), pickle.loads(pickle.dumps(net))):
         torch.testing.assert_close(again(x, level), net(x, level), rtol=0, atol=0)

@@ -11,11 +11,11 @@ The pipeline runs this loop, which may also be written out:
         output = unet(scheduler.scale_model_input(x, t), t).sample
         x = scheduler.step(output, t, x).prev_sample
 
-It takes the same steps as ``flow.sample(from_module(unet, flow), 16, ...)``. One thing differs for
+It takes the same steps as ``flow.sample(flow.network(unet), 16, ...)``. One thing differs for
 a PoissonFlow with a spread: ``flow.sample`` evaluates the network at norms of at most upper_norm,
 while here the network sees the points as they are.
 
-:func:`pfgm.networks.from_module` makes networks of this library from those of diffusers. The
+:meth:`pfgm.Flow.network` makes networks of this library from those of diffusers. The
 schedulers use it to interpret the network's output.
 """
 

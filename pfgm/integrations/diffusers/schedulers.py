@@ -30,7 +30,7 @@ from ...networks.level_encodings import (
     TimestepEncoding,
     level_encoding,
 )
-from ...networks.wrapped import Wrapped, WrappedDenoiser, from_module
+from ...networks.wrapped import Wrapped, WrappedDenoiser
 from ...references import References
 from ...solvers import GRID_SOLVERS, SolverFunction, as_solver
 from .normal_noise import looks_normal
@@ -68,7 +68,7 @@ class FlowScheduler(SchedulerMixin, ConfigMixin):  # type: ignore[misc]
         schedule: spacing of the levels, "log" or "rho"; None takes that of ``flow.sample``.
         prediction_type: the meaning of the network's output, as the class says.
         level: how the level is encoded, "timestep", "log" or "sigma"
-            (:func:`pfgm.networks.from_module`).
+            (:meth:`pfgm.Flow.network`).
         num_train_timesteps: the timestep of the first level, with level "timestep".
         variance_preserving: for :class:`PoissonFlowPPScheduler`.
 
@@ -110,10 +110,11 @@ class FlowScheduler(SchedulerMixin, ConfigMixin):  # type: ignore[misc]
             check_choice("solver", solver, GRID_SOLVERS)
         whole("num_train_timesteps", num_train_timesteps)
         self._variance_preserving = variance_preserving
+        ends = self._flow.first_level, self._flow.last_level
         if level == "timestep":
-            self._encoding = TimestepEncoding(self._flow, num_train_timesteps)
+            self._encoding = TimestepEncoding(*ends, num_train_timesteps)
         else:
-            self._encoding = level_encoding(level, self._flow)
+            self._encoding = level_encoding(level, *ends)
         self.register_to_config(
             solver=solver,
             schedule=schedule or defaults.schedule,
@@ -156,13 +157,14 @@ class FlowScheduler(SchedulerMixin, ConfigMixin):  # type: ignore[misc]
                 f"prediction_type {prediction_type!r}."
             )
         # This module is never called. It scales the input of a network and interprets its output.
-        self._wrapped = from_module(
+        made = self._flow.network(
             nn.Identity(),
-            self._flow,
             predicts=predicts,
             level=self._encoding,
             variance_preserving=self._variance_preserving,
         )
+        assert isinstance(made, Wrapped)
+        self._wrapped = made
 
     @classmethod
     def from_flow(cls: type[Scheduler], flow: Flow, **options: Any) -> Scheduler:
@@ -421,7 +423,7 @@ class FlowScheduler(SchedulerMixin, ConfigMixin):  # type: ignore[misc]
 
         :class:`PoissonFlowScheduler`: the field of the references, (B, C + 1, *S[1:]), with field_z
         in the last channel at every pixel. ``flow.loss`` of a network from
-        :func:`pfgm.networks.from_module` counts field_z once for each sample, as published.
+        :meth:`pfgm.Flow.network` counts field_z once for each sample, as published.
 
         :class:`PoissonFlowPPScheduler`: the output (B, *S) that implies the original samples, or
         the posterior mean of the references. With prediction_type "residual" the squared error,
@@ -532,13 +534,13 @@ class PoissonFlowPPScheduler(FlowScheduler):
 
     Args:
         prediction_type: the meaning of the network's output: "residual", the F of EDM's
-            preconditioning, "mean", "noise" or "score" (:func:`pfgm.networks.from_module`).
+            preconditioning, "mean", "noise" or "score" (:meth:`pfgm.Flow.network`).
             "sample" and "epsilon" are the names of diffusers for "mean" and "noise".
         variance_preserving: at D = ∞, whether the samples of a loop are x/√(1 + σ²), which is
             nearly standard normal at the first level. Loops that were written for DDPM, such as
             diffusers' ``DDPMPipeline`` and its script ``train_unconditional.py``, then work without
             a change. prediction_type must then be "noise", which it is by default, or "mean".
-            from_module has the same argument for such a network.
+            ``flow.network`` has the same argument for such a network.
 
     >>> import pfgm
     >>> flow = pfgm.PoissonFlowPP((1, 4, 4), D=128)

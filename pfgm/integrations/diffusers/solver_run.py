@@ -45,7 +45,7 @@ class SolverRun:
                 f"solver is {solver.function!r}, which evaluates at levels that depend on the "
                 "points, or at 0; a scheduler calls the network at levels above 0 that are known "
                 "before. flow.sample takes such solvers, for networks of "
-                "pfgm.networks.from_module."
+                "flow.network."
             )
         if solver.evaluations and self.levels[:: solver.evaluations] != self._grid[:-1]:
             raise ValueError(

@@ -18,10 +18,10 @@ from torch.nn import functional as F
 from ...common.checks import check_choice, check_sample_shape
 from ...common.numbers import int_tuple, whole
 from ...common.tensors import per_row
-from ...flows.plusplus import Preconditioned
 from ..config import MAX_DEPTH, MAX_WIDTH, as_json
 from ..edm_interface import EDMInterface, label_numbers
 from ..embedding import checked_labels
+from ..preconditioned import Preconditioned
 from .layers import FOURIER_STD, HALF_SUM, add_attention, checked_resolution, positional_features
 
 _ZERO_GAIN = 1e-5  # initial gain of layers whose output starts at almost zero
@@ -371,7 +371,7 @@ class SongUNet(nn.Module):
 class EDMDenoiser(EDMInterface, nn.Module):
     """A denoiser net(x, sigma, labels=None) as published with EDM and PFGM++, for any D.
 
-    It puts EDM's preconditioning (:class:`pfgm.flows.plusplus.Preconditioned`) around a
+    It puts EDM's preconditioning (:class:`pfgm.networks.Preconditioned`) around a
     :class:`pfgm.networks.SongUNet`, its attribute ``model``. Its input is σ = r/√D, without D,
     so sample with a flow of the D that it was trained with. The samplers of EDM take it as it is
     (:class:`pfgm.networks.edm_interface.EDMInterface`).
