@@ -447,7 +447,7 @@ class PoissonFlow(Flow):
         if predicts == "field":
             return WrappedField(module, encode)
         # A network with any other prediction was trained on samples that were not centred.
-        center = self.center if predicts == "residual" else torch.zeros(())
+        center = self.center if predicts == "residual" else self.center.new_zeros(())
         if data_std is None:
             offset = self.center - center
             data_std = math.hypot(self._data_std, float(offset.square().mean().sqrt()))

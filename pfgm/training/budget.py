@@ -14,8 +14,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
-import torch
-from torch import Tensor
+import numpy as np
 
 from ..common.files import write_atomic
 
@@ -130,20 +129,16 @@ def _fits(patch: int, shape: Sequence[int]) -> bool:
 
 def _fitted(rows: Sequence[Row], time: float, length: float) -> dict[str, float]:
     """log2 of each choice: weighted ridge regression on log2 of the time and of the length."""
-    known = torch.tensor(
-        [[row.time, math.log2(_length(row.shape))] for row in rows], dtype=torch.float64
-    )
+    known = np.array([[row.time, math.log2(_length(row.shape))] for row in rows])
     choices = [_logarithms(row) for row in rows]
-    chosen = torch.tensor([[*each.values()] for each in choices], dtype=torch.float64)
+    chosen = np.array([[*each.values()] for each in choices])
     weight = _weights(rows)[:, None]
-    least, most = known.amin(0), known.amax(0)
-    beyond = torch.tensor([_EXTRAPOLATION, 0.0], dtype=torch.float64)
-    asked = torch.tensor([time, length], dtype=torch.float64)
-    asked = asked.clamp(least - beyond, most + beyond)
+    beyond = np.array([_EXTRAPOLATION, 0.0])
+    asked = np.clip([time, length], known.min(0) - beyond, known.max(0) + beyond)
     center, mean = ((weight * v).sum(0) / weight.sum() for v in (known, chosen))
     x, y = known - center, chosen - mean
-    ridge = _RIDGE * torch.eye(x.shape[1], dtype=torch.float64)
-    slopes = torch.linalg.solve(x.T @ (weight * x) + ridge, x.T @ (weight * y))
+    ridge = _RIDGE * np.eye(x.shape[1])
+    slopes = np.linalg.solve(x.T @ (weight * x) + ridge, x.T @ (weight * y))
     return dict(zip(choices[0], (mean + (asked - center) @ slopes).tolist(), strict=True))
 
 
@@ -155,10 +150,10 @@ def _logarithms(row: Row) -> dict[str, float]:
     return {name: math.log2(value) for name, value in values.items()}
 
 
-def _weights(rows: Sequence[Row]) -> Tensor:
+def _weights(rows: Sequence[Row]) -> np.ndarray:
     """(best/quality)^4, where the best on the same data took no longer."""
     weights = []
     for row in rows:
         rivals = [r for r in rows if r.data == row.data and r.time <= row.time + _SAME_TIME]
         weights.append((min(r.quality for r in rivals) / row.quality) ** _SHARPNESS)
-    return torch.tensor(weights, dtype=torch.float64)
+    return np.array(weights)

@@ -11,6 +11,7 @@ from .processes import Processes
 _TURNS = 3
 _LONG = 2.0  # seconds of a step that is timed only once
 _FASTER = 1.2  # how much faster bfloat16 must be, as it rounds more
+_SHORT = 0.02  # seconds of a step from which on it may be used; less is noise, and soon done
 
 
 def seconds_of(
@@ -23,8 +24,8 @@ def seconds_of(
     The clock of the first process decides, so all processes call a step equally often.
 
     >>> now = iter(range(100))
-    >>> seconds_of([lambda: None], Processes(), clock=lambda: next(now) / 10)
-    [0.1]
+    >>> seconds_of([lambda: None], Processes(), clock=lambda: next(now) / 2)
+    [0.5]
     """
 
     def seconds(step: Callable[[], object]) -> float:
@@ -40,8 +41,8 @@ def seconds_of(
 def bfloat16_pays(seconds: Sequence[float]) -> bool:
     """Whether bfloat16 is to be used, from the seconds of a step in float32 and in bfloat16.
 
-    >>> bfloat16_pays([2.09, 1.06]), bfloat16_pays([1.0, 0.9])
-    (True, False)
+    >>> bfloat16_pays([2.09, 1.06]), bfloat16_pays([1.0, 0.9]), bfloat16_pays([0.002, 0.001])
+    (True, False, False)
     """
     float32, bfloat16 = seconds
-    return float32 >= _FASTER * bfloat16
+    return float32 >= max(_FASTER * bfloat16, _SHORT)
