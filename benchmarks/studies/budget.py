@@ -1,6 +1,6 @@
 """Which network and batch for which training time, on one thread: the rows of ``budget.json``.
 
-    python -m benchmarks.studies.budget [--data fashion-mnist] [--minutes 3] [--store]
+    python -m benchmarks.studies.budget [--data fashion-mnist] [--minutes 3]
 
 Each run trains with labels for some minutes of processor time, with the learning rate, warm-up and
 average that follow from the minutes, as ``pfgm train --minutes`` does. So other work on the machine
@@ -163,7 +163,7 @@ def rows_of_the_fit(rows: list[Row]) -> list[budget.Row]:
     """What ``budget.json`` holds of these rows."""
     return [
         budget.Row(
-            data=row["data"],
+            data=f"{row['data']}, {row['flow']}",
             shape=tuple(images_of(row["data"]).train.shape[1:]),
             width=row["size"][0],
             multipliers=tuple(row["size"][1]),
@@ -174,7 +174,7 @@ def rows_of_the_fit(rows: list[Row]) -> list[budget.Row]:
             quality=round(row["features"], 3),
         )
         for row in rows
-        if row["flow"] == "PFGM"
+        if row["flow"] != TRAINING
     ]
 
 
