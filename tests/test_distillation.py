@@ -237,7 +237,13 @@ def test_the_solver_works_only_with_sample():
 
 def run_config(teacher, **changes):
     training = TrainConfig(
-        steps=6, batch_size=16, warmup=0, checkpoint_every=3, evaluate_every=6, seed=1
+        precision="float32",
+        steps=6,
+        batch_size=16,
+        warmup=0,
+        checkpoint_every=3,
+        evaluate_every=6,
+        seed=1,
     )
     return RunConfig(
         teacher=str(teacher), student_levels=4, samples=10, training=training, **changes

@@ -58,7 +58,7 @@ def compile_for(capability: int, dtype: torch.dtype) -> dict[str, tuple[int, int
     from triton.runtime import driver
 
     from pfgm.backends import triton
-    from pfgm.common import checks
+    from pfgm.common import values
     from pfgm.core import weights
 
     stand_in = SimpleNamespace(
@@ -89,7 +89,7 @@ def compile_for(capability: int, dtype: torch.dtype) -> dict[str, tuple[int, int
         with ExitStack() as patches:
             patches.enter_context(mock.patch.object(CompiledKernel, "_init_handles", look))
             patches.enter_context(mock.patch.object(triton, "supports", return_value=None))
-            for module in (checks, triton, weights):  # results are not written
+            for module in (values, triton, weights):  # results are not written
                 patches.enter_context(
                     mock.patch.object(module, "checks_values", return_value=False)
                 )
