@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 from unittest import mock
 
 from pfgm.backends import native, native_calls
-from pfgm.common import checks
+from pfgm.common import values
 
 FOLDER = os.environ.get("PFGM_PTX")
 """The folder of a build with ``cmake -DPFGM_PTX=ON``."""
@@ -252,7 +252,7 @@ def in_place_of_a_gpu(folder: str) -> Iterator[None]:
         (native, "on_gpu", lambda value: True),
         (native, "current_stream", lambda device: (_DEVICE, 0)),
         (native_calls, "_native", extension),
-        (checks, "_on_cpu", lambda device: False),
+        (values, "_on_cpu", lambda device: False),
     ]
     with ExitStack() as stack:
         for owner, name, value in replaced:
