@@ -6,6 +6,7 @@ import io
 import os
 import sys
 import time
+import warnings
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from typing import Any, TypeVar
@@ -133,7 +134,9 @@ def progress_bar(*arguments: Any, **options: Any) -> Any:
 
     Where stderr is no terminal, such as a log file, it is a line a minute.
     """
-    from tqdm.auto import tqdm
+    with warnings.catch_warnings():  # in a notebook without ipywidgets the bar is text
+        warnings.simplefilter("ignore")
+        from tqdm.auto import tqdm
 
     stream = Unfailing(sys.stderr)
     if not stream.isatty():

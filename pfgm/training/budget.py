@@ -3,7 +3,8 @@
 ``budget.json`` holds the trainings. The unit of time is the step of the default network in batches
 of :data:`REFERENCE_BATCH`, so that a training counts alike on each machine and with each size of
 samples. Of the trainings on the same data, those that are nearest to the data for their time have
-the largest weight; width, patch, batch and resolutions are fitted to them as powers of the time.
+the largest weight. Width, patch, batch and resolutions are fitted to them as powers of the time.
+The study ``benchmarks/studies/budget.py`` measures the trainings and writes the file.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ import json
 import math
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 
@@ -27,8 +28,6 @@ _SAME_TIME = 0.15  # in powers of 2
 _RIDGE = 0.3  # of the slopes, in rows: with few rows choices hardly depend on the time
 _EXTRAPOLATION = 2.0  # powers of 2 beyond the measured times
 
-Kind = Literal["images", "signals", "rows"]
-
 
 class Row(NamedTuple):
     """A measured training."""
@@ -39,7 +38,6 @@ class Row(NamedTuple):
     """Shape of a sample."""
     width: int
     multipliers: tuple[int, ...]
-    """Empty for an MLP, which has none."""
     patch: int
     batch: int
     cost: float
@@ -55,11 +53,11 @@ class Row(NamedTuple):
 
 
 class Choice(NamedTuple):
-    """What fits a time. ``multipliers`` and ``patch`` are None for an MLP."""
+    """The sizes of a network and of its batches that fit a time."""
 
     width: int
-    multipliers: tuple[int, ...] | None
-    patch: int | None
+    multipliers: tuple[int, ...]
+    patch: int
     batch_size: int
     rows: int
     """The number of rows that it was fitted to."""
@@ -81,10 +79,8 @@ def write_rows(rows: Sequence[Row], path: Path = TABLE) -> None:
 
 def choose(
     shape: Sequence[int], time: float, *, patch: int | None = None, rows: Sequence[Row] = ()
-) -> Choice | None:
-    """The network and batch for samples of a shape, and a time in reference steps.
-
-    Signals without rows of their own take those of images. None without any row of the kind.
+) -> Choice:
+    """The U-Net and batch for samples of a shape (C, *axes), and a time in reference steps.
 
     Args:
         patch: the length of the patches, if it is given.
@@ -95,15 +91,9 @@ def choose(
     True
     """
     rows = rows or read_rows()
-    kinds = {"signals": ("signals", "images")}.get(kind_of(shape), (kind_of(shape),))
-    found = ([row for row in rows if kind_of(row.shape) == kind] for kind in kinds)
-    if not (rows := next(filter(None, found), [])):
-        return None
     fitted = _fitted(rows, math.log2(max(time, 1.0)), math.log2(_length(shape)))
     width = min(_WIDTHS, key=lambda each: abs(math.log2(each) - fitted["width"]))
     batch_size = min(2 ** max(round(fitted["batch"]), 0), _LARGEST_BATCH)
-    if kind_of(shape) == "rows":
-        return Choice(width, None, None, batch_size, len(rows))
     if patch is None:
         patch = next(p for k in range(round(fitted["patch"]), -1, -1) if _fits(p := 2**k, shape))
     levels = 1 + round(math.log2(_length(shape) / patch) - fitted["coarsest"])
@@ -112,14 +102,9 @@ def choose(
     return Choice(width, (1, *[growth] * (levels - 1)), patch, batch_size, len(rows))
 
 
-def kind_of(shape: Sequence[int]) -> Kind:
-    """The kind of samples of a shape; volumes count as images."""
-    return ("rows", "signals", "images")[min(len(shape), 3) - 1]
-
-
 def _length(shape: Sequence[int]) -> float:
-    """The typical length of the axes; for rows the number of values."""
-    axes = shape[1:] or shape
+    """The geometric mean of the lengths of the axes."""
+    axes = shape[1:]
     return math.exp(math.log(math.prod(axes)) / len(axes))
 
 
@@ -143,11 +128,9 @@ def _fitted(rows: Sequence[Row], time: float, length: float) -> dict[str, float]
 
 
 def _logarithms(row: Row) -> dict[str, float]:
-    values: dict[str, Any] = {"width": row.width, "batch": row.batch}
-    if row.multipliers:
-        coarsest = _length(row.shape) / row.patch / 2 ** (len(row.multipliers) - 1)
-        values |= {"patch": row.patch, "coarsest": coarsest, "growth": row.multipliers[-1]}
-    return {name: math.log2(value) for name, value in values.items()}
+    coarsest = _length(row.shape) / row.patch / 2 ** (len(row.multipliers) - 1)
+    values = {"width": row.width, "batch": row.batch, "patch": row.patch, "coarsest": coarsest}
+    return {n: math.log2(v) for n, v in (values | {"growth": row.multipliers[-1]}).items()}
 
 
 def _weights(rows: Sequence[Row]) -> np.ndarray:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 import warnings
 from typing import Any, NamedTuple
 
@@ -18,6 +19,8 @@ from .processes import Processes
 from .run_config import RunConfig
 from .run_models import SIZES, build_network
 from .trainer import Trainer
+
+_MOST_VALUES = 1 << 15  # pixels in a batch that is timed: 32 images of 32 × 32, one of 256 × 256
 
 
 class FittingNetwork(NamedTuple):
@@ -38,19 +41,14 @@ def fitting_network(
 ) -> FittingNetwork | None:
     """The network and batch that :func:`pfgm.training.budget.choose` finds for some seconds.
 
-    Settings that are given stay. None for a published network, whose sizes are its own, and for
-    samples of which no trainings have been measured.
+    Settings that are given stay. None unless the network is the U-Net: no trainings of others have
+    been measured, and published networks have sizes of their own.
     """
-    kind = config.network
-    if kind == "auto":
-        kind = "unet" if takes_shape(flow.shape) else "mlp"
-    if kind not in ("unet", "mlp"):
+    if config.network not in ("auto", "unet") or not takes_shape(flow.shape):
         return None
     step, precision, why = _reference_step(config, flow, rows, classes, device)
     time = max(seconds, 0.0) / max(step, 1e-9)
-    shape = flow.shape if kind == "unet" else (flow.N,)
-    if (choice := choose(shape, time, patch=config.patch)) is None:
-        return None
+    choice = choose(flow.shape, time, patch=config.patch)
     sizes: dict[str, Any] = {name: getattr(choice, name, None) for name in SIZES}
     sizes = {name: value for name, value in sizes.items() if getattr(config, name) is None}
     training = config.training
@@ -75,14 +73,16 @@ def fitting_network(
 def _reference_step(
     config: RunConfig, flow: Flow, rows: ReferenceSet, classes: int, device: torch.device
 ) -> tuple[float, Precision, str]:
-    """Seconds of a step of the default network with batches of 32, its precision, and why."""
+    """Seconds of a step of the default network with batches of 32, its precision, and why.
+
+    Of large images fewer are timed, as 32 would take long and much memory.
+    """
     default_sizes: dict[str, Any] = dict.fromkeys(SIZES)
     default = dataclasses.replace(config, **default_sizes)
     network = build_network(default, flow, rows, classes).to(device)
     given = config.training
-    batch = dataclasses.replace(given, batch_size=None).batch_for(
-        len(rows), Processes().size, REFERENCE_BATCH
-    )
+    size = max(min(REFERENCE_BATCH, _MOST_VALUES // math.prod(flow.shape[1:])), 1)
+    batch = dataclasses.replace(given, batch_size=None).batch_for(len(rows), Processes().size, size)
     training = TrainConfig(
         steps=1,
         batch_size=batch,

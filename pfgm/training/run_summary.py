@@ -117,4 +117,6 @@ def _files(trainer: Trainer) -> str:
     files += f"steps and at the end, log.csv every {config.log_every}"
     if config.evaluate_every:
         files += f", an evaluation every {config.evaluate_every}"
+    elif config.evaluates:
+        files += ", an evaluation after a quarter of the time and one at the end"
     return files

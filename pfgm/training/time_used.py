@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 
 from .processes import Processes
 
@@ -21,7 +20,7 @@ class TimeUsed:
     >>> now = iter([0.0, 0.0, 60.0])
     >>> time = TimeUsed(4.0, Processes(), clock=lambda: next(now))
     >>> time.start()
-    >>> time.begin_steps()
+    >>> time.begin()
     >>> time.end_step()
     >>> time.share
     0.25
@@ -57,8 +56,8 @@ class TimeUsed:
         if self._started is None:
             self._started = self._clock() if since is None else since
 
-    def begin_steps(self) -> None:
-        """Notes the beginning of the next step."""
+    def begin(self) -> None:
+        """Notes the beginning of the first step or evaluation."""
         self._last = self.seconds
 
     def stop(self) -> None:
@@ -89,13 +88,10 @@ class TimeUsed:
             evaluates = due and self.seconds + 2 * self.evaluation <= self.budget
         return self._processes.of_leader(evaluates) > 0
 
-    @contextmanager
-    def evaluating(self) -> Iterator[None]:
-        """Measures an evaluation, which is not a part of a step."""
-        started = self.seconds
-        yield
-        self.begin_steps()
-        self.evaluation = max(self.evaluation, self._last - started)
+    def end_evaluation(self) -> None:
+        """Notes the end of an evaluation that has not been broken off."""
+        seconds = self.seconds
+        self.evaluation, self._last = max(self.evaluation, seconds - self._last), seconds
 
     def state(self) -> dict[str, float]:
         """What a checkpoint holds."""

@@ -220,13 +220,14 @@ class Trainer:
         """Whether one process trains on the CPU, without compilation."""
         return self._device.type == "cpu" and self._processes.size == 1 and not self.config.compile
 
-    def _rehearsal(self, precision: Precision | None = None) -> Callable[[], float]:
+    def _rehearsal(self) -> Callable[..., float]:
         """A function that computes the gradients of the next step for a copy of the network.
 
-        The run, its network and the random numbers stay as they are. It waits for a GPU.
+        It takes a precision, by default that of the run. The run, its network and the random
+        numbers stay as they are. It waits for a GPU.
         """
         network = copy.deepcopy(self.network).train()
-        return lambda: float(self._gradients(network, precision))
+        return lambda precision=None: float(self._gradients(network, precision))
 
     def _seconds_of_step(self) -> float:
         return seconds_of([self._rehearsal()], self._processes, self._clock)[0]
@@ -234,32 +235,29 @@ class Trainer:
     def _settle_precision(self) -> float | None:
         """Chooses the precision, unless it is given or that of a resumed run.
 
+        On a CPU steps are timed, as some emulate bfloat16; of a GPU the capability tells. Rows of
+        numbers, whose last digits may matter, stay in float32.
+
         Returns:
             The seconds of a step, if steps had to be timed.
         """
         if self.config.precision != "auto":
             return None
         precision: Precision = "float32"
-        least = None
-        if self._may_use_bfloat16:
-            steps = [self._rehearsal("float32"), self._rehearsal("bfloat16")]
+        chosen = None
+        if len(self.flow.shape) > 1 and self._device.type == "cuda":
+            if torch.cuda.get_device_capability(self._device) >= _BFLOAT16_CAPABILITY:
+                precision = "bfloat16"
+        elif len(self.flow.shape) > 1 and self._device.type == "cpu":
+            step = self._rehearsal()
+            steps = [partial(step, "float32"), partial(step, "bfloat16")]
             seconds = seconds_of(steps, self._processes, self._clock)
             precision = "bfloat16" if bfloat16_pays(seconds) else "float32"
-            least = seconds[precision == "bfloat16"]
-            self._chosen_precision = (
-                f"bfloat16 {seconds[0] / seconds[1]:.1f} times as fast as float32"
-            )
+            chosen = seconds[precision == "bfloat16"]
+            ratio = seconds[0] / seconds[1]
+            self._chosen_precision = f"bfloat16 {ratio:.1f} times as fast as float32"
         self.config = dataclasses.replace(self.config, precision=precision)
-        return least
-
-    @property
-    def _may_use_bfloat16(self) -> bool:
-        """Whether bfloat16 may be chosen: not for rows of numbers, whose last digits may matter."""
-        if self._device.type == "cuda":
-            capable = torch.cuda.get_device_capability(self._device) >= _BFLOAT16_CAPABILITY
-        else:
-            capable = self._device.type == "cpu"
-        return capable and len(self.flow.shape) > 1
+        return chosen
 
     def _settle(self) -> None:
         """Chooses the precision, and the schedule of a run of some minutes, if they are open."""
@@ -330,10 +328,10 @@ class Trainer:
         ):
             total, since = torch.zeros((), device=self._device), self.step
             clock.before = max(clock.before, log.seconds)  # in older checkpoints it is missing
+            clock.begin()
             # Without a folder no step is resumed.
             stopped = self.folder is not None and self._evaluate(log, received, bar)
             last = stopped or self.finished
-            clock.begin_steps()
             while not last:
                 total += self._train_step()
                 self.step += 1
@@ -391,10 +389,11 @@ class Trainer:
             return False
         if self.evaluate is not None and self.lacks_evaluation:
             bar.set_description("evaluation")  # which may take a minute
-            with self._save_on_error(), self._time.evaluating():
+            with self._save_on_error():
                 metrics = received.call(partial(self.evaluate, self.step, self.averaged))
                 if metrics is not None:
                     log.write(self.step, metrics, "evaluations")
+                    self._time.end_evaluation()
             bar.set_description("training")
         stopped = self._processes.any(bool(received))
         if stopped and self.saved_step != self.step:

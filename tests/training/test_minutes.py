@@ -11,7 +11,7 @@ import pytest
 import torch
 
 import pfgm
-from pfgm.training import TrainConfig, Trainer, budget
+from pfgm.training import Terminated, TrainConfig, Trainer, budget
 from pfgm.training.run_config import RunConfig
 from pfgm.training.runs import start
 
@@ -248,6 +248,39 @@ def test_nothing_is_left_after_the_minutes_unless_more_are_given(clock, images, 
     assert checkpoint_step(out) > step
 
 
+def test_an_evaluation_that_a_signal_ends_is_made_again(clock, tmp_path):
+    """Its time is not taken for that of a whole one."""
+
+    def ended(step, network):
+        clock.now += 0.1
+        signal.raise_signal(signal.SIGTERM)
+
+    with pytest.raises(Terminated):
+        trainer(clock, tmp_path, evaluate=ended, minutes=0.1).train()
+    evaluate, times = evaluating(clock, 1.0)
+    second, began = trainer(clock, tmp_path, evaluate=evaluate, minutes=0.1), clock.now
+    step = second.resume()
+    second.train()
+    assert times[0] == began
+    assert log_of(tmp_path, "evaluations.csv")[0]["step"] == step
+    assert len(times) == 2
+
+
+def test_of_large_images_few_are_timed(clock, tmp_path):
+    """The default network on one image of 256 × 256 takes as long as on 64 of 32 × 32."""
+    images = np.random.default_rng(0).integers(0, 256, (40, 256, 256), dtype=np.uint8)
+    np.save(tmp_path / "large.npy", images)
+    batches, gradients = [], clock.gradients
+
+    def counted(trainer, *given):
+        batches.append(trainer.config.batch_size)
+        return gradients(trainer, *given)
+
+    clock.gradients = counted
+    train(str(tmp_path / "large.npy"), tmp_path / "run")
+    assert batches[0] == 1
+
+
 def test_steps_and_minutes_exclude_each_other():
     with pytest.raises(ValueError, match=r"only one of steps and minutes may be given, got 5 and"):
         TrainConfig(steps=5, minutes=3)
@@ -353,7 +386,3 @@ def test_rows_of_the_fit_are_stored(tmp_path):
     budget.write_rows(rows, tmp_path / "rows.json")
     assert budget.read_rows(tmp_path / "rows.json") == rows
     assert len(budget.read_rows()) >= 4
-
-
-def test_samples_of_which_no_trainings_are_known_have_no_choice():
-    assert budget.choose((5,), 100.0, rows=[row(10, 32, 1.5)]) is None
