@@ -1,13 +1,17 @@
-"""Which network and batch for which training time, on one thread: the rows of ``budget.json``.
+"""Which flow, network and batch for which training time, on one thread.
 
     python -m benchmarks.studies.budget [--data fashion-mnist] [--minutes 3]
+
+It also writes ``pfgm/training/budget.json``, the rows to which ``pfgm train --minutes`` fits its
+choice: those of PFGM and PFGM++ in which no other setting is changed.
 
 Each run trains with labels for some minutes of processor time, with the learning rate, warm-up and
 average that follow from the minutes, as ``pfgm train --minutes`` does. So other work on the machine
 hardly matters. ``minutes`` are those of one thread. The figures are those of 1000 samples, 100 of
 each label, with 10 evaluations: the Fréchet distance to the held-out images in the features of a
 small classifier, and the share of samples to which it gives the label that was asked for.
-``cost`` is the time of a step in that of the default network with batches of 32.
+``cost`` is the time of a step in that of the default network with batches of 32. OT-CFM has
+torchcfm's loss, and "defaults" is ``pfgm train`` as it comes, broken off after these minutes.
 
 A run that was stopped continues from its checkpoint in ``--out``.
 """
@@ -16,8 +20,9 @@ from __future__ import annotations
 
 import argparse
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 from torch import nn
@@ -30,12 +35,16 @@ from benchmarks.studies.flows import (
     CLASSES,
     SAMPLES,
     TRAINING,
+    Images,
+    Velocity,
     figures,
     images_of,
+    matching_loss,
     of_training_images,
 )
 from pfgm.evaluation import draw_samples
 from pfgm.flows.flow import Flow
+from pfgm.integrations.flow_matching import as_denoiser
 from pfgm.plotting import quality_curve
 from pfgm.training import TrainConfig, Trainer, budget
 from pfgm.training.config import Precision
@@ -43,7 +52,10 @@ from pfgm.training.processes import Processes
 from pfgm.training.rehearsal import seconds_of
 from pfgm.training.run_config import Method
 
-_METHODS: dict[str, Method] = {"PFGM": "pfgm", "PFGM++ 128": "pfgm++", "EDM": "edm"}
+_FITTED: dict[str, Method] = {"PFGM": "pfgm", "PFGM++ 128": "pfgm++"}
+_METHODS = _FITTED | {"EDM": "edm", "OT-CFM": "edm", "PFGM, defaults": "pfgm"}
+_FASHION = "fashion-mnist"
+_DEFAULTS = TrainConfig().schedule._asdict()
 
 
 class Size(NamedTuple):
@@ -64,27 +76,40 @@ class Run(NamedTuple):
     minutes: float
     seed: int = 0
     precision: Precision = "bfloat16"
+    changes: Mapping[str, Any] = MappingProxyType({})
+    """Settings of the training in place of those that follow from the minutes."""
 
 
 def _runs() -> Iterator[Run]:
-    """Sizes on the same data for the same time, then the best of them for longer."""
-    short = [
-        *(Size(64, (1, 2, 2), 2, 64), Size(32, (1, 2, 2), 2, 64), Size(64, (1, 2, 2), 2, 32)),
-        *(Size(64, (1, 2, 2), 4, 64), Size(48, (1, 2, 2), 2, 32)),
-    ]
-    for size in short:
-        yield Run("fashion-mnist", "PFGM", size, 3.0)
-    for size in (Size(32, (1, 2, 2), 2, 64), Size(48, (1, 2, 2), 2, 64)):
-        yield Run("fashion-mnist", "PFGM", size, 9.0)
-    best = Size(48, (1, 2, 2), 2, 32)
+    """Sizes on the same data for the same time, then the best of them for other times and flows."""
+    best, three = Size(48, (1, 2, 2), 2, 32), (1, 2, 2)
+    sizes = [*(Size(64, three, 2, 64), Size(32, three, 2, 64), Size(64, three, 2, 32))]
+    for size in (*sizes, Size(64, three, 4, 64), best):
+        yield Run(_FASHION, "PFGM", size, 3.0)
+    for size in (Size(32, three, 2, 64), Size(48, three, 2, 64)):
+        yield Run(_FASHION, "PFGM", size, 9.0)
     for minutes in (3.0, 9.0):
-        yield Run("fashion-mnist", "PFGM++ 128", best, minutes)
-    for flow in ("PFGM", "PFGM++ 128"):
+        yield Run(_FASHION, "PFGM++ 128", best, minutes)
+    for flow in _FITTED:
         yield Run("digits", flow, Size(24, (1, 2), 1, 64), 1.0, precision="float32")
         yield Run("mnist-5k", flow, best, 3.0)
-    yield Run("fashion-mnist", "EDM", best, 3.0)
-    yield Run("fashion-mnist", "PFGM++ 128", Size(64, (1, 2, 2), 2, 32), 3.0)
-    yield Run("fashion-mnist", "PFGM++ 128", best, 3.0, seed=1)
+    yield Run(_FASHION, "EDM", best, 3.0)
+    yield Run(_FASHION, "PFGM++ 128", Size(64, three, 2, 32), 3.0)
+    yield Run(_FASHION, "PFGM++ 128", best, 3.0, seed=1)
+    for flow in ("PFGM++ 128", "PFGM", "EDM", "OT-CFM"):
+        yield Run(_FASHION, flow, best, 1.0)
+    yield Run("digits", "PFGM", Size(16, (1, 2), 1, 64), 0.25, precision="float32")
+    yield Run("mnist-5k", "PFGM", best, 1.0)
+    yield Run(_FASHION, "OT-CFM", best, 3.0)
+    default = Size(32, (1, 2), 1, 128)
+    yield Run(_FASHION, "PFGM, defaults", default, 3.0, precision="float32", changes=_DEFAULTS)
+    for size in (Size(96, three, 2, 32), Size(48, three, 2, 128), Size(32, three, 1, 32)):
+        yield Run(_FASHION, "PFGM++ 128", size, 3.0)
+    for change in ({"warmup": 570}, {"reference_batch": 16384}):
+        yield Run(_FASHION, "PFGM++ 128", best, 3.0, changes=change)
+    yield Run(_FASHION, "EDM", best, 3.0, seed=1)
+    yield Run(_FASHION, "EDM", best, 9.0)
+    yield Run("mnist-5k", "PFGM", Size(32, three, 2, 32), 3.0)
 
 
 RUNS = list(_runs())
@@ -97,23 +122,37 @@ def trained(row: Run, out: Path) -> tuple[Flow, nn.Module, Row]:
     sizes: dict[str, Any] = {"width": width, "multipliers": multipliers, "patch": patch}
     options: dict[str, Any] = {"seed": row.seed, "classes": CLASSES}
     flow, network = model(_METHODS[row.flow], images.train, **options, **sizes)
+    if row.flow == "OT-CFM":
+        network = as_denoiser(Velocity(network.get_submodule("backbone")))
     unit = _reference_seconds(row)
     name = f"{row.data}-{row.flow}-{width}-{len(multipliers)}-{patch}-{batch}-{row.minutes:g}"
-    folder = out / f"{name}-{row.seed}-{row.precision}".replace(" ", "-")
+    name = "-".join([name, str(row.seed), row.precision, *row.changes]).replace(" ", "-")
     config = TrainConfig(
-        minutes=row.minutes, batch_size=batch, precision=row.precision, seed=row.seed
+        minutes=row.minutes,
+        batch_size=batch,
+        precision=row.precision,
+        seed=row.seed,
+        **row.changes,
     )
-    trainer = _trainer(flow, network, images, config, folder)
-    if (folder / "latest.json").exists():
+    loss = matching_loss if row.flow == "OT-CFM" else None
+    trainer = _trainer(flow, network, images, config, out / name, loss)
+    if (out / name / "latest.json").exists():
         trainer.resume()
     network = trainer.train()
     seconds = 60 * row.minutes / trainer.step
     return flow, network, {"steps": trainer.step, "cost": round(seconds / unit, 4)}
 
 
-def _trainer(flow: Flow, network: nn.Module, images: Any, config: TrainConfig, out: Any) -> Trainer:
-    options = {"progress": False, "labels": images.labels, "folder": out}
-    trainer = Trainer(flow, network, images.train, config, **options)
+def _trainer(
+    flow: Flow,
+    network: nn.Module,
+    images: Images,
+    config: TrainConfig,
+    out: Path | None = None,
+    loss: Any = None,
+) -> Trainer:
+    options: dict[str, Any] = {"labels": images.labels, "folder": out, "loss": loss}
+    trainer = Trainer(flow, network, images.train, config, progress=False, **options)
     trainer._clock = time.process_time
     trainer._time._clock = time.process_time
     return trainer
@@ -124,7 +163,7 @@ def _reference_seconds(row: Run) -> float:
     images = images_of(row.data)
     flow, network = model("pfgm", images.train, classes=CLASSES)
     config = TrainConfig(steps=1, batch_size=budget.REFERENCE_BATCH, precision=row.precision)
-    step = _trainer(flow, network, images, config, None)._rehearsal()
+    step = _trainer(flow, network, images, config)._rehearsal()
     return seconds_of([step], Processes(), time.process_time)[0]
 
 
@@ -156,7 +195,8 @@ def settings(options: argparse.Namespace) -> Iterator[Row]:
     for each in RUNS:
         if each.data in options.data and each.minutes in (options.minutes or [each.minutes]):
             row = each._asdict()
-            yield row | {"size": [list(v) if isinstance(v, tuple) else v for v in each.size]}
+            size = [list(v) if isinstance(v, tuple) else v for v in each.size]
+            yield row | {"size": size, "changes": dict(each.changes)}
 
 
 def rows_of_the_fit(rows: list[Row]) -> list[budget.Row]:
@@ -174,7 +214,7 @@ def rows_of_the_fit(rows: list[Row]) -> list[budget.Row]:
             quality=round(row["features"], 3),
         )
         for row in rows
-        if row["flow"] != TRAINING
+        if row["flow"] in _FITTED and not row["changes"]
     ]
 
 
