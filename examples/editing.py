@@ -1,6 +1,6 @@
 """Interpolates digits, changes their temperature and completes them from their upper half.
 
-    python examples/editing.py [runs/demo] --out editing
+    python examples/editing.py [digits] --out editing
 
 Without a model the network is the exact field of the training digits. Its results are then
 training digits, and interpolations jump from one to the next.

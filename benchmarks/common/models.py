@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 from torch import Tensor, nn
@@ -11,6 +12,9 @@ from pfgm.flows.flow import Flow
 from pfgm.training import TrainConfig
 from pfgm.training.run_config import Method, RunConfig
 from pfgm.training.run_models import build_flow, build_network
+
+DIGITS = RunConfig.load(Path(__file__).parents[2] / "recipes" / "digits.json")
+"""How the networks of digits in the studies are trained, and, with labels, that of the package."""
 
 
 def model(

@@ -2,9 +2,9 @@
 
     python -m benchmarks.studies.distillation [--steps 1500] [--draw]
 
-Trains a network of PFGM and one of PFGM++ (D = 128) as ``pfgm demo`` does, and a student of each as
-``pfgm train --teacher`` does. Draws 1000 samples for each of three seeds, and measures the Fréchet
-distance in pixel space to the 399 held-out digits. ``--out`` keeps the networks.
+Trains a network of PFGM and one of PFGM++ (D = 128) as ``recipes/digits.json`` says, and a student
+of each as ``pfgm train --teacher`` does. Draws 1000 samples for each of three seeds, and measures
+the Fréchet distance in pixel space to the 399 held-out digits. ``--out`` keeps the networks.
 """
 
 from __future__ import annotations
@@ -21,16 +21,16 @@ from torch import Tensor, nn
 
 import pfgm
 from benchmarks.common.folders import DOCS
-from benchmarks.common.models import model
+from benchmarks.common.models import DIGITS, model
 from benchmarks.common.rows import Row, mean_of
 from benchmarks.common.study import Study, run
-from pfgm.cli import demo
 from pfgm.distillation import Consistency
 from pfgm.flows.flow import Flow
 from pfgm.training import Trainer
 from pfgm.training.run_config import Method
 
 SEEDS = (0, 1, 2)
+SAMPLES = 1000
 METHODS: tuple[Method, ...] = ("pfgm", "pfgm++")
 SAMPLERS: dict[str, dict[str, Any]] = {
     "multistep, 10": {"solver": "multistep", "steps": 10},
@@ -59,7 +59,7 @@ def teacher_of(method: Method, path: Path) -> tuple[Flow, nn.Module]:
         return pfgm.load(path)
     data = pfgm.data.digits().train
     flow, network = model(method, data)
-    averaged = Trainer(flow, network, data, demo.TRAINING).train()
+    averaged = Trainer(flow, network, data, DIGITS.training).train()
     pfgm.save(path, flow, averaged)
     return pfgm.load(path)
 
@@ -73,7 +73,7 @@ def network_of(options: argparse.Namespace, method: Method, network: str) -> tup
     path = options.out / f"{method}-student-{options.steps}.safetensors"
     if not path.exists():
         config = dataclasses.replace(
-            demo.TRAINING, steps=options.steps, learning_rate=1e-3, reference_batch=0
+            DIGITS.training, steps=options.steps, learning_rate=1e-3, reference_batch=0
         )
         data, loss = pfgm.data.digits().train, Consistency(flow, teacher).loss
         trainer = Trainer(flow, copy.deepcopy(teacher), data, config, loss=loss)
@@ -98,7 +98,7 @@ def measure(options: argparse.Namespace, method: Method, sampler: str, **_: Any)
     """The figures of a network with one sampler: means over the seeds."""
     held_out, rows, nfe = pfgm.data.digits().held_out, [], 0
     for seed in SEEDS:
-        samples, nfe = samples_of(options, method, sampler, seed, demo.SAMPLES)
+        samples, nfe = samples_of(options, method, sampler, seed, SAMPLES)
         inside = pfgm.metrics.precision_recall(samples, held_out)
         distance = pfgm.metrics.frechet_distance(samples, held_out)
         rows.append({"frechet_distance": distance, **inside._asdict()})

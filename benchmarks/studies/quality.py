@@ -1,15 +1,16 @@
 """Quality of samples against evaluations of the network, for every solver, on digits.
 
-    python -m benchmarks.studies.quality [--model runs/demo/model.safetensors] [--draw]
+    python -m benchmarks.studies.quality [--model MODEL] [--draw]
 
-Takes the network of ``pfgm demo``, or trains one if no model is given. Draws 1000 samples for each
-solver, number of steps and seed, and measures the Fréchet distance in pixel space to the 399
-held-out digits, as the demo does.
+Trains a network without labels, by ``recipes/digits.json``, if no model is given. Draws 1000
+samples for each solver, number of steps and seed, and measures the Fréchet distance in pixel space
+to the 399 held-out digits.
 """
 
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import functools
 import tempfile
 from collections.abc import Iterator
@@ -18,13 +19,15 @@ from typing import Any
 
 import pfgm
 from benchmarks.common.folders import DOCS
+from benchmarks.common.models import DIGITS
 from benchmarks.common.rows import Row, grouped, mean_of
 from benchmarks.common.study import Study, run
-from pfgm.cli import demo
 from pfgm.evaluation import RUNS, draw_samples
 from pfgm.solvers import GRID_SOLVERS
+from pfgm.training import runs
 
 SEEDS = (0, 1, 2)
+SAMPLES = 1000
 STEPS = (3, 5, 8, 10, 20, 40, 100)
 TOLERANCES = (1e-1, 1e-2, 1e-3, 1e-4)  # rtol and atol of rk45
 SOLVERS: dict[str, dict[str, Any]] = {
@@ -45,11 +48,11 @@ def settings(options: argparse.Namespace) -> Iterator[Row]:
 
 @functools.cache
 def network(model: Path | None) -> Any:
-    """The flow and the network of a demo."""
+    """The flow and the network of digits, which is trained without labels if it is not given."""
     with tempfile.TemporaryDirectory() as folder:
         if model is None:
-            demo.run(folder)
-        return pfgm.load(model or Path(folder) / "model.safetensors")
+            runs.start(dataclasses.replace(DIGITS, labels=False), folder)
+        return pfgm.load(model or folder)
 
 
 def measure(options: argparse.Namespace, run: str, setting: float) -> Row:
@@ -61,7 +64,7 @@ def measure(options: argparse.Namespace, run: str, setting: float) -> Row:
     seeds = []
     for seed in SEEDS:
         flow, net = network(options.model)
-        samples, nfe = draw_samples(flow, net, demo.SAMPLES, seed=seed, **how)
+        samples, nfe = draw_samples(flow, net, SAMPLES, seed=seed, **how)
         distance = pfgm.metrics.frechet_distance(samples.clamp(-1, 1), held_out)
         seeds.append({"nfe": nfe, "distance": distance})
     mean = mean_of(seeds)
@@ -81,7 +84,7 @@ def draw(rows: list[Row], options: argparse.Namespace) -> None:
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--model", type=Path, help="weights of a demo; trains one unless given")
+    parser.add_argument("--model", type=Path, help="a model of digits; trains one unless given")
 
 
 STUDY = Study("quality", settings, measure, draw=draw, add_arguments=add_arguments)

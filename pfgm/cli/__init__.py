@@ -72,13 +72,18 @@ def main(arguments: list[str] | None = None) -> int:
         return _run(sys.argv[1:] if arguments is None else arguments)
 
 
+def run_command(arguments: list[str]) -> int:
+    """Runs one command. Returns 0, or 1 if a check failed; errors are raised."""
+    _check_values(arguments)
+    return _parse(arguments).run() or 0
+
+
 def _run(arguments: list[str]) -> int:
     try:
-        _check_values(arguments)
         if arguments == ["--version"]:
             print_result(f"pfgm {importlib.metadata.version('pfgm')}")
         else:
-            return _parse(arguments).run() or 0
+            return run_command(arguments)
     except _EXPECTED_ERRORS as error:
         print(f"pfgm: error: {error}", file=sys.stderr)
         return 2

@@ -49,7 +49,7 @@ PRETRAINED = {
     "digits": Pretrained(
         "1398 handwritten digits of 8 × 8 pixels (UCI, Optical Recognition of Handwritten Digits, "
         "E. Alpaydin and C. Kaynak 1998, CC BY 4.0)",
-        "pfgm demo --conditional --out runs/digits",
+        "pfgm train --config recipes/digits.json --out runs/digits",
         tuple("0123456789"),
     ),
     "fashion-mnist": Pretrained(

@@ -593,6 +593,7 @@ def test_the_recipes_are_configurations():
         "avatars",
         "cifar10",
         "cifar10-8gpus",
+        "digits",
         "fashion-mnist",
     }
     for recipe in recipes:

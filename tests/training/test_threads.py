@@ -9,7 +9,6 @@ import pytest
 import torch
 
 import pfgm
-from pfgm.cli import demo
 from pfgm.training import TrainConfig, Trainer, runs
 from pfgm.training.checkpoint import load_run
 from pfgm.training.runs import RunConfig
@@ -143,7 +142,5 @@ def test_the_commands_train_with_the_fastest_number(two_is_fastest, tmp_path):
     config = RunConfig(network="mlp", width=16, samples=20, training=SMALL)
     with pytest.raises(SystemExit, match="2"):
         runs.start(config, tmp_path / "run", progress=False, report=lines.append)
-    with pytest.raises(SystemExit, match="2"):
-        demo.run(tmp_path / "demo", steps=1, report=lines.append, progress=False)
     assert all("threads: 2" in line for line in lines)
     assert torch.get_num_threads() == 3
