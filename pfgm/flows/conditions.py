@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Mapping
+import reprlib
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from ..common.tensors import as_int64
+from ..networks.registry import label_count, label_names, label_number
 
 Network = Callable[..., Any]
 """``net(x, level, **condition)``; the class of the flow says what it returns."""
@@ -41,8 +43,17 @@ def _signature(net: Network) -> inspect.Signature:
         return inspect.signature(lambda *_, **__: None)
 
 
-def as_condition(name: str, condition: Condition | None) -> Condition:
-    """The condition, empty for None, with labels that are a tensor of integers as int64."""
+def as_condition(
+    name: str,
+    condition: Condition | None,
+    net: Network | None = None,
+    x: Tensor | None = None,
+) -> Condition:
+    """The condition, empty for None, with labels that are a tensor of integers as int64.
+
+    With a network and points x, a list of names of its labels becomes a tensor. One name is that
+    of all points.
+    """
     if condition is None:
         return {}
     if not isinstance(condition, Mapping):
@@ -53,7 +64,27 @@ def as_condition(name: str, condition: Condition | None) -> Condition:
     labels = condition.get("labels")
     if isinstance(labels, Tensor) and labels.dtype in (torch.uint16, torch.uint32, torch.uint64):
         return {**condition, "labels": as_int64("labels", labels)}
-    return condition
+    if x is None or not isinstance(labels, (list, tuple)):
+        return condition
+    names, classes = label_names(net), label_count(net)
+    if not names and not classes:  # a network of another library, which may take a list
+        return condition
+    found = _numbers_of(f"{name}['labels']", labels, names, classes)
+    numbers = torch.tensor(found, device=x.device)
+    return {**condition, "labels": numbers.expand(len(x)) if len(numbers) == 1 else numbers}
+
+
+def _numbers_of(
+    name: str, labels: Sequence[object], names: Sequence[str], classes: int
+) -> list[int]:
+    """The numbers of labels that are given by their names."""
+    if not names or not labels or not all(isinstance(label, str) for label in labels):
+        known = "the names that pfgm.load has read" if names else "names, of which it has none"
+        raise ValueError(
+            f"{name} must be a torch.Tensor of integers, or a list of the network's labels by "
+            f"{known}, got {reprlib.repr(labels)}."
+        )
+    return [label_number(str(label), names, classes or len(names)) for label in labels]
 
 
 def check_condition(net: Network, condition: Condition, count: int) -> None:
