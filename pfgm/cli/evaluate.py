@@ -156,7 +156,7 @@ class Evaluate:
     """The weights of Inception v3 that torch-fidelity provides. By default they are taken from
     torch's cache; nothing is downloaded."""
     seed: int = 0
-    """Seed of all random numbers: the same seed gives the same figures."""
+    """Seed of all random numbers: the same seed and --compute give the same figures."""
     progress: Progress = True
 
     def run(self) -> None:

@@ -7,6 +7,7 @@ from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_map_only
 
 from ..common.checks import check_choice
 from ..common.memory import allocating
@@ -27,9 +28,7 @@ class _Autocast(nn.Module):
     def forward(self, x: Tensor, level: Tensor, **condition: Any) -> Any:
         with torch.autocast(x.device.type, dtype=torch.bfloat16):
             result = self.network(x, level, **condition)
-        if isinstance(result, Tensor):
-            return result.to(x.dtype)
-        return type(result)(part.to(x.dtype) for part in result)
+        return tree_map_only(Tensor, lambda part: part.to(x.dtype), result)
 
 
 def draw_prior(flow: Flow, n: int, seed: int) -> Tensor:

@@ -184,8 +184,9 @@ def load(
 ) -> Loaded:
     """Read a flow and its network, which is in evaluation mode.
 
-    The result unpacks into these two, and has ``label_names``, ``table``, ``distilled`` and
-    ``card`` besides.
+    The result unpacks into these two, and has ``label_names``, ``table``, ``distilled``, ``card``,
+    ``step``, ``data`` and ``run`` besides; its method ``save`` writes it, as :func:`save` does. The
+    network knows the names of its labels, so the condition of :meth:`pfgm.Flow.sample` takes them.
 
     Args:
         model: the folder of a run, for its newest checkpoint; a ``.safetensors`` file; a folder of

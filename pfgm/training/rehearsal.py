@@ -21,8 +21,8 @@ _LONG = 2.0  # seconds of a step that is timed only once
 _FASTER = 1.2  # how much faster bfloat16 must be, as it rounds more
 _SHORT = 0.02  # seconds of a step from which on it may be used; less is noise, and soon done
 BFLOAT16_CAPABILITY = (8, 0)  # of GPUs with fast bfloat16
-_TIMED_ROWS = 16  # samples for which an evaluation of the network is timed, eight times
-_LEAST_SHARE = 40  # times as many rows must be evaluated in all, or timing costs what it saves
+_TIMED_ROWS = 32  # samples for which an evaluation of the network is timed, eight times
+_LEAST_SHARE = 50  # times as many rows must be evaluated in all, or timing costs what it saves
 
 
 def seconds_of(
