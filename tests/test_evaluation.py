@@ -20,7 +20,7 @@ from torch import Tensor
 
 import pfgm
 from pfgm import cli, evaluation, metrics
-from pfgm.cli.evaluate import _renumbered
+from pfgm.cli.evaluate import _data_of, _renumbered
 from pfgm.evaluation import (
     Labels,
     bits_per_dim,
@@ -504,6 +504,30 @@ def test_models_beside_each_other(
     evaluate(tmp_path / "curves", model, model, *options[:4], "--curve", "--curve-steps", 2)
     assert (tmp_path / "curves" / "curve-2.csv").read_text().startswith("run,setting,nfe")
     assert (tmp_path / "curves" / "curve-1.png").read_bytes()[:8] == PNG
+
+
+def test_models_of_other_tables_or_readings_are_refused(
+    tmp_path: Path, fails: Callable[..., str]
+) -> None:
+    """Their samples would mean other rows."""
+    pytest.importorskip("pandas")
+    flow = pfgm.PoissonFlow((1,), data_norm=1.0)
+    for name in ("a", "b"):
+        (tmp_path / name).mkdir()
+        rows = (f"{value}.5" for value in range(30 if name == "a" else 60))
+        (tmp_path / f"{name}.csv").write_text("\n".join(["x", *rows]))
+        table = pfgm.data.open(str(tmp_path / f"{name}.csv")).table
+        net = flow.network("mlp", width=16)
+        pfgm.save(tmp_path / name / "net.safetensors", flow, net, table=table)
+        RunConfig(data=f"{tmp_path}/{name}.csv").save(tmp_path / name / "config.json")
+    models = [tmp_path / name / "net.safetensors" for name in ("a", "b")]
+    assert "models must have been trained on the same data" in fails(*models)
+    message = fails(*models, "--data", tmp_path / "a.csv")
+    assert "models must be of one table, got some with other columns or scales." in message
+    RunConfig(data="digits", labels=True).save(tmp_path / "a" / "config.json")
+    assert _data_of(str(tmp_path / "a")) == _data_of("digits")
+    RunConfig(data="digits", resize=9).save(tmp_path / "a" / "config.json")
+    assert _data_of(str(tmp_path / "a")) != _data_of("digits")
 
 
 def test_the_precision_of_samples_is_recorded(

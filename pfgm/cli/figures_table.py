@@ -6,67 +6,59 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 _FEW = 1000  # rows, below which figures are noisy
-_TITLE, _WIDTH, _WIDE = 38, 12, 24  # of columns
-_FEATURES = "in features: "
+_TITLE, _WIDTH = 38, 12  # of columns
 _ROWS = ("frechet_distance", "kernel_distance", "precision", "recall", "density", "coverage")
-_Column = tuple[str, Mapping[str, Any], str]  # name, figures, and whose: samples or train
 _LABEL_COLUMNS = ("frechet_distance", "precision", "recall")
 
 
 def figures_table(models: Sequence[Mapping[str, Any]]) -> str:
     """The figures of one model, or of several, which have numbers from 1."""
-    first = models[0]
-    count, against = first["counts"]["against"], first["against"].replace("_", "-")
-    samples = min(model["counts"]["samples"] for model in models)
-    columns = _columns(models)
+    counts, against = models[0]["counts"], models[0]["against"].replace("_", "-")
+    columns = [column for space in ("", "features") for column in _columns(models, space)]
+    widths = [max(_WIDTH, len(name) + 2) for name, _ in columns]
+    title = f"against {counts['against']} {against} rows"
+    rows = [(title, [name for name, _ in columns])]
+    for row in _ROWS:
+        better = "lower" if row.endswith("distance") else "higher"
+        values = [f"{figures[row]:.4g}" for _, figures in columns]
+        rows.append((f"{row.replace('_', ' ')} ({better} is better)", values))
     lines = [
-        f"{f'against {count} {against} rows':{_TITLE}}" + _cells([name for name, *_ in columns])
+        f"{name:{_TITLE}}" + "".join(f"{v:>{w}}" for v, w in zip(cells, widths, strict=True))
+        for name, cells in rows
     ]
-    if few := [
-        f"{number} {rows}"
-        for number, rows in ((samples, "samples"), (count, f"{against} rows"))
-        if number < _FEW
-    ]:
+    samples = min(model["counts"]["samples"] for model in models)
+    numbers = ((samples, "samples"), (counts["against"], f"{against} rows"))
+    if few := [f"{number} {rows_of}" for number, rows_of in numbers if number < _FEW]:
         lines.insert(
             0,
             f"{' and '.join(few)} are few: below {_FEW} the figures vary by as much as models "
             "differ. Compare each figure with the one beside it, of as many training rows.",
         )
-    for name in _ROWS:
-        better = "lower" if name.endswith("distance") else "higher"
-        values = [f"{figures[name][of]:.4g}" for _, figures, of in columns]
-        row = _cells(values, [name for name, *_ in columns])
-        lines.append(f"{name.replace('_', ' ') + f' ({better} is better)':{_TITLE}}" + row)
     for number, model in enumerate(models, 1):
         lines += ["", f"{number}: {model['source']}"] if len(models) > 1 else []
         lines += [*_more_lines(model), *_label_lines(model)]
     return "\n".join(lines)
 
 
-def _columns(models: Sequence[Mapping[str, Any]]) -> list[_Column]:
-    """Those of the samples of each model and of training rows, then in features if there are some.
+def _columns(models: Sequence[Mapping[str, Any]], space: str) -> list[tuple[str, dict[str, float]]]:
+    """The samples of each model, then training rows, in pixels or in features if there are some.
 
-    Training rows have one column, unless models with and without labels are compared with others.
+    Training rows have one column, unless models with labels are beside others.
     """
-    spaces = [("", [*models])]
-    if "features" in models[0]:
-        spaces.append((_FEATURES, [model["features"] for model in models]))
-    columns: list[_Column] = []
-    for prefix, figures in spaces:
-        names = [*map(str, range(1, len(models) + 1))] if models[1:] else ["samples"]
-        own = [*zip(names, figures, strict=True)]
-        trains = [[each[row]["train"] for row in _ROWS] for each in figures]
-        train = [(f"train, {name}", each) for name, each in own]
-        if all(values == trains[0] for values in trains):
-            train = [("train", figures[0])]
-        both = [(*each, "samples") for each in own] + [(*each, "train") for each in train]
-        columns += [(prefix + both[0][0], *both[0][1:]), *both[1:]]
-    return columns
-
-
-def _cells(texts: Sequence[str], names: Sequence[str] | None = None) -> str:
-    widths = (_WIDE if name.startswith(_FEATURES) else _WIDTH for name in names or texts)
-    return "".join(f"{text:>{width}}" for text, width in zip(texts, widths, strict=True))
+    if space and space not in models[0]:
+        return []
+    figures = [model[space] if space else model for model in models]
+    own, train = (
+        [{row: each[row][of] for row in _ROWS} for each in figures] for of in ("samples", "train")
+    )
+    names = [str(number) for number, _ in enumerate(models, 1)] if models[1:] else ["samples"]
+    columns = [*zip(names, own, strict=True)]
+    if all(each == train[0] for each in train):
+        columns.append(("train", train[0]))
+    else:
+        columns += [(f"train, {name}", each) for name, each in zip(names, train, strict=True)]
+    first = f"in {space}: " if space else ""
+    return [(first + columns[0][0], columns[0][1]), *columns[1:]]
 
 
 def _more_lines(figures: Mapping[str, Any]) -> list[str]:

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import inspect
-import reprlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -51,8 +50,8 @@ def as_condition(
 ) -> Condition:
     """The condition, empty for None, with labels that are a tensor of integers as int64.
 
-    With a network and points x, a list of names of its labels becomes a tensor. One name is that
-    of all points.
+    With a network and points x, a list of the names of its labels becomes a tensor. One name is
+    that of all points.
     """
     if condition is None:
         return {}
@@ -66,25 +65,12 @@ def as_condition(
         return {**condition, "labels": as_int64("labels", labels)}
     if x is None or not isinstance(labels, (list, tuple)):
         return condition
-    names, classes = label_names(net), label_count(net)
-    if not names and not classes:  # a network of another library, which may take a list
-        return condition
-    found = _numbers_of(f"{name}['labels']", labels, names, classes)
-    numbers = torch.tensor(found, device=x.device)
-    return {**condition, "labels": numbers.expand(len(x)) if len(numbers) == 1 else numbers}
-
-
-def _numbers_of(
-    name: str, labels: Sequence[object], names: Sequence[str], classes: int
-) -> list[int]:
-    """The numbers of labels that are given by their names."""
-    if not names or not labels or not all(isinstance(label, str) for label in labels):
-        known = "the names that pfgm.load has read" if names else "names, of which it has none"
-        raise ValueError(
-            f"{name} must be a torch.Tensor of integers, or a list of the network's labels by "
-            f"{known}, got {reprlib.repr(labels)}."
-        )
-    return [label_number(str(label), names, classes or len(names)) for label in labels]
+    names = label_names(net)
+    if not names or not all(isinstance(label, str) for label in labels):
+        return condition  # which a network of another library may take
+    classes = label_count(net) or len(names)
+    found = torch.tensor([label_number(name, names, classes) for name in labels], device=x.device)
+    return {**condition, "labels": found.expand(len(x)) if len(found) == 1 else found}
 
 
 def check_condition(net: Network, condition: Condition, count: int) -> None:

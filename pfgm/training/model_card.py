@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import NamedTuple
@@ -103,6 +103,20 @@ def model_card(
     steps = f" for {origin.step} steps" if origin.step else ""
     unknown = "data that are not stated yet: say here what they are, and under which licence"
     described = describe_network(network) is not None
+    code = [
+        "import pfgm, torch\n" if classes else "import pfgm\n",
+        f"model = pfgm.load({json.dumps(f'./{name}')}{'' if described else ', network'})",
+    ]
+    condition = own = ""
+    if classes:
+        by_name = f"  # or by name: [{json.dumps(str(label_names[0]))}]" if label_names else ""
+        code.append(f"labels = torch.arange({_SAMPLES}) % {classes}{by_name}")
+        condition, own = ', condition={"labels": labels}', ", labels"
+    code.append(f"samples = model.flow.sample(model.network, {_SAMPLES}{condition})")
+    if table is not None:
+        code.append(f"rows = model.table.decode(samples{own})  # its columns, by their names")
+    if images:
+        code.append('pfgm.plotting.image_grid(samples, "drawn.png")')
     out = "drawn.png" if images else "rows.csv" if len(flow.shape) == 1 else "samples.npy"
     text = _TEXT.format(
         task="pipeline_tag: unconditional-image-generation\n" if images else "",
@@ -112,29 +126,6 @@ def model_card(
         network=f"{type(network).__name__} with {parameters:,} parameters",
         picture=f"![samples]({PICTURE})\n\n" if origin.picture else "",
         training=f"Trained{steps} on {origin.data or unknown}.{origin.figures}",
-        code="\n".join(_code(name, images, classes, label_names, described, table)),
+        code="\n".join(code),
     )
     return text + (_COMMAND.format(out) if described else "")
-
-
-def _code(
-    name: str,
-    images: bool,
-    classes: int,
-    label_names: Sequence[object],
-    described: bool,
-    table: Table | None,
-) -> Iterator[str]:
-    """Lines of Python that load the model and sample it."""
-    yield "import pfgm, torch\n" if classes else "import pfgm\n"
-    yield f"model = pfgm.load({json.dumps(f'./{name}')}{'' if described else ', network'})"
-    condition = own = ""
-    if classes:
-        by_name = f"  # or by name: [{json.dumps(str(label_names[0]))}]" if label_names else ""
-        yield f"labels = torch.arange({_SAMPLES}) % {classes}{by_name}"
-        condition, own = ', condition={"labels": labels}', ", labels"
-    yield f"samples = model.flow.sample(model.network, {_SAMPLES}{condition})"
-    if table is not None:
-        yield f"rows = model.table.decode(samples{own})  # its columns, by their names"
-    if images:
-        yield 'pfgm.plotting.image_grid(samples, "drawn.png")'

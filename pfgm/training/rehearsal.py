@@ -77,7 +77,8 @@ def compute_of(
         return "bfloat16", "the GPU is fast with it"
     if device.type != "cpu" or evaluations < _LEAST_SHARE * _TIMED_ROWS:
         return "float32", ""
-    labels = torch.zeros(_TIMED_ROWS, dtype=torch.int64) if label_count(network) else None
+    classes = label_count(network)
+    labels = torch.zeros(_TIMED_ROWS, dtype=torch.int64, device="cpu") if classes else None
     step = partial(
         sample_in_batches,
         flow,
