@@ -108,7 +108,9 @@ def draw_samples(
         batch_size: samples at a time.
         device: where samples are computed; None means the device of the network's parameters.
         progress: show a progress bar for each batch.
-        **options: of :meth:`pfgm.Flow.sample`, such as solver, steps, schedule and guidance.
+        **options: of :meth:`pfgm.Flow.sample`, such as solver, steps, schedule and guidance; and
+            compute, "float32" or "bfloat16": the precision of the network (autocast), while the
+            solver's points stay in float32.
 
     Raises:
         ValueError: an argument is out of range.

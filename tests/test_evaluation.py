@@ -1,9 +1,12 @@
 """Evaluation against closed forms and the metrics; the command against both."""
 
 import csv
+import functools
 import hashlib
+import itertools
 import json
 import math
+import re
 import sys
 import types
 from collections.abc import Callable
@@ -17,7 +20,7 @@ from torch import Tensor
 
 import pfgm
 from pfgm import cli, evaluation, metrics
-from pfgm.cli.evaluate import _renumbered
+from pfgm.cli.evaluate import _data_of, _renumbered
 from pfgm.evaluation import (
     Labels,
     bits_per_dim,
@@ -27,6 +30,7 @@ from pfgm.evaluation import (
     evaluate_samples,
 )
 from pfgm.plotting.curves import COLOURS
+from pfgm.training.rehearsal import compute_of
 from pfgm.training.runs import RunConfig
 
 PNG = b"\x89PNG\r\n\x1a\n"
@@ -181,6 +185,68 @@ def gaussian(width: float, N: int) -> tuple[pfgm.PoissonFlowPP, Any]:
 def gaussian_bits(x: Tensor, width: float) -> Tensor:
     nats = 0.5 * (x.double() / width) ** 2 + math.log(width * math.sqrt(2 * math.pi))
     return nats.mean(1) / math.log(2)
+
+
+@pytest.mark.parametrize("kind", [pfgm.PoissonFlow, pfgm.PoissonFlowPP])
+@pytest.mark.parametrize("solver", ["multistep", "rk45"])
+def test_only_the_network_computes_in_bfloat16(kind: Any, solver: str) -> None:
+    torch.manual_seed(0)
+    options: dict[str, Any] = {} if kind is pfgm.PoissonFlow else {"D": 64}
+    flow = kind.from_data(pfgm.data.digits().train, **options)
+    net = flow.network("unet", width=16, classes=10).train()
+    for parameter in net.parameters():  # the last layer is 0 in an untrained network
+        torch.nn.init.normal_(parameter, std=0.05)
+    seen: set[Any] = set()
+    inner = next(module for module in net.modules() if isinstance(module, torch.nn.Conv2d))
+    inner.register_forward_hook(lambda module, x, y: seen.add((y.dtype, module.training)))
+    points: list[Tensor] = []
+    options = {"solver": solver, "steps": 3, "batch_size": 4}
+
+    def callback(info: Any) -> None:
+        points.append(info["x"])
+
+    samples, _ = draw_samples(flow, net, 6, compute="bfloat16", callback=callback, **options)
+    assert seen == {(torch.bfloat16, False)}
+    assert net.training
+    assert {samples.dtype, *(x.dtype for x in points)} == {torch.float32}
+    # Whatever holds the network.
+    again, _ = draw_samples(flow, functools.partial(net), 6, compute="bfloat16", **options)
+    exact, _ = draw_samples(flow, net, 6, **options)
+    assert seen == {(torch.bfloat16, False), (torch.float32, False)}
+    assert not torch.equal(samples, exact)
+    assert (samples - exact).square().mean().sqrt() < 0.05 * exact.std()
+    assert again.dtype == torch.float32
+    with pytest.raises(ValueError, match=r"compute must be .*float32.*bfloat16.*got 'half'"):
+        draw_samples(flow, net, 2, compute="half")
+
+
+@pytest.mark.parametrize(
+    ("seconds", "evaluations", "chosen"),
+    [
+        ((1.3, 1.0), 1600, "bfloat16"),
+        ((1.1, 1.0), 1600, "float32"),
+        ((0.013, 0.01), 1600, "float32"),  # soon done
+        (None, 1599, "float32"),  # timing would cost what it saves
+    ],
+)
+def test_the_precision_of_sampling_is_chosen_as_in_training(
+    seconds: tuple[float, float] | None, evaluations: int, chosen: str
+) -> None:
+    flow, cpu = pfgm.PoissonFlow((1, 8, 8), data_norm=1.0), torch.device("cpu")
+    net = flow.network("unet", width=16)
+    times = itertools.cycle(seconds or ())
+    ends = itertools.accumulate(value for s in times for value in (0.0, s))
+    choice, reason = compute_of(flow, net, evaluations, cpu, clock=lambda: next(ends))
+    assert choice == chosen
+    assert reason == (
+        f"bfloat16 is {seconds[0] / seconds[1]:.1f} times as fast as float32" if seconds else ""
+    )
+
+
+def test_rows_of_numbers_are_sampled_in_float32() -> None:
+    flow = pfgm.PoissonFlow((5,), data_norm=1.0)
+    net = flow.network("mlp", width=16)
+    assert compute_of(flow, net, 10**9, torch.device("cpu"))[0] == "float32"
 
 
 def test_bits_per_dim_of_a_gaussian() -> None:
@@ -392,6 +458,97 @@ def test_a_run_on_own_data(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -
     shown = capsys.readouterr().out
     assert "against 30 train rows" in shown
     assert "of 1 train rows, no grey levels" in shown
+
+
+def test_models_beside_each_other(
+    model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], fails: Callable[..., str]
+) -> None:
+    options = ["--n", 30, "--steps", 2, "--seed", 3]
+    alone = {name: evaluate(tmp_path / "one", name, *options) for name in (str(model), "digits")}
+    capsys.readouterr()
+    both = evaluate(tmp_path / "both", model, "digits", *options)
+    lines = capsys.readouterr().out.splitlines()
+    assert (both["data"], both["seed"], len(both["models"])) == ("digits", 3, 2)
+    for figures in both["models"]:
+        same = alone[figures["source"]]
+        assert figures == {name: same[name] for name in figures}
+    assert {path.name for path in (tmp_path / "both").iterdir()} == {
+        *("metrics.json", "samples-1.png", "samples-2.png")
+    }
+    # A network with labels is compared with training rows of them, so each has its own column.
+    at = next(place for place, line in enumerate(lines) if line.startswith("against 399"))
+    columns = ["1", "2", "train, 1", "train, 2", "in features: 1", "2", "train, 1", "train, 2"]
+    assert re.split(" {2,}", lines[at])[1:] == columns
+    row = next(line for line in lines if line.startswith("frechet distance"))
+    values = [
+        space["frechet_distance"][of]
+        for spaces in (both["models"], [each["features"] for each in both["models"]])
+        for of in ("samples", "train")
+        for space in spaces
+    ]
+    assert row.split()[5:] == [f"{value:.4g}" for value in values]
+    assert f"1: {model}" in lines
+    assert "2: digits" in lines
+    assert lines.count("2 evaluations of the network a sample") == 2
+    evaluate(tmp_path / "alike", model, model, *options)
+    lines = capsys.readouterr().out.splitlines()
+    at = next(place for place, line in enumerate(lines) if line.startswith("against 399"))
+    assert re.split(" {2,}", lines[at])[1:] == ["1", "2", "train", "in features: 1", "2", "train"]
+    message = fails(model, "fashion-mnist", *options)
+    assert (
+        "models must have been trained on the same data, read in the same way, got digits, fa"
+        in message
+    )
+    assert message.endswith("give the data with --data.")
+    assert "samples must have the shape" in fails(model, "fashion-mnist", "--data", "digits")
+    evaluate(tmp_path / "curves", model, model, *options[:4], "--curve", "--curve-steps", 2)
+    assert (tmp_path / "curves" / "curve-2.csv").read_text().startswith("run,setting,nfe")
+    assert (tmp_path / "curves" / "curve-1.png").read_bytes()[:8] == PNG
+
+
+def test_models_of_other_tables_or_readings_are_refused(
+    tmp_path: Path, fails: Callable[..., str]
+) -> None:
+    """Their samples would mean other rows."""
+    pytest.importorskip("pandas")
+    flow = pfgm.PoissonFlow((1,), data_norm=1.0)
+    for name in ("a", "b"):
+        (tmp_path / name).mkdir()
+        rows = (f"{value}.5" for value in range(30 if name == "a" else 60))
+        (tmp_path / f"{name}.csv").write_text("\n".join(["x", *rows]))
+        table = pfgm.data.open(str(tmp_path / f"{name}.csv")).table
+        net = flow.network("mlp", width=16)
+        pfgm.save(tmp_path / name / "net.safetensors", flow, net, table=table)
+        RunConfig(data=f"{tmp_path}/{name}.csv").save(tmp_path / name / "config.json")
+    models = [tmp_path / name / "net.safetensors" for name in ("a", "b")]
+    assert "models must have been trained on the same data" in fails(*models)
+    message = fails(*models, "--data", tmp_path / "a.csv")
+    assert "models must be of one table, got some with other columns or scales." in message
+    RunConfig(data="digits", labels=True).save(tmp_path / "a" / "config.json")
+    assert _data_of(str(tmp_path / "a")) == _data_of("digits")
+    RunConfig(data="digits", resize=9).save(tmp_path / "a" / "config.json")
+    assert _data_of(str(tmp_path / "a")) != _data_of("digits")
+
+
+def test_the_precision_of_samples_is_recorded(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    options = ["digits", "--n", 20, "--steps", 2]
+    assert evaluate(tmp_path / "a", *options)["sampling"]["compute"] == "float32"
+    half = evaluate(tmp_path / "b", *options, "--compute", "bfloat16")
+    assert half["sampling"]["compute"] == "bfloat16"
+    out = tmp_path / "x.npy"
+    sample = ["sample", *map(str, options), "--out", str(out)]
+    assert cli.main([*sample, "--compute", "bfloat16"]) == 0
+    expected, _ = draw_samples(*pfgm.load("digits"), 20, steps=2, compute="bfloat16")
+    assert torch.equal(torch.from_numpy(np.load(out)), expected)
+    chosen = ("bfloat16", "bfloat16 is 1.9 times as fast as float32")
+    monkeypatch.setattr(cli.options, "compute_of", lambda *given: chosen)
+    capsys.readouterr()
+    assert cli.main(sample) == 0
+    assert torch.equal(torch.from_numpy(np.load(out)), expected)
+    notice = "pfgm: the network computes in bfloat16 (--compute): bfloat16 is 1.9 times as fast"
+    assert notice in capsys.readouterr().err
 
 
 def test_a_network_with_labels(tmp_path: Path) -> None:

@@ -35,6 +35,7 @@ from ..references import ReferenceSet
 from ..training.checks import warn_of_range
 from ..training.model_files import Loaded
 from ..training.run_config import RunConfig
+from .figures_table import figures_table
 from .options import (
     Count,
     Model,
@@ -49,11 +50,7 @@ _PICTURE_SAMPLES = 100
 _MAX_LIKELIHOOD_BATCH = 64
 _FEATURES = 2048  # of Inception v3
 _NO_FEATURES = "none"
-_WIDTH = {"samples": 12, "train": 12, "in features: samples": 24}  # of columns of the table
 _SPLITS = 10  # of the Inception score, as published
-_FEW = 1000  # rows, below which figures are noisy
-_LABEL_COLUMNS = ("frechet_distance", "precision", "recall")
-_TABLE_ROWS = ("frechet_distance", "kernel_distance", "precision", "recall", "density", "coverage")
 
 
 class _Rows(NamedTuple):
@@ -106,8 +103,9 @@ class Evaluate:
 
     out: Output
     """Folder for metrics.json, samples.png of images and, with --curve, curve.csv and curve.png."""
-    model: Model[str | None] = None
-    """A model, as for sample. Give either this or --samples."""
+    model: Model[tuple[str, ...]] = ()
+    """A model, as for sample, or several to compare in one table, with the same data, prior and
+    number of samples. Give either this or --samples."""
     samples: Path | None = None
     """A .csv, .npy, .npz or .safetensors file of samples, or a folder of images."""
     data: str | None = None
@@ -158,7 +156,7 @@ class Evaluate:
     """The weights of Inception v3 that torch-fidelity provides. By default they are taken from
     torch's cache; nothing is downloaded."""
     seed: int = 0
-    """Seed of all random numbers: the same seed gives the same figures."""
+    """Seed of all random numbers: the same seed and --compute give the same figures."""
     progress: Progress = True
 
     def run(self) -> None:
@@ -177,38 +175,56 @@ class Evaluate:
         reading = {option: value for option, value in options.items() if value is not None}
         name = self.data
         if name is None:
-            name, run_reading = self._data_of_source()
+            name, run_reading = self._data_of_sources()
             reading = {**run_reading, **reading}
         reading["label_column"] = ""  # labels are columns to compare, unless the network takes them
         if self.samples is not None and not takes_layout(name):
             reading.pop("layout", None)  # it is for the samples
-        loaded = None
-        if self.model is not None:
-            loaded = load_network(self.model, self.sampling.solver, device)
-        table = None if loaded is None else loaded.table
+        loaded = [load_network(model, self.sampling.solver, device) for model in self.model]
+        table = loaded[0].table if loaded else None
+        if any(model.table != table for model in loaded):
+            raise ValueError("models must be of one table, got some with other columns or scales.")
         data = open_data(name, **reading, table=table, progress=self.progress)
-        source = loaded or self._open_samples(data)
-        for opened in (data, source):
-            if isinstance(opened, Data):
-                warn_of_range(ReferenceSet(opened))
-        self._check_data(name, data, source)
+        warn_of_range(ReferenceSet(data))
+        sources: Sequence[Loaded | Data] = loaded
+        if not loaded:
+            sources = [samples := self._open_samples(data)]
+            warn_of_range(ReferenceSet(samples))
+        for source in sources:
+            self._check_data(name, data, source)
         classifier = self._classifier(name, data, device)
         if is_image(data.samples.shape[1:]) or self.curve:
             require_matplotlib()
         with output_folder(self.out):
-            self._measure(name, data, source, classifier, device)
+            real = _Real.of(data, self.against, self.seed, device)
+            measured = [
+                self._measure(place, source, name, data, real, classifier, device)
+                for place, source in enumerate(sources)
+            ]
+            figures = measured[0] if len(measured) == 1 else {"models": measured}
+            figures = {"data": name, **figures, "seed": self.seed, "versions": versions()}
+            write_json(self.out / "metrics.json", figures, allow_nan=False)
+            print(figures_table(measured))
+            for place, model in enumerate(loaded if self.curve else ()):
+                self._curve(self._picture("curve", place), model, measured[place], real, device)
         print(self.out)
+
+    def _picture(self, name: str, place: int) -> Path:
+        """The file of a picture, with a number if there are several models."""
+        return self.out / (f"{name}-{place + 1}.png" if len(self.model) > 1 else f"{name}.png")
 
     def _measure(
         self,
+        place: int,
+        source: Loaded | Data,
         name: str,
         data: Data,
-        source: Loaded | Data,
+        real: _Real,
         classifier: Classifier | None,
         device: torch.device,
-    ) -> None:
-        real = _Real.of(data, self.against, self.seed, device)
-        figures: dict[str, Any] = {"data": name}
+    ) -> dict[str, Any]:
+        """The figures of a model, or of samples that were drawn; draws a picture of images."""
+        columns: dict[str, Any] = {}
         if isinstance(source, Loaded):
             classes = label_count(source.network)
             own = torch.arange(self.n, device="cpu") % classes if classes else None
@@ -217,11 +233,13 @@ class Evaluate:
             if data.table is not None:
                 samples = data.table.nearest(samples)
             samples = evaluation.clamp_images(samples.to(real.train.device), real.train)
+            figures = {"source": self.model[place], **described}
+            shown = min(self.n, _PICTURE_SAMPLES)
+            columns = label_columns(range(classes), source.label_names, shown)
         else:
             samples, own = _Rows.drawn(source, self.n, self.seed)
             labels = real.labels(own, source.names, data.names)
-            samples, described = samples.to(real.train.device), {"source": str(self.samples)}
-        figures |= described
+            samples, figures = samples.to(real.train.device), {"source": str(self.samples)}
         compared = (samples, real.held_out, real.train)
         figures |= evaluation.evaluate_samples(*compared, labels=labels, progress=self.progress)
         if classifier is not None:
@@ -238,23 +256,17 @@ class Evaluate:
             figures["inception"] = self._inception(samples, real.train)
         if isinstance(source, Loaded) and self.likelihood:
             figures["likelihood"] = self._likelihood(source, data, device)
-        figures |= {"seed": self.seed, "versions": versions()}
-        write_json(self.out / "metrics.json", figures, allow_nan=False)
-        print(_table(figures))
-        points = []
-        if isinstance(source, Loaded) and self.curve:
-            points = self._curve(source, real, device)
-            write_csv(self.out / "curve.csv", [Point._fields, *points])
-        columns: dict[str, Any] = {}
-        if isinstance(source, Loaded):
-            classes, count = label_count(source.network), min(self.n, _PICTURE_SAMPLES)
-            columns = label_columns(range(classes), source.label_names, count)
-        train = figures["frechet_distance"]["train"]
-        _draw_pictures(self.out, samples, columns, points, train)
+        if is_image(samples.shape[1:]):
+            from ..plotting import image_grid
+
+            shown, each = min(len(samples), _PICTURE_SAMPLES), columns.get("columns", 1)
+            rows = samples[: shown // each * each]  # whole rows
+            image_grid(rows, self._picture("samples", place), **columns)
+        return figures
 
     def _check(self) -> None:
-        if (self.model is None) == (self.samples is None):
-            given = "neither" if self.model is None else "both"
+        if bool(self.model) == (self.samples is not None):
+            given = "both" if self.model else "neither"
             raise ValueError(f"one of a model and --samples must be given, got {given}.")
         if self.fid_weights is not None and not self.fid:
             raise ValueError("fid-weights needs --fid.")
@@ -307,16 +319,15 @@ class Evaluate:
             options = {"layout": self.layout or "auto"}
         return open_data(self.samples, **options, progress=self.progress)
 
-    def _data_of_source(self) -> tuple[str, dict[str, Any]]:
-        """The data that the network was trained on, and how to read them; digits if not known."""
-        if self.model in PRETRAINED:
-            return self.model, {}  # the networks have the names of their data
-        if self.model is not None:
-            place = Path(self.model)
-            with suppress(FileNotFoundError):
-                config = RunConfig.load(place if place.is_dir() else place.parent)
-                return config.data, config.reading
-        return "digits", {}
+    def _data_of_sources(self) -> tuple[str, dict[str, Any]]:
+        """The data that the networks were trained on, and how to read them; digits if unknown."""
+        known = [_data_of(model) for model in self.model] or [("digits", {})]
+        if any(each != known[0] for each in known):
+            raise ValueError(
+                "models must have been trained on the same data, read in the same way, got "
+                f"{', '.join(name for name, _ in known)}; give the data with --data."
+            )
+        return known[0]
 
     def _check_data(self, name: str, data: Data, source: Loaded | Data) -> None:
         if isinstance(source, Loaded):
@@ -365,6 +376,7 @@ class Evaluate:
 
     def _draw(self, model: Loaded, device: torch.device) -> tuple[Tensor, dict[str, Any]]:
         solving = self.sampling.solver_arguments(model.flow)
+        solving["compute"] = self.sampling.settle_compute(model, self.n, device)
         samples, nfe = evaluation.draw_samples(
             *model,
             self.n,
@@ -377,7 +389,7 @@ class Evaluate:
         classes = label_count(model.network)
         labels = f"i mod {classes}" if classes else None
         sampling = {**solving, "labels": labels, "batch_size": self.sampling.batch_size}
-        return samples, {"source": self.model, "nfe": nfe, "sampling": sampling}
+        return samples, {"nfe": nfe, "sampling": sampling}
 
     def _likelihood(self, model: Loaded, data: Data, device: torch.device) -> dict[str, Any]:
         rows = ReferenceSet(data.held_out or data)
@@ -428,8 +440,13 @@ class Evaluate:
             "splits": splits,
         }
 
-    def _curve(self, model: Loaded, real: _Real, device: torch.device) -> list[Point]:
-        return evaluation.curve(
+    def _curve(
+        self, path: Path, model: Loaded, figures: dict[str, Any], real: _Real, device: torch.device
+    ) -> None:
+        """Measures every solver at several numbers of steps, and draws the curves."""
+        from ..plotting import quality_curve
+
+        points = evaluation.curve(
             *model,
             real.train[::2] if real.held_out is None else real.held_out,
             n=self.n,
@@ -439,8 +456,26 @@ class Evaluate:
             device=device,
             last=self.sampling.last,
             guidance=self.sampling.guidance,
+            compute=figures["sampling"]["compute"],
             progress=self.progress,
         )
+        write_csv(path.with_suffix(".csv"), [Point._fields, *points])
+        curves = evaluation.as_curves(points)
+        nfe, train = [point.nfe for point in points], figures["frechet_distance"]["train"]
+        curves["training data"] = ([min(nfe), max(nfe)], [train, train])
+        distances = [distance for _, column in curves.values() for distance in column]
+        quality_curve(curves, path, ylabel="Fréchet distance", log_y=min(distances) > 0)
+
+
+def _data_of(model: str) -> tuple[str, dict[str, Any]]:
+    """The data that a network was trained on, and how to read them; digits if not known."""
+    if model in PRETRAINED:
+        return model, RunConfig().reading  # the networks have the names of their data
+    place = Path(model)
+    with suppress(FileNotFoundError):
+        config = RunConfig.load(place if place.is_dir() else place.parent)
+        return config.data, {**config.reading, "label_column": ""}
+    return "digits", RunConfig().reading
 
 
 def _renumbered(labels: Tensor, names: Sequence[str], known: Sequence[str]) -> Tensor:
@@ -466,85 +501,3 @@ def _renumbered(labels: Tensor, names: Sequence[str], known: Sequence[str]) -> T
 def _part(data: Data) -> str:
     """The name of the part of the data that samples are compared with."""
     return "train" if data.held_out is None else "held_out"
-
-
-def _draw_pictures(
-    folder: Path, samples: Tensor, columns: dict[str, Any], points: list[Point], train: float
-) -> None:
-    from ..plotting import image_grid, quality_curve
-
-    if is_image(samples.shape[1:]):
-        shown = min(len(samples), _PICTURE_SAMPLES)
-        each = columns.get("columns", 1)  # whole rows
-        image_grid(samples[: shown // each * each], folder / "samples.png", **columns)
-    if points:
-        curves = evaluation.as_curves(points)
-        nfe = [point.nfe for point in points]
-        curves["training data"] = ([min(nfe), max(nfe)], [train, train])
-        distances = [distance for _, column in curves.values() for distance in column]
-        quality_curve(
-            curves, folder / "curve.png", ylabel="Fréchet distance", log_y=min(distances) > 0
-        )
-
-
-def _table(figures: dict[str, Any]) -> str:
-    counts, against = figures["counts"], figures["against"].replace("_", "-")
-    spaces = [figures, *([figures["features"]] if "features" in figures else [])]
-    title = f"against {counts['against']} {against} rows"
-    columns = ["samples", "train", "in features: samples", "train"][: 2 * len(spaces)]
-    lines = [f"{title:38}" + "".join(f"{column:>{_WIDTH[column]}}" for column in columns)]
-    if few := [
-        f"{count} {rows}"
-        for count, rows in ((counts["samples"], "samples"), (counts["against"], f"{against} rows"))
-        if count < _FEW
-    ]:
-        lines.insert(
-            0,
-            f"{' and '.join(few)} are few: below {_FEW} the figures vary by as much as models "
-            "differ. Compare each figure with the one beside it, of as many training rows.",
-        )
-    for name in _TABLE_ROWS:
-        values = [space[name][of] for space in spaces for of in ("samples", "train")]
-        cells = (f"{v:>{_WIDTH[c]}.4g}" for v, c in zip(values, columns, strict=True))
-        better = "lower" if name.endswith("distance") else "higher"
-        lines.append(f"{name.replace('_', ' ') + f' ({better} is better)':38}" + "".join(cells))
-    nearest = figures["median_distance_to_train"]
-    lines.append(
-        f"median distance to the nearest of {counts['searched']} training rows: samples "
-        f"{nearest['samples']:.4g}, {against} rows {nearest[figures['against']]:.4g}"
-    )
-    if result := figures.get("inception"):
-        lines.append(
-            f"against {result['counts']['train']} training rows: FID {result['fid']:.4g}, "
-            f"Inception score {result['score']:.4g} ± {result['score_deviation']:.2g}"
-        )
-    if result := figures.get("likelihood"):
-        error = result["standard_error"]
-        lines.append(
-            f"bits per dimension of {result['count']} {result['of'].replace('_', '-')} rows, "
-            f"{result['grey_levels'] or 'no'} grey levels: {result['bits_per_dim']:.4f}"
-            + ("" if error is None else f" ± {error:.4f}")
-        )
-    if "nfe" in figures:
-        lines.append(f"{figures['nfe']} evaluations of the network a sample")
-    return "\n".join([*lines, *_label_lines(figures)])
-
-
-def _label_lines(figures: dict[str, Any]) -> list[str]:
-    """A line for each label: samples beside training data, in the features if there are some."""
-    if "labels" not in figures:
-        return []
-    title = "of each label, in features" if "features" in figures else "of each label"
-    columns = [f"{name.replace('_', ' ')}{'train':>10}" for name in _LABEL_COLUMNS]
-    lines = ["", f"{title:30}" + "".join(f"{column:>28}" for column in columns)]
-    for label, values in figures["labels"].items():
-        if values is None:
-            lines.append(f"{label:30}too few samples or rows of the data to compare")
-            continue
-        cells = [
-            f"{values[name]['samples']:>18.4g}{values[name]['train']:>10.4g}"
-            for name in _LABEL_COLUMNS
-        ]
-        name = f"{label} ({values['counts']['samples']} samples)"
-        lines.append(f"{name:30}" + "".join(cells))
-    return lines

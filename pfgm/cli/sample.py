@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from .. import data
 from ..common.devices import usable_device
@@ -22,8 +22,7 @@ from ..common.numbers import check_seed, whole
 from ..data.images import save_image
 from ..evaluation import noise_generator
 from ..flows.batched_sampling import draw_prior, sample_batches
-from ..flows.flow import Flow
-from ..networks.registry import label_count
+from ..networks.registry import label_count, label_number
 from ..plotting.figures import PICTURES, require_matplotlib
 from ..solvers import StepInfo
 from ..training.model_files import Loaded
@@ -37,7 +36,6 @@ from .options import (
     load_network,
 )
 
-_SHOWN_NAMES = 20  # the most labels that an error names
 _NO_LABEL = "none"
 _FRAMES = 24  # the most frames of an animation
 _FILES = (".csv", ".npy", *PICTURES)
@@ -72,7 +70,7 @@ class Sample:
         self._check()
         device = usable_device(self.sampling.device)
         loaded = load_network(self.model, self.sampling.solver, device)
-        flow, network, table = *loaded, loaded.table
+        flow, table = loaded.flow, loaded.table
         images = is_image(flow.shape)
         files = (".csv", ".npy") if len(flow.shape) == 1 else (".npy",)
         if table is not None and not table.plain:
@@ -92,7 +90,7 @@ class Sample:
         with output_folder(self.out.parent):
             labels = self._labels(loaded)
             path: list[tuple[float, Tensor]] = []
-            batches = self._draw(flow, network, labels, device, path if self.animate else None)
+            batches = self._draw(loaded, labels, device, path if self.animate else None)
             if self._is_folder():
                 self._write_images(batches)
             else:
@@ -126,8 +124,7 @@ class Sample:
 
     def _draw(
         self,
-        flow: Flow,
-        network: nn.Module,
+        model: Loaded,
         labels: Sequence[int],
         device: torch.device,
         path: list[tuple[float, Tensor]] | None,
@@ -137,7 +134,7 @@ class Sample:
         The levels and points of each step, and of the end, are appended to the path.
         """
         guidance = self.sampling.guidance
-        check_guidance(guidance, network)
+        check_guidance(guidance, model.network)
         if guidance not in (None, 1.0) and not labels:
             raise ValueError(
                 f"guidance is {guidance}, but label is none, which it would exaggerate; give "
@@ -145,18 +142,18 @@ class Sample:
             )
         each = torch.tensor(labels, device="cpu")
         batches = sample_batches(
-            flow,
-            network,
-            draw_prior(flow, self.n, self.seed),
+            *model,
+            draw_prior(model.flow, self.n, self.seed),
             batch_size=self.sampling.batch_size,
             device=device,
             labels=each[torch.arange(self.n, device="cpu") % len(each)] if labels else None,
             generator=noise_generator(self.seed, device),
+            compute=self.sampling.settle_compute(model, self.n, device),
             # For a folder, a bar counts the images instead.
             progress=self.progress
             and (not self._is_folder() or self.n <= self.sampling.batch_size),
             callback=None if path is None else functools.partial(_record, path),
-            **self.sampling.solver_arguments(flow),
+            **self.sampling.solver_arguments(model.flow),
         )
         for samples, _ in batches:
             if path is not None:
@@ -174,7 +171,7 @@ class Sample:
                 f"label is {' '.join(self.label)}, but the network was trained without labels; "
                 "leave it out."
             )
-        return [_number(label, names, classes) for label in self.label] or list(range(classes))
+        return [label_number(label, names, classes) for label in self.label] or list(range(classes))
 
     def _write(self, samples: Tensor, labels: Sequence[int], loaded: Loaded) -> None:
         if self.out.suffix == ".npy":
@@ -227,28 +224,3 @@ class Sample:
 def _record(path: list[tuple[float, Tensor]], info: StepInfo) -> None:
     """The callback that appends the level and the points of a step."""
     path.append((info["z"], info["x"].cpu()))
-
-
-def _number(label: str, names: Sequence[str], classes: int) -> int:
-    """The number of a label, or that of its name if names are numbers, such as folders 3 to 8.
-
-    Case, hyphens, underscores and spaces of a name may differ where only one name is meant.
-    """
-    if label in names:
-        return names.index(label)
-    numbered = bool(names) and all(map(str.isdecimal, names))
-    if label.isdecimal() and int(label) < classes and not numbered:
-        return int(label)
-    alike = [number for number, name in enumerate(names) if _plain(name) == _plain(label)]
-    if len(alike) == 1:
-        return alike[0]
-    known = ", ".join(names[:_SHOWN_NAMES]) + (", …" if len(names) > _SHOWN_NAMES else "")
-    choices = [f"0 to {classes - 1}"] * (not numbered) + [known] * bool(names)
-    raise ValueError(
-        f"label must be one of the network's labels, {' or '.join(choices)}, got {label}."
-    )
-
-
-def _plain(name: str) -> str:
-    """A name without what need not be typed as it is."""
-    return "".join(each for each in name.casefold() if each not in "-_ ")

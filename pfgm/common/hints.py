@@ -14,12 +14,15 @@ _INSTEAD: dict[str, tuple[str, ...]] = {
     **dict.fromkeys(
         (
             *("num_steps", "n_steps", "max_steps", "num_inference_steps", "T", "iterations"),
+            "integration_steps",
             *("epochs", "num_epochs", "num_train_epochs", "max_train_steps", "total_steps"),
         ),
         ("steps", "config=TrainConfig(steps=…)"),
     ),
-    **dict.fromkeys(("batch", "bs", "minibatch", "train_batch_size"), ("batch_size",)),
-    **dict.fromkeys(("num_samples", "n_samples"), ("n",)),
+    **dict.fromkeys(
+        ("batch", "bs", "minibatch", "train_batch_size", "eval_batch_size"), ("batch_size",)
+    ),
+    **dict.fromkeys(("num_samples", "n_samples", "num_gen", "num_images"), ("n",)),
     "batch_size": ("n", "config=TrainConfig(batch_size=…)"),
     "lr": ("learning_rate", "config=TrainConfig(learning_rate=…)"),
     "steps": ("config=TrainConfig(steps=…)",),
@@ -28,18 +31,26 @@ _INSTEAD: dict[str, tuple[str, ...]] = {
     **dict.fromkeys(("warmup_steps", "lr_warmup_steps"), ("warmup",)),
     **dict.fromkeys(("image_size", "resolution"), ("resize",)),
     **dict.fromkeys(("train_data_dir", "dataset_name", "dataset"), ("data",)),
-    **dict.fromkeys(("output_dir", "savedir"), ("out",)),
+    **dict.fromkeys(("output_dir", "savedir", "outdir"), ("out",)),
     **dict.fromkeys(("num_channel", "num_channels", "dim"), ("width",)),
-    **dict.fromkeys(("checkpointing_steps", "save_step"), ("checkpoint_every",)),
+    **dict.fromkeys(
+        ("checkpointing_steps", "save_step", "save_model_epochs"), ("checkpoint_every",)
+    ),
     "gradient_accumulation_steps": ("accumulate",),
-    "mixed_precision": ("precision",),
+    **dict.fromkeys(("mixed_precision", "precision"), ("precision", "compute")),
+    "save_images_epochs": ("evaluate_every",),
+    "lr_scheduler": ("decay",),
+    "adam_beta2": ("beta2",),
+    **dict.fromkeys(("report_to", "logger"), ("log",)),
+    **dict.fromkeys(("sampler", "integration_method"), ("solver",)),
     "random_flip": ("flips",),
     "resume_from_checkpoint": ("resume_from",),
     **dict.fromkeys(("grad_clip", "max_grad_norm"), ("clip",)),
     **dict.fromkeys(("guidance_scale", "cfg_scale", "cfg"), ("guidance",)),
     "seed": ("generator=torch.Generator().manual_seed(seed)",),
     **dict.fromkeys(
-        ("label", "labels", "class_labels"), ("condition={'labels': labels}", "label", "labels")
+        ("label", "labels", "class_labels", "class", "class_idx"),
+        ("condition={'labels': labels}", "label", "labels"),
     ),
     # Names of version 0.2.
     "references": ("reference_batch",),

@@ -3,14 +3,32 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, Literal, get_args
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.utils._pytree import tree_map_only
 
+from ..common.checks import check_choice
 from ..common.memory import allocating
+from ..common.wrappers import module_of
 from .conditions import Network
 from .flow import Flow
+
+Compute = Literal["float32", "bfloat16"]
+
+
+class _Autocast(nn.Module):
+    """A network whose layers compute in bfloat16. Its results have the dtype of x."""
+
+    def __init__(self, network: Network) -> None:
+        super().__init__()
+        self.network, self.module = network, module_of(network)  # by which it is found
+
+    def forward(self, x: Tensor, level: Tensor, **condition: Any) -> Any:
+        with torch.autocast(x.device.type, dtype=torch.bfloat16):
+            result = self.network(x, level, **condition)
+        return tree_map_only(Tensor, lambda part: part.to(x.dtype), result)
 
 
 def draw_prior(flow: Flow, n: int, seed: int) -> Tensor:
@@ -39,6 +57,7 @@ def sample_batches(
     batch_size: int,
     device: torch.device | None = None,
     labels: Tensor | None = None,
+    compute: Compute = "float32",
     **options: Any,
 ) -> Iterator[tuple[Tensor, int]]:
     """The batches of samples one after another, each with the evaluations of the network.
@@ -49,8 +68,12 @@ def sample_batches(
         batch_size: samples at a time.
         device: where each batch is computed; None is the device of prior.
         labels: (n,), for a network that takes labels.
+        compute: precision of the network. bfloat16 means autocast; the points of the solver keep
+            their dtype.
         **options: of :meth:`pfgm.Flow.sample`, such as solver, steps and generator.
     """
+    check_choice("compute", compute, get_args(Compute))
+    network = _Autocast(network) if compute == "bfloat16" else network
     for start in range(0, len(prior), batch_size):
         rows = slice(start, start + batch_size)
         x = prior[rows].to(device)

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from ..common.tensors import as_int64
+from ..networks.registry import label_count, label_names, label_number
 
 Network = Callable[..., Any]
 """``net(x, level, **condition)``; the class of the flow says what it returns."""
@@ -41,8 +42,17 @@ def _signature(net: Network) -> inspect.Signature:
         return inspect.signature(lambda *_, **__: None)
 
 
-def as_condition(name: str, condition: Condition | None) -> Condition:
-    """The condition, empty for None, with labels that are a tensor of integers as int64."""
+def as_condition(
+    name: str,
+    condition: Condition | None,
+    net: Network | None = None,
+    x: Tensor | None = None,
+) -> Condition:
+    """The condition, empty for None, with labels that are a tensor of integers as int64.
+
+    With a network and points x, a list of the names of its labels becomes a tensor. One name is
+    that of all points.
+    """
     if condition is None:
         return {}
     if not isinstance(condition, Mapping):
@@ -53,7 +63,14 @@ def as_condition(name: str, condition: Condition | None) -> Condition:
     labels = condition.get("labels")
     if isinstance(labels, Tensor) and labels.dtype in (torch.uint16, torch.uint32, torch.uint64):
         return {**condition, "labels": as_int64("labels", labels)}
-    return condition
+    if x is None or not isinstance(labels, (list, tuple)):
+        return condition
+    names = label_names(net)
+    if not names or not all(isinstance(label, str) for label in labels):
+        return condition  # which a network of another library may take
+    classes = label_count(net) or len(names)
+    found = torch.tensor([label_number(name, names, classes) for name in labels], device=x.device)
+    return {**condition, "labels": found.expand(len(x)) if len(found) == 1 else found}
 
 
 def check_condition(net: Network, condition: Condition, count: int) -> None:

@@ -179,7 +179,7 @@ class Editing(Sampling):
         points = interpolate(start - center, end - center, weights) + center
         own = {
             name: map_tensors(
-                as_condition(name, value),
+                as_condition(name, value, net, a),
                 lambda rows: rows.repeat(len(points), *[1] * (rows.ndim - 1)),
             )
             for name, value in own.items()

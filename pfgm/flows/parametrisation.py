@@ -187,7 +187,8 @@ class Parametrisation(ABC):
         The level is a number or a tensor (B,) or (B, 1, …, 1). The mean is differentiable in x and
         in the network's parameters. It is new memory, never that of the network's output.
         """
-        prediction = self._predict(net, x, level, as_condition("condition", condition))
+        condition = as_condition("condition", condition, net, x)
+        prediction = self._predict(net, x, level, condition)
         return implied_mean(x, prediction, level)
 
     def _check_x(self, x: Tensor, name: str = "x", hint: str = "") -> None:

@@ -478,7 +478,7 @@ class PoissonFlow(Flow):
         self, net: Network, x: Tensor, z: Tensor, condition: Condition | None = None
     ) -> Field:
         """The field that the network predicts at points x (B, *S) and z, (B,) or (B, 1, …, 1)."""
-        condition, z = as_condition("condition", condition), per_row(z, x, "z")
+        condition, z = as_condition("condition", condition, net, x), per_row(z, x, "z")
         field_x, field_z = evaluate(net, x, z, condition, self.gamma)
         return Field(field_x, field_z, self.gamma, self.z_exp, self.substitution)
 

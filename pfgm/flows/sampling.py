@@ -144,6 +144,8 @@ class Sampling(Parametrisation):
             last: the level, z or sigma, at which the last step starts. That step goes to the end at
                 once. Fewer steps suffice where the noise of this level is invisible.
             condition: keyword arguments of the network, such as {"labels": labels}, labels (n,).
+                With a network that :func:`pfgm.load` has read, labels may be a list of n names that
+                are stored with it, or of one name for all.
             guidance: the weight w of classifier-free guidance (arXiv 2207.12598). The posterior
                 mean is mean_u + w (mean_c − mean_u), at twice the evaluations. 1 is the condition
                 alone, above 1 exaggerates it. None is the condition alone, without the extra
@@ -353,7 +355,7 @@ class Sampling(Parametrisation):
         """The network's prediction as a function of points and level, with guidance applied."""
         check_network(net)
         conditional, without = (
-            map_tensors(as_condition(name, given), lambda value: value.to(x.device))
+            map_tensors(as_condition(name, given, net, x), lambda value: value.to(x.device))
             for name, given in (("condition", condition), ("unconditional", unconditional))
         )
         for each in (conditional, without):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -10,6 +10,7 @@ from torch import nn
 
 from ..common.checks import check_choice
 from ..common.memory import allocating, memory_bytes
+from ..common.wrappers import network_within
 from .denoiser import Denoiser
 from .embedding import NoiseEmbedding
 from .fields import FieldNetwork
@@ -31,6 +32,7 @@ PUBLISHED = ("ddpmpp", "ncsnpp")
 """The networks of PFGM, for square images."""
 KINDS = ("auto", "unet", "mlp", *PUBLISHED)
 """The names that :meth:`pfgm.Flow.network` of every flow takes."""
+_SHOWN_NAMES = 20  # the most labels that an error names
 
 
 def build(
@@ -76,3 +78,42 @@ def label_count(network: object) -> int:
     parts = network.modules() if isinstance(network, nn.Module) else ()
     known = (part.classes for part in parts if isinstance(part, (NoiseEmbedding, SongUNet)))
     return max(known, default=0)
+
+
+def label_names(network: object) -> tuple[str, ...]:
+    """The names of the labels 0, 1, … of a network that has been loaded; empty if it has none."""
+    named = network_within(network, lambda module: "_label_names" in vars(module))
+    return () if named is None else vars(named)["_label_names"]
+
+
+def name_labels(network: nn.Module, names: Sequence[object]) -> None:
+    """Gives a network the names of its labels."""
+    vars(network)["_label_names"] = tuple(map(str, names))
+
+
+def label_number(label: str, names: Sequence[str], classes: int) -> int:
+    """The number of a label, or that of its name if names are numbers, such as folders 3 to 8.
+
+    Case, hyphens, underscores and spaces of a name may differ where only one name is meant.
+
+    >>> label_number("7", ["cat", "big dog"], 8), label_number("Big-dog", ["cat", "big dog"], 8)
+    (7, 1)
+    """
+    if label in names:
+        return names.index(label)
+    numbered = bool(names) and all(map(str.isdecimal, names))
+    if label.isdecimal() and int(label) < classes and not numbered:
+        return int(label)
+    alike = [number for number, name in enumerate(names) if _plain(name) == _plain(label)]
+    if len(alike) == 1:
+        return alike[0]
+    known = ", ".join(names[:_SHOWN_NAMES]) + (", …" if len(names) > _SHOWN_NAMES else "")
+    choices = [f"0 to {classes - 1}"] * (not numbered) + [known] * bool(names)
+    raise ValueError(
+        f"label must be one of the network's labels, {' or '.join(choices)}, got {label}."
+    )
+
+
+def _plain(name: str) -> str:
+    """A name without what need not be typed as it is."""
+    return "".join(each for each in name.casefold() if each not in "-_ ")

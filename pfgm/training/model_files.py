@@ -7,7 +7,9 @@ from __future__ import annotations
 
 import json
 import os
+import re
 from collections.abc import Mapping, Sequence
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -17,14 +19,15 @@ from torch import nn
 
 from ..common.devices import usable_device
 from ..common.files import MALFORMED, StrPath, folder_path, output_folder, write_atomic, write_json
-from ..common.images import is_image
 from ..common.numbers import whole
 from ..common.versions import versions
 from ..data.tables import Table
 from ..flows.flow import Flow
-from ..networks.registry import label_count
+from ..networks.registry import label_names as stored_names
+from ..networks.registry import name_labels
 from ..pretrained import FOLDER, PRETRAINED
 from .checkpoint import read_newest, reason
+from .model_card import CARD, PICTURE, Origin, model_card
 from .network_state import is_sharded, load_plain_state
 from .weights_file import (
     check_savable,
@@ -38,29 +41,7 @@ from .weights_file import (
 _WEIGHTS = "model.safetensors"
 _CONFIG = "config.json"
 _PIPELINE = "model_index.json"  # of a pipeline of diffusers
-_CARD = "README.md"
-_PAPERS = {"PoissonFlow": "2209.11178", "PoissonFlowPP": "2302.04265"}  # hubs tag what cards link
-_CARD_TEXT = """\
----
-library_name: pfgm
-{task}tags:
-- pfgm
-- poisson-flow
----
-
-# {name}
-
-A Poisson flow generative model of {samples}: {flow}, and a network {network}.
-
-Download this folder, install pfgm, and sample:
-
-```python
-import pfgm, torch
-
-flow, net = pfgm.load({arguments})
-samples = flow.sample(net, 16{condition})
-```
-"""
+_ON_A_HUB = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")  # the name of a model: user/model
 
 
 class _FlowAndNetwork(NamedTuple):
@@ -79,6 +60,25 @@ class Loaded(_FlowAndNetwork):
     """Whether the network is a few-step model; None if the file does not say."""
     card: str = ""
     """The model card of a folder, or the data and licence of a network of the package; or empty."""
+    step: int = 0
+    """The steps of its training."""
+    data: str = ""
+    """The data and licence of a network of the package; or empty."""
+    run: Path | None = None
+    """The folder of the run that it is a checkpoint of."""
+
+    def save(self, path: StrPath) -> None:
+        """As :func:`save`, with all that is known of the model."""
+        save(
+            path,
+            *self,
+            step=self.step,
+            distilled=self.distilled,
+            table=self.table,
+            label_names=self.label_names,
+            data=self.data,
+            run=self.run,
+        )
 
 
 def save(
@@ -90,6 +90,8 @@ def save(
     distilled: bool | None = None,
     table: Table | None = None,
     label_names: Sequence[str] = (),
+    data: str = "",
+    run: StrPath | None = None,
 ) -> None:
     """Write a flow and its network as a file, or as a folder that you can upload to a model hub.
 
@@ -113,7 +115,12 @@ def save(
         distilled: whether it is a few-step model (:mod:`pfgm.distillation`), which ``pfgm sample``
             needs for the solver consistency. None if unknown.
         table: the columns of the table whose rows the network has learned.
-        label_names: the names of the labels 0, 1, …, by which ``pfgm sample --label`` takes them.
+        label_names: the names of the labels 0, 1, …, by which ``pfgm sample --label`` and the
+            condition of :meth:`pfgm.Flow.sample` take them. By default those that :func:`load` has
+            read with the network.
+        data: what the network was trained on, for the card.
+        run: the folder of its training run. The card then tells the name of the data, and figures
+            and the picture of the newest evaluation up to this step.
 
     Raises:
         OSError: the path cannot be written; an existing file is left as it was.
@@ -126,9 +133,11 @@ def save(
             of the network.
     """
     place = folder_path(path)
-    facts = {"step": whole("step", step, 0)}
+    step = whole("step", step, 0)
     check_savable(flow, network)
-    described = (flow, network, facts, distilled, table, label_names)
+    names = label_names or stored_names(network)
+    origin = Origin(step, data) if run is None else Origin.of(Path(run), step)
+    described = (flow, network, {"step": step}, distilled, table, names)
     try:
         str(place.resolve()).encode()
     except UnicodeEncodeError as error:
@@ -153,12 +162,14 @@ def save(
         "flow": flow.config,
         "network": describe_network(network),
     }
-    card = _card(place.resolve().name, flow, network, table, label_names)
+    card = model_card(place.resolve().name, flow, network, table, names, origin)
     with output_folder(place):
         write_weights(place / _WEIGHTS, *described)
         write_json(place / _CONFIG, config)
-        if not (place / _CARD).exists():
-            write_atomic(place / _CARD, lambda file: file.write(card.encode()))
+        if not (place / CARD).exists():
+            write_atomic(place / CARD, lambda file: file.write(card.encode()))
+        if (picture := origin.picture) is not None:
+            write_atomic(place / PICTURE, lambda file: file.write(picture))
         # diffusers says that it has no attribute of this name.
         hint = f"{type(flow).__name__}; pfgm.load reads this folder"
         write_json(place / _PIPELINE, {"_class_name": hint})
@@ -173,8 +184,9 @@ def load(
 ) -> Loaded:
     """Read a flow and its network, which is in evaluation mode.
 
-    The result unpacks into these two, and has ``label_names``, ``table``, ``distilled`` and
-    ``card`` besides.
+    The result unpacks into these two, and has ``label_names``, ``table``, ``distilled``, ``card``,
+    ``step``, ``data`` and ``run`` besides; its method ``save`` writes it, as :func:`save` does. The
+    network knows the names of its labels, so the condition of :meth:`pfgm.Flow.sample` takes them.
 
     Args:
         model: the folder of a run, for its newest checkpoint; a ``.safetensors`` file; a folder of
@@ -229,15 +241,19 @@ def load(
         load_plain_state(network, tensors)
         loaded = Loaded(flow, network.to(device).eval())
         loaded.label_names = tuple(map(str, description.get("label_names", ())))
+        loaded.step = int(description.get("step", 0))
         loaded.table = _table_in(description)
         loaded.distilled = description.get("distilled")
     except MALFORMED as error:
         raise ValueError(f"{path} cannot be loaded{into}: {reason(error)}") from error
     if isinstance(model, str) and model in PRETRAINED:
         known = PRETRAINED[model]
-        loaded.label_names, loaded.card = known.classes, known.data
-    elif (card := path.with_name(_CARD)).is_file() and holds_model(path.parent):
+        loaded.label_names, loaded.card, loaded.data = known.classes, known.data, known.data
+    elif (card := path.with_name(CARD)).is_file() and holds_model(path.parent):
         loaded.card = card.read_text("utf-8", errors="replace")
+    elif (path.parent / "latest.json").is_file():
+        loaded.run = path.parent
+    name_labels(loaded.network, loaded.label_names)
     return loaded
 
 
@@ -258,10 +274,13 @@ def _place_of(model: StrPath) -> Path:
             )
         return FOLDER / f"{model}.safetensors"
     if not path.exists() and path.suffix != ".safetensors":
+        hub = "A folder on a hub is downloaded first: huggingface_hub.snapshot_download."
+        if _ON_A_HUB.fullmatch(str(model)) and find_spec("huggingface_hub"):
+            line = f'flow, net = pfgm.load(snapshot_download("{model}"))'
+            hub = f"For one on a hub: from huggingface_hub import snapshot_download; {line}"
         raise FileNotFoundError(
             f"there is no file or folder {path}; give one that exists, or the name of a network "
-            f"({', '.join(PRETRAINED)}). A folder on a hub is downloaded first, for example by "
-            "huggingface_hub.snapshot_download."
+            f"({', '.join(PRETRAINED)}). {hub}"
         )
     if (path / _WEIGHTS).is_file() and not (path / "latest.json").exists():
         return path / _WEIGHTS
@@ -278,32 +297,6 @@ def _table_in(description: Mapping[str, Any]) -> Table | None:
         return Table.from_dict(description["table"])
     names = description.get("column_names")  # of version 0.2, which learnt plain numbers
     return Table.numbers([str(name) for name in names]) if names else None
-
-
-def _card(
-    name: str, flow: Flow, network: nn.Module, table: Table | None, label_names: Sequence[str]
-) -> str:
-    """The model card: a header in YAML, what the model is, and how to sample it."""
-    images, classes = is_image(flow.shape), label_count(network)
-    task = "pipeline_tag: unconditional-image-generation\n" if images and not classes else ""
-    samples = f"{'images' if images else 'samples'} of shape {flow.shape}"
-    if table is not None:
-        samples = f"rows of a table ({', '.join(column.name for column in table.columns)})"
-    kind = type(flow).__name__
-    labels = f"torch.arange(16) % {classes}" if classes else ""
-    known = f"0 to {classes - 1}" + (
-        f" ({', '.join(map(str, label_names))})" if label_names else ""
-    )
-    parameters = sum(parameter.numel() for parameter in network.parameters())
-    return _CARD_TEXT.format(
-        task=task,
-        name=name,
-        samples=samples + (f" with the labels {known}" if classes else ""),
-        flow=f"{kind} ([paper](https://arxiv.org/abs/{_PAPERS[kind]})) with D = {flow.D:g}",
-        network=f"{type(network).__name__} with {parameters:,} parameters",
-        arguments=json.dumps(f"./{name}") + ("" if describe_network(network) else ", network"),
-        condition=f', condition={{"labels": {labels}}}' if classes else "",
-    )
 
 
 def _check_folder(folder: Path) -> None:

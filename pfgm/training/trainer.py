@@ -45,12 +45,11 @@ from .locks import locked, locked_for_all
 from .logs import Log, check_log, is_evaluated
 from .network_state import load_plain_state, plain_state
 from .processes import Processes, reports_process_lost
-from .rehearsal import bfloat16_pays, seconds_of
+from .rehearsal import BFLOAT16_CAPABILITY, bfloat16_pays, seconds_of
 from .signals import Signals, Terminated, record_signals
 from .time_used import TimeUsed
 from .weights_file import check_savable, flow_in
 
-_BFLOAT16_CAPABILITY = (8, 0)  # of GPUs with fast bfloat16
 _TIME_BAR = "{desc}: {percentage:3.0f}%|{bar}| {elapsed}<{remaining}{postfix}"
 
 
@@ -246,7 +245,7 @@ class Trainer:
         precision: Precision = "float32"
         chosen = None
         if len(self.flow.shape) > 1 and self._device.type == "cuda":
-            if torch.cuda.get_device_capability(self._device) >= _BFLOAT16_CAPABILITY:
+            if torch.cuda.get_device_capability(self._device) >= BFLOAT16_CAPABILITY:
                 precision = "bfloat16"
         elif len(self.flow.shape) > 1 and self._device.type == "cpu":
             step = self._rehearsal()

@@ -46,7 +46,7 @@ def command(*arguments, **options):
 
 def test_samples_as_an_array_and_as_a_picture(run, tmp_path, capsys):
     weights = run / "step-00000012.safetensors"
-    for out in ("a.npy", "b.npy", "c.png"):
+    for out in ("a.npy", "b.npy", "c.png", "d.jpg", "e.JPG"):
         arguments = ["sample", str(weights), "--n", "5", "--steps", "3"]
         assert cli.main([*arguments, "--out", str(tmp_path / "new" / out)]) == 0
         assert capsys.readouterr().out.strip() == str(tmp_path / "new" / out)
@@ -55,6 +55,8 @@ def test_samples_as_an_array_and_as_a_picture(run, tmp_path, capsys):
     assert a.dtype == np.float32
     assert np.array_equal(a, b)
     assert (tmp_path / "new" / "c.png").read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
+    for name in ("d.jpg", "e.JPG"):
+        assert (tmp_path / "new" / name).read_bytes()[:3] == b"\xff\xd8\xff"
 
 
 def test_the_error_for_an_option_of_a_model_shows_the_line_to_type(tmp_path, monkeypatch, refusal):

@@ -67,6 +67,28 @@ def test_functions_say_what_to_give_instead(call, hint):
         (["train", "--levels", "3"], "--levels; use --student-levels"),
         (["sample", "--num-steps", "3"], "--num-steps; use --steps"),
         (["sample", "--batch", "3"], "--batch; use --batch-size"),
+        *(
+            (["train", f"--{name}", "3"], f"no option --{name}; use --{instead}.")
+            for name, instead in {
+                # of torchcfm's and diffusers' scripts
+                **{"total_steps": "steps", "num_channel": "width"},
+                **{"save_step": "checkpoint-every", "grad_clip": "clip", "ema_decay": "ema"},
+                **{"num_epochs": "steps", "num_train_epochs": "steps", "resolution": "resize"},
+                **{"eval_batch_size": "batch-size", "lr_scheduler": "decay", "logger": "log"},
+                **{"lr_warmup_steps": "warmup", "mixed_precision": "precision"},
+                **{"save_model_epochs": "checkpoint-every", "adam_beta2": "beta2"},
+                **{"save_images_epochs": "evaluate-every", "report_to": "log"},
+                **{"checkpointing_steps": "checkpoint-every", "dataset_name": "data"},
+            }.items()
+        ),
+        *(
+            (["sample", f"--{name}", "3"], f"no option --{name}; use --{instead}.")
+            for name, instead in {
+                **{"num_gen": "n", "integration_steps": "steps", "integration_method": "solver"},
+                **{"mixed_precision": "compute", "precision": "compute", "outdir": "out"},
+                **{"class": "label", "num_inference_steps": "steps"},
+            }.items()
+        ),
         (["demo", "--T", "3"], "--T; use --steps"),
     ],
 )

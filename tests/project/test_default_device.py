@@ -109,7 +109,7 @@ def training(folder):
         torch.manual_seed(3)
         mlp, denoiser = (flow.network("mlp", width=8, depth=1) for flow in (plain, plusplus))
     for flow, net, references in ((plain, mlp, data), (plusplus, denoiser, ReferenceSet(data))):
-        config = TrainConfig(steps=2, batch_size=4, reference_batch=8, seed=4)
+        config = TrainConfig(steps=2, batch_size=4, reference_batch=8, seed=4, precision="float32")
         trained = Trainer(flow, net, references, config).train()
         yield from trained.state_dict().values()
         yield flow.sample(trained, 2, steps=2, generator=torch.Generator().manual_seed(5))

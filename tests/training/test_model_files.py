@@ -1,7 +1,11 @@
+import csv
+import importlib.util
 import json
 import os
+import shlex
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from safetensors import safe_open
@@ -41,7 +45,11 @@ def test_a_folder_in_the_layout_of_hugging_face(tmp_path):
 
 @pytest.mark.parametrize(
     ("shape", "classes", "task"),
-    [((1, 8, 8), 0, "unconditional-image-generation"), ((1, 8, 8), 3, None), ((2,), 0, None)],
+    [
+        ((1, 8, 8), 0, "unconditional-image-generation"),
+        ((1, 8, 8), 3, "unconditional-image-generation"),
+        ((2,), 0, None),
+    ],
 )
 def test_the_hub_reads_the_card_and_its_code_samples(tmp_path, monkeypatch, shape, classes, task):
     hub = pytest.importorskip("huggingface_hub")
@@ -53,6 +61,7 @@ def test_the_hub_reads_the_card_and_its_code_samples(tmp_path, monkeypatch, shap
     card = hub.ModelCard.load(tmp_path / "my model/README.md")
     assert (card.data.library_name, card.data.pipeline_tag) == ("pfgm", task)
     assert "poisson-flow" in card.data.tags
+    assert card.data.license == "unknown"  # one of the hub's names, which needs no license_name
     parameters = sum(parameter.numel() for parameter in net.parameters())
     paper = "([paper](https://arxiv.org/abs/2302.04265))"
     assert f"PoissonFlowPP {paper} with D = 128, and a network Denoiser with" in card.text
@@ -66,9 +75,117 @@ def test_the_hub_reads_the_card_and_its_code_samples(tmp_path, monkeypatch, shap
     names = {}
     exec(card.text.split("```python")[1].split("```")[0], names)
     assert names["samples"].shape == (16, *shape)
+    assert Path("drawn.png").exists() == (len(shape) == 3)
+    assert (', "eel"' in card.text, '# or by name: ["cat"]' in card.text) == (False, bool(classes))
     (tmp_path / "my model/README.md").write_text("mine")
     pfgm.save(tmp_path / "my model", flow, net)
     assert (tmp_path / "my model/README.md").read_text() == "mine"
+
+
+def test_the_card_of_a_run_tells_its_data_figures_and_picture(tmp_path, monkeypatch):
+    run, hub = tmp_path / "run", pytest.importorskip("huggingface_hub")
+    images = tmp_path / "private" / "shapes.npy"
+    images.parent.mkdir()
+    np.save(images, np.random.default_rng(0).integers(0, 256, (40, 1, 8, 8), np.uint8))
+    training = TrainConfig(steps=4, batch_size=8, evaluate_every=2, checkpoint_every=2)
+    start(RunConfig(data=str(images), width=16, samples=10, training=training), run, progress=False)
+    pfgm.load(run).save(tmp_path / "model")
+    card = hub.ModelCard.load(tmp_path / "model/README.md")
+    assert "Trained for 4 steps on shapes.npy. Samples after 4 steps" in card.text
+    assert "private" not in card.text
+    row = list(csv.DictReader((run / "evaluations.csv").open()))[-1]
+    for name in ("frechet_distance", "precision", "recall"):
+        assert f"{name.replace('_', ' ')} {float(row[name]):.4g}" in card.text
+    assert "![samples](samples.png)" in card.text
+    picture = (tmp_path / "model/samples.png").read_bytes()
+    assert picture == (run / "samples-00000004.png").read_bytes()
+    # An earlier checkpoint has the evaluation of its own step.
+    earlier = pfgm.load(run / "step-00000002.safetensors")
+    assert earlier.step == 2
+    earlier.save(tmp_path / "earlier")
+    assert "Samples after 2 steps" in (tmp_path / "earlier/README.md").read_text()
+    # What a reader of the card does, in the folder and beside it.
+    monkeypatch.chdir(tmp_path / "model")
+    assert cli.main(["sample", ".", "--n", "4", "--out", "drawn.png"]) == 0
+    pfgm.load("digits").save(tmp_path / "digits")
+    assert (
+        "Trained for 4000 steps on 1398 handwritten digits" in pfgm.load(tmp_path / "digits").card
+    )
+
+
+def test_the_card_of_a_table_gives_decoded_rows(tmp_path, monkeypatch):
+    pytest.importorskip("pandas")
+    lines = [f"{50 + n // 2},{('Ulm', 'Bonn')[n % 2]},{n % 3}" for n in range(30)]
+    (tmp_path / "flats.csv").write_text("\n".join(["area,city,label", *lines]))
+    training = TrainConfig(steps=1, batch_size=8)
+    config = RunConfig(data=str(tmp_path / "flats.csv"), labels=True, width=16, training=training)
+    start(config, tmp_path / "run", progress=False)
+    pfgm.load(tmp_path / "run").save(tmp_path / "model")
+    card, names = (tmp_path / "model/README.md").read_text(), {}
+    monkeypatch.chdir(tmp_path)
+    exec(card.split("```python")[1].split("```")[0], names)
+    rows = names["rows"]
+    assert [*rows] == ["area", "city", "label"]
+    assert {*rows["city"]} <= {"Ulm", "Bonn"}
+    assert all(50 <= area <= 64 for area in rows["area"])
+    assert rows["label"] == [n % 3 for n in range(16)]
+    monkeypatch.chdir(tmp_path / "model")
+    line = card.split("`pfgm ")[1].split("`")[0]
+    assert cli.main(shlex.split(line)) == 0
+    assert Path("rows.csv").read_text().replace('"', "").startswith("area,city,label\n")
+
+
+@pytest.mark.parametrize("flow_type", [pfgm.PoissonFlow, pfgm.PoissonFlowPP])
+def test_labels_by_their_stored_names(tmp_path, flow_type, refused):
+    """They mean the same wherever a condition is taken, also inside torch's wrappers."""
+    torch.manual_seed(0)
+    data = torch.randn(40, 3)
+    flow, names = (
+        flow_type.from_data(data, **({"D": 16} if flow_type is pfgm.PoissonFlowPP else {})),
+        ("cat", "Flags", "big dog"),
+    )
+    net = flow.network("mlp", width=16, classes=3)
+    for parameter in net.parameters():
+        torch.nn.init.normal_(parameter, std=0.1)
+    pfgm.save(tmp_path / "m", flow, net, label_names=names)
+    flow, net = pfgm.load(tmp_path / "m")
+    numbers = {"labels": torch.tensor([1, 2, 0])}
+    by_name = {"labels": ["Flags", "big-dog", "cat"]}
+    x = flow.prior(3, generator=torch.Generator().manual_seed(1))
+    for call in (
+        lambda condition: flow.sample(net, 3, x_init=x, steps=3, condition=condition),
+        lambda condition: flow.sample(net, 3, x_init=x, steps=3, condition=condition, guidance=2),
+        lambda condition: flow.sample(
+            torch.nn.DataParallel(net), 3, x_init=x, steps=3, condition=condition
+        ),
+        lambda condition: flow.denoise(net, x, 1.0, condition),
+        lambda condition: flow.interpolate(net, data[:3], data[3:6], count=3, condition=condition),
+    ):
+        assert torch.equal(call(by_name), call(numbers))
+    every = flow.sample(net, 3, x_init=x, steps=3, condition={"labels": ["Flags"]})
+    assert torch.equal(
+        every, flow.sample(net, 3, x_init=x, steps=3, condition={"labels": torch.ones(3).long()})
+    )
+    assert not torch.equal(every, flow.sample(net, 3, x_init=x, steps=3, condition=numbers))
+    pfgm.save(tmp_path / "again", flow, net)
+    assert pfgm.load(tmp_path / "again").label_names == names
+    for labels, message in (
+        (
+            ["Flag"],
+            "label must be one of the network's labels, 0 to 2 or cat, Flags, big dog, got Flag.",
+        ),
+        (["cat", "cat"], "condition['labels'] must have 3 rows like x, got shape (2,)."),
+        (
+            [1, 2, 0],
+            "TypeError: labels must be a torch.Tensor of integers, of shape (3,), got list.",
+        ),
+    ):
+        refused(lambda labels=labels: flow.sample(net, 3, condition={"labels": labels}), message)
+    nameless = flow.network("mlp", width=16, classes=3)
+    refused(
+        lambda: flow.sample(nameless, 1, condition={"labels": ["cat"]}),
+        "TypeError: labels must be a torch.Tensor of integers, of shape (1,), got list.",
+    )
 
 
 def test_names_of_labels_that_are_numbers(tmp_path, monkeypatch):
@@ -115,6 +232,12 @@ def test_diffusers_says_what_to_call(tmp_path):
 def test_what_is_no_model_is_refused(tmp_path):
     with pytest.raises(FileNotFoundError, match=r"there is no file or folder .*snapshot_download"):
         pfgm.load(tmp_path / "user/model")
+    for name, hint in (("user/model-1.5", True), ("a/b/c", False), ("model", False)):
+        with pytest.raises(FileNotFoundError) as error:
+            pfgm.load(name)
+        line = f'import snapshot_download; flow, net = pfgm.load(snapshot_download("{name}"))'
+        hint = hint and importlib.util.find_spec("huggingface_hub") is not None
+        assert (line in str(error.value)) == hint
     with pytest.raises(FileNotFoundError, match="there is no checkpoint in"):
         pfgm.load(tmp_path)
     (tmp_path / "model_index.json").write_text("{}")
