@@ -41,10 +41,6 @@ _INSTEAD: dict[str, tuple[str, ...]] = {
     **dict.fromkeys(
         ("label", "labels", "class_labels"), ("condition={'labels': labels}", "label", "labels")
     ),
-    # Names of version 0.2.
-    "references": ("reference_batch",),
-    "levels": ("grey_levels", "student_levels"),
-    "sigma": ("noise_std",),
 }
 """What to give in place of a name: the first of these that a function takes."""
 
