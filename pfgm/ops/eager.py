@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple, NoReturn
+from typing import Any, NamedTuple, NoReturn, TypeVar
 
 import torch
 from torch import Tensor
@@ -32,9 +32,7 @@ from .differentiable import Differentiable
 enabled = True
 """Whether anything may pass. Tests turn it off."""
 
-EULER, HEUN, MULTISTEP = native_calls.EULER, native_calls.HEUN, native_calls.MULTISTEP
-"""The methods of a step."""
-
+T = TypeVar("T")
 Results = tuple[Tensor, Tensor, Tensor, Tensor]
 
 _MAX_CHECKED = 1 << 16  # values that one thread checks sooner than torch's operators start
@@ -167,8 +165,8 @@ class _Kept(NamedTuple):
 
 
 def one_call(
-    name: str, backend: str | None, operands: tuple[Any, ...], options: tuple[Any, ...]
-) -> Any:
+    function: Callable[..., T | None], backend: str | None, *operands: Any, **options: Any
+) -> T | None:
     """The result of a function of :mod:`pfgm.backends.native_calls`; None where it cannot answer.
 
     Operands are tensors, numbers and None, the points first.
@@ -184,7 +182,7 @@ def one_call(
         or (gpu is not None and not chosen and not _takes_native(gpu))
     ):
         return None
-    return getattr(native_calls, name)(gpu, *operands, *options)
+    return function(gpu, *operands, **options)
 
 
 def _takes_native(gpu: torch.device) -> bool:

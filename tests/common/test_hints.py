@@ -60,8 +60,6 @@ def test_functions_say_what_to_give_instead(call, hint):
         (["train", "--image-size", "32"], "there is no option --image-size; use --resize"),
         (["train", "--train_batch_size", "32"], "use --batch-size"),
         (["train", "--output_dir=x"], "use --out"),
-        (["train", "--references=3"], "--references; use --reference-batch"),
-        (["train", "--levels", "3"], "--levels; use --student-levels"),
         (["sample", "--num-steps", "3"], "--num-steps; use --steps"),
         (["sample", "--batch", "3"], "--batch; use --batch-size"),
         (["demo", "--T", "3"], "--T; use --steps"),
