@@ -118,9 +118,9 @@ def _on_cuda(device: torch.device) -> bool:
     return device.type == "cuda"
 
 
-def on_gpu(value: Tensor) -> bool:
-    """Whether a tensor is on a GPU that torch calls "cuda"."""
-    return value.is_cuda
+def gpu_of(value: Any) -> torch.device | None:
+    """The GPU, which torch calls "cuda", of a tensor; None for anything else."""
+    return value.device if type(value) is Tensor and value.is_cuda else None
 
 
 def _unable_on_cuda(

@@ -10,7 +10,6 @@ from typing import Any, Literal, TypeVar, overload
 import torch
 from torch import Tensor
 
-from ..backends import native_calls
 from ..common.checks import check_dense, check_tensor, layout_hint
 from ..common.dtypes import HALF, POINTS
 from ..common.numbers import LARGEST, as_float, check_at_least_0, is_number, is_symbolic
@@ -259,7 +258,7 @@ def posterior_mean(
         level, factor = (r, 1.0) if sigma is None else (sigma, unit_radius(D))
         rows, sketch_of = _as_tensor(references)
         results = eager.one_call(
-            native_calls.posterior_mean,
+            eager.posterior_mean,
             backend,
             x,
             rows,
@@ -336,9 +335,7 @@ def field_fn(
     # First in one call, as in posterior_mean.
     if type(gamma) in (float, int) and 0 <= gamma <= LARGEST:
         rows, sketch_of = _as_tensor(references)
-        field = eager.one_call(
-            native_calls.field, backend, x, rows, z, gamma=gamma, sketch_of=sketch_of
-        )
+        field = eager.one_call(eager.field, backend, x, rows, z, gamma=gamma, sketch_of=sketch_of)
         if field is not None:
             return field
     _check_tensors(x, references)

@@ -28,14 +28,13 @@ from typing import Any, Literal, NamedTuple, overload
 import torch
 from torch import Tensor
 
-from ..backends import native_calls
-from ..backends.native_calls import EULER, HEUN, MULTISTEP
 from ..common.checks import check_choice, check_dense, check_tensor
 from ..common.dtypes import HALF, POINTS
 from ..common.numbers import check_at_least_0
 from ..common.tensors import flat_rows
 from ..core.problems import OdeStep
 from ..ops import eager, ode_step
+from ..ops.eager import EULER, HEUN, MULTISTEP
 from .levels import Level, per_query, step_levels
 
 
@@ -284,7 +283,7 @@ def _step(
     if mean_out is None or with_mean:
         operands = (x, slope, field_z, history, out, mean_out, *levels)
         options = {"method": method, "law": law, "with_mean": with_mean}
-        result = eager.one_call(native_calls.step, backend, *operands, **options)
+        result = eager.one_call(eager.step, backend, *operands, **options)
     if result is None:
         coefficients = _coefficients(method, x, *levels)
         _check(method, x, prediction, history)
