@@ -1,13 +1,18 @@
-"""Which network and batch for which training time, on one thread: the rows of ``budget.json``.
+"""Which flow, network and batch for which training time, on one thread.
 
     python -m benchmarks.studies.budget [--data fashion-mnist] [--minutes 3]
+
+It also writes ``pfgm/training/budget.json``, the rows to which ``pfgm train --minutes`` fits its
+choice: those of PFGM and PFGM++ in which no other setting is changed.
 
 Each run trains with labels for some minutes of processor time, with the learning rate, warm-up and
 average that follow from the minutes, as ``pfgm train --minutes`` does. So other work on the machine
 hardly matters. ``minutes`` are those of one thread. The figures are those of 1000 samples, 100 of
 each label, with 10 evaluations: the Fréchet distance to the held-out images in the features of a
 small classifier, and the share of samples to which it gives the label that was asked for.
-``cost`` is the time of a step in that of the default network with batches of 32.
+``cost`` is the time of a step in that of the default network with batches of 32. OT-CFM has
+torchcfm's loss, and "defaults" is ``pfgm train`` as it comes, broken off after these minutes. The
+rows "pfgm train --minutes" are runs of the command on two threads, with minutes by the clock.
 
 A run that was stopped continues from its checkpoint in ``--out``.
 """
@@ -15,13 +20,18 @@ A run that was stopped continues from its checkpoint in ``--out``.
 from __future__ import annotations
 
 import argparse
+import json
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
+import numpy as np
+import torch
 from torch import nn
 
+import pfgm
 from benchmarks.common.folders import DOCS
 from benchmarks.common.models import model
 from benchmarks.common.rows import Row, grouped, select
@@ -30,20 +40,29 @@ from benchmarks.studies.flows import (
     CLASSES,
     SAMPLES,
     TRAINING,
+    Images,
+    Velocity,
     figures,
     images_of,
+    matching_loss,
     of_training_images,
 )
+from pfgm.common.files import write_atomic
 from pfgm.evaluation import draw_samples
 from pfgm.flows.flow import Flow
+from pfgm.integrations.flow_matching import as_denoiser
 from pfgm.plotting import quality_curve
-from pfgm.training import TrainConfig, Trainer, budget
+from pfgm.training import TrainConfig, Trainer, budget, runs
 from pfgm.training.config import Precision
 from pfgm.training.processes import Processes
 from pfgm.training.rehearsal import seconds_of
-from pfgm.training.run_config import Method
+from pfgm.training.run_config import Method, RunConfig
 
-_METHODS: dict[str, Method] = {"PFGM": "pfgm", "PFGM++ 128": "pfgm++", "EDM": "edm"}
+_FITTED: dict[str, Method] = {"PFGM": "pfgm", "PFGM++ 128": "pfgm++"}
+_METHODS = _FITTED | {"EDM": "edm", "OT-CFM": "edm", "PFGM, defaults": "pfgm"}
+COMMAND = "pfgm train --minutes"
+_FASHION = "fashion-mnist"
+_DEFAULTS = TrainConfig().schedule._asdict()
 
 
 class Size(NamedTuple):
@@ -60,31 +79,46 @@ class Run(NamedTuple):
 
     data: str
     flow: str
-    size: Size
+    size: Size | None  # None for the command, which chooses
     minutes: float
     seed: int = 0
     precision: Precision = "bfloat16"
+    changes: Mapping[str, Any] = MappingProxyType({})
+    """Settings of the training in place of those that follow from the minutes."""
 
 
 def _runs() -> Iterator[Run]:
-    """Sizes on the same data for the same time, then the best of them for longer."""
-    short = [
-        *(Size(64, (1, 2, 2), 2, 64), Size(32, (1, 2, 2), 2, 64), Size(64, (1, 2, 2), 2, 32)),
-        *(Size(64, (1, 2, 2), 4, 64), Size(48, (1, 2, 2), 2, 32)),
-    ]
-    for size in short:
-        yield Run("fashion-mnist", "PFGM", size, 3.0)
-    for size in (Size(32, (1, 2, 2), 2, 64), Size(48, (1, 2, 2), 2, 64)):
-        yield Run("fashion-mnist", "PFGM", size, 9.0)
-    best = Size(48, (1, 2, 2), 2, 32)
+    """Sizes on the same data for the same time, then the best of them for other times and flows."""
+    best, three = Size(48, (1, 2, 2), 2, 32), (1, 2, 2)
+    sizes = [*(Size(64, three, 2, 64), Size(32, three, 2, 64), Size(64, three, 2, 32))]
+    for size in (*sizes, Size(64, three, 4, 64), best):
+        yield Run(_FASHION, "PFGM", size, 3.0)
+    for size in (Size(32, three, 2, 64), Size(48, three, 2, 64)):
+        yield Run(_FASHION, "PFGM", size, 9.0)
     for minutes in (3.0, 9.0):
-        yield Run("fashion-mnist", "PFGM++ 128", best, minutes)
-    for flow in ("PFGM", "PFGM++ 128"):
+        yield Run(_FASHION, "PFGM++ 128", best, minutes)
+    for flow in _FITTED:
         yield Run("digits", flow, Size(24, (1, 2), 1, 64), 1.0, precision="float32")
         yield Run("mnist-5k", flow, best, 3.0)
-    yield Run("fashion-mnist", "EDM", best, 3.0)
-    yield Run("fashion-mnist", "PFGM++ 128", Size(64, (1, 2, 2), 2, 32), 3.0)
-    yield Run("fashion-mnist", "PFGM++ 128", best, 3.0, seed=1)
+    yield Run(_FASHION, "EDM", best, 3.0)
+    yield Run(_FASHION, "PFGM++ 128", Size(64, three, 2, 32), 3.0)
+    yield Run(_FASHION, "PFGM++ 128", best, 3.0, seed=1)
+    for flow in ("PFGM++ 128", "PFGM", "EDM", "OT-CFM"):
+        yield Run(_FASHION, flow, best, 1.0)
+    yield Run("digits", "PFGM", Size(16, (1, 2), 1, 64), 0.25, precision="float32")
+    yield Run("mnist-5k", "PFGM", best, 1.0)
+    yield Run(_FASHION, "OT-CFM", best, 3.0)
+    default = Size(32, (1, 2), 1, 128)
+    yield Run(_FASHION, "PFGM, defaults", default, 3.0, precision="float32", changes=_DEFAULTS)
+    for size in (Size(96, three, 2, 32), Size(48, three, 2, 128), Size(32, three, 1, 32)):
+        yield Run(_FASHION, "PFGM++ 128", size, 3.0)
+    for change in ({"warmup": 570}, {"reference_batch": 16384}):
+        yield Run(_FASHION, "PFGM++ 128", best, 3.0, changes=change)
+    yield Run(_FASHION, "EDM", best, 3.0, seed=1)
+    yield Run(_FASHION, "EDM", best, 9.0)
+    yield Run("mnist-5k", "PFGM", Size(32, three, 2, 32), 3.0)
+    for data, minutes in ((_FASHION, 5.0), (_FASHION, 20.0), ("mnist-5k", 5.0)):
+        yield Run(data, COMMAND, None, minutes, precision="auto")
 
 
 RUNS = list(_runs())
@@ -92,28 +126,62 @@ RUNS = list(_runs())
 
 def trained(row: Run, out: Path) -> tuple[Flow, nn.Module, Row]:
     """The flow and the network of a run, and how long its steps took."""
+    assert row.size is not None
     images = images_of(row.data)
     width, multipliers, patch, batch = row.size
     sizes: dict[str, Any] = {"width": width, "multipliers": multipliers, "patch": patch}
     options: dict[str, Any] = {"seed": row.seed, "classes": CLASSES}
     flow, network = model(_METHODS[row.flow], images.train, **options, **sizes)
+    if row.flow == "OT-CFM":
+        network = as_denoiser(Velocity(network.get_submodule("backbone")))
     unit = _reference_seconds(row)
     name = f"{row.data}-{row.flow}-{width}-{len(multipliers)}-{patch}-{batch}-{row.minutes:g}"
-    folder = out / f"{name}-{row.seed}-{row.precision}".replace(" ", "-")
+    name = "-".join([name, str(row.seed), row.precision, *row.changes]).replace(" ", "-")
     config = TrainConfig(
-        minutes=row.minutes, batch_size=batch, precision=row.precision, seed=row.seed
+        minutes=row.minutes,
+        batch_size=batch,
+        precision=row.precision,
+        seed=row.seed,
+        **row.changes,
     )
-    trainer = _trainer(flow, network, images, config, folder)
-    if (folder / "latest.json").exists():
+    loss = matching_loss if row.flow == "OT-CFM" else None
+    trainer = _trainer(flow, network, images, config, out / name, loss)
+    if (out / name / "latest.json").exists():
         trainer.resume()
     network = trainer.train()
     seconds = 60 * row.minutes / trainer.step
     return flow, network, {"steps": trainer.step, "cost": round(seconds / unit, 4)}
 
 
-def _trainer(flow: Flow, network: nn.Module, images: Any, config: TrainConfig, out: Any) -> Trainer:
-    options = {"progress": False, "labels": images.labels, "folder": out}
-    trainer = Trainer(flow, network, images.train, config, **options)
+def _trained_by_command(row: Run, out: Path) -> tuple[Flow, nn.Module, Row]:
+    """The flow and the network of a run of the command."""
+    folder, data = out / f"{row.data}-command-{row.minutes:g}", row.data
+    if data != _FASHION:
+        images, data = images_of(data), f"{folder}.npz"
+        write_atomic(
+            folder.with_suffix(".npz"),
+            lambda file: np.savez(file, x=images.train, labels=images.labels),
+        )
+    if not (folder / "latest.json").exists():
+        torch.set_num_threads(2)
+        training = TrainConfig(minutes=row.minutes, seed=row.seed)
+        runs.start(RunConfig(data=data, labels=True, training=training), folder)
+        torch.set_num_threads(1)
+    flow, network = pfgm.load(folder)
+    steps = json.loads((folder / "latest.json").read_text())["step"]
+    return flow, network, {"steps": steps}
+
+
+def _trainer(
+    flow: Flow,
+    network: nn.Module,
+    images: Images,
+    config: TrainConfig,
+    out: Path | None = None,
+    loss: Any = None,
+) -> Trainer:
+    options: dict[str, Any] = {"labels": images.labels, "folder": out, "loss": loss}
+    trainer = Trainer(flow, network, images.train, config, progress=False, **options)
     trainer._clock = time.process_time
     trainer._time._clock = time.process_time
     return trainer
@@ -124,7 +192,7 @@ def _reference_seconds(row: Run) -> float:
     images = images_of(row.data)
     flow, network = model("pfgm", images.train, classes=CLASSES)
     config = TrainConfig(steps=1, batch_size=budget.REFERENCE_BATCH, precision=row.precision)
-    step = _trainer(flow, network, images, config, None)._rehearsal()
+    step = _trainer(flow, network, images, config)._rehearsal()
     return seconds_of([step], Processes(), time.process_time)[0]
 
 
@@ -133,9 +201,10 @@ def measure(options: argparse.Namespace, flow: str, data: str, **setting: Any) -
     if flow == TRAINING:
         floor: Row = of_training_images(data)["10"]
         return floor
-    width, multipliers, patch, batch = setting["size"]
+    width, multipliers, patch, batch = setting["size"] or (0, (), 0, 0)
     setting["size"] = Size(width, tuple(multipliers), patch, batch)
-    process, network, row = trained(Run(data, flow, **setting), options.out)
+    training = _trained_by_command if flow == COMMAND else trained
+    process, network, row = training(Run(data, flow, **setting), options.out)
     best: Row = {}
     for schedule in ("log", "rho"):
         sampler: dict[str, Any] = {"solver": "multistep", "schedule": schedule, "steps": 10}
@@ -156,7 +225,8 @@ def settings(options: argparse.Namespace) -> Iterator[Row]:
     for each in RUNS:
         if each.data in options.data and each.minutes in (options.minutes or [each.minutes]):
             row = each._asdict()
-            yield row | {"size": [list(v) if isinstance(v, tuple) else v for v in each.size]}
+            size = [list(v) if isinstance(v, tuple) else v for v in each.size or ()]
+            yield row | {"size": size, "changes": dict(each.changes)}
 
 
 def rows_of_the_fit(rows: list[Row]) -> list[budget.Row]:
@@ -164,7 +234,7 @@ def rows_of_the_fit(rows: list[Row]) -> list[budget.Row]:
     return [
         budget.Row(
             data=f"{row['data']}, {row['flow']}",
-            shape=tuple(images_of(row["data"]).train.shape[1:]),
+            shape=(1, 8, 8) if row["data"] == "digits" else (1, 28, 28),
             width=row["size"][0],
             multipliers=tuple(row["size"][1]),
             patch=row["size"][2],
@@ -174,34 +244,52 @@ def rows_of_the_fit(rows: list[Row]) -> list[budget.Row]:
             quality=round(row["features"], 3),
         )
         for row in rows
-        if row["flow"] != TRAINING
+        if row["flow"] in _FITTED and not row["changes"]
     ]
 
 
+def shown(rows: list[Row]) -> list[Row]:
+    """The rows for people, with sizes in words."""
+    names = ("data", "flow", "minutes", "seed", "steps", "features", "recall", "agreement")
+    return [{"size": _named(row)} | {n: row[n] for n in names if n in row} for row in rows]
+
+
 def draw(rows: list[Row], options: argparse.Namespace) -> None:
-    """Draws the distance in features against the minutes, a curve for each size."""
-    for data in options.data:
-        rows = [r for r in select(known_rows("budget"), data=data) if r["flow"] != TRAINING]
-        curves = {}
-        for (flow, size), part in grouped(
-            [r | {"size": _named(r)} for r in rows], ["flow", "size"]
-        ).items():
-            part.sort(key=lambda row: float(row["minutes"]))
-            points = [row["minutes"] for row in part], [row["features"] for row in part]
-            curves[f"{flow}, {size}"] = (*points, [0.0] * len(part))
-        quality_curve(
-            curves,
-            DOCS / "images" / f"budget-{data}.png",
-            xlabel="minutes of one thread",
-            ylabel="Fréchet distance, features",
-            title=f"{data}, 10 evaluations",
-            log_y=True,
+    """Draws the distance in features against the minutes: each flow with its best size."""
+    del rows, options
+    rows = [r for r in select(known_rows("budget"), data=_FASHION) if r["flow"] != TRAINING]
+    rows = [r for r in rows if not r["changes"] or r["flow"] not in _FITTED]
+    curves = {}
+    for (flow,), part in grouped(rows, ["flow"]).items():
+        best = [
+            min((r for r in part if r["minutes"] == m), key=lambda r: float(r["features"]))
+            for m in sorted({r["minutes"] for r in part})
+        ]
+        curves[flow] = (
+            [r["minutes"] for r in best],
+            [r["features"] for r in best],
+            [0.0] * len(best),
         )
+    quality_curve(
+        curves,
+        DOCS / "images" / "budget.png",
+        xlabel="minutes",
+        ylabel="Fréchet distance, features",
+        title="Fashion-MNIST with labels, 10 evaluations",
+        log_y=True,
+    )
 
 
 def _named(row: Row) -> str:
+    """The size of a row, and what was changed in it, in words."""
+    changes = [f"{name} {value}" for name, value in row.get("changes", {}).items()]
+    if row["flow"] == "PFGM, defaults":
+        changes = []
+    if not row["size"]:
+        return ", ".join(changes)
     width, multipliers, patch, batch = row["size"]
-    return f"width {width} {tuple(multipliers)}, patch {patch}, batch {batch}"
+    size = f"width {width}, {' '.join(map(str, multipliers))}, patch {patch}, batch {batch}"
+    return ", ".join([size, *changes])
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -211,7 +299,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--out", type=Path, default=Path("runs/budget"), help="checkpoints")
 
 
-STUDY = Study("budget", settings, measure, draw=draw, add_arguments=add_arguments, threads=1)
+STUDY = Study("budget", settings, measure, shown, draw, add_arguments, threads=1)
 
 if __name__ == "__main__":
     run(STUDY, __doc__)
+    budget.write_rows(rows_of_the_fit(known_rows(STUDY.name)))

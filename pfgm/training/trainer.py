@@ -388,13 +388,13 @@ class Trainer:
                 self._warn_of_evaluation_left_out()
             return False
         if self.evaluate is not None and self.lacks_evaluation:
-            bar.set_description("evaluation")  # which may take a minute
+            bar.set_description_str("evaluation")  # which may take a minute
             with self._save_on_error():
                 metrics = received.call(partial(self.evaluate, self.step, self.averaged))
                 if metrics is not None:
                     log.write(self.step, metrics, "evaluations")
                     self._time.end_evaluation()
-            bar.set_description("training")
+            bar.set_description_str("training")
         stopped = self._processes.any(bool(received))
         if stopped and self.saved_step != self.step:
             self.save()
