@@ -107,10 +107,7 @@ class Solver:
     """The order of convergence; None if it is not known."""
     evaluations: int | None = None
     """Evaluations of the network in each step from one level of the grid to the next, except the
-    last, which may take fewer. None if the number varies or is not known.
-
-    A solver that states it must treat each step alone: what a step needs of the one before is the
-    points and, at most, ``earlier``."""
+    last, which may take fewer. None if the number varies or is not known."""
     least_steps: int = 1
     """The fewest steps that a flow takes unless the caller chooses the number."""
     longest_step: float = math.inf
@@ -123,8 +120,7 @@ class Solver:
         """The names of its options. The flow gives some of them, if the solver has them.
 
         ``churn`` adds noise before a step. ``noise`` adds the noise of a level; a solver with it is
-        one for few-step models. ``earlier`` is the mean of the last step and its level, for a run
-        that goes on from there.
+        one for few-step models.
         """
         parameters = inspect.signature(self.function).parameters.values()
         return [each.name for each in parameters if each.kind is inspect.Parameter.KEYWORD_ONLY]
@@ -133,11 +129,6 @@ class Solver:
     def few_step(self) -> bool:
         """Whether it is for few-step models (:mod:`pfgm.distillation`) and solves no ODE."""
         return "noise" in self.options
-
-    @property
-    def needs_last_mean(self) -> bool:
-        """Whether a step uses the mean of the step before."""
-        return "earlier" in self.options
 
     def __call__(
         self,
@@ -330,20 +321,18 @@ def multistep(
     x: Tensor,
     grid: Sequence[float],
     callback: Callback | None = None,
-    *,
-    earlier: tuple[Tensor, float] | None = None,
 ) -> tuple[Tensor, int]:
     """Second order, one evaluation per step: the mean is extrapolated linearly in log z.
 
     With h_i = log(z_i/z_{i+1}) and q = h_{i−1}/h_i, each step is an Euler step with
     mean_i (1 + 1/(2q)) − mean_{i−1}/(2q) in place of mean_i (DPM-Solver++(2M), arXiv 2211.01095,
-    algorithm 2, in the variable z). The first step, which has no history unless ``earlier`` gives
-    the last mean and its level, and the last, which is long in log z, are plain Euler steps.
+    algorithm 2, in the variable z). The first step, which has no history, and the last, which is
+    long in log z, are plain Euler steps.
     """
     run = _Run(denoise, callback)
     last = len(grid) - 2
     own: Tensor | None = None
-    earlier = None if earlier is None else (earlier[0].clone(), earlier[1])  # is written over
+    earlier: tuple[Tensor, float] | None = None  # the mean of the step before, and its level
     for step, (z, next_z) in enumerate(pairwise(grid)):
         prediction = run.evaluate(x, z, step)
         needed = run.watched or step != last

@@ -393,8 +393,8 @@ def one_calls(monkeypatch):
     for each other."""
     answers, call = [], eager.one_call
 
-    def watched(*arguments):
-        answer = call(*arguments)
+    def watched(*arguments, **options):
+        answer = call(*arguments, **options)
         answers.append(answer is not None)
         return answer
 

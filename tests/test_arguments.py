@@ -11,9 +11,11 @@ from typing import Any, NamedTuple
 import numpy as np
 import pytest
 import torch
+from torch import nn
 
 import pfgm
 from pfgm import PoissonFlow, PoissonFlowPP, metrics, plotting
+from pfgm.backends import requested
 from pfgm.common import checks, numbers, values
 from pfgm.networks import MLP, UNet
 from pfgm.networks.config import MAX_DEPTH, MAX_WIDTH
@@ -73,7 +75,9 @@ POINT = Kind(numbers.finite_values, ("x", 1j, [math.nan], math.inf, 10**400))
 TRUTH = Kind(checks.check_bool, ("false", 1, None))
 POINTS = torch.zeros(3, 2)
 FLOATING = Kind(checks.check_floating, (POINTS.long(), POINTS.byte(), [0.0], 1.0))
+FLOATS = Kind(checks.check_floating, (POINTS.long(), POINTS.byte()))  # of tensors
 REAL = Kind(checks.check_dtype, (POINTS.long(), POINTS.bool()))
+BACKEND = Kind(lambda name, value: requested(value), (3, True, [], 1.5))
 OBJECTS = Kind(checks.check_tensor, (POINTS.numpy(), [1.0], 3))
 FINITE = Kind(values.check_finite, (POINTS / 0, POINTS - math.inf))
 ZEROS = torch.zeros(5, dtype=torch.long)
@@ -174,6 +178,10 @@ SAMPLING = CHOICES | {"steps": STEPS}
 WIDTH, DEPTH = whole(1, MAX_WIDTH), whole(1, MAX_DEPTH)
 MLP_2, UNET = partial(MLP, (2,)), partial(UNet, (1, 8, 8))
 ESTIMATORS = one_of("rademacher", "gaussian", "exact")
+EMBEDDING = one_of("positional", "fourier")
+DENOISERS_PREDICT = ("residual", "mean", "noise", "score")
+PREDICTS = one_of(*DENOISERS_PREDICT, "field")
+LEVELS = Kind(one_of("timestep", "log", "sigma").check, ("other",))
 MASK = torch.ones(2, dtype=torch.bool)
 
 
@@ -211,9 +219,26 @@ TABLE = [
         {"steps": STEPS, "rtol": ABOVE_0, "atol": ABOVE_0, "grey_levels": whole(2)},
     ),
     (partial(FLOW.log_likelihood, NET, X), {"estimator": ESTIMATORS}),
+    (partial(FLOW.denoise, NET, level=1.0), {"x": FLOATING}),
+    (partial(FLOW.solve, NET, grid=[1.0, 0.5]), {"x": FLOATS}),
+    (partial(FLOW.decode, NET), {"latent": FLOATS}),
+    (partial(FLOW.rescale, temperature=2.0), {"latent": FLOATS}),
+    (partial(FLOW.rescale, X), {"temperature": ABOVE_0}),
+    (partial(FLOW.interpolate, NET, X, X), {"count": whole(2)}),
+    (partial(FLOW.loss, NET, DATA), {"weighting": one_of("balanced", "published")}),
+    (partial(FLOW.network, nn.Identity()), {"predicts": PREDICTS, "level": LEVELS}),
+    (partial(PLUS.network, nn.Identity()), {"predicts": one_of(*DENOISERS_PREDICT)}),
+    (partial(FLOW.network, nn.Identity()), {"data_std": ABOVE_0}),
     (partial(pfgm.interpolate, X, X), {"weights": POINT}),
-    (partial(pfgm.field_fn, X, 1.0, DATA), {"gamma": GAMMA}),
-    (partial(pfgm.euler_step, X, FIELD, 2.0, 1.0), {"out": OBJECTS}),
+    (partial(pfgm.interpolate, b=X, weights=[0.5]), {"a": FLOATING}),
+    (partial(pfgm.field_fn, X, 1.0, DATA), {"gamma": GAMMA, "backend": BACKEND}),
+    (partial(pfgm.posterior_mean, X, pfgm.ReferenceSet(DATA), r=1.0), {"backend": BACKEND}),
+    *(
+        (partial(call, X, DATA, sigma=1.0), {"backend": BACKEND})
+        for call in (pfgm.posterior_mean, pfgm.log_density)
+    ),
+    (partial(pfgm.euler_step, X, FIELD, 2.0, 1.0), {"out": OBJECTS, "backend": BACKEND}),
+    (partial(pfgm.euler_step, X, X, 2.0, 1.0, out=X.clone()), {"backend": BACKEND}),
     (partial(rk45, NET, X, [9.0, 1.0]), {"rtol": AT_LEAST_0, "atol": AT_LEAST_0}),
     (MLP_2, {"width": WIDTH, "depth": DEPTH, "classes": FROM_0, "center": POINT}),
     (MLP_2, {"data_std": ABOVE_0, "gamma": ABOVE_0, "scale": ABOVE_0}),
@@ -224,6 +249,11 @@ TABLE = [
         partial(EDMDenoiser, 3, 32),
         {"num_blocks": DEPTH, "model_channels": WIDTH, "classes": FROM_0},
     ),
+    (
+        partial(EDMDenoiser, 3, 32),
+        {"embedding_type": EMBEDDING, "encoder_type": one_of("standard", "residual")},
+    ),
+    (partial(DDPMpp, 3, 32), {"embedding": EMBEDDING}),
     (
         partial(EDMDenoiser, 1, 8, model_channels=8, channel_mult=[1], num_blocks=1),
         {"sigma_data": ABOVE_0},
@@ -245,6 +275,7 @@ TABLE = [
     (partial(metrics.precision_recall, samples=POINTS, k=1), {"real": FINITE}),
     (partial(metrics.precision_recall, real=POINTS, k=1), {"samples": FINITE}),
     (partial(metrics.train_classifier, IMAGES, ZEROS), {"epochs": COUNT}),
+    (partial(metrics.train_classifier, labels=ZEROS), {"images": FLOATING}),
     (partial(metrics.Classifier, (1, 8, 8), 3), {"width": whole(1, 2**16)}),
     *(
         (partial(TrainConfig), {name: kind})
@@ -253,6 +284,7 @@ TABLE = [
             (FROM_0, "warmup evaluate_every"),
             (TRUTH, "compile"),
             (SEED, "seed"),
+            (ABOVE_0, "learning_rate"),
             (one_of("none", "cosine"), "decay"),
         )
         for name in names.split()

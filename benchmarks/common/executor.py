@@ -249,7 +249,7 @@ def in_place_of_a_gpu(folder: str) -> Iterator[None]:
     replaced: list[tuple[Any, str, Any]] = [
         (native, "_native", extension),
         (native, "_on_cuda", lambda device: True),
-        (native, "on_gpu", lambda value: True),
+        (native, "gpu_of", lambda value: getattr(value, "device", None)),
         (native, "current_stream", lambda device: (_DEVICE, 0)),
         (native_calls, "_native", extension),
         (values, "_on_cpu", lambda device: False),

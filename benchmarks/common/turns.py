@@ -53,6 +53,11 @@ def time_calls(calls: Mapping[str, Call], turns: int, clock: Clock = host_second
     return take_turns({name: [call] for name, call in calls.items()}, clock, turns)
 
 
+def medians(seconds: Seconds) -> dict[str, float]:
+    """The median of each path."""
+    return {path: statistics.median(times) for path, times in seconds.items()}
+
+
 def ratio(seconds: Seconds, path: str, to: str) -> float:
     """How many times as long one path takes as another."""
     pairs = zip(seconds[path], seconds[to], strict=True)

@@ -44,7 +44,7 @@ from benchmarks.common.subjects import (
     photograph_bytes,
     photograph_crops,
 )
-from benchmarks.common.turns import ratio, time_calls
+from benchmarks.common.turns import medians, ratio, time_calls
 
 TURNS = 7
 _PART = 50_000  # rows of the large file that are made at once
@@ -98,7 +98,7 @@ def from_a_file(folder: Path, B: int = 256) -> dict[str, Any]:
     )
     return {
         "B, M, N": (B, *images.shape),
-        "seconds": seconds,
+        "seconds": medians(seconds),
         "memory map / tensor": ratio(seconds, "memory map", "tensor"),
         "memory map / set in memory": ratio(seconds, "memory map", "set in memory"),
         "the same bits": torch.equal(fields["memory map"], fields["set in memory"]),
@@ -126,7 +126,7 @@ def kept(B: int, z: float) -> dict[str, Any]:
     seconds = time_calls(paths, TURNS)
     return {
         "B, M, N": (B, *images.shape),
-        "seconds": seconds,
+        "seconds": medians(seconds),
         "new set / set": ratio(seconds, "new set", "set"),
         "tensor / set": ratio(seconds, "tensor", "set"),
         "the same bits": torch.equal(fields[1], fields[2]),
@@ -195,7 +195,7 @@ def streamed(folder: Path, rows: int, B: int = 128) -> dict[str, Any]:
     return {
         "B, M, N": (B, rows, 3072),
         "gigabytes": path.stat().st_size / 1e9,
-        "seconds": seconds,
+        "seconds": medians(seconds),
         "rate / the slower of both": statistics.median(
             max(reading, computing) / streaming for reading, computing, streaming in turns
         ),
@@ -245,7 +245,7 @@ def shared(folder: Path, B: int = 256) -> dict[str, Any]:
     seconds = {name: answers[name] for name in ("one", "two")}
     return {
         "B, M, N": (B, 60000, 784),
-        "seconds": seconds,
+        "seconds": medians(seconds),
         "one process / two": ratio(seconds, "one", "two"),
         "largest difference": answers["difference"],
     }

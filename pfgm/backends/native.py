@@ -37,7 +37,6 @@ from ..core import formulas
 from ..core.problems import Needs, OdeStep, PosteriorMean, State, Upstream
 from ..core.weights import check_singular, law, singular_message
 from .cuda_driver import CudaRuntime, cuda_lines, version_text
-from .layout import laid_out, laid_out_step, step_outputs
 
 # The failures that the CPU kernels return.
 _RADIUS, _VALUE, _SINGULAR, _MEMORY, _SKETCH, _KEPT, _RANGE, _UNDERFLOW = range(1, 9)
@@ -119,9 +118,9 @@ def _on_cuda(device: torch.device) -> bool:
     return device.type == "cuda"
 
 
-def on_gpu(value: Tensor) -> bool:
-    """Whether a tensor is on a GPU that torch calls "cuda"."""
-    return value.is_cuda
+def gpu_of(value: Any) -> torch.device | None:
+    """The GPU, which torch calls "cuda", of a tensor; None for anything else."""
+    return value.device if type(value) is Tensor and value.is_cuda else None
 
 
 def _unable_on_cuda(
@@ -381,7 +380,7 @@ def posterior_mean(
     problem: PosteriorMean, kept: Tensor | None = None
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """As in :class:`~pfgm.backends.Backend`; fills the memory ``kept``."""
-    problem = laid_out(problem)
+    problem = problem.laid_out()
     x, references, radius = problem[:3]
     mean = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     logsumexp, nearest, total = (
@@ -413,7 +412,7 @@ def posterior_mean_backward(
     kept: Tensor | None = None,
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
     """As in :class:`~pfgm.backends.Backend`; ``kept`` is the used memory of the forward pass."""
-    problem = laid_out(problem)
+    problem = problem.laid_out()
     x, references, radius = problem[:3]
     state, upstream = State(*map(contiguous, state)), Upstream(*map(contiguous, upstream))
     grad_x, grad_references, grad_radius = gradients = tuple(
@@ -504,9 +503,9 @@ def normalised_field_backward(
 def ode_step(
     step: OdeStep, with_mean: bool, out: Tensor | None = None, mean_out: Tensor | None = None
 ) -> tuple[Tensor, Tensor | None]:
-    step = laid_out_step(step)
+    step = step.laid_out()
     x, slope, field_z, history, z, toward, blend, row_levels, gamma, z_exp, exact = step
-    out, mean_out = step_outputs(x, with_mean, out, mean_out)
+    out, mean_out = step.outputs(with_mean, out, mean_out)
     shared = array("d", (z, toward, blend))
     native_step = extension().OdeStep(
         type=REFERENCES[x.dtype].number,

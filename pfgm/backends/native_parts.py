@@ -20,7 +20,6 @@ from ..common.dtypes import REFERENCES
 from ..common.tensors import contiguous
 from ..core.problems import PosteriorMean, RunningGradient, RunningMean, State, Upstream
 from . import choose, native
-from .layout import laid_out
 from .native import address
 
 
@@ -68,7 +67,7 @@ def end(problem: PosteriorMean, running: RunningMean) -> tuple[Tensor, Tensor]:
 def _run(
     problem: PosteriorMean, running: RunningMean, mean: Tensor | None, logsumexp: Tensor | None
 ) -> None:
-    problem = laid_out(problem)
+    problem = problem.laid_out()
     io = native.extension().Forward(
         mean=address(mean),
         logsumexp=address(logsumexp),
@@ -147,7 +146,7 @@ def _backward(
     grad_radius: Tensor | None = None,
 ) -> Any:
     """The result of a function of the extension, for its inputs and results of a backward pass."""
-    problem = laid_out(problem)
+    problem = problem.laid_out()
     state, upstream = State(*map(contiguous, state)), Upstream(*map(contiguous, upstream))
     sums, moments, pulls, references = (None, None, None, 0) if running is None else running
     io = native.backward_io(

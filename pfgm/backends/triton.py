@@ -23,7 +23,6 @@ from ..common.values import check_distances, check_radius, checks_values
 from ..core import formulas
 from ..core.problems import Needs, OdeStep, PosteriorMean, State, Upstream
 from ..core.weights import check_singular, law
-from .layout import laid_out, laid_out_step, step_outputs
 
 _OLDEST = (3, 6)  # major and minor version of Triton
 
@@ -89,7 +88,7 @@ def _kernels(name: str) -> Any:
 
 
 def posterior_mean(problem: PosteriorMean) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    problem = laid_out(problem)
+    problem = problem.laid_out()
     x, references, radius, D = problem[:4]
     if checks_values(x.device):
         check_radius(radius, D)
@@ -106,7 +105,7 @@ def posterior_mean(problem: PosteriorMean) -> tuple[Tensor, Tensor, Tensor, Tens
 def posterior_mean_backward(
     problem: PosteriorMean, state: State, upstream: Upstream, needs: Needs
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-    x, references, radius, D = laid_out(problem)[:4]
+    x, references, radius, D = problem.laid_out()[:4]
     check_singular(law(D, x.shape[1]).is_constant(state.nearest, radius), upstream.grad_logsumexp)
     with _current_device(x):
         grad_x, grad_references, grad_radius = _kernels(
@@ -142,8 +141,8 @@ def ode_step(
     step: OdeStep, with_mean: bool, out: Tensor | None = None, mean_out: Tensor | None = None
 ) -> tuple[Tensor, Tensor | None]:
     kernels = _kernels("ode_step")
-    step = laid_out_step(step)
-    out, mean_out = step_outputs(step.x, with_mean, out, mean_out)
+    step = step.laid_out()
+    out, mean_out = step.outputs(with_mean, out, mean_out)
     if step.x.shape[0] > 0:
         with _current_device(step.x):
             kernels.launch(step, out, mean_out)

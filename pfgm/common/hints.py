@@ -52,10 +52,6 @@ _INSTEAD: dict[str, tuple[str, ...]] = {
         ("label", "labels", "class_labels", "class", "class_idx"),
         ("condition={'labels': labels}", "label", "labels"),
     ),
-    # Names of version 0.2.
-    "references": ("reference_batch",),
-    "levels": ("grey_levels", "student_levels"),
-    "sigma": ("noise_std",),
 }
 """What to give in place of a name: the first of these that a function takes."""
 

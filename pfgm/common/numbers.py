@@ -108,7 +108,7 @@ def positive(name: str, value: Any) -> float:
     if not _FLOAT32.tiny <= number <= _FLOAT32.max:
         raise ValueError(
             f"{name} must be a number above 0 that float32 can hold, {_FLOAT32.tiny:.2g} to "
-            f"{_FLOAT32.max:.2g}, got {value}."
+            f"{_FLOAT32.max:.2g}, got {value!s:.80}."
         )
     return number
 
@@ -119,7 +119,7 @@ def non_negative(name: str, value: Any) -> float:
     if not 0 <= number <= _FLOAT32.max:
         raise ValueError(
             f"{name} must be a number of at least 0 that float32 can hold, up to "
-            f"{_FLOAT32.max:.2g}, got {value}."
+            f"{_FLOAT32.max:.2g}, got {value!s:.80}."
         )
     return number
 

@@ -6,6 +6,8 @@ from typing import NamedTuple
 
 from torch import Tensor
 
+from ..common.tensors import contiguous, contiguous_features
+
 
 class PosteriorMean(NamedTuple):
     """A problem: the posterior mean and the log-sum-exp of B points x over M references."""
@@ -24,6 +26,14 @@ class PosteriorMean(NamedTuple):
     difference: bool = False
     """Whether the forward pass returns x − mean in place of the mean. Near the mean it has digits
     that a rounded mean has lost. Backward passes ignore it."""
+
+    def laid_out(self) -> PosteriorMean:
+        """The same problem with contiguous features and radius, as the kernels need them."""
+        return self._replace(
+            x=contiguous_features(self.x),
+            references=contiguous_features(self.references),
+            radius=contiguous(self.radius),
+        )
 
 
 class State(NamedTuple):
@@ -120,3 +130,23 @@ class OdeStep(NamedTuple):
     """Below this z, v_z is replaced by the value that v_x implies."""
     exact: bool
     """Whether the replacement inverts the normalisation exactly; False means as published."""
+
+    def laid_out(self) -> OdeStep:
+        """The same step with contiguous features and vectors, as the kernels need them."""
+        return self._replace(
+            x=contiguous_features(self.x),
+            slope=contiguous_features(self.slope),
+            field_z=None if self.field_z is None else self.field_z.contiguous(),
+            history=None if self.history is None else contiguous_features(self.history),
+            row_levels=None if self.row_levels is None else self.row_levels.contiguous(),
+        )
+
+    def outputs(
+        self, with_mean: bool, out: Tensor | None, mean_out: Tensor | None
+    ) -> tuple[Tensor, Tensor | None]:
+        """The tensors (B, N) for the next points and the mean: the given ones, and new ones for
+        None. The second is None if the mean is not wanted."""
+        out = self.x.new_empty(self.x.shape) if out is None else out
+        if not with_mean:
+            return out, None
+        return out, self.x.new_empty(self.x.shape) if mean_out is None else mean_out

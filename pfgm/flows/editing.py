@@ -12,7 +12,7 @@ from typing import Any, Literal, overload
 import torch
 from torch import Tensor
 
-from ..common.numbers import LARGEST, is_number, whole
+from ..common.numbers import positive, whole
 from ..common.tensors import over_samples
 from ..solvers import SolverFunction, as_solver
 from .conditions import Condition, Network, as_condition, map_tensors
@@ -209,8 +209,7 @@ class Editing(Sampling):
         tensor([[6.0000, 8.0000],
                 [1.2000, 1.6000]])
         """
-        if not is_number(temperature) or not 0 < temperature <= LARGEST:
-            raise ValueError(f"temperature must be a finite number above 0, got {temperature!r}.")
+        temperature = positive("temperature", temperature)
         self._check_x(latent, "latent")
         center = self._center(latent)
         offset = latent - center

@@ -44,7 +44,7 @@ from .parametrisation import Parametrisation
 if TYPE_CHECKING:
     from typing_extensions import Unpack
 
-_GIVEN = ("churn", "noise", "earlier")  # options that a flow sets itself
+_GIVEN = ("churn", "noise")  # options that a flow sets itself
 _SAME_LEVEL = 1e-3  # relative difference of levels, as of rounding to half precision
 MOST_STEPS = 1_000_000  # all levels are in memory at once; published samplers take up to 1000
 

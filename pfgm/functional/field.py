@@ -257,8 +257,17 @@ def posterior_mean(
     ):
         level, factor = (r, 1.0) if sigma is None else (sigma, unit_radius(D))
         rows, sketch_of = _as_tensor(references)
-        options = factor, as_float(D), return_logsumexp, sketch_of
-        results = eager.one_call("posterior_mean", backend, (x, rows, level), options)
+        results = eager.one_call(
+            eager.posterior_mean,
+            backend,
+            x,
+            rows,
+            level,
+            factor=factor,
+            D=as_float(D),
+            with_logsumexp=return_logsumexp,
+            sketch_of=sketch_of,
+        )
         if results is not None:
             mean, logsumexp = results
             return mean if logsumexp is None else (mean, logsumexp)
@@ -326,9 +335,7 @@ def field_fn(
     # First in one call, as in posterior_mean.
     if type(gamma) in (float, int) and 0 <= gamma <= LARGEST:
         rows, sketch_of = _as_tensor(references)
-        field: tuple[Tensor, Tensor] | None
-        options = gamma, sketch_of
-        field = eager.one_call("field", backend, (x, rows, z), options)
+        field = eager.one_call(eager.field, backend, x, rows, z, gamma=gamma, sketch_of=sketch_of)
         if field is not None:
             return field
     _check_tensors(x, references)

@@ -282,7 +282,8 @@ def _step(
     result: tuple[Tensor, Tensor | None] | None = None
     if mean_out is None or with_mean:
         operands = (x, slope, field_z, history, out, mean_out, *levels)
-        result = eager.one_call("step", backend, operands, (method, law, with_mean))
+        options = {"method": method, "law": law, "with_mean": with_mean}
+        result = eager.one_call(eager.step, backend, *operands, **options)
     if result is None:
         coefficients = _coefficients(method, x, *levels)
         _check(method, x, prediction, history)

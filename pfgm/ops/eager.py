@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple, NoReturn
+from typing import Any, NamedTuple, NoReturn, TypeVar
 
 import torch
 from torch import Tensor
@@ -32,9 +32,12 @@ from .differentiable import Differentiable
 enabled = True
 """Whether anything may pass. Tests turn it off."""
 
+posterior_mean, field, step = native_calls.posterior_mean, native_calls.field, native_calls.step
+"""The functions of :func:`one_call`."""
 EULER, HEUN, MULTISTEP = native_calls.EULER, native_calls.HEUN, native_calls.MULTISTEP
 """The methods of a step."""
 
+T = TypeVar("T")
 Results = tuple[Tensor, Tensor, Tensor, Tensor]
 
 _MAX_CHECKED = 1 << 16  # values that one thread checks sooner than torch's operators start
@@ -91,11 +94,6 @@ def passes(gpu: torch.device | None, *values: Any, gradients: bool = False) -> b
     return True
 
 
-def _gpu_of(value: Any) -> torch.device | None:
-    """The GPU of a tensor; None for one in CPU memory, and for anything else."""
-    return value.device if type(value) is Tensor and native.on_gpu(value) else None
-
-
 def differentiated(
     problem: PosteriorMean, backend: str | None, check: Callable[[], None] | None = None
 ) -> Results | None:
@@ -106,7 +104,7 @@ def differentiated(
     first, which may raise an error.
     """
     tensors = problem.x, problem.references, problem.radius
-    gpu = _gpu_of(problem.x)
+    gpu = native.gpu_of(problem.x)
     if (
         not _wants_gradients()
         or not any(tensor.requires_grad for tensor in tensors)
@@ -158,8 +156,10 @@ class _Kept(NamedTuple):
         # What was not active in the forward pass may be here. The operator refuses a second
         # derivative.
         batched = any(map(torch._C._functorch.is_legacy_batchedtensor, upstream))
-        if _wants_gradients() or batched or not passes(_gpu_of(problem.x), *upstream):
-            return mean_operator.call_backward(problem, state, upstream, needs, self.backend)
+        if _wants_gradients() or batched or not passes(native.gpu_of(problem.x), *upstream):
+            gradients: tuple[Tensor, ...]
+            gradients = mean_operator.BACKWARD(upstream, state, list(needs), problem, self.backend)
+            return gradients
         return native.posterior_mean_backward(problem, state, upstream, needs, *rest)
 
     def tangents(self, *_: object) -> NoReturn:
@@ -167,13 +167,14 @@ class _Kept(NamedTuple):
 
 
 def one_call(
-    name: str, backend: str | None, operands: tuple[Any, ...], options: tuple[Any, ...]
-) -> Any:
-    """The result of a function of :mod:`pfgm.backends.native_calls`; None where it cannot answer.
+    function: Callable[..., T | None], backend: str | None, *operands: Any, **options: Any
+) -> T | None:
+    """The result of :data:`posterior_mean`, :data:`field` or :data:`step`; None where it cannot
+    answer.
 
     Operands are tensors, numbers and None, the points first.
     """
-    gpu = _gpu_of(operands[0])
+    gpu = native.gpu_of(operands[0])
     chosen = requested(backend)
     # The kernels look at PFGM_BACKEND themselves, in a tenth of the time that os.environ takes.
     if (
@@ -184,7 +185,7 @@ def one_call(
         or (gpu is not None and not chosen and not _takes_native(gpu))
     ):
         return None
-    return getattr(native_calls, name)(gpu, *operands, *options)
+    return function(gpu, *operands, **options)
 
 
 def _takes_native(gpu: torch.device) -> bool:
@@ -195,7 +196,7 @@ def _takes_native(gpu: torch.device) -> bool:
 
 def all_finite(values: Tensor) -> bool:
     """True if no value of a tensor is NaN or infinite."""
-    few = values.numel() <= _MAX_CHECKED and not native.on_gpu(values)
+    few = values.numel() <= _MAX_CHECKED and native.gpu_of(values) is None
     if few and passes(None, values, gradients=True):
         finite = native_calls.all_finite(values)
         if finite is not None:

@@ -39,8 +39,11 @@ _GRADIENTS = "Tensor grad_x, Tensor grad_references, Tensor grad_radius"
 _FORWARD_TAKES = (PosteriorMean, _BACKEND)
 _BACKWARD_TAKES = (Upstream, State, "bool[] needs", PosteriorMean, _BACKEND)
 
-_FORWARD = Operator("posterior_mean", _FORWARD_TAKES, _RESULTS)
-_BACKWARD = Operator("posterior_mean_backward", _BACKWARD_TAKES, _GRADIENTS)
+FORWARD = Operator("posterior_mean", _FORWARD_TAKES, _RESULTS)
+"""``(problem, backend)`` → mean or difference, log-sum-exp, nearest and total."""
+BACKWARD = Operator("posterior_mean_backward", _BACKWARD_TAKES, _GRADIENTS)
+"""``(upstream, state, needs, problem, backend)`` → the gradients of x, references and radius. Those
+that are not needed are empty."""
 _FORWARD_VARYING = Operator("posterior_mean_varying", _FORWARD_TAKES, _RESULTS, D="Tensor")
 _BACKWARD_VARYING = Operator(
     "posterior_mean_varying_backward", _BACKWARD_TAKES, _GRADIENTS, D="Tensor"
@@ -67,30 +70,9 @@ def compute(problem: PosteriorMean, backend: str | None) -> tuple[Tensor, Tensor
     elif transforms.forward_mode() and not compiled:
         results = _transformed(problem, backend)
     else:
-        results = call(problem, backend)
+        results = FORWARD(problem, backend)
     mean, logsumexp, nearest, total = results
     return mean, logsumexp, nearest, total
-
-
-def call(problem: PosteriorMean, backend: str | None) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Calls the operator. Returns mean or difference, log-sum-exp, nearest and total."""
-    mean, logsumexp, nearest, total = _FORWARD(problem, backend)
-    return mean, logsumexp, nearest, total
-
-
-def call_backward(
-    problem: PosteriorMean,
-    state: State,
-    upstream: Upstream,
-    needs: Sequence[bool],
-    backend: str | None,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Calls the operator of the backward pass. Returns the gradients of x, references and radius.
-
-    Gradients that are not needed are empty tensors.
-    """
-    grad_x, grad_references, grad_radius = _BACKWARD(upstream, state, list(needs), problem, backend)
-    return grad_x, grad_references, grad_radius
 
 
 def sketch(references: Tensor, x: Tensor, backend: str | None) -> Tensor | None:
@@ -271,12 +253,12 @@ class OnceDifferentiable(transforms.Rowwise):
 class _PosteriorMean(transforms.Rowwise):
     """The operator posterior_mean with its gradient, its tangent and a batching rule."""
 
-    shared = _FORWARD.indices("references", "sketch")
-    forward = staticmethod(_FORWARD.overload)
+    shared = FORWARD.indices("references", "sketch")
+    forward = staticmethod(FORWARD.overload)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-        problem, ctx.backend = _FORWARD.groups(inputs)
+        problem, ctx.backend = FORWARD.groups(inputs)
         x, references, radius, D, sketch, ctx.difference = problem
         result, _, nearest, total = output
         ctx.D, varying_D = (None, D) if isinstance(D, Tensor) else (D, None)
@@ -289,7 +271,7 @@ class _PosteriorMean(transforms.Rowwise):
     def backward(ctx: Any, *gradients: Tensor | None) -> tuple[Tensor | None, ...]:
         needs = list(ctx.needs_input_grad[:3])
         x, references, radius, result, nearest, total, sketch, varying_D = ctx.saved_tensors
-        operator, D = (_BACKWARD, ctx.D) if varying_D is None else (_BACKWARD_VARYING, varying_D)
+        operator, D = (BACKWARD, ctx.D) if varying_D is None else (_BACKWARD_VARYING, varying_D)
         problem = PosteriorMean(x, references, radius, D, sketch)
 
         def compute(mean: Tensor, upstream: Upstream) -> tuple[Tensor, ...]:
@@ -312,17 +294,17 @@ class _PosteriorMean(transforms.Rowwise):
 class _Backward(OnceDifferentiable):
     """The operator posterior_mean_backward, with a batching rule."""
 
-    forward = staticmethod(_BACKWARD.overload)
+    forward = staticmethod(BACKWARD.overload)
 
     @classmethod
     def vmap(cls, info: Any, in_dims: tuple[Any, ...], *arguments: Any) -> Any:
-        _, _, needs, _, _ = _BACKWARD.groups(arguments)
+        _, _, needs, _, _ = BACKWARD.groups(arguments)
         return transforms.map_rows(
             cls.apply,
             info.batch_size,
             in_dims,
             arguments,
-            shared=_BACKWARD.indices("references", "sketch"),
+            shared=BACKWARD.indices("references", "sketch"),
             by_rows=not needs[1],  # the gradient of references sums over rows
         )
 
@@ -347,7 +329,7 @@ class _Tangent(OnceDifferentiable):
         wide = x.to(tangent_dtype(x, references, backend))
         problem = PosteriorMean(wide, references, radius, D)
         tangents = Tangents(tangent_x, tangent_references, tangent_radius)
-        mean, _, nearest, total = call(problem, backend)
+        mean, _, nearest, total = FORWARD(problem, backend)
         center = mean.to(radius.dtype)
         adds_radius = law(D, x.shape[1]).adds_radius
         if tangent_references is not None or not (adds_radius or tangent_radius is None):
@@ -412,13 +394,8 @@ def tangent_from_gradients(
     if weights.adds_radius:
         # At r = 0 the gradient r Σ c_j would be 0. A radius too small to change s replaces it.
         radius = torch.maximum(radius, 1e-10 * state.nearest.sqrt())
-    grad_x, _, grad_radius = call_backward(
-        problem._replace(radius=radius),
-        state,
-        Upstream(moved, g),
-        [True, False, weights.adds_radius],
-        backend,
-    )
+    needs, problem = [True, False, weights.adds_radius], problem._replace(radius=radius)
+    grad_x, _, grad_radius = BACKWARD(Upstream(moved, g), state, needs, problem, backend)
     sum_c = grad_radius / radius if weights.adds_radius else -g / radius / radius
     sum_c = torch.where(unmoved, 0.0, sum_c)
     mean_tangent = grad_x.to(wide) + sum_c[:, None] * (center - x.to(wide))
@@ -445,7 +422,7 @@ def _transformed_backward(
 
 
 for _forward_op, _backward_op, _transforms in (
-    (_FORWARD, _BACKWARD, (_transformed, _transformed_backward)),
+    (FORWARD, BACKWARD, (_transformed, _transformed_backward)),
     (_FORWARD_VARYING, _BACKWARD_VARYING, (None, None)),
 ):
     _forward_op.register(

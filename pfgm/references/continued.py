@@ -19,7 +19,7 @@ from ..backends import native_parts
 from ..common.tensors import flat_rows
 from ..core.problems import PosteriorMean, RunningGradient, RunningMean, State
 from ..ops import eager, posterior_mean_parts
-from ..ops.posterior_mean import call, call_backward
+from ..ops.posterior_mean import BACKWARD, FORWARD
 from .settings import ChunkTotals, Saved, Settings
 
 R = TypeVar("R", RunningMean, RunningGradient)
@@ -65,9 +65,8 @@ def results(x: Tensor, radius: Tensor, settings: Settings) -> tuple[Tensor, ...]
     """Mean or difference, log-sum-exp, nearest and total, and the last two as those of a chunk."""
     rows = settings.part.as_tensor()
     if rows is not None:
-        result, logsumexp, nearest, total = call(
-            _problem_of_all(rows, x, radius, settings), "native"
-        )
+        problem = _problem_of_all(rows, x, radius, settings)
+        result, logsumexp, nearest, total = FORWARD(problem, "native")
     else:
         running = _sum_of_chunks(x, radius, settings)
         nearest, total = running.nearest, running.total
@@ -139,8 +138,8 @@ def gradients(saved: Saved, settings: Settings, needs: tuple[bool, bool]) -> tup
     if rows is not None:
         problem = _problem_of_all(rows, saved.x, saved.radius, settings)
         needed = [needs[0], False, needs[1]]
-        gradients = call_backward(problem, saved.state, saved.upstream, needed, "native")
-        return gradients[0], gradients[2]
+        grad_x, _, grad_radius = BACKWARD(saved.upstream, saved.state, needed, problem, "native")
+        return grad_x, grad_radius
     none = saved.x.new_empty(0, *saved.x.shape[1:], dtype=settings.part.source.dtype)
     problem = settings.problem(saved.x, none, saved.radius)
     running = native_parts.begin_gradients(saved.x, _count(settings), needs[0])

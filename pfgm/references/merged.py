@@ -26,7 +26,7 @@ from ..core.arithmetic import may_wait
 from ..core.merging import merge, relative_weight
 from ..core.problems import PosteriorMean, State, Tangents, Upstream
 from ..core.weights import Law, law
-from ..ops.posterior_mean import call, call_backward, tangent_dtype, tangent_from_gradients
+from ..ops.posterior_mean import BACKWARD, FORWARD, tangent_dtype, tangent_from_gradients
 from .settings import ChunkTotals, Saved, Settings
 
 _MIN_FRACTION = 1e-18  # a chunk with a smaller fraction of the weight is left out of the gradient
@@ -59,7 +59,7 @@ def _widened(x: Tensor, chunk: Tensor, settings: Settings) -> Tensor:
 
 def _state(problem: PosteriorMean, settings: Settings) -> State:
     """The result over one chunk."""
-    mean, _, nearest, total = call(problem, settings.backend)
+    mean, _, nearest, total = FORWARD(problem, settings.backend)
     return State(mean, nearest, total)
 
 
@@ -241,7 +241,7 @@ def _gradients_of(
     g = fraction * (_pull_of_chunk(own.mean, saved) - average + saved.grad_logsumexp)
     upstream = Upstream((fraction[:, None] * saved.grad_mean).to(saved.x.dtype), g)
     needed = [needs[0], False, needs[1]]
-    grad_x, _, grad_radius = call_backward(problem, own, upstream, needed, settings.backend)
+    grad_x, _, grad_radius = BACKWARD(upstream, own, needed, problem, settings.backend)
     # The gradient of Σ_i g_i times a score is much larger than the result. The part with the
     # nearest of all references, common to all chunks, is left out here and added by the caller.
     if needs[1]:

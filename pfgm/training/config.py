@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import dataclasses
 import math
-import reprlib
 from typing import Any, Literal, NamedTuple, get_args
 
 from ..common.checks import check_bool, check_choice
 from ..common.hints import with_hints
-from ..common.numbers import LARGEST, as_number, check_seed, whole
+from ..common.numbers import as_number, check_seed, positive, whole
 from .logs import LogTo
 
 _PUBLISHED_STEPS = 100_000  # from this number of steps on, the published settings are the defaults
@@ -142,10 +141,9 @@ class TrainConfig:
                 object.__setattr__(self, name, number)
         check_seed(self.seed)
         check_bool("compile", self.compile)
-        for name, finite, most in (("learning_rate", "finite ", LARGEST), ("clip", "", math.inf)):
-            if not 0 < as_number(values[name]) <= most:
-                shown = reprlib.repr(values[name])
-                raise ValueError(f"{name} must be a {finite}number above 0, got {shown}.")
+        positive("learning_rate", values["learning_rate"])
+        if not as_number(values["clip"]) > 0:
+            raise ValueError(f"clip must be a number above 0, got {values['clip']!r}.")
         for name in ("ema", "beta2", "label_dropout"):
             if not 0 <= as_number(values[name]) < 1:
                 raise ValueError(f"{name} must be at least 0 and below 1, got {values[name]!r}.")

@@ -2,25 +2,16 @@
 
 import csv
 import dataclasses
-import importlib.util
 import itertools
 import json
 import math
-import os
 import shutil
-import signal
-import subprocess
-import sys
-import time
 from pathlib import Path
-from types import SimpleNamespace
 
-import numpy as np
 import pytest
 import torch
 
 import pfgm
-from benchmarks.claims import __main__ as command_line
 from benchmarks.claims import (
     dimensions,
     examine,
@@ -28,13 +19,11 @@ from benchmarks.claims import (
     measures,
     methods,
     peers,
-    pictures,
     quality,
     step_size,
 )
 from benchmarks.claims import presets as claim_presets
 from benchmarks.claims.registry import CLAIMS
-from benchmarks.common import rows as row_tools
 
 ROOT = Path(__file__).resolve().parents[2]
 MINIATURE = dataclasses.replace(
@@ -170,44 +159,23 @@ def test_levels():
     assert flow.D == 128
 
 
-def test_training_runs_once_and_continues_after_a_stop(tmp_path):
-    first, *others = (
-        [
-            *methods.network_of(
-                methods.spec_of(MINIATURE, name, 0), MINIATURE, flow_of(name)
-            ).parameters()
-        ]
-        for name in MINIATURE.methods
-    )  # which share the backbone
-    for parameters in others:
-        assert all(torch.equal(a, b) for a, b in zip(parameters, first, strict=True))
-    spec = methods.spec_of(MINIATURE, "EDM", 0)
-    methods.train(spec, MINIATURE, tmp_path / "whole")
-    run = methods.run_of(tmp_path / "whole", spec)
-    before = {path.name: path.stat().st_mtime_ns for path in run.iterdir()}
-    assert methods.is_trained(spec, MINIATURE, tmp_path / "whole")
-    methods.train(spec, MINIATURE, tmp_path / "whole")
-    assert {path.name: path.stat().st_mtime_ns for path in run.iterdir()} == before
-    assert "early.safetensors" in before
-
-    class Stopped(Exception):
-        pass
+def test_a_training_that_was_stopped_continues(tmp_path, monkeypatch):
+    spec, folders = methods.spec_of(MINIATURE, "EDM", 0), [tmp_path / "whole", tmp_path / "parts"]
 
     def stop(*_, step):
-        raise Stopped
+        raise InterruptedError
 
-    again = methods.run_of(tmp_path / "parts", spec)
-    with pytest.MonkeyPatch.context() as patch:
+    with monkeypatch.context() as patch:
         patch.setattr(methods.pfgm, "save", stop)  # as early weights are written
-        with pytest.raises(Stopped):
-            methods.train(spec, MINIATURE, tmp_path / "parts")
-    assert not (again / "early.safetensors").exists()
-    assert not methods.is_trained(spec, MINIATURE, tmp_path / "parts")
-    methods.train(spec, MINIATURE, tmp_path / "parts")
+        with pytest.raises(InterruptedError):
+            methods.train(spec, MINIATURE, folders[1])
+    assert not methods.is_trained(spec, MINIATURE, folders[1])
+    for folder in folders:
+        methods.train(spec, MINIATURE, folder)
     for early in (False, True):
         a, b = (
-            methods.load(spec, MINIATURE, tmp_path / name, early=early).network.state_dict()
-            for name in ("whole", "parts")
+            methods.load(spec, MINIATURE, folder, early=early).network.state_dict()
+            for folder in folders
         )
         assert all(torch.equal(a[name], b[name]) for name in a)
 
@@ -305,17 +273,6 @@ def test_bits_of_a_gaussian_are_its_entropy_on_its_own_data(folder):
     assert row["bits_per_dim"] == pytest.approx(nats / (N * math.log(2)) + math.log2(17 / 2))
 
 
-def test_ratios(tmp_path):
-    rows = [
-        {"D": D, "seed": n, "f": f}
-        for D, n, f in ((1, 0, 2.0), (1, 1, 4.0), (2, 0, 1.0), (2, 1, 1.0))
-    ]
-    ratios = row_tools.relative(rows, ["f"], ["seed"], lambda row: row["D"] == 2)
-    means = row_tools.over_seeds(ratios, ["D"], ["f"])
-    row_tools.write_csv(tmp_path / "f.csv", means)
-    assert (tmp_path / "f.csv").read_text() == "D,f,f_spread\n1,3,1.41421\n2,1,0\n"
-
-
 def test_needed_evaluations():
     sde, other = peers.SDE
 
@@ -343,37 +300,6 @@ def test_needed_evaluations():
         assert never.items() <= needed[series].items()
 
 
-def test_pictures_are_saved_with_their_data(tmp_path):
-    rows = [
-        {"name": "a", "D": D, "f": f, "f_spread": 0.1}
-        for D, f in ((1, 2.0), (64, 1.0), (math.inf, 1.5), (2, math.nan))
-    ]
-    words = {"xlabel": "D", "ylabel": "f", "title": "t"}
-    pictures.curves(rows, "name", "D", "f", tmp_path / "f.png", **words)
-    assert [row["D"] for row in rows_of(tmp_path / "f.csv")] == ["1", "64", "inf"]
-    assert (tmp_path / "f.png").exists()
-    pictures.curves(rows[-1:], "name", "D", "f", tmp_path / "f.png", **words)
-    assert not (tmp_path / "f.png").exists()
-    values = [
-        {"method": "PFGM", "network": "full", "f": 1.0, "f_spread": 0.1},
-        {"method": "PFGM", "network": "half", "f": 2.0},
-        {"method": "EDM", "network": "full", "f": 1.5, "f_spread": 0.2},
-    ]
-    pictures.bars(values, "method", "network", "f", tmp_path / "b.png", "f", "t")
-    assert [row["value"] for row in rows_of(tmp_path / "b.csv")] == ["1", "2", "1.5"]
-    assert (tmp_path / "b.png").exists()
-
-
-def test_the_classifier_learns_once(tmp_path):
-    preset = dataclasses.replace(MINIATURE, classifier_epochs=4)
-    written = set()
-    for _ in range(2):
-        examine.prepare(preset, tmp_path, 1)
-        written.add(measures.classifier_path(tmp_path).stat().st_mtime_ns)
-    assert len(written) == 1
-    assert measures.accuracy(preset, tmp_path) > 0.85
-
-
 @pytest.mark.slow
 def test_jobs_in_processes_give_the_same_rows(folder, monkeypatch):
     monkeypatch.undo()
@@ -382,82 +308,6 @@ def test_jobs_in_processes_give_the_same_rows(folder, monkeypatch):
     assert len(results) == 2
     for job, rows in results:
         assert rows == job.rows(MINIATURE, folder)
-
-
-@pytest.mark.slow
-def test_an_error_in_a_process_ends_the_run(folder, monkeypatch):
-    monkeypatch.undo()
-    spec = methods.spec_of(MINIATURE, "VP", 0)
-    setting = {"series": "no such sampler", "setting": 1, "seed": 0}
-    methods.train(spec, MINIATURE, folder)
-    chosen = [jobs.Job("quality", quality.by_peer, setting, spec)]
-    with pytest.raises(KeyError, match="no such sampler"):
-        list(jobs.run_jobs(chosen, MINIATURE, folder, title="t", workers=1))
-
-
-LONG = """
-import dataclasses
-from pathlib import Path
-from benchmarks.claims import examine, presets, quality
-
-preset = dataclasses.replace(presets.PRESETS["quick"], width=8, seeds=(0,), steps=2000)
-examine.train(quality.CLAIM, preset, Path(FOLDER), "quality", 1)
-"""
-
-
-@pytest.mark.slow
-def test_a_run_that_is_stopped_leaves_checkpoints_and_no_processes(tmp_path):
-    program = LONG.replace("FOLDER", repr(str(tmp_path)))
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-c", program]
-    # In a session of its own, so that processes that it leaves can be found.
-    with subprocess.Popen(command, env=environment, start_new_session=True) as process:
-        logs = tmp_path / "networks"
-        until = time.monotonic() + 120
-        while not list(logs.glob("*/log.csv")) and time.monotonic() < until:
-            time.sleep(0.2)
-        process.send_signal(signal.SIGTERM)
-        assert process.wait(60) == 128 + signal.SIGTERM
-    (latest,) = logs.glob("*/latest.json")
-    assert 0 < json.loads(latest.read_text())["step"] < 500
-    for _ in range(50):  # multiprocessing's resource tracker ends last
-        try:
-            os.killpg(process.pid, 0)
-        except ProcessLookupError:
-            return
-        time.sleep(0.2)
-    os.killpg(process.pid, signal.SIGKILL)
-    pytest.fail("a process was left")
-
-
-def test_the_command_says_what_it_allows(tmp_path, capsys, monkeypatch):
-    def says(status, said, *arguments, out=tmp_path / "out"):
-        try:
-            code = command_line.main(["--out", str(out), *arguments])
-        except SystemExit as ended:  # of argparse
-            code = ended.code
-        assert code == status
-        shown = capsys.readouterr()
-        assert said in shown.out + shown.err
-
-    says(0, "usage: python -m benchmarks.claims", "--help")
-    says(2, "invalid choice: 'fid'", "--only", "fid")
-    says(2, "--workers must be at least 1, got 0.", "--workers", "0")
-    says(2, "error: no-such.npz does not exist.", "--data", "no-such.npz")
-    for _ in range(2):
-        examine.keep_preset(MINIATURE, tmp_path)
-    says(2, "other settings", out=tmp_path)
-    find = importlib.util.find_spec
-    absent = lambda name: None if name == "diffusers" else find(name)  # noqa: E731
-    monkeypatch.setattr(importlib.util, "find_spec", absent)
-    says(2, "error: diffusers is not installed")
-    assert not (tmp_path / "out").exists()
-    monkeypatch.setattr(command_line, "prepare", lambda *_: sys.exit())
-    for chosen, expected in (("", "native"), ("torch", "torch")):  # a named backend is kept
-        monkeypatch.setenv("PFGM_BACKEND", chosen)
-        with pytest.raises(SystemExit):
-            command_line.run(SimpleNamespace(workers=1), MINIATURE, tmp_path)
-        assert os.environ["PFGM_BACKEND"] == expected
 
 
 def test_stored_measurements_are_not_repeated(tmp_path):
@@ -497,24 +347,6 @@ def test_figures_are_reproducible(folder, tmp_path):
         assert (tmp_path / path.name).read_bytes() == path.read_bytes(), path.name
     examine.copy_results(folder, "weak", tmp_path / "docs")  # without networks
     assert {path.suffix for path in (tmp_path / "docs").iterdir()} == {".json", ".csv", ".png"}
-
-
-def test_bytes_are_data_too(tmp_path):
-    generator = torch.Generator().manual_seed(0)
-
-    def images(n):
-        return torch.randint(0, 256, (n, 1, 8, 8), dtype=torch.uint8, generator=generator)
-
-    rows = {"images": images(20), "test": images(9)}
-    labels = {"labels": torch.arange(20) % 3, "test_labels": torch.arange(9) % 3}
-    np.savez(tmp_path / "d.npz", **{k: v.numpy() for k, v in (rows | labels).items()})
-    preset = dataclasses.replace(MINIATURE, data=str(tmp_path / "d.npz"))
-    data = measures.data_of(preset)
-    torch.testing.assert_close(data.held_out, rows["test"].float() / 127.5 - 1)
-    noisy = methods.dequantised(preset)
-    levels = ((noisy + 1) * 128).floor()
-    assert data.grey_levels == 256
-    assert torch.equal(levels, rows["images"].float())
 
 
 def test_figures_tell_good_samples_from_bad(folder):

@@ -4,15 +4,14 @@ import importlib
 import json
 import os
 import pkgutil
-import signal
 import sys
 
 import pytest
 import torch
 
 from benchmarks import studies
-from benchmarks.common import machine, rows, study
-from benchmarks.studies import flows, weighting
+from benchmarks.common import machine, study
+from benchmarks.studies import flows
 from pfgm.integrations.flow_matching import PoissonFlowMatcher, as_denoiser
 
 STUDIES = sorted(module.name for module in pkgutil.iter_modules(studies.__path__))
@@ -63,24 +62,6 @@ def test_rows_are_measured_once_and_survive_a_failure(results):
     assert json.loads((results / "s.json").read_text())["machine"]["threads"]
 
 
-def test_a_table_has_all_columns_of_figures():
-    shown = rows.markdown([{"n": 1, "x": 0.12345, "list": [1]}, {"n": 2, "never": None}])
-    assert shown.splitlines() == [
-        "| n | x | never |",
-        "| --- | --- | --- |",
-        "| 1 | 0.123 |  |",
-        "| 2 |  | never |",
-    ]
-
-
-def test_means_of_the_weights_of_levels():
-    stored = study.known_rows("weighting")
-    means = {(row["method"], row["labels"]): row for row in weighting.means(stored)}
-    agreed = [r["agreement"] for r in stored if r["method"] == "PFGM, balanced" and r["labels"]]
-    assert means["PFGM, balanced", True]["agreement"] == pytest.approx(sum(agreed) / 3)
-    assert "agreement" not in means["PFGM++ 128", False]
-
-
 @pytest.fixture
 def small(monkeypatch, results, tmp_path):
     """The study of flows with EDM alone, 1 to 3 steps, and two rates."""
@@ -105,25 +86,6 @@ def test_the_study_of_flows_chooses_rates_and_measures_on(small, monkeypatch):
     assert runs == [*searched, (1, one, 1), (2, two, 1), (3, two, 0), (3, two, 1)]
     monkeypatch.setattr(flows, "measure", None)
     study.run(flows.STUDY, flows.__doc__)  # all rows are known
-
-
-def test_a_flow_that_was_stopped_continues(small, tmp_path):
-    arguments = ("digits", "PFGM", 2, 1.0, 0)
-    _, whole = flows.trained(*arguments, tmp_path / "whole")
-    with pytest.MonkeyPatch.context() as patch:
-        step = flows.Trainer._train_step
-        patch.setattr(
-            flows.Trainer,
-            "_train_step",
-            lambda trainer: (step(trainer), signal.raise_signal(signal.SIGINT))[0],
-        )
-        with pytest.raises(KeyboardInterrupt):
-            flows.trained(*arguments, tmp_path / "parts")
-    (latest,) = (tmp_path / "parts").glob("*/latest.json")
-    assert '"step": 1' in latest.read_text()
-    _, parts = flows.trained(*arguments, tmp_path / "parts")
-    pairs = zip(whole.parameters(), parts.parameters(), strict=True)
-    assert all(torch.equal(a, b) for a, b in pairs)
 
 
 def test_ot_cfm_of_exact_velocities_draws_the_data():

@@ -21,7 +21,6 @@ DATA = torch.ones(4, 2)
         (lambda: TrainConfig(lr=1e-3), "argument 'lr'; use learning_rate"),
         (lambda: TrainConfig(num_steps=3), "'num_steps'; use steps"),
         (lambda: TrainConfig(batch=3), "'batch'; use batch_size"),
-        (lambda: TrainConfig(references=64), "'references'; use reference_batch"),
         (lambda: TrainConfig(colour=3), "'colour'$"),
         *(
             (
@@ -35,10 +34,8 @@ DATA = torch.ones(4, 2)
                 ({"batch_size": 3}, "batch_size"),
             )
         ),
-        (lambda: pfgm.PoissonFlow((2,), M=9, sigma=0.1), "'sigma'; use noise_std"),
         (lambda: FLOW.grid(n_steps=3), "'n_steps'; use steps"),
         (lambda: FLOW.fit_levels(DATA, T=3), "'T'; use steps"),
-        (lambda: FLOW.log_likelihood(FLOW.empirical(DATA), DATA, levels=3), "use grey_levels"),
         *(
             (lambda flow=flow, given=given: flow.sample(flow.empirical(DATA), 2, **given), hint)
             for flow in (FLOW, PLUS)
@@ -63,8 +60,6 @@ def test_functions_say_what_to_give_instead(call, hint):
         (["train", "--image-size", "32"], "there is no option --image-size; use --resize"),
         (["train", "--train_batch_size", "32"], "use --batch-size"),
         (["train", "--output_dir=x"], "use --out"),
-        (["train", "--references=3"], "--references; use --reference-batch"),
-        (["train", "--levels", "3"], "--levels; use --student-levels"),
         (["sample", "--num-steps", "3"], "--num-steps; use --steps"),
         (["sample", "--batch", "3"], "--batch; use --batch-size"),
         *(

@@ -157,9 +157,6 @@ def test_data_are_interpolated_by_their_latents(flow):
     middle = flow.decode(net, pfgm.interpolate(*latents, [0.5])[0])
     torch.testing.assert_close(way[2], middle, rtol=0, atol=1e-3)
     assert flow.interpolate(net, a, b, weights=[0.2]).shape == (1, 4, 2)
-    for count in (1, 2.0, True):
-        with pytest.raises(ValueError, match="count must be an integer of at least 2, got"):
-            flow.interpolate(net, a, b, count=count)
     with pytest.raises(ValueError, match=r"x_a and x_b must.*got \(4, 2\) on cpu and \(2"):
         flow.interpolate(net, a, b[:2])
 
@@ -181,12 +178,6 @@ def test_rescaling_multiplies_norms_within_those_of_the_prior():
     assert torch.equal(flow.rescale(0 * latent, 2.0), 0 * latent)
 
 
-def test_bad_temperatures_and_latents():
-    flow = PoissonFlow((2,), M=200)
-    for temperature in (0, -1.0, math.inf, math.nan, "hot", True):
-        with pytest.raises(ValueError, match="temperature must be a finite number"):
-            flow.rescale(torch.ones(3, 2), temperature)
+def test_a_latent_of_another_shape():
     with pytest.raises(ValueError, match=r"latent must have shape \(B, \*S\).*got \(3, 4\)\."):
-        flow.rescale(torch.ones(3, 4), 2.0)
-    with pytest.raises(TypeError, match=r"latent must be a.*got torch\.uint8\."):
-        flow.rescale(torch.ones(3, 2, dtype=torch.uint8), 2.0)
+        PoissonFlow((2,), M=200).rescale(torch.ones(3, 4), 2.0)

@@ -778,10 +778,6 @@ GRIDS = [], [1.0], [1.0] * 2, [1.0, 2.0, 1.0], [1.0, 1.0, 0.0], [0.0, 1.0], [1.0
         (lambda: draw_prior(FLOW, 10**14, seed=0), "MemoryError: n is…memory of this machine."),
         (lambda: FLOW.loss(NET, DATA[:0]), "x must hold at least one sample, got none."),
         (lambda: PLUS.loss(PLUS.empirical(DATA), DATA[:0], DATA), "x must hold at…got none."),
-        (
-            lambda: FLOW.loss(FLOW.network("mlp"), DATA, weighting="edm"),
-            "weighting must be one of balanced, published, got 'edm'.",
-        ),
         (lambda: FLOW.loss(lambda x, z: (x, z[:, None]), DATA), "net must return…shape (20, 1)."),
         (lambda: FLOW.sample(lambda x, z: x, 2), "net must return (field_x,…of PoissonFlowPP."),
         (lambda: FLOW.sample(lambda x, z: (x, None), 2), "net must return…(2, 2) and NoneType."),
@@ -800,9 +796,6 @@ GRIDS = [], [1.0], [1.0] * 2, [1.0, 2.0, 1.0], [1.0, 1.0, 0.0], [0.0, 1.0], [1.0
         (lambda: FLOW.network("mlp")(DATA, math.nan), "z must be a number of…can hold, got nan."),
         (lambda: FLOW.network("mlp")(DATA, -1.0), "z must be a number of at…can hold, got -1.0."),
         (lambda: FLOW.denoise(NET, DATA, 1j * DATA[:, 0]), "TypeError: level…torch.complex64."),
-        (lambda: FLOW.denoise(NET, WHOLE, 1.0), "TypeError: x must be a…got torch.int64."),
-        (lambda: FLOW.solve(NET, WHOLE, [1.0, 0.5]), "TypeError: x must be a…got torch.int64."),
-        (lambda: FLOW.decode(NET, WHOLE.byte()), "TypeError: latent must be…got torch.uint8."),
         (
             lambda: PLAIN.loss(LABELLED, DATA, condition={"labels": 1}),
             "TypeError: labels must be a torch.Tensor of integers,…got int.",

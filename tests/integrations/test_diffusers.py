@@ -4,7 +4,6 @@ import importlib
 import json
 import math
 import sys
-from itertools import pairwise
 from types import SimpleNamespace
 
 import pytest
@@ -74,7 +73,7 @@ PREDICTIONS = [
 
 
 def predictions(value):
-    return value if isinstance(value, str) else getattr(value, "__name__", None) or name(value)
+    return value if isinstance(value, str) else name(value)
 
 
 def scheduler_of(schedulers, flow, **options):
@@ -136,92 +135,37 @@ def test_a_scheduler_takes_the_steps_of_the_flow(
         same(means[call], step["mean"], 1e-5)
 
 
-def midpoint(denoise, x, grid, callback=None):
-    """A solver of a user: the slope in the middle of each step. It writes over its means.
-
-    In float64, as a step to level 0 leaves a small difference of large numbers.
-    """
-    for z, next_z in pairwise(grid):
-        middle = (z + next_z) / 2
-        half = pfgm.euler_step(x, denoise(x, z), z, middle)
-        prediction = denoise(half, middle)
-        step = pfgm.euler_step(half, prediction, middle, next_z).double() - half
-        x = (x + 2 * step).to(x.dtype)
-        if isinstance(prediction, torch.Tensor):
-            prediction.zero_()
-    return x, 2 * (len(grid) - 1)
+def test_a_function_is_no_solver(schedulers, refused):
+    scheduler = schedulers.plus.from_flow(DENOISERS[128.0])
+    message = (
+        "TypeError: solver must be one of euler, heun, multistep, got a function; flow.sample…"
+    )
+    for solver in (solvers.heun, solvers.SAMPLERS["heun"], lambda denoise, x, grid: (x, 0)):
+        refused(
+            lambda given=solver: schedulers.plus.from_flow(scheduler.flow, solver=given), message
+        )
+        refused(lambda given=solver: scheduler.register_to_config(solver=given), message)
 
 
-MIDPOINT = solvers.Solver(midpoint, order=2, evaluations=2)
+def test_a_run_of_heun_starts_with_a_step(schedulers, refused):
+    """Its second evaluation alone, or of other points than the first, is refused."""
+    scheduler = schedulers.plus.from_flow(DENOISERS[128.0], solver="heun", prediction_type="mean")
+    x, mean = scheduler.prior(2, seeded()), torch.zeros(2, 1, 8, 8)
+    scheduler.set_timesteps(5)
+    scheduler.set_begin_index(1)
+    refused(
+        lambda: scheduler.step(mean, scheduler.timesteps[1], x),
+        "a run must start at a timestep at which a step of heun begins, got its second …",
+    )
+    scheduler.set_timesteps(5)
+    moved = scheduler.step(mean, scheduler.timesteps[0], x).prev_sample
+    refused(
+        lambda: scheduler.step(mean[:1], scheduler.timesteps[1], moved[:1]),
+        "sample must keep its shape within a step of heun, (2, 1, 8, 8), got (1, 1, 8, 8).",
+    )
 
 
-@pytest.mark.parametrize(
-    ("flow", "predicts", "solver"),
-    [
-        (*PREDICTIONS[0], midpoint),
-        (*PREDICTIONS[1], midpoint),
-        pytest.param(*PREDICTIONS[1], MIDPOINT, id="stated"),
-        (*PREDICTIONS[0], solvers.heun),
-        (*PREDICTIONS[1], solvers.multistep),
-    ],
-    ids=predictions,
-)
-def test_a_solver_may_be_a_function(schedulers, unets, flow, predicts, solver, same):
-    unet = unets(2 if predicts == "field" else 1)
-    first = scheduler_of(schedulers, flow, solver=solver, prediction_type=predicts)
-    scheduler = type(first).from_config(first.config)
-    assert scheduler.config["solver"] is solver
-    assert repr(solver) in repr(scheduler)
-    for steps in (7, 1):  # a scheduler takes several runs
-        scheduler.set_timesteps(steps)
-        calls = {solvers.heun: 2 * steps - 1, solvers.multistep: steps}.get(solver, 2 * steps)
-        assert len(scheduler.timesteps) == calls
-        assert scheduler.order == (1 if solver is solvers.multistep else 2)
-        x = scheduler.prior(3, seeded())
-        end, points, _ = diffusers_loop(scheduler, unet, x)
-        assert torch.equal(points[0], scheduler.prior(3, seeded()))
-        net = flow.network(unet, predicts=predicts)
-        start = x.clone()
-        same(end, flow.sample(net, 3, x_init=start, steps=steps, solver=solver), 1e-5)
-
-
-def test_what_a_function_as_solver_needs(schedulers, tmp_path):
-    """Levels that are known before, a start at the first, results that nobody changes."""
-    flow = DENOISERS[128.0]
-
-    def restless(denoise, x, grid, callback=None):
-        mean = denoise(x, grid[0])
-        return denoise(x, grid[1] * (1 + 0.1 * float(mean.abs().max() > 0.5))), 2
-
-    def to_0(denoise, x, grid, callback=None):
-        return denoise(x, grid[-1]), 1
-
-    for solver in (solvers.rk45, to_0):
-        with pytest.raises(ValueError, match=r"depend on the points, or at 0; .*flow\.sample"):
-            schedulers.plus.from_flow(flow, solver=solver)
-    scheduler = schedulers.plus.from_flow(flow, solver=restless, prediction_type="mean")
-    scheduler.set_timesteps(3)
-    with pytest.raises(ValueError, match=r"solver evaluates at .*flow\.sample takes others"):
-        scheduler.step(torch.ones(1, 1, 8, 8), scheduler.timesteps[0], scheduler.prior(1, seeded()))
-
-    scheduler = schedulers.plus.from_flow(flow, solver=midpoint)
-    with pytest.raises(TypeError, match=r"solver is <function midpoint .*euler, heun, multistep"):
-        scheduler.save_pretrained(tmp_path / "saved")
-    assert not (tmp_path / "saved").exists()
-    first, second = scheduler.timesteps[:2]
-    x, output = scheduler.prior(2, seeded()), torch.zeros(2, 1, 8, 8)
-    with pytest.raises(ValueError, match=r"a function as solver.*got timestep 1 of 20\."):
-        scheduler.step(output, second, x)
-    with pytest.raises(ValueError, match="must begin each step with the first of 3 evaluations"):
-        schedulers.plus.from_flow(flow, solver=solvers.Solver(midpoint, evaluations=3))
-    for change in (lambda x: x.add_(0.01), lambda x: x[:1]):
-        scheduler.set_timesteps(3)
-        x = scheduler.step(output, first, scheduler.prior(2, seeded())).prev_sample
-        with pytest.raises(ValueError, match="sample must be the result of the"):
-            scheduler.step(output[: len(change(x))], scheduler.timesteps[1], change(x))
-
-
-@pytest.mark.parametrize("solver", [*STEPS, MIDPOINT])
+@pytest.mark.parametrize("solver", STEPS)
 def test_a_loop_may_change_its_points(schedulers, solver):
     """A constant mean at one point: a move of all points and of the point moves the end as much."""
     scheduler = schedulers.plus.from_flow(DENOISERS[128.0], solver=solver, prediction_type="mean")
@@ -241,7 +185,7 @@ def test_a_loop_may_change_its_points(schedulers, solver):
         torch.testing.assert_close(end(moved_at), still + 0.25, rtol=0, atol=1e-3)
 
 
-@pytest.mark.parametrize("solver", [*STEPS, midpoint])
+@pytest.mark.parametrize("solver", STEPS)
 @pytest.mark.parametrize("predicts", ["mean", "residual"])
 def test_a_loop_may_change_outputs_and_predictions_in_place(schedulers, solver, predicts):
     flow = DENOISERS[128.0]
@@ -323,7 +267,7 @@ def test_timesteps(schedulers):
         assert float(value.mean()) == pytest.approx(1 / math.hypot(sigma, std), rel=1e-5)
 
 
-@pytest.mark.parametrize("solver", [*STEPS, MIDPOINT])
+@pytest.mark.parametrize("solver", STEPS)
 def test_a_run_may_start_at_a_later_timestep(schedulers, unets, solver, same):
     """Starts from a noisy image at a later timestep, given itself or by its index."""
     flow, unet = DENOISERS[math.inf], unets(1)

@@ -246,31 +246,11 @@ def test_wrong_results(generator, refused, flow, options, output, sentence):
     refused(lambda: net(*points(generator)), sentence)
 
 
-@pytest.mark.parametrize(
-    ("flow", "options", "sentence"),
-    [
-        (
-            PLUSPLUS,
-            {"predicts": "field"},
-            "predicts must be one of residual, mean, noise, score, got 'field'.",
-        ),
-        (
-            IMAGES,
-            {"predicts": "v"},
-            "predicts must be one of residual, mean, noise, score, field, got 'v'.",
-        ),
-        (IMAGES, {"level": "time"}, "level must be one of timestep, log, sigma, got 'time'."),
-        (IMAGES, {"data_std": 0.0}, "data_std must be a number above 0…to 3.4e+38, got 0.0."),
-        (IMAGES, {"data_std": math.nan}, "data_std must be a number above…to 3.4e+38, got nan."),
-        (
-            PLUSPLUS,
-            {"conditions": {"labels": "class_labels"}},
-            "conditions has 'class_labels', which Probe does not take; its conditions are y.",
-        ),
-    ],
-)
-def test_bad_arguments(refused, flow, options, sentence):
-    refused(lambda: flow.network(Probe(), **options), sentence)
+def test_a_condition_that_the_module_does_not_take(refused):
+    refused(
+        lambda: PLUSPLUS.network(Probe(), conditions={"labels": "class_labels"}),
+        "conditions has 'class_labels', which Probe does not take; its conditions are y.",
+    )
 
 
 def test_conditions_by_their_own_names_and_others(generator):

@@ -27,13 +27,9 @@ except ImportError as error:
         "pfgm.integrations.diffusers needs diffusers; in a checkout: pip install '.[diffusers]'"
     ) from error
 
+from .flow_scheduler import FlowScheduler, PoissonFlowSchedulerOutput
 from .pipeline import PoissonFlowPipeline
-from .schedulers import (
-    FlowScheduler,
-    PoissonFlowPPScheduler,
-    PoissonFlowScheduler,
-    PoissonFlowSchedulerOutput,
-)
+from .schedulers import PoissonFlowPPScheduler, PoissonFlowScheduler
 
 __all__ = [
     "FlowScheduler",

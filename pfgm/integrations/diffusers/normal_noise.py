@@ -8,6 +8,8 @@ from torch import Tensor
 
 from ...common.tensors import wide_dtype
 from ...flows.likelihood import centred_prior
+from ...flows.plusplus import PoissonFlowPP
+from ...flows.poisson import PoissonFlow
 
 _ODDS = 1e9
 
@@ -40,3 +42,23 @@ def looks_normal(
     log_normal = -x[:1].numel() / 2 * math.log(2 * math.pi) - squared_norm / 2
     log_odds = log_normal - centred_prior(offset, sigma, D)
     return bool(log_odds[inside].sum() > math.log(_ODDS))
+
+
+def check_start(flow: PoissonFlow | PoissonFlowPP, x: Tensor, sample: Tensor) -> None:
+    """Raises ValueError if a run starts from noise that other schedulers start from.
+
+    Args:
+        x: the points (B, *S) at the first level.
+        sample: the same as the loop holds them, whose norm the error gives.
+    """
+    center = flow.center.to(x) if isinstance(flow, PoissonFlow) else 0.0
+    first = flow.first_level
+    if looks_normal(x, flow.D, first, center=center, largest=flow._largest_norm):
+        norm = float(sample.detach().float().flatten(1).norm(dim=1).mean())
+        remedy = "start from scheduler.prior(n), as PoissonFlowPipeline does"
+        if math.isinf(flow.D):
+            remedy += ", or make the scheduler with variance_preserving=True"
+        raise ValueError(
+            f"sample has the norm {norm:.3g} at the first timestep, that of standard normal noise; "
+            f"the prior has level {first:.3g}: {remedy}."
+        )

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from ...common.checks import check_choice
 from ...common.numbers import whole
-from .schedulers import FlowScheduler
+from .flow_scheduler import FlowScheduler
 
 _OUTPUT_TYPES = ("pil", "np", "pt")
 

@@ -75,7 +75,6 @@ def test_smooth_resampling_keeps_constants_and_smooth_images():
     [
         ({"nf": 6}, r"nf must be a multiple of 4, got 6\."),
         ({"resolution": 30}, r"resolution must be a multiple of 8, as 4 levels.*got 30\."),
-        ({"embedding": "learned"}, r"embedding must be one of.*got 'learned'\."),
         ({"progressive_input": "sum"}, r"progressive_input must be one of.*got 'sum'\."),
     ],
 )
