@@ -1,5 +1,6 @@
 """benchmarks/studies: the harness, and the study of flows in miniature."""
 
+import argparse
 import importlib
 import json
 import os
@@ -11,7 +12,7 @@ import torch
 
 from benchmarks import studies
 from benchmarks.common import machine, study
-from benchmarks.studies import flows
+from benchmarks.studies import flow_matching, flows, scaling
 from pfgm.integrations.flow_matching import PoissonFlowMatcher, as_denoiser
 
 STUDIES = sorted(module.name for module in pkgutil.iter_modules(studies.__path__))
@@ -111,3 +112,55 @@ def test_the_loss_of_ot_cfm_is_0_at_the_exact_velocity():
         net = as_denoiser(network)
         loss = flows.matching_loss(net, *arguments, condition={"labels": labels})
         assert at_least <= float(loss) < at_most
+
+
+def test_both_samplers_of_exact_velocities_draw_the_data(monkeypatch):
+    monkeypatch.setattr(flow_matching, "SAMPLES", 8)
+    images = flows.images_of("digits").train[:4]
+    velocity = PoissonFlowMatcher(references=images).velocity
+    noise = torch.randn(8, *images.shape[1:], generator=torch.Generator().manual_seed(0))
+    for samples in (
+        flow_matching.by_euler(velocity, noise, 20),
+        flow_matching.by_multistep(velocity, tuple(images.shape[1:]), 20, seed=0),
+    ):
+        assert float(torch.cdist(samples.flatten(1), images.flatten(1)).amin(1).max()) < 0.05
+
+
+def test_the_loss_of_flow_matching_is_0_at_the_exact_velocity():
+    """Of one image, where the velocity at a point is that of its only line."""
+    torch.manual_seed(0)
+    image = flows.images_of("digits").train[:1]
+    velocity = PoissonFlowMatcher(references=image).velocity
+    for network, at_least, at_most in ((velocity, 0, 1e-4), (lambda t, x: 0 * x, 0.5, 5)):
+        assert (
+            at_least <= float(flow_matching.loss(network, image.expand(16, -1, -1, -1))) < at_most
+        )
+
+
+SHARED = [row for row in study.known_rows("scaling") if row.get("processes", 0) > 1]
+
+
+@pytest.mark.parametrize("row", SHARED, ids=lambda row: f"{row['processes']} processes")
+@pytest.mark.parametrize("operation", scaling.OPERATIONS)
+def test_the_bytes_of_a_call_are_those_of_the_formula(row, operation):
+    """What was given to torch.distributed, and what the system then sent, with its headers."""
+    given = scaling.bytes_given(scaling.POINTS[-1], 784, row["processes"], operation)
+    assert row[operation]["bytes given"] == given
+    sent = scaling.bytes_sent(given, row["processes"])
+    assert sent <= row[operation]["bytes sent"] < 1.1 * sent
+
+
+@pytest.mark.slow  # starts processes
+def test_processes_and_files_in_miniature(monkeypatch, tmp_path):
+    monkeypatch.setenv("PFGM_BACKEND", "native")
+    images = torch.arange(60 * 784, dtype=torch.float64).mul(0.7).sin().mul(127.5).add(127.5).byte()
+    monkeypatch.setattr(scaling, "fashion_mnist", lambda: images.view(60, 784))
+    monkeypatch.setattr(scaling, "POINTS", (4, 8))
+    options = argparse.Namespace(folder=tmp_path)
+    row = scaling.measure(options, processes=2)
+    for operation in scaling.OPERATIONS:
+        assert row[operation]["bytes given"] == scaling.bytes_given(8, 784, 2, operation)
+    row = scaling.measure(options, rows=2000, size=8, points=4)
+    assert row["values"] == 192
+    assert row["gigabytes"] == pytest.approx(2000 * 192 / 1e9, rel=1e-3)
+    assert not list(tmp_path.iterdir())

@@ -1,4 +1,5 @@
 import csv
+import itertools
 import json
 import re
 import shlex
@@ -9,7 +10,14 @@ import pytest
 import torch
 
 import pfgm
-from benchmarks.studies import flows, pretrained, published_losses, weighting
+from benchmarks.studies import (
+    flow_matching,
+    flows,
+    pretrained,
+    published_losses,
+    scaling,
+    weighting,
+)
 from pfgm import cli
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -235,6 +243,13 @@ def figures_of_readme():
     steps = {r["network"]: r["times as long"] for r in stored("published_losses", "network")}
     yield f"The training target alone takes 1/{pfgm_loss['times as long']:.0f} of"
     yield f"is {steps['MLP']:.0f} times as fast with an MLP and {steps['U-Net']:.1f} times"
+    sampled = {
+        each["sampler"]: each["features"]
+        for each in flow_matching.means(stored("flow_matching"))
+        if each["data"] == "digits"
+    }
+    ours, euler = sampled["multistep 10"], sampled["euler 10"]
+    yield f"Fréchet distance of {ours:.1f} in features, those of Euler's method {euler:.1f} (means"
 
 
 def at_its_rate(data, flow, steps, evaluations="10"):
@@ -267,49 +282,47 @@ def figures_of_the_choice():
         for count in ("5", "8", "10")
     }
     pfgm_5, other_5 = at["PFGM balanced", "5"], at["PFGM++ 128", "5"]
-    yield f"{pfgm_5[0]:.1f} in pixels, {pfgm_5[1]:.1f} in features"
-    yield f"PFGM++ 128 has {other_5[0]:.1f} and {other_5[1]:.1f}"
-    yield f"{at['PFGM balanced', '8'][1]:.1f} and {at['PFGM++ 128', '8'][1]:.1f}"
+    yield f"PFGM has {pfgm_5[0]:.1f} in pixels and {pfgm_5[1]:.1f} in features"
+    yield f"PFGM++ 128 has {other_5[0]:.1f} in pixels and {other_5[1]:.1f} in features"
+    yield f"PFGM {at['PFGM balanced', '8'][1]:.1f}, PFGM++ 128 {at['PFGM++ 128', '8'][1]:.1f}"
     ten = {method: at[method, "10"] for method in ("PFGM balanced", "PFGM++ 128", "EDM")}
     ours, plusplus, edm = (ten[method][1] for method in ("PFGM balanced", "PFGM++ 128", "EDM"))
-    yield f"{plusplus:.1f} in features, PFGM {ours:.1f}, EDM {edm:.1f}"
-    yield f"{ten['PFGM balanced'][0]:.1f} to {ten['PFGM++ 128'][0]:.1f}"
+    yield f"PFGM++ 128 has {plusplus:.1f}, EDM {edm:.1f}, PFGM {ours:.1f}"
+    pixels = [ten[method][0] for method in ("PFGM balanced", "PFGM++ 128")]
+    yield "PFGM is first with {:.1f}, PFGM++ 128 has {:.1f}".format(*pixels)
 
     few, many = "mnist-5k", "fashion-mnist"
-    ours, plusplus, edm = (features_of(many, flow, 1000)[0] for flow in flows.FLOWS[:3])
-    yield f"{plusplus}, {ours} and {edm}"
-    ours, plusplus = (features_of(few, flow, 1000) for flow in flows.FLOWS[:2])
-    yield f"{' and '.join(ours)} in features after 1000 steps, at D = 128 {' and '.join(plusplus)}"
+    ours, plusplus, edm = (" and ".join(features_of(many, f, 1000)) for f in flows.FLOWS[:3])
+    yield f"PFGM++ 128 has {plusplus} (two seeds), EDM {edm}, PFGM {ours}"
+    ours, plusplus = (" and ".join(features_of(few, f, 1000)) for f in flows.FLOWS[:2])
+    yield f"PFGM has {ours} in features, PFGM++ 128 has {plusplus}"
     ours, plusplus = (
-        [f"{at['agreement']:.0%}" for at in at_its_rate(few, flow, 1000)]
+        " and ".join(f"{at['agreement']:.0%}" for at in at_its_rate(few, flow, 1000))
         for flow in flows.FLOWS[:2]
     )
-    yield f"{ours[0]} of samples show their label, at D = 128 {' and '.join(plusplus)}".replace(
-        "% and", " and"
-    ).replace("%", " %")
-    assert ours[0] == ours[1]
+    shown = f"of PFGM's samples {ours} show their label, of PFGM++ 128's {plusplus}"
+    yield shown.replace("%", " %")
     labelled = {
         each["method"]: each for each in weighting.means(stored("weighting")) if "agreement" in each
     }
     ours, plusplus = (labelled[name]["agreement"] for name in ("PFGM, balanced", "PFGM++ 128"))
-    yield f"{100 * ours:.0f} and {100 * plusplus:.0f} %"
-    pairs = zip(*(features_of(few, flow, 4000) for flow in flows.FLOWS[:2]), strict=True)
-    yield f"after 4000 steps {', '.join(' and '.join(pair) for pair in pairs)}"
+    yield f"{100 * ours:.0f} % of PFGM's and {100 * plusplus:.0f} % of PFGM++ 128's"
+    ours, plusplus = (" and ".join(features_of(few, f, 4000)) for f in flows.FLOWS[:2])
+    yield f"PFGM has {ours} (two seeds), PFGM++ 128 has {plusplus}"
 
     table = "dimensions-means.csv"
     bits = {D: distances(means(table, D=D, error="bits", size="3")) for D in ("16", "64", "128")}
     edm = distances(means(table, D="inf", error="bits", size="3"))
     pixels, features = zip(*bits.values(), strict=True)
-    yield f"{span(pixels, 1)} in pixels, {edm[0]:.1f} at D = ∞"
-    yield f"in features {span(features, 0)} and {edm[1]:.0f}"
+    yield f"{span(pixels, 1)} in pixels with D = 16 to 128, {edm[0]:.1f} with D = ∞"
+    yield f"in features {span(features, 0)} with D = 16 to 128, {edm[1]:.0f} with D = ∞"
     plain = [means(table, D=D, error="none") for D in ("64", "128", "2048", "inf")]
     yield f"{span([distances(row)[0] for row in plain], 2)} in pixels"
     likelihood = {
         model: float(means("likelihood-means.csv", model=model, data="held out")["bits_per_dim"])
         for model in ("PFGM", "EDM")
     }
-    yield f"{likelihood['EDM']:.2f} bits a pixel"
-    yield f"PFGM {likelihood['PFGM']:.2f}"
+    yield f"EDM has {likelihood['EDM']:.2f}, PFGM {likelihood['PFGM']:.2f}"
 
 
 @pytest.mark.parametrize(
@@ -409,7 +422,7 @@ def test_the_designers_of_avatars_are_beside_the_pictures(page):
 
 
 def test_the_tables_of_flows_have_the_stored_figures():
-    page = (DOCS / "howto" / "training.md").read_text()
+    page = (DOCS / "studies.md").read_text()
     tables, cells = {}, {}
     for row in stored("flows"):
         at = row["10"]
@@ -429,8 +442,24 @@ def test_the_tables_of_flows_have_the_stored_figures():
         assert f"| {name}, {steps} | {' | '.join(row)} |" in page
 
 
+def test_the_table_of_the_weights_of_levels_has_the_stored_figures():
+    page, right = (DOCS / "studies.md").read_text(), {}
+    for row in weighting.means(stored("weighting")):
+        cells = [row["method"], "yes" if row["labels"] else "no"]
+        for figure in ("agreement", "agreement_guided", "frechet_distance", "precision", "recall"):
+            cells.append(
+                f"{row[figure]:.2f} ({row[f'{figure}_spread']:.2f})" if figure in row else ""
+            )
+        assert f"| {' | '.join(cells)} |" in page
+        if row["labels"]:
+            right[row["method"]] = f"{100 * row['agreement']:.0f} %"
+    training = " ".join((DOCS / "howto" / "training.md").read_text().split())
+    assert f"{right['PFGM, balanced']} of its samples then show the label" in training
+    assert f"{right['PFGM, published']} with the published loss" in training
+
+
 def test_pfgm_leads_with_five_evaluations_after_a_thousand_steps():
-    page = " ".join((DOCS / "howto" / "training.md").read_text().split())
+    page = " ".join((DOCS / "studies.md").read_text().split())
     for data in flows.DATA:
         of = {
             flow: [at["features"] for at in at_its_rate(data, flow, 1000, "5")]
@@ -445,7 +474,7 @@ def test_the_tables_of_samples_have_the_stored_figures():
     pages = {
         "avatars": ("pretrained.md", 2, 2),
         "digits": ("sampling.md", 3, 1),
-        "fashion-mnist": ("training.md", 1, 2),
+        "fashion-mnist": ("pretrained.md", 1, 2),
     }
     notes = {0: "", 10: "", 20: " (20 evaluations)"}
     for row in stored("pretrained", "evaluations"):
@@ -477,6 +506,103 @@ def test_the_page_of_avatars_has_the_stored_figures():
     for name in ("label_right", "label_of_nearest_right"):
         values = f"{shown[name]:.1%} of the samples and {held_out[name]:.1%} of".replace("%", " %")
         assert values in page
+
+
+def test_the_page_of_other_libraries_has_the_stored_figures():
+    page = (DOCS / "howto" / "ecosystem.md").read_text()
+    rows = stored("flow_matching")
+    means = {(each["data"], each["sampler"]): each for each in flow_matching.means(rows)}
+    ways = {"euler": "Euler's method", "multistep": "`as_denoiser`, `multistep`"}
+    for (data, name), (way, title) in itertools.product(
+        {"digits": "digits", "fashion-mnist": "Fashion-MNIST"}.items(), ways.items()
+    ):
+        cells = [f"{name}, {title}"]
+        for count in flow_matching.EVALUATIONS:
+            each = means[data, f"{way} {count}"]
+            cells.append(f"{each['features']:.1f} ({each['features_spread']:.1f})")
+        assert f"| {' | '.join(cells)} |" in page
+    assert all(row["multistep 10"]["features"] < row["euler 20"]["features"] for row in rows)
+
+
+def with_spaces(number):
+    return f"{number:,}".replace(",", " ") if number >= 10_000 else str(number)
+
+
+def tables_of_scaling():
+    """The rows of the tables of the page on scaling."""
+    for row in stored("scaling", "rows"):
+        seconds = [f"{row[name]:.2f} s" for name in ("memory", "file", "statistics")]
+        batches = [f"{1e3 * row[name]:.1f} ms" for name in ("first batch", "batch")]
+        sizes = [with_spaces(row[name]) for name in ("rows", "values", "points")]
+        ratio, peak = f"{row['file / memory, a row']:.2f}", f"{row['peak MiB']:.0f} MiB"
+        yield [*sizes, *seconds[:2], ratio, peak, seconds[2], *batches]
+    for row in (rows := stored("scaling", "processes")):
+        cells = [str(row["processes"]), f"{row['MiB of rows']:.1f} MiB"]
+        cells.append(f"{row['field']['peak MiB']:.0f} MiB")
+        for name in scaling.OPERATIONS:
+            each, of_all = row[name]["processor"], row[f"{name} in all, processor"]
+            cells += [f"{1e3 * each:.0f} ms", f"{1e3 * of_all:.0f} ms"]
+        yield cells
+    for row, name in itertools.product(rows[1:], scaling.OPERATIONS):
+        given = row[name]["bytes given"]
+        sent = scaling.bytes_sent(given, row["processes"])
+        counts = (*given.values(), round(sent), round(row[name]["bytes sent"]))
+        yield [str(row["processes"]), name, *map(with_spaces, counts)]
+
+
+def imagenet_64():
+    """The rows of the table that is calculated, for 1 281 167 images in 8 processes."""
+    M, N, B, P, R = 1_281_167, 3 * 64**2, 2048, 8, 4096
+    given = scaling.bytes_given(B, N, P, "field")
+    gathered, reduced, sent = (
+        f"{each / 1e6:.1f} MB" for each in (*given.values(), scaling.bytes_sent(given, P))
+    )
+    (largest,) = [row for row in stored("scaling", "rows") if row["values"] == 3072]
+    value = largest["statistics"] / (largest["rows"] * largest["values"])
+    yield "the data, as bytes", f"{M * N / 1e9:.1f} GB", f"{M * N / P / 1e9:.2f} GB"
+    yield "order of an epoch", f"{24 * M / 1e6:.0f} MB", f"{24 * M / P / 1e6:.1f} MB"
+    yield "reading its reference batch, each step", f"{R * N / 1e6:.0f} MB", "nothing"
+    few, over_all = (with_spaces(round(4 * B // P * rows * N / 1e9)) for rows in (R, M))
+    yield "arithmetic of the target, 4 operations a value", f"{few} billion", f"{over_all} billion"
+    yield "given to all_gather and all_reduce", "nothing", f"{gathered} and {reduced}"
+    yield "sent for the target", "nothing", sent
+    gradients = f"{8 * 300e6 * (P - 1) / P / 1e9:.1f} GB"
+    yield "sent for the gradients of 300 million parameters", gradients, gradients
+    yield (
+        f"statistics, once, at {1e9 * value:.0f} ns a value on one thread",
+        f"{value * M * N:.0f} s",
+        f"{value * M * N / P:.0f} s",
+    )
+
+
+def test_the_page_of_scaling_has_the_stored_figures():
+    page = (DOCS / "howto" / "scaling.md").read_text()
+    tables = [*tables_of_scaling(), *imagenet_64()]
+    assert len(tables) == 6 + 3 + 4 + 8
+    for cells in tables:
+        assert f"| {' | '.join(cells)} |" in page
+    text = " ".join(page.split())
+    rows = {(row["rows"], row["values"], row["points"]): row for row in stored("scaling", "rows")}
+    middle = rows[100_000, 768, 64]
+    for name, source in (("memory", "memory"), ("file", "the file")):
+        more_values = (
+            rows[100_000, 3072, 64][name] / middle[name],
+            middle[name] / rows[100_000, 192, 64][name],
+        )
+        more_points = rows[100_000, 768, 256][name] / middle[name]
+        assert (
+            f"{min(more_values):.1f} and {max(more_values):.1f} times as long from {source}" in text
+        )
+        assert f"{more_points:.1f} times from {source}" in text
+    ratios = [row["file / memory, a row"] for row in rows.values()]
+    assert f"{min(ratios):.1f} to {max(ratios):.1f} times" in text
+    two, four = (row for row in stored("scaling", "processes") if row["processes"] > 1)
+    for row, words in ((two, "a process of two"), (four, "one of four")):
+        times = " and ".join(
+            f"{row[name]['one process / this, processor']:.1f}" for name in scaling.OPERATIONS
+        )
+        assert f"{words} takes 1/{times.replace(' and ', ' and 1/')}" in text
+    assert f"{1_281_167 / 4096:.0f} times the arithmetic" in text
 
 
 def test_the_page_of_editing_has_the_stored_figures():
