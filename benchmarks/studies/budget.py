@@ -3,7 +3,7 @@
     python -m benchmarks.studies.budget [--data fashion-mnist] [--minutes 3]
 
 It also writes ``pfgm/training/budget.json``, the rows to which ``pfgm train --minutes`` fits its
-choice: those of PFGM and PFGM++ in which no other setting is changed.
+choice: those of PFGM and PFGM++ in which no other setting is changed, the command and a recipe.
 
 Each run trains with labels for some minutes of processor time, with the learning rate, warm-up and
 average that follow from the minutes, as ``pfgm train --minutes`` does. So other work on the machine
@@ -61,6 +61,7 @@ from pfgm.training.run_config import Method, RunConfig
 _FITTED: dict[str, Method] = {"PFGM": "pfgm", "PFGM++ 128": "pfgm++"}
 _METHODS = _FITTED | {"EDM": "edm", "OT-CFM": "edm", "PFGM, defaults": "pfgm"}
 COMMAND = "pfgm train --minutes"
+RECIPE = "recipes/fashion-mnist.json"
 _FASHION = "fashion-mnist"
 _DEFAULTS = TrainConfig().schedule._asdict()
 
@@ -79,7 +80,7 @@ class Run(NamedTuple):
 
     data: str
     flow: str
-    size: Size | None  # None for the command, which chooses
+    size: Size | None  # None for the command, which chooses, and for a recipe
     minutes: float
     seed: int = 0
     precision: Precision = "bfloat16"
@@ -119,6 +120,7 @@ def _runs() -> Iterator[Run]:
     yield Run("mnist-5k", "PFGM", Size(32, three, 2, 32), 3.0)
     for data, minutes in ((_FASHION, 5.0), (_FASHION, 20.0), ("mnist-5k", 5.0)):
         yield Run(data, COMMAND, None, minutes, precision="auto")
+    yield Run(_FASHION, RECIPE, None, 96.0, precision="auto")
 
 
 RUNS = list(_runs())
@@ -167,9 +169,28 @@ def _trained_by_command(row: Run, out: Path) -> tuple[Flow, nn.Module, Row]:
         training = TrainConfig(minutes=row.minutes, seed=row.seed)
         runs.start(RunConfig(data=data, labels=True, training=training), folder)
         torch.set_num_threads(1)
-    flow, network = pfgm.load(folder)
     steps = json.loads((folder / "latest.json").read_text())["step"]
-    return flow, network, {"steps": steps}
+    return _with_choice(row, *pfgm.load(folder), RunConfig.load(folder), steps)
+
+
+def _trained_by_recipe(row: Run, out: Path) -> tuple[Flow, nn.Module, Row]:
+    """The flow and the network of the package, which a recipe has trained."""
+    recipe = RunConfig.load(Path(__file__).parents[2] / row.flow)
+    steps = recipe.training.steps
+    assert steps is not None
+    return _with_choice(row, *pfgm.load(row.data), recipe, steps)
+
+
+def _with_choice(
+    row: Run, flow: Flow, network: nn.Module, chosen: RunConfig, steps: int
+) -> tuple[Flow, nn.Module, Row]:
+    """A trained network, with its sizes and the time of its steps."""
+    names = {method: name for name, method in _FITTED.items()}
+    batch = chosen.training.batch_for(len(images_of(row.data).train))
+    cost = _seconds_of_step(row, flow, network, batch) / _reference_seconds(row)
+    size = [chosen.width, [*(chosen.multipliers or ())], chosen.patch, batch]
+    choice = {"flow": names[chosen.method], "size": size}
+    return flow, network, {"steps": steps, "cost": round(cost, 4), "choice": choice}
 
 
 def _trainer(
@@ -189,10 +210,14 @@ def _trainer(
 
 def _reference_seconds(row: Run) -> float:
     """Seconds of a step of the default network with batches of 32."""
-    images = images_of(row.data)
-    flow, network = model("pfgm", images.train, classes=CLASSES)
-    config = TrainConfig(steps=1, batch_size=budget.REFERENCE_BATCH, precision=row.precision)
-    step = _trainer(flow, network, images, config)._rehearsal()
+    flow, network = model("pfgm", images_of(row.data).train, classes=CLASSES)
+    return _seconds_of_step(row, flow, network, budget.REFERENCE_BATCH)
+
+
+def _seconds_of_step(row: Run, flow: Flow, network: nn.Module, batch: int) -> float:
+    precision: Precision = "bfloat16" if row.precision == "auto" else row.precision
+    config = TrainConfig(steps=1, batch_size=batch, precision=precision)
+    step = _trainer(flow, network, images_of(row.data), config)._rehearsal()
     return seconds_of([step], Processes(), time.process_time)[0]
 
 
@@ -203,7 +228,7 @@ def measure(options: argparse.Namespace, flow: str, data: str, **setting: Any) -
         return floor
     width, multipliers, patch, batch = setting["size"] or (0, (), 0, 0)
     setting["size"] = Size(width, tuple(multipliers), patch, batch)
-    training = _trained_by_command if flow == COMMAND else trained
+    training = {COMMAND: _trained_by_command, RECIPE: _trained_by_recipe}.get(flow, trained)
     process, network, row = training(Run(data, flow, **setting), options.out)
     best: Row = {}
     for schedule in ("log", "rho"):
@@ -231,6 +256,7 @@ def settings(options: argparse.Namespace) -> Iterator[Row]:
 
 def rows_of_the_fit(rows: list[Row]) -> list[budget.Row]:
     """What ``budget.json`` holds of these rows."""
+    rows = [row | row.get("choice", {}) for row in rows]
     return [
         budget.Row(
             data=f"{row['data']}, {row['flow']}",

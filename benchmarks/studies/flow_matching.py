@@ -44,7 +44,8 @@ def loss(net: nn.Module, x1: Tensor) -> Tensor:
     """The loss of I-CFM with sigma = 0: v(t, x_t) learns x1 − x0 on straight lines."""
     x0, t = torch.randn_like(x1), torch.rand(len(x1))
     xt = torch.lerp(x0, x1, over_samples(t, x1))
-    return (net(t=t, x=xt) - (x1 - x0)).square().mean()
+    error: Tensor = net(t=t, x=xt) - (x1 - x0)
+    return error.square().mean()
 
 
 def trained(train: Tensor, seed: int) -> nn.Module:
@@ -82,10 +83,11 @@ def by_multistep(net: nn.Module, shape: tuple[int, ...], evaluations: int, seed:
 
 def figures(samples: Tensor, images: Images) -> Row:
     """The distances of samples to the held-out images."""
-    samples = samples.clamp(-1, 1)
-    rows = {"pixels": (samples, images.held_out)}
-    rows["features"] = tuple(images.classifier.rows(each) for each in rows["pixels"])
-    return {name: pfgm.metrics.frechet_distance(*pair) for name, pair in rows.items()}
+    samples, held_out, rows = samples.clamp(-1, 1), images.held_out, images.classifier.rows
+    return {
+        "pixels": pfgm.metrics.frechet_distance(samples, held_out),
+        "features": pfgm.metrics.frechet_distance(rows(samples), rows(held_out)),
+    }
 
 
 def measure(options: argparse.Namespace, data: str, seed: int) -> Row:

@@ -12,8 +12,9 @@ import torch
 
 from benchmarks import studies
 from benchmarks.common import machine, study
-from benchmarks.studies import flow_matching, flows, scaling
+from benchmarks.studies import budget, flow_matching, flows, scaling
 from pfgm.integrations.flow_matching import PoissonFlowMatcher, as_denoiser
+from pfgm.training import budget as fit
 
 STUDIES = sorted(module.name for module in pkgutil.iter_modules(studies.__path__))
 
@@ -40,6 +41,12 @@ def test_stored_rows_are_those_of_the_settings(monkeypatch, capsys, name):
     torch.set_num_threads(threads)
     assert capsys.readouterr().out.startswith("| ")
     assert (os.environ["PFGM_BACKEND"], module.STUDY.name) == ("native", name)
+
+
+def test_minutes_are_fitted_to_the_rows_of_their_study():
+    stored = study.known_rows("budget")
+    assert fit.read_rows() == budget.rows_of_the_fit(stored)
+    assert len(stored) > 30
 
 
 def test_rows_are_measured_once_and_survive_a_failure(results):

@@ -11,6 +11,7 @@ import torch
 
 import pfgm
 from benchmarks.studies import (
+    budget,
     flow_matching,
     flows,
     pretrained,
@@ -161,7 +162,7 @@ def test_commands_of_pages_have_what_they_require():
     """A recipe or a run that `--config` names is not there to be read."""
     assert len(COMMANDS) > 30
     for page, command in COMMANDS:
-        if "--config" not in command:
+        if "--config" not in command and "--resume" not in command:
             parsed = cli._parse(shlex.split(command))
             assert type(parsed).__name__.lower() == command.split()[0], page
 
@@ -506,6 +507,20 @@ def test_the_page_of_avatars_has_the_stored_figures():
     for name in ("label_right", "label_of_nearest_right"):
         values = f"{shown[name]:.1%} of the samples and {held_out[name]:.1%} of".replace("%", " %")
         assert values in page
+
+
+def test_the_table_of_minutes_has_the_stored_figures():
+    page = (DOCS / "studies.md").read_text()
+    training = " ".join((DOCS / "howto" / "training.md").read_text().split())
+    for row in (rows := stored("budget")):
+        end = f"{row['features']:.2f} | {100 * row['agreement']:.0f} % |"
+        minutes = f"{row['minutes']:g}" if row["minutes"] else ""
+        assert f"| {minutes} | {end}" in page
+    of_command = [row for row in rows if row["flow"] == budget.COMMAND]
+    five, twenty, digits = (f"{row['features']:.2f}" for row in of_command)
+    assert f"of {five} in [features]" in training
+    assert f"after 5 minutes and {twenty} after 20" in training
+    assert f"of MNIST it is {digits} after 5 minutes" in training
 
 
 def test_the_page_of_other_libraries_has_the_stored_figures():
