@@ -15,7 +15,7 @@ from typing import Annotated, Any, Union
 # The texts of the commands also stand in pfgm.cli, which imports torch; the tests compare them.
 COMMANDS = {
     "demo": (
-        "Train on scikit-learn's bundled digits, sample, measure, draw: a few minutes on a laptop."
+        "Train on scikit-learn's digits, draw samples and measure them: a minute on two cores."
     ),
     "train": (
         "Train a network on the field of your data. Under torchrun its processes train together."

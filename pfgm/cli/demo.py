@@ -21,7 +21,7 @@ _BATCH = 64
 
 @dataclass
 class Demo:
-    """Train on scikit-learn's digits, draw samples and measure them: 90 seconds on two cores."""
+    """Train on scikit-learn's digits, draw samples and measure them: a minute on two cores."""
 
     out: Output = Path("runs/demo")
     """Folder of the run. samples.png, samples.gif and the folder evaluation are added to it."""
