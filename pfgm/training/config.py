@@ -37,7 +37,7 @@ class Schedule(NamedTuple):
         run has the same proportions: 5 % of it is warm-up, the weights are averaged over a tenth,
         and Adam's squared gradients over at least 100 steps. Its learning rate is higher, in
         proportion to 1/steps^(3/4) and at most thirtyfold, and falls to 0. The exponent leads from
-        the published rate to 6e-3 for 1000 steps, which was measured (docs/howto/training.md).
+        the published rate to 6e-3 for 1000 steps, which was measured (docs/studies.md).
 
         >>> Schedule.of(1000)  # doctest: +NORMALIZE_WHITESPACE
         Schedule(learning_rate=0.006, beta2=0.99, warmup=50, decay='cosine', ema=0.99,
