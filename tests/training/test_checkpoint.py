@@ -582,3 +582,11 @@ def test_a_later_format_is_named(tmp_path, flow, network, part, monkeypatch):
     monkeypatch.undo()
     with pytest.raises(ValueError, match=r"has format 2; this version .*reads format 1"):
         load_run(tmp_path)
+
+
+def test_a_state_without_its_run_is_named(tmp_path, flow, network):
+    save_run(tmp_path, flow, network, {"step": 1})
+    data = torch.randn(200, 3, generator=torch.Generator().manual_seed(0))
+    trainer = pfgm.training.Trainer(flow, network, data, folder=tmp_path, progress=False)
+    with pytest.raises(ValueError, match=r"is damaged or of another program \('config'\)\."):
+        trainer.resume()
