@@ -23,6 +23,16 @@ class Batch(NamedTuple):
     reference_labels: Tensor | None
     """Labels (M,) of the references, if the data have labels."""
 
+    def condition(
+        self, rows: slice, dropout: float, generator: torch.Generator
+    ) -> dict[str, Tensor]:
+        """The labels of these samples for the network, a fraction of them dropped."""
+        if self.labels is None:
+            return {}
+        labels = self.labels[rows]
+        drawn = torch.rand(len(labels), generator=generator, device=labels.device)
+        return {"labels": torch.where(drawn < dropout, -1, labels)}
+
 
 class Batches:
     """Batches in a new order each epoch, each with references that contain it.

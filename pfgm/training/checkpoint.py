@@ -23,10 +23,12 @@ import torch
 from torch import Tensor, nn
 
 from ..common.checksums import checksum_of
-from ..common.files import write_atomic
+from ..common.files import MALFORMED, write_atomic
+from ..common.old_names import with_present_names
 from ..data.tables import Table
 from ..flows.flow import Flow
-from .weights_file import read_weights, warn_without_checksum, write_weights
+from .network_state import load_plain_state
+from .weights_file import flow_in, read_weights, warn_without_checksum, write_weights
 
 STATE_FORMAT = 1
 """The version of the format of a training state. Older states, without a version, have this one."""
@@ -63,7 +65,6 @@ def save_run(
     flow: Flow,
     averaged: nn.Module,
     state: dict[str, Any],
-    step: int,
     distilled: bool | None = None,
     *,
     label_names: Sequence[str] = (),
@@ -74,8 +75,9 @@ def save_run(
 
     Args:
         after: step of the checkpoint that the run wrote last or was resumed from. Other checkpoints
-            above it belong to an abandoned continuation and are removed. None is `step`.
+            above it belong to an abandoned continuation and are removed. None is this step.
     """
+    step = state["step"]
     folder.mkdir(parents=True, exist_ok=True)
     names = _names_at(step)
     content = io.BytesIO()
@@ -117,6 +119,34 @@ def load_run(folder: Path, step: int | None = None) -> RunCheckpoint:
         checkpoint = _read_checkpoint(folder, names)
     warn_without_checksum(folder / names["weights"], checkpoint.description)
     return checkpoint
+
+
+def run_of(checkpoint: RunCheckpoint, folder: Path) -> tuple[Flow, int, dict[str, Any]]:
+    """The flow, the number of rows and the settings of the run in the folder."""
+    state = checkpoint.state
+    try:
+        settings = with_present_names("TrainConfig", state["config"])
+        return flow_in(checkpoint.description), state["rows"], settings
+    except MALFORMED as error:
+        raise ValueError(
+            f"{folder} holds a checkpoint that is damaged or of another program ({error})."
+        ) from error
+
+
+def restore(
+    network: nn.Module,
+    averaged: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    checkpoint: RunCheckpoint,
+    folder: Path,
+) -> None:
+    """Loads a checkpoint of the run in the folder into its networks and its optimizer."""
+    try:
+        load_plain_state(network, checkpoint.state["network"])
+        load_plain_state(averaged, checkpoint.weights)
+        optimizer.load_state_dict(checkpoint.state["optimizer"])
+    except MALFORMED as error:
+        raise ValueError(f"{folder} holds a run of another network: {_line(error)}") from error
 
 
 def _read_checkpoint(folder: Path, names: Mapping[str, str]) -> RunCheckpoint:
@@ -166,6 +196,27 @@ def _newest_names(folder: Path) -> dict[str, str]:
     except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise ValueError(f"{path} does not name a checkpoint ({reason(error)}).") from error
     return names
+
+
+def read_latest(folder: Path) -> bytes | None:
+    """The content of latest.json, which names the newest checkpoint."""
+    path = folder / "latest.json"
+    return path.read_bytes() if path.exists() else None
+
+
+def check_latest(folder: Path, known: bytes | None) -> None:
+    """Raises ValueError if there is a newest checkpoint, and it is not the known one of a run."""
+    if read_latest(folder) in (None, known):
+        return
+    if known is None:
+        raise ValueError(
+            f"folder is {folder}, which holds a run already; resume() continues it, another "
+            "folder keeps it."
+        )
+    raise ValueError(
+        f"folder is {folder}, whose newest checkpoint is not the one that this run last read "
+        "or wrote; resume() loads the newest, another folder keeps it."
+    )
 
 
 @contextmanager
@@ -218,5 +269,9 @@ def _check_checkpoint(path: Path) -> str:
 
 def reason(error: BaseException) -> str:
     """The message of an error on one line of limited length."""
-    text = " ".join(str(error).split())
+    text = _line(error)
     return text if len(text) <= _MAX_REASON else f"{text[:_MAX_REASON]} …"
+
+
+def _line(error: BaseException) -> str:
+    return " ".join(str(error).split())

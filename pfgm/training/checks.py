@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import warnings
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -93,6 +93,25 @@ def check_trainable(network: object) -> None:
             )
 
 
+class Diverged(RuntimeError):
+    """The loss or a weight is not finite."""
+
+
+def check_weights(network: nn.Module, step: int) -> None:
+    """Raises Diverged if a trained weight is not finite.
+
+    A gradient that is not finite spoils the weights after a step whose loss is finite.
+    """
+    trained = [(name, p) for name, p in network.named_parameters() if p.requires_grad]
+    finite = torch.stack([parameter.detach().isfinite().all() for _, parameter in trained])
+    if not bool(finite.all()):
+        name, _ = trained[int(finite.int().argmin())]
+        raise Diverged(
+            f"the weight {name} is not finite after step {step}: lower the learning rate, or look "
+            "for a gradient that is not finite; the last checkpoint is unharmed."
+        )
+
+
 def value_range(data: References) -> tuple[float, float]:
     """The least and the largest value in 1024 rows, evenly spaced; bytes as u/127.5 − 1."""
     values = _compared_rows(data)
@@ -134,10 +153,34 @@ def warn_of_range(data: References) -> None:
         warn_image_range(*value_range(data), stacklevel=5)
 
 
-def checked_labels(labels: Tensor | None, data: References, classes: int) -> Tensor | None:
-    """The labels as int64, or None if there are none; classes is 0 if it is not known."""
+def check_divisible(batch_size: int, processes: int, accumulate: int) -> None:
+    """Raises ValueError unless processes and their parts divide the batch."""
+    if batch_size % (processes * accumulate):
+        raise ValueError(
+            f"batch_size must be a multiple of the number of processes, {processes}, times "
+            f"accumulate, {accumulate}, got {batch_size}."
+        )
+
+
+def checked_labels(
+    labels: Tensor | None, names: Sequence[str], data: References, classes: int
+) -> tuple[Tensor | None, tuple[str, ...]]:
+    """The labels as int64, or None if there are none, and their names.
+
+    For a network with classes they are those of the data unless they are given; classes is 0 if it
+    is not known.
+    """
+    if labels is None and classes and isinstance(data, ReferenceSet) and not data.sharded:
+        labels = data.labels
+        if not names and len(data.names) == classes:
+            names = data.names
+    if labels is None and classes:
+        raise ValueError(
+            f"labels must be given for a network of {classes} classes, as data have none that are "
+            "integers; a network without classes learns without labels."
+        )
     if labels is None:
-        return None
+        return None, tuple(names)
     check_tensor("labels", labels)
     if isinstance(data, ReferenceSet) and data.sharded:
         raise ValueError(
@@ -158,7 +201,7 @@ def checked_labels(labels: Tensor | None, data: References, classes: int) -> Ten
             f"labels must be from 0 to {classes - 1} for a network of {classes} classes, got "
             f"{int(labels.max())}."
         )
-    return labels
+    return labels, tuple(names)
 
 
 def check_same_flow(flow: Flow, saved: Flow, folder: Path) -> None:

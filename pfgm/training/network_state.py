@@ -7,8 +7,10 @@ the values. Files hold plain names and whole values, so they load with and witho
 from __future__ import annotations
 
 from collections.abc import Mapping
+from itertools import chain
 from typing import Any, TypeVar
 
+import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel
@@ -101,3 +103,23 @@ def load_plain_state(network: nn.Module, state: Mapping[str, Tensor]) -> None:
             target.load_state_dict(named)
             return
     without_wrappers(network_to_save(network)).load_state_dict(state)  # raises what is missing
+
+
+@torch.no_grad()
+def update_average(averaged: nn.Module, network: nn.Module, ema: float, step: int) -> None:
+    """A moving average with warm-up: the decay at step t is min(ema, (1 + t)/(10 + t)).
+
+    At step 0 it is the network. Tensors that are not trained may hold infinity, as the masks of
+    attention do. Values that have not changed stay, as the average of two infinities is NaN.
+    """
+    weight = 1 - min(ema, (1 + step) / (10 + step))
+    # By name, as the network may have made buffers for itself since.
+    current = {**dict(network.named_parameters()), **dict(network.named_buffers())}
+    for name, mean in chain(averaged.named_parameters(), averaged.named_buffers()):
+        value = current[name]
+        if step == 0 or not (mean.is_floating_point() or mean.is_complex()):
+            mean.copy_(value)
+        elif value.requires_grad:
+            mean.lerp_(value, weight)
+        else:
+            mean.copy_(torch.where(mean == value, mean, mean.lerp(value, weight)))

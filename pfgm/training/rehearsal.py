@@ -20,7 +20,7 @@ _TURNS = 3
 _LONG = 2.0  # seconds of a step that is timed only once
 _FASTER = 1.2  # how much faster bfloat16 must be, as it rounds more
 _SHORT = 0.02  # seconds of a step from which on it may be used; less is noise, and soon done
-BFLOAT16_CAPABILITY = (8, 0)  # of GPUs with fast bfloat16
+_BFLOAT16_CAPABILITY = (8, 0)  # of GPUs with fast bfloat16
 _TIMED_ROWS = 32  # samples for which an evaluation of the network is timed, eight times
 _LEAST_SHARE = 50  # times as many rows must be evaluated in all, or timing costs what it saves
 
@@ -59,6 +59,32 @@ def bfloat16_pays(seconds: Sequence[float]) -> bool:
     return float32 >= max(_FASTER * bfloat16, _SHORT)
 
 
+def fastest_precision(
+    shape: Sequence[int],
+    device: torch.device,
+    rehearsal: Callable[[], Callable[[Compute], object]],
+    processes: Processes,
+    clock: Callable[[], float] = time.perf_counter,
+) -> tuple[Compute, list[float]]:
+    """The precision of the fastest steps; and their seconds in each, if they had to be timed.
+
+    On a CPU steps are timed, as some emulate bfloat16; of a GPU the capability tells. Rows of
+    numbers, whose last digits may matter, stay in float32.
+
+    Args:
+        shape: of a sample.
+        rehearsal: makes the function that is timed, which takes a precision.
+    """
+    if len(shape) > 1 and device.type == "cpu":
+        step = rehearsal()
+        steps = [partial(step, precision) for precision in get_args(Compute)]
+        seconds = seconds_of(steps, processes, clock)
+        return "bfloat16" if bfloat16_pays(seconds) else "float32", seconds
+    fast = len(shape) > 1 and device.type == "cuda"
+    fast = fast and torch.cuda.get_device_capability(device) >= _BFLOAT16_CAPABILITY
+    return "bfloat16" if fast else "float32", []
+
+
 def compute_of(
     flow: Flow,
     network: nn.Module,
@@ -71,25 +97,18 @@ def compute_of(
     Args:
         evaluations: the rows that the network is to be evaluated at, in all. A few are soon done.
     """
-    if len(flow.shape) == 1:  # the last digits of numbers may matter
-        return "float32", ""
-    if device.type == "cuda" and torch.cuda.get_device_capability(device) >= BFLOAT16_CAPABILITY:
-        return "bfloat16", "the GPU is fast with it"
-    if device.type != "cpu" or evaluations < _LEAST_SHARE * _TIMED_ROWS:
+    if device.type == "cpu" and evaluations < _LEAST_SHARE * _TIMED_ROWS:
         return "float32", ""
     classes = label_count(network)
     labels = torch.zeros(_TIMED_ROWS, dtype=torch.int64, device="cpu") if classes else None
-    step = partial(
-        sample_in_batches,
-        flow,
-        network,
-        draw_prior(flow, _TIMED_ROWS, seed=0),
-        batch_size=_TIMED_ROWS,
-        labels=labels,
-        solver="euler",
-        steps=1,
-    )
-    steps = [partial(step, compute=compute) for compute in get_args(Compute)]
-    seconds = seconds_of(steps, Processes(), clock)
-    chosen: Compute = "bfloat16" if bfloat16_pays(seconds) else "float32"
-    return chosen, f"bfloat16 is {seconds[0] / seconds[1]:.1f} times as fast as float32"
+
+    def step(compute: Compute) -> object:
+        prior, how = draw_prior(flow, _TIMED_ROWS, seed=0), {"solver": "euler", "steps": 1}
+        return sample_in_batches(
+            flow, network, prior, batch_size=_TIMED_ROWS, labels=labels, compute=compute, **how
+        )
+
+    chosen, seconds = fastest_precision(flow.shape, device, lambda: step, Processes(), clock)
+    if seconds:
+        return chosen, f"bfloat16 is {seconds[0] / seconds[1]:.1f} times as fast as float32"
+    return chosen, "the GPU is fast with it" if chosen == "bfloat16" else ""

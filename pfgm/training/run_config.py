@@ -117,6 +117,22 @@ class RunConfig:
     """How to train."""
 
     def __post_init__(self) -> None:
+        self._check_kinds()
+        self._check_flow()
+        whole("samples", self.samples, MIN_SAMPLES, _MAX_SAMPLES)
+        whole("student_levels", self.student_levels, 2, MOST_STEPS)
+        if self.init is not None and self.teacher is not None:
+            raise ValueError("only one of init and teacher may be given, got both.")
+        for steps in self.fit_levels:
+            check_fitted_steps("fit_levels", steps)
+        if self.fit_levels and self.teacher is not None:
+            raise ValueError(
+                "only one of fit_levels and teacher may be given, got both: the solver of few-step "
+                "models, consistency, takes no fitted levels."
+            )
+
+    def _check_kinds(self) -> None:
+        """Raises ValueError unless each setting is of its kind; lists of JSON become tuples."""
         if self.range is not None:
             _check_range(self.range)
             object.__setattr__(self, "range", tuple(self.range))  # JSON has lists
@@ -152,6 +168,12 @@ class RunConfig:
         choices = {"method": Method, "network": Network, "layout": Layout, "hold": Place}
         for name, allowed in {**choices, "weighting": Weighting}.items():
             check_choice(name, getattr(self, name), get_args(allowed))
+
+    def _check_flow(self) -> None:
+        """Raises ValueError unless the flow has these settings, which may choose it.
+
+        With a teacher they are ignored.
+        """
         if self.method == "auto" and self.teacher is None:
             if as_number(self.D) != _DEFAULT_D:
                 object.__setattr__(self, "method", "pfgm++")
@@ -164,9 +186,6 @@ class RunConfig:
                 f"weighting must be auto with method {self.method!r}, whose loss has one weight, "
                 f"got {self.weighting!r}."
             )
-        whole("samples", self.samples, MIN_SAMPLES, _MAX_SAMPLES)
-        if self.init is not None and self.teacher is not None:
-            raise ValueError("only one of init and teacher may be given, got both.")
         if not as_number(self.D) > 0:
             raise ValueError(f"D must be a positive number, got {self.D!r}.")
         object.__setattr__(self, "D", as_number(self.D))
@@ -175,14 +194,6 @@ class RunConfig:
             raise ValueError(
                 f"method must be pfgm++ with D = {self.D:g}, got {self.method!r}; pfgm has one "
                 "augmented dimension and edm infinitely many."
-            )
-        whole("student_levels", self.student_levels, 2, MOST_STEPS)
-        for steps in self.fit_levels:
-            check_fitted_steps("fit_levels", steps)
-        if self.fit_levels and self.teacher is not None:
-            raise ValueError(
-                "only one of fit_levels and teacher may be given, got both: the solver of few-step "
-                "models, consistency, takes no fitted levels."
             )
 
     @property

@@ -7,16 +7,15 @@ import functools
 import shlex
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from ..common.checksums import checksum_of_weights
 from ..common.devices import usable_device
 from ..common.files import StrPath, folder_path
-from ..common.images import is_image
 from ..common.messages import print_notice
 from ..data import Data
 from ..data.opening import is_missing
@@ -30,22 +29,15 @@ from .checks import other_setting
 from .locks import is_unmoved, locked_for_all
 from .model_files import Loaded, holds_model, load
 from .processes import Processes, reports_process_lost
-from .run_budget import fitting_network
 from .run_config import CONFIG_FILE, RunConfig, teacher_checksum
-from .run_evaluation import Evaluation
-from .run_models import SIZES, build_flow, build_network, with_method
-from .run_start import start_from
-from .run_summary import summary
+from .run_models import SIZES, Model, built_model, model_from, new_model, student_of
+from .run_reports import Evaluation, long_training, next_commands, summary
 from .signals import Terminated
 from .threads import training_threads
 from .trainer import Trainer
 
 __all__ = ["RunConfig", "start"]
 
-_TEACHER_SETTINGS = (
-    *("method", "D", "flow", "weighting", "network"),
-    *("width", "multipliers", "blocks", "patch", "fit_levels"),
-)
 # Of a run that is resumed; the trainer checks those of the training.
 _CHANGEABLE_SETTINGS = ("hold", "samples", "shared", "training")
 
@@ -84,11 +76,22 @@ def start(
         Diverged, ProcessLost, KeyboardInterrupt, Terminated: as for
             :meth:`pfgm.training.Trainer.train`.
     """
-    begun = Trainer._clock()
-    device = usable_device(str(device))
-    folder = folder_path(folder)
-    processes = Processes()
+    begun, processes = Trainer._clock(), Processes()
+    usable, folder = usable_device(str(device)), folder_path(folder)
     resume = resume or resume_from is not None
+    _check_shared(config, processes)
+    with reports_process_lost(processes), locked_for_all(folder, processes):
+        if resume:
+            config = _check_settings(config, folder)
+        else:
+            _check_new(folder)
+        progress = progress and processes.leads
+        report = report if processes.leads else lambda line: None
+        place = (folder, usable, processes)
+        return _Run(config, *place, resume, resume_from, progress, report, begun).train()
+
+
+def _check_shared(config: RunConfig, processes: Processes) -> None:
     if config.shared and processes.size == 1:
         raise ValueError("shared is True, but there is one process; start several with torchrun.")
     if config.shared and config.labels:
@@ -96,17 +99,17 @@ def start(
             "shared and labels are both True, but the references of one label cannot be shared; "
             "choose one of them."
         )
-    with reports_process_lost(processes), locked_for_all(folder, processes):
-        if resume:
-            config = _check_settings(config, folder)
-        elif (folder / "latest.json").exists():
-            raise ValueError(
-                f"out is {folder}, which holds a run already; add --resume to continue it, or "
-                "choose another folder."
-            )
-        elif holds_model(folder):
-            raise ValueError(f"out must not be a folder of pfgm.save, got {folder}.")
-        return _run(config, folder, device, resume, resume_from, processes, progress, report, begun)
+
+
+def _check_new(folder: Path) -> None:
+    """Raises ValueError if the folder is that of a run or of a model."""
+    if (folder / "latest.json").exists():
+        raise ValueError(
+            f"out is {folder}, which holds a run already; add --resume to continue it, or choose "
+            "another folder."
+        )
+    if holds_model(folder):
+        raise ValueError(f"out must not be a folder of pfgm.save, got {folder}.")
 
 
 def _check_settings(config: RunConfig, folder: Path) -> RunConfig:
@@ -132,107 +135,138 @@ def _check_settings(config: RunConfig, folder: Path) -> RunConfig:
     return config
 
 
-def _run(
-    config: RunConfig,
-    folder: Path,
-    device: torch.device,
-    resume: bool,
-    resume_from: int | None,
-    processes: Processes,
-    progress: bool,
-    report: Callable[[str], None],
-    begun: float,
-) -> nn.Module:
-    report = report if processes.leads else lambda line: None
-    shown = progress and processes.leads
-    source: StrPath | None = config.init or config.teacher
-    if resume:  # the folder stands for its newest checkpoint
-        source = folder if resume_from is None else folder / f"step-{resume_from:08d}.safetensors"
-    earlier, is_table = None, is_table_file(config.data)
-    if source is not None and (is_table or config.init or (config.teacher and not resume)):
-        earlier = load(source)
-    table = earlier.table if is_table and earlier is not None else None
-    data = open_data(config.data, **config.reading, table=table, progress=shown)
-    if config.labels and data.classes == 0:
-        raise ValueError(
-            f"labels must be False for {config.data}, which has none. Images take theirs from two "
-            "or more subfolders, tables from --label-column."
+@dataclass(frozen=True)
+class _Run:
+    """A run in its folder, which is locked."""
+
+    config: RunConfig
+    folder: Path
+    device: torch.device
+    processes: Processes
+    resume: bool
+    resume_from: int | None
+    progress: bool
+    report: Callable[[str], None]
+    begun: float  # by the trainer's clock
+
+    def train(self) -> nn.Module:
+        earlier = self._earlier()
+        data = self._open(earlier)
+        own = ReferenceSet(data)
+        rows = _place_rows(own, self.config, self.device)
+        model = self._model(earlier, rows, data.classes)
+        if self.processes.leads and not self.resume:
+            for steps in self.config.fit_levels:
+                model.flow.fit_levels(own, steps, solver="multistep", progress=self.progress)
+        trainer, notes = self._trainer(model, rows, data), [*model.notes]
+        if self.resume:
+            notes.append(_resume(trainer, self.resume_from))
+        if trainer.config.minutes is not None:
+            trainer._time.start(since=self.begun)
+        with (
+            training_threads(trainer, resumed=self.resume),
+            _remove_failed_start(self.folder) if self.processes.leads else nullcontext(),
+            _tells_how_to_continue(trainer, self.folder, self.report),
+        ):
+            trainer._settle()
+            self.report("\n".join([*notes, *self._summary(model, rows, data, trainer)]))
+            if self.processes.leads:
+                self._save_config(model, trainer)
+            averaged = trainer.train()
+        self.report(f"checkpoint: {self.folder}\n{next_commands(self.folder, data)}")
+        return averaged
+
+    def _earlier(self) -> Loaded | None:
+        """What the run continues, or else starts from, if its data or network need it."""
+        config = self.config
+        source: StrPath | None = config.init or config.teacher
+        if self.resume:
+            if config.init is None and not is_table_file(config.data):
+                return None
+            step = self.resume_from  # the folder stands for its newest checkpoint
+            source = self.folder if step is None else self.folder / f"step-{step:08d}.safetensors"
+        return None if source is None else load(source)
+
+    def _open(self, earlier: Loaded | None) -> Data:
+        config = self.config
+        table = earlier.table if earlier is not None and is_table_file(config.data) else None
+        data = open_data(config.data, **config.reading, table=table, progress=self.progress)
+        if config.labels and data.classes == 0:
+            raise ValueError(
+                f"labels must be False for {config.data}, which has none. Images take theirs from "
+                "two or more subfolders, tables from --label-column."
+            )
+        return data
+
+    def _model(self, earlier: Loaded | None, rows: ReferenceSet, classes: int) -> Model:
+        config = self.config
+        if config.teacher is not None:
+            teacher = load(config.teacher) if earlier is None or self.resume else earlier
+            return student_of(teacher, config, self.folder if self.resume else None)
+        if config.init is not None:
+            assert earlier is not None
+            # The checkpoint of the run itself has the network that it started with.
+            if self.resume:
+                return Model(config, *earlier)
+            return model_from(earlier, config, rows, classes)
+        if self.resume:
+            return built_model(config, rows, classes)
+        seconds = None
+        if config.training.minutes is not None:
+            used = self.processes.of_leader(Trainer._clock() - self.begun)
+            seconds = 60 * config.training.minutes - used
+        return new_model(config, rows, classes, self.device, seconds)
+
+    def _trainer(self, model: Model, rows: ReferenceSet, data: Data) -> Trainer:
+        config, flow, network = model.config, model.flow, model.network.to(self.device)
+        training, loss = config.training, _loss(config, flow, network)
+        if config.teacher is not None:
+            training = dataclasses.replace(training, reference_batch=0)
+        evaluate = None
+        if self.processes.leads:
+            evaluate = Evaluation(config, flow, data, self.folder, self.device, self.progress)
+        return Trainer(
+            flow,
+            network,
+            rows,
+            training,
+            folder=self.folder,
+            progress=self.progress,
+            labels=rows.labels if config.labels else None,
+            label_names=data.names if config.labels else (),
+            evaluate=evaluate,
+            loss=loss,
+            distilled=config.teacher is not None,
         )
-    train = ReferenceSet(data)
-    rows = _place_rows(train, config, device)
-    chosen = config.method == "auto" and source is None
-    if config.teacher is None:
-        config = with_method(config, rows, earlier.flow if earlier and config.init else None)
-    flow, network, notes = _model(config, rows, data, earlier, resume)
-    sized = None
-    if config.training.minutes is not None and earlier is None and not resume:
-        left = 60 * config.training.minutes - processes.of_leader(Trainer._clock() - begun)
-        sized = fitting_network(config, flow, rows, data.classes, device, left)
-    if sized is not None:
-        config, network = sized.config, sized.network
-    teacher_checksum = None if config.teacher is None else checksum_of_weights(network.state_dict())
-    if resume and teacher_checksum is not None:
-        _check_teacher(config, teacher_checksum, folder)
-    network = network.to(device)
-    if config.teacher is None and processes.leads and not resume:
-        for steps in config.fit_levels:
-            flow.fit_levels(train, steps, solver="multistep", progress=progress)
-    training, references = config.training, config.training.reference_batch
-    loss: Callable[..., Tensor] | None = None
-    if config.teacher is not None:
-        loss = Consistency(flow, network, steps=config.student_levels).loss
-        training = dataclasses.replace(training, reference_batch=0)
-    elif isinstance(flow, PoissonFlow) and config.weighting != "auto":
-        loss = functools.partial(flow.loss, weighting=config.weighting)
-    trainer = Trainer(
-        flow,
-        network,
-        rows,
-        training,
-        folder=folder,
-        progress=progress,
-        labels=rows.labels if config.labels else None,
-        label_names=data.names if config.labels else (),
-        evaluate=Evaluation(config, flow, data, folder, device, shown) if processes.leads else None,
-        loss=loss,
-        distilled=config.teacher is not None,
-    )
-    if resume:
-        notes.append(_resume(trainer, resume_from))
-    if trainer.config.minutes is not None:
-        trainer._time.start(since=begun)
-    start_removed = _remove_failed_start(folder) if processes.leads else nullcontext()
-    with (
-        training_threads(trainer, resumed=resume),
-        start_removed,
-        _tells_how_to_continue(trainer, folder, report),
-    ):
-        trainer._settle()
+
+    def _summary(
+        self, model: Model, rows: ReferenceSet, data: Data, trainer: Trainer
+    ) -> Iterator[str]:
+        config = self.config
         if not trainer.finished:
-            notes.append(summary(config, data, rows, trainer, chosen, sized))
-        if config.training.steps is config.training.minutes is None and device.type == "cpu":
-            notes.append(_long_training(trainer))
-        report("\n".join(notes))
-        if processes.leads:
-            # What was open is written in full, so that a resumed run does not choose again.
-            settled = dataclasses.replace(trainer.config, reference_batch=references)
-            # With absolute paths, as the run may be used from another folder.
-            settled_config = dataclasses.replace(config.absolute, training=settled)
-            settled_config.save(folder / CONFIG_FILE, teacher_checksum=teacher_checksum)
-        averaged = trainer.train()
-    report(f"checkpoint: {folder}\n{_next_commands(folder, data)}")
-    return averaged
+            chosen = config.method == "auto" and config.init is config.teacher is None
+            yield summary(model.config, data, rows, trainer, chosen, model.budget)
+        if config.training.steps is config.training.minutes is None and self.device.type == "cpu":
+            yield long_training(trainer)
+
+    def _save_config(self, model: Model, trainer: Trainer) -> None:
+        """Writes what was open in full, so that a resumed run does not choose again.
+
+        Paths are absolute, as the run may be used from another folder.
+        """
+        references = self.config.training.reference_batch  # a student's trainer has 0
+        training = dataclasses.replace(trainer.config, reference_batch=references)
+        config = dataclasses.replace(model.config.absolute, training=training)
+        config.save(self.folder / CONFIG_FILE, teacher_checksum=model.teacher_checksum)
 
 
-def _next_commands(folder: Path, data: Data) -> str:
-    """The commands that draw samples and compare them with the data."""
-    shape, run = data.samples.shape[1:], shlex.quote(str(folder))
-    images = is_image(shape)
-    out = "samples.png" if images else "samples.npy" if len(shape) > 1 else "samples.csv"
-    return (
-        f"next: pfgm sample {run} --n 100 --out {out}\n"
-        f"      pfgm evaluate {run} --out {shlex.quote(str(folder / 'evaluation'))}"
-    )
+def _loss(config: RunConfig, flow: Flow, network: nn.Module) -> Callable[..., Tensor] | None:
+    """The loss that replaces the flow's own, if one does."""
+    if config.teacher is not None:
+        return Consistency(flow, network, steps=config.student_levels).loss
+    if isinstance(flow, PoissonFlow) and config.weighting != "auto":
+        return functools.partial(flow.loss, weighting=config.weighting)
+    return None
 
 
 @contextmanager
@@ -263,45 +297,6 @@ def _tells_how_to_continue(
         raise
 
 
-def _model(
-    config: RunConfig,
-    rows: ReferenceSet,
-    data: Data,
-    earlier: Loaded | None,
-    resume: bool,
-) -> tuple[Flow, nn.Module, list[str]]:
-    """The flow and the network to train, and lines of text about them.
-
-    ``earlier`` is the checkpoint of the run itself if it is resumed, else that of ``config.init``
-    or the teacher; None where neither is needed.
-    """
-    if config.teacher is not None:
-        ignored = [
-            name
-            for name in _TEACHER_SETTINGS
-            if getattr(config, name) != getattr(RunConfig(), name)
-        ]
-        notes = [f"ignored, since the teacher decides: {', '.join(ignored)}"] if ignored else []
-        teacher = load(config.teacher) if resume or earlier is None else earlier
-        return *teacher, notes
-    if config.init is not None:
-        assert earlier is not None
-        # The checkpoint of the run itself has the network that it started with.
-        return (*earlier, []) if resume else start_from(earlier, config, rows, data.classes)
-    flow = build_flow(config, rows)
-    return flow, build_network(config, flow, rows, data.classes), []
-
-
-def _check_teacher(config: RunConfig, checksum: str, folder: Path) -> None:
-    """Raises ValueError unless the teacher has the weights that the run has learnt from."""
-    needed = teacher_checksum(folder)
-    if needed not in (None, checksum):
-        raise ValueError(
-            f"teacher must hold the weights that the run in {folder} learns from, with the "
-            f"checksum {needed}, got {config.teacher}, with {checksum}; or start a new run."
-        )
-
-
 def _resume(trainer: Trainer, resume_from: int | None) -> str:
     """Loads the checkpoint to continue from; returns a line of text."""
     step, steps = trainer.resume(resume_from), trainer.config.steps
@@ -326,18 +321,6 @@ def _resume(trainer: Trainer, resume_from: int | None) -> str:
     if step == steps:
         return f"resuming at step {step}: nothing is left of {steps} steps; give more with --steps"
     return f"resuming at step {step}"
-
-
-def _long_training(trainer: Trainer) -> str:
-    """How long a run will take whose length nobody chose."""
-    seconds = trainer._seconds_of_step()
-    steps = trainer.config.steps
-    assert steps is not None
-    hours = seconds * steps / 3600
-    return (
-        f"{steps} steps of {seconds:.2g} s take about {hours:.2g} hours; "
-        "--minutes 20 trains a network that fits into this time"
-    )
 
 
 def _place_rows(rows: ReferenceSet, config: RunConfig, device: torch.device) -> ReferenceSet:

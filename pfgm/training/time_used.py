@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from typing import Any
 
+from ..common.messages import progress_bar
 from .processes import Processes
 
 _OVERRUN = 1.05  # of the minutes, by which the last evaluation may end later
+_TIME_BAR = "{desc}: {percentage:3.0f}%|{bar}| {elapsed}<{remaining}{postfix}"
 _FIRST_EVALUATION = 0.25  # share of the time at which an evaluation is timed at the latest
 
 
@@ -102,3 +105,11 @@ class TimeUsed:
         self.before, self.evaluation = state["seconds"], state["evaluation"]
         same = minutes_before is not None and self.budget == 60.0 * minutes_before
         self.share = state["share"] if same else min(self.before / self.budget, 1.0)
+
+
+def training_bar(time: TimeUsed, step: int, steps: int | None, *, disable: bool) -> Any:
+    """A bar over the steps or the seconds. The time left is from the average of the run."""
+    length: dict[str, Any] = {"total": steps, "initial": step, "unit": "step"}
+    if steps is None:
+        length = {"total": time.budget, "initial": time.seconds, "bar_format": _TIME_BAR}
+    return progress_bar(**length, desc="training", smoothing=0, disable=disable)

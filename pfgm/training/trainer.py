@@ -11,7 +11,6 @@ import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from functools import partial
-from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -19,22 +18,23 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from ..common.files import MALFORMED, folder_path, remove_leftovers
+from ..common.files import folder_path, remove_leftovers
 from ..common.hints import with_hints
-from ..common.messages import progress_bar
-from ..common.old_names import with_present_names
 from ..data.opening import Samples
 from ..flows.conditions import check_network
 from ..flows.flow import Flow
 from ..networks.registry import label_count
 from ..references import ReferenceSet, as_references
 from .batches import Batch, Batches, seed_of
-from .checkpoint import STATE_FORMAT, load_run, save_run
+from .checkpoint import STATE_FORMAT, check_latest, load_run, read_latest, restore, run_of, save_run
 from .checks import (
+    Diverged,
     check_config,
     check_data,
+    check_divisible,
     check_same_flow,
     check_trainable,
+    check_weights,
     checked_labels,
     warn_of_range,
     warn_of_scales,
@@ -43,18 +43,12 @@ from .checks import (
 from .config import Precision, TrainConfig
 from .locks import locked, locked_for_all
 from .logs import Log, check_log, is_evaluated
-from .network_state import load_plain_state, plain_state
+from .network_state import plain_state, update_average
 from .processes import Processes, reports_process_lost
-from .rehearsal import BFLOAT16_CAPABILITY, bfloat16_pays, seconds_of
+from .rehearsal import fastest_precision, seconds_of
 from .signals import Signals, Terminated, record_signals
-from .time_used import TimeUsed
-from .weights_file import check_savable, flow_in
-
-_TIME_BAR = "{desc}: {percentage:3.0f}%|{bar}| {elapsed}<{remaining}{postfix}"
-
-
-class Diverged(RuntimeError):
-    """The loss or a weight is not finite."""
+from .time_used import TimeUsed, training_bar
+from .weights_file import check_savable
 
 
 class Trainer:
@@ -139,12 +133,14 @@ class Trainer:
         self.flow, self.network, self.data = flow, network, data
         check_config(config)
         self._partial_config = config or TrainConfig()  # may leave settings open
-        self.config = config = self._resolved(self._partial_config)
+        self._processes = processes = Processes()
+        size = self._partial_config.batch_for(len(data), processes.size)
+        config = dataclasses.replace(self._partial_config, batch_size=size).resolved()
+        self.config = config
         self.folder = None if folder is None else folder_path(folder)
         self.progress = progress
         self.table = data.table if isinstance(data, ReferenceSet) else None
-        self.evaluate = evaluate
-        self.loss, self.distilled = loss, distilled
+        self.evaluate, self.loss, self.distilled = evaluate, loss, distilled
         self.step = 0
         self.saved_step: int | None = None
         """The step of the last checkpoint, written or resumed from; None if there is none."""
@@ -156,36 +152,20 @@ class Trainer:
             check_network(network, "network")
         if self.folder is not None:
             check_savable(flow, network)
-        assert config.batch_size is not None  # it is resolved
-        check_data(flow, data, config, config.batch_size, other_loss=loss is not None)
+        check_data(flow, data, config, size, other_loss=loss is not None)
         classes = label_count(network)
-        if labels is None and classes and isinstance(data, ReferenceSet) and not data.sharded:
-            labels = data.labels
-            if not label_names and len(data.names) == classes:
-                label_names = data.names
-        self.label_names = tuple(label_names)
-        if labels is None and classes:
-            raise ValueError(
-                f"labels must be given for a network of {classes} classes, as data have none that "
-                "are integers; a network without classes learns without labels."
-            )
-        self.labels = labels = checked_labels(labels, data, classes)
+        self.labels, self.label_names = checked_labels(labels, label_names, data, classes)
         if not flow._warned_of_range:
             warn_of_range(data)
         warn_of_scales(data)
-        self._processes = processes = Processes()
-        if config.batch_size % (processes.size * config.accumulate):
-            raise ValueError(
-                f"batch_size must be a multiple of the number of processes, {processes.size}, "
-                f"times accumulate, {config.accumulate}, got {config.batch_size}."
-            )
+        check_divisible(size, processes.size, config.accumulate)
         # The first trained parameter, as frozen ones may be narrow or hold integers.
         parameter = next(p for p in network.parameters() if p.requires_grad)
         self._device = parameter.device
         self._batches = Batches(
             data,
-            labels,
-            size=config.batch_size // processes.size,
+            self.labels,
+            size=size // processes.size,
             references=config.reference_batch,
             seed=config.seed,
             device=self._device,
@@ -210,10 +190,6 @@ class Trainer:
         # The first step with a loss that is not finite; 0 means none.
         self._diverged_step = torch.zeros((), dtype=torch.long, device=self._device)
 
-    def _resolved(self, config: TrainConfig) -> TrainConfig:
-        batch = config.batch_for(len(self.data), Processes().size)
-        return dataclasses.replace(config, batch_size=batch).resolved()
-
     @property
     def _computes_alone_on_cpu(self) -> bool:
         """Whether one process trains on the CPU, without compilation."""
@@ -234,29 +210,19 @@ class Trainer:
     def _settle_precision(self) -> float | None:
         """Chooses the precision, unless it is given or that of a resumed run.
 
-        On a CPU steps are timed, as some emulate bfloat16; of a GPU the capability tells. Rows of
-        numbers, whose last digits may matter, stay in float32.
-
         Returns:
             The seconds of a step, if steps had to be timed.
         """
         if self.config.precision != "auto":
             return None
-        precision: Precision = "float32"
-        chosen = None
-        if len(self.flow.shape) > 1 and self._device.type == "cuda":
-            if torch.cuda.get_device_capability(self._device) >= BFLOAT16_CAPABILITY:
-                precision = "bfloat16"
-        elif len(self.flow.shape) > 1 and self._device.type == "cpu":
-            step = self._rehearsal()
-            steps = [partial(step, "float32"), partial(step, "bfloat16")]
-            seconds = seconds_of(steps, self._processes, self._clock)
-            precision = "bfloat16" if bfloat16_pays(seconds) else "float32"
-            chosen = seconds[precision == "bfloat16"]
-            ratio = seconds[0] / seconds[1]
-            self._chosen_precision = f"bfloat16 {ratio:.1f} times as fast as float32"
+        timing = self._rehearsal, self._processes, self._clock
+        precision, seconds = fastest_precision(self.flow.shape, self._device, *timing)
         self.config = dataclasses.replace(self.config, precision=precision)
-        return chosen
+        if not seconds:
+            return None
+        ratio = seconds[0] / seconds[1]
+        self._chosen_precision = f"bfloat16 {ratio:.1f} times as fast as float32"
+        return seconds[precision == "bfloat16"]
 
     def _settle(self) -> None:
         """Chooses the precision, and the schedule of a run of some minutes, if they are open."""
@@ -292,7 +258,7 @@ class Trainer:
         """
         with reports_process_lost(self._processes), locked_for_all(self.folder, self._processes):
             if self.folder is not None and self._processes.leads:
-                self._check_folder(self.folder)
+                check_latest(self.folder, self._known_latest)
                 remove_leftovers(self.folder)
             self._time.start()
             try:
@@ -301,29 +267,16 @@ class Trainer:
             finally:
                 self._time.stop()
 
-    def _check_folder(self, folder: Path) -> None:
-        """Raises ValueError if the folder has a checkpoint that this run did not read or write."""
-        if _read_latest(folder) in (None, self._known_latest):
-            return
-        if self._known_latest is None:
-            raise ValueError(
-                f"folder is {folder}, which holds a run already; resume() continues it, another "
-                "folder keeps it."
-            )
-        raise ValueError(
-            f"folder is {folder}, whose newest checkpoint is not the one that this run last read "
-            "or wrote; resume() loads the newest, another folder keeps it."
-        )
-
     def _train(self) -> nn.Module:
         self.network.train()
         config, processes, clock = self.config, self._processes, self._time
         checkpoint_every = config.schedule.checkpoint_every
         folder = self.folder if processes.leads else None
+        hidden = not (self.progress and processes.leads)
         with (
             record_signals() as received,
             Log(folder, self.step, config.log, dataclasses.asdict(config)) as log,
-            self._progress_bar() as bar,
+            training_bar(clock, self.step, config.steps, disable=hidden) as bar,
         ):
             total, since = torch.zeros((), device=self._device), self.step
             clock.before = max(clock.before, log.seconds)  # in older checkpoints it is missing
@@ -369,11 +322,15 @@ class Trainer:
         return self._time.evaluates(due=due, last=self.finished)
 
     @property
+    def _lacks_row(self) -> bool:
+        """Whether this process makes evaluations, and the run has none of this step."""
+        evaluates = self.evaluate is not None and self._processes.leads
+        return evaluates and not (self.folder and is_evaluated(self.folder, self.step))
+
+    @property
     def lacks_evaluation(self) -> bool:
         """Whether this process has to make the evaluation of this step, which the run lacks."""
-        made = self.folder is not None and is_evaluated(self.folder, self.step)
-        evaluates = self.evaluate is not None and self._processes.leads
-        return evaluates and self._evaluation_due and not made
+        return self._evaluation_due and self._lacks_row
 
     def _evaluate(self, log: Log, received: Signals, bar: Any) -> bool:
         """Makes the evaluation of this step if it is due and the run lacks it.
@@ -383,10 +340,15 @@ class Trainer:
             starts with the evaluation.
         """
         if not self._evaluation_due:
-            if self.finished and self.config.minutes is not None:
-                self._warn_of_evaluation_left_out()
+            timed_out = self.finished and self.config.minutes is not None
+            if timed_out and self.config.evaluates and self._lacks_row:
+                warnings.warn(
+                    f"the last evaluation is left out, as {self.config.minutes:g} minutes leave no "
+                    "time for it; pfgm evaluate measures the network.",
+                    stacklevel=2,
+                )
             return False
-        if self.evaluate is not None and self.lacks_evaluation:
+        if self.evaluate is not None and self._lacks_row:
             bar.set_description_str("evaluation")  # which may take a minute
             with self._save_on_error():
                 metrics = received.call(partial(self.evaluate, self.step, self.averaged))
@@ -398,25 +360,6 @@ class Trainer:
         if stopped and self.saved_step != self.step:
             self.save()
         return stopped
-
-    def _warn_of_evaluation_left_out(self) -> None:
-        asked = self.config.evaluates and self.evaluate is not None and self._processes.leads
-        if asked and (self.folder is None or not is_evaluated(self.folder, self.step)):
-            warnings.warn(
-                f"the last evaluation is left out, as {self.config.minutes:g} minutes leave no "
-                "time for it; pfgm evaluate measures the network.",
-                stacklevel=2,
-            )
-
-    def _progress_bar(self) -> Any:
-        """A bar over the steps or the seconds. The time left is from the average of the run."""
-        config, disabled = self.config, not (self.progress and self._processes.leads)
-        if config.steps is None:
-            length: dict[str, Any] = {"total": self._time.budget, "initial": self._time.seconds}
-            length["bar_format"] = _TIME_BAR
-        else:
-            length = {"total": config.steps, "initial": self.step, "unit": "step"}
-        return progress_bar(**length, desc="training", smoothing=0, disable=disabled)
 
     @contextmanager
     def _save_on_error(self) -> Iterator[None]:
@@ -435,7 +378,7 @@ class Trainer:
             FolderInUse: another run is using the folder.
             OSError: the checkpoint cannot be written.
         """
-        self._check_weights()
+        check_weights(self.network, self.step)
         if self.folder is None or not self._processes.leads:
             return
         state = {
@@ -455,7 +398,6 @@ class Trainer:
                     self.flow,
                     self.averaged,
                     state,
-                    self.step,
                     self.distilled,
                     label_names=self.label_names,
                     table=self.table,
@@ -463,7 +405,7 @@ class Trainer:
                 )
                 self.saved_step = self.step
             finally:
-                self._known_latest = _read_latest(self.folder)
+                self._known_latest = read_latest(self.folder)
 
     def resume(self, step: int | None = None) -> int:
         """Loads a checkpoint from the folder to continue from, and returns its step.
@@ -484,15 +426,9 @@ class Trainer:
         """
         if self.folder is None:
             raise ValueError("folder is None; resuming needs the folder of a run.")
-        latest = _read_latest(self.folder)
-        weights, description, state = load_run(self.folder, step)
-        try:
-            saved, rows = flow_in(description), state["rows"]
-            settings = with_present_names("TrainConfig", state["config"])
-        except MALFORMED as error:
-            raise ValueError(
-                f"{self.folder} holds a checkpoint that is damaged or of another program ({error})."
-            ) from error
+        latest = read_latest(self.folder)
+        checkpoint = load_run(self.folder, step)
+        state, (saved, rows, settings) = checkpoint.state, run_of(checkpoint, self.folder)
         if rows != len(self.data):  # first, as the flow may follow from the data
             raise ValueError(
                 f"data has {len(self.data)} rows; the run in {self.folder} has {rows}."
@@ -500,13 +436,7 @@ class Trainer:
         check_same_flow(self.flow, saved, self.folder)
         self.flow._restore_fitted(saved._describe_fitted())
         config = with_settings_of_run(self._partial_config, settings, self.folder)
-        try:
-            load_plain_state(self.network, state["network"])
-            load_plain_state(self.averaged, weights)
-            self._optimizer.load_state_dict(state["optimizer"])
-        except MALFORMED as error:
-            reason = " ".join(str(error).split())
-            raise ValueError(f"{self.folder} holds a run of another network: {reason}") from error
+        restore(self.network, self.averaged, self._optimizer, checkpoint, self.folder)
         self.config = config
         self.step = self.saved_step = state["step"]
         self._time = TimeUsed(config.minutes, self._processes, self._clock)
@@ -525,7 +455,7 @@ class Trainer:
         with self._device:  # Adam counts its steps in tensors on the default device
             self._optimizer.step()
         self._optimizer.zero_grad(set_to_none=True)
-        self._update_average()
+        update_average(self.averaged, self.network, config.schedule.ema, step)
         first_bad = (self._diverged_step == 0) & ~loss.isfinite()
         self._diverged_step = torch.where(first_bad, step + 1, self._diverged_step)
         return loss
@@ -533,42 +463,20 @@ class Trainer:
     def _gradients(self, network: Callable[..., Any], precision: Precision | None = None) -> Tensor:
         """Adds the gradients of the next step to those of the network, and returns its loss."""
         bfloat16 = (precision or self.config.precision) == "bfloat16"
-        step, rank = self.step, self._processes.rank
-        batch = self._batches.at(step)
-        generator = torch.Generator(self._device).manual_seed(self._noise_seed(step))
+        batch = self._batches.at(self.step)
+        generator = torch.Generator(self._device).manual_seed(self._seed(self.step, 0))
         on_cpu = self._device.type == "cpu"
         # The generator of the CPU is forked in any case; "cuda" stands for no other device.
         devices, kind = ([], "cuda") if on_cpu else ([self._device], self._device.type)
         with torch.random.fork_rng(devices, device_type=kind):
             # Dropout takes no generator, so it uses the global one.
-            torch.manual_seed(seed_of(self.config.seed, step, 1, *([rank] if rank else [])))
+            torch.manual_seed(self._seed(self.step, 1))
             return self._backward(network, batch, generator, bfloat16)
 
-    @torch.no_grad()
-    def _update_average(self) -> None:
-        """A moving average with warm-up: the decay at step t is min(ema, (1 + t)/(10 + t)).
-
-        At step 0 it is the network. Tensors that are not trained may hold infinity, as the masks of
-        attention do. Values that have not changed stay, as the average of two infinities is NaN.
-        """
-        t = self.step
-        weight = 1 - min(self.config.schedule.ema, (1 + t) / (10 + t))
-        # By name, as the network may have made buffers for itself since.
-        current = {**dict(self.network.named_parameters()), **dict(self.network.named_buffers())}
-        averaged = self.averaged
-        for name, mean in chain(averaged.named_parameters(), averaged.named_buffers()):
-            value = current[name]
-            if t == 0 or not (mean.is_floating_point() or mean.is_complex()):
-                mean.copy_(value)
-            elif value.requires_grad:
-                mean.lerp_(value, weight)
-            else:
-                mean.copy_(torch.where(mean == value, mean, mean.lerp(value, weight)))
-
-    def _noise_seed(self, step: int) -> int:
-        """The seed of the perturbation of this process in a step."""
+    def _seed(self, step: int, purpose: int) -> int:
+        """The seed of this process in a step: of the perturbation for 0, of dropout for 1."""
         rank = self._processes.rank
-        return seed_of(self.config.seed, step, 0, *([rank] if rank else []))
+        return seed_of(self.config.seed, step, purpose, *([rank] if rank else []))
 
     def _backward(
         self,
@@ -587,24 +495,17 @@ class Trainer:
             sync = nullcontext() if shared is None or k + 1 == parts else shared.no_sync()
             autocast = torch.autocast(self._device.type, dtype=torch.bfloat16, enabled=bfloat16)
             with sync, autocast:
-                labels = None if batch.labels is None else batch.labels[rows]
                 loss = (self.loss or self.flow.loss)(
                     network,
                     batch.x[rows],
                     batch.references,
                     generator,
-                    condition=self._condition(labels, generator),
+                    condition=batch.condition(rows, self.config.label_dropout, generator),
                     reference_labels=batch.reference_labels,
                 )
                 (loss / parts).backward()
             total += loss.detach() / parts
         return total
-
-    def _condition(self, labels: Tensor | None, generator: torch.Generator) -> dict[str, Tensor]:
-        if labels is None:
-            return {}
-        drawn = torch.rand(len(labels), generator=generator, device=self._device)
-        return {"labels": torch.where(drawn < self.config.label_dropout, -1, labels)}
 
     def _check_loss(self, loss: float) -> float:
         if math.isfinite(loss):
@@ -613,26 +514,6 @@ class Trainer:
         step = int(self._processes.least(int(self._diverged_step) or self.step))
         raise Diverged(
             f"the loss is not finite at step {step} (the noise of that step has the seed "
-            f"{self._noise_seed(step - 1)} in process {self._processes.rank}): lower the learning "
+            f"{self._seed(step - 1, 0)} in process {self._processes.rank}): lower the learning "
             "rate; the last checkpoint is unharmed."
         )
-
-    def _check_weights(self) -> None:
-        """Raises Diverged if a trained weight is not finite.
-
-        A gradient that is not finite spoils the weights after a step whose loss is finite.
-        """
-        trained = [(name, p) for name, p in self.network.named_parameters() if p.requires_grad]
-        finite = torch.stack([parameter.detach().isfinite().all() for _, parameter in trained])
-        if not bool(finite.all()):
-            name, _ = trained[int(finite.int().argmin())]
-            raise Diverged(
-                f"the weight {name} is not finite after step {self.step}: lower the learning rate, "
-                "or look for a gradient that is not finite; the last checkpoint is unharmed."
-            )
-
-
-def _read_latest(folder: Path) -> bytes | None:
-    """The content of latest.json, which names the newest checkpoint."""
-    path = folder / "latest.json"
-    return path.read_bytes() if path.exists() else None

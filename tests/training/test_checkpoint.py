@@ -261,7 +261,7 @@ def test_a_description_that_does_not_fit(tmp_path, flow, network, change):
 
 
 def run_checkpoint(folder, flow, network, step):
-    save_run(folder, flow, network, {"step": step, "network": network.state_dict()}, step)
+    save_run(folder, flow, network, {"step": step, "network": network.state_dict()})
 
 
 def test_a_run_keeps_its_newest_two_checkpoints(tmp_path, flow, network):
@@ -454,7 +454,7 @@ def test_the_error_names_an_intact_older_checkpoint(run, flow, network):
 
 def test_checkpoints_of_an_abandoned_continuation_are_removed(run, flow, network):
     run_checkpoint(run, flow, network, 15)
-    save_run(run, flow, network, {"step": 20}, 20, after=10)  # 15 was damaged, say
+    save_run(run, flow, network, {"step": 20}, after=10)  # 15 was damaged, say
     assert sorted(p.name for p in run.glob("*.state.pt")) == [
         "step-00000010.state.pt",
         "step-00000020.state.pt",
@@ -578,7 +578,15 @@ def test_a_run_of_version_0_1_is_resumed(tmp_path):
 def test_a_later_format_is_named(tmp_path, flow, network, part, monkeypatch):
     state = {"step": 1, "format": 2 if part == "state" else 1}
     monkeypatch.setattr(weights_file, "_FORMAT", 2 if part == "weights" else 1)
-    save_run(tmp_path, flow, network, state, 1)
+    save_run(tmp_path, flow, network, state)
     monkeypatch.undo()
     with pytest.raises(ValueError, match=r"has format 2; this version .*reads format 1"):
         load_run(tmp_path)
+
+
+def test_a_state_without_its_run_is_named(tmp_path, flow, network):
+    save_run(tmp_path, flow, network, {"step": 1})
+    data = torch.randn(200, 3, generator=torch.Generator().manual_seed(0))
+    trainer = pfgm.training.Trainer(flow, network, data, folder=tmp_path, progress=False)
+    with pytest.raises(ValueError, match=r"is damaged or of another program \('config'\)\."):
+        trainer.resume()

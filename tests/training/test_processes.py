@@ -101,6 +101,7 @@ def finished(tmp_path_factory):
     calls = [["shared_references.py", folder / "images.npy"], ["wrapped.py", folder]]
     for kind in ("whole", "shared"):
         calls.append(["training.py", folder / kind, folder / "points.npy", kind, 20])
+    calls.append(["minutes.py", folder / "minutes"])
     both = start_both("together.py", *(shlex.join(map(str, call)) for call in calls))
     outputs = [process.communicate(timeout=120)[0] for process in both]
     assert [process.returncode for process in both] == [0, 0], outputs
@@ -123,6 +124,11 @@ def test_training_in_two_processes(finished, kind):
     with (folder / kind / "log.csv").open() as file:
         assert [int(row["step"]) for row in csv.DictReader(file)] == [5, 10, 15, 20]
     assert load_run(folder / kind)[2]["step"] == 20
+
+
+def test_minutes_and_evaluations_in_two_processes(finished):
+    for rank, count in ((0, 2), (1, 0)):
+        assert f"rank {rank} trained for minutes with {count} evaluations" in finished[0]
 
 
 @pytest.mark.slow
