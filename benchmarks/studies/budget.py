@@ -226,8 +226,9 @@ def measure(options: argparse.Namespace, flow: str, data: str, **setting: Any) -
     if flow == TRAINING:
         floor: Row = of_training_images(data)["10"]
         return floor
-    width, multipliers, patch, batch = setting["size"] or (0, (), 0, 0)
-    setting["size"] = Size(width, tuple(multipliers), patch, batch)
+    if setting["size"]:
+        width, multipliers, patch, batch = setting["size"]
+        setting["size"] = Size(width, tuple(multipliers), patch, batch)
     training = {COMMAND: _trained_by_command, RECIPE: _trained_by_recipe}.get(flow, trained)
     process, network, row = training(Run(data, flow, **setting), options.out)
     best: Row = {}

@@ -28,7 +28,7 @@ class Demo:
     steps: int = STEPS
     """Training steps."""
     seed: int = 0
-    """Seed of training and sampling: the same seed gives the same samples on the same machine."""
+    """Seed of training and sampling. It gives the same result on the same number of threads."""
     progress: Progress = True
 
     def run(self) -> None:
@@ -49,8 +49,9 @@ class Demo:
         if (self.out / "latest.json").exists():
             train.append("--resume")
         picture, film = str(self.out / "samples.png"), str(self.out / "samples.gif")
+        figures, same = str(self.out / "evaluation"), [*seed, "--compute", "float32"]
         return [
             train,
-            ["sample", out, "--n", str(SHOWN), *seed, "--out", picture, "--animate", film],
-            ["evaluate", out, "--n", str(MEASURED), *seed, "--out", str(self.out / "evaluation")],
+            ["sample", out, "--n", str(SHOWN), *same, "--out", picture, "--animate", film],
+            ["evaluate", out, "--n", str(MEASURED), *same, "--out", figures],
         ]

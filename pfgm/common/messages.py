@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import io
 import os
 import sys
@@ -129,16 +130,20 @@ class _LineAMinute:
         self._stream.flush()
 
 
+@functools.cache
+def _tqdm() -> Any:
+    with warnings.catch_warnings():  # in a notebook without ipywidgets the bar is text
+        warnings.simplefilter("ignore")
+        from tqdm.auto import tqdm
+    return tqdm
+
+
 def progress_bar(*arguments: Any, **options: Any) -> Any:
     """A progress bar of tqdm, with its arguments. It does not fail if stderr cannot be written.
 
     Where stderr is no terminal, such as a log file, it is a line a minute.
     """
-    with warnings.catch_warnings():  # in a notebook without ipywidgets the bar is text
-        warnings.simplefilter("ignore")
-        from tqdm.auto import tqdm
-
-    stream = Unfailing(sys.stderr)
+    tqdm, stream = _tqdm(), Unfailing(sys.stderr)
     if not stream.isatty():
         return tqdm(*arguments, file=_LineAMinute(stream), **options)
     # tqdm asks this stream for its width only with dynamic_ncols.
