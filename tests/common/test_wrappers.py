@@ -90,6 +90,7 @@ def test_a_network_that_cannot_be_seen_warns_once_of_its_weights():
         with pytest.warns(UserWarning, match="hides its network.*weighting='balanced'") as warned:
             assert loss(hidden) == loss(net, weighting="published")
         assert len(warned) == 1
+    assert loss(lambda x, z: net(x, z), weighting="balanced") == loss(net)
 
 
 @pytest.mark.filterwarnings("error::UserWarning")
