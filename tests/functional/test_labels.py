@@ -165,17 +165,6 @@ def test_labels_of_every_dtype_and_half_precision(dtype):
     torch.testing.assert_close(half, expected, rtol=0, atol=0.1)
 
 
-def test_densities_are_normalised():
-    grid = torch.linspace(-300, 300, 60001, dtype=torch.float64)
-    references, seen = torch.tensor([[-2.0], [1.0], [3.0]]).double(), torch.tensor([0, 1, 1])
-    for label, mean in ((0, -2.0), (1, 2.0), (-1, 2 / 3)):
-        labels = torch.full((len(grid),), label)
-        both = {"labels": labels, "reference_labels": seen}
-        p = log_density(grid[:, None], references, sigma=0.5, D=math.inf, **both).exp()
-        assert float(torch.trapezoid(p, grid)) == pytest.approx(1, abs=1e-9)
-        assert float(torch.trapezoid(p * grid, grid)) == pytest.approx(mean, abs=1e-9)
-
-
 def test_no_points():
     x, references, _ = problem()
     none = {"labels": LABELS[:0], "reference_labels": SEEN}
