@@ -307,7 +307,5 @@ def test_a_resumed_run_keeps_its_teacher(tmp_path):
 def test_bad_settings(tmp_path):
     with pytest.raises(ValueError, match=r"ahead must be an integer of .* at most 10, got 11\."):
         Consistency(diffusion(), GaussianMean(), ahead=11)
-    with pytest.raises(ValueError, match=r"student_levels must be .* at least 2 .*, got 1\."):
-        RunConfig(student_levels=1)
     with pytest.raises(FileNotFoundError, match="there is no file or folder"):
         start(run_config(tmp_path / "none"), tmp_path / "run", report=lambda line: None)

@@ -95,29 +95,6 @@ def test_a_set_gives_the_bits_of_a_tensor(chunks_of, tmp_path, kind, N, sigma, B
         assert torch.equal(mean, pfgm.posterior_mean(x, rows, sigma=sigma, D=D))
 
 
-@pytest.mark.parametrize(("N", "sigma"), [(64, 0.02), (510, 3.0)])
-def test_chunks_of_the_kernels_for_few_features(chunks_of, tmp_path, N, sigma):
-    """They are not those of the kernels for many features, so a set's chunks hold several."""
-    step = native_parts.kernel_chunk_rows(N, torch.float32)
-    rows = rows_of(torch.float32, 2 * step + 77, N)
-    chunks_of(rows, step)
-    x = points_near(rows, 9, sigma)
-    expected = results(x, rows, sigma, 1.0)
-    for references in (ReferenceSet(rows), in_file(rows, tmp_path)):
-        assert same_bits(results(x, references, sigma, 1.0), expected)
-
-
-@pytest.mark.parametrize("count", [1, 2047, 2048, 2049, 4096])
-def test_sizes_beside_those_of_chunks(chunks_of, tmp_path, count):
-    rows = rows_of(torch.float32, count, 6)
-    chunks_of(rows, 2048)
-    file = in_file(rows, tmp_path)
-    for B in (1, 65):
-        x = points_near(rows, B, 0.1)
-        for references in (ReferenceSet(rows), file):
-            assert same_bits(results(x, references, 0.1, 1.0), results(x, rows, 0.1, 1.0))
-
-
 @pytest.mark.parametrize(
     ("N", "B", "D", "dtype"),
     [
@@ -191,21 +168,6 @@ def test_the_number_of_threads_changes_no_bit(chunks_of, threads, tmp_path):
         threads(count)
         each.append(results(x, file, 0.2, 1.0))
     assert all(same_bits(other, each[0]) for other in each[1:])
-
-
-def test_gradients_in_sigma_alone(chunks_of, tmp_path):
-    rows = rows_of(torch.float32, 5000, 6)
-    chunks_of(rows, 2048)
-    x = points_near(rows, 9, 0.2)
-
-    def gradient(references):
-        sigma = torch.full((9,), 0.2, dtype=torch.float64, requires_grad=True)
-        mean = pfgm.posterior_mean(x, references, sigma=sigma)
-        return torch.autograd.grad(mean.sum(), sigma)[0]
-
-    expected = gradient(rows)
-    for references in (ReferenceSet(rows), in_file(rows, tmp_path)):
-        assert torch.equal(gradient(references), expected)
 
 
 def test_no_points(chunks_of):
