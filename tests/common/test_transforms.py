@@ -15,13 +15,6 @@ from pfgm.references import part as references_module
 ONCE = "can be differentiated once"
 
 
-@pytest.fixture(params=["native", "torch", "reference"])
-def backend(request):
-    if not pfgm.backends.available()[request.param].usable:
-        pytest.skip("no native extension")
-    return request.param
-
-
 @pytest.fixture
 def small_chunks(monkeypatch):
     """Chunks of 3 rows of 4 values in float64."""
