@@ -11,13 +11,10 @@ import torch
 from torch import nn
 
 import pfgm
+from benchmarks.common.problems import seeded
 from pfgm.distillation import Consistency
 from pfgm.training import TrainConfig, Trainer
 from pfgm.training.runs import RunConfig, start
-
-
-def seeded(seed=0):
-    return torch.Generator().manual_seed(seed)
 
 
 class GaussianMean(nn.Module):

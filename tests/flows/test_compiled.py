@@ -7,9 +7,10 @@ import pytest
 import torch
 
 import pfgm
+from benchmarks.common.problems import seeded
 from pfgm.integrations.flow_matching import PoissonFlowMatcher
 
-DATA = torch.randn(40, 2, generator=torch.Generator().manual_seed(0))
+DATA = torch.randn(40, 2, generator=seeded(0))
 FLOWS = {
     "PoissonFlow": pfgm.PoissonFlow((2,), data_norm=1.0),
     "PoissonFlow-spread": pfgm.PoissonFlow.from_data(DATA),

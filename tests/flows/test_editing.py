@@ -5,14 +5,11 @@ import torch
 from torch import nn
 
 import pfgm
+from benchmarks.common.problems import seeded
 from pfgm import PoissonFlow, PoissonFlowPP
 from pfgm.data import digits
 
 DTYPES = [torch.float32, torch.float64]
-
-
-def seeded(seed=0):
-    return torch.Generator().manual_seed(seed)
 
 
 def flows(shape, **options):

@@ -11,15 +11,12 @@ import pytest
 import torch
 
 import pfgm
+from benchmarks.common.problems import seeded
 from pfgm import PoissonFlow
 from pfgm.solvers import SOLVERS
 
 DISTANCES = 10.0 ** torch.arange(13, dtype=torch.float64)  # in spreads
 VALUES = [1, 2, 8, 64]
-
-
-def seeded(seed=0):
-    return torch.Generator().manual_seed(seed)
 
 
 def rows_of(N, spread=1.0, center=0.0):

@@ -7,6 +7,7 @@ import pytest
 import torch
 
 import pfgm
+from benchmarks.common.problems import seeded
 from pfgm import PoissonFlow, PoissonFlowPP
 from pfgm.solvers import GRID_SOLVERS
 
@@ -21,7 +22,7 @@ def data():
 @pytest.mark.parametrize("make", [PoissonFlow.from_data, lambda d: PoissonFlowPP.from_data(d, D=8)])
 def test_the_error_against_rk45_from_other_points(data, make, solver):
     flow = make(data)
-    net, x = flow.empirical(data), flow.prior(200, generator=torch.Generator().manual_seed(9))
+    net, x = flow.empirical(data), flow.prior(200, generator=seeded(9))
     exact = flow.sample(net, 200, x_init=x, solver="rk45", rtol=1e-7, atol=1e-7)
 
     def error(schedule):
@@ -70,7 +71,7 @@ def test_one_reference_leaves_nothing_to_fit():
 def test_sampling_uses_them_for_their_solver_and_steps_alone(data):
     flow = PoissonFlow.from_data(data)
     unfitted = PoissonFlow.from_data(data)
-    net, x = flow.empirical(data), flow.prior(20, generator=torch.Generator().manual_seed(0))
+    net, x = flow.empirical(data), flow.prior(20, generator=seeded(0))
     levels = flow.fit_levels(data, 4, points=32)
 
     def sample(flow, **options):
@@ -98,8 +99,7 @@ def test_churn_takes_the_default_schedule(data):
     net = flow.empirical(data)
 
     def sample():
-        generator = torch.Generator().manual_seed(0)
-        return flow.sample(net, 20, steps=4, churn=2.0, generator=generator)
+        return flow.sample(net, 20, steps=4, churn=2.0, generator=seeded(0))
 
     before = sample()
     flow.fit_levels(data, 4, points=32)

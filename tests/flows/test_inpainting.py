@@ -3,13 +3,10 @@ import math
 import pytest
 import torch
 
+from benchmarks.common.problems import seeded
 from pfgm import PoissonFlow, PoissonFlowPP
 from pfgm.data import digits
 from pfgm.solvers import SOLVERS
-
-
-def seeded(seed=0):
-    return torch.Generator().manual_seed(seed)
 
 
 def flows(shape, data_norm=1.5):

@@ -7,15 +7,12 @@ from torch import nn
 from tqdm import tqdm
 
 import pfgm
+from benchmarks.common.problems import seeded
 from pfgm import PoissonFlow, PoissonFlowPP
 from pfgm.flows.likelihood import centred_prior
 from pfgm.solvers import GRID_SOLVERS, SOLVERS
 
 INFINITY = math.inf
-
-
-def seeded(seed=0):
-    return torch.Generator().manual_seed(seed)
 
 
 def make_flow(kind, data):

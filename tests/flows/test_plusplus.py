@@ -10,6 +10,7 @@ import torch
 from torch.optim.swa_utils import AveragedModel
 
 import pfgm
+from benchmarks.common.problems import seeded
 from pfgm import PoissonFlowPP
 from pfgm.networks import Preconditioned
 from pfgm.solvers import GRID_SOLVERS, SOLVERS
@@ -19,7 +20,7 @@ DS = [1.0, 16.0, math.inf]
 
 @pytest.fixture
 def generator():
-    return torch.Generator().manual_seed(0)
+    return seeded(0)
 
 
 @pytest.fixture
@@ -104,7 +105,7 @@ def test_perturb_and_prior(generator):
     assert rms.item() == pytest.approx(80 * math.sqrt(16 / 14), rel=0.05)  # variance D/(D − 2)
     as_bytes, _ = flow.perturb(torch.full((2, 3, 4), 255, dtype=torch.uint8), generator)
     assert as_bytes.dtype == torch.float32
-    again = [flow.prior(3, generator=torch.Generator().manual_seed(5)) for _ in range(2)]
+    again = [flow.prior(3, generator=seeded(5)) for _ in range(2)]
     assert torch.equal(*again)
 
 
@@ -115,12 +116,12 @@ def test_loss_is_the_weighted_error(data, D):
     def net(x, sigma):
         return 0.5 * x
 
-    loss = flow.loss(net, data, generator=torch.Generator().manual_seed(3))
-    x, sigma = flow.perturb(data, torch.Generator().manual_seed(3))
+    loss = flow.loss(net, data, generator=seeded(3))
+    x, sigma = flow.perturb(data, seeded(3))
     weight = (sigma**2 + 0.25) / (0.5 * sigma) ** 2
     expected = (weight * (0.5 * x - data).square().sum(1)).mean()
     torch.testing.assert_close(loss, expected)
-    stable = flow.loss(net, data, data, torch.Generator().manual_seed(3))
+    stable = flow.loss(net, data, data, seeded(3))
     target = pfgm.posterior_mean(x, data, sigma=sigma, D=D)
     torch.testing.assert_close(stable, (weight * (0.5 * x - target).square().sum(1)).mean())
     assert float(flow.loss(flow.empirical(data), data, data)) <= 1e-6
@@ -199,13 +200,10 @@ def test_the_grid_is_edms():
 @pytest.mark.parametrize("solver", ["euler", "heun"])
 def test_churn(data, solver):
     flow = PoissonFlowPP((2,), D=math.inf)
-    net, start = flow.empirical(data), flow.prior(60, generator=torch.Generator().manual_seed(1))
+    net, start = flow.empirical(data), flow.prior(60, generator=seeded(1))
     options = {"solver": solver, "steps": 40, "x_init": start}
     plain = flow.sample(net, 60, **options)
-    noisy = [
-        flow.sample(net, 60, churn=30.0, generator=torch.Generator().manual_seed(s), **options)
-        for s in (2, 2, 3)
-    ]
+    noisy = [flow.sample(net, 60, churn=30.0, generator=seeded(s), **options) for s in (2, 2, 3)]
     assert torch.equal(noisy[0], noisy[1])
     assert not torch.equal(noisy[0], noisy[2])
     assert not torch.equal(noisy[0], plain)

@@ -9,15 +9,11 @@ import torch
 from torch import nn
 
 import pfgm
+from benchmarks.common.problems import seeded
 from pfgm import PoissonFlow
 from pfgm.flows.batched_sampling import draw_prior
 from pfgm.networks.fields import MeanParts
 from pfgm.solvers import SOLVERS
-
-
-def seeded(seed=0):
-    return torch.Generator().manual_seed(seed)
-
 
 DATA = torch.randn(20, 2, generator=seeded(0))
 FLOW, PLUS = PoissonFlow.from_data(DATA), pfgm.PoissonFlowPP((2,), D=16)

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 
+from benchmarks.common.problems import seeded
 from pfgm import ReferenceSet, field_fn, log_density, posterior_mean
 from pfgm.references.labels import targets_by_label
 
@@ -18,7 +19,7 @@ BOTH = {"labels": LABELS, "reference_labels": SEEN}
 
 
 def problem(dtype=torch.float64):
-    generator = torch.Generator().manual_seed(0)
+    generator = seeded(0)
     references = torch.rand(M, *SHAPE, generator=generator, dtype=torch.float64) * 2 - 1
     x = references[:B] + 0.3 * torch.randn(B, *SHAPE, generator=generator, dtype=torch.float64)
     sigma = torch.rand(B, generator=generator, dtype=torch.float64) + 0.1

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 import pfgm
-from benchmarks.common.problems import level
+from benchmarks.common.problems import level, seeded
 from pfgm import field_fn, log_density, posterior_mean
 from pfgm.references import part
 
@@ -17,8 +17,7 @@ SIZES = [(1, 50, 2), (9, 50, 2), (3, 50, 600), (50, 70, 520)]
 
 
 def rows(count, N, seed=0):
-    generator = torch.Generator().manual_seed(seed)
-    return torch.randn(count, N, generator=generator, dtype=torch.float64)
+    return torch.randn(count, N, generator=seeded(seed), dtype=torch.float64)
 
 
 @pytest.fixture

@@ -9,6 +9,7 @@ import torch
 
 import pfgm
 from benchmarks.common import problems
+from benchmarks.common.problems import seeded
 from pfgm import Field, backends
 from pfgm.backends import native
 from pfgm.core.problems import OdeStep
@@ -85,7 +86,7 @@ def problem(B=5, shape=(37,), z=2.0, dtype=torch.float32, seed=0):
 
 
 def other(x, seed=1):
-    return torch.randn(x.shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+    return torch.randn(x.shape, generator=seeded(seed), dtype=torch.float64)
 
 
 SHAPES = [(0, 5), (1, 1), (1, 16), (3, 37), (7, 3072), (70, 513), (2, 70_001)]
@@ -333,7 +334,7 @@ BEST = "native" if NATIVE else "torch"
 
 def test_an_out_in_the_memory_of_the_levels_is_right():
     memory = torch.rand(3, 3, dtype=torch.float64) + 0.1
-    x, slope = torch.randn(2, 3, 3, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    x, slope = torch.randn(2, 3, 3, dtype=torch.float64, generator=seeded(0))
     arguments = x, slope, None, None, 2.0, 0.5, 0.1, memory, 5.0, 5.0, True
     expected, _ = torch.ops.pfgm.ode_step(*arguments, False, BEST)
     torch.ops.pfgm.ode_step_out(*arguments, BEST, memory, None)
@@ -522,7 +523,7 @@ def test_outputs_with_common_memory_are_refused(shape, dtype):
 @pytest.mark.parametrize("kind", ["field", "mean", "x itself"])
 def test_solvers_overwrite_only_their_own_tensors(name, kind):
     """In place, with gradients off, and out of place, with a callback, give the same."""
-    data = torch.rand(8, 6, generator=torch.Generator().manual_seed(0)) * 2 - 1
+    data = torch.rand(8, 6, generator=seeded(0)) * 2 - 1
     start = 9 * other(torch.empty(5, 6)).float()
     kept = start.clone()
 
@@ -557,7 +558,7 @@ def test_a_run_takes_no_new_memory_for_each_step(name, most, monkeypatch):
 
     kept = []  # so that no address is used twice by chance
     monkeypatch.setattr(backends.reference, "ode_step", watch)
-    data = torch.rand(8, 6, generator=torch.Generator().manual_seed(0)) * 2 - 1
+    data = torch.rand(8, 6, generator=seeded(0)) * 2 - 1
     flow = pfgm.PoissonFlow((6,), data_norm=1.0)
     with pfgm.use_backend("reference"):
         flow.sample(flow.empirical(data), 5, solver=name, steps=9)

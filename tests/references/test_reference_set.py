@@ -8,6 +8,7 @@ import pytest
 import torch
 
 import pfgm
+from benchmarks.common.problems import seeded
 from pfgm.references import ReferenceSet
 from pfgm.references import part as module
 from pfgm.training import TrainConfig, Trainer
@@ -23,13 +24,11 @@ def small_chunks(monkeypatch):
 
 
 def images(count=50, seed=0):
-    generator = torch.Generator().manual_seed(seed)
-    return torch.randint(0, 256, (count, *SHAPE), dtype=torch.uint8, generator=generator)
+    return torch.randint(0, 256, (count, *SHAPE), dtype=torch.uint8, generator=seeded(seed))
 
 
 def points(count=7, dtype=torch.float32, spread=0.3):
-    generator = torch.Generator().manual_seed(1)
-    noise = torch.randn(count, *SHAPE, generator=generator, dtype=torch.float64)
+    noise = torch.randn(count, *SHAPE, generator=seeded(1), dtype=torch.float64)
     return (pfgm.data.to_unit(images())[:count].double() + spread * noise).to(dtype)
 
 
@@ -41,7 +40,7 @@ def on_disk(rows, folder, **options):
 @pytest.mark.parametrize("D", [128.0, 1e6])
 def test_gradient_in_sigma_at_a_large_r_in_parts(small_chunks, backend, D):
     """It is 1e-6 of the parts that cancel between the chunks."""
-    rows, G = images(), torch.randn(7, *SHAPE, generator=torch.Generator().manual_seed(2))
+    rows, G = images(), torch.randn(7, *SHAPE, generator=seeded(2))
 
     def gradient(x, references, name):
         sigma = torch.full((7,), 30.0, dtype=torch.float64, requires_grad=True)
@@ -68,8 +67,7 @@ class Counted:
 
 
 def wide_images(count=40):
-    generator = torch.Generator().manual_seed(0)
-    return torch.randint(0, 256, (count, 1, 24, 24), dtype=torch.uint8, generator=generator)
+    return torch.randint(0, 256, (count, 1, 24, 24), dtype=torch.uint8, generator=seeded(0))
 
 
 @pytest.fixture
@@ -178,7 +176,7 @@ def test_the_set_is_told_of_a_change_that_nothing_notices():
 @pytest.mark.parametrize("share", [0.1, 0.2])
 @pytest.mark.parametrize("shape", [(30, 512), (50, 600), (130, 512), (1000, 600)])
 def test_a_sample_changes_with_a_tenth_of_the_rows(shape, share):
-    generator = torch.Generator().manual_seed(0)
+    generator = seeded(0)
     rows = torch.randn(shape, generator=generator)
     before = pfgm.backends.native_calls.sample(rows)
     for _ in range(200):
@@ -356,7 +354,7 @@ def test_gradients_on_a_gpu_wait_for_nothing(small_chunks, as_on_a_gpu, D, sigma
     x.requires_grad_()
     level.requires_grad_()
     mean = pfgm.posterior_mean(x, references, sigma=level, D=D, backend="reference")
-    G = torch.randn(mean.shape, generator=torch.Generator().manual_seed(2), dtype=mean.dtype)
+    G = torch.randn(mean.shape, generator=seeded(2), dtype=mean.dtype)
     with NoWaiting():
         gradients = torch.autograd.grad(mean, (x, level), G)
     mean = pfgm.posterior_mean(x, references[:], sigma=level, D=D, backend="reference")
@@ -544,8 +542,7 @@ def test_draws(rows, count, flips):
     chosen = torch.tensor([5, 69, 0] + ([rows + 3] if flips else []))
 
     def draw(seed):
-        generator = torch.Generator().manual_seed(seed)
-        return references.draw(count, containing=chosen, generator=generator)
+        return references.draw(count, containing=chosen, generator=seeded(seed))
 
     drawn = draw(0)
     assert drawn[: len(chosen)].tolist() == chosen.tolist()
@@ -556,7 +553,7 @@ def test_draws(rows, count, flips):
 
 
 def test_draws_are_uniform():
-    references, generator = ReferenceSet(torch.rand(40, 1)), torch.Generator().manual_seed(0)
+    references, generator = ReferenceSet(torch.rand(40, 1)), seeded(0)
     for count in (10, 30):
         drawn = torch.cat([references.draw(count, generator=generator) for _ in range(1000)])
         seen = torch.bincount(drawn, minlength=40)
@@ -612,7 +609,7 @@ def test_labels():
     x = pfgm.data.to_unit(rows[:6])
 
     def loss(references, **options):
-        generator = torch.Generator().manual_seed(0)
+        generator = seeded(0)
         net = flow.empirical(rows)
         return flow.loss(
             lambda x, z, labels: net(x, z),
