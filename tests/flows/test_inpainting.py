@@ -101,20 +101,28 @@ def test_all_known_none_known_and_the_evaluations():
     assert torch.equal(flow.inpaint(net, pixels, MASK)[:, :2], torch.ones(2, 2))
 
 
-def test_a_callback_sees_the_known_part_on_its_line():
+def test_a_callback_and_the_network_see_the_known_part_on_its_line():
     flow = PoissonFlow((4,), data_norm=1.5)
-    seen = []
+    exact, seen, evaluated = flow.empirical(REFERENCES), [], []
+    known = REFERENCES[:2] + 0.5  # so that the flow itself leads elsewhere
+
+    def net(x, z):
+        evaluated.append({"x": x.clone(), "z": z[0]})
+        return exact(x, z)
+
     flow.inpaint(
-        flow.empirical(REFERENCES),
-        REFERENCES[:2],
+        net,
+        known,
         MASK,
         resample=0,
         callback=seen.append,
         generator=seeded(4),
     )
-    noise = [(info["x"][:, :2] - REFERENCES[:2, :2]) / info["z"] for info in seen[:-1]]
-    for each in noise[1:-2]:
-        torch.testing.assert_close(each, noise[0], rtol=1e-3, atol=1e-3)
+    assert len(evaluated) == len(seen)
+    line = (seen[0]["x"] - known)[:, :2] / seen[0]["z"]
+    for each in (*seen[:-3], *evaluated[:-3]):
+        noise = (each["x"] - known)[:, :2] / each["z"]
+        torch.testing.assert_close(noise, line, rtol=1e-3, atol=1e-3)
 
 
 def test_bad_projections():
