@@ -239,10 +239,6 @@ TABLE = [
     ),
     (partial(pfgm.euler_step, X, FIELD, 2.0, 1.0), {"out": OBJECTS, "backend": BACKEND}),
     (partial(pfgm.euler_step, X, X, 2.0, 1.0, out=X.clone()), {"backend": BACKEND}),
-    (
-        lambda **law: pfgm.euler_step(X, FIELD._replace(**law), 2.0, 1.0),
-        {"gamma": GAMMA, "z_exp": GAMMA},
-    ),
     (partial(rk45, NET, X, [9.0, 1.0]), {"rtol": AT_LEAST_0, "atol": AT_LEAST_0}),
     (MLP_2, {"width": WIDTH, "depth": DEPTH, "classes": FROM_0, "center": POINT}),
     (MLP_2, {"data_std": ABOVE_0, "gamma": ABOVE_0, "scale": ABOVE_0}),

@@ -408,7 +408,7 @@ X, V, OUT, VZ = *torch.zeros(3, 3, 4), -torch.ones(3)
 
 
 F = Field(V, VZ)
-LAW = {"substitution", "field_x", "field_z"}  # of the prediction
+LAW = {"gamma", "z_exp", "substitution", "field_x", "field_z"}  # of the prediction
 ABOVE_0, AT_LEAST_0 = (
     "must be a finite number above 0, got",
     "must be a finite number of at least 0, got",
@@ -440,6 +440,12 @@ ABOVE_0, AT_LEAST_0 = (
         ({"z_next": math.inf}, f"z_next {AT_LEAST_0} inf."),
         ({"z_next": torch.tensor([1.0, math.nan, 2.0])}, f"z_next {AT_LEAST_0} nan."),
         ({"prediction": V, "z_next": -1.0}, f"z_next {AT_LEAST_0} -1.0."),
+        *(
+            ({name: bad}, f"{name} {AT_LEAST_0} {bad}.")
+            for name in ("gamma", "z_exp")
+            for bad in (-1.0, math.nan, math.inf, True, False)
+        ),
+        ({"gamma": torch.tensor(5.0, requires_grad=True)}, "TypeError: gamma…requires grad."),
         ({"substitution": "none"}, "substitution must be one of exact, published, got 'none'."),
         ({"out": torch.zeros(4, 3)}, "out must have the shape and dtype…3) and torch.float32."),
         ({"out": X.double()}, "out must have the shape and dtype of…(3, 4) and torch.float64."),
