@@ -17,10 +17,11 @@ import pfgm
 from pfgm import PoissonFlow, PoissonFlowPP, metrics, plotting
 from pfgm.backends import requested
 from pfgm.common import checks, numbers, values
-from pfgm.networks import MLP, UNet
+from pfgm.networks import MLP, Denoiser, UNet, build
 from pfgm.networks.config import MAX_DEPTH, MAX_WIDTH
 from pfgm.networks.published.edm_unets import EDMDenoiser
 from pfgm.networks.published.pfgm_unets import DDPMpp
+from pfgm.networks.registry import NETWORKS
 from pfgm.solvers import rk45
 from pfgm.training import TrainConfig
 from pfgm.training.run_config import RunConfig
@@ -226,6 +227,7 @@ TABLE = [
     (partial(FLOW.rescale, X), {"temperature": ABOVE_0}),
     (partial(FLOW.interpolate, NET, X, X), {"count": whole(2)}),
     (partial(FLOW.loss, NET, DATA), {"weighting": one_of("balanced", "published")}),
+    *((partial(flow.loss, net), {"x": OBJECTS}) for flow, net in ((FLOW, NET), (PLUS, DENOISER))),
     (partial(FLOW.network, nn.Identity()), {"predicts": PREDICTS, "level": LEVELS}),
     (partial(PLUS.network, nn.Identity()), {"predicts": one_of(*DENOISERS_PREDICT)}),
     (partial(FLOW.network, nn.Identity()), {"data_std": ABOVE_0}),
@@ -254,6 +256,9 @@ TABLE = [
         {"embedding_type": EMBEDDING, "encoder_type": one_of("standard", "residual")},
     ),
     (partial(DDPMpp, 3, 32), {"embedding": EMBEDDING}),
+    (partial(build, config={}), {"name": one_of(*NETWORKS)}),
+    (partial(Denoiser, config={}), {"network": one_of("ddpmpp", "mlp", "ncsnpp", "unet")}),
+    (partial(Denoiser, "mlp", {"shape": (2,)}), {"sigma_data": ABOVE_0}),
     (
         partial(EDMDenoiser, 1, 8, model_channels=8, channel_mult=[1], num_blocks=1),
         {"sigma_data": ABOVE_0},
