@@ -176,14 +176,15 @@ def test_several_arrays_of_other_names_are_named_in_the_error(tmp_path: Path, su
     assert str(path) in str(caught.value)
 
 
-@pytest.mark.parametrize("suffix", SUFFIXES)
+@pytest.mark.parametrize("suffix", [*SUFFIXES, ".zip"])
 def test_empty_files_and_devices_are_named(tmp_path: Path, suffix: str) -> None:
     empty, device = tmp_path / f"a{suffix}", tmp_path / f"b{suffix}"
     empty.touch()
     device.symlink_to("/dev/zero")
-    for path, problem in ((empty, "is empty"), (device, "must be a file or a folder")):
+    damaged = "must be a complete zip" if suffix == ".zip" else "is empty"
+    for path, problem in ((empty, damaged), (device, "must be a file or a folder, not a pipe")):
         with pytest.raises(ValueError, match=f"^{re.escape(str(path))} {problem}"):
-            open_rows(path)
+            pfgm.data.open(path)
 
 
 def test_another_suffix_is_refused(tmp_path: Path) -> None:

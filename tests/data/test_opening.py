@@ -2,9 +2,10 @@
 
 import gzip
 import io
-import pickle
+import shutil
 import warnings
 import zipfile
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -45,12 +46,16 @@ def test_other_names(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     assert repr(name) in str(caught.value)
 
 
-def test_bytes_and_named_data_take_no_range_and_no_folder(tmp_path: Path) -> None:
+def test_ranges_and_folders_that_are_none_or_not_taken(tmp_path: Path) -> None:
     np.save(tmp_path / "a.npy", ramp(4, 2, 2))
     with pytest.raises(ValueError, match=r"data must be digits,.*got digits:/tmp\."):
         pfgm.data.open("digits:/tmp")
     with pytest.raises(TypeError, match=r"range is 0\.0 255\.0, but the data are bytes"):
         pfgm.data.open(str(tmp_path / "a.npy"), value_range=(0.0, 255.0))
+    np.save(tmp_path / "b.npy", ramp(4, 2, 2, dtype=np.float32))
+    for none in ((1.0, 0.0), (2.0, 2.0), (0.0, float("inf")), (0.0, float("nan"))):
+        with pytest.raises(ValueError, match="range must be two numbers, the lower first, got"):
+            pfgm.data.open(tmp_path / "b.npy", value_range=none)
     with pytest.raises(ValueError, match=r"range is for arrays.*0\) for digits; leave it out"):
         pfgm.data.open("digits", value_range=(0.0, 255.0))
     for source in ("digits", str(tmp_path / "a.npy")):
@@ -140,7 +145,11 @@ def test_avatars_in_the_data_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPa
         pfgm.data.open("avatars")
 
 
-IMAGES = idx(np.zeros((5, 4, 6)))
+IMAGES, OTHER = idx(np.zeros((5, 4, 6))), idx(np.zeros((3, 4, 5)))
+
+
+def labels(values: list[int]) -> bytes:
+    return gzip.compress(idx(np.array(values)))
 
 
 @pytest.mark.parametrize("suffix", ["", ".gz"])
@@ -162,61 +171,47 @@ def test_damaged_idx_files(tmp_path: Path, suffix: str, content: bytes) -> None:
     fashion(tmp_path, suffix)
     path = tmp_path / f"train-images-idx3-ubyte{suffix}"
     write(path, content)
-    with pytest.raises(ValueError, match="must be an original file of") as e:
-        pfgm.data.open(f"fashion-mnist:{tmp_path}")
-    assert str(path) in str(e.value)
-
-
-@pytest.mark.parametrize("damage", ["cut", "changed", "foreign"])
-def test_damaged_compression(tmp_path: Path, damage: str) -> None:
-    fashion(tmp_path, ".gz")
-    path = tmp_path / "train-images-idx3-ubyte.gz"
-    content = bytearray(path.read_bytes())
-    content[len(content) // 2] ^= 0xFF
-    whole = path.read_bytes()
-    path.write_bytes({"cut": whole[:-9], "changed": bytes(content), "foreign": IMAGES}[damage])
-    with pytest.raises(ValueError, match="must be an original file of Fashion-MNIST,"):
+    with pytest.raises(ValueError, match=f"^{path} must be an original file of Fashion-MNIST,"):
         pfgm.data.open(f"fashion-mnist:{tmp_path}")
 
 
 @pytest.mark.parametrize(
-    ("name", "values", "message"),
+    ("name", "damaged", "message"),
     [
-        ("train-labels-idx1-ubyte", np.zeros(4), r" must hold 5 labels, one for.*got 4\."),
-        ("t10k-labels-idx1-ubyte", np.full(3, 10), r"labels in .* must be from 0.*got 10\."),
-        ("t10k-images-idx3-ubyte", np.zeros((3, 4, 5)), r" must hold images of.*got two\."),
+        ("train-images-idx3-ubyte.gz", lambda whole: whole[:-9], "an original file of Fashion-M"),
+        ("train-images-idx3-ubyte.gz", lambda _: IMAGES, "an original file of Fashion-MNIST,"),
+        (
+            "train-images-idx3-ubyte.gz",
+            lambda whole: whole[:80] + bytes([whole[80] ^ 0xFF]) + whole[81:],
+            "an original file of Fashion-MNIST,",
+        ),
+        ("train-labels-idx1-ubyte.gz", lambda _: labels(4 * [0]), r" must hold 5 labels,.*got 4\."),
+        ("t10k-labels-idx1-ubyte.gz", lambda _: labels([9, 9, 10]), r"must be from 0.*got 10\."),
+        ("t10k-images-idx3-ubyte.gz", lambda _: gzip.compress(OTHER), r"images of one.*got two\."),
+        ("t10k-labels-idx1-ubyte.gz", None, "neither t10k-labels-idx1-ubyte nor t10k-labels"),
     ],
 )
-def test_idx_files_that_do_not_fit_together(
-    tmp_path: Path, name: str, values: np.ndarray[Any, Any], message: str
+def test_idx_files_that_are_damaged_missing_or_do_not_fit_together(
+    tmp_path: Path, name: str, damaged: Callable[[bytes], bytes] | None, message: str
 ) -> None:
-    fashion(tmp_path)
-    write(tmp_path / name, idx(values))
-    with pytest.raises(ValueError, match=message):
-        pfgm.data.open(f"fashion-mnist:{tmp_path}")
-
-
-def test_a_missing_idx_file(tmp_path: Path) -> None:
-    fashion(tmp_path)
-    (tmp_path / "t10k-labels-idx1-ubyte").unlink()
-    with pytest.raises(FileNotFoundError, match="neither t10k-labels-idx1-ubyte nor t10k-labels"):
+    fashion(tmp_path, ".gz")
+    whole = (tmp_path / name).read_bytes()
+    (tmp_path / name).unlink()
+    if damaged is not None:
+        (tmp_path / name).write_bytes(damaged(whole))
+    with pytest.raises((ValueError, FileNotFoundError), match=message):
         pfgm.data.open(f"fashion-mnist:{tmp_path}")
 
 
 @pytest.mark.skipif(not FASHION.is_dir(), reason="dataset-fashion-mnist is not installed")
 def test_the_real_fashion_mnist(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of its paper, arXiv 1708.07747: ten classes of equal numbers."""
     monkeypatch.delenv("PFGM_DATA", raising=False)
     data = pfgm.data.open("fashion-mnist")
     assert data.samples.shape == (60_000, 1, 28, 28)
-    assert data.held_out.samples.shape == (10_000, 1, 28, 28)
-    # Its paper: ten classes of equal numbers (Xiao et al., arXiv 1708.07747).
+    assert data.labels.tolist()[:4] == [9, 0, 0, 3]
     for part in (data, data.held_out):
         assert torch.bincount(part.labels).tolist() == [len(part.samples) // 10] * 10
-    assert data.labels.tolist()[:4] == [9, 0, 0, 3]
-    # The mean and deviation that everyone normalises it by.
-    values = [data.samples[start : start + 1000].double() / 255 for start in (0, 20_000, 59_000)]
-    assert float(torch.cat(values).mean()) == pytest.approx(0.2860, abs=5e-3)
-    assert float(torch.cat(values).std()) == pytest.approx(0.3530, abs=5e-3)
 
 
 def cifar(folder: Path) -> dict[str, np.ndarray[Any, Any]]:
@@ -259,20 +254,15 @@ def test_missing_cifar10_is_explained(tmp_path: Path, monkeypatch: pytest.Monkey
     there = f"download {archive} and unpack it in {tmp_path}"
     with pytest.raises(FileNotFoundError, match=there):
         pfgm.data.open(f"cifar10:{tmp_path}")
+    for inner in ("cifar-10-batches-py", ""):  # the Python version
+        (tmp_path / inner).mkdir(exist_ok=True)
+        (tmp_path / inner / "data_batch_1").write_bytes(b"")
+        with pytest.raises(FileNotFoundError, match=rf"pickled, and not read\); {there}"):
+            pfgm.data.open(f"cifar10:{tmp_path}")
+        shutil.rmtree(tmp_path / inner)
     cifar(tmp_path)
     (tmp_path / "data_batch_4.bin").unlink()
     with pytest.raises(FileNotFoundError, match=f"no data_batch_4.bin.*{there}"):
-        pfgm.data.open(f"cifar10:{tmp_path}")
-
-
-@pytest.mark.parametrize("inner", ["", "cifar-10-batches-py"])
-def test_the_python_version_of_cifar10_is_not_read(tmp_path: Path, inner: str) -> None:
-    (tmp_path / inner).mkdir(exist_ok=True)
-    with open(tmp_path / inner / "data_batch_1", "wb") as file:
-        pickle.dump({"data": np.zeros((2, 3072), np.uint8), "labels": [0, 1]}, file)
-    with pytest.raises(
-        FileNotFoundError, match=r"pickled, and not read\); download https:.*binary"
-    ):
         pfgm.data.open(f"cifar10:{tmp_path}")
 
 
@@ -379,6 +369,7 @@ def test_a_single_array_is_the_samples_whatever_its_name(tmp_path: Path) -> None
     [
         ({"labels": ramp(3)}, r"labels in .* must have shape \(4,\), a label for.*got \(3,\)\."),
         ({"y": ramp(4, dtype=np.float32)}, r"y in .* must be integers, one.*got float32\."),
+        ({"y": ramp(4, dtype=np.bool_)}, r"y in .* must be integers, one.*got bool\."),
         ({"test": ramp(2, 5)}, r"test in .* must have the.*got torch\.uint8 and shape \(2,"),
         ({"test": ramp(2, 3, dtype=np.float32)}, r"test in .* must have.*got torch\.float32 an"),
         ({"test": ramp(2, 3), "test_labels": ramp(3)}, r"test_labels in .*.*got \(3,\)\."),
@@ -449,7 +440,6 @@ def test_signals_keep_their_shape(tmp_path: Path) -> None:
     for shape in ((2, 64), (5, 6), (64, 1), (3, 4, 5), (64, 64, 4)):
         np.save(tmp_path / "a.npy", ramp(3, *shape, dtype=np.float32))
         assert pfgm.data.open(str(tmp_path / "a.npy")).samples.shape == (3, *shape)
-        assert pfgm.data.open(tmp_path / "a.npy").samples.shape == (3, *shape)
     np.save(tmp_path / "a.npy", np.zeros((3, 2, 64), np.uint8))
     assert pfgm.data.open(str(tmp_path / "a.npy")).samples.shape == (3, 1, 2, 64)
     assert pfgm.data.open(str(tmp_path / "a.npy"), layout="as-is").samples.shape == (3, 2, 64)
@@ -470,11 +460,8 @@ def test_floats_that_look_like_images_are_asked_about(
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         assert torch.equal(pfgm.data.open(path, layout="images").samples[:], moved)
-        assert torch.equal(pfgm.data.open(path, layout="images").samples[:], moved)
         assert pfgm.data.open(path, layout="as-is").samples.shape == (4, *shape)
     assert moved.shape[1:] == images
-    with pytest.raises(ValueError, match=r"layout must be one of auto,.*got 'hwc'\."):
-        pfgm.data.open(path, layout="hwc")  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("dtype", [np.float16, np.float32, np.float64])
@@ -496,15 +483,6 @@ def test_values_of_a_range_become_minus_one_to_one(tmp_path: Path, dtype: Any, s
     )
 
 
-@pytest.mark.parametrize(
-    "value_range", [(1.0, 0.0), (2.0, 2.0), (0.0, float("inf")), (0.0, float("nan"))]
-)
-def test_ranges_that_are_none(tmp_path: Path, value_range: tuple[float, float]) -> None:
-    np.save(tmp_path / "a.npy", ramp(4, 2, 2, dtype=np.float32))
-    with pytest.raises(ValueError, match="range must be two numbers, the lower first, got"):
-        pfgm.data.open(str(tmp_path / "a.npy"), value_range=value_range)
-
-
 def test_labels_of_two_names_or_twice_are_refused(tmp_path, refused):
     x, labels = np.zeros((3, 2), np.float32), np.arange(3)
     path = tmp_path / "two.npz"
@@ -519,14 +497,6 @@ def test_labels_of_two_names_or_twice_are_refused(tmp_path, refused):
             np.save(content, array)
             archive.writestr(f"{name}.npy", content.getvalue())
     refused(lambda: pfgm.data.open(str(path)), "…different names of arrays, got 'label' twice.")
-
-
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float8_e5m2, torch.bool])
-def test_labels_in_safetensors_must_be_integers(tmp_path, dtype, refused):
-    path = tmp_path / "x.safetensors"
-    save_file({"x": torch.zeros(3, 2), "y": torch.ones(3).to(dtype)}, path)
-    name = str(dtype).removeprefix("torch.")
-    refused(lambda: pfgm.data.open(str(path)), f"TypeError: y in …must be integers, …got {name}.")
 
 
 def test_a_source_means_the_same_everywhere(
