@@ -29,26 +29,27 @@ def same_weights(a, b):
     return all(x == y and torch.equal(u, v) for (x, u), (y, v) in pairs)
 
 
+@pytest.mark.parametrize(
+    ("name", "shape", "classes", "most_bytes"),
+    [
+        ("avatars", (3, 32, 32), 1226, 400_000),  # attributes after the styles
+        ("digits", (1, 8, 8), 10, 150_000),
+        ("fashion-mnist", (1, 28, 28), 10, 150_000),
+    ],
+)
+def test_small_classifiers_come_with_the_package(name, shape, classes, most_bytes):
+    assert set(CLASSIFIERS) == set(pfgm.pretrained.PRETRAINED)
+    net = load_classifier(name)
+    assert not net.training
+    assert (net.shape, net.classes) == (shape, classes)
+    assert sum(each.nbytes for each in net.parameters()) < most_bytes
+    images = torch.zeros(3, *shape)
+    assert (net.rows(images).shape, net(images).shape) == ((3, 32), (3, classes))
+
+
 def test_the_classifier_of_digits_knows_them(digits):
     net = load_classifier("digits")
-    assert not net.training
     assert net.accuracy(digits.held_out, digits.held_out_labels) > 0.97
-
-
-def test_the_classifier_of_clothes_is_small():
-    net = load_classifier("fashion-mnist")
-    assert net.shape == (1, 28, 28)
-    assert sum(each.nbytes for each in net.parameters()) < 150_000
-    images = torch.zeros(3, 1, 28, 28)
-    assert net.rows(images).shape == (3, 32)
-    assert net(images).shape == (3, 10)
-
-
-def test_the_classifier_of_avatars_knows_attributes_after_the_styles():
-    net = load_classifier("avatars")
-    assert net.shape == (3, 32, 32)
-    assert net.classes > 100
-    assert sum(each.nbytes for each in net.parameters()) < 400_000
 
 
 def test_attributes_are_learned():
@@ -196,8 +197,3 @@ ZEROS = torch.zeros(2).long()
 )
 def test_refusals(refused, call, sentence):
     refused(call, sentence)
-
-
-def test_they_come_with_the_package():
-    assert CLASSIFIERS == ("avatars", "digits", "fashion-mnist")
-    assert set(CLASSIFIERS) == set(pfgm.pretrained.PRETRAINED)
