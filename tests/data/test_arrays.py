@@ -64,15 +64,6 @@ def contents(source: Source) -> Array:
     return source.read(0, len(source)).numpy()
 
 
-def test_the_tensor_is_independent_of_the_file(tmp_path: Path) -> None:
-    path = save(tmp_path / "a.safetensors", np.ones((2, 2), dtype=np.float32))
-    loaded = open_rows(path)
-    with path.open("r+b") as file:
-        file.seek(-16, io.SEEK_END)
-        file.write(bytes(16))
-    assert torch.equal(loaded, torch.ones(2, 2))
-
-
 @pytest.mark.parametrize("suffix", SUFFIXES)
 @pytest.mark.parametrize("dtype", [np.uint8, np.float16, np.float32, np.float64])
 def test_common_dtypes_are_read_in_place(tmp_path: Path, suffix: str, dtype: Any) -> None:

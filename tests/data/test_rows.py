@@ -61,11 +61,6 @@ def test_take(source: Source, rows: list[int]) -> None:
     assert torch.equal(taken, numbers(*SHAPE)[rows])
 
 
-def test_taken_rows_are_copies(source: Source) -> None:
-    source.take(torch.arange(11)).fill_(-1)
-    assert torch.equal(source.read(0, 11), numbers(*SHAPE))
-
-
 @pytest.mark.parametrize("dtype", ALL_DTYPES)
 def test_every_dtype_off_alignment(tmp_path: Path, dtype: torch.dtype) -> None:
     rows = numbers(*SHAPE, dtype=dtype)
