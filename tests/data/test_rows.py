@@ -16,7 +16,6 @@ import pytest
 import torch
 from numpy.lib import format as npy
 from torch import Tensor
-from torch.utils.data import TensorDataset
 
 import pfgm
 from pfgm.data import rows as sources
@@ -96,16 +95,6 @@ def test_other_dtypes_are_refused(tmp_path: Path, dtype: torch.dtype) -> None:
         TypeError, match=rf" must be one of torch\.float32, torch\.float64,.*got {dtype}; conv"
     ):
         OnDisk(tmp_path / "x", 0, dtype, (2,), 2)
-
-
-@pytest.mark.parametrize(
-    "source", [None, 3, {"x": torch.zeros(2, 2)}, iter([torch.zeros(2)]), TensorDataset]
-)
-def test_other_sources_are_refused(source: Any) -> None:
-    with pytest.raises(
-        TypeError, match=rf"data must be a tensor, a.*got {type(source).__name__}\."
-    ):
-        pfgm.data.open(source)
 
 
 def test_arrays_share_their_memory() -> None:
