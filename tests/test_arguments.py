@@ -323,7 +323,7 @@ def rows():
             yield pytest.param(call, name, kind, id=f"{function.__qualname__} {name}")
 
 
-@pytest.mark.parametrize(("call", "name", "kind"), rows())
+@pytest.mark.parametrize(("call", "name", "kind"), [*rows()])
 def test_an_argument_has_its_check(call, name, kind):
     for value in kind.bad:
         with pytest.raises((ValueError, TypeError)) as expected:
