@@ -279,14 +279,19 @@ def test_shapes_that_are_no_samples_are_refused(tmp_path: Path, shape: tuple[int
 
 
 @pytest.mark.parametrize(
-    ("shape", "message"),
+    ("form", "shape", "message"),
     [
-        *((shape, " must be a com") for shape in ("(-2, -3)", "(2, 3.0)", "(2, True)", "(2, 'x')")),
-        ("(10000000, 100000000)", "4000000000000000 bytes of numbers, and 24 follow"),
+        ("'<f4', 'fortran_order': False", "(-2, -3)", r" must be a complete \.npy file"),
+        ("'<f4', 'fortran_order': False", "(2, 3.0)", r" must be a complete \.npy file"),
+        ("'<f4', 'fortran_order': False", "(2, True)", r" must be a complete \.npy file"),
+        ("'<f4', 'fortran_order': False", "(2, 'x')", r" must be a complete \.npy file"),
+        ("'>f4', 'fortran_order': True", "(10000000, 100000000)", "4000000000000000 bytes of num"),
     ],
 )
-def test_malformed_and_huge_shapes_are_refused(tmp_path: Path, shape: str, message: str) -> None:
-    header = f"{{'descr': '>f4', 'fortran_order': True, 'shape': {shape}}}\n".encode()
+def test_malformed_and_huge_shapes_are_refused(
+    tmp_path: Path, form: str, shape: str, message: str
+) -> None:
+    header = f"{{'descr': {form}, 'shape': {shape}}}\n".encode()
     path = tmp_path / "a.npy"
     path.write_bytes(npy.magic(1, 0) + len(header).to_bytes(2, "little") + header + bytes(24))
     with pytest.raises(ValueError, match=message):
