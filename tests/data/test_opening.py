@@ -557,8 +557,8 @@ def test_samples_are_indexed_as_tensors_are(tmp_path: Path) -> None:
             with pytest.raises(IndexError):
                 samples[wrong]
         assert len([*samples]) == 6
-    samples[:].zero_()
-    assert torch.equal(samples[:], rows)  # a copy
+        samples[:].zero_()
+        assert torch.equal(samples[:], torch.arange(12.0).view(6, 2))  # a copy
 
 
 def test_arrays_in_memory_take_the_options_of_array_files() -> None:
