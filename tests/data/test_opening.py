@@ -209,7 +209,7 @@ def test_damaged_idx_files(tmp_path: Path, suffix: str, content: bytes) -> None:
         ("train-images-idx3-ubyte.gz", lambda _: IMAGES, "an original file of Fashion-MNIST,"),
         (
             "train-images-idx3-ubyte.gz",
-            lambda whole: whole[:80] + bytes([whole[80] ^ 0xFF]) + whole[81:],
+            lambda whole: whole[:10] + bytes([whole[10] ^ 0xFF]) + whole[11:],
             "an original file of Fashion-MNIST,",
         ),
         ("train-labels-idx1-ubyte.gz", lambda _: labels(4 * [0]), r" must hold 5 labels,.*got 4\."),
