@@ -220,6 +220,8 @@ TABLE = [
         {"steps": STEPS, "rtol": ABOVE_0, "atol": ABOVE_0, "grey_levels": whole(2)},
     ),
     (partial(FLOW.log_likelihood, NET, X), {"estimator": ESTIMATORS}),
+    (pfgm.data.to_unit, {"images": REAL}),
+    (partial(pfgm.data.open, DATA), {"layout": one_of("auto", "images", "as-is")}),
     (partial(FLOW.denoise, NET, level=1.0), {"x": FLOATING}),
     (partial(FLOW.solve, NET, grid=[1.0, 0.5]), {"x": FLOATS}),
     (partial(FLOW.decode, NET), {"latent": FLOATS}),
@@ -279,6 +281,10 @@ TABLE = [
     (partial(metrics.frechet_distance, POINTS), {"b": FINITE}),
     (partial(metrics.precision_recall, samples=POINTS, k=1), {"real": FINITE}),
     (partial(metrics.precision_recall, real=POINTS, k=1), {"samples": FINITE}),
+    (
+        partial(metrics.inception_metrics, IMAGES, real=IMAGES),
+        {"splits": COUNT, "batch_size": COUNT, "real": Kind(REAL.check, (IMAGES.long(),))},
+    ),
     (partial(metrics.train_classifier, IMAGES, ZEROS), {"epochs": COUNT}),
     (partial(metrics.train_classifier, labels=ZEROS), {"images": FLOATING}),
     (partial(metrics.Classifier, (1, 8, 8), 3), {"width": whole(1, 2**16)}),
@@ -322,7 +328,7 @@ def rows():
             yield pytest.param(call, name, kind, id=f"{function.__qualname__} {name}")
 
 
-@pytest.mark.parametrize(("call", "name", "kind"), rows())
+@pytest.mark.parametrize(("call", "name", "kind"), [*rows()])
 def test_an_argument_has_its_check(call, name, kind):
     for value in kind.bad:
         with pytest.raises((ValueError, TypeError)) as expected:
