@@ -44,6 +44,8 @@ _INSTEAD: dict[str, tuple[str, ...]] = {
     **dict.fromkeys(("report_to", "logger"), ("log",)),
     **dict.fromkeys(("sampler", "integration_method"), ("solver",)),
     "random_flip": ("flips",),
+    "references": ("reference_batch",),
+    "levels": ("student_levels",),
     "resume_from_checkpoint": ("resume_from",),
     **dict.fromkeys(("grad_clip", "max_grad_norm"), ("clip",)),
     **dict.fromkeys(("guidance_scale", "cfg_scale", "cfg"), ("guidance",)),

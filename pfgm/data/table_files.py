@@ -315,8 +315,9 @@ def write_columns(
             return _in_quotes(value)
         return str(value).replace(".", decimal) if isinstance(value, float) else str(value)
 
-    plain = re.compile(rf'[^\s"{separator}]([^"\r\n{separator}]*[^\s"{separator}])?')
-    names = (name if plain.fullmatch(name) else _in_quotes(name) for name in columns)
+    # Any separator in a name may be taken for that of the file.
+    special = re.compile(rf'^$|^\s|\s$|["\r\n{"".join(SEPARATORS)}]')
+    names = (_in_quotes(name) if special.search(name) else name for name in columns)
     rows = (map(cell, row) for row in zip(*columns.values(), strict=True))
     text = "".join(separator.join(row) + "\n" for row in ([names] * header + [*rows]))
     write_atomic(path, lambda file: file.write(text.encode()))

@@ -389,6 +389,9 @@ def test_a_first_column_that_only_names_the_rows_is_named(tmp_path: Path, name: 
 
 def test_the_separator_is_that_of_two_lines(tmp_path: Path) -> None:
     path = written(tmp_path / "t.csv", '"Temp, C";"Druck, hPa"\n1,5;2,5\n3;4\n')
+    table = Table.read(path)
+    assert [column.name for column in table.columns] == ["Temp, C", "Druck, hPa"]
+    table.write(path, torch.tensor([[1.0, -1.0], [0.5, 0.25]]))
     assert [column.name for column in Table.read(path).columns] == ["Temp, C", "Druck, hPa"]
 
 
