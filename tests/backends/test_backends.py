@@ -29,7 +29,7 @@ from pfgm.backends import (
     requested,
     triton,
 )
-from pfgm.backends.cuda_driver import CudaRuntime, cuda_lines
+from pfgm.backends.cuda_driver import CudaRuntime, cuda_lines, has_code_for
 from pfgm.common.tensors import dequantise
 from pfgm.ops import eager
 
@@ -182,7 +182,7 @@ def test_available_says_why_a_gpu_cannot_run_the_extension(
     ],
 )
 def test_the_gpus_for_which_a_build_has_code(capability, architectures, has):
-    assert native._has_code_for(capability, architectures) == has
+    assert has_code_for(capability, architectures) == has
 
 
 @native_only
