@@ -296,7 +296,8 @@ def rows_of_the_fit(rows: list[Row]) -> list[budget.Row]:
 
 def shown(rows: list[Row]) -> list[Row]:
     """The rows for people, with sizes in words."""
-    names = ("data", "flow", "minutes", "seed", "steps", "features", "recall", "agreement")
+    names = ["data", "flow", "minutes", "seed", "precision"]
+    names += ["steps", "features", "recall", "agreement"]
     return [{"size": _named(row)} | {n: row[n] for n in names if n in row} for row in rows]
 
 
@@ -328,7 +329,7 @@ def draw(rows: list[Row], options: argparse.Namespace) -> None:
 
 def _named(row: Row) -> str:
     """The size of a row, and what was changed in it, in words."""
-    changes = [f"{name} {value}" for name, value in row.get("changes", {}).items()]
+    changes = [f"{name} {value}" for name, value in row.get("changes", {}).items() if value]
     if row["flow"] == "PFGM, defaults":
         changes = []
     if not row["size"]:
