@@ -7,7 +7,6 @@ import gzip
 import io
 import os
 import re
-import shlex
 import warnings
 import zlib
 from collections.abc import Collection, Iterator, Mapping, Sequence
@@ -55,6 +54,8 @@ class Problems(list[Problem]):
         if len(self) == 1:
             raise ValueError(str(self[0])) from self[0]
         if self:
+            import shlex  # late, because only errors need it
+
             columns = [shlex.quote(each.column) for each in self if each.column is not None]
             options = [*dict.fromkeys(each.option for each in self if each.option)]
             options += ["--drop-columns", *dict.fromkeys(columns)] if columns else []
