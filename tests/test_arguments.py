@@ -17,10 +17,11 @@ import pfgm
 from pfgm import PoissonFlow, PoissonFlowPP, metrics, plotting
 from pfgm.backends import requested
 from pfgm.common import checks, numbers, values
-from pfgm.networks import MLP, UNet
+from pfgm.networks import MLP, Denoiser, UNet, build
 from pfgm.networks.config import MAX_DEPTH, MAX_WIDTH
 from pfgm.networks.published.edm_unets import EDMDenoiser
 from pfgm.networks.published.pfgm_unets import DDPMpp
+from pfgm.networks.registry import NETWORKS
 from pfgm.solvers import rk45
 from pfgm.training import TrainConfig
 from pfgm.training.run_config import RunConfig
@@ -219,6 +220,8 @@ TABLE = [
         {"steps": STEPS, "rtol": ABOVE_0, "atol": ABOVE_0, "grey_levels": whole(2)},
     ),
     (partial(FLOW.log_likelihood, NET, X), {"estimator": ESTIMATORS}),
+    (pfgm.data.to_unit, {"images": REAL}),
+    (partial(pfgm.data.open, DATA), {"layout": one_of("auto", "images", "as-is")}),
     (partial(FLOW.denoise, NET, level=1.0), {"x": FLOATING}),
     (partial(FLOW.solve, NET, grid=[1.0, 0.5]), {"x": FLOATS}),
     (partial(FLOW.decode, NET), {"latent": FLOATS}),
@@ -226,6 +229,7 @@ TABLE = [
     (partial(FLOW.rescale, X), {"temperature": ABOVE_0}),
     (partial(FLOW.interpolate, NET, X, X), {"count": whole(2)}),
     (partial(FLOW.loss, NET, DATA), {"weighting": one_of("balanced", "published")}),
+    *((partial(flow.loss, net), {"x": OBJECTS}) for flow, net in ((FLOW, NET), (PLUS, DENOISER))),
     (partial(FLOW.network, nn.Identity()), {"predicts": PREDICTS, "level": LEVELS}),
     (partial(PLUS.network, nn.Identity()), {"predicts": one_of(*DENOISERS_PREDICT)}),
     (partial(FLOW.network, nn.Identity()), {"data_std": ABOVE_0}),
@@ -254,6 +258,9 @@ TABLE = [
         {"embedding_type": EMBEDDING, "encoder_type": one_of("standard", "residual")},
     ),
     (partial(DDPMpp, 3, 32), {"embedding": EMBEDDING}),
+    (partial(build, config={}), {"name": one_of(*NETWORKS)}),
+    (partial(Denoiser, config={}), {"network": one_of("ddpmpp", "mlp", "ncsnpp", "unet")}),
+    (partial(Denoiser, "mlp", {"shape": (2,)}), {"sigma_data": ABOVE_0}),
     (
         partial(EDMDenoiser, 1, 8, model_channels=8, channel_mult=[1], num_blocks=1),
         {"sigma_data": ABOVE_0},
@@ -274,6 +281,10 @@ TABLE = [
     (partial(metrics.frechet_distance, POINTS), {"b": FINITE}),
     (partial(metrics.precision_recall, samples=POINTS, k=1), {"real": FINITE}),
     (partial(metrics.precision_recall, real=POINTS, k=1), {"samples": FINITE}),
+    (
+        partial(metrics.inception_metrics, IMAGES, real=IMAGES),
+        {"splits": COUNT, "batch_size": COUNT, "real": Kind(REAL.check, (IMAGES.long(),))},
+    ),
     (partial(metrics.train_classifier, IMAGES, ZEROS), {"epochs": COUNT}),
     (partial(metrics.train_classifier, labels=ZEROS), {"images": FLOATING}),
     (partial(metrics.Classifier, (1, 8, 8), 3), {"width": whole(1, 2**16)}),
@@ -317,7 +328,7 @@ def rows():
             yield pytest.param(call, name, kind, id=f"{function.__qualname__} {name}")
 
 
-@pytest.mark.parametrize(("call", "name", "kind"), rows())
+@pytest.mark.parametrize(("call", "name", "kind"), [*rows()])
 def test_an_argument_has_its_check(call, name, kind):
     for value in kind.bad:
         with pytest.raises((ValueError, TypeError)) as expected:

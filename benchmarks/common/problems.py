@@ -15,6 +15,11 @@ from pfgm.core.weights import unit_radius
 Level = TypeVar("Level", float, Tensor)
 
 
+def seeded(seed: int = 0) -> torch.Generator:
+    """A new generator on the CPU with this seed."""
+    return torch.Generator().manual_seed(seed)
+
+
 def radius_of(sigma: Level, D: float) -> Level:
     """r at a noise level; sigma itself at D = ∞."""
     return sigma * unit_radius(D)
@@ -54,7 +59,7 @@ def problem(
             rounded to the byte.
         seed: of all draws.
     """
-    generator, wide = torch.Generator().manual_seed(seed), torch.float64
+    generator, wide = seeded(seed), torch.float64
     shape = (shape,) if isinstance(shape, int) else tuple(shape)
     references = torch.rand(M, *shape, generator=generator, dtype=wide) * 2 - 1 + offset
     if reference_dtype == torch.uint8:

@@ -116,7 +116,7 @@ class PoissonFlowMatcher:
 
             x_t = t x1 + (1 − t) x0
             u_t = x1 − x0                               without references
-            u_t = x1 − x0 + (mean − x1)/(1 − t)         with them: :meth:`velocity` at x_t
+            u_t = x1 − x0 + (mean − x1)/(1 − t)         with references: velocity at x_t
 
         Args:
             x0: noise (B, *S) from :meth:`noise`, or from ``torch.randn`` if D = ∞; None draws it.

@@ -30,15 +30,13 @@ OPTIONS = {"fitted_levels": ["digits-pfgm", "--model", "none", "--steps", "5"]}
 
 
 @pytest.mark.parametrize("name", STUDIES)
-def test_stored_rows_are_those_of_the_settings(monkeypatch, capsys, name):
+def test_stored_rows_are_those_of_the_settings(monkeypatch, capsys, threads, name):
     """So that nothing is measured, and all are shown; "flows" also has rates that were not best."""
     module = importlib.import_module(f"benchmarks.studies.{name}")
     monkeypatch.setattr(sys, "argv", [name, *OPTIONS.get(name, [])])
     monkeypatch.setenv("PFGM_BACKEND", "")
     monkeypatch.setattr(machine, "RESULTS", None)
-    threads = torch.get_num_threads()
     study.run(module.STUDY, module.__doc__)
-    torch.set_num_threads(threads)
     assert capsys.readouterr().out.startswith("| ")
     assert (os.environ["PFGM_BACKEND"], module.STUDY.name) == ("native", name)
 
@@ -73,19 +71,15 @@ def test_rows_are_measured_once_and_survive_a_failure(results):
 @pytest.fixture
 def small(monkeypatch, results, tmp_path):
     """The study of flows with EDM alone, 1 to 3 steps, and two rates."""
-    small = {"SEARCHED": 2, "RATES": (1.0, 3.0), "SAMPLES": 40, "EVALUATIONS": (10,)}
+    small = {"STEPS": {"digits": (1, 2, 3)}, "FLOWS": ("EDM",)}
+    small |= {"SEARCHED": 2, "RATES": (1.0, 3.0), "SAMPLES": 40, "EVALUATIONS": (10,)}
     for name, value in small.items():
         monkeypatch.setattr(flows, name, value)
-    monkeypatch.setattr(flows, "STEPS", {"digits": (1, 2, 3)})
-    monkeypatch.setattr(flows, "FLOWS", ("EDM",))
     monkeypatch.setattr(sys, "argv", ["flows", "--data", "digits", "--out", str(tmp_path / "runs")])
-    return tmp_path
 
 
-def test_the_study_of_flows_chooses_rates_and_measures_on(small, monkeypatch):
-    threads = torch.get_num_threads()
+def test_the_study_of_flows_chooses_rates_and_measures_on(small, monkeypatch, threads):
     study.run(flows.STUDY, flows.__doc__)
-    torch.set_num_threads(threads)
     known = study.known_rows("flows")
     runs = [(r["steps"], r["rate"], r["seed"]) for r in known if r["flow"] == "EDM"]
     tried = {run: r["10"]["features"] for run, r in zip(runs, known[1:5], strict=False)}
@@ -96,52 +90,46 @@ def test_the_study_of_flows_chooses_rates_and_measures_on(small, monkeypatch):
     study.run(flows.STUDY, flows.__doc__)  # all rows are known
 
 
-def test_ot_cfm_of_exact_velocities_draws_the_data():
-    """Every sampler of OT-CFM with the exact velocity of a few images."""
-    images = flows.images_of("digits").train[:4]
-    flow, _ = flows.flow_and_network("OT-CFM", images, 0)
-    network = as_denoiser(PoissonFlowMatcher(references=images).velocity)
-    for options in flows.samplers(flow, "OT-CFM", 20).values():
-        samples = flow.sample(network, 8, generator=torch.Generator().manual_seed(0), **options)
-        assert float(torch.cdist(samples.flatten(1), images.flatten(1)).amin(1).max()) < 0.05
+def exact_velocity(count):
+    """A few images, and the velocity of flow matching toward them."""
+    images = flows.images_of("digits").train[:count]
+    return images, PoissonFlowMatcher(references=images).velocity
 
 
-@pytest.mark.slow  # the import of torchcfm takes seconds
-def test_the_loss_of_ot_cfm_is_0_at_the_exact_velocity():
-    """Of one image, whose velocity does not depend on the coupling."""
-    pytest.importorskip("torchcfm")
-    image = flows.images_of("digits").train[:1]
-    velocity = PoissonFlowMatcher(references=image).velocity
-    generator, labels = torch.Generator().manual_seed(0), torch.zeros(16, dtype=torch.long)
-    arguments = image.expand(16, -1, -1, -1), None, generator
-    networks = (lambda t, x, labels: velocity(t, x), 0, 1e-4), (lambda t, x, labels: 0 * x, 0.5, 5)
-    for network, at_least, at_most in networks:
-        net = as_denoiser(network)
-        loss = flows.matching_loss(net, *arguments, condition={"labels": labels})
-        assert at_least <= float(loss) < at_most
-
-
-def test_both_samplers_of_exact_velocities_draw_the_data(monkeypatch):
+def test_every_sampler_of_an_exact_velocity_draws_the_data(monkeypatch):
+    """Those of OT-CFM, and both of flow matching."""
     monkeypatch.setattr(flow_matching, "SAMPLES", 8)
-    images = flows.images_of("digits").train[:4]
-    velocity = PoissonFlowMatcher(references=images).velocity
+    images, velocity = exact_velocity(4)
+    flow, _ = flows.flow_and_network("OT-CFM", images, 0)
+    drawn = [
+        flow.sample(as_denoiser(velocity), 8, generator=torch.Generator().manual_seed(0), **options)
+        for options in flows.samplers(flow, "OT-CFM", 20).values()
+    ]
     noise = torch.randn(8, *images.shape[1:], generator=torch.Generator().manual_seed(0))
-    for samples in (
-        flow_matching.by_euler(velocity, noise, 20),
-        flow_matching.by_multistep(velocity, tuple(images.shape[1:]), 20, seed=0),
-    ):
+    drawn.append(flow_matching.by_euler(velocity, noise, 20))
+    drawn.append(flow_matching.by_multistep(velocity, tuple(images.shape[1:]), 20, seed=0))
+    for samples in drawn:
         assert float(torch.cdist(samples.flatten(1), images.flatten(1)).amin(1).max()) < 0.05
 
 
-def test_the_loss_of_flow_matching_is_0_at_the_exact_velocity():
-    """Of one image, where the velocity at a point is that of its only line."""
+def ot_cfm_loss(network, images):
+    pytest.importorskip("torchcfm")
+    condition = {"labels": torch.zeros(len(images), dtype=torch.long)}
+    draw = torch.Generator().manual_seed(0)
+    return flows.matching_loss(as_denoiser(network), images, None, draw, condition=condition)
+
+
+@pytest.mark.parametrize(
+    "loss",
+    [flow_matching.loss, pytest.param(ot_cfm_loss, marks=pytest.mark.slow)],  # imports torchcfm
+)
+def test_the_loss_is_0_at_the_exact_velocity(loss):
+    """Of one image, whose velocity at a point is that of its only line."""
     torch.manual_seed(0)
-    image = flows.images_of("digits").train[:1]
-    velocity = PoissonFlowMatcher(references=image).velocity
-    for network, at_least, at_most in ((velocity, 0, 1e-4), (lambda t, x: 0 * x, 0.5, 5)):
-        assert (
-            at_least <= float(flow_matching.loss(network, image.expand(16, -1, -1, -1))) < at_most
-        )
+    image, velocity = exact_velocity(1)
+    images = image.expand(16, -1, -1, -1)
+    assert 0 <= float(loss(lambda t, x, labels=None: velocity(t, x), images)) < 1e-4
+    assert 0.5 <= float(loss(lambda t, x, labels=None: 0 * x, images)) < 5
 
 
 SHARED = [row for row in study.known_rows("scaling") if row.get("processes", 0) > 1]

@@ -29,8 +29,7 @@ TRAIN = ["--steps", "12", "--batch-size", "16", "--reference-batch", "32", "--wa
 def run(tmp_path_factory):
     """The folder of a short training run on digits."""
     folder = tmp_path_factory.mktemp("run")
-    arguments = ["train", "--data", "digits", "--out", str(folder), "--width", "16", *TRAIN]
-    assert cli.main(arguments) == 0
+    typed("train", "--data", "digits", "--out", folder, "--width", 16, *TRAIN)
     return folder
 
 
@@ -44,11 +43,15 @@ def command(*arguments, **options):
     )
 
 
+def typed(*arguments):
+    """Runs the command, which must succeed."""
+    assert cli.main([str(each) for each in arguments]) == 0
+
+
 def test_samples_as_an_array_and_as_a_picture(run, tmp_path, capsys):
     weights = run / "step-00000012.safetensors"
     for out in ("a.npy", "b.npy", "c.png", "d.jpg", "e.JPG"):
-        arguments = ["sample", str(weights), "--n", "5", "--steps", "3"]
-        assert cli.main([*arguments, "--out", str(tmp_path / "new" / out)]) == 0
+        typed("sample", weights, "--n", 5, "--steps", 3, "--out", tmp_path / "new" / out)
         assert capsys.readouterr().out.strip() == str(tmp_path / "new" / out)
     a, b = (np.load(tmp_path / "new" / name) for name in ("a.npy", "b.npy"))
     assert a.shape == (5, 1, 8, 8)
@@ -80,7 +83,7 @@ def test_one_model_is_asked_for(run, tmp_path, monkeypatch, refusal):
     Path("digits").symlink_to(run)
     for arguments in (["sample", "digits"], ["train", "--init", "digits"], ["evaluate", "digits"]):
         assert "write ./digits for the path, or rename it." in refusal(*arguments, "-o", "x.npy")
-    assert cli.main(["sample", "./digits", "-n", "3", "--steps", "2", "-o", "x.npy"]) == 0
+    typed("sample", "./digits", "-n", "3", "--steps", "2", "-o", "x.npy")
     assert np.load("x.npy").shape == (3, *pfgm.load(run).flow.shape)
     for given, extra in (("neither", []), ("both", ["./digits", "--samples", "x.npy"])):
         message = f"one of a model and --samples must be given, got {given}."
@@ -100,8 +103,7 @@ def test_one_model_is_asked_for(run, tmp_path, monkeypatch, refusal):
 )
 def test_the_labels_of_samples(tmp_path, name, option, labels):
     out = tmp_path / "x.npy"
-    arguments = ["sample", name, "--n", "12", "--steps", "2", *option]
-    assert cli.main([*arguments, "--out", str(out)]) == 0
+    typed("sample", name, "--n", 12, "--steps", 2, *option, "--out", out)
     flow, net = pfgm.load(name)
     start = flow.prior(12, generator=torch.Generator().manual_seed(0))
     condition = None if labels is None else {"labels": torch.tensor(labels)}
@@ -114,8 +116,8 @@ def test_a_picture_has_columns_for_each_label(tmp_path, monkeypatch):
     drawn = []
     monkeypatch.setattr(pfgm.plotting, "image_grid", lambda *_, **options: drawn.append(options))
     for options in ([], ["--label", "bag", "1"], ["--label", "7"], ["--label", "none"]):
-        arguments = ["sample", "fashion-mnist", "--n", "12", "--steps", "1"]
-        assert cli.main([*arguments, *options, "--out", str(tmp_path / "x.png")]) == 0
+        sample = ["sample", "fashion-mnist", "--n", 12, "--steps", 1]
+        typed(*sample, *options, "--out", tmp_path / "x.png")
     classes = list(pfgm.pretrained.PRETRAINED["fashion-mnist"].classes)
     two = {"columns": 4, "header": ["bag", "trouser", "bag", "trouser"]}
     assert drawn == [{"columns": 10, "header": classes}, two, {}, {}]
@@ -126,7 +128,7 @@ def test_an_animation_of_samples(tmp_path, monkeypatch, refusal):
     monkeypatch.setattr(pfgm.plotting, "animation", lambda *values, **_: drawn.append(values))
     gif, out = tmp_path / "a" / "x.gif", tmp_path / "x.npy"
     sample = ["sample", "digits", "--steps", "3", "--out", out, "--animate"]
-    assert cli.main([*map(str, sample), str(gif), "--n", "4"]) == 0
+    typed(*sample, gif, "--n", "4")
     ((frames, titles, path),) = drawn
     flow = pfgm.load("digits").flow
     start = flow.prior(4, generator=torch.Generator().manual_seed(0))
@@ -164,8 +166,7 @@ def test_the_command_samples_as_python_does(tmp_path):
 def test_the_batch_size_and_the_seed_of_sampling(run, tmp_path):
     def sample(name, *options):
         out = tmp_path / name
-        arguments = ["sample", str(run), "--n", "6", "--steps", "2"]
-        assert cli.main([*arguments, "--out", str(out), *options]) == 0
+        typed("sample", run, "--n", 6, "--steps", 2, "--out", out, *options)
         return np.load(out)
 
     whole = sample("whole.npy")
@@ -185,17 +186,16 @@ def test_signals_from_a_file_to_samples(tmp_path):
     signals = torch.randn(40, 2, 16, generator=torch.Generator().manual_seed(0))
     np.save(tmp_path / "signals.npy", signals.numpy())
     out = str(tmp_path / "run")
-    arguments = ["train", "--data", str(tmp_path / "signals.npy"), "--method", "pfgm++"]
-    assert cli.main([*arguments, "--width", "16", "--out", out, *TRAIN]) == 0
+    arguments = ["train", "--data", tmp_path / "signals.npy", "--method", "pfgm++"]
+    typed(*arguments, "--width", "16", "--out", out, *TRAIN)
     _, network = pfgm.load(out)
     assert any(isinstance(part, torch.nn.Conv1d) for part in network.modules())
     path = tmp_path / "samples.npy"
-    assert cli.main(["sample", out, "--n", "5", "--out", str(path)]) == 0
+    typed("sample", out, "--n", "5", "--out", path)
     samples = np.load(path)
     assert samples.shape == (5, 2, 16)
     assert np.isfinite(samples).all()
-    evaluate = ["evaluate", out, "--n", "20", "--out", str(tmp_path / "e")]
-    assert cli.main(evaluate) == 0
+    typed("evaluate", out, "--n", 20, "--out", tmp_path / "e")
 
 
 def test_a_table_comes_back_with_its_columns(tmp_path, refusal, capsys):
@@ -211,17 +211,17 @@ def test_a_table_comes_back_with_its_columns(tmp_path, refusal, capsys):
     )
     table, rows, out = tmp_path / "t.csv", tmp_path / "rows.csv", str(tmp_path / "run")
     frame.to_csv(table, index=False)
-    train = ["train", "--data", str(table), "--width", "16", *TRAIN, "--evaluate-every", "12"]
-    sample = ["sample", "--n", "30", "--out", str(rows)]
+    train = ["train", "--data", table, "--width", "16", *TRAIN, "--evaluate-every", "12"]
+    sample = ["sample", "--n", "30", "--out", rows]
     for name, options, label in (
         ("run", [], []),
         ("labels", ["--labels"], ["--label", "old"]),
         ("named", ["--label-column", "rooms"], ["--label", "3"]),
     ):
         run = str(tmp_path / name)
-        assert cli.main([*train, *options, "--samples", "20", "--out", run]) == 0
+        typed(*train, *options, "--samples", "20", "--out", run)
         assert " after standardising the columns, " in "".join(capsys.readouterr())
-        assert cli.main([*sample, run, *label]) == 0
+        typed(*sample, run, *label)
         drawn = pandas.read_csv(rows)
         assert list(drawn) == list(frame)
         assert set(drawn["label"]) <= {"old", "new"}
@@ -229,14 +229,14 @@ def test_a_table_comes_back_with_its_columns(tmp_path, refusal, capsys):
         assert drawn["size"].between(frame["size"].min(), frame["size"].max()).all()
         if label:
             assert set(map(str, drawn["label" if name == "labels" else "rooms"])) == {label[1]}
-        evaluate = ["evaluate", "--n", "40", "--out", str(tmp_path / "e")]
-        assert cli.main([*evaluate, run]) == 0
-    assert cli.main([*evaluate, "--samples", str(rows), "--data", str(table)]) == 0
-    assert cli.main(["train", "--out", out, "--resume", "--steps", "14"]) == 0
+        evaluate = ["evaluate", "--n", "40", "--out", tmp_path / "e"]
+        typed(*evaluate, run)
+    typed(*evaluate, "--samples", rows, "--data", table)
+    typed("train", "--out", out, "--resume", "--steps", "14")
     # The columns of the checkpoint, not those of other data, decide what is inside.
     frame[["rooms", "size", "label"]].iloc[:40].to_csv(tmp_path / "u.csv", index=False)
-    other = [*train[:2], str(tmp_path / "u.csv"), "--width", "16", *TRAIN, "--init", out]
-    assert cli.main([*other, "--out", str(tmp_path / "more")]) == 0
+    other = [*train[:2], tmp_path / "u.csv", "--width", "16", *TRAIN, "--init", out]
+    typed(*other, "--out", tmp_path / "more")
     tables = [pfgm.load(each).table for each in (out, tmp_path / "more")]
     assert tables[0] == tables[1]
     for label in ("older", "2", "-1", "1.5"):
@@ -260,8 +260,8 @@ def test_a_checkpoint_is_read_once(tmp_path, monkeypatch):
     pytest.importorskip("pandas")
     table, run = tmp_path / "t.csv", str(tmp_path / "run")
     table.write_text("a,label\n" + "".join(f"{i % 7}.5,{'xy'[i % 2]}\n" for i in range(40)))
-    train = ["train", "--data", str(table), "--labels", "--width", "16", *TRAIN]
-    assert cli.main([*train, "--out", run]) == 0
+    train = ["train", "--data", table, "--labels", "--width", "16", *TRAIN]
+    typed(*train, "--out", run)
     opened, verified = [], []
     safe_open, verify = safetensors.safe_open, tensor_files.verify_checksum
     monkeypatch.setattr(
@@ -273,14 +273,14 @@ def test_a_checkpoint_is_read_once(tmp_path, monkeypatch):
     sample = ["sample", "--n", "6", run, "--out"]
     for command in (
         [*sample, str(tmp_path / "rows.csv")],
-        [*sample, str(tmp_path / "rows.csv"), "--label", "y", "--solver", "heun"],
-        ["sample", "--n", "6", "digits", "--out", str(tmp_path / "x.npy")],
-        ["evaluate", "--n", "20", run, "--out", str(tmp_path / "e")],
-        [*train, "--init", run, "--out", str(tmp_path / "more")],
+        [*sample, tmp_path / "rows.csv", "--label", "y", "--solver", "heun"],
+        ["sample", "--n", "6", "digits", "--out", tmp_path / "x.npy"],
+        ["evaluate", "--n", "20", run, "--out", tmp_path / "e"],
+        [*train, "--init", run, "--out", tmp_path / "more"],
     ):
         opened.clear()
         verified.clear()
-        assert cli.main(command) == 0
+        typed(*command)
         assert (len(opened), len(verified)) == (1, 1), command
     loaded = pfgm.load(run)
     assert loaded.label_names == ("x", "y")
@@ -296,16 +296,15 @@ def test_photographs_of_many_sizes(tmp_path):
     out = str(tmp_path / "run")
     arguments = ["train", "--data", f"folder:{tmp_path}", "--resize", "6", "--width", "16"]
     train = ["--steps", "2", "--batch-size", "4", "--reference-batch", "8"]
-    assert cli.main([*arguments, "--out", out, *train]) == 0
+    typed(*arguments, "--out", out, *train)
     assert pfgm.load(out)[0].shape == (1, 6, 6)
-    evaluate = ["evaluate", out, "--n", "12", "--out", str(tmp_path / "e")]
-    assert cli.main(evaluate) == 0
+    typed("evaluate", out, "--n", 12, "--out", tmp_path / "e")
 
 
 @pytest.mark.parametrize(("count", "threads"), [(1, "1 thread"), (2, "2 threads")])
 def test_info(capsys, monkeypatch, count, threads):
     monkeypatch.setattr(torch, "get_num_threads", lambda: count)
-    assert cli.main(["info"]) == 0
+    typed("info")
     shown = capsys.readouterr().out
     for part in ("pfgm 0.", f"torch {torch.__version__}", "native: C++ on the CPU"):
         assert part in shown
@@ -316,7 +315,7 @@ def test_info(capsys, monkeypatch, count, threads):
         assert f"network    {name}: trained on {network.data}" in shown
     gpu = "cuda       torch finds no GPU that it can use; the CPU computes" in shown
     assert gpu != torch.cuda.is_available()
-    assert cli.main(["--version"]) == 0
+    typed("--version")
 
 
 def test_one_sentence_for_bad_input(run, tmp_path, refusal, monkeypatch):
@@ -325,64 +324,53 @@ def test_one_sentence_for_bad_input(run, tmp_path, refusal, monkeypatch):
     blocked.write_text("a file, not a folder")
     folder.mkdir()
     pfgm.save(vectors, pfgm.PoissonFlow((3,), data_norm=2.0), pfgm.networks.MLP((3,), width=16))
-    sample, digits = ["sample", weights], ["sample", "digits"]
-    train = ["train", "--data", "digits", *TRAIN]
+    sample, digits = ["sample", weights, "--out", out], ["sample", "digits", "--out"]
+    train, evaluate = ["train", "--data", "digits", *TRAIN], ["evaluate", weights, "--out", out]
+    new, huge = ["--out", tmp_path / "new" / "er"], 10**30
     monkeypatch.setenv("PFGM_BACKEND", "abacus")
     backend = "PFGM_BACKEND must be one of native, reference, torch, triton, got 'abacus'"
     assert backend in refusal(*train, "--out", tmp_path / "run")
     monkeypatch.undo()
     for arguments, message in (
-        ([*sample, "--out", tmp_path / "x.bmp"], "end in .csv, .npy, .png or .jpg"),
-        ([*sample, "--out", blocked / "x.npy"], "output folder"),
-        ([*sample, "--out", folder], "x.png, a folder."),
-        ([*sample, "--out", out, "--n", 0], "n must be an integer of at least 1, got 0."),
-        ([*sample, "--out", out, "--steps", 0], "steps must be an integer of at least 1"),
-        ([*sample, "--out", out, "--label", 7], "label is 7, but the network was trained without"),
-        ([*sample, "--out", out, "--guidance", 2], "guidance is 2.0, but the network was trained"),
+        ([*digits, tmp_path / "x.bmp"], "end in .csv, .npy, .png or .jpg"),
+        ([*digits, blocked / "x.npy"], "output folder"),
+        ([*digits, folder], "x.png, a folder."),
+        ([*sample, "--n", 999_999_999_999], "999999999999"),
+        ([*sample, "--n", huge], f"n must be an integer of at least 1 and at most {2**63 - 1}"),
+        ([*sample, "--label", 7], "label is 7, but the network was trained without"),
+        ([*sample, "--label", huge], "label"),
+        ([*sample, "--guidance", 2], "guidance is 2.0, but the network was trained"),
+        ([*sample, "--batch-size", huge], f"of at least 1 and at most {2**63 - 1}, got {huge}."),
+        ([*sample, "--seed", -huge], "seed must be an integer from -2^63 to below 2^64, got -1000"),
         (["sample", "--out", out, ""], "model must be a path or a name, got an empty text"),
-        ([*digits, "--label", "none", "--guidance", 2, "--out", out], "2.0, but label is none"),
+        ([*digits, out, "--label", "none", "--guidance", 2], "2.0, but label is none"),
+        ([*digits, tmp_path / "x.csv"], "out must be a folder or end in .npy, .png or .jpg for"),
+        (["sample", vectors, "--out", tmp_path / "y.png"], "end in .csv or .npy, without --anim"),
+        ([*evaluate, "--guidance", 2], "guidance is 2.0"),
+        ([*evaluate, "--curve", "--curve-steps", huge], "curve-steps"),
+        # Settings that only the data or the flow refuse leave no folder.
+        (["sample", "--out", tmp_path / "new" / "x.npy", run, "--steps", 0], "got 0."),
+        (["evaluate", *new, run, "--steps", 10**12], "steps must be an integer of at least 1 and"),
+        (["demo", *new, "--steps", 0], "steps must be an integer of at least 1"),
+        (["demo", *new, "--seed", huge], "got 1000"),
+        ([*train, *new, "--network", "mlp", "--blocks", 2], "blocks is 2"),
         (
-            [*digits, "--out", tmp_path / "x.csv"],
-            "out must be a folder or end in .npy, .png or .jpg for",
+            [*train, *new, "--batch-size", 5000, "--reference-batch", 5000],
+            "data must have at least batch_size rows, 5000",
         ),
-        (
-            ["sample", vectors, "--out", tmp_path / "y.png"],
-            "out must end in .csv or .npy, without --animate",
-        ),
-        (["evaluate", weights, "--guidance", 2, "--out", out], "guidance is 2.0"),
+        ([*train, *new, "--flow", "zmax", 3], "'zmax'"),
+        ([*train, *new, "--shared"], "shared is True"),
+        ([*train, *new, "--teacher", tmp_path / "no"], "there is no file or folder"),
         (["sample", blocked, "--out", out], "not a complete safetensors file"),
         (["train", "--out", tmp_path / "run", "--data", tmp_path / "no.npy"], "no.npy"),
         ([*train, "--out", blocked / "run"], "output folder"),
         (["demo", "--out", blocked / "demo"], "output folder"),
         *(([command, "--out="], "out must not be empty") for command in ("train", "demo")),
         *(([command, "--out", ""], "out must not be empty") for command in ("evaluate", "sample")),
-        *(
-            (
-                ["train", "--out", "run", "--timeout", timeout],
-                f"timeout must be from 0.001 to 1e8 seconds, got {float(timeout)}.",
-            )
-            for timeout in ("nan", "0")
-        ),
+        (["train", "--out", "run", "--timeout", "nan"], "timeout must be from 0.001 to 1e8 sec"),
     ):
         assert message in refusal(*arguments), arguments
     assert sorted(p.name for p in tmp_path.iterdir()) == ["file", "net.safetensors", "x.png"]
-
-
-def test_rejected_settings_leave_no_folder(run, tmp_path, refusal):
-    out = ["--out", tmp_path / "new" / "er"]
-    train = ["train", *out, *TRAIN]
-    for arguments, message in (
-        ([*train, "--network", "mlp", "--blocks", 2], "blocks is 2"),
-        ([*train, "--batch-size", 5000, "--reference-batch", 5000], "least batch_size rows, 5000"),
-        ([*train, "--flow", "zmax", 3], "'zmax'"),
-        ([*train, "--shared"], "shared is True"),
-        ([*train, "--teacher", tmp_path / "no"], "there is no file or folder"),
-        (["demo", *out, "--steps", 0], "steps must be an integer of at least 1"),
-        (["evaluate", *out, run, "--steps", 0], "steps must be an integer"),
-        (["sample", "--out", tmp_path / "new" / "x.npy", run, "--steps", 0], "0"),
-    ):
-        assert message in refusal(*arguments)
-        assert not list(tmp_path.iterdir())
 
 
 def test_pictures_without_matplotlib_are_refused_before_the_work(
@@ -400,25 +388,6 @@ def test_pictures_without_matplotlib_are_refused_before_the_work(
     ):
         assert "plotting needs matplotlib" in refusal(*arguments)
         assert not list(tmp_path.iterdir())
-
-
-def test_one_sentence_for_impossible_amounts(run, tmp_path, refusal):
-    sample = ["sample", run, "--out", tmp_path / "x.npy"]
-    huge = 10**30
-    for n in (999_999_999_999, huge):
-        assert f"{n}" in refusal(*sample, "--n", n)
-    for steps in (10**12, huge):
-        assert re.search(f"steps must be .*, got {steps}", refusal(*sample, "--steps", steps))
-        evaluate = ["evaluate", run, "--out", tmp_path / "e", "--curve"]
-        assert "curve-steps" in refusal(*evaluate, "--curve-steps", steps)
-    for seed in (huge, -huge):
-        assert re.search(f"seed must be .*, got {seed}", refusal(*sample, "--seed", seed))
-    assert "label" in refusal(*sample, "--label", huge)
-    assert f"batch-size must be an integer of at least 1 and at most {2**63 - 1}, got {huge}." in (
-        refusal(*sample, "--batch-size", huge)
-    )
-    assert "got 1000" in refusal("demo", "--out", tmp_path / "demo", "--seed", huge)
-    assert not list(tmp_path.iterdir())
 
 
 def test_a_missing_gpu_is_one_calm_sentence(run, tmp_path, refusal):
@@ -510,17 +479,11 @@ def test_completion_of_the_shell(tmp_path, shell, capsys):
     [
         (["--flow", "M", "100000"], "M must keep .*, got 100000"),
         (["--width", "100000000"], "width must be .*, got 100000000"),
-        (["--flow", "data_norm", "1e308"], r"data_norm must be .*, got 1e[+]308"),
-        (["--method", "edm", "--flow", "rho", "1e-30"], "rho must be .*, got 1e-30"),
         (["--network", "mlp", "--width", "1000000"], "width 1000000"),
         (["--method", "edm", "--width", "1000000"], "'width': 1000000"),
         (["--network", "ddpmpp", "--width", "1000000"], "nf 1000000"),
         (["--network", "ncsnpp", "--blocks", "100000000"], "num_res_blocks must be .*, got 1000"),
         (["--multipliers", "100000000"], r"multipliers\[0\] must be .*, got 100000000"),
-        (["--seed", str(10**30)], "seed must be .*, got 1000"),
-        (["--samples", str(10**12)], "samples must be .*, got 1000"),
-        (["--student-levels", str(10**12)], "student_levels must be .*, got 1000"),
-        (["--warmup", str(10**400)], "warmup must be .*, got 1000"),
         (["--steps", str(10**400)], "steps must be .*, got 1000"),
     ],
 )
@@ -549,7 +512,7 @@ def test_exhausted_memory_is_one_sentence(run, tmp_path, refusal, monkeypatch):
 
 def test_a_damaged_checkpoint_is_one_sentence_that_offers_an_older_one(tmp_path, capsys, refusal):
     train = ["train", "--data", "digits", "--out", tmp_path / "run", "--width", "16", *TRAIN]
-    assert cli.main([*map(str, train), "--checkpoint-every", "8"]) == 0
+    typed(*train, "--checkpoint-every", "8")
     state, weights = (tmp_path / "run" / f"step-00000012.{s}" for s in ("state.pt", "safetensors"))
     for path in (state, weights):
         content = bytearray(path.read_bytes())
@@ -567,9 +530,9 @@ def test_a_damaged_checkpoint_is_one_sentence_that_offers_an_older_one(tmp_path,
     assert (tmp_path / "run" / "log.csv").read_bytes() == log
     assert RunConfig.load(tmp_path / "run").training.steps == 12
     sample[1] = older
-    assert cli.main([str(argument) for argument in [*sample, "--steps", 2]]) == 0
+    typed(*sample, "--steps", 2)
     train[train.index("--steps") + 1] = "16"
-    assert cli.main([*map(str, train), "--resume-from", "8"]) == 0
+    typed(*train, "--resume-from", "8")
     assert "resuming at step 8" in capsys.readouterr().out
     assert sorted(p.name for p in (tmp_path / "run").glob("*.state.pt")) == [
         "step-00000008.state.pt",
@@ -578,17 +541,16 @@ def test_a_damaged_checkpoint_is_one_sentence_that_offers_an_older_one(tmp_path,
 
 
 def test_short_options_and_no_progress(run, tmp_path, capsys, terminal, refusal):
-    sample = ["sample", str(run), "-n", "3", "-o", str(tmp_path / "x.npy")]
+    sample = ["sample", run, "-n", "3", "-o", tmp_path / "x.npy"]
     for options, bars in (([], True), (["--no-progress"], False)):
-        assert cli.main([*sample, *options]) == 0
+        typed(*sample, *options)
         assert len(np.load(tmp_path / "x.npy")) == 3
         assert ("sampling:" in capsys.readouterr().err) == bars
-    figures = ["evaluate", str(run), "-n", "8", "--against", "8"]
-    figures += ["-o", str(tmp_path / "figures"), "--curve", "--curve-steps", "1", "--no-progress"]
-    assert cli.main(figures) == 0
+    figures = ["evaluate", run, "-n", "8", "--against", "8"]
+    figures += ["-o", tmp_path / "figures", "--curve", "--curve-steps", "1", "--no-progress"]
+    typed(*figures)
     shutil.copytree(run, tmp_path / "run")
-    more = ["train", "-o", str(tmp_path / "run"), "--resume", "--steps", "13", "--no-progress"]
-    assert cli.main(more) == 0
+    typed("train", "-o", tmp_path / "run", "--resume", "--steps", 13, "--no-progress")
     assert "%|" not in capsys.readouterr().err
     assert "out must not be empty" in refusal(*sample[:-1], "")
 
@@ -596,13 +558,13 @@ def test_short_options_and_no_progress(run, tmp_path, capsys, terminal, refusal)
 @pytest.mark.parametrize("exists", [False, True])
 def test_samples_as_single_images(run, tmp_path, capsys, terminal, refusal, exists):
     """They are the array, in bytes; evaluate reads them."""
-    arguments = ["sample", str(run), "--n", "5", "--steps", "2"]
-    assert cli.main([*arguments, "--out", str(tmp_path / "x.npy")]) == 0
+    arguments = ["sample", run, "--n", "5", "--steps", "2"]
+    typed(*arguments, "--out", tmp_path / "x.npy")
     folder = tmp_path / ("images" if exists else "new/images")
     if exists:
         folder.mkdir()
     capsys.readouterr()
-    assert cli.main([*arguments, "--out", f"{folder}/", "--batch-size", "2"]) == 0
+    typed(*arguments, "--out", f"{folder}/", "--batch-size", "2")
     printed = capsys.readouterr()
     assert printed.out.strip() == str(folder)
     assert "images: 100%" in printed.err
@@ -624,7 +586,7 @@ def test_samples_are_compared_with_the_held_out_images_of_a_folder(tmp_path, cap
         for number, image in enumerate(rows):
             cli.sample.save_image(tmp_path / place / f"{number}.png", image)
     samples = ["--samples", tmp_path / "data" / "train", "--data", f"folder:{tmp_path}/data"]
-    assert cli.main([*map(str, ["evaluate", *samples, "--out", tmp_path / "e"])]) == 0
+    typed("evaluate", *samples, "--out", tmp_path / "e")
     figures = json.loads((tmp_path / "e" / "metrics.json").read_text())
     assert (figures["against"], figures["counts"]["against"]) == ("held_out", 10)
     assert figures["median_distance_to_train"]["samples"] == 0
@@ -647,7 +609,7 @@ def test_a_folder_of_images_appears_whole_or_not_at_all(run, tmp_path, refusal, 
         errors.append(error)
         for folder in ("new/images", "empty"):
             saved.clear()
-            out = ["--out", str(tmp_path / folder)]
+            out = ["--out", tmp_path / folder]
             assert cli.main([str(each) for each in [*arguments, *out]]) == code
             assert sorted(tmp_path.rglob("*")) == [tmp_path / "empty"]
     (tmp_path / "file").write_text("a file")
@@ -704,7 +666,7 @@ def test_training_continues_when_its_output_is_gone(tmp_path):
         arguments = ["train", "--data", points_in(tmp_path), "--width", "16", *TRAIN]
         # The closed one must still train when its signal comes, after its first checkpoint.
         last[kind] = 60 if kind == "closed" else 8
-        arguments += ["--out", str(tmp_path / kind), "--steps", str(last[kind])]
+        arguments += ["--out", tmp_path / kind, "--steps", str(last[kind])]
         call = [sys.executable, "-c", code, *arguments, "--checkpoint-every", "2"]
         if kind == "pipe":
             call = ["bash", "-c", 'set -o pipefail; "$@" 2>&1 | head -c 1', "-", *call]
@@ -729,8 +691,7 @@ def test_samples_are_written_whatever_becomes_of_stdout(run, tmp_path, monkeypat
         for replaced in ("stdout", "stderr", "__stdout__", "__stderr__"):
             monkeypatch.setattr(sys, replaced, stream)
         out = tmp_path / f"{name}.npy"
-        arguments = ["sample", str(run), "--n", "2", "--steps", "2"]
-        assert cli.main([*arguments, "--out", str(out)]) == 0
+        typed("sample", run, "--n", 2, "--steps", 2, "--out", out)
         assert np.load(out).shape == (2, 1, 8, 8)
         assert name != "pipe" or cli.main(["info"]) == 0  # its reader has seen enough
         if stream is not None:
@@ -739,7 +700,7 @@ def test_samples_are_written_whatever_becomes_of_stdout(run, tmp_path, monkeypat
 
 
 def test_a_signal_leaves_a_loadable_checkpoint(tmp_path, refusal):
-    arguments = ["train", "--data", points_in(tmp_path), "--out", str(tmp_path / "run")]
+    arguments = ["train", "--data", points_in(tmp_path), "--out", tmp_path / "run"]
     options = ["--batch-size", "16", "--reference-batch", "32", "--checkpoint-every", "2"]
     process = command(*arguments, "--width", "16", *options)
     wait_for_checkpoint(process, tmp_path / "run")
@@ -764,7 +725,7 @@ def the_folder_is_in_use(process, run, refusal):
         assert f"which process {process.pid} on {socket.gethostname()} (since " in message
     assert (run / "config.json").read_bytes() == config
     out = run.parent / "x.npy"
-    assert cli.main(["sample", str(run), "--n", "2", "--out", str(out)]) == 0
+    typed("sample", run, "--n", "2", "--out", out)
 
 
 @pytest.fixture
@@ -779,7 +740,7 @@ def few_samples(monkeypatch):
 def test_demo(tmp_path, capsys):
     """It is train, sample and evaluate in a row, and each is printed as it is typed."""
     out = tmp_path / "demo"
-    assert cli.main(["demo", "--out", str(out), "--steps", "6", "--seed", "3"]) == 0
+    typed("demo", "--out", out, "--steps", "6", "--seed", "3")
     figures = json.loads((out / "evaluation" / "metrics.json").read_text())
     printed = capsys.readouterr().out.splitlines()
     lines = [shlex.split(line)[2:] for line in printed if line.startswith("$ pfgm ")]
@@ -812,24 +773,23 @@ def test_an_interrupted_demo_goes_on(tmp_path, monkeypatch, capsys):
         assert cli.main(command) == 130
     assert json.loads((tmp_path / "latest.json").read_text())["step"] < 5
     assert not (tmp_path / "samples.png").exists()
-    assert cli.main(command) == 0
+    typed(*command)
     assert json.loads((tmp_path / "latest.json").read_text())["step"] == 5
     assert (tmp_path / "samples.png").exists()
 
 
 def test_consistency_needs_a_few_step_model(run, tmp_path, capsys, refusal):
-    options = ["--solver", "consistency", "--steps", "1", "--out", str(tmp_path / "x.npy")]
+    options = ["--solver", "consistency", "--steps", "1", "--out", tmp_path / "x.npy"]
     sample = ["sample", "--n", "4", *options]
     for path in (run, run / "step-00000012.safetensors"):
         assert "is not a few-step model" in refusal(*sample, path)
     evaluate = ["evaluate", "--n", 8, "--solver", "consistency", "--out", tmp_path / "figures"]
     assert "is not a few-step model" in refusal(*evaluate, run)
     student = tmp_path / "student"
-    train = ["train", "--data", "digits", "--teacher", str(run), "--out", str(student), *TRAIN]
-    assert cli.main(train) == 0
+    typed("train", "--data", "digits", "--teacher", run, "--out", student, *TRAIN)
     capsys.readouterr()
-    assert cli.main([*sample, str(student)]) == 0
+    typed(*sample, student)
     assert "few-step" not in capsys.readouterr().err
     pfgm.save(tmp_path / "old.safetensors", *pfgm.load(run))  # as files without the note
-    assert cli.main([*sample, str(tmp_path / "old.safetensors")]) == 0
+    typed(*sample, tmp_path / "old.safetensors")
     assert "does not say whether its network is a few-step model" in capsys.readouterr().err

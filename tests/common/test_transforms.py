@@ -9,17 +9,11 @@ from torch.func import grad, hessian, jacfwd, jacrev, jvp, vjp, vmap
 
 import pfgm
 from benchmarks.common import problems
+from benchmarks.common.problems import seeded
 from pfgm.backends.reference import normalised_field
 from pfgm.references import part as references_module
 
 ONCE = "can be differentiated once"
-
-
-@pytest.fixture(params=["native", "torch", "reference"])
-def backend(request):
-    if not pfgm.backends.available()[request.param].usable:
-        pytest.skip("no native extension")
-    return request.param
 
 
 @pytest.fixture
@@ -33,7 +27,7 @@ def problem(B=3, M=7, N=4):
 
 
 def tangents(values):
-    generator = torch.Generator().manual_seed(1)
+    generator = seeded(1)
     return tuple(torch.randn(v.shape, generator=generator, dtype=v.dtype) for v in values)
 
 
@@ -219,7 +213,7 @@ def test_references_that_differ_between_samples(backend):
 
 @pytest.mark.parametrize("z", [2.0, 7.0])
 def test_transforms_of_the_steps(backend, z):
-    generator = torch.Generator().manual_seed(2)
+    generator = seeded(2)
     x, field_x, history = (
         torch.randn(3, 4, generator=generator, dtype=torch.float64) for _ in range(3)
     )

@@ -8,9 +8,10 @@ from torch import nn
 from torch.optim.swa_utils import AveragedModel
 
 import pfgm
+from benchmarks.common.problems import seeded
 
 FLOW = pfgm.PoissonFlow((2,), data_norm=1.0)
-POINTS = torch.randn(16, 2, generator=torch.Generator().manual_seed(0))
+POINTS = torch.randn(16, 2, generator=seeded(0))
 
 
 class Own(nn.Module):
@@ -66,7 +67,7 @@ def network(seed=0, flow=FLOW):
 
 
 def loss(net, **options):
-    return FLOW.loss(net, POINTS, generator=torch.Generator().manual_seed(1), **options).detach()
+    return FLOW.loss(net, POINTS, generator=seeded(1), **options).detach()
 
 
 @pytest.mark.parametrize("wrap", WRAPPERS.values(), ids=WRAPPERS)
@@ -90,6 +91,7 @@ def test_a_network_that_cannot_be_seen_warns_once_of_its_weights():
         with pytest.warns(UserWarning, match="hides its network.*weighting='balanced'") as warned:
             assert loss(hidden) == loss(net, weighting="published")
         assert len(warned) == 1
+    assert loss(lambda x, z: net(x, z), weighting="balanced") == loss(net)
 
 
 @pytest.mark.filterwarnings("error::UserWarning")

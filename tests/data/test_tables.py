@@ -534,11 +534,3 @@ def test_crafted_tables_are_refused(tmp_path: Path, change: dict[str, object]) -
     content = {**Table.numbers(["a"]).to_dict(), **change}
     with pytest.raises((KeyError, TypeError, ValueError)):
         Table.from_dict(content)
-
-
-def test_without_pandas_the_message_names_the_extra(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setitem(__import__("sys").modules, "pandas", None)
-    with pytest.raises(ImportError, match="Tables need pandas"):
-        Table.read(written(tmp_path / "t.csv", "a\n1\n"))

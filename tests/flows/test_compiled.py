@@ -1,14 +1,16 @@
 """Training and priors under torch.compile, for more than one batch size."""
 
 import math
+from functools import partial
 
 import pytest
 import torch
 
 import pfgm
+from benchmarks.common.problems import seeded
 from pfgm.integrations.flow_matching import PoissonFlowMatcher
 
-DATA = torch.randn(40, 2, generator=torch.Generator().manual_seed(0))
+DATA = torch.randn(40, 2, generator=seeded(0))
 FLOWS = {
     "PoissonFlow": pfgm.PoissonFlow((2,), data_norm=1.0),
     "PoissonFlow-spread": pfgm.PoissonFlow.from_data(DATA),
@@ -20,22 +22,18 @@ MATCHERS = {
     "matcher-inf": PoissonFlowMatcher(),
 }
 # What takes a number of rows.
+METHODS = {
+    "perturb": lambda flow, n: flow.perturb(DATA[:n]),
+    "prior": lambda flow, n: flow.prior(n),
+    "loss": lambda flow, n: flow.loss(flow.empirical(DATA), DATA[:n], DATA[:9]),
+}
 CALLS = {
-    **{
-        f"perturb-{name}": lambda n, flow=flow: flow.perturb(DATA[:n])
-        for name, flow in FLOWS.items()
-    },
-    **{f"prior-{name}": lambda n, flow=flow: flow.prior(n) for name, flow in FLOWS.items()},
-    **{
-        f"loss-{name}": lambda n, flow=flow: flow.loss(flow.empirical(DATA), DATA[:n], DATA[:9])
-        for name, flow in FLOWS.items()
-    },
-    **{
-        name: lambda n, matcher=matcher: matcher.sample_location_and_conditional_flow(
-            None, DATA[:n]
-        )
-        for name, matcher in MATCHERS.items()
-    },
+    f"{name}-{kind}": partial(call, flow)
+    for name, call in METHODS.items()
+    for kind, flow in FLOWS.items()
+} | {
+    name: lambda n, matcher=matcher: matcher.sample_location_and_conditional_flow(None, DATA[:n])
+    for name, matcher in MATCHERS.items()
 }
 
 

@@ -11,15 +11,12 @@ import pytest
 import torch
 
 import pfgm
+from benchmarks.common.problems import seeded
 from pfgm import PoissonFlow
-from pfgm.solvers import GRID_SOLVERS, SOLVERS
+from pfgm.solvers import SOLVERS
 
 DISTANCES = 10.0 ** torch.arange(13, dtype=torch.float64)  # in spreads
 VALUES = [1, 2, 8, 64]
-
-
-def seeded(seed=0):
-    return torch.Generator().manual_seed(seed)
 
 
 def rows_of(N, spread=1.0, center=0.0):
@@ -135,20 +132,6 @@ def test_no_network_draws_samples_beyond_upper_norm(wrong, solver):
     assert from_center(flow, samples).max() <= flow.upper_norm * (1 + 1e-6)
 
 
-@pytest.mark.parametrize("N", [1, 8])
-def test_the_published_rules_without_a_clip(N):
-    """At z_min the points are still far away, by the ratio of the levels."""
-    data = rows_of(N)
-    flow = PoissonFlow((N,), data_norm=math.sqrt(N))
-    x = starts(flow, unit=1.0)
-    grid = flow.grid()
-    for solver in GRID_SOLVERS:
-        expected, _ = SOLVERS[solver](lambda x, z: mean64(x, z, data), x.double(), grid)
-        result = flow.sample(flow.empirical(data), len(x), x_init=x, solver=solver)
-        error = (result - expected).norm(dim=1) / (1 + expected.norm(dim=1))
-        assert (error[DISTANCES >= 1e7] < 1e-3).all()
-
-
 @pytest.mark.parametrize("solver", SOLVERS)
 @pytest.mark.parametrize("N", [1, 8])
 def test_latents_and_their_data(N, solver):
@@ -164,28 +147,6 @@ def test_latents_and_their_data(N, solver):
             error = (way(net, x, **options) - expected).norm(dim=1)
             size = flow.spread + expected.norm(dim=1)
             assert (error / size)[away].max() < share
-
-
-@pytest.mark.parametrize("solver", SOLVERS)
-def test_inpainting_from_far_away(solver, monkeypatch):
-    data = rows_of(4)
-    flow = PoissonFlow.from_data(data)
-    x = starts(flow)
-    monkeypatch.setattr(flow, "prior", lambda n, **_: x)
-    known, mask = data[: len(x)], torch.tensor([True, True, False, False])
-    exact = flow.empirical(data)
-    nets = {"exact": exact, "network": opaque(exact), "double": flow.empirical(data.double())}
-    filled = {}
-    for name, net in nets.items():
-        rows = known.double() if name == "double" else known
-        filled[name] = flow.inpaint(net, rows, mask, solver=solver)
-        assert torch.equal(filled[name][:, :2], rows[:, :2])
-    away = DISTANCES >= 1e7
-    torch.testing.assert_close(
-        filled["exact"][away].double(), filled["double"][away], atol=1e-3, rtol=0
-    )
-    for name in ("exact", "network"):
-        assert from_center(flow, filled[name]).max() < 1.5 * reach(flow, data)
 
 
 @pytest.mark.parametrize(("N", "solver"), [(1, "euler"), (4, "heun"), (1, "rk45")])

@@ -1,4 +1,4 @@
-"""Levels fitted to data: against exact ends of field lines, and where they are used."""
+"""Levels fitted to data: against the exact ends of the flow, and where they are used."""
 
 import math
 import pickle
@@ -7,9 +7,9 @@ import pytest
 import torch
 
 import pfgm
+from benchmarks.common.problems import seeded
 from pfgm import PoissonFlow, PoissonFlowPP
-
-DIFFUSION = PoissonFlowPP((1,), D=math.inf)
+from pfgm.solvers import GRID_SOLVERS
 
 
 @pytest.fixture(scope="module")
@@ -18,43 +18,18 @@ def data():
     return torch.stack([angle.cos(), 0.3 * angle.sin()], 1)
 
 
-def ends_of_diffusion(x, references):
-    """Where field lines from x at σ_max end, in one dimension and with D = ∞.
-
-    They do not cross, so the point whose share of the mixture below it is u ends at the reference
-    below which there is the share u of the references.
-    """
-    below = torch.special.ndtr((x - references.T) / DIFFUSION.sigma_max).mean(1)
-    place = (below * len(references)).long().clamp(max=len(references) - 1)
-    return references.sort(dim=0).values[place]
-
-
-@pytest.mark.parametrize("solver", ["multistep", "heun", "euler"])
-def test_more_points_end_at_their_reference_than_with_log_and_rho(solver):
-    references = torch.tensor([[-1.1], [-0.9], [-0.2], [0.7], [1.5]])
-    flow = PoissonFlowPP((1,), D=math.inf)
-    x = flow.prior(2000, generator=torch.Generator().manual_seed(7))
-    expected, net = ends_of_diffusion(x, references), flow.empirical(references)
-
-    def right(schedule):
-        result = flow.sample(net, len(x), x_init=x, solver=solver, steps=6, schedule=schedule)
-        return float(((result - expected).abs() < 0.05).double().mean())
-
-    flow.fit_levels(references, 6, solver=solver)
-    assert right("fitted") > max(right("log"), right("rho")) + 0.02
-
-
+@pytest.mark.parametrize("solver", GRID_SOLVERS)
 @pytest.mark.parametrize("make", [PoissonFlow.from_data, lambda d: PoissonFlowPP.from_data(d, D=8)])
-def test_the_error_against_rk45_from_other_points(data, make):
+def test_the_error_against_rk45_from_other_points(data, make, solver):
     flow = make(data)
-    net, x = flow.empirical(data), flow.prior(200, generator=torch.Generator().manual_seed(9))
+    net, x = flow.empirical(data), flow.prior(200, generator=seeded(9))
     exact = flow.sample(net, 200, x_init=x, solver="rk45", rtol=1e-7, atol=1e-7)
 
     def error(schedule):
-        result = flow.sample(net, 200, x_init=x, solver="multistep", steps=6, schedule=schedule)
+        result = flow.sample(net, 200, x_init=x, solver=solver, steps=6, schedule=schedule)
         return float((result - exact).norm(dim=1).median())
 
-    flow.fit_levels(data, 6, solver="multistep")
+    flow.fit_levels(data, 6, solver=solver)
     assert error("fitted") < 0.8 * min(error("log"), error("rho"))
 
 
@@ -96,7 +71,7 @@ def test_one_reference_leaves_nothing_to_fit():
 def test_sampling_uses_them_for_their_solver_and_steps_alone(data):
     flow = PoissonFlow.from_data(data)
     unfitted = PoissonFlow.from_data(data)
-    net, x = flow.empirical(data), flow.prior(20, generator=torch.Generator().manual_seed(0))
+    net, x = flow.empirical(data), flow.prior(20, generator=seeded(0))
     levels = flow.fit_levels(data, 4, points=32)
 
     def sample(flow, **options):
@@ -124,8 +99,7 @@ def test_churn_takes_the_default_schedule(data):
     net = flow.empirical(data)
 
     def sample():
-        generator = torch.Generator().manual_seed(0)
-        return flow.sample(net, 20, steps=4, churn=2.0, generator=generator)
+        return flow.sample(net, 20, steps=4, churn=2.0, generator=seeded(0))
 
     before = sample()
     flow.fit_levels(data, 4, points=32)

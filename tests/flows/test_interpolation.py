@@ -5,10 +5,11 @@ import torch
 from torch import nn
 
 import pfgm
+from benchmarks.common.problems import seeded
 
 
 def test_interpolation_keeps_angles_even_and_norms_geometric():
-    draw = torch.Generator().manual_seed(0)
+    draw = seeded(0)
     a, b = 1e3 * torch.randn(2, 6, 2, 3, generator=draw, dtype=torch.float64)
     b = b / 50
     weights = torch.linspace(-0.5, 1.5, 9, dtype=torch.float64)

@@ -7,15 +7,12 @@ from torch import nn
 from tqdm import tqdm
 
 import pfgm
+from benchmarks.common.problems import seeded
 from pfgm import PoissonFlow, PoissonFlowPP
 from pfgm.flows.likelihood import centred_prior
 from pfgm.solvers import GRID_SOLVERS, SOLVERS
 
 INFINITY = math.inf
-
-
-def seeded(seed=0):
-    return torch.Generator().manual_seed(seed)
 
 
 def make_flow(kind, data):
@@ -109,29 +106,6 @@ def test_order_of_the_fixed_grids(solver):
     ]
     assert math.log2(errors[0] / errors[1]) == pytest.approx(order, abs=0.2)
     assert errors[1] < 0.1**order
-
-
-@pytest.mark.parametrize("estimator", ["exact", "rademacher"])
-def test_normal_data(estimator):
-    """mean = x s²/(s² + σ²) of data N(0, s²): the density at σ is N(0, s² + σ²), the Jacobian a
-    multiple of the identity, of which a Rademacher probe knows the trace."""
-    flow, s = small(D=INFINITY), 0.5
-    x = torch.randn(5, 3, generator=seeded(), dtype=torch.float64)
-
-    def normal(level):
-        return lambda x: centred_prior(x, math.sqrt(s**2 + level**2), INFINITY)
-
-    result = flow.log_likelihood(
-        lambda x, sigma: x * (s**2 / (s**2 + sigma**2))[:, None],
-        x,
-        estimator=estimator,
-        prior_log_prob=normal(flow.sigma_max),
-        rtol=1e-8,
-        atol=1e-8,
-    )
-    torch.testing.assert_close(result.nats, normal(flow.sigma_min)(x), atol=1e-6, rtol=0)
-    latent = x * math.sqrt((s**2 + flow.sigma_max**2) / (s**2 + flow.sigma_min**2))
-    torch.testing.assert_close(result.latent, latent, atol=1e-5, rtol=0)
 
 
 def test_each_row_keeps_its_accuracy_in_a_large_batch():
@@ -332,6 +306,14 @@ def test_exact_networks_have_no_second_derivative():
     [
         ({"x": torch.zeros(2, 4)}, "x must have shape (B, *S) with S = (3,), got (2, 4)."),
         ({"x": torch.full((2, 3), math.nan)}, "the network returned NaN or infinity…."),
+        *(
+            ({"x": torch.zeros(2, 3, dtype=dtype)}, f"TypeError: x must be…{problem}….")
+            for problem, dtypes in (
+                ("whole numbers have no density", (torch.uint8, torch.int64)),
+                ("half precision", (torch.float16, torch.bfloat16)),
+            )
+            for dtype in dtypes
+        ),
         ({"condition": {"colour": 1}}, "condition has 'colour'…."),
         ({"condition": {"labels": torch.zeros(3)}}, "condition['labels']…got shape (3,)."),
         ({"prior_log_prob": lambda latent: latent}, "prior_log_prob must…got (2, 3)."),
@@ -342,12 +324,6 @@ def test_exact_networks_have_no_second_derivative():
 def test_bad_arguments(refused, arguments, sentence):
     x = arguments.pop("x", torch.zeros(2, 3))
     refused(lambda: small().log_likelihood(Denoiser(3, torch.float32), x, **arguments), sentence)
-
-
-@pytest.mark.parametrize("dtype", [torch.uint8, torch.int64, torch.float16, torch.bfloat16])
-def test_whole_and_half_precision_numbers_have_no_density(dtype):
-    with pytest.raises(TypeError, match=r"whole numbers have no density|half precision"):
-        small().log_likelihood(Denoiser(3), torch.zeros(2, 3, dtype=dtype))
 
 
 @pytest.mark.parametrize("solver", ["euler", "heun", "rk45"])

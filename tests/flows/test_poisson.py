@@ -9,15 +9,11 @@ import torch
 from torch import nn
 
 import pfgm
+from benchmarks.common.problems import seeded
 from pfgm import PoissonFlow
 from pfgm.flows.batched_sampling import draw_prior
 from pfgm.networks.fields import MeanParts
 from pfgm.solvers import SOLVERS
-
-
-def seeded(seed=0):
-    return torch.Generator().manual_seed(seed)
-
 
 DATA = torch.randn(20, 2, generator=seeded(0))
 FLOW, PLUS = PoissonFlow.from_data(DATA), pfgm.PoissonFlowPP((2,), D=16)
@@ -135,12 +131,6 @@ def test_bad_hyper_parameters(refused, arguments, sentence):
     refused(lambda: PoissonFlow((2,), **arguments), sentence)
 
 
-def test_flows_of_a_file(tmp_path):
-    data = torch.randn(20, 2, generator=seeded(0))
-    np.save(tmp_path / "data.npy", data.numpy())
-    assert PoissonFlow.from_data(tmp_path / "data.npy") == PoissonFlow.from_data(data)
-
-
 def paper_perturbation(flow, n, generator):
     """Norm of the displacement and z by Algorithm 2 as the paper writes it."""
     m = torch.rand(n, generator=generator, dtype=torch.float64) * flow.M
@@ -229,24 +219,6 @@ def test_the_balanced_loss_weighs_errors_of_the_mean_as_edm_does():
         assert flow.loss(net, data.double(), generator=seeded(seed)) == balanced
 
 
-def test_networks_of_the_mean_take_the_balanced_loss_and_others_the_published_one():
-    data = torch.randn(40, 2, generator=seeded(0))
-    flow = PoissonFlow.from_data(data)
-    mean_network = flow.network("mlp", width=8)
-
-    def field_network(x, z):
-        return mean_network(x, z)
-
-    def loss(net, **options):
-        return float(flow.loss(net, data, generator=seeded(1), **options).detach())
-
-    published, balanced = (loss(mean_network, weighting=each) for each in ("published", "balanced"))
-    assert balanced > published
-    assert loss(mean_network) == loss(torch.optim.swa_utils.AveragedModel(mean_network)) == balanced
-    assert loss(field_network) == published
-    assert loss(field_network, weighting="balanced") == balanced
-
-
 def test_loss_reaches_the_parameters_only(flow):
     data = torch.randn(50, 2, generator=seeded(0)).requires_grad_()
     net = pfgm.networks.MLP((2,), width=16)
@@ -326,11 +298,6 @@ def ks_distance(samples, data):
     return float((below[0] - below[1]).abs().max())
 
 
-def quartile_range(x):
-    lower, upper = x.double().quantile(torch.tensor([0.25, 0.75], dtype=torch.float64), dim=0)
-    return (upper - lower).mean()
-
-
 @pytest.mark.parametrize(("scale", "offset"), [(0.1, 0.0), (10.0, 5.0)])
 def test_samples_of_one_value_are_distributed_as_the_data(scale, offset):
     data = scale * torch.randn(1000, 1, generator=seeded(0)) + offset
@@ -340,22 +307,8 @@ def test_samples_of_one_value_are_distributed_as_the_data(scale, offset):
     start = flow.center + flow.z_max * torch.tan(math.pi * (share - 0.5))
     samples = flow.sample(flow.empirical(data), 1000, x_init=start.float()[:, None])
     assert ks_distance(samples[:, 0], data[:, 0]) < 0.01  # 0.043 is what 2000 against 5000 sees
-    assert quartile_range(samples) == pytest.approx(float(quartile_range(data)), rel=0.05)
     assert samples.max() <= data.max() + 1e-3 * scale
     assert samples.max() > data.quantile(0.995)
-
-
-def test_cluster_sizes_are_those_of_the_data():
-    centers = torch.tensor([[2.0, 0.0], [-1.0, 1.5], [0.0, -2.0]])
-    of = torch.arange(300).remainder(10)
-    of = (of >= 6).long() + (of >= 9).long()  # 60, 30 and 10 %
-    data = 20 + centers[of] + 0.15 * torch.randn(300, 2, generator=seeded(0))
-    flow = PoissonFlow.from_data(data)
-    samples = flow.sample(flow.empirical(data), 10_000, generator=seeded(1))
-    counts = torch.cdist(samples, centers + 20).argmin(1).bincount(minlength=3).double()
-    expected = torch.tensor([6000.0, 3000.0, 1000.0], dtype=torch.float64)
-    assert ((counts - expected).square() / expected).sum() < 9.21  # χ², 2 degrees, 1 %
-    assert quartile_range(samples) == pytest.approx(float(quartile_range(data)), rel=0.05)
 
 
 def test_beyond_trained_points_the_network_is_evaluated_on_the_line_to_the_center():
@@ -391,23 +344,6 @@ def test_a_flow_with_a_spread_ends_at_zero():
     assert flow.grid(3, last=0.5)[-2:] == pytest.approx([0.5, 0.0])
 
 
-def test_a_network_with_another_gamma_is_refused():
-    data = 3 * torch.randn(40, 2, generator=seeded(0))
-    flow = PoissonFlow.from_data(data)
-    net = pfgm.networks.MLP((2,), width=8)
-    for wrong in (net, torch.optim.swa_utils.AveragedModel(net)):
-        with pytest.raises(
-            ValueError, match=r"net must have the gamma of.*got 5\.0; flow\.network makes a "
-        ):
-            flow.loss(wrong, data)
-        with pytest.raises(ValueError, match=r"net must have the.*got 5\.0; flow\.network "):
-            flow.sample(wrong, 2)
-    assert flow.loss(flow.network("mlp", width=8), data).isfinite()
-    unrelated = nn.Linear(1, 1)
-    unrelated.gamma, unrelated.forward = 0.1, flow.empirical(data).forward
-    assert flow.loss(unrelated, data).isfinite()
-
-
 def test_the_gamma_of_the_same_data_in_another_precision_is_the_same():
     data = torch.randn(40, 2, generator=seeded(0), dtype=torch.float64)
     flow, other = PoissonFlow.from_data(data), PoissonFlow.from_data(data.float())
@@ -417,42 +353,26 @@ def test_the_gamma_of_the_same_data_in_another_precision_is_the_same():
     net.gamma = flow.gamma * (1 + 2e-6)
     with pytest.raises(ValueError, match="net must have the gamma of the flow"):
         flow.loss(net, data.float())
+    unrelated = nn.Linear(1, 1)
+    unrelated.gamma, unrelated.forward = 0.1, flow.empirical(data).forward
+    assert flow.loss(unrelated, data).isfinite()
 
 
-def trained_on(data, steps):
-    flow = PoissonFlow.from_data(data)
-    torch.manual_seed(0)
-    net = flow.network("mlp", width=32, depth=2)
-    config = pfgm.training.TrainConfig(
-        steps=steps,
-        batch_size=128,
-        reference_batch=1000,
-        learning_rate=3e-3,
-        warmup=20,
-        decay="cosine",
-        ema=0.95,
-    )
-    return flow, pfgm.training.Trainer(flow, net, data, config, progress=False).train()
-
-
-def test_a_trained_network_draws_one_value():
-    noise = torch.randn(1000, 1, generator=seeded(0))
-    data = 5 + 10 * torch.where(torch.arange(1000)[:, None] < 500, 0.5 * noise - 1, 0.2 * noise + 1)
-    flow, net = trained_on(data, 250)
-    samples = flow.sample(net, 2000, generator=seeded(1))
-    assert ks_distance(samples[:, 0], data[:, 0]) < 0.06
-
-
-def test_training_follows_the_scale_of_the_data():
-    data = torch.randn(1000, 2, generator=seeded(0))
-    drawn = []
-    for scale, offset in ((1.0, 0.0), (1 / 64, 0.5), (64.0, -512.0)):
-        flow, net = trained_on(scale * data + offset, 30)
-        start = scale * PoissonFlow.from_data(data).prior(50, generator=seeded(1)).double() + offset
-        samples = flow.sample(net.double(), 50, x_init=start)
-        drawn.append((samples - offset) / scale)
-    for other in drawn[1:]:
-        assert (other - drawn[0]).abs().median() < 0.02
+@pytest.mark.parametrize(("scale", "offset"), [(1 / 64, 0.5), (64.0, -512.0)])
+def test_networks_follow_the_scale_of_the_data(scale, offset):
+    data = torch.randn(100, 2, generator=seeded(0), dtype=torch.float64)
+    flow, other = PoissonFlow.from_data(data), PoissonFlow.from_data(scale * data + offset)
+    net, theirs = (each.network("mlp", width=8).double() for each in (flow, other))
+    for parameter in net.parameters():
+        nn.init.normal_(parameter, std=0.3, generator=seeded(1))
+    theirs.load_state_dict(net.state_dict())
+    for z in (flow.z_min, 1.0, flow.z_max):
+        mean = other.denoise(theirs, scale * data + offset, scale * z)
+        own = flow.denoise(net, data, z)
+        torch.testing.assert_close((mean - offset) / scale, own, rtol=1e-4, atol=1e-4)
+    loss = other.loss(theirs, scale * data + offset, generator=seeded(2))
+    own = flow.loss(net, data, generator=seeded(2))
+    torch.testing.assert_close(loss, own, rtol=1e-3, atol=0)
 
 
 @pytest.mark.parametrize("z", [1e-3, 0.1, 2.0, 4.99, 5.01, 17.0])
@@ -492,25 +412,6 @@ def test_published_substitution_is_close_for_small_z_only():
         errors.append(float(((result - exact).norm(dim=1) / (x - exact).norm(dim=1)).max()))
     assert errors[0] < 1e-3
     assert 0.01 < errors[1] < 0.2
-
-
-@pytest.mark.parametrize("schedule", ["log", "rho"])
-def test_empirical_sampling_gives_the_references(schedule):
-    """The documented result of 20 Euler steps on digits: 99 % within 0.02 of a reference."""
-    digit_images = pfgm.data.digits().train
-    flow = PoissonFlow.from_data(digit_images)
-    samples = flow.sample(
-        flow.empirical(digit_images),
-        500,
-        solver="euler",
-        steps=20,
-        schedule=schedule,
-        generator=seeded(0),
-    )
-    distance = pfgm.metrics.nearest_distance(samples, digit_images)
-    assert (distance < 0.02).double().mean() >= 0.99
-    nearest = torch.cdist(samples.flatten(1), digit_images.flatten(1)).argmin(1)
-    assert len(nearest.unique()) > 300  # not a few of them
 
 
 def test_the_last_step_goes_to_the_end_at_once(flow):
@@ -645,14 +546,6 @@ def test_data_far_from_zero_in_float64():
     assert PoissonFlow.from_data(data + 1.7e9).spread == pytest.approx(expected, rel=1e-6)
 
 
-def test_a_set_is_measured_again_when_its_rows_have_changed():
-    data = torch.randn(50, 2, generator=seeded(0))
-    rows = pfgm.ReferenceSet(data)
-    before = PoissonFlow.from_data(rows).spread
-    data.mul_(10)
-    assert PoissonFlow.from_data(rows).spread == pytest.approx(10 * before, rel=1e-5)
-
-
 def test_samples_without_dimensions():
     data = torch.randn(100, generator=seeded(0))
     flow = PoissonFlow.from_data(data)
@@ -784,6 +677,10 @@ GRIDS = [], [1.0], [1.0] * 2, [1.0, 2.0, 1.0], [1.0, 1.0, 0.0], [0.0, 1.0], [1.0
         (lambda: FLOW.sample(lambda x: x, 2), "TypeError: net must take x…one that takes (x)."),
         (lambda: FLOW.sample(pfgm.networks.MLP, 2), "TypeError: net must be a…the class MLP."),
         (lambda: FLOW.sample(None, 2), "TypeError: net must be a…and the level, got a NoneType."),
+        (
+            lambda: FLOW.sample(pfgm.networks.MLP((2,), width=8), 2),
+            "net must have the gamma of the flow…, got 5.0; flow.network makes…fits.",
+        ),
         (lambda: FLOW.sample(NET, 4, x_init=DATA), "x_init must be floating…of shape (20, 2)."),
         (lambda: FLOW.sample(NET, 3, x_init=WHOLE), "x_init must be floating…of shape (3, 2)."),
         (lambda: FLOW.sample(NET, 2, guidance=3.0), "guidance is 3.0, but…labels}."),

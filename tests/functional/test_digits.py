@@ -11,6 +11,7 @@ import pytest
 import torch
 
 import pfgm
+from benchmarks.common.problems import seeded
 from pfgm import field_fn, log_density
 from pfgm.references import part
 
@@ -20,7 +21,7 @@ OFFSETS = [0.0, 100.0, 1e4]
 
 def problem(B, M, N, z, offset=0.0, seed=0):
     """Points at distances of the size of z from references of unit size, far from the origin."""
-    generator = torch.Generator().manual_seed(seed)
+    generator = seeded(seed)
     references = offset + torch.randn(M, N, generator=generator)
     noise = torch.randn(B, N, generator=generator, dtype=torch.float64)
     x = references[:B].double() + z * noise
@@ -102,7 +103,7 @@ def test_v_x_on_a_reference_is_that_of_the_others(backend, N):
 def test_the_field_between_two_references_that_are_close(backend, B, N, offset):
     """Both count, and E is small beside the references."""
     x, z, references = problem(B, 40, N, 1e-2, offset)
-    step = 1e-2 * torch.randn(B, N, generator=torch.Generator().manual_seed(1))
+    step = 1e-2 * torch.randn(B, N, generator=seeded(1))
     references = torch.cat([references, references[:B] + step])
     x = ((x + references[-B:]) / 2).float()
     check(formula_of_the_field, x, z, references, field(x, z, references, backend=backend))
@@ -132,7 +133,7 @@ def test_the_field_over_sets(backend, tmp_path, monkeypatch, kind, N, z, offset)
 @pytest.mark.parametrize(("B", "N", "z"), [(12, 2, 1e-2), (3, 8, 0.1), (12, 8, 0.1), (4, 600, 1.0)])
 def test_gradients_of_the_field(backend, B, N, z, offset):
     x, z, references = problem(B, 60, N, z, offset)
-    upstream = torch.randn(B, N + 1, generator=torch.Generator().manual_seed(2))
+    upstream = torch.randn(B, N + 1, generator=seeded(2))
 
     def gradients(function, x, z):
         x, z = x.clone().requires_grad_(), z.clone().requires_grad_()
@@ -151,7 +152,7 @@ def test_gradients_of_the_field(backend, B, N, z, offset):
 @pytest.mark.parametrize("N", [2, 64, 600])
 def test_gradients_beside_bytes(backend, B, N, kind):
     """A byte u/127.5 − 1 has no float32, so its distance of 1e-6 is that from the exact value."""
-    generator = torch.Generator().manual_seed(0)
+    generator = seeded(0)
     references = torch.randint(0, 256, (300, N), generator=generator, dtype=torch.uint8)
     exact = references.double() / 127.5 - 1
     x = (exact[:B] + 1e-6 * torch.randn(B, N, generator=generator).double()).float()

@@ -4,6 +4,7 @@ import importlib
 import json
 import math
 import sys
+from functools import partial
 from types import SimpleNamespace
 
 import pytest
@@ -76,6 +77,20 @@ def predictions(value):
     return value if isinstance(value, str) else name(value)
 
 
+def quiet(pipeline):
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline
+
+
+def transformer(diffusers, channels):
+    """A small DiT for digits with ten labels."""
+    torch.manual_seed(0)
+    return diffusers.DiTTransformer2DModel(
+        num_attention_heads=2, attention_head_dim=8, in_channels=1, out_channels=channels,
+        num_layers=1, sample_size=8, num_embeds_ada_norm=10, norm_num_groups=1,
+    )  # fmt: skip
+
+
 def scheduler_of(schedulers, flow, **options):
     kind = schedulers.field if flow is FIELD else schedulers.plus
     return kind.from_flow(flow, **options)
@@ -136,15 +151,11 @@ def test_a_scheduler_takes_the_steps_of_the_flow(
 
 
 def test_a_function_is_no_solver(schedulers, refused):
-    scheduler = schedulers.plus.from_flow(DENOISERS[128.0])
-    message = (
-        "TypeError: solver must be one of euler, heun, multistep, got a function; flow.sample…"
-    )
+    create = partial(schedulers.plus.from_flow, DENOISERS[128.0])
+    sentence = "TypeError: solver must be one of euler,…got a function; flow.sample…"
     for solver in (solvers.heun, solvers.SAMPLERS["heun"], lambda denoise, x, grid: (x, 0)):
-        refused(
-            lambda given=solver: schedulers.plus.from_flow(scheduler.flow, solver=given), message
-        )
-        refused(lambda given=solver: scheduler.register_to_config(solver=given), message)
+        for call in (create, create().register_to_config):
+            refused(partial(call, solver=solver), sentence)
 
 
 def test_a_run_of_heun_starts_with_a_step(schedulers, refused):
@@ -227,15 +238,10 @@ def test_saved_and_loaded(schedulers, unets, tmp_path, flow, predicts, solver):
     assert again.flow == flow
     assert type(first).from_config(first.config).flow == flow
     unet = unets(2 if predicts == "field" else 1)
-    unet.save_pretrained(tmp_path / "unet")
-    x = first.prior(2, seeded())
-    ends = []
-    for scheduler, network in (
-        (first, unet),
-        (again, type(unet).from_pretrained(tmp_path / "unet")),
-    ):
+    x, ends = first.prior(2, seeded()), []
+    for scheduler in (first, again):
         scheduler.set_timesteps(5)
-        ends.append(diffusers_loop(scheduler, network, x)[0])
+        ends.append(diffusers_loop(scheduler, unet, x)[0])
     assert torch.equal(*ends)
 
 
@@ -292,51 +298,59 @@ def test_a_run_may_start_at_a_later_timestep(schedulers, unets, solver, same):
 
 
 def test_wrong_calls(schedulers, refused):
-    scheduler = schedulers.plus.from_flow(DENOISERS[128.0], solver="euler")
+    field, plus = schedulers.field.from_flow, schedulers.plus.from_flow
+    scheduler, infinite = plus(DENOISERS[128.0], solver="euler"), DENOISERS[math.inf]
     scheduler.set_timesteps(2)
-    x, first = scheduler.prior(2), scheduler.timesteps[0]
+    x, first, step = scheduler.prior(2), scheduler.timesteps[0], scheduler.step
+    integers, preserving = torch.tensor([3, 500]), {"variance_preserving": True}
+    unpreserved = "variance_preserving must be False unless D is infinite and…got D = "
     for call, sentence in (
+        (partial(field, DENOISERS[1.0]), "TypeError: flow must be a PoissonFlow for…FlowPP."),
+        (partial(schedulers.field, FIELD), "TypeError: flow must be a flow's config,…flow itself."),
+        (partial(field, FIELD, solver="rk45"), "solver must be one of euler,…got 'rk45'."),
+        (partial(field, FIELD, prediction_type="mean"), "prediction_type must be…got 'mean'."),
+        (partial(field, FIELD, level="karras"), "level must be one of timestep,…got 'karras'."),
+        (partial(field, FIELD, num_train_timesteps=0), "num_train_timesteps must be an…got 0."),
         (
-            lambda: schedulers.field.from_flow(DENOISERS[1.0]),
-            "TypeError: flow must be a PoissonFlow for a PoissonFlowScheduler, got PoissonFlowPP.",
+            partial(field, FIELD, prediction_type="field", **preserving),
+            unpreserved + "1 and prediction_type 'field'.",
         ),
         (
-            lambda: schedulers.field(FIELD),
-            "TypeError: flow must be a flow's config, flow.config, got PoissonFlow;…flow itself.",
+            partial(plus, DENOISERS[128.0], prediction_type="noise", **preserving),
+            unpreserved + "128 and prediction_type 'noise'.",
         ),
         (
-            lambda: schedulers.field.from_flow(FIELD, solver="rk45"),
-            "solver must be one of euler, heun, multistep, got 'rk45'.",
+            partial(plus, infinite, prediction_type="residual", **preserving),
+            unpreserved + "inf and prediction_type 'residual'.",
         ),
         (
-            lambda: schedulers.field.from_flow(FIELD, prediction_type="mean"),
-            "prediction_type must be one of field, got 'mean'.",
+            partial(FIELD.network, torch.nn.Identity(), **preserving),
+            "variance_preserving must be False unless flow is a…got PoissonFlow and 'residual'.",
         ),
+        (partial(step, x, 7, x), "timestep must be one of timesteps, got 7.0."),
+        (partial(step, x.expand(2, 3, 8, 8), first, x), "net must return the…got (2, 3, 8, 8)."),
         (
-            lambda: schedulers.field.from_flow(FIELD, level="karras"),
-            "level must be one of timestep, log, sigma, got 'karras'.",
-        ),
-        (lambda: scheduler.step(x, 7, x), "timestep must be one of timesteps, got 7.0."),
-        (
-            lambda: scheduler.step(x.expand(2, 3, 8, 8), first, x),
-            "net must return the shape of x, (2, 1, 8, 8), or twice its…got (2, 3, 8, 8).",
-        ),
-        (
-            lambda: [scheduler.step(x, t, x) for t in (*scheduler.timesteps, first)],
+            lambda: [step(x, t, x) for t in (*scheduler.timesteps, first)],
             "step is called after the last of 2 timesteps; set_timesteps starts a new run.",
         ),
         (
-            lambda: scheduler.set_timesteps(3, sigmas=[8.0, 0.0]),
+            partial(scheduler.set_timesteps, 3, sigmas=[8.0, 0.0]),
             "num_inference_steps and sigmas must not both be given.",
         ),
         (
-            lambda: scheduler.set_timesteps(sigmas=[8.0, 9.0]),
+            partial(scheduler.set_timesteps, sigmas=[8.0, 9.0]),
             "schedule is not decreasing: 9.0 at index 1 follows 8.0.",
         ),
+        (partial(scheduler.set_timesteps, 0), "steps must be an integer of…1000000, got 0."),
         (
-            lambda: scheduler.set_timesteps(0),
-            "steps must be an integer of at least 1 and at most 1000000, got 0.",
+            partial(plus(infinite, level="log").add_noise, DATA[:2], DATA[:2], integers),
+            "timesteps must be floating point with level 'log',…got torch.int64.",
         ),
+        (
+            lambda: plus(infinite, level="log").alphas_cumprod,
+            "AttributeError: alphas_cumprod exists with level 'timestep' only",
+        ),
+        (lambda: scheduler.gamma, "AttributeError: 'PoissonFlow…' object has no attribute 'gamma'"),
     ):
         refused(call, sentence)
 
@@ -426,12 +440,7 @@ def test_targets_by_label(schedulers, flow):
 
 def test_networks_of_diffusers_are_networks_of_the_flows(diffusers):
     """A DiT with labels, which returns a learned variance beside the mean, in the flow's loss."""
-    torch.manual_seed(0)
-    data = pfgm.data.digits()
-    dit = diffusers.DiTTransformer2DModel(
-        num_attention_heads=2, attention_head_dim=8, in_channels=1, out_channels=2, num_layers=1,
-        sample_size=8, num_embeds_ada_norm=10, norm_num_groups=1,
-    )  # fmt: skip
+    data, dit = pfgm.data.digits(), transformer(diffusers, 2)
     for flow in (FIELD, DENOISERS[128.0]):
         net = flow.network(dit, conditions={"labels": "class_labels"}, no_label=10)
         labels = torch.tensor([3, -1, 5, 1])
@@ -527,16 +536,12 @@ def script_loop(diffusers, unet, scheduler, predicts, folder):
             optimiser.zero_grad()
             averages.step(unet.parameters())
             losses.append(float(loss.detach()))
-    pipeline = diffusers.DDPMPipeline(unet=accelerator.unwrap_model(unet), scheduler=scheduler)
-    pipeline.set_progress_bar_config(disable=True)
-    images = pipeline(
-        generator=seeded(), batch_size=3, num_inference_steps=4, output_type="np"
-    ).images
+    pipeline = quiet(diffusers.DDPMPipeline(accelerator.unwrap_model(unet), scheduler))
+    options = {"batch_size": 3, "num_inference_steps": 4, "output_type": "np"}
+    images = pipeline(generator=seeded(), **options).images
     pipeline.save_pretrained(folder)
-    again = diffusers.DDPMPipeline.from_pretrained(folder)
-    again.set_progress_bar_config(disable=True)
-    repeated = again(generator=seeded(), batch_size=3, num_inference_steps=4, output_type="np")
-    return losses, images, repeated.images
+    again = quiet(diffusers.DDPMPipeline.from_pretrained(folder))
+    return losses, images, again(generator=seeded(), **options).images
 
 
 @pytest.mark.parametrize("predicts", ["epsilon", "sample"])
@@ -569,8 +574,7 @@ def test_standard_normal_noise_is_refused_as_the_prior(diffusers, schedulers, un
     """The stock pipeline starts from N(0, I), whatever the scheduler."""
     scheduler = scheduler_of(schedulers, flow)
     unet = unets(2 if flow is FIELD else 1)
-    pipeline = diffusers.DDPMPipeline(unet, scheduler)
-    pipeline.set_progress_bar_config(disable=True)
+    pipeline = quiet(diffusers.DDPMPipeline(unet, scheduler))
     for batch_size in (1, 7):
         with pytest.raises(ValueError, match=r"start from scheduler\.prior\(n\), as Poisson") as e:
             pipeline(batch_size=batch_size, num_inference_steps=3, generator=seeded())
@@ -616,8 +620,7 @@ def test_the_pipeline_draws_the_samples_of_the_flow(
 ):
     unet = unets(2 if predicts == "field" else 1)
     scheduler = scheduler_of(schedulers, flow, solver="multistep", prediction_type=predicts)
-    pipeline = schedulers.pipeline(unet, scheduler)
-    pipeline.set_progress_bar_config(disable=True)
+    pipeline = quiet(schedulers.pipeline(unet, scheduler))
     options = {"batch_size": 3, "num_inference_steps": 5}
     images = pipeline(generator=seeded(), output_type="pt", **options).images
     start = flow.prior(3, generator=seeded())
@@ -632,8 +635,7 @@ def test_the_pipeline_draws_the_samples_of_the_flow(
         "unet/config.json",
         "unet/diffusion_pytorch_model.safetensors",
     ]
-    again = schedulers.pipeline.from_pretrained(tmp_path)
-    again.set_progress_bar_config(disable=True)
+    again = quiet(schedulers.pipeline.from_pretrained(tmp_path))
     assert again.scheduler.flow == flow
     (repeated,) = again(generator=seeded(), output_type="pt", return_dict=False, **options)
     assert torch.equal(images, repeated)
@@ -645,8 +647,7 @@ def test_the_pipeline_draws_the_samples_of_the_flow(
 def test_what_the_pipeline_returns(schedulers, unets):
     flow = DENOISERS[128.0]
     scheduler = schedulers.plus.from_flow(flow, solver="euler")
-    pipeline = schedulers.pipeline(unets(1), scheduler)
-    pipeline.set_progress_bar_config(disable=True)
+    pipeline = quiet(schedulers.pipeline(unets(1), scheduler))
     options = {"batch_size": 2, "num_inference_steps": 2}
     images = pipeline(generator=seeded(), **options).images
     assert [(image.size, image.mode) for image in images] == 2 * [((8, 8), "L")]
@@ -662,14 +663,9 @@ def test_what_the_pipeline_returns(schedulers, unets):
 
 
 def test_a_pipeline_with_labels_and_half_precision(diffusers, schedulers):
-    torch.manual_seed(0)
-    dit = diffusers.DiTTransformer2DModel(
-        num_attention_heads=2, attention_head_dim=8, in_channels=1, out_channels=1, num_layers=1,
-        sample_size=8, num_embeds_ada_norm=10, norm_num_groups=1,
-    )  # fmt: skip
+    dit = transformer(diffusers, 1)
     torch.nn.init.normal_(dit.proj_out_2.weight)
-    pipeline = schedulers.pipeline(dit.eval(), schedulers.plus.from_flow(DENOISERS[128.0]))
-    pipeline.set_progress_bar_config(disable=True)
+    pipeline = quiet(schedulers.pipeline(dit.eval(), schedulers.plus.from_flow(DENOISERS[128.0])))
 
     def draw(labels):
         options = {"num_inference_steps": 2, "output_type": "np", "class_labels": labels}
@@ -700,60 +696,18 @@ def test_a_pipeline_from_another_one(diffusers, schedulers, unets):
 def test_wrong_calls_of_the_pipeline(diffusers, schedulers, unets, refused):
     vectors = schedulers.plus.from_flow(pfgm.PoissonFlowPP((2,), D=1))
     pipeline = schedulers.pipeline(unets(1), schedulers.plus.from_flow(DENOISERS[128.0]))
+    create, unet = schedulers.pipeline, unets(1)
     for call, sentence in (
         (
-            lambda: schedulers.pipeline(unets(1), diffusers.DDPMScheduler()),
+            partial(create, unet, diffusers.DDPMScheduler()),
             "TypeError: scheduler must be a PoissonFlowScheduler or a…got DDPMScheduler.",
         ),
+        (partial(create, unet, vectors), "the scheduler's flow must have images…of shape (2,)."),
+        (partial(pipeline, output_type="jpg"), "output_type must be one of pil,…got 'jpg'."),
+        (partial(pipeline, batch_size=0), "batch_size must be an integer of at least 1, got 0."),
         (
-            lambda: schedulers.pipeline(unets(1), vectors),
-            "the scheduler's flow must have images (C, H, W) with C = 1…got samples of shape (2,).",
-        ),
-        (lambda: pipeline(output_type="jpg"), "output_type must be one of pil, np, pt, got 'jpg'."),
-        (lambda: pipeline(batch_size=0), "batch_size must be an integer of at least 1, got 0."),
-        (
-            lambda: pipeline(batch_size=2, generator=[seeded()]),
+            partial(pipeline, batch_size=2, generator=[seeded()]),
             "generator must be one for each of the 2 images, got a list of 1.",
-        ),
-    ):
-        refused(call, sentence)
-
-
-def test_wrong_options_of_a_scheduler(schedulers, refused):
-    infinite = DENOISERS[math.inf]
-    scheduler = schedulers.plus.from_flow(infinite, level="log")
-    preserving = {"variance_preserving": True}
-    for flow, predicts, got in (
-        (FIELD, "field", "D = 1 and prediction_type 'field'"),
-        (DENOISERS[128.0], "noise", "D = 128 and prediction_type 'noise'"),
-        (infinite, "residual", "D = inf and prediction_type 'residual'"),
-    ):
-        refused(
-            lambda flow=flow, predicts=predicts: scheduler_of(
-                schedulers, flow, prediction_type=predicts, **preserving
-            ),
-            f"variance_preserving must be False unless D is infinite and…got {got}.",
-        )
-    for call, sentence in (
-        (
-            lambda: schedulers.plus.from_flow(infinite, num_train_timesteps=0),
-            "num_train_timesteps must be an integer of at least 1, got 0.",
-        ),
-        (
-            lambda: scheduler.add_noise(DATA[:2], DATA[:2], torch.tensor([3, 500])),
-            "timesteps must be floating point with level 'log',…got torch.int64.",
-        ),
-        (
-            lambda: scheduler.alphas_cumprod,
-            "AttributeError: alphas_cumprod exists with level 'timestep' only",
-        ),
-        (
-            lambda: scheduler.gamma,
-            "AttributeError: 'PoissonFlowPPScheduler' object has no attribute 'gamma'",
-        ),
-        (
-            lambda: FIELD.network(torch.nn.Identity(), **preserving),
-            "variance_preserving must be False unless flow is a…got PoissonFlow and 'residual'.",
         ),
     ):
         refused(call, sentence)

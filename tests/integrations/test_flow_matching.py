@@ -1,6 +1,7 @@
 """The Poisson flow as a flow-matching path, beside torchcfm, flow_matching and scipy."""
 
 import math
+from functools import partial
 
 import numpy as np
 import pytest
@@ -248,51 +249,36 @@ def test_wrong_calls(refused):
     matcher, alone = PoissonFlowMatcher(16, POINTS), PoissonFlowMatcher(16)
     labelled = PoissonFlowMatcher(16, POINTS, reference_labels=torch.arange(4))
     sample, x1 = matcher.sample_location_and_conditional_flow, POINTS
+    velocity, squeezed = matcher.velocity, as_denoiser(lambda t, x: x[:, :1])
+    unlabelled = "labels must be given with reference_labels,…got None."
     for call, sentence in (
-        (lambda: PoissonFlowMatcher(0), "D must be a positive number or infinity, got 0."),
-        (lambda: PoissonFlowMatcher(math.nan), "D must be a positive number or infinity, got nan."),
-        (lambda: PoissonFlowMatcher("inf"), "TypeError: D must be a number, got str."),
-        (lambda: sample(x1[:3], x1), "x0 must have the shape of x1, (4, 2), got (3, 2)."),
+        (partial(PoissonFlowMatcher, 0), "D must be a positive number or infinity, got 0."),
+        (partial(PoissonFlowMatcher, math.nan), "D must be a positive number…, got nan."),
+        (partial(PoissonFlowMatcher, "inf"), "TypeError: D must be a number, got str."),
+        (partial(sample, x1[:3], x1), "x0 must have the shape of x1, (4, 2), got (3, 2)."),
+        (partial(sample, None, x1.long()), "TypeError: x1 must be uint8 or…use x1.float()."),
+        (partial(sample, None, x1, torch.zeros(3)), "t must be a number or a…got shape (3,)."),
+        (partial(sample, None, x1, 1.5), "t must be from 0 (noise) to 1 (data), got 1.5."),
+        (partial(sample, None, x1, math.nan), "t must be from 0 (noise) to 1 (data), got nan."),
+        (partial(alone.velocity, 0.5, x1), "references is None; the velocity needs references."),
+        (partial(velocity, 0.5, x1.long()), "TypeError: x must be floating…got torch.int64."),
+        (partial(velocity, torch.zeros(3), x1), "t must be a number…got shape (3,)."),
+        (partial(velocity, math.nan, x1), "r, sigma or z must be…got nan in row 0."),
         (
-            lambda: sample(None, x1.long()),
-            "TypeError: x1 must be uint8 or…torch.int64; use x1.float().",
-        ),
-        (lambda: sample(None, torch.zeros(4, 3)), "x and references must have…3) and (4, 2)."),
-        (lambda: sample(None, x1, torch.zeros(3)), "t must be a number or a…got shape (3,)."),
-        (lambda: sample(None, x1, 1.5), "t must be from 0 (noise) to 1 (data), got 1.5."),
-        (lambda: sample(None, x1, math.nan), "t must be from 0 (noise) to 1 (data), got nan."),
-        (lambda: alone.velocity(0.5, POINTS), "references is None; the velocity needs references."),
-        (
-            lambda: matcher.velocity(0.5, POINTS.long()),
-            "TypeError: x must be floating point, got torch.int64.",
-        ),
-        (lambda: matcher.velocity(torch.zeros(3), POINTS), "t must be a number…got shape (3,)."),
-        (lambda: matcher.velocity(math.nan, POINTS), "r, sigma or z must be…got nan in row 0."),
-        (
-            lambda: matcher.velocity(0.5, POINTS, labels=torch.zeros(3)),
-            "labels must be integers of shape (4,), got torch.float32 of shape (3,).",
-        ),
-        (
-            lambda: matcher.velocity(0.5, POINTS, labels=torch.zeros(4).long()),
+            partial(velocity, 0.5, x1, labels=torch.zeros(4).long()),
             "reference_labels must have shape (4,) with labels,…got None.",
         ),
+        (partial(labelled.velocity, 0.5, x1), unlabelled),
+        (partial(labelled.sample_location_and_conditional_flow, None, x1), unlabelled),
         (
-            lambda: labelled.velocity(0.5, POINTS),
-            "labels must be given with reference_labels,…got None.",
-        ),
-        (
-            lambda: labelled.sample_location_and_conditional_flow(None, POINTS),
-            "labels must be given with reference_labels,…got None.",
-        ),
-        (
-            lambda: PoissonFlowMatcher(16, reference_labels=torch.arange(4)),
+            partial(PoissonFlowMatcher, 16, reference_labels=torch.arange(4)),
             "references must be given with reference_labels, got None.",
         ),
-        (lambda: matcher.noise(()), "shape must be (n, *S) with n of at least 0, got ()."),
-        (lambda: matcher.noise((-1, 2)), "shape must be (n, *S) with n of…least 0, got (-1, 2)."),
-        (lambda: matcher.noise((2.0, 2)), "shape must be (n, *S) with n…least 0, got (2.0, 2)."),
+        (partial(matcher.noise, ()), "shape must be (n, *S) with n of at least 0, got ()."),
+        (partial(matcher.noise, (-1, 2)), "shape must be (n, *S)…least 0, got (-1, 2)."),
+        (partial(matcher.noise, (2.0, 2)), "shape must be (n, *S)…least 0, got (2.0, 2)."),
         (
-            lambda: as_denoiser(lambda t, x: x[:, :1])(torch.zeros(3, 2), torch.ones(3)),
+            partial(squeezed, torch.zeros(3, 2), torch.ones(3)),
             "velocity_net must return a tensor of the shape of x, (3, 2), got shape (3, 1).",
         ),
     ):

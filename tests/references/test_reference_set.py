@@ -8,6 +8,7 @@ import pytest
 import torch
 
 import pfgm
+from benchmarks.common.problems import seeded
 from pfgm.references import ReferenceSet
 from pfgm.references import part as module
 from pfgm.training import TrainConfig, Trainer
@@ -23,13 +24,11 @@ def small_chunks(monkeypatch):
 
 
 def images(count=50, seed=0):
-    generator = torch.Generator().manual_seed(seed)
-    return torch.randint(0, 256, (count, *SHAPE), dtype=torch.uint8, generator=generator)
+    return torch.randint(0, 256, (count, *SHAPE), dtype=torch.uint8, generator=seeded(seed))
 
 
 def points(count=7, dtype=torch.float32, spread=0.3):
-    generator = torch.Generator().manual_seed(1)
-    noise = torch.randn(count, *SHAPE, generator=generator, dtype=torch.float64)
+    noise = torch.randn(count, *SHAPE, generator=seeded(1), dtype=torch.float64)
     return (pfgm.data.to_unit(images())[:count].double() + spread * noise).to(dtype)
 
 
@@ -38,36 +37,10 @@ def on_disk(rows, folder, **options):
     return ReferenceSet(folder / "rows.npy", **options)
 
 
-@pytest.mark.parametrize("D", [1.0, 128.0, math.inf])
-@pytest.mark.parametrize("N", [1, 64])
-def test_gradients_of_references_equally_near_in_parts(monkeypatch, N, D):
-    """Five copies of a reference and two of its mirror image, in parts of three rows."""
-    monkeypatch.setattr(module, "_CHUNK_BYTES", 3 * N * 4)
-    generator = torch.Generator().manual_seed(0)
-    # On a grid, so that squares and their sums are exact.
-    x, arm = (((torch.rand(1, N, generator=generator) + 0.5) * 64).round() / 64 for _ in range(2))
-    x += 10
-    references = ReferenceSet(torch.cat([x + sign * arm for sign in (1, 1, -1, 1, -1, 1, 1)]))
-    G = torch.randn(1, N, generator=generator)
-    wide, pull = arm.double(), 2 * (G.double() * arm.double()).sum()
-    for sigma in (1e-6, 1e-4, 1e-2):
-        point = x.clone().requires_grad_()
-        noise = torch.tensor([sigma], dtype=torch.float64, requires_grad=True)
-        mean = pfgm.posterior_mean(point, references, sigma=noise, D=D)
-        slope_x, slope_sigma = torch.autograd.grad((mean * G).sum(), (point, noise))
-        # Cov G w, with Cov = 10/49 (2 arm)(2 arm)ᵀ and w = 1/σ² or (N + D)/s. σ moves both alike.
-        s = wide.square().sum() + (0 if math.isinf(D) else D * sigma**2)
-        w = 1 / sigma**2 if math.isinf(D) else (N + D) / s
-        expected = 10 / 49 * w * pull * 2 * wide
-        scale = max(expected.norm(), G.norm())
-        assert (slope_x - expected).norm() <= 1e-5 * scale, sigma
-        assert slope_sigma.abs() <= 1e-5 * scale, sigma
-
-
 @pytest.mark.parametrize("D", [128.0, 1e6])
 def test_gradient_in_sigma_at_a_large_r_in_parts(small_chunks, backend, D):
     """It is 1e-6 of the parts that cancel between the chunks."""
-    rows, G = images(), torch.randn(7, *SHAPE, generator=torch.Generator().manual_seed(2))
+    rows, G = images(), torch.randn(7, *SHAPE, generator=seeded(2))
 
     def gradient(x, references, name):
         sigma = torch.full((7,), 30.0, dtype=torch.float64, requires_grad=True)
@@ -94,8 +67,7 @@ class Counted:
 
 
 def wide_images(count=40):
-    generator = torch.Generator().manual_seed(0)
-    return torch.randint(0, 256, (count, 1, 24, 24), dtype=torch.uint8, generator=generator)
+    return torch.randint(0, 256, (count, 1, 24, 24), dtype=torch.uint8, generator=seeded(0))
 
 
 @pytest.fixture
@@ -204,7 +176,7 @@ def test_the_set_is_told_of_a_change_that_nothing_notices():
 @pytest.mark.parametrize("share", [0.1, 0.2])
 @pytest.mark.parametrize("shape", [(30, 512), (50, 600), (130, 512), (1000, 600)])
 def test_a_sample_changes_with_a_tenth_of_the_rows(shape, share):
-    generator = torch.Generator().manual_seed(0)
+    generator = seeded(0)
     rows = torch.randn(shape, generator=generator)
     before = pfgm.backends.native_calls.sample(rows)
     for _ in range(200):
@@ -382,7 +354,7 @@ def test_gradients_on_a_gpu_wait_for_nothing(small_chunks, as_on_a_gpu, D, sigma
     x.requires_grad_()
     level.requires_grad_()
     mean = pfgm.posterior_mean(x, references, sigma=level, D=D, backend="reference")
-    G = torch.randn(mean.shape, generator=torch.Generator().manual_seed(2), dtype=mean.dtype)
+    G = torch.randn(mean.shape, generator=seeded(2), dtype=mean.dtype)
     with NoWaiting():
         gradients = torch.autograd.grad(mean, (x, level), G)
     mean = pfgm.posterior_mean(x, references[:], sigma=level, D=D, backend="reference")
@@ -570,8 +542,7 @@ def test_draws(rows, count, flips):
     chosen = torch.tensor([5, 69, 0] + ([rows + 3] if flips else []))
 
     def draw(seed):
-        generator = torch.Generator().manual_seed(seed)
-        return references.draw(count, containing=chosen, generator=generator)
+        return references.draw(count, containing=chosen, generator=seeded(seed))
 
     drawn = draw(0)
     assert drawn[: len(chosen)].tolist() == chosen.tolist()
@@ -582,7 +553,7 @@ def test_draws(rows, count, flips):
 
 
 def test_draws_are_uniform():
-    references, generator = ReferenceSet(torch.rand(40, 1)), torch.Generator().manual_seed(0)
+    references, generator = ReferenceSet(torch.rand(40, 1)), seeded(0)
     for count in (10, 30):
         drawn = torch.cat([references.draw(count, generator=generator) for _ in range(1000)])
         seen = torch.bincount(drawn, minlength=40)
@@ -591,19 +562,17 @@ def test_draws_are_uniform():
 
 
 @pytest.mark.parametrize(
-    ("count", "containing", "error", "message"),
+    ("count", "containing", "sentence"),
     [
-        (11, None, ValueError, r"count must be an integer of at least 0 and at most 10, got 11\."),
-        (2.5, None, ValueError, r"count must be an integer of.*got 2\.5\."),
-        (1, [1, 2], ValueError, r"count must be an integer of at least 2 and at.*got 1\."),
-        (5, [1, 1], ValueError, r"containing must hold each row once, got 1 twice\."),
-        (5, [999], IndexError, r"containing must be from 0 to 9, got 999\."),
+        (11, [], "count must be an integer of at least 0 and at most 10, got 11."),
+        (1, [1, 2], "count must be an integer of at least 2 and at most 10, got 1."),
+        (5, [1, 1], "containing must hold each row once, got 1 twice."),
+        (5, [999], "IndexError: containing must be from 0 to 9, got 999."),
     ],
 )
-def test_bad_draws(count, containing, error, message):
-    containing = None if containing is None else torch.tensor(containing)
-    with pytest.raises(error, match=message):
-        ReferenceSet(torch.rand(10, 1)).draw(count, containing=containing)
+def test_bad_draws(refused, count, containing, sentence):
+    references, rows = ReferenceSet(torch.rand(10, 1)), torch.tensor(containing)
+    refused(lambda: references.draw(count, containing=rows), sentence)
 
 
 def test_storage_types():
@@ -640,7 +609,7 @@ def test_labels():
     x = pfgm.data.to_unit(rows[:6])
 
     def loss(references, **options):
-        generator = torch.Generator().manual_seed(0)
+        generator = seeded(0)
         net = flow.empirical(rows)
         return flow.loss(
             lambda x, z, labels: net(x, z),

@@ -81,15 +81,6 @@ def test_weights_keep_their_precision(tmp_path, flow, network, dtype, expected):
     assert flow.sample(loaded, 3, steps=2).dtype == torch.float32
 
 
-def test_metadata_are_readable_without_pfgm(tmp_path, flow, network):
-    pfgm.save(tmp_path / "net.safetensors", flow, network, step=7)
-    with safetensors.safe_open(tmp_path / "net.safetensors", framework="np") as file:
-        description = json.loads(file.metadata()["pfgm"])
-    assert description["step"] == 7
-    assert description["flow"]["z_min"] == 0.01
-    assert description["network"]["name"] == "mlp"
-
-
 def test_loading_does_not_follow_later_changes_of_the_file(tmp_path, flow, network):
     path = tmp_path / "net.safetensors"
     pfgm.save(path, flow, network)
@@ -100,10 +91,13 @@ def test_loading_does_not_follow_later_changes_of_the_file(tmp_path, flow, netwo
     assert same_weights(loaded, network)
 
 
-def test_own_networks_are_saved_and_loaded(tmp_path, flow):
-    network, path = Own(), tmp_path / "net.safetensors"
+@pytest.mark.parametrize("place", ["net.safetensors", "folder"])
+def test_own_networks_are_saved_and_loaded(tmp_path, flow, place):
+    network, path = Own(), tmp_path / place
     pfgm.save(path, flow, network)
-    with pytest.raises(ValueError, match=r"not one of pfgm\.networks"):
+    if place == "folder":
+        assert json.loads((path / "config.json").read_text())["network"] is None
+    with pytest.raises(ValueError, match=r"not one of pfgm\.networks; give the network to load"):
         pfgm.load(path)
     other = Own()
     assert pfgm.load(path, other).network is other
@@ -329,20 +323,14 @@ class Payload:
         return (print, ("executed",))
 
 
-def test_the_state_is_never_unpickled_freely(tmp_path, flow, network, capsys):
-    run_checkpoint(tmp_path, flow, network, 5)
-    torch.save({"step": 5, "network": Payload()}, tmp_path / "step-00000005.state.pt")
-    with pytest.raises(ValueError, match="must be the complete training state"):
-        load_run(tmp_path)
-    assert capsys.readouterr().out == ""
-
-
-def test_damaged_runs(tmp_path, flow, network):
+def test_damaged_runs(tmp_path, flow, network, capsys):
     run_checkpoint(tmp_path, flow, network, 5)
     state = tmp_path / "step-00000005.state.pt"
-    torch.save({"step": 6}, state)
-    with pytest.raises(ValueError, match="must be the complete training state"):
-        load_run(tmp_path)
+    for content in ({"step": 6}, {"step": 5, "network": Payload()}):
+        torch.save(content, state)
+        with pytest.raises(ValueError, match="must be the complete training state"):
+            load_run(tmp_path)
+    assert capsys.readouterr().out == ""  # the state is never unpickled freely
     state.unlink()
     with pytest.raises(FileNotFoundError, match="no training state"):
         load_run(tmp_path)
@@ -463,9 +451,12 @@ def test_checkpoints_of_an_abandoned_continuation_are_removed(run, flow, network
 
 def test_the_checksum_is_the_crc_of_the_file_with_zeros_in_its_place(tmp_path, flow, network):
     path = tmp_path / "net.safetensors"
-    pfgm.save(path, flow, network)
-    with safetensors.safe_open(path, framework="np") as file:
-        checksum = file.metadata()["checksum"]
+    pfgm.save(path, flow, network, step=7)
+    with safetensors.safe_open(path, framework="np") as file:  # readable without pfgm
+        checksum, description = file.metadata()["checksum"], json.loads(file.metadata()["pfgm"])
+    assert description["step"] == 7
+    assert description["flow"]["z_min"] == 0.01
+    assert description["network"]["name"] == "mlp"
     content = path.read_bytes()
     key = b'"checksum":"'
     assert content.count(key + checksum.encode()) == 1
@@ -508,15 +499,9 @@ def test_files_without_checksums_load_with_a_warning(run):
     ("name", "config"),
     [
         ("unet", {"shape": [1, 8, 8], "blocks": 100_000}),
-        ("unet", {"shape": [1, 8, 8], "multipliers": [1] * 100_000}),
-        ("unet", {"shape": [1, 8, 8], "width": 1_000_000_000}),
-        ("mlp", {"shape": [3], "depth": 100_000}),
         ("mlp", {"shape": [3], "width": 10**400}),
         ("mlp", {"shape": [10_000] * 200_000}),
         ("mlp", {"shape": [3], "classes": 10**15}),
-        ("ddpmpp", {"channels": 1, "resolution": 8, "num_res_blocks": 100_000}),
-        ("ncsnpp", {"channels": 1, "resolution": 8, "ch_mult": [1] * 100_000}),
-        ("edm", {"channels": 1, "resolution": 8, "num_blocks": 100_000}),
         ("denoiser", {"network": "mlp", "config": {"shape": [3], "depth": 100_000}}),
     ],
 )
@@ -528,17 +513,6 @@ def test_a_small_file_takes_little_time(tmp_path, name, config):
         pfgm.load(path)
     assert time.process_time() - started < 2
     assert len(str(caught.value)) < 1000
-
-
-def test_as_many_parameters_as_there_are_tensors_can_be_made(tmp_path, flow):
-    for name, config in (
-        ("unet", {"shape": [1, 4, 4], "width": 8}),
-        ("ddpmpp", {"channels": 1, "resolution": 4, "nf": 8, "ch_mult": [1], "num_res_blocks": 1}),
-        ("edm", {"channels": 1, "resolution": 4, "model_channels": 8, "channel_mult": [1]}),
-    ):
-        network = pfgm.networks.build(name, config)
-        pfgm.save(tmp_path / "net.safetensors", flow, network)
-        assert same_weights(pfgm.load(tmp_path / "net.safetensors").network, network)
 
 
 FIXTURES = Path(__file__).parent / "fixtures"

@@ -83,16 +83,13 @@ def checkpoint_step(out):
 # ---- what fits ----------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("minutes", [1, 2])
-def test_a_faster_machine_trains_a_larger_network_for_the_same_minutes(
-    clock, images, tmp_path, minutes
-):
+def test_a_faster_machine_trains_a_larger_network_for_the_same_minutes(clock, images, tmp_path):
     widths = []
     for speed in (0.25, 1.0, 4.0):
         clock.speed, began = speed, clock.now
         out = tmp_path / f"{speed}"
-        config = train(images, out, minutes)
-        assert 0.9 * 60 * minutes <= clock.now - began <= 60 * minutes
+        config = train(images, out, 1)
+        assert 0.9 * 60 <= clock.now - began <= 60
         widths.append(config.width)
     assert widths == sorted(widths)
     assert widths[0] < widths[-1]
@@ -218,16 +215,14 @@ def stopped_after(clock, share, images, out):
     return clock.now - began
 
 
-@pytest.mark.parametrize("speed", [1.0, 3.0])
-def test_a_resumed_run_has_what_is_left(clock, images, tmp_path, speed):
+def test_a_resumed_run_has_what_is_left_on_a_faster_machine(clock, images, tmp_path):
     out = tmp_path / "run"
     used = stopped_after(clock, 0.5, images, out)
     before, stored = log_of(out), RunConfig.load(out)
-    lines, clock.now, clock.speed = [], clock.now + 5000, speed  # the pause does not count
+    lines, clock.now, clock.speed = [], clock.now + 5000, 3.0  # the pause does not count
     began = clock.now
-    assert (
-        train(images, out, training={"log_every": 1}, report=lines.append, resume=True) == stored
-    )  # chosen once
+    again = train(images, out, training={"log_every": 1}, report=lines.append, resume=True)
+    assert again == stored  # chosen once
     assert f"{(120 - used) / 60:.1f} of 2 minutes left" in "\n".join(lines)
     assert 0.9 * (120 - used) <= clock.now - began <= 120 - used
     after = log_of(out)[len(before) :]
@@ -279,17 +274,6 @@ def test_of_large_images_few_are_timed(clock, tmp_path):
     clock.gradients = counted
     train(str(tmp_path / "large.npy"), tmp_path / "run")
     assert batches[0] == 1
-
-
-def test_steps_and_minutes_exclude_each_other():
-    with pytest.raises(ValueError, match=r"only one of steps and minutes may be given, got 5 and"):
-        TrainConfig(steps=5, minutes=3)
-
-
-@pytest.mark.parametrize("minutes", [0, -1, math.nan, math.inf, "5", True])
-def test_minutes_that_are_none(minutes):
-    with pytest.raises(ValueError, match="minutes must be a number above 0"):
-        TrainConfig(minutes=minutes)
 
 
 # ---- precision ----------------------------------------------------------------------------------
@@ -344,13 +328,9 @@ def test_a_run_of_a_length_that_nobody_chose_says_how_long_it_takes(clock, image
         return gradients(*given)
 
     clock.gradients = end_soon
+    config = RunConfig(data=images, width=16)
     with pytest.raises(KeyboardInterrupt):
-        start(
-            RunConfig(data=images, width=16),
-            tmp_path / "run",
-            progress=False,
-            report=lines.append,
-        )
+        start(config, tmp_path / "run", progress=False, report=lines.append)
     (said,) = (line for line in "\n".join(lines).splitlines() if "hours" in line)
     assert said.startswith("100000 steps of ")
     assert "--minutes" in said

@@ -209,17 +209,6 @@ def test_a_path_that_is_not_utf_8_is_refused_before_the_first_file(tmp_path, ref
     assert not list(tmp_path.iterdir())
 
 
-def test_a_network_of_another_library(tmp_path):
-    flow = pfgm.PoissonFlowPP((3,), D=16)
-    pfgm.save(tmp_path, flow, torch.nn.Linear(3, 3))
-    assert json.loads((tmp_path / "config.json").read_text())["network"] is None
-    with pytest.raises(ValueError, match="give the network to load them into"):
-        pfgm.load(tmp_path)
-    flow_again, net = pfgm.load(tmp_path, torch.nn.Linear(3, 3))
-    assert flow_again == flow
-    assert isinstance(net, torch.nn.Linear)
-
-
 def test_diffusers_says_what_to_call(tmp_path):
     diffusers = pytest.importorskip("diffusers")
     flow = pfgm.PoissonFlow((2,), data_norm=1.0)

@@ -29,9 +29,9 @@ SMALL = TrainConfig(
 )
 
 
-def run(folder, *, training=SMALL, resume=False, **settings):
+def run(folder, *, training=SMALL, resume=False, report=lambda line: None, **settings):
     config = RunConfig(**{"width": 16, "samples": 20, **settings}, training=training)
-    return start(config, folder, progress=False, report=lambda line: None, resume=resume)
+    return start(config, folder, progress=False, report=report, resume=resume)
 
 
 def changed(**changes):
@@ -55,24 +55,23 @@ def test_a_configuration_is_stored_in_its_file(tmp_path):
     [
         ('{"methd": "edm"}', "no setting 'methd'; known are D, blocks, data"),
         ('{"training": {"stepz": 5}}', "no setting 'stepz'"),
-        ('{"flips": "false"}', r"flips must be True or False, got 'false'\."),
         ('{"method": "vae"}', r"method must be one of auto, pfgm, pfgm\+\+, edm, got 'vae'\."),
         ('{"data": 5}', r"data must be a text, a name or a path, got 5\."),
-        ('{"data": []}', r"data must be a text, a name or a path, got \[\]\."),
         ('{"init": {}}', r"init must be a text, a name or a path, got \{\}\."),
-        ('{"teacher": 5}', r"teacher must be a text, a name or a path, got 5\."),
-        ('{"init": ""}', r"init must name a file or a folder, got ''; leave it out\."),
         ('{"teacher": ""}', r"teacher must name a file or a folder, got ''; leave it out\."),
         ('{"flow": null}', r"flow must be a dict of hyper-parameters and.*got None\."),
         ('{"flow": {"nope": 1}}', r"names in flow must be among M, center,.*got 'nope'\."),
         ('{"method": "edm", "flow": {"M": 9}}', r"names in flow must be among.*got 'M'\."),
         ('{"fit_levels": 5}', r"fit_levels must be a list of numbers of steps, got 5\."),
         ('{"training": {"clip": null}}', r"clip must be a number above 0, got None\."),
-        ('{"training": {"learning_rate": NaN}}', r"learning_rate must be a.*got nan\."),
         ('{"training": {"ema": "0.9"}}', r"ema must be at least 0 and below 1, got '0\.9'\."),
+        ('{"training": {"ema": 1.0}}', r"ema must be at least 0 and below 1, got 1\.0\."),
+        ('{"training": {"reference_batch": 64}}', r"reference_batch must be at least.*size\."),
+        ('{"training": {"minutes": 0}}', r"minutes must be a number above 0 .* got 0\."),
+        ('{"training": {"minutes": Infinity}}', r"minutes must be a number .* got inf\."),
+        ('{"training": {"steps": 5, "minutes": 3}}', "only one of steps and minutes may be given"),
         ('{"D": -1}', r"D must be a positive number, got -1\."),
         ('{"D": "128"}', r"D must be a positive number, got '128'\."),
-        ('{"D": true}', r"D must be a positive number, got True\."),
         ('{"range": [0, 1, 2]}', r"range must be two numbers, the lower.*got \[0, 1, 2\]\."),
         ('{"range": 1}', r"range must be two numbers, the lower first, got 1\."),
         ('{"range": [0, "1"]}', r"range must be two numbers, the lower first, got \[0, '1'\]\."),
@@ -99,7 +98,8 @@ def test_bad_configurations(tmp_path, text, message):
         ({"network": "ddpmpp", "width": 8, "multipliers": (1, 2), "blocks": 1}, "DDPMpp"),
         ({"network": "ncsnpp", "width": 8, "multipliers": (1, 1), "method": "edm"}, "Denoiser"),
         ({"method": "pfgm++", "D": 64.0}, "Denoiser"),
-        ({"method": "edm", "network": "mlp"}, "Denoiser"),
+        # The target of single samples.
+        ({"method": "edm", "network": "mlp", "training": changed(reference_batch=0)}, "Denoiser"),
     ],
 )
 def test_each_method_trains_and_samples(tmp_path, settings, kind):
@@ -184,9 +184,8 @@ def test_a_run_without_a_weighting_goes_on_with_the_published_one(tmp_path):
 
 
 def test_a_run_says_what_it_trains_on_what_and_what_it_writes(tmp_path):
-    lines = []
-    config = RunConfig(width=16, training=TrainConfig(steps=2, batch_size=16, reference_batch=32))
-    start(config, tmp_path / "run", progress=False, report=lines.append)
+    lines, training = [], TrainConfig(steps=2, batch_size=16, reference_batch=32)
+    run(tmp_path / "run", training=training, report=lines.append)
     shown = " ".join(" ".join(lines).split())
     for part in (
         "digits: 1398 rows of shape (1, 8, 8), float32, values -1 to 1, labels 0 to 9, which",
@@ -197,10 +196,6 @@ def test_a_run_says_what_it_trains_on_what_and_what_it_writes(tmp_path):
         f"{tmp_path / 'run'}: config.json, a checkpoint every 100 steps and at the end, log.csv",
     ):
         assert part in shown
-
-
-def test_the_single_sample_target(tmp_path):
-    run(tmp_path, method="edm", network="mlp", training=changed(reference_batch=0))
 
 
 def test_evaluations_leave_figures_and_pictures_and_do_not_change_the_training(
@@ -237,12 +232,9 @@ def test_evaluations_leave_figures_and_pictures_and_do_not_change_the_training(
 def test_data_in_files_with_mirror_images(tmp_path, hold):
     images = np.random.default_rng(0).integers(0, 256, (40, 8, 8), dtype=np.uint8)
     np.save(tmp_path / "images.npy", images)
-    trained = run(tmp_path / hold, data=str(tmp_path / "images.npy"), flips=True, hold=hold)
-    lines = []
-    config = RunConfig(
-        data=str(tmp_path / "images.npy"), flips=True, width=16, samples=20, training=SMALL
-    )
-    other = start(config, tmp_path / "other", progress=False, report=lines.append)
+    lines, images = [], {"data": str(tmp_path / "images.npy"), "flips": True}
+    trained = run(tmp_path / hold, hold=hold, **images)
+    other = run(tmp_path / "other", report=lines.append, **images)
     assert "80 rows of shape (1, 8, 8), half of them mirror images, bytes, " in lines[0]
     for a, b in zip(trained.parameters(), other.parameters(), strict=True):
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-6)
@@ -254,9 +246,9 @@ def test_data_in_files_with_mirror_images(tmp_path, hold):
 )
 def test_the_number_of_images_chooses_the_flow(tmp_path, count, flow):
     np.save(tmp_path / "images.npy", np.arange(count * 16, dtype=np.uint8).reshape(-1, 4, 4))
-    lines, training = [], changed(steps=1, reference_batch=16)
-    config = RunConfig(data=str(tmp_path / "images.npy"), width=16, samples=4, training=training)
-    start(config, tmp_path / "run", progress=False, report=lines.append)
+    lines, images = [], {"data": str(tmp_path / "images.npy"), "samples": 4}
+    training = changed(steps=1, reference_batch=16)
+    run(tmp_path / "run", training=training, report=lines.append, **images)
     assert flow in " ".join(lines[0].split())
 
 
@@ -269,8 +261,8 @@ def test_points_have_evaluations_and_no_pictures(tmp_path):
 
 def test_data_settings_and_earlier_weights_choose_the_flow(tmp_path):
     np.save(tmp_path / "points.npy", np.random.default_rng(0).normal(size=(60, 2)))
-    points, lines = {"data": str(tmp_path / "points.npy"), "samples": 20, "width": 16}, []
-    start(RunConfig(**points, training=SMALL), tmp_path / "auto", report=lines.append)
+    points, lines = {"data": str(tmp_path / "points.npy")}, []
+    run(tmp_path / "auto", report=lines.append, **points)
     assert "PFGM++ with D = 128, the default for rows of numbers (--method)" in lines[0]
     assert RunConfig.load(tmp_path / "auto").method == "pfgm++"
     run(tmp_path / "auto", **points, resume=True, training=changed(steps=8))
@@ -369,7 +361,11 @@ def test_a_table_of_different_scales_gives_one_warning():
         assert [warning.filename for warning in warned] == [__file__]
 
 
-def test_other_tables_give_no_warning(recwarn):
+def test_other_data_give_no_warning(recwarn):
+    images = torch.rand(40, 1, 8, 8, generator=torch.Generator().manual_seed(0)) * 2 - 1
+    vectors = 9 * images.abs().flatten(1)[:, :2]
+    for fine in (images, ((images + 1) * 127.5).byte(), vectors, images * math.nan):
+        warn_of_range(fine)
     table = torch.randn(50, 4, generator=torch.Generator().manual_seed(0))
     table *= torch.tensor([1.0, 300.0, 0.0, 0.2])
     for fine in (
@@ -381,14 +377,6 @@ def test_other_tables_give_no_warning(recwarn):
         table.new_full((5, 2), math.nan),
     ):
         warn_of_scales(fine)
-    assert not recwarn
-
-
-def test_other_data_give_no_warning(recwarn):
-    images = torch.rand(40, 1, 8, 8, generator=torch.Generator().manual_seed(0)) * 2 - 1
-    vectors = 9 * images.abs().flatten(1)[:, :2]
-    for fine in (images, ((images + 1) * 127.5).byte(), vectors, images * math.nan):
-        warn_of_range(fine)
     assert not recwarn
 
 
@@ -472,15 +460,10 @@ def test_a_run_starts_from_a_network_of_the_package(tmp_path, monkeypatch, optio
 
 def test_a_run_starts_from_the_weights_of_another(tmp_path, capsys):
     first = run(tmp_path / "first", network="mlp")
-    path = str(images_of(tmp_path, -0.3, 0.5))
-    lines = []
-    config = RunConfig(
-        data=path,
-        init=str(tmp_path / "first"),
-        samples=20,
-        training=changed(steps=4, learning_rate=1e-9, ema=0.0, checkpoint_every=1),
-    )
-    start(config, tmp_path / "second", progress=False, report=lines.append)
+    path, lines = str(images_of(tmp_path, -0.3, 0.5)), []
+    settings = {"data": path, "init": str(tmp_path / "first"), "width": None}
+    training = changed(steps=4, learning_rate=1e-9, ema=0.0, checkpoint_every=1)
+    run(tmp_path / "second", training=training, report=lines.append, **settings)
     assert f"starting from the weights in {tmp_path / 'first'}" in lines[0]
     assert "hyper-parameters of the flow that differ: " in lines[0]
     flow, second = pfgm.load(tmp_path / "second")
@@ -491,20 +474,12 @@ def test_a_run_starts_from_the_weights_of_another(tmp_path, capsys):
     for a, b in zip(second.parameters(), first.parameters(), strict=True):
         torch.testing.assert_close(a, b, rtol=0, atol=1e-6)
     # A resumed run needs the earlier one no more, and goes on as if it had not stopped.
-    whole = start(
-        dataclasses.replace(config, training=changed(steps=6, checkpoint_every=1)),
-        tmp_path / "whole",
-        progress=False,
-        report=lines.append,
-    )
-    half = dataclasses.replace(config, training=changed(steps=6, checkpoint_every=1))
-    (tmp_path / "whole" / "latest.json").write_text(
-        json.dumps(
-            {"step": 5, "weights": "step-00000005.safetensors", "state": "step-00000005.state.pt"}
-        )
-    )
+    settings["training"] = changed(steps=6, checkpoint_every=1)
+    whole = run(tmp_path / "whole", **settings)
+    latest = {"step": 5, "weights": "step-00000005.safetensors", "state": "step-00000005.state.pt"}
+    (tmp_path / "whole" / "latest.json").write_text(json.dumps(latest))
     (tmp_path / "first").rename(tmp_path / "moved")
-    again = start(half, tmp_path / "whole", progress=False, report=lines.append, resume=True)
+    again = run(tmp_path / "whole", resume=True, **settings)
     for a, b in zip(again.parameters(), whole.parameters(), strict=True):
         assert torch.equal(a, b)
 
@@ -533,17 +508,14 @@ def test_weights_that_do_not_fit(tmp_path, monkeypatch, earlier, changes, messag
 
 
 def test_settings_that_the_teacher_decides_are_named(tmp_path, earlier):
-    lines = []
-    teacher = str(earlier / "step-00000006.safetensors")
-    config = RunConfig(teacher=teacher, width=32, method="edm", samples=20, training=SMALL)
-    start(config, tmp_path, progress=False, report=lines.append)
+    lines, teacher = [], str(earlier / "step-00000006.safetensors")
+    run(tmp_path, teacher=teacher, width=32, method="edm", report=lines.append)
     assert lines[0].startswith("ignored, since the teacher decides: method, width\n")
 
 
 def test_a_run_with_nothing_left_to_do_says_so(started):
     lines = []
-    config = RunConfig(width=16, samples=20, training=SMALL)
-    start(config, started, progress=False, report=lines.append, resume=True)
+    run(started, report=lines.append, resume=True)
     assert lines == [
         "resuming at step 6: nothing is left of 6 steps; give more with --steps",
         f"checkpoint: {started}\nnext: pfgm sample {started} --n 100 --out samples.png\n"
@@ -552,9 +524,9 @@ def test_a_run_with_nothing_left_to_do_says_so(started):
 
 
 def test_a_run_whose_last_evaluation_is_left_says_so_and_makes_it(started):
-    lines, config = [], RunConfig(width=16, samples=20, training=changed(evaluate_every=6))
+    lines = []
     for _ in range(2):
-        start(config, started, progress=False, report=lines.append, resume=True)
+        run(started, training=changed(evaluate_every=6), report=lines.append, resume=True)
     assert lines[0] == "resuming at step 6 of 6, whose evaluation is left"
     assert lines[2].startswith("resuming at step 6: nothing is left")
     with (started / "evaluations.csv").open() as file:

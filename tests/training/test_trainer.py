@@ -50,6 +50,18 @@ def flow(data):
     return pfgm.PoissonFlow.from_data(data)
 
 
+@pytest.fixture
+def trainer(flow, data):
+    """trainer(network, folder, **settings): a trainer on the data, by default of a new network."""
+
+    def make(network=None, folder=None, *, evaluate=None, **settings):
+        network = new_network() if network is None else network
+        options = {"folder": folder, "progress": False, "evaluate": evaluate}
+        return Trainer(flow, network, data, config(**settings), **options)
+
+    return make
+
+
 def new_network(seed=0):
     torch.manual_seed(seed)
     gamma = pfgm.PoissonFlow.from_data(DATA).gamma
@@ -77,6 +89,11 @@ def weights(network):
 
 def equal(a, b):
     return all(torch.equal(x, y) for x, y in zip(a, b, strict=True))
+
+
+def rows_of(path):
+    with path.open() as file:
+        return [*csv.DictReader(file)]
 
 
 def test_learning_rate():
@@ -130,20 +147,13 @@ def test_settings_that_follow_from_the_steps_stay_in_a_longer_run(tmp_path, data
         trainer(steps=40, ema=0.75).resume()
 
 
-def test_bad_settings(refused):
-    refused(lambda: TrainConfig(reference_batch=64), "reference_batch must be at least…size.")
-    refused(lambda: TrainConfig(ema=1.0), "ema must be at least 0 and below 1, got 1.0.")
-
-
-def test_a_folder_that_is_removed_during_the_training_is_named(flow, data, tmp_path):
+def test_a_folder_that_is_removed_during_the_training_is_named(trainer, tmp_path):
     """The run ends with a checkpoint in a new folder of the same name."""
     net, folder = new_network(), tmp_path / "run"
     net.before = lambda call: shutil.rmtree(folder) if call == 12 else None
     with pytest.raises(FileNotFoundError, match=r"run, the folder of the run, was moved or"):
-        Trainer(flow, net, data, config(checkpoint_every=10), folder=folder, progress=False).train()
-    assert sorted(path.name for path in folder.glob("*.safetensors")) == [
-        "step-00000015.safetensors"
-    ]
+        trainer(net, folder, checkpoint_every=10).train()
+    assert [path.name for path in folder.glob("*.safetensors")] == ["step-00000015.safetensors"]
 
 
 def new_folder_with_a_file(moved, folder):
@@ -152,7 +162,7 @@ def new_folder_with_a_file(moved, folder):
 
 
 @pytest.mark.parametrize("replace", [shutil.copytree, new_folder_with_a_file])
-def test_a_folder_that_takes_the_place_of_the_run_is_not_touched(flow, data, tmp_path, replace):
+def test_a_folder_that_takes_the_place_of_the_run_is_not_touched(trainer, tmp_path, replace):
     net, folder, moved, there = new_network(), tmp_path / "run", tmp_path / "moved", {}
 
     def content():
@@ -166,7 +176,7 @@ def test_a_folder_that_takes_the_place_of_the_run_is_not_touched(flow, data, tmp
 
     net.before = move
     with pytest.raises(FileNotFoundError, match=r"run, the folder of the run, was moved or"):
-        Trainer(flow, net, data, config(checkpoint_every=10), folder=folder, progress=False).train()
+        trainer(net, folder, checkpoint_every=10).train()
     assert content() == there
     assert load_run(moved)[2]["step"] == 10
 
@@ -203,10 +213,9 @@ def test_an_epoch_sees_every_row_once_and_references_contain_the_batch(data, flo
     assert torch.equal(whole._batches.at(3)[1], data)
 
 
-def test_averaged_weights_follow_the_warm_up(data, flow):
+def test_averaged_weights_follow_the_warm_up(trainer):
     network = new_network()
-    trainer = Trainer(flow, network, data, config(ema=0.5), progress=False)
-    expected = None
+    trainer, expected = trainer(network, ema=0.5), None
     for step in range(20):
         trainer._train_step()
         trainer.step += 1
@@ -220,7 +229,7 @@ def test_averaged_weights_follow_the_warm_up(data, flow):
         torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)
 
 
-def test_tensors_that_are_averaged(data, flow):
+def test_tensors_that_are_averaged(trainer):
     class Masked(nn.Module):
         """A mask of attention, a complex weight, a frozen part in half precision, and a cache."""
 
@@ -239,28 +248,26 @@ def test_tensors_that_are_averaged(data, flow):
             return out[:, :2], out[:, 2]
 
     network = Masked()
-    trainer = Trainer(flow, network, data, config(ema=0.5), progress=False)
-    averaged = trainer.train()
+    averaged = trainer(network, ema=0.5).train()
     assert torch.equal(averaged.mask, network.mask)
     assert not hasattr(averaged, "cache")
     assert bool(averaged.phase.isfinite().all())
     assert not torch.equal(averaged.phase, network.phase)
 
 
-def test_the_gradient_is_clipped_and_adam_takes_the_step(data, flow):
-    network = new_network()
-    trainer = Trainer(flow, network, data, config(clip=1e-3, warmup=0, decay="none"))
+def test_the_gradient_is_clipped_and_adam_takes_the_step(trainer):
+    trainer = trainer(clip=1e-3, warmup=0, decay="none")
     trainer._train_step()
     moments = [s["exp_avg"] for s in trainer._optimizer.state.values()]
     norm = torch.cat([m.flatten() for m in moments]).norm()
     assert float(norm) == pytest.approx(0.1 * 1e-3, rel=1e-3)  # (1 − β₁) of a clipped gradient
 
 
-def test_the_same_seed_gives_the_same_weights_whatever_the_global_generator(data, flow):
+def test_the_same_seed_gives_the_same_weights_whatever_the_global_generator(trainer):
     def train(seed, noise):
         network = new_network()
         torch.manual_seed(noise)
-        Trainer(flow, network, data, config(seed=seed), progress=False).train()
+        trainer(network, seed=seed).train()
         return weights(network)
 
     first = train(3, noise=1)
@@ -268,9 +275,8 @@ def test_the_same_seed_gives_the_same_weights_whatever_the_global_generator(data
     assert not equal(first, train(4, noise=1))
 
 
-def test_training_leaves_the_global_generator_alone(data, flow):
-    trainer = Trainer(flow, new_network(), data, SMALL, progress=False)
-    before = torch.random.get_rng_state()
+def test_training_leaves_the_global_generator_alone(trainer):
+    trainer, before = trainer(), torch.random.get_rng_state()
     trainer.train()
     assert torch.equal(torch.random.get_rng_state(), before)
 
@@ -292,7 +298,7 @@ def test_a_run_goes_on_in_another_thread_and_without_its_progress_bar(data, flow
     assert trainer.step == SMALL.steps
 
 
-def test_a_report_that_fails_loses_no_steps(tmp_path, data, flow):
+def test_a_report_that_fails_loses_no_steps(tmp_path, trainer):
     """A log that cannot be written, and an evaluation that cannot print."""
 
     def refused(step, network):
@@ -306,54 +312,50 @@ def test_a_report_that_fails_loses_no_steps(tmp_path, data, flow):
     network = new_network()
     network.before = block
     for name, settings, step in (
-        ("log", config(log_every=5), 15),
-        ("stdout", config(evaluate_every=7), 7),
+        ("log", {"log_every": 5}, 15),
+        ("stdout", {"evaluate_every": 7}, 7),
     ):
-        trainer = Trainer(
-            flow, network, data, settings, folder=tmp_path / name, progress=False, evaluate=refused
-        )
+        failing = trainer(network, tmp_path / name, evaluate=refused, **settings)
         with pytest.raises(OSError, match=name):
-            trainer.train()
-        assert load_run(tmp_path / name)[2]["step"] == trainer.step == step
+            failing.train()
+        assert load_run(tmp_path / name)[2]["step"] == failing.step == step
 
 
-def test_resuming_continues_to_the_same_weights(tmp_path, data, flow):
+def test_resuming_continues_to_the_same_weights(tmp_path, trainer):
     whole = new_network()
-    trainer = Trainer(flow, whole, data, SMALL, folder=tmp_path / "whole", progress=False)
-    whole_averaged = weights(trainer.train())
-    assert not any(part.training for part in trainer.averaged.modules())
+    whole_averaged = trainer(whole, tmp_path / "whole").train()
+    assert not any(part.training for part in whole_averaged.modules())
     assert all(part.training for part in whole.modules())
 
-    first = new_network()
-    stop_after(first, 11)
     with pytest.raises(KeyboardInterrupt):
-        Trainer(flow, first, data, SMALL, folder=tmp_path / "parts", progress=False).train()
+        trainer(stopping_at(11), tmp_path / "parts").train()
 
     second = new_network(seed=99)  # its weights are overwritten
-    trainer = Trainer(flow, second, data, SMALL, folder=tmp_path / "parts", progress=False)
-    assert trainer.resume() == 11
-    averaged = weights(trainer.train())
+    resumed = trainer(second, tmp_path / "parts")
+    assert resumed.resume() == 11
+    averaged = resumed.train()
     assert equal(weights(second), weights(whole))
-    assert equal(averaged, whole_averaged)
+    assert equal(weights(averaged), weights(whole_averaged))
     parts, expected = (load_run(tmp_path / run)[0] for run in ("parts", "whole"))
     assert all(torch.equal(parts[name], expected[name]) for name in expected)
 
 
-def stop_after(network, step, number=signal.SIGINT):
+def stopping_at(step, number=signal.SIGINT):
+    """A network that raises a signal in this step."""
+    network = new_network()
     network.before = lambda call: signal.raise_signal(number) if call == step else None
+    return network
 
 
 @pytest.mark.parametrize(
     ("number", "error"),
     [(signal.SIGINT, KeyboardInterrupt), (signal.SIGTERM, Terminated), (signal.SIGHUP, Terminated)],
 )
-def test_signals_leave_a_checkpoint(tmp_path, data, flow, number, error):
+def test_signals_leave_a_checkpoint(tmp_path, flow, trainer, number, error):
     numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
     handlers = [signal.getsignal(each) for each in numbers]
-    network = new_network()
-    stop_after(network, 7, number)
     with pytest.raises(error) as caught:
-        Trainer(flow, network, data, SMALL, folder=tmp_path, progress=False).train()
+        trainer(stopping_at(7, number), tmp_path).train()
     if error is Terminated:
         assert caught.value.code == 128 + number
     assert load_run(tmp_path)[2]["step"] == 7
@@ -383,17 +385,16 @@ class Killed(BaseException):
 @pytest.mark.parametrize("last", [8, 24])
 @pytest.mark.parametrize("end", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP, Killed])
 def test_an_evaluation_that_was_ended_is_made_first_when_the_run_is_resumed(
-    tmp_path, data, flow, end, last
+    tmp_path, trainer, end, last
 ):
     """Signals end it at once, also between checkpoints; its network is that of a whole run."""
     evaluated = {}
 
     def train(folder, evaluate):
-        settings = config(evaluate_every=8, checkpoint_every=8 if end is Killed else None)
-        options = {"folder": tmp_path / folder, "progress": False, "evaluate": evaluate}
-        trainer = Trainer(flow, new_network(), data, settings, **options)
-        resumed = trainer.resume() if (tmp_path / folder / "latest.json").exists() else 0
-        return resumed, trainer.train()
+        settings = {"evaluate_every": 8, "checkpoint_every": 8 if end is Killed else None}
+        run = trainer(folder=tmp_path / folder, evaluate=evaluate, **settings)
+        resumed = run.resume() if (tmp_path / folder / "latest.json").exists() else 0
+        return resumed, run.train()
 
     def ended(step, network):
         if step == last:
@@ -415,22 +416,20 @@ def test_an_evaluation_that_was_ended_is_made_first_when_the_run_is_resumed(
     assert train("parts", whole)[0] == last
     for step in range(last, 25, 8):
         assert equal(*evaluated[step])
-    rows = [*csv.DictReader((tmp_path / "parts" / "evaluations.csv").open())]
+    rows = rows_of(tmp_path / "parts" / "evaluations.csv")
     assert [row["step"] for row in rows] == ["8", "16", "24"]
     assert train("parts", ended)[0] == 24  # nothing is left
 
 
-def test_signals_that_are_ignored_stay_ignored(tmp_path, data, flow, handled):
+def test_signals_that_are_ignored_stay_ignored(tmp_path, trainer, handled):
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         handled(number, signal.SIG_IGN)
-        network = new_network()
-        stop_after(network, 7, number)
-        Trainer(flow, network, data, SMALL, folder=tmp_path / str(number), progress=False).train()
+        trainer(stopping_at(7, number), tmp_path / str(number)).train()
         assert load_run(tmp_path / str(number))[2]["step"] == SMALL.steps
         assert signal.getsignal(number) is signal.SIG_IGN
 
 
-def test_several_hangup_signals_count_as_one(tmp_path, data, flow, handled):
+def test_several_hangup_signals_count_as_one(tmp_path, trainer, handled):
     second = []
     handled(signal.SIGTERM, lambda number, frame: second.append(number))
     network = new_network()
@@ -444,20 +443,17 @@ def test_several_hangup_signals_count_as_one(tmp_path, data, flow, handled):
 
     network.before = hang_up
     with pytest.raises(Terminated) as caught:
-        Trainer(flow, network, data, SMALL, folder=tmp_path, progress=False).train()
+        trainer(network, tmp_path).train()
     assert caught.value.code == 129
     assert second == [signal.SIGTERM]
     assert load_run(tmp_path)[2]["step"] == 7
 
 
-def test_two_runs_in_one_folder(tmp_path, data, flow):
+def test_two_runs_in_one_folder(tmp_path, trainer):
     run, refused = tmp_path / "run", []
 
-    def trainer(network):
-        return Trainer(flow, network, data, SMALL, folder=run, progress=False)
-
     def second():
-        for work in (trainer(new_network()).train, trainer(new_network()).save):
+        for work in (trainer(folder=run).train, trainer(folder=run).save):
             try:
                 work()
             except FolderInUse as error:
@@ -472,21 +468,16 @@ def test_two_runs_in_one_folder(tmp_path, data, flow):
             thread.join()
 
     network.before = intrude
-    trainer(network).train()
+    trainer(network, run).train()
     assert len(refused) == 2
     assert all(f"process {os.getpid()}" in message for message in refused)
     assert load_run(run)[2]["step"] == SMALL.steps
     assert not (run / ".pfgm.lock").exists()
 
 
-def test_a_run_that_another_trainer_has_continued_is_refused(tmp_path, data, flow):
-    def trainer(steps):
-        return Trainer(
-            flow, new_network(), data, config(steps=steps), folder=tmp_path, progress=False
-        )
-
-    trainer(10).train()
-    late, early = trainer(20), trainer(15)
+def test_a_run_that_another_trainer_has_continued_is_refused(tmp_path, trainer):
+    trainer(folder=tmp_path, steps=10).train()
+    late, early = (trainer(folder=tmp_path, steps=steps) for steps in (20, 15))
     assert late.resume() == early.resume() == 10
     early.train()
     with pytest.raises(ValueError, match=r"newest checkpoint is not the one"):
@@ -498,8 +489,8 @@ def test_a_run_that_another_trainer_has_continued_is_refused(tmp_path, data, flo
     assert load_run(tmp_path)[2]["step"] == 20
 
 
-def test_a_signal_between_two_steps_leaves_a_checkpoint_too(tmp_path, data, flow):
-    trainer = Trainer(flow, new_network(), data, SMALL, folder=tmp_path, progress=False)
+def test_a_signal_between_two_steps_leaves_a_checkpoint_too(tmp_path, trainer):
+    trainer = trainer(folder=tmp_path)
     check_loss = trainer._check_loss
 
     def interrupted(loss):
@@ -513,7 +504,7 @@ def test_a_signal_between_two_steps_leaves_a_checkpoint_too(tmp_path, data, flow
     assert load_run(tmp_path)[2]["step"] == trainer.step == 11
 
 
-def test_a_loss_that_is_not_finite_stops_the_run_and_spoils_no_checkpoint(tmp_path, data, flow):
+def test_a_loss_that_is_not_finite_stops_the_run_and_spoils_no_checkpoint(tmp_path, trainer):
     network = new_network()
 
     def break_it(call):
@@ -522,18 +513,15 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_spoils_no_checkpoint(tmp_pa
                 next(network.parameters()).fill_(math.nan)
 
     network.before = break_it
-    trainer = Trainer(
-        flow, network, data, config(checkpoint_every=6), folder=tmp_path, progress=False
-    )
     with pytest.raises(Diverged, match="not finite at step 13 "):
-        trainer.train()
+        trainer(network, tmp_path, checkpoint_every=6).train()
     saved, _, state = load_run(tmp_path)
     assert state["step"] == 12
     assert all(torch.isfinite(t).all() for t in saved.values())
 
 
 @pytest.mark.parametrize("folder", [True, False])
-def test_weights_that_are_not_finite_are_no_checkpoint(tmp_path, data, flow, folder):
+def test_weights_that_are_not_finite_are_no_checkpoint(tmp_path, trainer, folder):
     class Spoiled(nn.Module):
         """Its gradient is NaN in the third step, where its loss is finite."""
 
@@ -546,12 +534,9 @@ def test_weights_that_are_not_finite_are_no_checkpoint(tmp_path, data, flow, fol
             x, z = self.inner(x, z)
             return x, z + (z * 0).square().sum().sqrt() if self.calls == 3 else z
 
-    settings = config(steps=3, checkpoint_every=2)
-    trainer = Trainer(
-        flow, Spoiled(), data, settings, folder=tmp_path if folder else None, progress=False
-    )
+    spoiled = trainer(Spoiled(), tmp_path if folder else None, steps=3, checkpoint_every=2)
     with pytest.raises(Diverged, match=r"weight inner\.\S+ is not finite after step 3: lower"):
-        trainer.train()
+        spoiled.train()
     if folder:
         assert load_run(tmp_path)[2]["step"] == 2
 
@@ -579,29 +564,24 @@ def test_more_steps_than_before_are_allowed_other_changes_are_not(tmp_path, data
         resume(folder=tmp_path / "elsewhere")
 
 
-def test_tensorboard_gets_the_figures(tmp_path, data, flow):
+def test_tensorboard_gets_the_figures(tmp_path, trainer):
     reader = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
-    settings = config(log="tensorboard")
-    Trainer(flow, new_network(), data, settings, folder=tmp_path, progress=False).train()
+    trainer(folder=tmp_path, log="tensorboard").train()
     events = reader.EventAccumulator(str(tmp_path)).Reload()
     assert [event.step for event in events.Scalars("loss")] == [5, 10, 15, 20, 24]
     rates = [event.value for event in events.Scalars("lr")]
     assert rates[0] == pytest.approx(SMALL.learning_rate_at(4))
 
 
-def test_wandb_gets_the_figures_and_goes_on_after_a_resumption(tmp_path, data, flow, monkeypatch):
+def test_wandb_gets_the_figures_and_goes_on_after_a_resumption(tmp_path, trainer, monkeypatch):
     pytest.importorskip("wandb")
     from wandb.proto.wandb_internal_pb2 import Record
 
     for name, value in {"MODE": "offline", "SILENT": "true", "ERROR_REPORTING": "false"}.items():
         monkeypatch.setenv(f"WANDB_{name}", value)
 
-    def trainer(steps):
-        settings = config(steps=steps, log="wandb")
-        return Trainer(flow, new_network(), data, settings, folder=tmp_path, progress=False)
-
-    trainer(24).train()
-    resumed = trainer(30)
+    trainer(folder=tmp_path, log="wandb").train()
+    resumed = trainer(folder=tmp_path, log="wandb", steps=30)
     resumed.resume()
     resumed.train()
     rows, ids = [], set()
@@ -612,23 +592,21 @@ def test_wandb_gets_the_figures_and_goes_on_after_a_resumption(tmp_path, data, f
                 rows.append((items["step"], float(items["loss"])))
             if record.HasField("run"):
                 ids.add((record.run.run_id, record.run.project, record.run.display_name))
-    with (tmp_path / "log.csv").open() as file:
-        losses = [(row["step"], float(row["loss"])) for row in csv.DictReader(file)]
+    losses = [float(row["loss"]) for row in rows_of(tmp_path / "log.csv")]
     assert [step for step, _ in rows] == ["5", "10", "15", "20", "24", "25", "30"]
-    assert [loss for _, loss in rows] == pytest.approx([loss for _, loss in losses], rel=1e-5)
+    assert [loss for _, loss in rows] == pytest.approx(losses, rel=1e-5)
     ((_, *names),) = ids
     assert names == ["pfgm", tmp_path.name]
 
 
-def test_wandb_without_a_login_is_one_sentence(tmp_path, data, flow, monkeypatch):
+def test_wandb_without_a_login_is_one_sentence(tmp_path, trainer, monkeypatch):
     pytest.importorskip("wandb").teardown()  # which would remember the mode of another test
     for name in ("WANDB_MODE", "WANDB_API_KEY"):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("NETRC", str(tmp_path / "netrc"))
     monkeypatch.setenv("WANDB_ERROR_REPORTING", "false")
-    trainer = Trainer(flow, new_network(), data, config(log="wandb"), folder=tmp_path)
     with pytest.raises(ValueError, match=r"log='wandb' cannot start: .*login.*WANDB_MODE=offline"):
-        trainer.train()
+        trainer(folder=tmp_path, log="wandb").train()
 
 
 def wandb_records(path):
@@ -641,32 +619,27 @@ def wandb_records(path):
 
 
 @pytest.mark.parametrize("log", ["tensorboard", "wandb"])
-def test_logs_are_written_on_request_alone(tmp_path, data, flow, monkeypatch, log):
+def test_logs_are_written_on_request_alone(tmp_path, trainer, monkeypatch, log):
     find = importlib.util.find_spec
     monkeypatch.setattr(
         importlib.util, "find_spec", lambda name: None if name == log else find(name)
     )
     monkeypatch.setitem(sys.modules, log, None)  # an import would fail
-    Trainer(flow, new_network(), data, SMALL, folder=tmp_path, progress=False).train()
+    trainer(folder=tmp_path).train()
     assert not [*tmp_path.glob("events*"), *tmp_path.glob("wandb*")]
     with pytest.raises(ImportError, match=rf"needs {log}; .* pip install '\.\[{log}\]'"):
-        Trainer(flow, new_network(), data, config(log=log), folder=tmp_path)
+        trainer(folder=tmp_path, log=log)
     monkeypatch.undo()
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: name)
     with pytest.raises(ValueError, match="folder must be given"):
-        Trainer(flow, new_network(), data, config(log=log))
+        trainer(log=log)
 
 
-def test_the_log_has_a_row_a_report_and_survives_resuming(tmp_path, data, flow):
+def test_the_log_has_a_row_a_report_and_survives_resuming(tmp_path, trainer):
     def rows():
-        with (tmp_path / "log.csv").open() as file:
-            return [(row["step"], row["loss"]) for row in csv.DictReader(file)]
+        return [(row["step"], row["loss"]) for row in rows_of(tmp_path / "log.csv")]
 
-    def trainer(**changes):
-        settings = config(checkpoint_every=10, **changes)
-        return Trainer(flow, new_network(), data, settings, folder=tmp_path, progress=False)
-
-    trainer().train()
+    trainer(folder=tmp_path, checkpoint_every=10).train()
     whole = rows()
     assert [int(step) for step, _ in whole] == [5, 10, 15, 20, 24]
     text = (tmp_path / "log.csv").read_text().splitlines()
@@ -675,26 +648,24 @@ def test_the_log_has_a_row_a_report_and_survives_resuming(tmp_path, data, flow):
     )
     with (tmp_path / "log.csv").open("a") as file:
         file.write("25,0.1,0.1,0.1\n26,0.")  # a run that was killed before its checkpoint
-    resumed = trainer(steps=34)
+    resumed = trainer(folder=tmp_path, checkpoint_every=10, steps=34)
     resumed.resume()
     resumed.train()
     assert rows()[:5] == whole
     assert [int(step) for step, _ in rows()[5:]] == [25, 30, 34]
-    with (tmp_path / "log.csv").open() as file:
-        seconds = [float(row["seconds"]) for row in csv.DictReader(file)]
+    seconds = [float(row["seconds"]) for row in rows_of(tmp_path / "log.csv")]
     assert seconds[:4] == sorted(seconds[:4])
     assert seconds[4] == 70 < seconds[5] < seconds[-1] < 100  # the clock goes on
     with pytest.raises(ValueError, match="holds a run already"):
-        trainer().train()
+        trainer(folder=tmp_path).train()
     assert len(rows()) == 8
 
 
-def test_a_log_that_was_removed_begins_anew(tmp_path, data, flow):
+def test_a_log_that_was_removed_begins_anew(tmp_path, trainer):
     network = new_network()
     network.before = lambda call: (tmp_path / "log.csv").unlink() if call == 12 else None
-    Trainer(flow, network, data, SMALL, folder=tmp_path, progress=False).train()
-    with (tmp_path / "log.csv").open() as file:
-        assert [row["step"] for row in csv.DictReader(file)] == ["15", "20", "24"]
+    trainer(network, tmp_path).train()
+    assert [row["step"] for row in rows_of(tmp_path / "log.csv")] == ["15", "20", "24"]
 
 
 def test_figures_that_follow_from_the_data_are_compared_up_to_rounding(tmp_path, data):
@@ -729,14 +700,14 @@ def test_a_reference_set_trains_as_its_tensor(tmp_path, data, flow, where, refer
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-6)
 
 
-def test_steps_in_parts_and_in_half_precision_train_alike(data, flow):
+def test_steps_in_parts_and_in_half_precision_train_alike(data, flow, trainer):
     def distance_to(trained):
         generator = torch.Generator().manual_seed(3)
         return float(flow.loss(trained, data, data, generator).detach())
 
     def trained(**changes):
-        settings = config(batch_size=32, reference_batch=50, learning_rate=1e-2, **changes)
-        return Trainer(flow, copy.deepcopy(network), data, settings, progress=False).train()
+        settings = {"batch_size": 32, "reference_batch": 50, "learning_rate": 1e-2, **changes}
+        return trainer(copy.deepcopy(network), **settings).train()
 
     network = flow.network("mlp", width=16, depth=1)
     before, plain = distance_to(network), trained()
@@ -768,7 +739,7 @@ def test_a_step_in_parts_has_the_gradient_of_the_whole(data, flow):
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-6)
 
 
-def test_the_compiled_network_is_called(data, flow, monkeypatch):
+def test_the_compiled_network_is_called(trainer, monkeypatch):
     compiled, compile_eagerly = [], functools.partial(torch.compile, backend="eager")
 
     def compile_(module):
@@ -777,15 +748,15 @@ def test_the_compiled_network_is_called(data, flow, monkeypatch):
 
     monkeypatch.setattr(torch, "compile", compile_)
     network = new_network()
-    expected = Trainer(flow, new_network(), data, SMALL, progress=False).train()
-    trained = Trainer(flow, network, data, config(compile=True), progress=False).train()
+    expected = trainer().train()
+    trained = trainer(network, compile=True).train()
     assert compiled == [network]
     assert equal(weights(trained), weights(expected))
 
 
 @pytest.mark.parametrize(("saved", "older"), [("plain", False), ("compiled", True)])
 def test_compiled_and_plain_networks_resume_each_other(
-    tmp_path, data, flow, monkeypatch, saved, older
+    tmp_path, trainer, monkeypatch, saved, older
 ):
     plain, compiled = new_network(), torch.compile(new_network())
     networks = (plain, compiled) if saved == "plain" else (compiled, plain)
@@ -793,14 +764,14 @@ def test_compiled_and_plain_networks_resume_each_other(
         if older:  # files had the names of the compiled network
             for module in (training.trainer, training.weights_file):
                 patch.setattr(module, "plain_state", nn.Module.state_dict)
-        Trainer(flow, networks[0], data, SMALL, folder=tmp_path, progress=False).save()
-    trainer = Trainer(flow, networks[1], data, SMALL, folder=tmp_path, progress=False)
+        trainer(networks[0], tmp_path).save()
+    resumed = trainer(networks[1], tmp_path)
     with torch.no_grad():
-        for parameter in (*trainer.network.parameters(), *trainer.averaged.parameters()):
+        for parameter in (*resumed.network.parameters(), *resumed.averaged.parameters()):
             parameter.zero_()
-    trainer.resume()
-    assert equal(weights(trainer.network), weights(networks[0]))
-    assert equal(weights(trainer.averaged), weights(networks[0]))
+    resumed.resume()
+    assert equal(weights(resumed.network), weights(networks[0]))
+    assert equal(weights(resumed.averaged), weights(networks[0]))
 
 
 MLP = partial(pfgm.networks.MLP, (2,), width=16, depth=1)

@@ -245,25 +245,23 @@ def test_what_convert_refuses(tmp_path, refusal):
     net = EDMDenoiser(1, 8, **TINY)
     path = published_file(tmp_path / "state.pt", net)
     silent = published_file(tmp_path / "edm.pkl", net, write=dumped(4), pfgmpp=None)
+    (folder := tmp_path / "a.safetensors").mkdir()
+    (same := tmp_path / "state.safetensors").symlink_to(path)
+    (short := tmp_path / "short.pt").write_bytes(path.read_bytes()[:5000])
     out = ["--out", tmp_path / "new" / "net.safetensors"]
-    assert "D must be 2048, that of" in refusal("convert", path, *out, "--D", 64)
-    assert "does not say its D; give --D inf" in refusal("convert", silent, *out)
-    assert "D must be a positive number or infinity, got -1.0" in refusal(
-        "convert", silent, *out, "--D", -1
-    )
-    assert "M is 291, but" in refusal("convert", path, *out, "--M", 291)
-    assert "its resolution is 8" in refusal("convert", path, *out, "--resolution", 9)
-    assert "there is no checkpoint at" in refusal("convert", tmp_path / "no.pth", *out)
-    assert "out must end in .safetensors" in refusal("convert", path, "--out", tmp_path / "net.pth")
-    (tmp_path / "a.safetensors").mkdir()
-    assert "a folder or the published" in refusal(
-        "convert", path, "--out", tmp_path / "a.safetensors"
-    )
-    same = tmp_path / "state.safetensors"
-    same.symlink_to(path)
-    assert "the published file" in refusal("convert", path, "--out", same)
-    path.write_bytes(path.read_bytes()[:5000])
-    assert "truncated or not a checkpoint" in refusal("convert", path, *out)
+    for arguments, message in (
+        ([path, *out, "--D", 64], "D must be 2048, that of"),
+        ([silent, *out], "does not say its D; give --D inf"),
+        ([silent, *out, "--D", -1], "D must be a positive number or infinity, got -1.0"),
+        ([path, *out, "--M", 291], "M is 291, but"),
+        ([path, *out, "--resolution", 9], "its resolution is 8"),
+        ([tmp_path / "no.pth", *out], "there is no checkpoint at"),
+        ([path, "--out", tmp_path / "net.pth"], "out must end in .safetensors"),
+        ([path, "--out", folder], "a folder or the published"),
+        ([path, "--out", same], "the published file"),
+        ([short, *out], "truncated or not a checkpoint"),
+    ):
+        assert message in refusal("convert", *arguments), arguments
     assert not (tmp_path / "new").exists()
 
 

@@ -109,39 +109,30 @@ def test_bad_checkpoints(tmp_path, capsys):
     path = tmp_path / "checkpoint.pth"
     net = DDPMpp(1, 32, nf=8, ch_mult=(1, 2), num_res_blocks=1)
 
-    model = "module.all_modules."
-    for message, key, change in (
-        (
-            r"has no all_modules\.3\.Dense_0\.bias",
-            "model",
-            lambda m: m.pop(f"{model}3.Dense_0.bias"),
-        ),
-        (
-            r"has all_modules\.99\.bias, which such",
-            "model",
-            lambda m: m.update({f"{model}99.bias": torch.ones(1)}),
-        ),
-        (
-            r" is not a published network: its.*got \(3,\)\.",
-            "model",
-            lambda m: m.update({f"{model}3.Dense_0.weight": torch.ones(3)}),
-        ),
-        ("no all_modules.2.weight, the first", "model", lambda m: m.pop(f"{model}2.weight")),
-        ("residual blocks do not fit", "model", lambda m: m.pop(f"{model}5.Conv_0.weight")),
+    def without(name):
+        return lambda content: content["model"].pop(f"module.all_modules.{name}")
+
+    def with_(name, value):
+        return lambda content: content["model"].update({f"module.all_modules.{name}": value})
+
+    for message, change in (
+        (r"has no all_modules\.3\.Dense_0\.bias", without("3.Dense_0.bias")),
+        (r"has all_modules\.99\.bias, which such", with_("99.bias", torch.ones(1))),
+        (r"a published network: its.*got \(3,\)\.", with_("3.Dense_0.weight", torch.ones(3))),
+        ("no all_modules.2.weight, the first", without("2.weight")),
+        ("residual blocks do not fit", without("5.Conv_0.weight")),
         (
             r" is not a published.*got 3\. ema=False",
-            "ema",
-            lambda e: e.update(shadow_params=[torch.ones(1)] * 3),
+            lambda content: content["ema"].update(shadow_params=[torch.ones(1)] * 3),
         ),
         (
             r" is not a published network: its.*got another shape\.",
-            "ema",
-            lambda e: e["shadow_params"].__setitem__(0, torch.ones(1)),
+            lambda content: content["ema"]["shadow_params"].__setitem__(0, torch.ones(1)),
         ),
-        ("reading it could execute code", "model", lambda m: m.update(evil=Evil())),
+        ("reading it could execute code", with_("evil", Evil())),
     ):
         content = published_file(path, net)
-        change(content[key])
+        change(content)
         torch.save(content, path)
         with pytest.raises(ValueError, match=message):
             load_published(path)
