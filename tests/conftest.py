@@ -420,6 +420,28 @@ def operators(monkeypatch):
     return names
 
 
+@pytest.fixture
+def kept(monkeypatch):
+    """The bytes that the native forward and backward passes are given for distances to keep."""
+    sizes = {"forward": [], "backward": []}
+    forward, backward = native.posterior_mean, native.posterior_mean_backward
+
+    def size(memory):
+        return 0 if memory is None else len(memory)
+
+    def spy_on_forward(problem, kept=None):
+        sizes["forward"].append(size(kept))
+        return forward(problem, kept)
+
+    def spy_on_backward(problem, state, upstream, needs, kept=None):
+        sizes["backward"].append(size(kept))
+        return backward(problem, state, upstream, needs, kept)
+
+    monkeypatch.setattr(native, "posterior_mean", spy_on_forward)
+    monkeypatch.setattr(native, "posterior_mean_backward", spy_on_backward)
+    return sizes
+
+
 @pytest.fixture(scope="session")
 def public_call():
     """public_call(name, (x, references, predicted, field_x, field_z, before), **options) → the
