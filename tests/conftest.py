@@ -442,29 +442,6 @@ def kept(monkeypatch):
     return sizes
 
 
-@pytest.fixture(scope="session")
-def public_call():
-    """public_call(name, (x, references, predicted, field_x, field_z, before), **options) → the
-    results of a public function as a tuple."""
-
-    def call(name, values, z=2.0, z_next=1.0, z_previous=4.0, **options):
-        x, references, predicted, field_x, field_z, before = values
-        field = pfgm.Field(field_x, field_z)
-        arguments = {
-            "field_fn": (x, z, references),
-            "posterior_mean": (x, references),
-            "euler_step": (x, field, z, z_next),
-            "heun_step": (x, predicted, field, z, z_next),
-            "multistep_step": (x, field, z, z_next, before, z_previous),
-        }[name]
-        if name == "posterior_mean":
-            options = {"r": z, "return_logsumexp": True} | options
-        results = getattr(pfgm, name)(*arguments, **options)
-        return results if isinstance(results, tuple) else (results,)
-
-    return call
-
-
 @pytest.fixture
 def by_operators(monkeypatch):
     """A function that calls another one with the way past torch's dispatcher closed."""

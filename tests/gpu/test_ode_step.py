@@ -8,6 +8,7 @@ from torch.utils._pytree import tree_map_only
 
 import pfgm
 from pfgm.core.problems import OdeStep
+from tests.ops.public_calls import STEPS, assert_same, call, values_for
 
 pytestmark = pytest.mark.usefixtures("way")
 
@@ -249,6 +250,40 @@ def test_outputs_may_be_inputs(device, backend, N, z):
         inputs = [x.clone(), predicted.clone(), field_x.clone()]
         pfgm.heun_step(*inputs, z, 1.0, out=inputs[out_place], backend=backend)
         assert torch.equal(inputs[out_place], expected)
+
+
+@pytest.mark.parametrize("rows", [False, True])
+@pytest.mark.parametrize("name", STEPS)
+def test_outputs_are_marked(device, backend, name, rows):
+    values = values_for(device=device)
+    z = torch.linspace(2, 3, 5, device=device) if rows else 2.0
+    mean_out = torch.full_like(values[0], math.nan)
+    options = {"backend": backend} | ({"return_mean": True} if name == "euler_step" else {})
+    expected = call(name, values, z, z / 2, 2 * z, **options)
+    if name != "heun_step":
+        options["mean_out"] = mean_out
+    for out in (torch.empty_like(values[0]), values[0]):
+        versions = out._version, mean_out._version
+        results = call(name, values, z, z / 2, 2 * z, out=out, **options)
+        assert results[0] is out
+        assert_same(results, expected)
+        assert out._version > versions[0]
+        assert (mean_out._version > versions[1]) == ("mean_out" in options)
+
+
+def test_an_output_that_overlaps_an_input_in_part(device, backend):
+    x, _, _, field_x, field_z, _ = values_for(device=device)
+    expected = pfgm.euler_step(x, pfgm.Field(field_x, field_z), 2.0, 1.0, backend=backend)
+    for place in range(3):
+        inputs = [x, field_x, field_z]
+        memory = torch.zeros(18, device=device)
+        memory[:15][: inputs[place].numel()] = inputs[place].flatten()
+        inputs[place] = memory[: inputs[place].numel()].view(inputs[place].shape)
+        first = 3 if place < 2 else 0  # a row further, or over the field_z of all
+        out = memory[first : first + 15].view(5, 3)
+        field = pfgm.Field(*inputs[1:])
+        pfgm.euler_step(inputs[0], field, 2.0, 1.0, out=out, backend=backend)
+        assert torch.equal(out, expected)
 
 
 @pytest.mark.parametrize("form", ["field", "mean"])
