@@ -173,6 +173,11 @@ def test_non_finite_fields_stay_in_their_row(device, backend, step_checks):
     step_checks.nan_stays_in_its_row(*problem(3, 37, device)[:3], backend)
 
 
+def multistep(x, field_x, field_z, previous, backend, z=2.0, **outputs):
+    field = pfgm.Field(field_x, field_z)
+    return pfgm.multistep_step(x, field, z, 1.0, previous, z + 2, backend=backend, **outputs)
+
+
 # ---- memory ----------------------------------------------------------------------------------
 
 
@@ -180,15 +185,12 @@ def test_non_finite_fields_stay_in_their_row(device, backend, step_checks):
 @pytest.mark.parametrize("N", [1, 37, 3072, 8193])
 def test_strided_tensors(device, backend, strided, N, kind):
     x, field_x, field_z, _, previous = problem(3, N, device)
-    expected = pfgm.multistep_step(
-        x, pfgm.Field(field_x, field_z), 2.0, 1.0, previous, 3.0, backend=backend
-    )
+    expected = multistep(x, field_x, field_z, previous, backend)
     out, mean_out = (strided(torch.full_like(x, math.nan), kind) for _ in range(2))
-    results = pfgm.multistep_step(
-        strided(x, kind),
-        pfgm.Field(strided(field_x, kind), torch.stack([field_z, field_z], 1)[:, 0]),
-        2.0, 1.0, strided(previous, kind), 3.0, out=out, mean_out=mean_out, backend=backend,
-    )  # fmt: skip
+    inputs = [strided(values, kind) for values in (x, field_x, previous)]
+    every_other = torch.stack([field_z, field_z], 1)[:, 0]
+    inputs.insert(2, every_other)
+    results = multistep(*inputs, backend, out=out, mean_out=mean_out)
     assert results[0] is out
     assert results[1] is mean_out
     for result, correct in zip(results, expected, strict=True):
@@ -198,18 +200,13 @@ def test_strided_tensors(device, backend, strided, N, kind):
 @pytest.mark.parametrize("N", [37, 3072, 8193])
 def test_each_tensor_has_its_own_stride(device, backend, strided, N):
     x, field_x, field_z, _, previous = problem(3, N, device)
-    expected = pfgm.multistep_step(
-        x, pfgm.Field(field_x, field_z), 2.0, 1.0, previous, 3.0, backend=backend
-    )
+    expected = multistep(x, field_x, field_z, previous, backend)
     outputs = (torch.full_like(x, math.nan), torch.full_like(x, math.nan))
     for k in range(5):
         tensors = [x, field_x, previous, *(values.clone() for values in outputs)]
         tensors[k] = strided(tensors[k], "rows apart")
-        out, mean_out = tensors[3:]
-        pfgm.multistep_step(
-            tensors[0], pfgm.Field(tensors[1], field_z), 2.0, 1.0, tensors[2], 3.0,
-            out=out, mean_out=mean_out, backend=backend,
-        )  # fmt: skip
+        x_k, field_k, previous_k, out, mean_out = tensors
+        multistep(x_k, field_k, field_z, previous_k, backend, out=out, mean_out=mean_out)
         assert torch.equal(out, expected[0])
         assert torch.equal(mean_out, expected[1])
 
@@ -218,12 +215,8 @@ def test_each_tensor_has_its_own_stride(device, backend, strided, N):
 def test_expanded_tensors(device, backend, N):
     x, field_x, field_z, _, previous = problem(3, N, device)
     inputs = [values[:1].expand_as(values) for values in (x, field_x, field_z, previous)]
-    results, expected = (
-        pfgm.multistep_step(
-            values[0], pfgm.Field(*values[1:3]), 2.0, 1.0, values[3], 3.0, backend=backend
-        )
-        for values in (inputs, [values.contiguous() for values in inputs])
-    )
+    results = multistep(*inputs, backend)
+    expected = multistep(*(values.contiguous() for values in inputs), backend)
     for result, correct in zip(results, expected, strict=True):
         assert torch.equal(result, correct)
         assert torch.equal(result[0], result[2])
@@ -233,16 +226,12 @@ def test_expanded_tensors(device, backend, N):
 @pytest.mark.parametrize("z", [2.0, 7.0])
 def test_outputs_may_be_inputs(device, backend, N, z):
     x, field_x, field_z, predicted, previous = problem(5 if N < 8193 else 2, N, device)
-    expected = pfgm.multistep_step(
-        x, pfgm.Field(field_x, field_z), z, 1.0, previous, 9.0, backend=backend
-    )
+    expected = multistep(x, field_x, field_z, previous, backend, z)
     for out_place, mean_place in [(0, 1), (0, 2), (1, 2), (2, 0), (2, 1), (1, 0)]:
         inputs = [x.clone(), field_x.clone(), previous.clone()]
         out, mean_out = inputs[out_place], inputs[mean_place]
-        pfgm.multistep_step(
-            inputs[0], pfgm.Field(inputs[1], field_z), z, 1.0, inputs[2], 9.0,
-            out=out, mean_out=mean_out, backend=backend,
-        )  # fmt: skip
+        x_in, field_in, previous_in = inputs
+        multistep(x_in, field_in, field_z, previous_in, backend, z, out=out, mean_out=mean_out)
         assert torch.equal(out, expected[0])
         assert torch.equal(mean_out, expected[1])
     expected = pfgm.heun_step(x, predicted, field_x, z, 1.0, backend=backend)
@@ -381,13 +370,8 @@ def test_graph_capture(device, backend):
     if device.type != "cuda":
         pytest.skip("CUDA graphs need a GPU")
     x, field_x, field_z, _, previous = problem(5, 3072, device)
-    arguments = (
-        x,
-        pfgm.Field(field_x, field_z),
-        *levels_by_row(5, device)[:2],
-        previous,
-        levels_by_row(5, device)[2],
-    )
+    z, z_next, z_previous = levels_by_row(5, device)
+    arguments = x, pfgm.Field(field_x, field_z), z, z_next, previous, z_previous
     expected, _ = pfgm.multistep_step(*arguments, backend=backend)
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):

@@ -8,6 +8,7 @@ import torch
 from pfgm.backends import native
 from pfgm.common.tensors import dequantise
 from pfgm.core.problems import PosteriorMean, State, Upstream
+from tests.backends.accuracy import assert_gradient
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.uint8]
 CENTERING = ("find_center", "split_rows")
@@ -26,6 +27,15 @@ def test_which_kernels_run(op, executor):
     assert kernels(16, 40, 32) == [*CENTERING, "distances", *AFTER]
     assert kernels(33, 40, 31) == ["differences", *in_order]
     assert kernels(33, 40, 64) == [*CENTERING, "distances", *in_order]
+
+
+@pytest.mark.parametrize("D", [0.5, 1e6, math.inf])
+def test_randomised_shapes(op, D):
+    generator = torch.Generator().manual_seed(int(min(D, 7)))
+    for trial in range(12):
+        B, M, N = (int(torch.randint(1, n, (), generator=generator)) for n in (70, 200, 90))
+        x, references, sigma = op.problem(B, M, N, dtype=DTYPES[trial % 4], seed=trial)
+        op.check(x, references, op.radius_of(sigma, D), D)
 
 
 @pytest.mark.slow
@@ -338,7 +348,7 @@ def test_gradients_do_not_depend_on_the_unit(op, sizes, power, D):
         actual = gradients(unit, g if shrink else g * unit, needs_y)
         for gradient, wanted in zip(actual, gradients(1.0, g, needs_y), strict=True):
             assert gradient.any()
-            op.assert_gradient(gradient * unit if shrink else gradient, wanted.cpu(), 1e-5)
+            assert_gradient(gradient * unit if shrink else gradient, wanted.cpu(), 1e-5)
 
 
 @pytest.mark.parametrize("sizes", [(4, 90, 6), (20, 90, 40)])
