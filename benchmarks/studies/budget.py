@@ -81,7 +81,7 @@ class Run(NamedTuple):
     data: str
     flow: str
     size: Size | None  # None for the command, which chooses, and for a recipe
-    minutes: float
+    minutes: float  # 0 if the steps are given
     seed: int = 0
     precision: Precision = "bfloat16"
     changes: Mapping[str, Any] = MappingProxyType({})
@@ -121,6 +121,26 @@ def _runs() -> Iterator[Run]:
     for data, minutes in ((_FASHION, 5.0), (_FASHION, 20.0), ("mnist-5k", 5.0)):
         yield Run(data, COMMAND, None, minutes, precision="auto")
     yield Run(_FASHION, RECIPE, None, 96.0, precision="auto")
+    yield from _precisions(best)
+    for minutes, rate in ((1.0, 0.012), (3.0, 0.012), (3.0, 0.006)):
+        yield Run(_FASHION, "OT-CFM", best, minutes, changes={"learning_rate": rate})
+    yield Run("mnist-5k", "EDM", best, 3.0)
+    for changes in ({}, {"learning_rate": 0.012}):
+        yield Run("mnist-5k", "OT-CFM", best, 3.0, changes=changes)
+    for flow in ("PFGM++ 128", "EDM"):
+        yield Run(_FASHION, flow, best, 9.0, seed=1)
+    for width in (32, 48):
+        yield Run(_FASHION, "PFGM", Size(width, three, 2, 64), 9.0, seed=1)
+
+
+def _precisions(size: Size) -> Iterator[Run]:
+    """The same steps in each precision, with two seeds."""
+    thousand: Mapping[str, Any] = {"minutes": None, "steps": 1000}
+    digits = ("digits", "PFGM", Size(24, (1, 2), 1, 64), 0.0)
+    for setting in (digits, (_FASHION, "PFGM++ 128", size, 0.0)):
+        for seed in (0, 1):
+            for precision in ("float32", "bfloat16"):
+                yield Run(*setting, seed=seed, precision=precision, changes=thousand)
 
 
 RUNS = list(_runs())
@@ -138,21 +158,20 @@ def trained(row: Run, out: Path) -> tuple[Flow, nn.Module, Row]:
         network = as_denoiser(Velocity(network.get_submodule("backbone")))
     unit = _reference_seconds(row)
     name = f"{row.data}-{row.flow}-{width}-{len(multipliers)}-{patch}-{batch}-{row.minutes:g}"
-    name = "-".join([name, str(row.seed), row.precision, *row.changes]).replace(" ", "-")
-    config = TrainConfig(
-        minutes=row.minutes,
-        batch_size=batch,
-        precision=row.precision,
-        seed=row.seed,
-        **row.changes,
-    )
+    changed = [f"{name}-{value}" for name, value in row.changes.items()]
+    name = "-".join([name, str(row.seed), row.precision, *changed]).replace(" ", "-")
+    training: dict[str, Any] = {"minutes": row.minutes, "batch_size": batch}
+    training |= {"precision": row.precision, "seed": row.seed} | dict(row.changes)
+    config = TrainConfig(**training)
     loss = matching_loss if row.flow == "OT-CFM" else None
     trainer = _trainer(flow, network, images, config, out / name, loss)
     if (out / name / "latest.json").exists():
         trainer.resume()
     network = trainer.train()
-    seconds = 60 * row.minutes / trainer.step
-    return flow, network, {"steps": trainer.step, "cost": round(seconds / unit, 4)}
+    done: Row = {"steps": trainer.step}
+    if row.minutes:
+        done["cost"] = round(60 * row.minutes / trainer.step / unit, 4)
+    return flow, network, done
 
 
 def _trained_by_command(row: Run, out: Path) -> tuple[Flow, nn.Module, Row]:
@@ -277,7 +296,8 @@ def rows_of_the_fit(rows: list[Row]) -> list[budget.Row]:
 
 def shown(rows: list[Row]) -> list[Row]:
     """The rows for people, with sizes in words."""
-    names = ("data", "flow", "minutes", "seed", "steps", "features", "recall", "agreement")
+    names = ["data", "flow", "minutes", "seed", "precision"]
+    names += ["steps", "features", "recall", "agreement"]
     return [{"size": _named(row)} | {n: row[n] for n in names if n in row} for row in rows]
 
 
@@ -309,7 +329,7 @@ def draw(rows: list[Row], options: argparse.Namespace) -> None:
 
 def _named(row: Row) -> str:
     """The size of a row, and what was changed in it, in words."""
-    changes = [f"{name} {value}" for name, value in row.get("changes", {}).items()]
+    changes = [f"{name} {value}" for name, value in row.get("changes", {}).items() if value]
     if row["flow"] == "PFGM, defaults":
         changes = []
     if not row["size"]:

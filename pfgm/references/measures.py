@@ -13,6 +13,7 @@ from ..common.tensors import dequantise
 from .ranks import reduce_values
 
 _SQUARED_DEVIATIONS = 6
+_VALUES = 1 << 18  # in one pass: in float64 they stay in a core's cache
 
 
 class Measures(NamedTuple):
@@ -72,7 +73,8 @@ class RowSums:
 
     def add(self, chunk: Tensor) -> None:
         """Adds rows (m, *S); uint8 means u/127.5 − 1."""
-        for rows in chunk.detach().reshape(len(chunk), -1).split(1024):
+        flat = chunk.detach().reshape(len(chunk), -1)
+        for rows in flat.split(max(_VALUES // max(flat.shape[1], 1), 1)):
             wide = (dequantise(rows, torch.float32) if rows.dtype == torch.uint8 else rows).double()
             if self.origin is None:
                 self.origin = wide[0].cpu()
