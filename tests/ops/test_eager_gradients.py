@@ -136,14 +136,15 @@ def test_changes_in_place_are_noticed(changed):
         mean.sum().backward()
 
 
-def test_nothing_is_kept_where_no_gradient_is_wanted(kept):
+def test_nothing_is_kept_where_no_gradient_is_wanted(kept, monkeypatch):
+    monkeypatch.setattr(eager, "one_call", lambda *_, **__: None)  # which has no gradient
     x, references, sigma = problem()
     pfgm.posterior_mean(x, references, sigma=sigma, D=INF)
     with torch.no_grad():
         pfgm.posterior_mean(x.requires_grad_(), references, sigma=sigma, D=INF)
     with torch.inference_mode():
         pfgm.posterior_mean(x, references, sigma=sigma, D=INF)
-    assert not any(kept["forward"])
+    assert kept["forward"] == [0, 0, 0]
 
 
 @pytest.mark.parametrize("reentrant", [False, True])
