@@ -261,16 +261,17 @@ def test_outputs_are_marked(device, backend, name, rows):
 
 
 def test_an_output_that_overlaps_an_input_in_part(device, backend):
-    x, _, _, field_x, field_z, _ = values_for(device=device)
+    """Each row is so long that it is written before the next one is read."""
+    N = 3072
+    x, _, _, field_x, field_z, _ = values_for(shape=(N,), device=device)
     expected = pfgm.euler_step(x, pfgm.Field(field_x, field_z), 2.0, 1.0, backend=backend)
     for place in range(3):
         inputs = [x, field_x, field_z]
-        memory = torch.zeros(18, device=device)
-        memory[:15][: inputs[place].numel()] = inputs[place].flatten()
+        memory = torch.zeros(6 * N, device=device)
+        memory[: inputs[place].numel()] = inputs[place].flatten()
         inputs[place] = memory[: inputs[place].numel()].view(inputs[place].shape)
-        first = 3 if place < 2 else 0  # a row further, or over the field_z of all
-        out = memory[first : first + 15].view(5, 3)
-        field = pfgm.Field(*inputs[1:])
+        out = memory[-5 * N :] if place < 2 else memory[: 5 * N]  # a row further, or over all
+        out, field = out.view(5, N), pfgm.Field(*inputs[1:])
         pfgm.euler_step(inputs[0], field, 2.0, 1.0, out=out, backend=backend)
         assert torch.equal(out, expected)
 

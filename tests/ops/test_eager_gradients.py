@@ -187,12 +187,12 @@ def test_with_more_than_autograd_at_work_nothing_is_kept(kept, way):
         return torch.autograd.grad(total(leaf), leaf)[0]
 
     expected = gradient(total)
-    assert kept["backward"].pop() > 0
+    assert kept["forward"].pop() >= kept["backward"].pop() > 0
     if way == "torch.func":
         actual = torch.func.grad(total)(x)
     else:
         actual = gradient({"compiled": compiled, "autocast": under_autocast}[way](total))
-    assert kept["backward"] == [0]
+    assert kept["backward"] == kept["forward"] == [0]
     assert_close([actual], [expected], 1e-6)
 
 
