@@ -8,8 +8,8 @@ The pipeline is saved, and loaded again to draw the picture.
 
 import torch
 from accelerate import Accelerator
-from diffusers import UNet2DModel
 from diffusers.training_utils import EMAModel
+from diffusers_unet import digits_unet
 from plain_trainer import parse_options
 from torch.utils.data import DataLoader, TensorDataset
 
@@ -23,15 +23,7 @@ if __name__ == "__main__":
     torch.manual_seed(0)
     accelerator = Accelerator()
     data = pfgm.data.digits().train
-    unet = UNet2DModel(
-        sample_size=8,
-        in_channels=1,
-        out_channels=1,
-        block_out_channels=(32, 64),
-        layers_per_block=1,
-        down_block_types=("DownBlock2D", "AttnDownBlock2D"),
-        up_block_types=("AttnUpBlock2D", "UpBlock2D"),
-    )
+    unet = digits_unet()
     averages = EMAModel(unet.parameters(), use_ema_warmup=True, power=3 / 4)
     flow = pfgm.PoissonFlowPP.from_data(data, D=128)
     scheduler = PoissonFlowPPScheduler.from_flow(flow)

@@ -15,12 +15,10 @@ import pfgm
 from pfgm.common.files import check_folder
 from pfgm.plotting import image_grid
 
-if __name__ == "__main__":
-    options = parse_options(__doc__)
-    torch.manual_seed(0)
-    data = pfgm.data.digits().train
-    flow = pfgm.PoissonFlowPP.from_data(data, D=128)
-    unet = UNet2DModel(
+
+def digits_unet(**options: object) -> UNet2DModel:
+    """A small U-Net for 8 × 8 grey images."""
+    return UNet2DModel(
         sample_size=8,
         in_channels=1,
         out_channels=1,
@@ -28,9 +26,16 @@ if __name__ == "__main__":
         layers_per_block=1,
         down_block_types=("DownBlock2D", "AttnDownBlock2D"),
         up_block_types=("AttnUpBlock2D", "UpBlock2D"),
-        norm_num_groups=8,
+        **options,
     )
-    net = flow.network(unet)
+
+
+if __name__ == "__main__":
+    options = parse_options(__doc__)
+    torch.manual_seed(0)
+    data = pfgm.data.digits().train
+    flow = pfgm.PoissonFlowPP.from_data(data, D=128)
+    net = flow.network(digits_unet(norm_num_groups=8))
 
     def batch_loss() -> Tensor:
         return flow.loss(net, data[torch.randint(len(data), (64,))], references=data)

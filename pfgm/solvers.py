@@ -34,6 +34,7 @@ from .common import transforms
 from .common.checks import check_choice, untouched
 from .common.numbers import is_whole, non_negative
 from .common.values import checks_values
+from .core.dormand_prince import dormand_prince
 from .functional.steps import Field, euler_step, heun_step, implied_mean, multistep_step
 from .ops.eager import all_finite
 
@@ -272,16 +273,7 @@ def euler(
     churn: Churn | None = None,
 ) -> tuple[Tensor, int]:
     """First order, one evaluation per step: the published "forward Euler" on the log grid."""
-    run = _Run(denoise, callback)
-    own: Tensor | None = None
-    for step, (z, next_z) in enumerate(pairwise(grid)):
-        if churn is not None:
-            x, z = churn(x, z)
-        moved, stopped = run.euler(x, z, next_z, step, own)
-        if stopped:
-            break
-        x = own = moved
-    return x, run.nfe
+    return _euler_steps(denoise, x, grid, callback, churn, corrected=False)
 
 
 def heun(
@@ -297,22 +289,35 @@ def heun(
     This is the published "improved Euler". The last step is a plain Euler step, because a second
     evaluation there gains nothing: n steps take 2n − 1 evaluations.
     """
+    return _euler_steps(denoise, x, grid, callback, churn, corrected=True)
+
+
+def _euler_steps(
+    denoise: DenoiseFunction,
+    x: Tensor,
+    grid: Sequence[float],
+    callback: Callback | None,
+    churn: Churn | None,
+    *,
+    corrected: bool,
+) -> tuple[Tensor, int]:
+    """A run of Euler steps, all but the last corrected to Heun steps if that is wanted."""
     run = _Run(denoise, callback)
     last = len(grid) - 2
     own: Tensor | None = None
     for step, (z, next_z) in enumerate(pairwise(grid)):
         if churn is not None:
             x, z = churn(x, z)
-        # The next x is written over the predicted point, and the old x becomes the spare memory.
         moved, stopped = run.euler(x, z, next_z, step, own)
         if stopped:
             break
-        if step == last:
-            x = moved
-        else:
+        if corrected and step != last:
             prediction = run.evaluate(moved, next_z, step)
+            # The next x is written over the predicted point, and the old x becomes spare memory.
             start, x = x, heun_step(x, moved, prediction, z, next_z, out=run.reusable(moved))
             own = start if step > 0 else None
+        else:
+            x = own = moved
     return x, run.nfe
 
 
@@ -366,8 +371,8 @@ class _Stopped(Exception):
 class _Slope:
     """dx/dt = x − mean in t = log z, with the hook through which torchdiffeq reports steps."""
 
-    def __init__(self, run: _Run, keep: bool, ends: tuple[float, float]) -> None:
-        self._run, self._keep = run, keep
+    def __init__(self, run: _Run, ends: tuple[float, float]) -> None:
+        self._run = run
         # Where the slope is nearly 0, as on a data point, torchdiffeq tries a first step so long
         # that its level overflows. Between the ends of the grid the limits change nothing.
         self._lowest, self._highest = min(ends) - _LOG_MARGIN, max(ends) + _LOG_MARGIN
@@ -377,12 +382,12 @@ class _Slope:
     def __call__(self, t: Tensor, x: Tensor) -> Tensor:
         level = math.exp(min(max(float(t), self._lowest), self._highest))
         mean = self._run.mean(x, level, self.steps)
-        if self._keep:
+        if self._run.watched:
             self._evaluated.append((float(t), mean))
         return x - mean
 
     def callback_accept_step(self, t0: Tensor, y0: Tensor, dt: Tensor) -> None:
-        if not self._keep:
+        if not self._run.watched:
             self.steps += 1
             return
         # Dormand–Prince evaluates the end of each step, so the mean at y0 is among those kept. The
@@ -393,34 +398,6 @@ class _Slope:
         if self._run.stops(self.steps, math.exp(start), y0, mean):
             raise _Stopped(y0)
         self.steps += 1
-
-
-def dormand_prince(
-    slope: Callable[[Tensor, Tensor], Tensor],
-    state: Tensor,
-    ends: Tensor,
-    rtol: float,
-    atol: float,
-    options: dict[str, Any] | None = None,
-) -> Tensor:
-    """The state at ends[1] from that at ends[0], by torchdiffeq's dopri5 with these options.
-
-    Raises:
-        ValueError: no step is small enough.
-    """
-    with torch.device("cpu"):  # torchdiffeq makes constants, on what is the default device then
-        from torchdiffeq import odeint  # late, because it imports SciPy, which is slow
-
-    try:
-        states: Tensor = odeint(
-            slope, state, ends, rtol=rtol, atol=atol, method="dopri5", options=options
-        )
-    except AssertionError as error:
-        raise ValueError(
-            f"rk45 found no step small enough ({error}): the result of the network is not finite "
-            "or not smooth."
-        ) from error
-    return states[-1]
 
 
 def _last_above_0(grid: Sequence[float]) -> float:
@@ -464,7 +441,7 @@ def rk45(
     if len(x) == 0:  # no points have no error, by which torchdiffeq chooses its steps
         return x.clone(), 0
     ends = torch.tensor([grid[0], end], dtype=torch.float64, device=x.device).log()
-    slope = _Slope(run, callback is not None, (float(ends[0]), float(ends[1])))
+    slope = _Slope(run, (float(ends[0]), float(ends[1])))
     try:
         x = dormand_prince(slope, x, ends, rtol, atol)
         if grid[-1] == 0:

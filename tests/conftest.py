@@ -420,27 +420,26 @@ def operators(monkeypatch):
     return names
 
 
-@pytest.fixture(scope="session")
-def public_call():
-    """public_call(name, (x, references, predicted, field_x, field_z, before), **options) → the
-    results of a public function as a tuple."""
+@pytest.fixture
+def kept(monkeypatch):
+    """The bytes that the native forward and backward passes are given for distances to keep."""
+    sizes = {"forward": [], "backward": []}
+    forward, backward = native.posterior_mean, native.posterior_mean_backward
 
-    def call(name, values, z=2.0, z_next=1.0, z_previous=4.0, **options):
-        x, references, predicted, field_x, field_z, before = values
-        field = pfgm.Field(field_x, field_z)
-        arguments = {
-            "field_fn": (x, z, references),
-            "posterior_mean": (x, references),
-            "euler_step": (x, field, z, z_next),
-            "heun_step": (x, predicted, field, z, z_next),
-            "multistep_step": (x, field, z, z_next, before, z_previous),
-        }[name]
-        if name == "posterior_mean":
-            options = {"r": z, "return_logsumexp": True} | options
-        results = getattr(pfgm, name)(*arguments, **options)
-        return results if isinstance(results, tuple) else (results,)
+    def size(memory):
+        return 0 if memory is None else len(memory)
 
-    return call
+    def spy_on_forward(problem, kept=None):
+        sizes["forward"].append(size(kept))
+        return forward(problem, kept)
+
+    def spy_on_backward(problem, state, upstream, needs, kept=None):
+        sizes["backward"].append(size(kept))
+        return backward(problem, state, upstream, needs, kept)
+
+    monkeypatch.setattr(native, "posterior_mean", spy_on_forward)
+    monkeypatch.setattr(native, "posterior_mean_backward", spy_on_backward)
+    return sizes
 
 
 @pytest.fixture

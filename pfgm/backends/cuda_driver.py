@@ -1,4 +1,4 @@
-"""Whether the NVIDIA driver is new enough for the CUDA runtime in the extension."""
+"""Whether an NVIDIA driver and a GPU can run the CUDA runtime and kernels in the extension."""
 
 from __future__ import annotations
 
@@ -45,6 +45,19 @@ def _needed(runtime: CudaRuntime) -> str:
     if runtime.oldest_driver:
         return f"NVIDIA driver {runtime.oldest_driver} or later"
     return f"an NVIDIA driver for CUDA {runtime.version // 1000} or later"
+
+
+def has_code_for(capability: tuple[int, int], architectures: str) -> bool:
+    """Whether a build for these architectures has machine code for a GPU, as "80 90-real" has for
+    8.0, 8.6, 8.9 and 9.0. For others the driver compiles PTX."""
+    for each in architectures.split():
+        number, _, kind = each.partition("-")
+        major, minor = divmod(int(number.rstrip("af")), 10)
+        # Code for "90a", which CMAKE_CUDA_ARCHITECTURES may name, runs on 9.0 alone.
+        same = minor == capability[1] if number.endswith("a") else minor <= capability[1]
+        if kind != "virtual" and major == capability[0] and same:
+            return True
+    return False
 
 
 def version_text(version: int) -> str:

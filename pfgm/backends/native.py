@@ -36,11 +36,10 @@ from ..common.values import (
 from ..core import formulas
 from ..core.problems import Needs, OdeStep, PosteriorMean, State, Upstream
 from ..core.weights import check_singular, law, singular_message
-from .cuda_driver import CudaRuntime, cuda_lines, version_text
+from .cuda_driver import CudaRuntime, cuda_lines, has_code_for, version_text
 
 # The failures that the CPU kernels return.
 _RADIUS, _VALUE, _SINGULAR, _MEMORY, _SKETCH, _KEPT, _RANGE, _UNDERFLOW = range(1, 9)
-
 
 _SOURCES = Path(__file__).parents[2] / "csrc"  # in a checkout
 
@@ -93,7 +92,7 @@ def supports(
 ) -> str | None:
     reason = unable(device, dtype, references)
     # Without a GPU there are only fake tensors, of which a graph for a GPU may be made.
-    if reason is None and _on_cuda(device) and torch.cuda.is_available():
+    if reason is None and device.type == "cuda" and torch.cuda.is_available():
         return _device_reason(device)
     return reason
 
@@ -105,17 +104,13 @@ def unable(
     driver may compile them then."""
     if _native is None:
         return _why_missing
-    if _on_cuda(device):
+    if device.type == "cuda":
         return _unable_on_cuda(device, dtype, references)
     if device.type != "cpu":
         return f"its kernels run on the CPU and on NVIDIA GPUs, not on {device.type}"
     if dtype not in (torch.float32, torch.float64):
         return f"it computes in float32 and float64, not {dtype}"
     return None
-
-
-def _on_cuda(device: torch.device) -> bool:
-    return device.type == "cuda"
 
 
 def gpu_of(value: Any) -> torch.device | None:
@@ -154,7 +149,7 @@ def _device_reason(device: torch.device) -> str | None:
     if index in _able:
         return None
     architectures = str(extension().build_info()["cuda_architectures"])
-    compiles = not _has_code_for(torch.cuda.get_device_capability(index), architectures)
+    compiles = not has_code_for(torch.cuda.get_device_capability(index), architectures)
     runtime, driver = extension().cuda_versions()
     if compiles and driver >= runtime:  # an older driver does not know this PTX
         _warn_of_compilation(index)
@@ -169,19 +164,6 @@ def _device_reason(device: torch.device) -> str | None:
         return reason
     _able.add(index)
     return None
-
-
-def _has_code_for(capability: tuple[int, int], architectures: str) -> bool:
-    """Whether a build for these architectures has machine code for a GPU, as "80 90-real" has for
-    8.0, 8.6, 8.9 and 9.0. For others the driver compiles PTX."""
-    for each in architectures.split():
-        number, _, kind = each.partition("-")
-        major, minor = divmod(int(number.rstrip("af")), 10)
-        # Code for "90a", which CMAKE_CUDA_ARCHITECTURES may name, runs on 9.0 alone.
-        same = minor == capability[1] if number.endswith("a") else minor <= capability[1]
-        if kind != "virtual" and major == capability[0] and same:
-            return True
-    return False
 
 
 @functools.cache
@@ -233,11 +215,8 @@ def native_problem(problem: PosteriorMean, all_references: int = 0) -> object:
     if sketch is not None:
         check_sketch(sketch, x, references)
     return extension().Problem(
-        type=REFERENCES[x.dtype].number,
-        reference_type=REFERENCES[references.dtype].number,
+        **_sizes(references, x.dtype),
         queries=x.shape[0],
-        references=references.shape[0],
-        features=x.shape[1],
         x=x.data_ptr(),
         x_stride=x.stride(0),
         y=references.data_ptr(),
@@ -251,6 +230,16 @@ def native_problem(problem: PosteriorMean, all_references: int = 0) -> object:
     )
 
 
+def _sizes(references: Tensor, dtype: torch.dtype) -> dict[str, int]:
+    """References and the dtype of their points, as the functions of the extension take them."""
+    return {
+        "type": REFERENCES[dtype].number,
+        "reference_type": REFERENCES[references.dtype].number,
+        "references": len(references),
+        "features": references.shape[1],
+    }
+
+
 def sketch(references: Tensor, dtype: torch.dtype) -> Tensor | None:
     """What the CPU kernels keep of references, to bound their distances from points of a dtype.
 
@@ -258,16 +247,13 @@ def sketch(references: Tensor, dtype: torch.dtype) -> Tensor | None:
     multiplies bytes fast and the references are not bytes themselves (csrc/cpu/byte_screen.h), else
     the mean and deviation of each 32 features (csrc/cpu/line_screen.h).
     """
-    size = 0 if _on_cuda(references.device) else _sketch_size(references, dtype)
+    size = 0 if references.device.type == "cuda" else _sketch_size(references, dtype)
     if size == 0:
         return None
     references = contiguous_features(references)
     out = torch.empty(size, dtype=dtype, device=references.device)
     extension().sketch(
-        type=REFERENCES[dtype].number,
-        reference_type=REFERENCES[references.dtype].number,
-        references=len(references),
-        features=references.shape[1],
+        **_sizes(references, dtype),
         y=address_and_stride(references),
         out=out.data_ptr(),
         threads=torch.get_num_threads(),
@@ -277,13 +263,7 @@ def sketch(references: Tensor, dtype: torch.dtype) -> Tensor | None:
 
 def _sketch_size(references: Tensor, dtype: torch.dtype) -> int:
     """The number of values of a dtype that hold a sketch."""
-    M, N = references.shape
-    size: int = extension().sketch_bytes(
-        type=REFERENCES[dtype].number,
-        reference_type=REFERENCES[references.dtype].number,
-        references=M,
-        features=N,
-    )
+    size: int = extension().sketch_bytes(**_sizes(references, dtype))
     return size // dtype.itemsize
 
 
@@ -352,20 +332,14 @@ def room_for_distances(problem: PosteriorMean) -> Tensor | None:
     None if it keeps none.
     """
     x, references = problem.x, problem.references
-    of = extension().kept_bytes_cuda if _on_cuda(x.device) else extension().kept_bytes
-    size: int = of(
-        type=REFERENCES[x.dtype].number,
-        reference_type=REFERENCES[references.dtype].number,
-        queries=len(x),
-        references=len(references),
-        features=x.shape[1],
-    )
+    of = extension().kept_bytes_cuda if x.device.type == "cuda" else extension().kept_bytes
+    size: int = of(**_sizes(references, x.dtype), queries=len(x))
     return unfilled(size, x.device) if size > 0 else None
 
 
 def used_room(memory: Tensor | None) -> Tensor | None:
     """The part of the memory that the forward pass used; None if it kept nothing."""
-    if memory is None or _on_cuda(memory.device):
+    if memory is None or memory.device.type == "cuda":
         return memory
     # The CPU kernels say it in the first 8 bytes. They may run out of room, and then keep nothing.
     used = int(memory[:8].view(torch.int64))
@@ -394,7 +368,7 @@ def posterior_mean(
         kept=_memory(kept),
     )
     native_form = native_problem(problem)
-    if not _on_cuda(x.device):
+    if x.device.type != "cuda":
         check_status(extension().posterior_mean(native_form, io), x, references, radius)
         return mean, logsumexp, nearest, total
     if checks_values(x.device):
@@ -423,7 +397,7 @@ def posterior_mean_backward(
     )
     io = backward_io(state, upstream, gradients, kept=_memory(kept))
     native_form = native_problem(problem)
-    if _on_cuda(x.device):
+    if x.device.type == "cuda":
         constant = law(problem.D, x.shape[1]).is_constant(state.nearest, radius)
         check_singular(constant, upstream.grad_logsumexp)
         _run_on_cuda(x, native_form, io, True, kept)
@@ -468,12 +442,10 @@ def _native_field(
 
 def normalised_field(difference: Tensor, z: Tensor, gamma: float) -> tuple[Tensor, Tensor]:
     difference, z = contiguous_features(difference), z.contiguous()
-    dtype, device = difference.dtype, difference.device
-    field_x = torch.empty(difference.shape, dtype=dtype, device=device)
-    field_z = torch.empty(len(difference), dtype=dtype, device=device)
+    field_x, field_z = difference.new_empty(difference.shape), difference.new_empty(len(difference))
     field = _native_field(difference, z, gamma, field_x, field_z)
-    if _on_cuda(device):
-        extension().normalised_field_cuda(field, _cuda_stream(device))
+    if difference.device.type == "cuda":
+        extension().normalised_field_cuda(field, _cuda_stream(difference.device))
     else:
         extension().normalised_field(field)
     return field_x, field_z
@@ -482,13 +454,11 @@ def normalised_field(difference: Tensor, z: Tensor, gamma: float) -> tuple[Tenso
 def normalised_field_backward(
     grad_field_x: Tensor, grad_field_z: Tensor, difference: Tensor, z: Tensor, gamma: float
 ) -> tuple[Tensor, Tensor]:
-    if _on_cuda(difference.device):
+    if difference.device.type == "cuda":
         return formulas.normalised_field_backward(grad_field_x, grad_field_z, difference, z, gamma)
     difference, z = contiguous_features(difference), z.contiguous()
     grad_field_x, grad_field_z = contiguous_features(grad_field_x), grad_field_z.contiguous()
-    grad_difference = torch.empty(
-        difference.shape, dtype=difference.dtype, device=difference.device
-    )
+    grad_difference = difference.new_empty(difference.shape)
     grad_z = torch.empty(len(difference), dtype=torch.float64, device=difference.device)
     extension().normalised_field_backward(
         _native_field(difference, z, gamma, None, None),
@@ -524,7 +494,7 @@ def ode_step(
         mean=address_and_stride(mean_out),
         threads=torch.get_num_threads(),
     )
-    if _on_cuda(x.device):
+    if x.device.type == "cuda":
         extension().ode_step_cuda(native_step, _cuda_stream(x.device))
     else:
         extension().ode_step(native_step)

@@ -17,7 +17,6 @@ import warnings
 from pathlib import Path
 from typing import Any
 
-import platformdirs
 import torch
 
 from ..common.files import MALFORMED, write_json
@@ -44,6 +43,8 @@ def kind_of(device: torch.device) -> str:
 
 def _path(kind: str) -> tuple[Path, dict[str, Any]]:
     """The file of a pass, and what the pass holds for."""
+    import platformdirs  # late, because it is slow and only GPUs need it
+
     build = native.extension().build_info() if native.has_extension() else None
     conditions: dict[str, Any] = {"gpu": kind, "driver": driver()}
     conditions |= {"torch": torch.__version__, "build": build}

@@ -24,7 +24,7 @@ from ..data.opening import open as open_data
 from ..data.opening import takes_layout
 from ..data.table_files import is_table_file
 from ..evaluation import Labels, Point
-from ..flows.sampling import check_steps
+from ..flows.sampling import MOST_STEPS
 from ..metrics import CLASSIFIERS, Classifier, inception_metrics, load_classifier
 from ..metrics.inception import find_inception_weights
 from ..networks.registry import label_count
@@ -286,7 +286,7 @@ class Evaluate:
         steps = () if self.sampling.steps is None else (self.sampling.steps,)
         for name, counts in (("steps", steps), ("curve-steps", self.curve_steps)):
             for count in counts:
-                check_steps(name, count)
+                whole(name, count, 1, MOST_STEPS)
 
     def _check_options_of_samples(self) -> None:
         """Raises ValueError for an option that has a meaning only with a model."""

@@ -8,7 +8,6 @@ import fcntl
 import io
 import json
 import os
-import secrets
 import shutil
 import stat
 import struct
@@ -259,7 +258,7 @@ def is_open_at(descriptor: int, path: Path) -> bool:
 def _create_temporary(folder: Path, create: Callable[[Path], int]) -> tuple[Path, int]:
     """Creates a temporary file or folder. Its descriptor holds a lock that marks it as in use."""
     while True:
-        path = folder / f".pfgm-{secrets.token_hex(8)}.tmp"
+        path = folder / f".pfgm-{os.urandom(8).hex()}.tmp"
         descriptor = create(path)
         try:
             # A shared lock needs no permission to write, which no folder gives.

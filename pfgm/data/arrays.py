@@ -15,7 +15,6 @@ from zipfile import ZIP_STORED, ZipFile, ZipInfo
 import numpy as np
 import torch
 from numpy.lib import format as npy
-from safetensors import safe_open
 from torch import Tensor
 
 from ..common.checks import check_dtype
@@ -95,7 +94,7 @@ def array_names(path: Path) -> list[str]:
             raise ValueError(f"{path} must have different names of arrays, got {twice[0]!r} twice.")
         return names
     if path.suffix == ".safetensors":
-        with _parsing(path), safe_open(path, framework="pt") as file:
+        with _parsing(path), _open_tensors(path) as file:
             return list(file.keys())
     return []
 
@@ -110,7 +109,7 @@ def read_integers(path: Path, name: str) -> Tensor:
                 raise ValueError("the member of the archive is not an array")
             integers, dtype = array.dtype.kind in "iu", str(array.dtype)
         else:
-            with safe_open(path, framework="pt") as file:  # NumPy has no bfloat16
+            with _open_tensors(path) as file:
                 values: Tensor = file.get_tensor(name)
             dtype = str(values.dtype).removeprefix("torch.")
             integers = dtype.startswith(("int", "uint"))
@@ -213,6 +212,12 @@ def _read_npy_header(stream: IO[bytes]) -> tuple[tuple[int, ...], bool, np.dtype
     return _natural_numbers(shape), fortran, dtype
 
 
+def _open_tensors(path: Path) -> Any:
+    from safetensors import safe_open  # late, because only files need it
+
+    return safe_open(path, framework="pt")  # NumPy has no bfloat16
+
+
 def _open_safetensors(path: Path, name: str | None) -> Source:
     size = path.stat().st_size
     with open(path, "rb") as file, _parsing(path):
@@ -238,7 +243,7 @@ def _open_safetensors(path: Path, name: str | None) -> Source:
 
 def _read_safetensors(path: Path, name: str) -> Tensor:
     """Loads an array of a file as uint8 or float32."""
-    with _parsing(path), safe_open(path, framework="pt") as file:
+    with _parsing(path), _open_tensors(path) as file:
         # The tensor may share memory with the mapped file, which can change.
         tensor: Tensor = file.get_tensor(name).clone()
     if tensor.dtype != torch.uint8 and not tensor.is_floating_point():

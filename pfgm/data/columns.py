@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import shlex
 from dataclasses import dataclass
 from typing import Any
 
@@ -32,6 +31,8 @@ class Problem(ValueError):
 
 def leave_out(column: str) -> str:
     """How a column is left out, for messages."""
+    import shlex  # late, because only errors need it
+
     return f"leave it out with --drop-columns {shlex.quote(column)} (drop_columns=[{column!r}])"
 
 

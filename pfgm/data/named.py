@@ -17,7 +17,6 @@ from torch import Tensor
 
 from ..common.optional import optional
 from .arrays import from_numpy
-from .images import load_images
 from .opened import Data
 from .rows import InMemory
 
@@ -150,6 +149,8 @@ def _avatars(folder: Path | None, progress: bool | None) -> Data:
             "`python -m benchmarks.avatars.render FOLDER`, and give the folder, as in "
             "avatars:FOLDER."
         )
+    from .images import load_images  # late, for a quick import of pfgm
+
     return load_images(folder, progress=progress)
 
 

@@ -18,13 +18,11 @@ from ..common.checks import check_choice
 from ..common.files import StrPath, absolute_path
 from ..common.images import channels_last
 from .arrays import array_names, from_numpy, open_array, open_mapped, read_integers
-from .images import load_images
 from .named import NAMED
 from .opened import Data
 from .rows import InMemory, OnDisk, Scaled, Source
 from .table_files import is_table_file
 from .tables import LABEL_NAMES, Table, is_frame, is_series
-from .torch_datasets import load_dataset
 
 Samples = Tensor | np.ndarray[Any, Any] | StrPath | Dataset[Any] | DataLoader[Any] | Source | Data
 """What :func:`open` takes, beside DataFrames of pandas."""
@@ -156,8 +154,12 @@ Data((399, 1, 8, 8), torch.float32, 10 classes), 17)
         arrays = Data(_in_memory(source)) if path is None else _array_file(path)
         return _converted(arrays, value_range, layout, in_file=path is not None)
     if kind == "dataset":
+        from .torch_datasets import load_dataset  # late, as images, for a quick import of pfgm
+
         return load_dataset(source, progress=progress)
     assert path is not None
+    from .images import load_images
+
     return load_images(path, resize=resize, progress=progress)
 
 

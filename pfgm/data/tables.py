@@ -32,8 +32,8 @@ from .table_files import (
     SEPARATORS,
     UNNAMED,
     Problems,
-    check_integers,
     check_names_of_dropped,
+    frame_values,
     named_apart,
     read_cells,
     read_parquet,
@@ -310,7 +310,7 @@ def _cells(source: Any, known: Table, problems: Problems) -> tuple[str, Cells, s
         for i, key in enumerate(every):
             with problems.collected():
                 if key not in known.dropped:
-                    columns.append(_values(source.iloc[:, i], name))
+                    columns.append(frame_values(source.iloc[:, i], name))
                     names.append(key)
     else:
         name = str(source)
@@ -387,35 +387,6 @@ def _text_columns(known: Table) -> set[str]:
     if known.label is not None and any(isinstance(each, str) for each in known.label.values):
         texts.add(known.label.name)
     return texts
-
-
-def _values(column: Any, name: str) -> Array:
-    """The values of a column of a DataFrame."""
-    kind = column.dtype.kind
-    if kind in "iu":
-        check_integers(column.dropna(), column.name, name)
-    if kind in "iuf":
-        values: Array = column.to_numpy(np.float64, na_value=np.nan)
-        return values
-    texts = column.astype(object).where(column.notna(), None).to_numpy()
-    truths = {str(each) for each in texts if isinstance(each, (bool, np.bool_))}
-    if both := truths & {each for each in texts if isinstance(each, str)}:
-        raise Problem(
-            f"{name} must hold {min(both)} as a text or as a truth value, got both in column "
-            f"{column.name!r}; {leave_out(str(column.name))}, or make texts of it.",
-            column=str(column.name),
-        )
-    if kind == "b" or all(isinstance(each, (str, bool, type(None))) for each in texts):
-        return np.array([each if each is None else _plain(each) for each in texts], dtype=object)
-    raise Problem(
-        f"{name} must hold numbers, texts and truth values, got {column.dtype} in column "
-        f"{column.name!r}; {leave_out(str(column.name))}, or make numbers or texts of it.",
-        column=str(column.name),
-    )
-
-
-def _plain(value: Any) -> str | bool:
-    return str(value) if isinstance(value, str) else bool(value)
 
 
 def _check_names(cells: Cells, name: str) -> None:

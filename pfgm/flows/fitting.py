@@ -17,7 +17,7 @@ from ..common.numbers import check_seed, whole
 from ..common.tensors import dequantise, flat_rows
 from ..references import References, ReferenceSet
 from ..solvers import GRID_SOLVERS, SolverFunction
-from .sampling import Sampling, check_steps, checked_grid
+from .sampling import MOST_STEPS, Sampling, checked_grid
 from .targets import Targets
 
 _MOST_REFERENCES = 10_000
@@ -171,7 +171,7 @@ class Fitting(Sampling, Targets):
 
 def check_fitted_steps(name: str, steps: int) -> None:
     """Raises ValueError unless levels can be fitted for so many steps."""
-    check_steps(name, steps)
+    whole(name, steps, 1, MOST_STEPS)
     if steps > _MOST_STEPS:
         raise ValueError(
             f"{name} must be at most {_MOST_STEPS}, got {steps}: with more, the schedules hardly "

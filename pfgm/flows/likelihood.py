@@ -22,18 +22,12 @@ from ..common.hints import with_hints
 from ..common.messages import progress_bar
 from ..common.numbers import positive, whole
 from ..common.tensors import common_device, evaluating, wide_dtype
+from ..core.dormand_prince import dormand_prince
 from ..functional import log_density
-from ..solvers import (
-    SOLVERS,
-    Solver,
-    SolverFunction,
-    as_solver,
-    dormand_prince,
-    rk45,
-)
+from ..solvers import SOLVERS, Solver, SolverFunction, as_solver, rk45
 from .conditions import Condition, Network
 from .divergence import ESTIMATORS, MeanAndDivergence
-from .sampling import Sampling, check_steps
+from .sampling import MOST_STEPS, Sampling
 
 
 class LogLikelihood(NamedTuple):
@@ -128,7 +122,7 @@ class Likelihood(Sampling):
         check_choice("estimator", estimator, ESTIMATORS)
         if not callable(solver):
             check_choice("solver", solver, SOLVERS)
-        check_steps("steps", steps)
+        whole("steps", steps, 1, MOST_STEPS)
         whole("grey_levels", grey_levels, 2)
         common_device(x.device, generator)
         rtol, atol = positive("rtol", rtol), positive("atol", atol)

@@ -23,14 +23,7 @@ from ..common.messages import progress_bar
 from ..common.numbers import LARGEST, as_number, is_number, whole
 from ..common.tensors import evaluating, network_device
 from ..functional.steps import Field, euler_step, implied_mean
-from ..solvers import (
-    SCHEDULES,
-    Callback,
-    DenoiseFunction,
-    SolverFunction,
-    StepInfo,
-    as_solver,
-)
+from ..solvers import SCHEDULES, Callback, DenoiseFunction, SolverFunction, StepInfo, as_solver
 from .conditions import (
     Condition,
     Network,
@@ -241,7 +234,7 @@ class Sampling(Parametrisation):
             as_solver(solver)  # refuses an unknown name
         steps = self.default_steps(solver or self.defaults.solver) if steps is None else steps
         if schedule is None or isinstance(schedule, str):
-            check_steps("steps", steps)
+            whole("steps", steps, 1, MOST_STEPS)
         if schedule is None:
             schedule = self._schedule_for(solver, steps, last)
         if not isinstance(schedule, str):
@@ -462,11 +455,6 @@ def _progress_shown(
             return None if callback is None else callback(info)
 
         yield show
-
-
-def check_steps(name: str, steps: object) -> None:
-    """Raises ValueError unless steps is a number of steps that a solver can take."""
-    whole(name, steps, 1, MOST_STEPS)
 
 
 def _check_options(solver: str | SolverFunction, options: Mapping[str, object]) -> None:

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from ..common.checks import check_sample_shape
 from ..common.numbers import finite_values, int_tuple, positive
 from ..common.tensors import is_wider, over_samples, per_row
+from .config import as_json
 
 Center = float | Sequence[Any] | Tensor
 """The average sample, (*S), or one number for all values."""
@@ -134,11 +135,14 @@ class FieldNetwork(nn.Module):
                 f"center must have shape {self.shape} or (), got {tuple(point.shape)}."
             )
         self._unit_std = self.data_std / self.scale
-        # The part of config that holds center and scale; empty where both have their defaults.
-        self._scaling_config: dict[str, Any] = {}
+        # The part of config for all networks; without center and scale where both are defaults.
+        self._scaling: dict[str, Any] = {"data_std": self.data_std, "gamma": self.gamma}
         if self.scale != 1 or bool((point != 0).any()):
-            self._scaling_config = {"center": point.tolist(), "scale": self.scale}
+            self._scaling |= {"center": point.tolist(), "scale": self.scale}
         self.register_buffer("center", point.clone().to(torch.get_default_device()), False)
+
+    def _set_config(self, **own: Any) -> None:
+        self.config = as_json({"shape": self.shape, **own, **self._scaling})
 
     def backbone(
         self, x: Tensor, rms: Tensor, z: Tensor, labels: Tensor | None = None

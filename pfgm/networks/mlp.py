@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ..common.numbers import whole
-from .config import MAX_DEPTH, MAX_WIDTH, as_json
+from .config import MAX_DEPTH, MAX_WIDTH
 from .embedding import NoiseEmbedding
 from .fields import Center, FieldNetwork
 
@@ -69,18 +69,9 @@ class MLP(FieldNetwork):
         n = math.prod(self.shape)
         width = whole("width", width, 1, MAX_WIDTH)
         depth = whole("depth", depth, 1, MAX_DEPTH)
-        self.config = as_json(
-            {
-                "shape": self.shape,
-                "width": width,
-                "depth": depth,
-                "classes": whole("classes", classes, 0),
-                "data_std": self.data_std,
-                "gamma": self.gamma,
-                **self._scaling_config,
-            }
-        )
-        self.embedding = NoiseEmbedding(width, classes=self.config["classes"])
+        classes = whole("classes", classes, 0)
+        self._set_config(width=width, depth=depth, classes=classes)
+        self.embedding = NoiseEmbedding(width, classes=classes)
         self.stem = nn.Linear(n, width)
         self.blocks = nn.ModuleList(MLPBlock(width) for _ in range(depth))
         self.norm = nn.LayerNorm(width)

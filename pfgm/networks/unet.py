@@ -12,7 +12,7 @@ from torch.nn import functional as F
 
 from ..common.numbers import int_tuple, whole
 from ..common.transforms import forward_mode
-from .config import MAX_DEPTH, MAX_WIDTH, as_json
+from .config import MAX_DEPTH, MAX_WIDTH
 from .embedding import NoiseEmbedding
 from .fields import Center, FieldNetwork
 
@@ -200,19 +200,13 @@ class UNet(FieldNetwork):
         blocks = whole("blocks", blocks, 1, MAX_DEPTH)
         sizes = [width * m for m in int_tuple("multipliers", multipliers, MAX_WIDTH)]
         heads = _check_heads(heads, sizes[-1])
-        self.config = as_json(
-            {
-                "shape": self.shape,
-                "width": width,
-                "multipliers": int_tuple("multipliers", multipliers),
-                "blocks": blocks,
-                "patch": self.patch,
-                "heads": heads,
-                "classes": whole("classes", classes, 0),
-                "data_std": self.data_std,
-                "gamma": self.gamma,
-                **self._scaling_config,
-            }
+        self._set_config(
+            width=width,
+            multipliers=int_tuple("multipliers", multipliers),
+            blocks=blocks,
+            patch=self.patch,
+            heads=heads,
+            classes=whole("classes", classes, 0),
         )
         self._build(width, sizes, blocks, heads)
 

@@ -2,6 +2,7 @@
 
 from types import SimpleNamespace
 
+import platformdirs
 import pytest
 import torch
 
@@ -38,7 +39,7 @@ def gpus(monkeypatch, tmp_path):
         monkeypatch.setattr(torch.cuda, name, function)
     monkeypatch.setattr(native, "_native", stand_in)
     monkeypatch.setattr(native, "_able", set())
-    monkeypatch.setattr(passes.platformdirs, "user_cache_dir", lambda name: tmp_path / name)
+    monkeypatch.setattr(platformdirs, "user_cache_dir", lambda name: tmp_path / name)
     monkeypatch.setattr(passes, "_known", {})
     monkeypatch.setattr(passes, "driver", lambda: f"{state.driver}")
     monkeypatch.delenv("PFGM_BACKEND", raising=False)

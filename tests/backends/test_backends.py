@@ -29,9 +29,10 @@ from pfgm.backends import (
     requested,
     triton,
 )
-from pfgm.backends.cuda_driver import CudaRuntime, cuda_lines
+from pfgm.backends.cuda_driver import CudaRuntime, cuda_lines, has_code_for
 from pfgm.common.tensors import dequantise
 from pfgm.ops import eager
+from tests.backends.accuracy import assert_gradient
 
 CPU = torch.device("cpu")
 CUDA = torch.device("cuda")
@@ -84,6 +85,16 @@ def with_cuda(monkeypatch):
     built_for(monkeypatch, "90-real")
 
 
+def one_gpu(monkeypatch, capability):
+    """Torch has one GPU, of which nothing is known yet."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    monkeypatch.setattr(native, "_able", set())
+    native._warn_of_compilation.cache_clear()
+    native._warn_of_unused_gpu.cache_clear()
+
+
 def compute(**arguments):
     return posterior_mean(torch.zeros(1, 2), torch.ones(3, 2), r=1.0, **arguments)
 
@@ -99,20 +110,21 @@ def test_available_describes_every_backend_on_the_cpu():
 
 
 @pytest.mark.parametrize(
-    ("device", "dtype", "name", "reason"),
+    ("device", "dtype", "references", "name", "reason"),
     [
-        ("cuda", torch.float64, "native", "in float32 on a GPU, not torch.float64"),
-        ("meta", torch.float32, "native", "not on meta"),
-        ("cpu", torch.bfloat16, "native", "not torch.bfloat16"),
-        ("cpu", torch.bfloat16, "reference", "not torch.bfloat16"),
-        ("cpu", torch.float32, "triton", "not on cpu"),
-        ("cuda", torch.float64, "triton", "not torch.float64"),
+        ("cuda", torch.float64, None, "native", "in float32 on a GPU, not torch.float64"),
+        ("meta", torch.float32, None, "native", "not on meta"),
+        ("cpu", torch.bfloat16, None, "native", "not torch.bfloat16"),
+        ("cpu", torch.bfloat16, None, "reference", "not torch.bfloat16"),
+        ("cpu", torch.float32, None, "triton", "not on cpu"),
+        ("cuda", torch.float64, None, "triton", "not torch.float64"),
+        ("cuda", torch.float32, torch.float64, "triton", "references in torch.float32, "),
     ],
 )
 @native_only
 @pytest.mark.usefixtures("with_cuda")
-def test_a_backend_that_cannot_run_says_why(device, dtype, name, reason):
-    answer = available(device, dtype)[name]
+def test_a_backend_that_cannot_run_says_why(device, dtype, references, name, reason):
+    answer = available(device, dtype, references)[name]
     assert not answer.usable
     assert reason in answer.detail
 
@@ -152,12 +164,8 @@ def test_the_extension_on_a_gpu(monkeypatch):
 def test_available_says_why_a_gpu_cannot_run_the_extension(
     monkeypatch, capability, problem, reason
 ):
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    one_gpu(monkeypatch, capability)
     native._native.cuda_problem = lambda index: problem
-    monkeypatch.setattr(native, "_able", set())
-    native._warn_of_unused_gpu.cache_clear()
     with pytest.warns(RuntimeWarning, match=reason) if problem else nullcontext():
         answer = native.supports(CUDA, torch.float32)
     assert answer is None if reason is None else reason in answer
@@ -182,16 +190,13 @@ def test_available_says_why_a_gpu_cannot_run_the_extension(
     ],
 )
 def test_the_gpus_for_which_a_build_has_code(capability, architectures, has):
-    assert native._has_code_for(capability, architectures) == has
+    assert has_code_for(capability, architectures) == has
 
 
 @native_only
 @pytest.mark.usefixtures("with_cuda")
 def test_a_gpu_for_which_the_driver_compiles_is_said_once(monkeypatch):
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (12, 0))
-    native._native.cuda_problem = lambda index: ""
-    native._warn_of_compilation.cache_clear()
+    one_gpu(monkeypatch, (12, 0))
     for expected in (1, 0):
         monkeypatch.setattr(native, "_able", set())
         with warnings.catch_warnings(record=True) as warned:
@@ -207,13 +212,9 @@ def test_a_gpu_for_which_the_driver_compiles_is_said_once(monkeypatch):
 def test_a_driver_that_is_too_old_compiles_nothing(monkeypatch, capability):
     """No warning says that it does, and the reason has the remedy. Code of the GPU's own needs no
     compiler."""
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
-    monkeypatch.setattr(native, "_able", set())
+    one_gpu(monkeypatch, capability)
     native._native.cuda_versions = lambda: (13000, 12080)
     native._native.cuda_problem = lambda index: "unsupported toolchain"
-    native._warn_of_compilation.cache_clear()
-    native._warn_of_unused_gpu.cache_clear()
     with pytest.warns(RuntimeWarning, match="unsupported toolchain") as warned:
         reason = native.supports(torch.device("cuda", 0), torch.float32)
     assert len(warned) == 1
@@ -224,10 +225,7 @@ def test_a_driver_that_is_too_old_compiles_nothing(monkeypatch, capability):
 @native_only
 @pytest.mark.usefixtures("with_cuda", "proven")
 def test_a_gpu_that_was_busy_is_used_again(monkeypatch):
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
-    monkeypatch.setattr(native, "_able", set())
-    native._warn_of_unused_gpu.cache_clear()
+    one_gpu(monkeypatch, (9, 0))
     problems = ["out of memory", "out of memory", "all devices are busy", "", "out of memory"]
     native._native.cuda_problem = lambda index: problems.pop(0)
     gpu = torch.device("cuda", 0)
@@ -538,14 +536,6 @@ def test_gradients_of_backends_agree_with_the_oracle(oracle_gradients, problem):
             assert_gradient(
                 actual, expected, max(tolerance, 2 * torch.finfo(actual.dtype).eps), part
             )
-
-
-def assert_gradient(actual, expected, tolerance, part):
-    """Each row relative to itself, or to the typical row if large terms cancel in it."""
-    actual, expected = (t.double().reshape(len(t), -1) for t in (actual, expected))
-    rows = expected.norm(dim=1)
-    floor = (expected.norm() / len(rows) ** 0.5).clamp(min=part)
-    assert ((actual - expected).norm(dim=1) <= tolerance * torch.maximum(rows, floor)).all()
 
 
 NEEDED = "runtime 13.0, needs NVIDIA driver 580 or later; "

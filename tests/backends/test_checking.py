@@ -5,6 +5,7 @@ import math
 import os
 from types import SimpleNamespace
 
+import platformdirs
 import pytest
 import torch
 
@@ -123,7 +124,7 @@ def test_only_passes_are_stored(gpus, monkeypatch, had, turn, then):
 @native_only
 def test_where_a_pass_cannot_be_stored_this_is_said(gpus, monkeypatch, tmp_path):
     (tmp_path / "file").write_text("no folder")
-    monkeypatch.setattr(passes.platformdirs, "user_cache_dir", lambda _: tmp_path / "file" / "x")
+    monkeypatch.setattr(platformdirs, "user_cache_dir", lambda _: tmp_path / "file" / "x")
     rows = [checking.Row("native", checking._DECIDES, seconds=1.0, speed=2.0)]
     said = checking._decide(gpus.kinds[0], rows)
     assert "cannot be changed" in said

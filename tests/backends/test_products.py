@@ -10,9 +10,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from benchmarks.common import problems
 from benchmarks.common.problems import radius_of
 from pfgm.backends import chunked, products, reference
-from pfgm.common.tensors import dequantise
 from pfgm.core import arithmetic, formulas, weights
 from pfgm.core.problems import PosteriorMean, State, Tangents, Upstream
+from tests.backends.accuracy import assert_accurate, assert_gradient
 
 FORMS = ("CPU", "fast float64", "slow float64", "no float64")
 
@@ -50,13 +50,6 @@ def solve(x, references, radius, D, form, difference=False):
     radius = radius.float() if form == "no float64" else radius
     arguments = PosteriorMean(x, references, radius, D, difference=difference)
     return products.posterior_mean(arguments)
-
-
-def assert_accurate(result, wanted, references, tolerance):
-    largest = dequantise(references, torch.float64).norm(dim=1).max()
-    assert (result[0].double() - wanted[0]).norm(dim=1).max() <= tolerance * largest
-    error = torch.where(result[1] == wanted[1], 0.0, (result[1] - wanted[1]).abs())
-    assert (error <= tolerance * wanted[1].abs().clamp(min=1)).all()
 
 
 @pytest.mark.parametrize("D", [1.0, 1e6, math.inf])
@@ -253,10 +246,7 @@ def test_gradients(oracle_gradients, form, D):
         state, upstream = State(mean, nearest, total), Upstream(G, g.to(wide))
         result = products.posterior_mean_backward(arguments, state, upstream, (True, True, True))
         for actual, expected in zip(result, wanted, strict=True):
-            rows = expected.reshape(len(expected), -1)
-            floor = rows.norm(dim=1).clamp(min=rows.norm() / len(rows) ** 0.5)
-            error = (actual.double().reshape(rows.shape) - rows).norm(dim=1)
-            assert (error <= (1e-4 if form != "no float64" else 1e-3) * floor).all(), sizes
+            assert_gradient(actual, expected, 1e-4 if form != "no float64" else 1e-3)
 
 
 class Watched(TorchDispatchMode):

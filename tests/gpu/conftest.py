@@ -21,6 +21,7 @@ from pfgm.backends.trials import EXACT, TRIALS, Place
 from pfgm.common.tensors import dequantise
 from pfgm.core.problems import PosteriorMean, State, Upstream
 from pfgm.ops import eager
+from tests.backends.accuracy import assert_accurate, assert_gradient
 
 
 def backends() -> list[str]:
@@ -246,16 +247,10 @@ class Operation:
     def expected(self, x, references, radius, D):
         return self.oracle(x.cpu(), references.cpu(), radius.cpu(), D)
 
-    def assert_accurate(self, result, expected, references, tolerance=1e-5):
-        (mean, lse), (wanted_mean, wanted_lse) = result, expected
-        largest = dequantise(references.cpu(), torch.float64).norm(dim=1).max().item()
-        assert (mean.double().cpu() - wanted_mean).norm(dim=1).max() <= tolerance * largest
-        assert ((lse.cpu() - wanted_lse).abs() <= tolerance * wanted_lse.abs().clamp(min=1)).all()
-
     def check(self, x, references, radius, D, tolerance=1e-5):
         result = self.compute(x, references, radius, D)
         expected = self.expected(x, references, radius, D)
-        self.assert_accurate(result, expected, references, tolerance)
+        assert_accurate(result, expected, references, tolerance)
 
     def mean_error(self, x, references, radius, D):
         """The largest error of a mean."""
@@ -288,19 +283,11 @@ class Operation:
         tensors = (t.cpu() for t in (x, references, radius))
         return self.oracle_gradients(*tensors, D, G.cpu(), g.cpu())
 
-    @staticmethod
-    def assert_gradient(actual, expected, tolerance):
-        """Each row relative to itself, or to the typical row if large terms cancel in it."""
-        actual, expected = (t.double().reshape(len(t), -1) for t in (actual.cpu(), expected))
-        rows = expected.norm(dim=1)
-        typical = expected.norm() / len(rows) ** 0.5
-        assert ((actual - expected).norm(dim=1) <= tolerance * rows.clamp(min=typical)).all()
-
     def check_gradients(self, x, references, radius, D, tolerance=1e-5):
         expected = self.expected_gradients(x, references, radius, D)
         actual = self.gradients(x, references, radius, D)
         for gradient, wanted in zip(actual, expected, strict=True):
-            self.assert_gradient(gradient, wanted, tolerance)
+            assert_gradient(gradient, wanted, tolerance)
 
 
 @pytest.fixture

@@ -92,14 +92,3 @@ def test_strided_and_expanded_tensors(device, backend, N):
 def test_opcheck(device, backend):
     arguments = (*problem(5, 37, device), 5.0, backend)
     torch.library.opcheck(torch.ops.pfgm.normalised_field.default, arguments)
-
-
-def test_compile(device, backend):
-    arguments = problem(5, 37, device)
-
-    def field(difference, z):
-        return torch.ops.pfgm.normalised_field(2 * difference, z, 5.0, backend)
-
-    compiled = torch.compile(field, fullgraph=True, backend="aot_eager")
-    for actual, expected in zip(compiled(*arguments), field(*arguments), strict=True):
-        assert torch.equal(actual, expected)

@@ -8,6 +8,7 @@ from torch.utils._pytree import tree_map_only
 
 import pfgm
 from pfgm.core.problems import OdeStep
+from tests.ops.public_calls import STEPS, assert_same, call, values_for
 
 pytestmark = pytest.mark.usefixtures("way")
 
@@ -172,6 +173,11 @@ def test_non_finite_fields_stay_in_their_row(device, backend, step_checks):
     step_checks.nan_stays_in_its_row(*problem(3, 37, device)[:3], backend)
 
 
+def multistep(x, field_x, field_z, previous, backend, z=2.0, **outputs):
+    field = pfgm.Field(field_x, field_z)
+    return pfgm.multistep_step(x, field, z, 1.0, previous, z + 2, backend=backend, **outputs)
+
+
 # ---- memory ----------------------------------------------------------------------------------
 
 
@@ -179,15 +185,12 @@ def test_non_finite_fields_stay_in_their_row(device, backend, step_checks):
 @pytest.mark.parametrize("N", [1, 37, 3072, 8193])
 def test_strided_tensors(device, backend, strided, N, kind):
     x, field_x, field_z, _, previous = problem(3, N, device)
-    expected = pfgm.multistep_step(
-        x, pfgm.Field(field_x, field_z), 2.0, 1.0, previous, 3.0, backend=backend
-    )
+    expected = multistep(x, field_x, field_z, previous, backend)
     out, mean_out = (strided(torch.full_like(x, math.nan), kind) for _ in range(2))
-    results = pfgm.multistep_step(
-        strided(x, kind),
-        pfgm.Field(strided(field_x, kind), torch.stack([field_z, field_z], 1)[:, 0]),
-        2.0, 1.0, strided(previous, kind), 3.0, out=out, mean_out=mean_out, backend=backend,
-    )  # fmt: skip
+    inputs = [strided(values, kind) for values in (x, field_x, previous)]
+    every_other = torch.stack([field_z, field_z], 1)[:, 0]
+    inputs.insert(2, every_other)
+    results = multistep(*inputs, backend, out=out, mean_out=mean_out)
     assert results[0] is out
     assert results[1] is mean_out
     for result, correct in zip(results, expected, strict=True):
@@ -197,18 +200,13 @@ def test_strided_tensors(device, backend, strided, N, kind):
 @pytest.mark.parametrize("N", [37, 3072, 8193])
 def test_each_tensor_has_its_own_stride(device, backend, strided, N):
     x, field_x, field_z, _, previous = problem(3, N, device)
-    expected = pfgm.multistep_step(
-        x, pfgm.Field(field_x, field_z), 2.0, 1.0, previous, 3.0, backend=backend
-    )
+    expected = multistep(x, field_x, field_z, previous, backend)
     outputs = (torch.full_like(x, math.nan), torch.full_like(x, math.nan))
     for k in range(5):
         tensors = [x, field_x, previous, *(values.clone() for values in outputs)]
         tensors[k] = strided(tensors[k], "rows apart")
-        out, mean_out = tensors[3:]
-        pfgm.multistep_step(
-            tensors[0], pfgm.Field(tensors[1], field_z), 2.0, 1.0, tensors[2], 3.0,
-            out=out, mean_out=mean_out, backend=backend,
-        )  # fmt: skip
+        x_k, field_k, previous_k, out, mean_out = tensors
+        multistep(x_k, field_k, field_z, previous_k, backend, out=out, mean_out=mean_out)
         assert torch.equal(out, expected[0])
         assert torch.equal(mean_out, expected[1])
 
@@ -217,12 +215,8 @@ def test_each_tensor_has_its_own_stride(device, backend, strided, N):
 def test_expanded_tensors(device, backend, N):
     x, field_x, field_z, _, previous = problem(3, N, device)
     inputs = [values[:1].expand_as(values) for values in (x, field_x, field_z, previous)]
-    results, expected = (
-        pfgm.multistep_step(
-            values[0], pfgm.Field(*values[1:3]), 2.0, 1.0, values[3], 3.0, backend=backend
-        )
-        for values in (inputs, [values.contiguous() for values in inputs])
-    )
+    results = multistep(*inputs, backend)
+    expected = multistep(*(values.contiguous() for values in inputs), backend)
     for result, correct in zip(results, expected, strict=True):
         assert torch.equal(result, correct)
         assert torch.equal(result[0], result[2])
@@ -232,16 +226,12 @@ def test_expanded_tensors(device, backend, N):
 @pytest.mark.parametrize("z", [2.0, 7.0])
 def test_outputs_may_be_inputs(device, backend, N, z):
     x, field_x, field_z, predicted, previous = problem(5 if N < 8193 else 2, N, device)
-    expected = pfgm.multistep_step(
-        x, pfgm.Field(field_x, field_z), z, 1.0, previous, 9.0, backend=backend
-    )
+    expected = multistep(x, field_x, field_z, previous, backend, z)
     for out_place, mean_place in [(0, 1), (0, 2), (1, 2), (2, 0), (2, 1), (1, 0)]:
         inputs = [x.clone(), field_x.clone(), previous.clone()]
         out, mean_out = inputs[out_place], inputs[mean_place]
-        pfgm.multistep_step(
-            inputs[0], pfgm.Field(inputs[1], field_z), z, 1.0, inputs[2], 9.0,
-            out=out, mean_out=mean_out, backend=backend,
-        )  # fmt: skip
+        x_in, field_in, previous_in = inputs
+        multistep(x_in, field_in, field_z, previous_in, backend, z, out=out, mean_out=mean_out)
         assert torch.equal(out, expected[0])
         assert torch.equal(mean_out, expected[1])
     expected = pfgm.heun_step(x, predicted, field_x, z, 1.0, backend=backend)
@@ -249,6 +239,41 @@ def test_outputs_may_be_inputs(device, backend, N, z):
         inputs = [x.clone(), predicted.clone(), field_x.clone()]
         pfgm.heun_step(*inputs, z, 1.0, out=inputs[out_place], backend=backend)
         assert torch.equal(inputs[out_place], expected)
+
+
+@pytest.mark.parametrize("rows", [False, True])
+@pytest.mark.parametrize("name", STEPS)
+def test_outputs_are_marked(device, backend, name, rows):
+    values = values_for(device=device)
+    z = torch.linspace(2, 3, 5, device=device) if rows else 2.0
+    mean_out = torch.full_like(values[0], math.nan)
+    options = {"backend": backend} | ({"return_mean": True} if name == "euler_step" else {})
+    expected = call(name, values, z, z / 2, 2 * z, **options)
+    if name != "heun_step":
+        options["mean_out"] = mean_out
+    for out in (torch.empty_like(values[0]), values[0]):
+        versions = out._version, mean_out._version
+        results = call(name, values, z, z / 2, 2 * z, out=out, **options)
+        assert results[0] is out
+        assert_same(results, expected)
+        assert out._version > versions[0]
+        assert (mean_out._version > versions[1]) == ("mean_out" in options)
+
+
+def test_an_output_that_overlaps_an_input_in_part(device, backend):
+    """Each row is so long that it is written before the next one is read."""
+    N = 3072
+    x, _, _, field_x, field_z, _ = values_for(shape=(N,), device=device)
+    expected = pfgm.euler_step(x, pfgm.Field(field_x, field_z), 2.0, 1.0, backend=backend)
+    for place in range(3):
+        inputs = [x, field_x, field_z]
+        memory = torch.zeros(6 * N, device=device)
+        memory[: inputs[place].numel()] = inputs[place].flatten()
+        inputs[place] = memory[: inputs[place].numel()].view(inputs[place].shape)
+        out = memory[-5 * N :] if place < 2 else memory[: 5 * N]  # a row further, or over all
+        out, field = out.view(5, N), pfgm.Field(*inputs[1:])
+        pfgm.euler_step(inputs[0], field, 2.0, 1.0, out=out, backend=backend)
+        assert torch.equal(out, expected)
 
 
 @pytest.mark.parametrize("form", ["field", "mean"])
@@ -346,13 +371,8 @@ def test_graph_capture(device, backend):
     if device.type != "cuda":
         pytest.skip("CUDA graphs need a GPU")
     x, field_x, field_z, _, previous = problem(5, 3072, device)
-    arguments = (
-        x,
-        pfgm.Field(field_x, field_z),
-        *levels_by_row(5, device)[:2],
-        previous,
-        levels_by_row(5, device)[2],
-    )
+    z, z_next, z_previous = levels_by_row(5, device)
+    arguments = x, pfgm.Field(field_x, field_z), z, z_next, previous, z_previous
     expected, _ = pfgm.multistep_step(*arguments, backend=backend)
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):

@@ -11,39 +11,16 @@ from torch.overrides import BaseTorchFunctionMode
 import pfgm
 from pfgm.backends import native
 from pfgm.ops import eager
+from tests.ops.public_calls import FUNCTIONS, STEPS, assert_same, call, values_for
 
 pytestmark = pytest.mark.skipif(not native.has_extension(), reason="no native extension")
-
-FUNCTIONS = ("field_fn", "posterior_mean", "euler_step", "heun_step", "multistep_step")
-
-
-def inputs(B=5, shape=(3,), dtype=torch.float32, seed=0):
-    generator = torch.Generator().manual_seed(seed)
-    x, predicted, slope, before = (
-        torch.randn(B, *shape, generator=generator, dtype=dtype) for _ in range(4)
-    )
-    references = torch.randn(9, *shape, generator=generator, dtype=dtype)
-    field_z = -torch.rand(B, generator=generator, dtype=dtype) - 0.1
-    return x, references, predicted, 0.3 * slope, field_z, before
-
-
-@pytest.fixture
-def call(public_call):
-    return public_call
-
-
-def assert_same(results, expected):
-    """The same bits."""
-    for value, wanted in zip(results, expected, strict=True):
-        assert value.dtype == wanted.dtype
-        assert value.equal(wanted)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize("shape", [(), (1,), (3,), (2, 5, 5), (700,)])
 @pytest.mark.parametrize("name", FUNCTIONS)
-def test_both_ways_give_the_same_bits(call, by_operators, one_calls, name, shape, dtype):
-    values = inputs(shape=shape, dtype=dtype)
+def test_both_ways_give_the_same_bits(by_operators, one_calls, name, shape, dtype):
+    values = values_for(shape=shape, dtype=dtype)
     results = call(name, values)
     assert one_calls == [True]
     expected = by_operators(lambda: call(name, values))
@@ -51,8 +28,8 @@ def test_both_ways_give_the_same_bits(call, by_operators, one_calls, name, shape
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16, torch.float16, torch.uint8])
-def test_references_of_every_dtype(call, by_operators, one_calls, dtype):
-    values = list(inputs())
+def test_references_of_every_dtype(by_operators, one_calls, dtype):
+    values = values_for()
     values[1] = (100 * values[1].abs()).to(dtype)
     results = call("field_fn", values)
     assert one_calls == [True]
@@ -65,7 +42,7 @@ def test_references_of_every_dtype(call, by_operators, one_calls, dtype):
     [("r", 1), ("r", 4.5), ("sigma", 1.0), ("sigma", 128), ("sigma", math.inf), ("sigma", 10**400)],
 )
 def test_the_log_sum_exp(by_operators, one_calls, level, D):
-    x, references = inputs()[:2]
+    x, references = values_for()[:2]
 
     def both():
         options = {level: 0.7, "D": D, "return_logsumexp": True}
@@ -83,8 +60,8 @@ class Doubled(torch.Tensor):
 
 
 @pytest.mark.parametrize("name", FUNCTIONS)
-def test_a_gradient_takes_the_operators(call, one_calls, name):
-    values = inputs()
+def test_a_gradient_takes_the_operators(one_calls, name):
+    values = values_for()
     values[0].requires_grad_()
     results = call(name, values)
     assert results[0].requires_grad
@@ -95,8 +72,8 @@ def test_a_gradient_takes_the_operators(call, one_calls, name):
 
 
 @pytest.mark.parametrize("name", FUNCTIONS)
-def test_modes_and_transforms_take_the_operators(call, one_calls, seeing_mode, name):
-    values = inputs()
+def test_modes_and_transforms_take_the_operators(one_calls, seeing_mode, name):
+    values = values_for()
     with seeing_mode:
         call(name, values)
     assert seeing_mode.seen
@@ -118,8 +95,8 @@ def test_modes_and_transforms_take_the_operators(call, one_calls, seeing_mode, n
 
 
 @pytest.mark.parametrize("name", FUNCTIONS)
-def test_other_backends_are_not_preempted(call, monkeypatch, one_calls, name):
-    values = inputs()
+def test_other_backends_are_not_preempted(monkeypatch, one_calls, name):
+    values = values_for()
     call(name, values, backend="reference")
     with pfgm.use_backend("reference"):
         call(name, values)
@@ -175,9 +152,9 @@ LEVELS = {
 )
 @pytest.mark.parametrize("name", FUNCTIONS)
 def test_what_is_converted_has_the_bits_of_the_operators(
-    call, by_operators, one_calls, name, kind, level
+    by_operators, one_calls, name, kind, level
 ):
-    values = CONVERTED.get(kind, tuple)(inputs(shape=(2, 3)))
+    values = CONVERTED.get(kind, tuple)(values_for(shape=(2, 3)))
     level = LEVELS.get(level, level)
 
     def both():
@@ -193,8 +170,8 @@ def test_what_is_converted_has_the_bits_of_the_operators(
 
 
 @pytest.mark.parametrize("name", FUNCTIONS)
-def test_views_without_memory_of_their_own_take_the_operators(call, one_calls, name):
-    values = inputs()
+def test_views_without_memory_of_their_own_take_the_operators(one_calls, name):
+    values = values_for()
     expected = call(name, values)
     assert_same(call(name, (torch._neg_view(-values[0]), *values[1:])), expected)
     zeros = call(name, (torch._efficientzerotensor(5, 3), *values[1:]))
@@ -204,9 +181,9 @@ def test_views_without_memory_of_their_own_take_the_operators(call, one_calls, n
 
 
 @pytest.mark.parametrize("convert", [torch.Tensor.float, spread, torch.Tensor.bfloat16])
-@pytest.mark.parametrize("name", FUNCTIONS[2:])
-def test_outputs_are_written_and_marked(call, backend, name, convert):
-    x, references, predicted, *others = inputs()
+@pytest.mark.parametrize("name", STEPS)
+def test_outputs_are_written_and_marked(backend, name, convert):
+    x, references, predicted, *others = values_for()
     x, others = convert(x), (references, convert(predicted), *others)
     expected = call(name, (x, *others), backend=backend)
     for out in (torch.empty_like(x), x):
@@ -217,9 +194,9 @@ def test_outputs_are_written_and_marked(call, backend, name, convert):
         assert out._version > version
 
 
-def test_in_inference_mode(call, one_calls):
+def test_in_inference_mode(one_calls):
     with torch.inference_mode():
-        values = inputs()
+        values = values_for()
         out = torch.empty_like(values[0])
         call("euler_step", values, out=out)
     assert one_calls == [True]
@@ -241,8 +218,8 @@ def test_values_that_are_not_finite_are_found(dtype, count):
 
 @pytest.mark.parametrize("shape", [(3,), (2, 5, 5), (700,)])
 @pytest.mark.parametrize("name", ["field_fn", "posterior_mean"])
-def test_a_set_in_memory(call, by_operators, one_calls, name, shape):
-    values = list(inputs(shape=shape))
+def test_a_set_in_memory(by_operators, one_calls, name, shape):
+    values = values_for(shape=shape)
     rows = values[1]
     expected = by_operators(lambda: call(name, values))
     values[1] = pfgm.ReferenceSet(rows)
@@ -257,8 +234,8 @@ def test_a_set_in_memory(call, by_operators, one_calls, name, shape):
 
 
 @pytest.mark.parametrize("kind", ["flips", "file"])
-def test_a_set_that_needs_the_operators(call, one_calls, tmp_path, kind):
-    values = list(inputs())
+def test_a_set_that_needs_the_operators(one_calls, tmp_path, kind):
+    values = values_for()
     rows = values[1]
     if kind == "flips":
         values[1] = pfgm.ReferenceSet(rows, flips=True)
@@ -288,8 +265,8 @@ def test_values_of_a_gpu_pass_on_it_alone():
 
 
 @pytest.mark.parametrize("name", ["field_fn", "posterior_mean"])
-def test_gradients_need_no_operator_of_the_mean(call, by_operators, operators, name):
-    x, references, *rest = inputs(shape=(2, 3))
+def test_gradients_need_no_operator_of_the_mean(by_operators, operators, name):
+    x, references, *rest = values_for(shape=(2, 3))
 
     def gradients():
         inputs = [x.clone().requires_grad_(), references.clone().requires_grad_()]

@@ -6,6 +6,7 @@ from functools import partial
 import numpy as np
 import pytest
 import torch
+from torch.utils.checkpoint import checkpoint
 
 import pfgm
 from benchmarks.common import problems
@@ -35,20 +36,6 @@ def gradients(x, references, sigma, D, with_references=False, **options):
     return torch.autograd.grad((mean * x.detach().cos()).sum() + (lse * 0.1).sum(), inputs)
 
 
-@pytest.fixture
-def kept(monkeypatch):
-    """The sizes of what the backward passes are given."""
-    sizes = []
-    backward = native.posterior_mean_backward
-
-    def spy(problem, state, upstream, needs, kept=None):
-        sizes.append(0 if kept is None else len(kept))
-        return backward(problem, state, upstream, needs, kept)
-
-    monkeypatch.setattr(native, "posterior_mean_backward", spy)
-    return sizes
-
-
 def assert_close(actual, expected, tolerance):
     for one, other in zip(actual, expected, strict=True):
         other = other.double().reshape(len(other), -1)
@@ -73,10 +60,10 @@ def test_gradients_are_those_of_the_operator_and_the_oracle(
 ):
     inputs = problem(dtype=dtype, reference_dtype=reference_dtype)
     results = gradients(*inputs, D)
-    assert kept[-1] > 0
+    assert kept["backward"][-1] > 0
     monkeypatch.setattr(eager, "enabled", False)
     by_operator = gradients(*inputs, D)
-    assert kept[-1] == 0
+    assert kept["backward"][-1] == 0
     assert_close(results, by_operator, 1e-6 if dtype == torch.float32 else 1e-12)
     x, references, sigma = inputs
     wide = dequantise(references, torch.float64)
@@ -88,7 +75,7 @@ def test_gradients_are_those_of_the_operator_and_the_oracle(
 def test_gradients_of_references(kept, monkeypatch, M):
     inputs = problem(B=min(M, 50), M=M, shape=1030)
     results = gradients(*inputs, 1.0, with_references=True)
-    assert kept[-1] > 0
+    assert kept["backward"][-1] > 0
     monkeypatch.setattr(eager, "enabled", False)
     assert_close(results, gradients(*inputs, 1.0, with_references=True), 1e-6)
 
@@ -110,14 +97,14 @@ def test_too_little_memory_keeps_nothing(kept, monkeypatch, room):
         native, "room_for_distances", lambda _: torch.empty(max(room, 8), dtype=torch.uint8)
     )
     results = gradients(*inputs, 1.0)
-    assert kept == [0]
+    assert kept["backward"] == [0]
     monkeypatch.setattr(eager, "enabled", False)
     assert all(map(torch.equal, results, gradients(*inputs, 1.0)))
 
 
 def test_few_features_keep_nothing(kept):
     gradients(*problem(shape=511), 1.0)
-    assert kept == [0]
+    assert kept["backward"] == [0]
 
 
 def test_the_number_of_threads_changes_no_bit(threads):
@@ -136,17 +123,77 @@ def test_a_graph_can_be_kept_and_used_twice(kept):
     (first,) = torch.autograd.grad(total, x, retain_graph=True)
     (second,) = torch.autograd.grad(total, x)
     assert torch.equal(first, second)
-    assert kept[0] == kept[1] > 0
+    assert kept["backward"][0] == kept["backward"][1] > 0
 
 
-def test_a_change_of_the_points_is_noticed():
-    x, references, sigma = problem()
-    leaf = x.requires_grad_()
-    points = leaf * 1
-    mean = pfgm.posterior_mean(points, references, sigma=sigma, D=1.0)
-    points.mul_(2)
+@pytest.mark.parametrize("changed", [0, 1, 2])
+def test_changes_in_place_are_noticed(changed):
+    tensors = [value.requires_grad_() * 1 for value in problem()]
+    x, references, sigma = tensors
+    mean = pfgm.posterior_mean(x, references, r=sigma, D=1.0)
+    tensors[changed].mul_(2)
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
         mean.sum().backward()
+
+
+def test_nothing_is_kept_where_no_gradient_is_wanted(kept, monkeypatch):
+    monkeypatch.setattr(eager, "one_call", lambda *_, **__: None)  # which has no gradient
+    x, references, sigma = problem()
+    pfgm.posterior_mean(x, references, sigma=sigma, D=INF)
+    with torch.no_grad():
+        pfgm.posterior_mean(x.requires_grad_(), references, sigma=sigma, D=INF)
+    with torch.inference_mode():
+        pfgm.posterior_mean(x, references, sigma=sigma, D=INF)
+    assert kept["forward"] == [0, 0, 0]
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_checkpoints(kept, reentrant):
+    x, references, sigma = problem()
+    x.requires_grad_()
+
+    def mean(x):
+        return pfgm.posterior_mean(x, references, sigma=sigma, D=1.0).square().sum()
+
+    (expected,) = torch.autograd.grad(mean(x), x)
+    checkpoint(mean, x, use_reentrant=reentrant).backward()
+    assert torch.equal(x.grad, expected)
+    # The first pass of a reentrant checkpoint is without gradients, and keeps nothing.
+    assert len([size for size in kept["forward"] if size > 0]) == (2 if reentrant else 3)
+    assert len(set(kept["backward"])) == 1
+
+
+def compiled(gradient):
+    return torch.compile(gradient, backend="aot_eager", fullgraph=True)
+
+
+def under_autocast(gradient):
+    def run(x):
+        with torch.autocast(x.device.type, torch.bfloat16):
+            return gradient(x)
+
+    return run
+
+
+@pytest.mark.parametrize("way", ["compiled", "torch.func", "autocast"])
+def test_with_more_than_autograd_at_work_nothing_is_kept(kept, way):
+    x, references, sigma = problem()
+
+    def total(x):
+        return pfgm.posterior_mean(x, references, sigma=sigma, D=1.0).square().sum()
+
+    def gradient(total):
+        leaf = x.detach().clone().requires_grad_()
+        return torch.autograd.grad(total(leaf), leaf)[0]
+
+    expected = gradient(total)
+    assert kept["forward"].pop() >= kept["backward"].pop() > 0
+    if way == "torch.func":
+        actual = torch.func.grad(total)(x)
+    else:
+        actual = gradient({"compiled": compiled, "autocast": under_autocast}[way](total))
+    assert kept["backward"] == kept["forward"] == [0]
+    assert_close([actual], [expected], 1e-6)
 
 
 def test_batched_gradients_compute_the_distances_again(kept):
@@ -165,7 +212,7 @@ def test_hooks_may_move_what_is_kept(kept):
     with torch.autograd.graph.saved_tensors_hooks(lambda t: t.numpy().copy(), torch.from_numpy):
         moved = gradients(x, references, sigma, 1.0)
     assert all(map(torch.equal, plain, moved))
-    assert kept[0] == kept[1] > 0
+    assert kept["backward"][0] == kept["backward"][1] > 0
 
 
 def test_what_another_problem_kept_is_refused():

@@ -10,10 +10,8 @@ import torch
 from torch import Tensor
 
 from ...common.files import MALFORMED, StrPath
-from . import edm_files, pfgm_files
 from .edm_unets import EDMDenoiser
 from .pfgm_unets import Published
-from .safe_pickle import open_pickle
 
 _Network = TypeVar("_Network", Published, EDMDenoiser)
 
@@ -57,12 +55,16 @@ def load_published(
     ...     load_published(f"{folder}/checkpoint_7.pth", ema=False).config == net.config
     True
     """
+    # Late here and below, because only files need it.
+    from .edm_files import holds_modules
+    from .safe_pickle import open_pickle
+
     path = Path(path)
     if not path.is_file():
         raise FileNotFoundError(f"there is no checkpoint at {path}.")
     with open_pickle(path) as content:
         try:
-            if edm_files.holds_modules(content):
+            if holds_modules(content):
                 return _load_edm(content, ema, resolution).eval()
             return _load_pfgm(content, ema, resolution).eval()
         except MALFORMED as error:
@@ -70,6 +72,8 @@ def load_published(
 
 
 def _load_pfgm(content: Any, ema: bool, resolution: int | None) -> Published:
+    from . import pfgm_files
+
     weights = pfgm_files.weights_in(content)
     network = _build(*pfgm_files.infer_architecture(weights, resolution), weights)
     if ema:
@@ -78,6 +82,8 @@ def _load_pfgm(content: Any, ema: bool, resolution: int | None) -> Published:
 
 
 def _load_edm(content: Mapping[str, Any], ema: bool, resolution: int | None) -> EDMDenoiser:
+    from . import edm_files
+
     module = edm_files.module_in(content, ema=ema)
     weights = edm_files.weights_of(module)
     config = edm_files.infer_config(module, weights, resolution)

@@ -348,10 +348,8 @@ class NCSNpp(Published):
 
     The arguments are those of :class:`pfgm.networks.Published`. It predicts the field itself.
 
-    >>> net = NCSNpp(3, 16, nf=16, ch_mult=(1, 2), num_res_blocks=1, attn_resolutions=(8,))
-    >>> field_x, field_z = net(torch.randn(2, 3, 16, 16), torch.rand(2))
-    >>> field_x.shape, field_z.shape
-    (torch.Size([2, 3, 16, 16]), torch.Size([2]))
+    >>> NCSNpp(3, 16, nf=16, ch_mult=(1, 2)).config["embedding"]
+    'fourier'
     """
 
     def __init__(self, channels: int, resolution: int, **options: Any) -> None:

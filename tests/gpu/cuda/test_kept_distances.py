@@ -4,12 +4,12 @@ import math
 
 import pytest
 import torch
-from torch.utils.checkpoint import checkpoint
 
 import pfgm
 from pfgm.backends import native
 from pfgm.core.problems import PosteriorMean, State, Upstream
 from pfgm.ops import eager
+from tests.backends.accuracy import assert_accurate, assert_gradient
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.uint8]
 # Products, in tiles of each size on one multiprocessor or eight, and differences.
@@ -56,7 +56,7 @@ def check(op, x, references, radius, D, tolerance=None, change=1e-6):
         rounded = references.dtype != torch.float32  # as the gradient of the references is
         for place, wanted in enumerate(op.expected_gradients(*arguments)):
             if place != 1 or not rounded:
-                op.assert_gradient(actual[place], wanted, tolerance)
+                assert_gradient(actual[place], wanted, tolerance)
 
 
 @pytest.mark.slow
@@ -86,7 +86,7 @@ def test_near_ties(op, D):
     squared = radius.cpu() ** 2
     fall = nearest / squared / 2 if math.isinf(D) else (40 + D) / 2 * (nearest + squared).log()
     for results in (keeping(*arguments)[0], native.posterior_mean(PosteriorMean(*arguments))):
-        op.assert_accurate(results[:2], op.expected(*arguments), references)
+        assert_accurate(results[:2], op.expected(*arguments), references, 1e-5)
         torch.testing.assert_close(results[3].cpu(), (lse + fall).exp(), rtol=1e-5, atol=0)
 
 
@@ -194,34 +194,8 @@ def test_what_another_problem_kept_is_refused(op, limits):
         gradients(op, results, *arguments, kept)
 
 
-@pytest.fixture
-def kept(monkeypatch):
-    """The bytes that forward and backward passes are given for distances that are kept."""
-    sizes = {"forward": [], "backward": []}
-    forward, backward = native.posterior_mean, native.posterior_mean_backward
-
-    def size(memory):
-        return 0 if memory is None else len(memory)
-
-    def spy_on_forward(problem, kept=None):
-        sizes["forward"].append(size(kept))
-        return forward(problem, kept)
-
-    def spy_on_backward(problem, state, upstream, needs, kept=None):
-        sizes["backward"].append(size(kept))
-        return backward(problem, state, upstream, needs, kept)
-
-    monkeypatch.setattr(native, "posterior_mean", spy_on_forward)
-    monkeypatch.setattr(native, "posterior_mean_backward", spy_on_backward)
-    return sizes
-
-
-def leaves(*values):
-    return [value.detach().clone().requires_grad_() for value in values]
-
-
 def through(x, references, sigma, D):
-    inputs = leaves(x, sigma, references)
+    inputs = [value.detach().clone().requires_grad_() for value in (x, sigma, references)]
     x, sigma, references = inputs
     mean, lse = pfgm.posterior_mean(x, references, sigma=sigma, D=D, return_logsumexp=True)
     return torch.autograd.grad((mean * x.detach().cos()).sum() + (lse * 0.1).sum(), inputs)
@@ -236,118 +210,3 @@ def test_gradients_are_those_of_the_operator(op, kept, monkeypatch, D):
     monkeypatch.setattr(eager, "enabled", False)
     assert_same(actual, through(*problem, D))
     assert kept["backward"][1] == kept["forward"][1] == 0
-
-
-def test_nothing_is_kept_where_no_gradient_is_wanted(op, kept):
-    x, references, sigma = op.problem(18, 300, 40)
-    pfgm.posterior_mean(x, references, sigma=sigma, D=math.inf)
-    with torch.no_grad():
-        pfgm.posterior_mean(*leaves(x, references), sigma=sigma, D=math.inf)
-    with torch.inference_mode():
-        pfgm.posterior_mean(x, references, sigma=sigma, D=math.inf)
-    assert kept["forward"] == [0, 0, 0]
-
-
-def test_the_field_has_gradients_from_what_is_kept(op, kept, monkeypatch):
-    x, references, sigma = op.problem(18, 300, 40)
-    x, z = leaves(x, sigma)
-
-    def field_gradients():
-        field_x, field_z = pfgm.field_fn(x, z, references)
-        return torch.autograd.grad(field_x.square().sum() + field_z.sum(), (x, z))
-
-    actual = field_gradients()
-    assert kept["backward"][0] > 0
-    monkeypatch.setattr(eager, "enabled", False)
-    assert_same(actual, field_gradients())
-
-
-def test_a_graph_can_be_used_twice(op, kept):
-    x, references, sigma = op.problem(18, 300, 40)
-    x.requires_grad_()
-    total = pfgm.posterior_mean(x, references, sigma=sigma, D=1.0).sum()
-    (first,) = torch.autograd.grad(total, x, retain_graph=True)
-    (second,) = torch.autograd.grad(total, x)
-    assert torch.equal(first, second)
-    assert kept["backward"][0] == kept["backward"][1] > 0
-
-
-def test_a_second_derivative_is_refused(op):
-    x, references, sigma = op.problem(18, 300, 40)
-    x.requires_grad_()
-    mean = pfgm.posterior_mean(x, references, sigma=sigma, D=1.0)
-    (first,) = torch.autograd.grad(mean.square().sum(), x, create_graph=True)
-    with pytest.raises(RuntimeError, match="can be differentiated once"):
-        first.sum().backward()
-
-
-@pytest.mark.parametrize("changed", [0, 1, 2])
-def test_changes_in_place_are_noticed(op, changed):
-    tensors = [leaf * 1 for leaf in leaves(*op.problem(18, 300, 40))]
-    x, references, sigma = tensors
-    mean = pfgm.posterior_mean(x, references, r=sigma, D=1.0)
-    tensors[changed].mul_(2)
-    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
-        mean.sum().backward()
-
-
-@pytest.mark.parametrize("reentrant", [False, True])
-def test_checkpoints(op, kept, reentrant):
-    x, references, sigma = op.problem(18, 300, 40)
-    arguments = (x.requires_grad_(), references)
-
-    def mean(x, references):
-        return pfgm.posterior_mean(x, references, sigma=sigma, D=1.0).square().sum()
-
-    (expected,) = torch.autograd.grad(mean(*arguments), x)
-    checkpoint(mean, *arguments, use_reentrant=reentrant).backward()
-    assert torch.equal(x.grad, expected)
-    # The first pass of a reentrant checkpoint is without gradients, and keeps nothing.
-    sizes = [size for size in kept["forward"] if size > 0]
-    assert len(set(sizes)) == 1
-    assert len(sizes) == (2 if reentrant else 3)
-
-
-def test_batched_gradients_measure_again(op, kept):
-    x, references, sigma = op.problem(18, 300, 40)
-    x.requires_grad_()
-    mean = pfgm.posterior_mean(x, references, sigma=sigma, D=1.0)
-    upstream = torch.randn(3, *mean.shape, generator=torch.Generator().manual_seed(0)).to(x.device)
-    (batched,) = torch.autograd.grad(mean, x, upstream, is_grads_batched=True, retain_graph=True)
-    assert set(kept["backward"]) == {0}
-    each = [torch.autograd.grad(mean, x, one, retain_graph=True)[0] for one in upstream]
-    for one, other in zip(batched, each, strict=True):
-        op.assert_gradient(one, other.double(), 1e-5)
-
-
-def compiled(gradient):
-    return torch.compile(gradient, backend="aot_eager", fullgraph=True)
-
-
-def under_autocast(gradient):
-    def run(x):
-        with torch.autocast(x.device.type, torch.bfloat16):
-            return gradient(x)
-
-    return run
-
-
-@pytest.mark.parametrize("way", ["compiled", "torch.func", "autocast"])
-def test_with_more_than_autograd_at_work_nothing_is_kept(op, kept, way):
-    x, references, sigma = op.problem(18, 300, 40)
-
-    def total(x):
-        return pfgm.posterior_mean(x, references, sigma=sigma, D=1.0).square().sum()
-
-    def gradient(total):
-        leaf = x.detach().clone().requires_grad_()
-        return torch.autograd.grad(total(leaf), leaf)[0]
-
-    expected = gradient(total)
-    assert kept["backward"].pop() == kept["forward"].pop() > 0
-    if way == "torch.func":
-        actual = torch.func.grad(total)(x)
-    else:
-        actual = gradient({"compiled": compiled, "autocast": under_autocast}[way](total))
-    assert kept["backward"] == kept["forward"] == [0]
-    assert torch.equal(actual, expected)
