@@ -428,9 +428,8 @@ class Evaluate:
                 "50 000 of each (--n, --against).",
                 file=sys.stderr,
             )
-        weights = find_inception_weights(self.fid_weights)
         splits = min(_SPLITS, len(samples))
-        result = inception_metrics(samples, train, splits=splits, weights=weights)
+        result = inception_metrics(samples, train, splits=splits, weights=self.fid_weights)
         return {
             "against": "train",
             "counts": counts,

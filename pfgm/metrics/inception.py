@@ -46,7 +46,8 @@ def inception_metrics(
     Published numbers take 50 000 samples; fewer than 2048 leave the covariance singular. The
     images are converted to bytes, and torch-fidelity resizes them.
 
-    The weights of the network (91 MB) are downloaded at the first call and stored in torch's cache.
+    The weights of the network (91 MB) are not downloaded. Without them the error says which file
+    belongs where. As the file is unpickled, only the official one is accepted, by its checksum.
 
     Args:
         samples: (n, C, H, W) with C = 1 (grey) or 3 (RGB), or (n, H, W) grey; uint8, or floating
@@ -54,15 +55,15 @@ def inception_metrics(
         real: (m, C, H, W) or (m, H, W), likewise. The two sets may differ in image size.
         splits: number of splits for the Inception score, from 1 to n.
         batch_size: images in one call of the network.
-        weights: a file of torch-fidelity's weights; None downloads it. The file is unpickled, so
-            it can run any code: use only the file that torch-fidelity provides.
+        weights: the file of torch-fidelity's weights; None looks in torch's cache.
 
     Raises:
         ImportError: torch-fidelity is not installed.
-        OSError: the weights can be neither found nor downloaded.
+        FileNotFoundError: there is no file of weights.
         TypeError: a dtype is neither floating nor uint8.
         ValueError: a shape is not allowed; there are too few images; the devices differ; values
-            are NaN or infinity; splits or batch_size is out of range.
+            are NaN or infinity; splits or batch_size is out of range; the weights are not the
+            official ones.
 
     >>> draw = torch.Generator().manual_seed(0)
     >>> images = torch.rand(20, 3, 32, 32, generator=draw) * 2 - 1
@@ -82,28 +83,22 @@ def inception_metrics(
             f"samples and real must be on one device, got {samples.device} and {real.device}."
         )
     sets = [_as_bytes("samples", samples), _as_bytes("real", real)]
-    fidelity = _import_fidelity()
-    try:
-        # torch-fidelity uses the current device; -1 leaves it as it is.
-        with torch.cuda.device(samples.device if samples.is_cuda else -1):
-            figures = fidelity.calculate_metrics(
-                input1=sets[0],
-                input2=sets[1],
-                isc=True,
-                isc_splits=splits,
-                fid=True,
-                cuda=samples.is_cuda,
-                batch_size=batch_size,
-                feature_extractor_weights_path=None if weights is None else str(weights),
-                save_cpu_ram=True,  # no worker processes: the images are in memory already
-                cache=False,
-                verbose=False,
-            )
-    except OSError as error:  # includes the errors of urllib
-        raise OSError(
-            f"the weights of Inception v3 cannot be downloaded ({error}). Without a network, copy "
-            f"the file {_WEIGHTS} from {_RELEASES} and give its path as weights."
-        ) from error
+    fidelity, file = _import_fidelity(), find_inception_weights(weights)
+    # torch-fidelity uses the current device; -1 leaves it as it is.
+    with torch.cuda.device(samples.device if samples.is_cuda else -1):
+        figures = fidelity.calculate_metrics(
+            input1=sets[0],
+            input2=sets[1],
+            isc=True,
+            isc_splits=splits,
+            fid=True,
+            cuda=samples.is_cuda,
+            batch_size=batch_size,
+            feature_extractor_weights_path=str(file),
+            save_cpu_ram=True,  # no worker processes: the images are in memory already
+            cache=False,
+            verbose=False,
+        )
     return InceptionMetrics(
         float(figures[fidelity.KEY_METRIC_FID]),
         float(figures[fidelity.KEY_METRIC_ISC_MEAN]),
@@ -112,12 +107,10 @@ def inception_metrics(
 
 
 def find_inception_weights(path: StrPath | None = None) -> Path:
-    """The file of the weights that :func:`inception_metrics` needs, found without a download.
-
-    The file is unpickled later, so it is only accepted with the checksum of the official one.
+    """The file of the weights that :func:`inception_metrics` needs.
 
     Args:
-        path: the file; None looks in torch's cache, where a download would put it.
+        path: the file; None looks in torch's cache, where torch-fidelity itself would put it.
     """
     _import_fidelity()
     place = Path(path or Path(torch.hub.get_dir()) / "checkpoints" / _WEIGHTS)

@@ -1,9 +1,9 @@
 """The metrics against scipy, closed forms, and plain loops."""
 
+import hashlib
 import math
 import sys
 import types
-import urllib.error
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -343,7 +343,18 @@ def fake_fidelity(
     monkeypatch.setitem(sys.modules, "torch_fidelity", module)
 
 
-def test_inception_metrics_hands_bytes_to_torch_fidelity(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.fixture
+def weights(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
+    """A file that passes for the official weights."""
+    (tmp_path / "w.pth").write_bytes(b"weights")
+    checksum = hashlib.sha256(b"weights").hexdigest()
+    monkeypatch.setattr("pfgm.metrics.inception._CHECKSUM", checksum)
+    return tmp_path / "w.pth"
+
+
+def test_inception_metrics_hands_bytes_to_torch_fidelity(
+    monkeypatch: pytest.MonkeyPatch, weights: Path
+) -> None:
     seen: dict[str, Any] = {}
 
     def calculate(**options: Any) -> dict[str, float]:
@@ -357,7 +368,7 @@ def test_inception_metrics_hands_bytes_to_torch_fidelity(monkeypatch: pytest.Mon
     fake_fidelity(monkeypatch, calculate)
     grey = torch.tensor([-2.0, -1.0, 0.0, 1.0]).view(1, 2, 2).expand(4, 2, 2)
     colour = torch.arange(48).to(torch.uint8).view(2, 3, 2, 4)
-    figures = metrics.inception_metrics(grey, colour, splits=4, batch_size=7, weights=Path("w.pth"))
+    figures = metrics.inception_metrics(grey, colour, splits=4, batch_size=7, weights=weights)
     assert figures == metrics.InceptionMetrics(fid=3.5, score=2.5, score_deviation=0.5)
     assert len(seen["input1"]) == 4
     expected = torch.tensor([[0, 0], [128, 255]], dtype=torch.uint8).expand(3, 2, 2)
@@ -365,16 +376,10 @@ def test_inception_metrics_hands_bytes_to_torch_fidelity(monkeypatch: pytest.Mon
     assert torch.equal(torch.stack([seen["input2"][i] for i in range(2)]), colour)
     assert (seen["fid"], seen["isc"], seen["isc_splits"]) == (True, True, 4)
     assert (seen["cuda"], seen["batch_size"], seen["cache"]) == (False, 7, False)
-    assert seen["feature_extractor_weights_path"] == "w.pth"
-
-
-def test_inception_metrics_without_weights(monkeypatch: pytest.MonkeyPatch) -> None:
-    def calculate(**options: Any) -> dict[str, float]:
-        raise urllib.error.URLError("no network")
-
-    fake_fidelity(monkeypatch, calculate)
-    with pytest.raises(OSError, match=r"cannot be downloaded \(.*no network.*path as weights"):
-        metrics.inception_metrics(torch.zeros(10, 8, 8), torch.zeros(10, 8, 8))
+    assert seen["feature_extractor_weights_path"] == str(weights)
+    weights.write_bytes(b"other weights")
+    with pytest.raises(ValueError, match="must be torch-fidelity's file of weights"):
+        metrics.inception_metrics(grey, colour, splits=4, weights=weights)
 
 
 def test_inception_metrics_without_the_package(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -422,6 +427,8 @@ def test_torch_fidelity_itself_agrees_with_our_distance(
                 nn.init.kaiming_normal_(layer.weight, nonlinearity="relu")
     weights = tmp_path / "weights.pth"
     torch.save(network.state_dict(), weights)
+    checksum = hashlib.sha256(weights.read_bytes()).hexdigest()
+    monkeypatch.setattr("pfgm.metrics.inception._CHECKSUM", checksum)
     draw = torch.Generator().manual_seed(0)
     samples, real = torch.randint(256, (2, 12, 3, 16, 16), generator=draw).to(torch.uint8)
     real = real // 2
