@@ -127,10 +127,6 @@ def _runs() -> Iterator[Run]:
     yield Run("mnist-5k", "EDM", best, 3.0)
     for changes in ({}, {"learning_rate": 0.012}):
         yield Run("mnist-5k", "OT-CFM", best, 3.0, changes=changes)
-    for flow in ("PFGM++ 128", "EDM"):
-        yield Run(_FASHION, flow, best, 9.0, seed=1)
-    for width in (32, 48):
-        yield Run(_FASHION, "PFGM", Size(width, three, 2, 64), 9.0, seed=1)
 
 
 def _precisions(size: Size) -> Iterator[Run]:
