@@ -80,7 +80,7 @@ class Run(NamedTuple):
 
     data: str
     flow: str
-    size: Size | None  # None for the command, which chooses, and for a recipe
+    size: Size | None  # None where the command chooses, and for a recipe
     minutes: float  # 0 if the steps are given
     seed: int = 0
     precision: Precision = "bfloat16"
@@ -120,6 +120,7 @@ def _runs() -> Iterator[Run]:
     yield Run("mnist-5k", "PFGM", Size(32, three, 2, 32), 3.0)
     for data, minutes in ((_FASHION, 5.0), (_FASHION, 20.0), ("mnist-5k", 5.0)):
         yield Run(data, COMMAND, None, minutes, precision="auto")
+    yield Run(_FASHION, COMMAND, Size(64, three, 2, 32), 20.0, precision="auto")
     yield Run(_FASHION, RECIPE, None, 96.0, precision="auto")
     yield from _precisions(best)
     for minutes, rate in ((1.0, 0.012), (3.0, 0.012), (3.0, 0.006)):
@@ -172,7 +173,9 @@ def trained(row: Run, out: Path) -> tuple[Flow, nn.Module, Row]:
 
 def _trained_by_command(row: Run, out: Path) -> tuple[Flow, nn.Module, Row]:
     """The flow and the network of a run of the command."""
-    folder, data = out / f"{row.data}-command-{row.minutes:g}", row.data
+    sizes = row.size._asdict() if row.size else {}
+    name = "-".join([row.data, "command", f"{row.minutes:g}", *map(str, sizes.values())])
+    folder, data = out / name.replace(" ", ""), row.data
     if data != _FASHION:
         images, data = images_of(data), f"{folder}.npz"
         write_atomic(
@@ -181,8 +184,9 @@ def _trained_by_command(row: Run, out: Path) -> tuple[Flow, nn.Module, Row]:
         )
     if not (folder / "latest.json").exists():
         torch.set_num_threads(2)
-        training = TrainConfig(minutes=row.minutes, seed=row.seed)
-        runs.start(RunConfig(data=data, labels=True, training=training), folder)
+        batch = sizes.pop("batch", None)
+        training = TrainConfig(minutes=row.minutes, seed=row.seed, batch_size=batch)
+        runs.start(RunConfig(data=data, labels=True, training=training, **sizes), folder)
         torch.set_num_threads(1)
     steps = json.loads((folder / "latest.json").read_text())["step"]
     return _with_choice(row, *pfgm.load(folder), RunConfig.load(folder), steps)

@@ -86,7 +86,7 @@ def choose(
         patch: the length of the patches, if it is given.
         rows: the trainings that the choice is fitted to, by default those that are stored.
 
-    >>> few, many = choose((1, 28, 28), 1000.0), choose((1, 28, 28), 100_000.0)
+    >>> few, many = choose((1, 28, 28), 100.0), choose((1, 28, 28), 100_000.0)
     >>> few.width < many.width
     True
     """
