@@ -92,7 +92,7 @@ def supports(
 ) -> str | None:
     reason = unable(device, dtype, references)
     # Without a GPU there are only fake tensors, of which a graph for a GPU may be made.
-    if reason is None and device.type == "cuda" and torch.cuda.is_available():
+    if reason is None and _on_cuda(device) and torch.cuda.is_available():
         return _device_reason(device)
     return reason
 
@@ -104,13 +104,17 @@ def unable(
     driver may compile them then."""
     if _native is None:
         return _why_missing
-    if device.type == "cuda":
+    if _on_cuda(device):
         return _unable_on_cuda(device, dtype, references)
     if device.type != "cpu":
         return f"its kernels run on the CPU and on NVIDIA GPUs, not on {device.type}"
     if dtype not in (torch.float32, torch.float64):
         return f"it computes in float32 and float64, not {dtype}"
     return None
+
+
+def _on_cuda(device: torch.device) -> bool:
+    return device.type == "cuda"
 
 
 def gpu_of(value: Any) -> torch.device | None:
@@ -247,7 +251,7 @@ def sketch(references: Tensor, dtype: torch.dtype) -> Tensor | None:
     multiplies bytes fast and the references are not bytes themselves (csrc/cpu/byte_screen.h), else
     the mean and deviation of each 32 features (csrc/cpu/line_screen.h).
     """
-    size = 0 if references.device.type == "cuda" else _sketch_size(references, dtype)
+    size = 0 if _on_cuda(references.device) else _sketch_size(references, dtype)
     if size == 0:
         return None
     references = contiguous_features(references)
@@ -332,14 +336,14 @@ def room_for_distances(problem: PosteriorMean) -> Tensor | None:
     None if it keeps none.
     """
     x, references = problem.x, problem.references
-    of = extension().kept_bytes_cuda if x.device.type == "cuda" else extension().kept_bytes
+    of = extension().kept_bytes_cuda if _on_cuda(x.device) else extension().kept_bytes
     size: int = of(**_sizes(references, x.dtype), queries=len(x))
     return unfilled(size, x.device) if size > 0 else None
 
 
 def used_room(memory: Tensor | None) -> Tensor | None:
     """The part of the memory that the forward pass used; None if it kept nothing."""
-    if memory is None or memory.device.type == "cuda":
+    if memory is None or _on_cuda(memory.device):
         return memory
     # The CPU kernels say it in the first 8 bytes. They may run out of room, and then keep nothing.
     used = int(memory[:8].view(torch.int64))
@@ -368,7 +372,7 @@ def posterior_mean(
         kept=_memory(kept),
     )
     native_form = native_problem(problem)
-    if x.device.type != "cuda":
+    if not _on_cuda(x.device):
         check_status(extension().posterior_mean(native_form, io), x, references, radius)
         return mean, logsumexp, nearest, total
     if checks_values(x.device):
@@ -397,7 +401,7 @@ def posterior_mean_backward(
     )
     io = backward_io(state, upstream, gradients, kept=_memory(kept))
     native_form = native_problem(problem)
-    if x.device.type == "cuda":
+    if _on_cuda(x.device):
         constant = law(problem.D, x.shape[1]).is_constant(state.nearest, radius)
         check_singular(constant, upstream.grad_logsumexp)
         _run_on_cuda(x, native_form, io, True, kept)
@@ -444,7 +448,7 @@ def normalised_field(difference: Tensor, z: Tensor, gamma: float) -> tuple[Tenso
     difference, z = contiguous_features(difference), z.contiguous()
     field_x, field_z = difference.new_empty(difference.shape), difference.new_empty(len(difference))
     field = _native_field(difference, z, gamma, field_x, field_z)
-    if difference.device.type == "cuda":
+    if _on_cuda(difference.device):
         extension().normalised_field_cuda(field, _cuda_stream(difference.device))
     else:
         extension().normalised_field(field)
@@ -454,7 +458,7 @@ def normalised_field(difference: Tensor, z: Tensor, gamma: float) -> tuple[Tenso
 def normalised_field_backward(
     grad_field_x: Tensor, grad_field_z: Tensor, difference: Tensor, z: Tensor, gamma: float
 ) -> tuple[Tensor, Tensor]:
-    if difference.device.type == "cuda":
+    if _on_cuda(difference.device):
         return formulas.normalised_field_backward(grad_field_x, grad_field_z, difference, z, gamma)
     difference, z = contiguous_features(difference), z.contiguous()
     grad_field_x, grad_field_z = contiguous_features(grad_field_x), grad_field_z.contiguous()
@@ -494,7 +498,7 @@ def ode_step(
         mean=address_and_stride(mean_out),
         threads=torch.get_num_threads(),
     )
-    if x.device.type == "cuda":
+    if _on_cuda(x.device):
         extension().ode_step_cuda(native_step, _cuda_stream(x.device))
     else:
         extension().ode_step(native_step)
