@@ -12,7 +12,9 @@ each label, with 10 evaluations: the Fréchet distance to the held-out images in
 small classifier, and the share of samples to which it gives the label that was asked for.
 ``cost`` is the time of a step in that of the default network with batches of 32. OT-CFM has
 torchcfm's loss, and "defaults" is ``pfgm train`` as it comes, broken off after these minutes. The
-rows "pfgm train --minutes" are runs of the command on two threads, with minutes by the clock.
+rows "pfgm train --minutes" are runs of the command on two threads, with minutes by the clock. Rows
+with a number of steps compare the precisions. Figures are those of the better of the schedules
+"log" and "rho".
 
 A run that was stopped continues from its checkpoint in ``--out``.
 """
@@ -329,7 +331,9 @@ def draw(rows: list[Row], options: argparse.Namespace) -> None:
 
 def _named(row: Row) -> str:
     """The size of a row, and what was changed in it, in words."""
-    changes = [f"{name} {value}" for name, value in row.get("changes", {}).items() if value]
+    changes = [
+        f"{name} {value}" for name, value in row.get("changes", {}).items() if value is not None
+    ]
     if row["flow"] == "PFGM, defaults":
         changes = []
     if not row["size"]:

@@ -284,7 +284,6 @@ def open_mapped(array: np.memmap[Any, Any]) -> Source:
     mapping, filename = getattr(array, "_mmap", None), array.filename
     if mapping is None or filename is None or array.mode == "c" or array.ndim < 2:
         return InMemory(from_numpy(np.asarray(array), "data"))
-    check_samples(array.shape, "data")  # the array may be a part of what the file holds
     dtype = _NUMPY_DTYPES.get(array.dtype)
     if dtype is None or not array.flags.c_contiguous:
         return _loaded(np.array(array), str(filename))

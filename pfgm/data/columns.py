@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import shlex
 from dataclasses import dataclass
 from typing import Any
 
@@ -31,9 +32,46 @@ class Problem(ValueError):
 
 def leave_out(column: str) -> str:
     """How a column is left out, for messages."""
-    import shlex  # late, because only errors need it
-
     return f"leave it out with --drop-columns {shlex.quote(column)} (drop_columns=[{column!r}])"
+
+
+def check_integers(numbers: Any, key: str, name: str) -> None:
+    """Raises ValueError if float64 does not hold the integers of a column."""
+    if len(numbers) and max(int(numbers.max()), -int(numbers.min())) > 2**53:
+        raise Problem(
+            f"{name} must have integers up to 2^53, got {numbers.abs().max()} in column {key!r}; "
+            f"{leave_out(key)} if it numbers the rows.",
+            column=key,
+        )
+
+
+def frame_values(column: Any, name: str) -> Array:
+    """The values of a column of a DataFrame."""
+    kind = column.dtype.kind
+    if kind in "iu":
+        check_integers(column.dropna(), column.name, name)
+    if kind in "iuf":
+        values: Array = column.to_numpy(np.float64, na_value=np.nan)
+        return values
+    texts = column.astype(object).where(column.notna(), None).to_numpy()
+    truths = {str(each) for each in texts if isinstance(each, (bool, np.bool_))}
+    if both := truths & {each for each in texts if isinstance(each, str)}:
+        raise Problem(
+            f"{name} must hold {min(both)} as a text or as a truth value, got both in column "
+            f"{column.name!r}; {leave_out(str(column.name))}, or make texts of it.",
+            column=str(column.name),
+        )
+    if kind == "b" or all(isinstance(each, (str, bool, type(None))) for each in texts):
+        return np.array([each if each is None else _plain(each) for each in texts], dtype=object)
+    raise Problem(
+        f"{name} must hold numbers, texts and truth values, got {column.dtype} in column "
+        f"{column.name!r}; {leave_out(str(column.name))}, or make numbers or texts of it.",
+        column=str(column.name),
+    )
+
+
+def _plain(value: Any) -> str | bool:
+    return str(value) if isinstance(value, str) else bool(value)
 
 
 @dataclass(frozen=True)

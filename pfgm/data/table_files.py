@@ -7,6 +7,7 @@ import gzip
 import io
 import os
 import re
+import shlex
 import warnings
 import zlib
 from collections.abc import Collection, Iterator, Mapping, Sequence
@@ -19,7 +20,7 @@ import numpy as np
 
 from ..common.files import StrPath, write_atomic
 from ..common.optional import optional
-from .columns import FEW, Array, Problem, leave_out
+from .columns import FEW, Array, Problem, check_integers, leave_out
 
 SEPARATORS = (",", ";", "\t")
 SUFFIXES = (".csv", ".tsv", ".csv.gz", ".tsv.gz", ".parquet")
@@ -54,8 +55,6 @@ class Problems(list[Problem]):
         if len(self) == 1:
             raise ValueError(str(self[0])) from self[0]
         if self:
-            import shlex  # late, because only errors need it
-
             columns = [shlex.quote(each.column) for each in self if each.column is not None]
             options = [*dict.fromkeys(each.option for each in self if each.option)]
             options += ["--drop-columns", *dict.fromkeys(columns)] if columns else []
@@ -253,7 +252,7 @@ def _parsed(cells: Any, decimal: str, name: str, *, as_texts: bool) -> Array:
             _check_texts(others, numbers, name)
         texts: Array = cells.to_numpy(object)
         return texts
-    _check_integers(numbers[present.str.fullmatch(r"[+-]?\d+")], cells.name, name)
+    check_integers(numbers[present.str.fullmatch(r"[+-]?\d+")], cells.name, name)
     values = np.full(len(cells), np.nan)
     # pandas reads 17 digits with an error in the last one, and Python exactly.
     values[cells.notna().to_numpy()] = digits.to_numpy(object).astype(np.float64)
@@ -275,45 +274,6 @@ def _check_texts(texts: Any, numbers: Any, name: str) -> None:
             f"leave the cells of missing values empty, or {leave_out(texts.name)}.",
             column=texts.name,
         )
-
-
-def _check_integers(numbers: Any, key: str, name: str) -> None:
-    """Raises ValueError if float64 does not hold the integers of a column."""
-    if len(numbers) and max(int(numbers.max()), -int(numbers.min())) > 2**53:
-        raise Problem(
-            f"{name} must have integers up to 2^53, got {numbers.abs().max()} in column {key!r}; "
-            f"{leave_out(key)} if it numbers the rows.",
-            column=key,
-        )
-
-
-def frame_values(column: Any, name: str) -> Array:
-    """The values of a column of a DataFrame."""
-    kind = column.dtype.kind
-    if kind in "iu":
-        _check_integers(column.dropna(), column.name, name)
-    if kind in "iuf":
-        values: Array = column.to_numpy(np.float64, na_value=np.nan)
-        return values
-    texts = column.astype(object).where(column.notna(), None).to_numpy()
-    truths = {str(each) for each in texts if isinstance(each, (bool, np.bool_))}
-    if both := truths & {each for each in texts if isinstance(each, str)}:
-        raise Problem(
-            f"{name} must hold {min(both)} as a text or as a truth value, got both in column "
-            f"{column.name!r}; {leave_out(str(column.name))}, or make texts of it.",
-            column=str(column.name),
-        )
-    if kind == "b" or all(isinstance(each, (str, bool, type(None))) for each in texts):
-        return np.array([each if each is None else _plain(each) for each in texts], dtype=object)
-    raise Problem(
-        f"{name} must hold numbers, texts and truth values, got {column.dtype} in column "
-        f"{column.name!r}; {leave_out(str(column.name))}, or make numbers or texts of it.",
-        column=str(column.name),
-    )
-
-
-def _plain(value: Any) -> str | bool:
-    return str(value) if isinstance(value, str) else bool(value)
 
 
 def _may_group(cells: Any) -> bool:

@@ -23,6 +23,7 @@ from .columns import (
     Problem,
     Texts,
     column_from,
+    frame_values,
     learn_column,
     leave_out,
 )
@@ -33,7 +34,6 @@ from .table_files import (
     UNNAMED,
     Problems,
     check_names_of_dropped,
-    frame_values,
     named_apart,
     read_cells,
     read_parquet,

@@ -22,7 +22,7 @@ from .targets import Targets
 
 _MOST_REFERENCES = 10_000
 _EXACT_STEPS = 200
-_MOST_STEPS = 100
+_MOST_FITTED = 100
 _INVISIBLE = 0.01  # an error in units of the data's spread
 _LAST = (0.1, 0.2, 0.4)  # starts of the last step, in units of the standard deviation of a value
 _FIRST_MOVE, _LEAST_MOVE = 0.25, 0.03  # of a level in the search, in log z
@@ -172,9 +172,9 @@ class Fitting(Sampling, Targets):
 def check_fitted_steps(name: str, steps: int) -> None:
     """Raises ValueError unless levels can be fitted for so many steps."""
     whole(name, steps, 1, MOST_STEPS)
-    if steps > _MOST_STEPS:
+    if steps > _MOST_FITTED:
         raise ValueError(
-            f"{name} must be at most {_MOST_STEPS}, got {steps}: with more, the schedules hardly "
+            f"{name} must be at most {_MOST_FITTED}, got {steps}: with more, the schedules hardly "
             "differ."
         )
 

@@ -47,7 +47,8 @@ def inception_metrics(
     images are converted to bytes, and torch-fidelity resizes them.
 
     The weights of the network (91 MB) are not downloaded. Without them the error says which file
-    belongs where. As the file is unpickled, only the official one is accepted, by its checksum.
+    belongs where. Their file is unpickled, so it can run any code. The eight digits of a checksum
+    in the official name are compared, which finds a wrong or damaged file, but no forged one.
 
     Args:
         samples: (n, C, H, W) with C = 1 (grey) or 3 (RGB), or (n, H, W) grey; uint8, or floating
@@ -62,8 +63,7 @@ def inception_metrics(
         FileNotFoundError: there is no file of weights.
         TypeError: a dtype is neither floating nor uint8.
         ValueError: a shape is not allowed; there are too few images; the devices differ; values
-            are NaN or infinity; splits or batch_size is out of range; the weights are not the
-            official ones.
+            are NaN or infinity; splits or batch_size is out of range; the checksum differs.
 
     >>> draw = torch.Generator().manual_seed(0)
     >>> images = torch.rand(20, 3, 32, 32, generator=draw) * 2 - 1
@@ -107,7 +107,7 @@ def inception_metrics(
 
 
 def find_inception_weights(path: StrPath | None = None) -> Path:
-    """The file of the weights that :func:`inception_metrics` needs.
+    """The file of the weights that :func:`inception_metrics` needs, with their checksum compared.
 
     Args:
         path: the file; None looks in torch's cache, where torch-fidelity itself would put it.

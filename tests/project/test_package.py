@@ -73,7 +73,7 @@ def test_importing_takes_a_fraction_of_torch_and_no_optional_package():
     fraction, *modules = shown.stdout.split()
     optional = {"triton", "sklearn", "matplotlib", "PIL", "tyro", "pytest"}
     optional |= {"diffusers", "k_diffusion", "torchcfm", "lightning", "accelerate", "pandas"}
-    optional |= {"scipy", "torchdiffeq", "pfgm.plotting", "pfgm.training", "platformdirs", "shlex"}
+    optional |= {"scipy", "torchdiffeq", "pfgm.plotting", "pfgm.training", "platformdirs"}
     optional |= {"safetensors", "secrets"}
     optional |= {"pfgm.data.images", "pfgm.data.image_files", "pfgm.data.torch_datasets"}
     published = ("edm_files", "pfgm_files", "safe_pickle")
