@@ -21,6 +21,7 @@ DATA = torch.ones(4, 2)
         (lambda: TrainConfig(lr=1e-3), "argument 'lr'; use learning_rate"),
         (lambda: TrainConfig(num_steps=3), "'num_steps'; use steps"),
         (lambda: TrainConfig(batch=3), "'batch'; use batch_size"),
+        (lambda: TrainConfig(references=3), "'references'; use reference_batch"),
         (lambda: TrainConfig(colour=3), "'colour'$"),
         *(
             (

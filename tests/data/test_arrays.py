@@ -272,6 +272,9 @@ def test_shapes_that_are_no_samples_are_refused(tmp_path: Path, shape: tuple[int
         mapped = np.load(save(tmp_path / "b.npy", ramp(8)), mmap_mode="r")
         part = mapped[: math.prod(shape)].reshape(shape)
         sources += [("data", each) for each in (torch.zeros(shape), np.zeros(shape), part)]
+    if len(shape) == 2:
+        path = tmp_path / "c.bin"
+        sources.append((str(path), np.memmap(path, np.float32, "w+", shape=shape)))
     for name, source in sources:
         message = f"{name} must have shape (n, *S), n samples of shape S with at least one number, "
         with pytest.raises(ValueError, match=re.escape(f"{message}got {shape}")):
