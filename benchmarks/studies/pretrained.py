@@ -45,7 +45,9 @@ RUNS: dict[str, dict[str, Any]] = {
     "labels, guidance 1.5, log to 0.3": {"guidance": 1.5, "schedule": "log", "last": 0.3},
 }
 """All with 10 steps, and the schedule rho unless another is named."""
-AVATARS = (HELD_OUT, "labels", "labels, guidance 1.5, log to 0.3")
+GUIDED = {"labels, guidance 1.2": {"guidance": 1.2}}
+"""What README draws avatars with."""
+AVATARS = (HELD_OUT, "labels", "labels, guidance 1.5, log to 0.3", *GUIDED)
 SHOWN = AVATARS[-1]  # in pictures
 FLOWS = {"PFGM, 3000 steps": "pfgm", "PFGM++ 128, 3000 steps": "pfgm++"}
 BINS, WIDTH = 20, 0.02  # of the histograms of distances
@@ -116,7 +118,7 @@ def drawn(options: argparse.Namespace, name: str, run: str, seed: int) -> tuple[
         labels=labels,
         progress=True,
         steps=10,
-        **RUNS.get(run, {}),
+        **(RUNS | GUIDED).get(run, {}),
     )
     return samples.clamp(-1, 1), evaluations
 
@@ -145,7 +147,7 @@ def draw(rows: list[Row], options: argparse.Namespace) -> None:
     labels, names = LABELS[:50], PRETRAINED["avatars"].classes
     prior = draw_prior(flow, len(labels), seed=1)
     samples, _ = sample_in_batches(
-        flow, network, prior, batch_size=BATCH, labels=labels, steps=10, **RUNS[SHOWN]
+        flow, network, prior, batch_size=BATCH, labels=labels, steps=10, **GUIDED[SHOWN]
     )
     held_out = data_of("avatars")[0].held_out
     real = [

@@ -211,10 +211,7 @@ def test_no_torch_header_in_the_extension():
 def test_readme_commands_are_those_that_are_tested():
     text = (ROOT / "README.md").read_text()
     install = "    python3 -m venv .venv && .venv/bin/pip install "
-    sample = (
-        ".venv/bin/pfgm sample avatars --n 100"
-        " --guidance 1.5 --schedule log --last 0.3 --out samples.png"
-    )
+    sample = ".venv/bin/pfgm sample avatars --n 100 --guidance 1.2 --out samples.png"
     assert f"{install}'.[demo]' && {sample}\n" in text
     assert f"{install}'.[demo]' && .venv/bin/pfgm demo\n" in text
     assert f"{install}-e '.[test]' && .venv/bin/pytest -n auto\n" in text
