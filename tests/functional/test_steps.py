@@ -443,7 +443,7 @@ ABOVE_0, AT_LEAST_0 = (
         *(
             ({name: bad}, f"{name} {AT_LEAST_0} {bad}.")
             for name in ("gamma", "z_exp")
-            for bad in (-1.0, math.nan, math.inf, True, False)
+            for bad in (-1.0, math.nan, math.inf, 10**400, True, False)
         ),
         ({"gamma": torch.tensor(5.0, requires_grad=True)}, "TypeError: gamma…requires grad."),
         ({"substitution": "none"}, "substitution must be one of exact, published, got 'none'."),
