@@ -43,12 +43,12 @@ RUNS: dict[str, dict[str, Any]] = {
     "labels, log to 0.3": {"schedule": "log", "last": 0.3},
     "labels, guidance 1.5": {"guidance": 1.5},
     "labels, guidance 1.5, log to 0.3": {"guidance": 1.5, "schedule": "log", "last": 0.3},
+    "labels, guidance 1.2": {"guidance": 1.2},
 }
 """All with 10 steps, and the schedule rho unless another is named."""
-GUIDED = {"labels, guidance 1.2": {"guidance": 1.2}}
-"""What README draws avatars with."""
-AVATARS = (HELD_OUT, "labels", "labels, guidance 1.5, log to 0.3", *GUIDED)
-SHOWN = AVATARS[-1]  # in pictures
+SHOWN = "labels, guidance 1.2"  # in pictures of avatars
+AVATARS = (HELD_OUT, "labels", "labels, guidance 1.5, log to 0.3", SHOWN)
+OTHERS = tuple(run for run in RUNS if run != SHOWN)
 FLOWS = {"PFGM, 3000 steps": "pfgm", "PFGM++ 128, 3000 steps": "pfgm++"}
 BINS, WIDTH = 20, 0.02  # of the histograms of distances
 
@@ -56,7 +56,7 @@ BINS, WIDTH = 20, 0.02  # of the histograms of distances
 def settings(options: argparse.Namespace) -> Iterator[Row]:
     """The networks, and how they are sampled."""
     for name in [options.only] if options.only else PRETRAINED:
-        runs = AVATARS if name == "avatars" else RUNS
+        runs = AVATARS if name == "avatars" else OTHERS
         yield from ({"network": name, "run": run} for run in (TRAINING, *runs))
     if options.flows:
         yield from ({"network": "avatars", "run": run} for run in FLOWS)
@@ -118,7 +118,7 @@ def drawn(options: argparse.Namespace, name: str, run: str, seed: int) -> tuple[
         labels=labels,
         progress=True,
         steps=10,
-        **(RUNS | GUIDED).get(run, {}),
+        **RUNS.get(run, {}),
     )
     return samples.clamp(-1, 1), evaluations
 
@@ -147,7 +147,7 @@ def draw(rows: list[Row], options: argparse.Namespace) -> None:
     labels, names = LABELS[:50], PRETRAINED["avatars"].classes
     prior = draw_prior(flow, len(labels), seed=1)
     samples, _ = sample_in_batches(
-        flow, network, prior, batch_size=BATCH, labels=labels, steps=10, **GUIDED[SHOWN]
+        flow, network, prior, batch_size=BATCH, labels=labels, steps=10, **RUNS[SHOWN]
     )
     held_out = data_of("avatars")[0].held_out
     real = [
