@@ -20,9 +20,8 @@ from ..common.images import is_image
 from ..common.numbers import check_seed, whole
 from ..common.versions import versions
 from ..data import Data, Layout, Range, Table, to_unit
+from ..data.opening import is_table_file, takes_layout
 from ..data.opening import open as open_data
-from ..data.opening import takes_layout
-from ..data.table_files import is_table_file
 from ..evaluation import Labels, Point
 from ..flows.sampling import MOST_STEPS
 from ..metrics import CLASSIFIERS, Classifier, inception_metrics, load_classifier

@@ -3,12 +3,18 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from .rows import Source
-from .tables import Table
+
+if TYPE_CHECKING:
+    from .tables import Table
+
+LABEL_NAMES = ("labels", "label", "y")
+"""Names of the arrays and columns that hold labels."""
 
 
 @dataclass(frozen=True, eq=False, repr=False)

@@ -7,7 +7,7 @@ import os
 import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import TYPE_CHECKING, Any, Literal, get_args
 
 import numpy as np
 import torch
@@ -17,12 +17,14 @@ from torch.utils.data import DataLoader, Dataset
 from ..common.checks import check_choice
 from ..common.files import StrPath, absolute_path
 from ..common.images import channels_last
+from ..common.optional import is_frame, is_series
 from .arrays import array_names, from_numpy, open_array, open_mapped, read_integers
 from .named import NAMED
-from .opened import Data
+from .opened import LABEL_NAMES, Data
 from .rows import InMemory, OnDisk, Scaled, Source
-from .table_files import is_table_file
-from .tables import LABEL_NAMES, Table, is_frame, is_series
+
+if TYPE_CHECKING:
+    from .tables import Table
 
 Samples = Tensor | np.ndarray[Any, Any] | StrPath | Dataset[Any] | DataLoader[Any] | Source | Data
 """What :func:`open` takes, beside DataFrames of pandas."""
@@ -36,6 +38,7 @@ whose channels, 1 or 3, move to the front. as-is: nothing is changed. auto: byte
 images, and other numbers and arrays in memory stay as they are."""
 
 _ARRAY_SUFFIXES = (".npy", ".npz", ".safetensors")
+_TABLE_SUFFIXES = (".csv", ".tsv", ".csv.gz", ".tsv.gz", ".parquet")  # in any case
 _FILE_SUFFIXES = (*_ARRAY_SUFFIXES, ".zip")
 _KINDS_OF_PATHS = ("folder", "npz")  # written before a path
 _HELD_OUT_NAMES = ("held_out", "test")
@@ -149,12 +152,14 @@ Data((399, 1, 8, 8), torch.float32, 10 classes), 17)
     if kind == "named":
         return NAMED[name](path, progress)
     if kind == "table":
-        return _table(source, table, label_column, drop_missing, drop_columns, header)
+        from .tables import open_table  # late, as images, for a quick import of pfgm
+
+        return open_table(source, table, label_column, drop_missing, drop_columns, header)
     if kind == "array":
         arrays = Data(_in_memory(source)) if path is None else _array_file(path)
         return _converted(arrays, value_range, layout, in_file=path is not None)
     if kind == "dataset":
-        from .torch_datasets import load_dataset  # late, as images, for a quick import of pfgm
+        from .torch_datasets import load_dataset
 
         return load_dataset(source, progress=progress)
     assert path is not None
@@ -172,6 +177,11 @@ def absolute_source(source: str) -> str:
     if path is None or (name and path.is_absolute()) or not source:
         return source
     return f"{name}:{absolute_path(path)}" if name else str(absolute_path(source))
+
+
+def is_table_file(path: StrPath) -> bool:
+    """Whether the name of a file is that of a table."""
+    return os.fspath(path).lower().endswith(_TABLE_SUFFIXES)
 
 
 def is_missing(source: str) -> bool:
@@ -241,36 +251,6 @@ def _kind_in_memory(source: object) -> str:
         "images, or a dataset with __len__ and __getitem__ or its DataLoader, got "
         f"{type(source).__name__}."
     )
-
-
-def _table(
-    source: Any,
-    known: Table | None,
-    label_column: str | None,
-    drop_missing: bool,
-    drop_columns: Sequence[str],
-    header: bool,
-) -> Data:
-    if known is not None and not known.plain:
-        table = known
-    else:
-        table = Table.read(
-            source,
-            label_column=label_column,
-            drop_missing=drop_missing,
-            drop_columns=drop_columns,
-            header=header,
-        )
-        table = table if known is None else dataclasses.replace(known, label=table.label)
-    if label_column and label_column != (table.label and table.label.name):
-        raise ValueError(
-            f"label_column must be {table.label and table.label.name!r}, as in the checkpoint, got "
-            f"{label_column!r}."
-        )
-    dropped = (*dict.fromkeys([*table.dropped, *drop_columns]),)
-    table = dataclasses.replace(table, dropped=dropped)
-    rows, labels = table.encode(source, drop_missing=drop_missing)
-    return Data(InMemory(rows), labels, table.label_names, table)
 
 
 def _in_memory(source: Any) -> Source:

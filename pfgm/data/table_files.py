@@ -5,7 +5,6 @@ from __future__ import annotations
 import csv
 import gzip
 import io
-import os
 import re
 import shlex
 import warnings
@@ -23,8 +22,6 @@ from ..common.optional import optional
 from .columns import FEW, Array, Problem, check_integers, leave_out
 
 SEPARATORS = (",", ";", "\t")
-SUFFIXES = (".csv", ".tsv", ".csv.gz", ".tsv.gz", ".parquet")
-"""How the names of files of tables end, in any case."""
 # What pandas takes for missing values.
 MISSING = {"", "#N/A", "#N/A N/A", "#NA", "-1.#IND", "-1.#QNAN", "-NaN", "-nan", "1.#IND"}
 MISSING |= {"1.#QNAN", "<NA>", "N/A", "NA", "NULL", "NaN", "None", "n/a", "nan", "null"}
@@ -71,11 +68,6 @@ class CellsOfFile(NamedTuple):
     """float64, or texts with None for a missing one."""
     separator: str
     decimal: str
-
-
-def is_table_file(path: StrPath) -> bool:
-    """Whether the name of a file is that of a table."""
-    return os.fspath(path).lower().endswith(SUFFIXES)
 
 
 def read_parquet(path: Path) -> Any:

@@ -3,18 +3,18 @@
 from __future__ import annotations
 
 import os
-import sys
 import warnings
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any, NamedTuple, TypeGuard
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from ..common.files import StrPath
+from ..common.optional import is_frame
 from .columns import (
     FEW,
     Array,
@@ -27,7 +27,8 @@ from .columns import (
     learn_column,
     leave_out,
 )
-from .rows import check_samples
+from .opened import LABEL_NAMES, Data
+from .rows import InMemory, check_samples
 from .table_files import (
     MISSING,
     SEPARATORS,
@@ -39,9 +40,6 @@ from .table_files import (
     read_parquet,
     write_columns,
 )
-
-LABEL_NAMES = ("labels", "label", "y")
-"""Names of the arrays and columns that hold labels."""
 
 _MOST_LABELS = 1000
 _SHOWN = 5  # rows, columns or texts in a message
@@ -276,16 +274,28 @@ class Table:
         return cls(columns, label, separator, decimal, header, tuple(map(str, dropped)))
 
 
-def is_frame(value: object) -> TypeGuard[Any]:
-    """Whether a value is a DataFrame. Without pandas imported there are none."""
-    pandas = sys.modules.get("pandas")
-    return pandas is not None and isinstance(value, pandas.DataFrame)
-
-
-def is_series(value: object) -> bool:
-    """Whether a value is a Series, a column of a DataFrame."""
-    pandas = sys.modules.get("pandas")
-    return pandas is not None and isinstance(value, pandas.Series)
+def open_table(
+    source: Any,
+    known: Table | None,
+    label_column: str | None,
+    drop_missing: bool,
+    drop_columns: Sequence[str],
+    header: bool,
+) -> Data:
+    """The rows and labels of a table, with its columns; None for ``known`` learns them."""
+    table = known
+    if table is None or table.plain:
+        given: dict[str, Any] = {"drop_columns": drop_columns, "drop_missing": drop_missing}
+        table = Table.read(source, label_column=label_column, header=header, **given)
+        table = table if known is None else replace(known, label=table.label)
+    if label_column and label_column != (table.label and table.label.name):
+        raise ValueError(
+            f"label_column must be {table.label and table.label.name!r}, as in the checkpoint, got "
+            f"{label_column!r}."
+        )
+    table = replace(table, dropped=(*dict.fromkeys([*table.dropped, *drop_columns]),))
+    rows, labels = table.encode(source, drop_missing=drop_missing)
+    return Data(InMemory(rows), labels, table.label_names, table)
 
 
 def _cells(source: Any, known: Table, problems: Problems) -> tuple[str, Cells, str, str]:

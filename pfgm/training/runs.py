@@ -18,9 +18,8 @@ from ..common.devices import usable_device
 from ..common.files import StrPath, folder_path
 from ..common.messages import print_notice
 from ..data import Data
-from ..data.opening import is_missing
+from ..data.opening import is_missing, is_table_file
 from ..data.opening import open as open_data
-from ..data.table_files import is_table_file
 from ..distillation import Consistency
 from ..flows.flow import Flow
 from ..flows.poisson import PoissonFlow

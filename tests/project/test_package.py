@@ -75,7 +75,8 @@ def test_importing_takes_a_fraction_of_torch_and_no_optional_package():
     optional |= {"diffusers", "k_diffusion", "torchcfm", "lightning", "accelerate", "pandas"}
     optional |= {"scipy", "torchdiffeq", "pfgm.plotting", "pfgm.training", "platformdirs"}
     optional |= {"safetensors", "secrets"}
-    optional |= {"pfgm.data.images", "pfgm.data.image_files", "pfgm.data.torch_datasets"}
+    optional |= {"pfgm.data.images", "pfgm.data.image_files", "pfgm.data.tables"}
+    optional |= {"pfgm.data.columns", "pfgm.data.table_files", "pfgm.data.torch_datasets"}
     published = ("edm_files", "pfgm_files", "safe_pickle")
     optional |= {f"pfgm.networks.published.{name}" for name in published}
     assert optional & set(modules) == set()
