@@ -14,7 +14,7 @@ from ..networks.fields import FieldNetwork
 from ..networks.level_encodings import LevelFunction, level_encoding
 from ..networks.published.pfgm_unets import Published
 from ..networks.unet import takes_shape
-from ..networks.wrapped import Wrapped, WrappedModule
+from ..networks.wrapped import Meaning, Wrapped, WrappedModule
 from .editing import Editing
 from .fitting import Fitting
 from .inpainting import Inpainting
@@ -147,15 +147,8 @@ class Flow(Fitting, Likelihood, Editing, Inpainting):
         if isinstance(level, str):
             level = level_encoding(level, self.first_level, self.last_level)
         module = WrappedModule(net, conditions, no_label)
-        return self._wrap(module, level, predicts, data_std, variance_preserving)
+        return self._wrap(module, Meaning(level, predicts, data_std, variance_preserving))
 
     @abstractmethod
-    def _wrap(
-        self,
-        module: WrappedModule,
-        encode: LevelFunction,
-        predicts: str,
-        data_std: float | None,
-        variance_preserving: bool,
-    ) -> Wrapped:
+    def _wrap(self, module: WrappedModule, meaning: Meaning) -> Wrapped:
         """The network around a module."""

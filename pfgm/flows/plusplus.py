@@ -21,10 +21,9 @@ from ..data.opening import Samples
 from ..functional import posterior_mean
 from ..functional.levels import Level
 from ..networks.fields import FieldNetwork
-from ..networks.level_encodings import LevelFunction
 from ..networks.preconditioned import INSTEAD, Preconditioned
 from ..networks.registry import KINDS, build, size_of
-from ..networks.wrapped import WrappedDenoiser, WrappedModule
+from ..networks.wrapped import Meaning, WrappedDenoiser, WrappedModule
 from ..references import References, ReferenceSet
 from ..solvers import SAMPLERS, SCHEDULES, SolverFunction, as_solver, rho_grid
 from .conditions import Condition, Network
@@ -366,14 +365,8 @@ class PoissonFlowPP(Flow):
         inner = {"network": net, "config": settings}
         return build("denoiser", {**inner, "sigma_data": self.sigma_data})
 
-    def _wrap(
-        self,
-        module: WrappedModule,
-        encode: LevelFunction,
-        predicts: str,
-        data_std: float | None,
-        variance_preserving: bool,
-    ) -> WrappedDenoiser:
+    def _wrap(self, module: WrappedModule, meaning: Meaning) -> WrappedDenoiser:
+        encode, predicts, data_std, variance_preserving = meaning
         data_std = self.sigma_data if data_std is None else data_std
         return WrappedDenoiser(module, encode, predicts, data_std, variance_preserving)
 

@@ -21,9 +21,8 @@ from ..functional import euler_step, field_fn
 from ..functional.levels import Level
 from ..functional.steps import Field
 from ..networks.fields import Center, FieldNetwork
-from ..networks.level_encodings import LevelFunction
 from ..networks.registry import KINDS, PUBLISHED, build, size_of
-from ..networks.wrapped import Wrapped, WrappedField, WrappedMeanField, WrappedModule
+from ..networks.wrapped import Meaning, Wrapped, WrappedField, WrappedMeanField, WrappedModule
 from ..references import References, ReferenceSet
 from ..solvers import SCHEDULES
 from .conditions import Condition, Network, as_condition
@@ -436,14 +435,8 @@ class PoissonFlow(Flow):
         scaling = {} if net in PUBLISHED else scaling
         return build(net, {**size_of(net, self.shape), **scaling, **settings})
 
-    def _wrap(
-        self,
-        module: WrappedModule,
-        encode: LevelFunction,
-        predicts: str,
-        data_std: float | None,
-        variance_preserving: bool,
-    ) -> Wrapped:
+    def _wrap(self, module: WrappedModule, meaning: Meaning) -> Wrapped:
+        encode, predicts, data_std, _ = meaning
         if predicts == "field":
             return WrappedField(module, encode)
         # A network with any other prediction was trained on samples that were not centred.

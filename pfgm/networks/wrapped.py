@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -15,6 +15,15 @@ from .level_encodings import LevelFunction
 from .preconditioned import Preconditioned
 
 _VARIADIC = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
+
+
+class Meaning(NamedTuple):
+    """What the level and the output of a wrapped network mean: settings of a module."""
+
+    encode: LevelFunction
+    predicts: str
+    data_std: float | None
+    variance_preserving: bool
 
 
 class WrappedModule(nn.Module):

@@ -5,10 +5,7 @@ import math
 import pytest
 import torch
 
-SHAPES = [
-    (0, 5), (1, 1), (5, 1), (33, 3), (5, 37), (33, 255), (5, 256), (33, 257), (5, 3072),
-    (1, 8192), (2, 8193), (1, 20_000),
-]  # fmt: skip
+from tests.gpu.shapes import SHAPES
 
 
 def problem(B, N, device, seed=0):

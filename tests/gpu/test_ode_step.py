@@ -8,18 +8,13 @@ from torch.utils._pytree import tree_map_only
 
 import pfgm
 from pfgm.core.problems import OdeStep
+from tests.gpu.shapes import SHAPES
 from tests.ops.public_calls import STEPS, assert_same, call, values_for
 
 pytestmark = pytest.mark.usefixtures("way")
 
 # Rounding of a factor, of a product and of a sum in float32: 6e-8 of the largest term each.
 TOLERANCE = 4e-7
-
-# Rows that share a program, that fill a power of two and its neighbours, and rows read twice.
-SHAPES = [
-    (0, 5), (1, 1), (5, 1), (33, 3), (5, 37), (33, 255), (5, 256), (5, 257), (5, 3072),
-    (1, 8192), (2, 8193), (1, 20_000),
-]  # fmt: skip
 
 
 def problem(B, N, device, seed=0):
