@@ -13,9 +13,6 @@ from .rows import Source
 if TYPE_CHECKING:
     from .tables import Table
 
-LABEL_NAMES = ("labels", "label", "y")
-"""Names of the arrays and columns that hold labels."""
-
 
 @dataclass(frozen=True, eq=False, repr=False)
 class Data:

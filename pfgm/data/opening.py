@@ -20,8 +20,8 @@ from ..common.images import channels_last
 from ..common.optional import is_frame, is_series
 from .arrays import array_names, from_numpy, open_array, open_mapped, read_integers
 from .named import NAMED
-from .opened import LABEL_NAMES, Data
-from .rows import InMemory, OnDisk, Scaled, Source
+from .opened import Data
+from .rows import LABEL_NAMES, InMemory, OnDisk, Scaled, Source
 
 if TYPE_CHECKING:
     from .tables import Table
@@ -152,9 +152,7 @@ Data((399, 1, 8, 8), torch.float32, 10 classes), 17)
     if kind == "named":
         return NAMED[name](path, progress)
     if kind == "table":
-        from .tables import open_table  # late, as images, for a quick import of pfgm
-
-        return open_table(source, table, label_column, drop_missing, drop_columns, header)
+        return _table(source, table, label_column, drop_missing, drop_columns, header)
     if kind == "array":
         arrays = Data(_in_memory(source)) if path is None else _array_file(path)
         return _converted(arrays, value_range, layout, in_file=path is not None)
@@ -261,6 +259,32 @@ def _in_memory(source: Any) -> Source:
     if isinstance(source, np.memmap):
         return open_mapped(source)
     return InMemory(from_numpy(source, "data"))
+
+
+def _table(
+    source: Any,
+    known: Table | None,
+    label_column: str | None,
+    drop_missing: bool,
+    drop_columns: Sequence[str],
+    header: bool,
+) -> Data:
+    """The rows and labels of a table, with its columns; None for ``known`` learns them."""
+    from .tables import Table  # late, as images, for a quick import of pfgm
+
+    table = known
+    if table is None or table.plain:
+        given: dict[str, Any] = {"drop_columns": drop_columns, "drop_missing": drop_missing}
+        table = Table.read(source, label_column=label_column, header=header, **given)
+        table = table if known is None else dataclasses.replace(known, label=table.label)
+    if label_column and label_column != (table.label and table.label.name):
+        raise ValueError(
+            f"label_column must be {table.label and table.label.name!r}, as in the checkpoint, got "
+            f"{label_column!r}."
+        )
+    table = dataclasses.replace(table, dropped=(*dict.fromkeys([*table.dropped, *drop_columns]),))
+    rows, labels = table.encode(source, drop_missing=drop_missing)
+    return Data(InMemory(rows), labels, table.label_names, table)
 
 
 def _array_file(path: Path) -> Data:

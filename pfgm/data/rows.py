@@ -21,6 +21,9 @@ from ..common.checks import check_dense
 from ..common.dtypes import REFERENCES
 from ..common.files import StrPath
 
+LABEL_NAMES = ("labels", "label", "y")
+"""The names of arrays and columns that hold a label for each row."""
+
 _MAX_READ_BYTES = 1 << 30  # in one system call; some systems refuse 2³¹ bytes or more
 
 

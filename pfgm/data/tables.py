@@ -27,8 +27,7 @@ from .columns import (
     learn_column,
     leave_out,
 )
-from .opened import LABEL_NAMES, Data
-from .rows import InMemory, check_samples
+from .rows import LABEL_NAMES, check_samples
 from .table_files import (
     MISSING,
     SEPARATORS,
@@ -272,30 +271,6 @@ class Table:
         columns = tuple(column_from(column) for column in content["columns"])
         header, dropped = bool(content.get("header", True)), content.get("dropped", ())
         return cls(columns, label, separator, decimal, header, tuple(map(str, dropped)))
-
-
-def open_table(
-    source: Any,
-    known: Table | None,
-    label_column: str | None,
-    drop_missing: bool,
-    drop_columns: Sequence[str],
-    header: bool,
-) -> Data:
-    """The rows and labels of a table, with its columns; None for ``known`` learns them."""
-    table = known
-    if table is None or table.plain:
-        given: dict[str, Any] = {"drop_columns": drop_columns, "drop_missing": drop_missing}
-        table = Table.read(source, label_column=label_column, header=header, **given)
-        table = table if known is None else replace(known, label=table.label)
-    if label_column and label_column != (table.label and table.label.name):
-        raise ValueError(
-            f"label_column must be {table.label and table.label.name!r}, as in the checkpoint, got "
-            f"{label_column!r}."
-        )
-    table = replace(table, dropped=(*dict.fromkeys([*table.dropped, *drop_columns]),))
-    rows, labels = table.encode(source, drop_missing=drop_missing)
-    return Data(InMemory(rows), labels, table.label_names, table)
 
 
 def _cells(source: Any, known: Table, problems: Problems) -> tuple[str, Cells, str, str]:
