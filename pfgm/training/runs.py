@@ -1,9 +1,10 @@
-"""Training runs from one configuration, which is saved beside their checkpoints."""
+"""Training runs from one configuration: how they start, go on, and what they report."""
 
 from __future__ import annotations
 
 import dataclasses
 import functools
+import os
 import shlex
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
@@ -14,23 +15,26 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..backends import preferred, requested
 from ..common.devices import usable_device
 from ..common.files import StrPath, folder_path
+from ..common.images import is_image
 from ..common.messages import print_notice
 from ..data import Data
 from ..data.opening import is_missing, is_table_file
 from ..data.opening import open as open_data
 from ..distillation import Consistency
 from ..flows.flow import Flow
+from ..flows.plusplus import PoissonFlowPP
 from ..flows.poisson import PoissonFlow
 from ..references import ReferenceSet
-from .checks import other_setting
+from .checks import other_setting, value_range
+from .evaluations import Evaluation
 from .locks import is_unmoved, locked_for_all
 from .model_files import Loaded, holds_model, load
 from .processes import Processes, reports_process_lost
 from .run_config import CONFIG_FILE, RunConfig, teacher_checksum
-from .run_models import SIZES, Model, built_model, model_from, new_model, student_of
-from .run_reports import Evaluation, long_training, next_commands, summary
+from .run_models import MANY_IMAGES, SIZES, Model, built_model, model_from, new_model, student_of
 from .signals import Terminated
 from .threads import training_threads
 from .trainer import Trainer
@@ -39,6 +43,7 @@ __all__ = ["RunConfig", "start"]
 
 # Of a run that is resumed; the trainer checks those of the training.
 _CHANGEABLE_SETTINGS = ("hold", "samples", "shared", "training")
+_SHOWN_NAMES = 5  # of labels
 
 
 def start(
@@ -172,7 +177,7 @@ class _Run:
             if self.processes.leads:
                 self._save_config(model, trainer)
             averaged = trainer.train()
-        self.report(f"checkpoint: {self.folder}\n{next_commands(self.folder, data)}")
+        self.report(f"checkpoint: {self.folder}\n{_next_commands(self.folder, data)}")
         return averaged
 
     def _earlier(self) -> Loaded | None:
@@ -244,9 +249,9 @@ class _Run:
         config = self.config
         if not trainer.finished:
             chosen = config.method == "auto" and config.init is config.teacher is None
-            yield summary(model.config, data, rows, trainer, chosen, model.budget)
+            yield _overview(model, data, rows, trainer, chosen)
         if config.training.steps is config.training.minutes is None and self.device.type == "cpu":
-            yield long_training(trainer)
+            yield _long_training(trainer)
 
     def _save_config(self, model: Model, trainer: Trainer) -> None:
         """Writes what was open in full, so that a resumed run does not choose again.
@@ -336,3 +341,115 @@ def _place_rows(rows: ReferenceSet, config: RunConfig, device: torch.device) -> 
     if config.hold == "source":
         return rows
     return rows.to(device if config.hold == "device" else None)
+
+
+def _overview(model: Model, data: Data, rows: ReferenceSet, trainer: Trainer, chosen: bool) -> str:
+    """What a run trains, on what, how, and what it writes; whether the data chose the flow."""
+    return "\n".join(
+        f"{name:10} {text}"
+        for name, text in (
+            ("data", _data(model.config, data, rows)),
+            ("flow", _flow(trainer.flow, rows, chosen)),
+            *([("budget", model.budget)] if model.budget else []),
+            ("network", _network(trainer.network)),
+            ("training", _training(trainer)),
+            ("backend", _backend(trainer)),
+            ("writes", _files(trainer)),
+        )
+    )
+
+
+def _data(config: RunConfig, data: Data, rows: ReferenceSet) -> str:
+    low, high = value_range(rows)
+    stored = "bytes" if str(rows.dtype) == "torch.uint8" else str(rows.dtype).removeprefix("torch.")
+    labels = "no labels"
+    if data.classes:
+        labels = f"labels 0 to {data.classes - 1}"
+        if data.names:
+            shown = ", ".join(data.names[:_SHOWN_NAMES])
+            labels += f" ({shown}{', …' if len(data.names) > _SHOWN_NAMES else ''})"
+        if not config.labels:
+            labels += ", which --labels would use"
+    mirrored = ", half of them mirror images" if config.flips else ""
+    inside = "" if data.table is None or data.table.plain else " after standardising the columns"
+    return (
+        f"{config.data}: {len(rows)} rows of shape {tuple(rows.shape[1:])}{mirrored}, {stored}, "
+        f"values {low:.4g} to {high:.4g}{inside}, {labels}"
+    )
+
+
+def _flow(flow: Flow, rows: ReferenceSet, chosen: bool) -> str:
+    name = f"PFGM++ with D = {flow.D:g}" if isinstance(flow, PoissonFlowPP) else "PFGM"
+    many = is_image(flow.shape) and len(rows) >= MANY_IMAGES
+    kind = "images and signals" if not many else f"{MANY_IMAGES} images and more"
+    kind = "rows of numbers" if len(flow.shape) == 1 else kind
+    return f"{name}, the default for {kind} (--method)" if chosen else name
+
+
+def _network(network: nn.Module) -> str:
+    parameters = [*network.parameters()]
+    count = sum(parameter.numel() for parameter in parameters)
+    device = parameters[0].device
+    threads = f", threads: {torch.get_num_threads()}" if device.type == "cpu" else ""
+    return f"{type(network).__name__} with {count:,} parameters on {device}{threads}"
+
+
+def _training(trainer: Trainer) -> str:
+    config = trainer.config
+    references = min(config.reference_batch, len(trainer.data))
+    schedule = config.schedule
+    length, reason = f"{config.steps} steps", trainer._chosen_precision
+    if config.steps is None:
+        length = f"{config.minutes:g} minutes"
+        length += f", about {n} steps," if (n := trainer._expected_steps) else ""
+    return (
+        f"{length} of {config.batch_size} samples"
+        + (f" against {references} references" if references else "")
+        + f", learning rate {schedule.learning_rate:.4g} (warm-up {schedule.warmup} steps, decay "
+        f"{schedule.decay}), weights averaged with decay {schedule.ema:.6g}, in {config.precision}"
+        + (f" ({reason})" if reason else "")
+    )
+
+
+def _backend(trainer: Trainer) -> str:
+    """The backend that computes the loss, and why it."""
+    device = next(trainer.network.parameters()).device
+    name = requested() or os.environ.get("PFGM_BACKEND")
+    if name:
+        return f"{name} on {device}, as requested"
+    name, reason = preferred(device)
+    return f"{name} on {device}, {reason}"
+
+
+def _files(trainer: Trainer) -> str:
+    config = trainer.config
+    files = f"{trainer.folder}: config.json, a checkpoint every {config.schedule.checkpoint_every} "
+    files += f"steps and at the end, log.csv every {config.log_every}"
+    if config.evaluate_every:
+        files += f", an evaluation every {config.evaluate_every}"
+    elif config.evaluates:
+        files += ", an evaluation after a quarter of the time and one at the end"
+    return files
+
+
+def _long_training(trainer: Trainer) -> str:
+    """How long a run will take whose length nobody chose."""
+    seconds = trainer._seconds_of_step()
+    steps = trainer.config.steps
+    assert steps is not None
+    hours = seconds * steps / 3600
+    return (
+        f"{steps} steps of {seconds:.2g} s take about {hours:.2g} hours; "
+        "--minutes 20 trains a network that fits into this time"
+    )
+
+
+def _next_commands(folder: Path, data: Data) -> str:
+    """The commands that draw samples and compare them with the data."""
+    shape, run = data.samples.shape[1:], shlex.quote(str(folder))
+    images = is_image(shape)
+    out = "samples.png" if images else "samples.npy" if len(shape) > 1 else "samples.csv"
+    return (
+        f"next: pfgm sample {run} --n 100 --out {out}\n"
+        f"      pfgm evaluate {run} --out {shlex.quote(str(folder / 'evaluation'))}"
+    )
