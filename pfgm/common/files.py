@@ -131,7 +131,7 @@ def folder_errors(folder: Path) -> Iterator[None]:
         yield
     except OSError as error:
         raise OSError(
-            f"{folder} cannot be used as the output folder ({error.strerror or error}); give a "
+            f"{folder} cannot be used as the output folder ({error.strerror}); give a "
             "folder that exists or can be created, and in which you may create files."
         ) from error
 
@@ -179,7 +179,8 @@ def new_folder(path: StrPath) -> Iterator[Path]:
         raise
     finally:
         os.close(lock)
-    _sync_folder(place)
+    with write_errors(path):
+        _sync_folder(place)
 
 
 def _is_of_a_write(error: OSError, folder: Path) -> bool:

@@ -80,18 +80,22 @@ def save_run(
     step = state["step"]
     folder.mkdir(parents=True, exist_ok=True)
     names = _names_at(step)
-    content = io.BytesIO()
-    torch.save(state, content)
-    content.seek(0)
-    checksum = checksum_of(content)
-    write_atomic(folder / names["state"], lambda file: file.write(content.getbuffer()))
-    content.close()  # frees three times the memory of the weights
-    facts: dict[str, Any] = {"step": step, "state_checksum": checksum}
+    facts = {"step": step, "state_checksum": _write_state(folder / names["state"], state)}
     weights = folder / names["weights"]
     write_weights(weights, flow, averaged, facts, distilled, table, label_names)
     latest = json.dumps({"step": step, **names})
     write_atomic(folder / "latest.json", lambda file: file.write(latest.encode()))
     _remove_old(folder, step, step if after is None else after)
+
+
+def _write_state(path: Path, state: dict[str, Any]) -> str:
+    """The checksum of the training state, which is written to the path."""
+    content = io.BytesIO()  # it has three times the size of the weights
+    torch.save(state, content)
+    content.seek(0)
+    checksum = checksum_of(content)
+    write_atomic(path, lambda file: file.write(content.getbuffer()))
+    return checksum
 
 
 def _remove_old(folder: Path, step: int, after: int) -> None:
@@ -188,10 +192,7 @@ def _newest_names(folder: Path) -> dict[str, str]:
     try:
         latest = json.loads(path.read_text())
         names = {key: latest[key] for key in ("weights", "state")}
-        if any(Path(name).name != name for name in names.values()):
-            raise ValueError("it names a file outside its folder")
-        numbered = any(name.startswith("step-") for name in names.values())
-        if (numbered or "step" in latest) and names != _names_at(latest["step"]):
+        if names != _names_at(latest["step"]):
             raise ValueError("its step and its files do not belong together")
     except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise ValueError(f"{path} does not name a checkpoint ({reason(error)}).") from error
