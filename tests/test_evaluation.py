@@ -444,8 +444,9 @@ def test_a_run_on_own_data(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -
     run = tmp_path / "run"
     run.mkdir()
     net = flow.network("mlp", width=16, depth=1)
-    pfgm.save(run / "net.safetensors", flow, net)
-    (run / "latest.json").write_text('{"weights": "net.safetensors", "state": "none"}')
+    files = {"weights": "step-00000000.safetensors", "state": "step-00000000.state.pt"}
+    pfgm.save(run / files["weights"], flow, net)
+    (run / "latest.json").write_text(json.dumps({"step": 0, **files}))
     RunConfig(data=str(tmp_path / "points.npy")).save(run / "config.json")
     figures = evaluate(tmp_path / "out", run, "--n", 25, "--likelihood", 1)
     assert figures["data"] == str(tmp_path / "points.npy")  # what the run was trained on

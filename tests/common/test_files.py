@@ -191,6 +191,94 @@ def test_check_folder_refuses_what_takes_no_files(tmp_path: Path, below: str) ->
         files.check_folder(tmp_path / below)
 
 
+def test_the_empty_path_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(OSError, match=r"^the path must not be empty\.$"):
+        files.write_atomic("", nothing)
+    with pytest.raises(ValueError, match="the name of the folder must not be empty"):
+        files.check_folder("")
+
+
+def test_an_error_that_no_system_has_named_keeps_its_words(tmp_path: Path) -> None:
+    def write(file: BinaryIO) -> None:
+        raise OSError("a network")
+
+    with pytest.raises(OSError, match=r"out\.bin cannot be written: a network\.$"):
+        files.write_atomic(tmp_path / "out.bin", write)
+
+
+def test_a_file_reaches_the_disk_before_its_name(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    done: list[object] = []
+
+    def fsync(descriptor: int) -> None:
+        place = os.fstat(descriptor)
+        done.append("folder" if stat.S_ISDIR(place.st_mode) else place.st_size)
+
+    def replace(old: Path, new: Path, *, really: Callable[..., None] = os.replace) -> None:
+        done.append("name")
+        really(old, new)
+
+    monkeypatch.setattr(os, "fsync", fsync)
+    monkeypatch.setattr(os, "replace", replace)
+    files.write_atomic(tmp_path / "out.bin", lambda file: file.write(b"new"))
+    assert done == [3, "name", "folder"]
+
+
+def test_a_table_is_written_as_its_text(tmp_path: Path) -> None:
+    rows = [["a", "b"], [1, "x,y"], [2.5, ""]]
+    files.write_csv(tmp_path / "a.csv", rows)
+    assert (tmp_path / "a.csv").read_bytes() == b'a,b\n1,"x,y"\n2.5,\n'
+    assert files.csv_text(rows, ";") == "a;b\n1;x,y\n2.5;\n"
+
+
+def test_a_path_without_its_folder_starts_here_and_a_link_at_its_end_stays(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "real").mkdir()
+    (tmp_path / "real" / "net.npy").symlink_to(tmp_path / "data.bin")
+    (tmp_path / "link").symlink_to(tmp_path / "real")
+    monkeypatch.chdir(tmp_path)
+    assert files.absolute_path("link/net.npy") == tmp_path.resolve() / "real" / "net.npy"
+    assert files.absolute_path(str(tmp_path / "link" / "x")) == tmp_path / "link" / "x"
+
+
+CLOSED = """
+import os, sys, importlib.util as u
+spec = u.spec_from_file_location("files", sys.argv[1])
+files = u.module_from_spec(spec); spec.loader.exec_module(files)
+out = sys.argv[2]
+for standard in (0, 1, 2):
+    os.close(standard)
+def write(file):
+    os.write(2, b"noise of a library")
+    file.write(str([file.fileno() > 2, *(os.get_inheritable(n) for n in range(3))]).encode())
+files.write_atomic(out, write)
+"""
+
+
+def test_no_file_is_written_where_libraries_print(tmp_path: Path) -> None:
+    command = [sys.executable, "-c", CLOSED, files.__file__, str(tmp_path / "out")]
+    subprocess.run(command, check=True)
+    assert (tmp_path / "out").read_bytes() == b"[True, True, True, True]"
+
+
+def test_a_descriptor_that_another_thread_has_opened_meanwhile_is_its_own(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    real, opened = os.fstat, os.listdir("/proc/self/fd")
+
+    def fstat(descriptor: int) -> os.stat_result:
+        if descriptor == 1:  # it was closed when this was asked
+            raise OSError(errno.EBADF, os.strerror(errno.EBADF))
+        return real(descriptor)
+
+    monkeypatch.setattr(os, "fstat", fstat)
+    files.reserve_standard_descriptors()
+    assert os.listdir("/proc/self/fd") == opened
+
+
 def test_json_without_nan_leaves_the_file_as_it_was(tmp_path: Path) -> None:
     path = tmp_path / "a.json"
     files.write_json(path, {"a": [1, 2.5]}, allow_nan=False)
@@ -208,6 +296,49 @@ def test_a_new_folder_on_a_full_disk_is_named(tmp_path: Path, named: bool) -> No
     with pytest.raises(OSError, match=message), files.new_folder(tmp_path / "images") as folder:
         raise OSError(*full, str(folder / "0.png")) if named else OSError(*full)
     assert not any(tmp_path.iterdir())
+
+
+def test_a_new_folder_appears_when_it_is_full_and_an_empty_one_is_filled(tmp_path: Path) -> None:
+    (tmp_path / "empty").mkdir()
+    place = (tmp_path / "empty").stat().st_ino  # it may be a mount point
+    opened = os.listdir("/proc/self/fd")
+    for name in ("new", "empty"):
+        with files.new_folder(tmp_path / name) as folder:
+            (folder / "0.png").write_text("0")
+            assert not (tmp_path / name / "0.png").exists()
+        assert names(tmp_path / name) == ["0.png"]
+    assert names(tmp_path) == ["empty", "new"]
+    assert (tmp_path / "empty").stat().st_ino == place
+    assert os.listdir("/proc/self/fd") == opened
+
+
+def test_a_new_folder_is_new_or_empty(tmp_path: Path) -> None:
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "a").touch()
+    (tmp_path / "file").touch()
+    (tmp_path / "link").symlink_to(tmp_path / "nothing")
+    for name, kind in (("full", "a folder that is not empty"), ("file", "a file")):
+        message = f"must be new or empty, got {tmp_path / name}, {kind}."
+        with pytest.raises(ValueError, match=re.escape(message)), files.new_folder(tmp_path / name):
+            pytest.fail("there is something")
+    with pytest.raises(ValueError, match="link, a file"):
+        files.check_new_folder(tmp_path / "link")
+    message = "b cannot be used as the output folder .No such file or directory."
+    with pytest.raises(OSError, match=message), files.new_folder(tmp_path / "a" / "b"):
+        pytest.fail("there is no place for it")
+    assert names(tmp_path) == ["file", "full", "link"]
+
+
+@pytest.mark.parametrize("existing", [False, True])
+def test_a_new_folder_that_fails_to_reach_the_disk_is_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, existing: bool
+) -> None:
+    if existing:
+        (tmp_path / "images").mkdir()
+    monkeypatch.setattr(os, "fsync", fsync_failing_on_folders(errno.EIO))
+    message = rf"^{tmp_path / 'images'} cannot be written: Input/output error\.$"
+    with pytest.raises(OSError, match=message), files.new_folder(tmp_path / "images") as folder:
+        (folder / "0.png").write_text("0")
 
 
 def test_other_errors_in_a_new_folder_stay_as_they_are(tmp_path: Path) -> None:
@@ -289,6 +420,22 @@ def test_a_temporary_file_that_is_removed_before_its_lock_is_made_again(
     files.write_atomic(tmp_path / "out.bin", lambda file: file.write(b"new"))
     assert (tmp_path / "out.bin").read_bytes() == b"new"
     assert len(calls) == 3
+
+
+def test_a_lock_that_fails_leaves_no_open_file(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def flock(descriptor: int, kind: int) -> None:
+        raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+    killed_while_writing(tmp_path / "images")
+    opened, left = os.listdir("/proc/self/fd"), names(tmp_path)
+    monkeypatch.setattr(fcntl, "flock", flock)
+    files.remove_leftovers(tmp_path)
+    assert names(tmp_path) == left
+    with pytest.raises(OSError, match=r"out\.bin cannot be written: Input/output error\.$"):
+        files.write_atomic(tmp_path / "out.bin", nothing)
+    assert os.listdir("/proc/self/fd") == opened
 
 
 def test_a_file_system_without_locks_keeps_what_may_be_in_use(

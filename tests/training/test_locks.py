@@ -2,6 +2,7 @@
 
 import errno
 import fcntl
+import json
 import os
 import signal
 import socket
@@ -12,7 +13,8 @@ import pytest
 
 from pfgm.common.files import output_folder
 from pfgm.training import locks
-from pfgm.training.locks import FolderInUse, locked
+from pfgm.training.locks import FolderInUse, check_unmoved, is_unmoved, locked, locked_for_all
+from pfgm.training.processes import Processes, ProcessLost
 
 
 @pytest.fixture
@@ -51,6 +53,42 @@ def hold(folder, told):
 
 def names(folder):
     return sorted(path.name for path in folder.iterdir())
+
+
+@pytest.fixture(autouse=True)
+def nothing_stays_open():
+    before = os.listdir("/proc/self/fd")
+    yield
+    assert os.listdir("/proc/self/fd") == before
+    assert not locks._open_files
+    assert not locks._owners
+
+
+@pytest.fixture
+def pauses(monkeypatch):
+    """The pauses between tries, which take no time. pauses.then(work) works in the third."""
+
+    class Pauses(list):
+        def then(self, work):
+            self.work = work
+
+        def sleep(self, seconds):
+            self.append(seconds)
+            if len(self) == 3 and hasattr(self, "work"):
+                self.work()
+
+    pauses = Pauses()
+    monkeypatch.setattr(locks.time, "sleep", pauses.sleep)
+    return pauses
+
+
+def signed(folder, process, host=None):
+    """The open lock file of a folder, held here and signed with the name of a process."""
+    file = (folder / ".pfgm.lock").open("w")
+    fcntl.flock(file, fcntl.LOCK_EX)
+    file.write(json.dumps({"process": process, "host": host or socket.gethostname(), "since": "x"}))
+    file.flush()
+    return file
 
 
 def test_the_error_for_a_second_process_names_the_holder(tmp_path, processes):
@@ -222,3 +260,152 @@ def test_work_that_fails_leaves_no_empty_new_folder(tmp_path, work):
     assert names(tmp_path / "done") == []
     with pytest.raises(ValueError, match="the name of the folder must not"), work(""):
         pass
+
+
+class OneOf(Processes):
+    """One process of a run of two, without the other, which may have had a problem."""
+
+    def __init__(self, rank, problem=False):
+        self.rank, self.size, self._problem = rank, 2, problem
+
+    def any(self, flag):
+        return flag or self._problem
+
+
+def test_the_first_process_locks_for_all(tmp_path):
+    with locked_for_all(tmp_path, OneOf(0)):
+        assert names(tmp_path) == [".pfgm.lock"]
+    with locked_for_all(tmp_path / "run", OneOf(1)), locked_for_all(None, OneOf(0)):
+        assert names(tmp_path) == []
+
+
+def test_a_folder_that_the_first_process_cannot_lock_ends_all(tmp_path):
+    (tmp_path / "file").touch()
+    with (
+        pytest.raises(OSError, match="used as the output"),
+        locked_for_all(tmp_path / "file", OneOf(0)),
+    ):
+        pytest.fail("the run began")
+    for first in (0, 1):
+        with (
+            pytest.raises(ProcessLost, match=r"first process .* its message"),
+            locked_for_all(tmp_path / "run", OneOf(first, problem=True)),
+        ):
+            pytest.fail("the run began")
+    assert names(tmp_path) == ["file"]
+
+
+def test_a_folder_that_was_moved_is_not_taken_again(tmp_path):
+    run, moved = tmp_path / "run", tmp_path / "moved"
+    assert not is_unmoved(run)
+    ran = []
+    with locked(run):
+        check_unmoved(run)
+        run.rename(moved)
+        with pytest.raises(FileNotFoundError, match=r"run, .* was moved or removed"), locked(run):
+            ran.append("where nothing is")
+        run.mkdir()
+        with pytest.raises(FileNotFoundError, match="was moved or removed"), locked(run):
+            ran.append("in another folder")
+        with pytest.raises(FileNotFoundError, match="was moved or removed"):
+            check_unmoved(run)
+        assert names(run) == []
+    assert ran == ["where nothing is"]
+    assert is_unmoved(run)  # nobody holds it
+    assert names(moved) == [".pfgm.lock"]
+
+
+def test_the_lock_file_of_another_run_is_noticed_and_stays(tmp_path):
+    with locked(tmp_path):
+        (tmp_path / ".pfgm.lock").unlink()
+        assert is_unmoved(tmp_path)
+        (tmp_path / ".pfgm.lock").write_text("of another")
+        assert not is_unmoved(tmp_path)
+    assert (tmp_path / ".pfgm.lock").read_text() == "of another"
+
+
+def test_links_lead_to_the_same_lock(tmp_path):
+    (tmp_path / "link").symlink_to(tmp_path / "run")
+    with locked(tmp_path / "run"), locked(tmp_path / "link"):
+        assert is_unmoved(tmp_path / "link")
+        assert names(tmp_path / "run") == [".pfgm.lock"]
+
+
+@pytest.mark.parametrize(
+    ("process", "host", "tries"),
+    [(1, None, 2), (1 << 40, "elsewhere", 2), (1 << 80, None, 10), (1 << 80, "away", 2)],
+)
+def test_a_holder_that_lives_is_waited_for_once(tmp_path, pauses, process, host, tries):
+    message = f"process {process} on " if tries == 2 else "which another run uses"
+    with (
+        signed(tmp_path, process, host),
+        pytest.raises(FolderInUse, match=message),
+        locked(tmp_path),
+    ):
+        pytest.fail("two runs in a folder")
+    assert pauses == [0.1] * (tries - 1)
+    assert names(tmp_path) == [".pfgm.lock"]
+
+
+def test_a_process_of_another_user_lives(tmp_path, pauses, monkeypatch):
+    def kill(process, number):
+        raise PermissionError
+
+    monkeypatch.setattr(os, "kill", kill)
+    with (
+        signed(tmp_path, 1 << 20),
+        pytest.raises(FolderInUse, match=f"process {1 << 20}"),
+        locked(tmp_path),
+    ):
+        pytest.fail("two runs in a folder")
+
+
+def test_the_lock_is_taken_as_soon_as_it_is_free(tmp_path, pauses):
+    file = signed(tmp_path, 1 << 80, None)
+    pauses.then(file.close)
+    with locked(tmp_path):
+        name = json.loads((tmp_path / ".pfgm.lock").read_text())
+    assert len(pauses) == 3
+    assert (name["process"], name["host"]) == (os.getpid(), socket.gethostname())
+    assert names(tmp_path) == []
+
+
+def test_a_folder_or_a_lock_that_was_just_removed_is_made_again(tmp_path, pauses, monkeypatch):
+    """By a run that has failed: after the folder was made, and after its file was opened."""
+    run, real, calls = tmp_path / "run", fcntl.flock, []
+
+    def open_lock(path, *arguments, opened=os.open):
+        if path == run / ".pfgm.lock" and not calls:
+            calls.append("folder")
+            run.rmdir()
+        return opened(path, *arguments)
+
+    def flock(file, operation):
+        if len(calls) == 1:
+            calls.append("file")
+            (run / ".pfgm.lock").unlink()
+        real(file, operation)
+
+    monkeypatch.setattr(os, "open", open_lock)
+    monkeypatch.setattr(fcntl, "flock", flock)
+    with locked(run):
+        assert names(run) == [".pfgm.lock"]
+    assert calls == ["folder", "file"]
+    assert pauses == [0.1, 0.1]
+
+
+def test_threads_of_a_forked_process_take_locks(tmp_path):
+    with locked(tmp_path / "run"):
+        child = os.fork()
+        if child == 0:
+            done = []
+
+            def work():
+                with locked(tmp_path / "other"):
+                    done.append(True)
+
+            thread = threading.Thread(target=work, daemon=True)
+            thread.start()
+            thread.join(20)
+            os._exit(0 if done else 1)
+        assert os.waitpid(child, 0)[1] == 0
