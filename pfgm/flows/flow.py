@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Mapping
+from inspect import signature
 from typing import Any
 
 from torch import nn
@@ -92,8 +93,8 @@ class Flow(Fitting, Likelihood, Editing, Inpainting):
             ValueError: there is no such network for the flow, a setting is out of range, or
                 conditions has a name that the module does not take. When called: a condition has
                 such a name, or the output of the module has a wrong shape.
-            TypeError: the network has no such setting; net is a class and the flow a
-                PoissonFlowPP; or net is a network of the field of this library.
+            TypeError: the network has no such setting; net is none of the above, or a class where
+                the flow is a PoissonFlowPP; or net is a network of the field of this library.
 
         >>> import pfgm, torch
         >>> data = torch.randn(50, 1, 8, 8)
@@ -111,8 +112,20 @@ class Flow(Fitting, Likelihood, Editing, Inpainting):
         tensor(True)
         """
         if isinstance(net, nn.Module):
+            known = [*signature(self._around).parameters][1:]
+            for name in settings.keys() - set(known):
+                raise TypeError(
+                    f"a module of your own has no setting {name!r}; its settings are "
+                    f"{', '.join(known)}."
+                )
             return self._around(net, **settings)
-        if isinstance(net, str) and net == "auto":
+        is_field = isinstance(net, type) and issubclass(net, FieldNetwork)
+        if not isinstance(net, str) and not is_field:
+            raise TypeError(
+                "net must be the name of a network, a module of your own or a subclass of "
+                f"FieldNetwork, got {net!r}."
+            )
+        if net == "auto":
             net = "unet" if takes_shape(self.shape) else "mlp"
         return self._build(net, settings)
 

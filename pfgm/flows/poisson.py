@@ -429,7 +429,7 @@ class PoissonFlow(Flow):
         scaling: dict[str, Any] = {"gamma": self.gamma, "data_std": self._data_std}
         if self.spread is not None:
             scaling |= {"center": self.center.tolist(), "scale": self.spread}
-        if isinstance(net, type) and issubclass(net, FieldNetwork):
+        if isinstance(net, type):
             return net(self.shape, **{**scaling, **settings})
         check_choice("net", net, KINDS)
         scaling = {} if net in PUBLISHED else scaling

@@ -4,6 +4,7 @@ import math
 
 import pytest
 import torch
+from torch.nn import Linear
 
 import pfgm
 from pfgm.networks import MLP, DDPMpp, Denoiser, EDMDenoiser, FieldNetwork, UNet
@@ -75,6 +76,21 @@ def test_the_scale_follows_from_the_published_rule_unless_it_is_given():
             64,
             Own,
             {},
+        ),
+        (
+            TypeError,
+            "a module of your own or a subclass of FieldNetwork, got <class",
+            1,
+            Linear,
+            {},
+        ),
+        (TypeError, "a module of your own or a subclass of FieldNetwork, got None", 64, None, {}),
+        (
+            TypeError,
+            "no setting 'width'; its settings are predicts, .*, variance_preserving",
+            1,
+            Linear(3, 3),
+            {"width": 8},
         ),
     ],
 )
