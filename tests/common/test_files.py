@@ -346,6 +346,22 @@ def test_other_errors_in_a_new_folder_stay_as_they_are(tmp_path: Path) -> None:
         (tmp_path / "elsewhere").read_text()
     with pytest.raises(OSError, match=r"^a network$"), files.new_folder(tmp_path / "images"):
         raise OSError("a network")
+    with pytest.raises(KeyError, match="a name"), files.new_folder(tmp_path / "images"):
+        raise KeyError("a name")
+    assert not any(tmp_path.iterdir())
+
+
+def test_a_folder_that_another_has_filled_meanwhile_stays(tmp_path: Path) -> None:
+    def fill_beside(folder: Path) -> None:
+        (folder / "0.png").write_text("mine")
+        (tmp_path / "images").mkdir()
+        (tmp_path / "images" / "1.png").write_text("of another")
+
+    message = "images cannot be used as the output folder .Directory not empty."
+    with pytest.raises(OSError, match=message), files.new_folder(tmp_path / "images") as folder:
+        fill_beside(folder)
+    assert names(tmp_path) == ["images"]
+    assert names(tmp_path / "images") == ["1.png"]
 
 
 KILLED = """
@@ -417,9 +433,11 @@ def test_a_temporary_file_that_is_removed_before_its_lock_is_made_again(
 
     monkeypatch.setattr(fcntl, "flock", flock)
     (tmp_path / "out.bin").write_bytes(b"old")
+    opened = os.listdir("/proc/self/fd")
     files.write_atomic(tmp_path / "out.bin", lambda file: file.write(b"new"))
     assert (tmp_path / "out.bin").read_bytes() == b"new"
     assert len(calls) == 3
+    assert os.listdir("/proc/self/fd") == opened
 
 
 def test_a_lock_that_fails_leaves_no_open_file(

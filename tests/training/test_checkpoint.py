@@ -432,12 +432,22 @@ def test_the_error_names_an_intact_older_checkpoint(run, flow, network):
     (run / "step-00000010.safetensors").unlink()
     with pytest.raises(FileNotFoundError, match=f"no checkpoint at .*{older} is intact"):
         pfgm.load(run)
+    with pytest.raises(FileNotFoundError, match=r"no checkpoint at .*mine\.safetensors\.$"):
+        pfgm.load(run / "mine.safetensors")  # of the user, who knows best which run it is of
+    with pytest.raises(FileNotFoundError, match=r"no checkpoint in .*other: it has no latest.json"):
+        load_run(run / "other")
     damage(run / "step-00000005.state.pt")
     with pytest.raises(FileNotFoundError, match=r"no checkpoint at .*10\.safetensors\.$"):
         load_run(run)
     damage(older)
     with pytest.raises(FileNotFoundError, match=r"no checkpoint at .*10\.safetensors\.$"):
         pfgm.load(run)
+
+
+def test_a_reason_is_one_line_of_limited_length():
+    assert checkpoint.reason(ValueError("a\n  b")) == "a b"
+    assert checkpoint.reason(ValueError("x" * 300)) == "x" * 300
+    assert checkpoint.reason(ValueError("x" * 301)) == "x" * 300 + " …"
 
 
 def test_checkpoints_of_an_abandoned_continuation_are_removed(run, flow, network):
@@ -490,6 +500,10 @@ def test_files_without_checksums_load_with_a_warning(run):
     with pytest.warns(UserWarning, match="has no checksum, as an older version"):
         pfgm.load(run)
     state = run / "step-00000010.state.pt"
+    for content in ([10], torch.load(run / "step-00000005.state.pt")):
+        torch.save(content, state)
+        with pytest.raises(ValueError, match=r"is not the training state that belongs.*step 5 is"):
+            load_run(run)
     state.write_bytes(b"PK\x03\x04" + state.read_bytes()[4:200])
     with pytest.raises(ValueError, match=r"is not a complete training state.*step 5 is intact"):
         load_run(run)

@@ -267,8 +267,10 @@ class OneOf(Processes):
 
     def __init__(self, rank, problem=False):
         self.rank, self.size, self._problem = rank, 2, problem
+        self.told = []  # what this process tells the other
 
     def any(self, flag):
+        self.told.append(flag)
         return flag or self._problem
 
 
@@ -281,11 +283,13 @@ def test_the_first_process_locks_for_all(tmp_path):
 
 def test_a_folder_that_the_first_process_cannot_lock_ends_all(tmp_path):
     (tmp_path / "file").touch()
+    leader = OneOf(0)
     with (
         pytest.raises(OSError, match="used as the output"),
-        locked_for_all(tmp_path / "file", OneOf(0)),
+        locked_for_all(tmp_path / "file", leader),
     ):
         pytest.fail("the run began")
+    assert leader.told == [True]  # or the other would wait for it
     for first in (0, 1):
         with (
             pytest.raises(ProcessLost, match=r"first process .* its message"),
@@ -392,6 +396,57 @@ def test_a_folder_or_a_lock_that_was_just_removed_is_made_again(tmp_path, pauses
         assert names(run) == [".pfgm.lock"]
     assert calls == ["folder", "file"]
     assert pauses == [0.1, 0.1]
+
+
+def test_a_longer_signature_is_replaced(tmp_path):
+    (tmp_path / ".pfgm.lock").write_text("x" * 500)
+    with locked(tmp_path):
+        assert json.loads((tmp_path / ".pfgm.lock").read_text())["process"] == os.getpid()
+
+
+def test_no_process_is_forked_while_a_lock_file_opens_or_closes(tmp_path, monkeypatch):
+    """A child would hold the lock through a file that it does not know."""
+    free = []
+
+    def of_another_thread(function):
+        def work(*arguments):
+            def take():
+                if locks._mutex.acquire(blocking=False):
+                    free.append(function.__name__)
+                    locks._mutex.release()
+
+            thread = threading.Thread(target=take)
+            thread.start()
+            thread.join()
+            return function(*arguments)
+
+        return work
+
+    path = tmp_path / ".pfgm.lock"
+    with monkeypatch.context() as patch:
+        for name in ("open", "close"):
+            patch.setattr(os, name, of_another_thread(getattr(os, name)))
+        locks._close(locks._open(path))
+    assert free == []
+
+
+def test_a_child_of_a_child_keeps_the_files_it_inherits(tmp_path):
+    with locked(tmp_path / "run"):
+        (number,) = locks._open_files
+        child = os.fork()
+        if child == 0:
+            try:
+                os.dup2(
+                    os.open(tmp_path, os.O_RDONLY), number
+                )  # its own file, numbered as the lock
+                grandchild = os.fork()
+                if grandchild == 0:
+                    os.fstat(number)
+                    os._exit(0)
+                os._exit(os.waitstatus_to_exitcode(os.waitpid(grandchild, 0)[1]))
+            finally:
+                os._exit(1)
+        assert os.waitpid(child, 0)[1] == 0
 
 
 def test_threads_of_a_forked_process_take_locks(tmp_path):

@@ -1,11 +1,13 @@
 """Signals that end a call at once, or are recorded until the step is done."""
 
+import inspect
 import signal
+import sys
 import threading
 
 import pytest
 
-from pfgm.training.signals import Terminated, record_signals
+from pfgm.training.signals import Signals, Terminated, record_signals
 
 NUMBERS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
@@ -70,6 +72,25 @@ def test_a_second_signal_does_not_end_what_the_first_has_ended():
     assert ordered == ["all"]
 
 
+def test_a_signal_after_the_work_does_not_lose_its_result():
+    source, first = inspect.getsourcelines(Signals.call)
+    last = first + next(i for i, line in enumerate(source) if "return result" in line)
+
+    def trace(frame, event, argument):
+        if (frame.f_code, event, frame.f_lineno) == (Signals.call.__code__, "line", last):
+            signal.raise_signal(signal.SIGTERM)
+        return trace
+
+    before = sys.gettrace()
+    with record_signals() as received:
+        sys.settrace(trace)
+        try:
+            assert received.call(lambda: 3) == 3
+        finally:
+            sys.settrace(before)
+        assert received == [15]
+
+
 def test_what_the_call_raises_itself_is_raised():
     with record_signals() as received:
 
@@ -100,9 +121,12 @@ def test_other_threads_record_nothing_and_ignored_signals_stay_ignored():
     thread.start()
     thread.join()
     assert seen == [5]
-    handler = signal.signal(signal.SIGHUP, signal.SIG_IGN)
-    with record_signals() as received:
-        signal.raise_signal(signal.SIGHUP)
-        assert received == []
-        assert signal.getsignal(signal.SIGHUP) is signal.SIG_IGN
-    signal.signal(signal.SIGHUP, handler)
+    for ignored in (signal.SIGHUP, signal.SIGINT):
+        handler = signal.signal(ignored, signal.SIG_IGN)
+        with record_signals() as received:
+            signal.raise_signal(ignored)
+            assert received == []
+            signal.raise_signal(signal.SIGTERM)
+            assert received == [15]
+            assert signal.getsignal(ignored) is signal.SIG_IGN
+        signal.signal(ignored, handler)
