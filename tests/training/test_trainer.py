@@ -347,24 +347,6 @@ def stopping_at(step, number=signal.SIGINT):
     return network
 
 
-@pytest.mark.parametrize(
-    ("number", "error"),
-    [(signal.SIGINT, KeyboardInterrupt), (signal.SIGTERM, Terminated), (signal.SIGHUP, Terminated)],
-)
-def test_signals_leave_a_checkpoint(tmp_path, flow, trainer, number, error):
-    numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
-    handlers = [signal.getsignal(each) for each in numbers]
-    with pytest.raises(error) as caught:
-        trainer(stopping_at(7, number), tmp_path).train()
-    if error is Terminated:
-        assert caught.value.code == 128 + number
-    assert load_run(tmp_path)[2]["step"] == 7
-    restored, trained = pfgm.load(tmp_path, new_network())
-    assert restored == flow
-    assert flow.sample(trained, 3).shape == (3, 2)
-    assert [signal.getsignal(each) for each in numbers] == handlers
-
-
 @pytest.fixture
 def handled():
     """handled(number, handler): sets a signal handler until the end of the test."""
@@ -378,6 +360,25 @@ def handled():
         signal.signal(number, handler)
 
 
+@pytest.mark.parametrize(
+    ("number", "error"),
+    [(signal.SIGINT, KeyboardInterrupt), (signal.SIGTERM, Terminated), (signal.SIGHUP, Terminated)],
+)
+def test_signals_leave_a_checkpoint(tmp_path, flow, trainer, handled, number, error):
+    handled(signal.SIGHUP, signal.SIG_DFL)  # nohup ignores it
+    numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+    handlers = [signal.getsignal(each) for each in numbers]
+    with pytest.raises(error) as caught:
+        trainer(stopping_at(7, number), tmp_path).train()
+    if error is Terminated:
+        assert caught.value.code == 128 + number
+    assert load_run(tmp_path)[2]["step"] == 7
+    restored, trained = pfgm.load(tmp_path, new_network())
+    assert restored == flow
+    assert flow.sample(trained, 3).shape == (3, 2)
+    assert [signal.getsignal(each) for each in numbers] == handlers
+
+
 class Killed(BaseException):
     """Ends a run at once, as a kill does."""
 
@@ -385,9 +386,10 @@ class Killed(BaseException):
 @pytest.mark.parametrize("last", [8, 24])
 @pytest.mark.parametrize("end", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP, Killed])
 def test_an_evaluation_that_was_ended_is_made_first_when_the_run_is_resumed(
-    tmp_path, trainer, end, last
+    tmp_path, trainer, handled, end, last
 ):
     """Signals end it at once, also between checkpoints; its network is that of a whole run."""
+    handled(signal.SIGHUP, signal.SIG_DFL)
     evaluated = {}
 
     def train(folder, evaluate):
@@ -431,6 +433,7 @@ def test_signals_that_are_ignored_stay_ignored(tmp_path, trainer, handled):
 
 def test_several_hangup_signals_count_as_one(tmp_path, trainer, handled):
     second = []
+    handled(signal.SIGHUP, signal.SIG_DFL)
     handled(signal.SIGTERM, lambda number, frame: second.append(number))
     network = new_network()
 
