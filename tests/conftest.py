@@ -460,6 +460,19 @@ def by_operators(monkeypatch):
 
 
 @pytest.fixture
+def handled():
+    """handled(number, handler): sets a signal handler until the end of the test."""
+    before = {}
+
+    def handle(number, handler):
+        before.setdefault(number, signal.signal(number, handler))
+
+    yield handle
+    for number, handler in before.items():
+        signal.signal(number, handler)
+
+
+@pytest.fixture
 def seeing_mode():
     """A mode that notes in ``seen`` what torch's dispatcher called."""
 

@@ -1,5 +1,6 @@
 """Several processes: sharded references, joint training, and the loss of a process."""
 
+import contextlib
 import csv
 import math
 import os
@@ -60,9 +61,16 @@ def start(script, rank, port, *arguments):
     )
 
 
-def start_both(script, *arguments):
+@contextlib.contextmanager
+def started(script, *arguments):
+    """Two processes, which do not outlive the block."""
     port = free_port()
-    return [start(script, rank, port, *arguments) for rank in range(2)]
+    both = [start(script, rank, port, *arguments) for rank in range(2)]
+    try:
+        yield both
+    finally:
+        for process in both:
+            process.kill()
 
 
 def free_port():
@@ -102,8 +110,8 @@ def finished(tmp_path_factory):
     for kind in ("whole", "shared"):
         calls.append(["training.py", folder / kind, folder / "points.npy", kind, 20])
     calls.append(["minutes.py", folder / "minutes"])
-    both = start_both("together.py", *(shlex.join(map(str, call)) for call in calls))
-    outputs = [process.communicate(timeout=120)[0] for process in both]
+    with started("together.py", *(shlex.join(map(str, call)) for call in calls)) as both:
+        outputs = [process.communicate(timeout=120)[0] for process in both]
     assert [process.returncode for process in both] == [0, 0], outputs
     return "".join(outputs), folder
 
@@ -134,11 +142,11 @@ def test_minutes_and_evaluations_in_two_processes(finished):
 @pytest.mark.slow
 def test_a_process_that_dies_ends_the_others_and_the_run_goes_on(tmp_path, points):
     run = tmp_path / "run"
-    both = start_both("training.py", run, points, "whole", 40, 25)
-    assert both[1].wait(timeout=120) == 9
-    died = time.monotonic()
-    output, _ = both[0].communicate(timeout=60)
-    assert time.monotonic() - died < 40  # the processes were given 30 s for an answer
+    with started("training.py", run, points, "whole", 40, 25) as both:
+        assert both[1].wait(timeout=120) == 9
+        died = time.monotonic()
+        output, _ = both[0].communicate(timeout=60)
+        assert time.monotonic() - died < 40  # the processes were given 30 s for an answer
     assert both[0].returncode != 0
     assert "ProcessLost: another process of the run has ended or does not answer" in output
     assert load_run(run)[2]["step"] == 20
@@ -148,17 +156,18 @@ def test_a_process_that_dies_ends_the_others_and_the_run_goes_on(tmp_path, point
 
 
 @pytest.mark.slow
-def test_a_signal_to_one_process_and_the_lock_of_all(tmp_path, points):
+def test_a_signal_to_one_process_and_the_lock_of_all(tmp_path, points, handled):
+    handled(signal.SIGHUP, signal.SIG_DFL)  # nohup ignores it
     run = tmp_path / "run"
-    both = start_both("training.py", run, points, "whole", 10**6)
-    deadline = time.monotonic() + 60
-    while not (run / "latest.json").exists():
-        assert time.monotonic() < deadline
-        time.sleep(0.05)
-    with pytest.raises(FolderInUse, match=f"process {both[0].pid} on"), locked(run):
-        pass
-    both[1].send_signal(signal.SIGHUP)
-    outputs = [process.communicate(timeout=60)[0] for process in both]
+    with started("training.py", run, points, "whole", 10**6) as both:
+        deadline = time.monotonic() + 60
+        while not (run / "latest.json").exists():
+            assert time.monotonic() < deadline
+            time.sleep(0.05)
+        with pytest.raises(FolderInUse, match=f"process {both[0].pid} on"), locked(run):
+            pass
+        both[1].send_signal(signal.SIGHUP)
+        outputs = [process.communicate(timeout=60)[0] for process in both]
     assert [process.returncode for process in both] == [143, 129], outputs
     step = load_run(run)[2]["step"]
     with locked(run):

@@ -347,19 +347,6 @@ def stopping_at(step, number=signal.SIGINT):
     return network
 
 
-@pytest.fixture
-def handled():
-    """handled(number, handler): sets a signal handler until the end of the test."""
-    before = {}
-
-    def handle(number, handler):
-        before.setdefault(number, signal.signal(number, handler))
-
-    yield handle
-    for number, handler in before.items():
-        signal.signal(number, handler)
-
-
 @pytest.mark.parametrize(
     ("number", "error"),
     [(signal.SIGINT, KeyboardInterrupt), (signal.SIGTERM, Terminated), (signal.SIGHUP, Terminated)],
