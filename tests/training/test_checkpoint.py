@@ -436,6 +436,10 @@ def test_the_error_names_an_intact_older_checkpoint(run, flow, network):
         pfgm.load(run / "mine.safetensors")  # of the user, who knows best which run it is of
     with pytest.raises(FileNotFoundError, match=r"no checkpoint in .*other: it has no latest.json"):
         load_run(run / "other")
+    with pytest.raises(
+        FileNotFoundError, match=r"no checkpoint at .*other/step-0+10\.safetensors\.$"
+    ):
+        pfgm.load(run / "other" / "step-00000010.safetensors")
     damage(run / "step-00000005.state.pt")
     with pytest.raises(FileNotFoundError, match=r"no checkpoint at .*10\.safetensors\.$"):
         load_run(run)
