@@ -192,6 +192,20 @@ def test_an_unsigned_lock_is_not_taken_for_that_of_a_killed_process(
                 pass
 
 
+def test_a_folder_that_another_run_removes_at_each_try(tmp_path, monkeypatch):
+    opened = locks._open
+
+    def too_late(path):
+        path.parent.rmdir()
+        return opened(path)
+
+    monkeypatch.setattr(locks, "_PAUSE", 0)
+    monkeypatch.setattr(locks, "_open", too_late)
+    run = tmp_path / "run"
+    with pytest.raises(FolderInUse, match=f"got {run}, which another run uses"), locked(run):
+        pass
+
+
 def test_concurrent_requests_never_share_the_lock(tmp_path, processes, monkeypatch):
     run, inside = tmp_path / "run", tmp_path / "inside"
     monkeypatch.setattr(locks, "_PAUSE", 0.001)
